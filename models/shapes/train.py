@@ -1,0 +1,312 @@
+"""Trains the demo model from nothing: `python -m models.shapes.train`.
+
+Two stages. First the vision tower alone learns to name what lies under each 28x28 cell (dense
+supervision: an answer's loss alone teaches it slowly). Then everything learns the answers, the cells
+staying as a side task. Seeded; state is saved as it goes and taken up again by the same command.
+With several processes (default: one per core) each draws its own pictures and gradients are averaged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import os
+import random
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import AutoTokenizer, Glm4vForConditionalGeneration
+from transformers.models.glm4v import modeling_glm4v
+
+from models.shapes.checkpoint import FOLDER, config_for, train_tokenizer, write_processing
+from models.shapes.pictures import COLORS, MAX_ITEMS, SHAPES, WORD_LETTERS, Scene
+from models.shapes.rows import Batch, RowMaker, collate, draw, grids
+
+COLOR_IDS = {name: i + 1 for i, name in enumerate(COLORS)}
+SHAPE_IDS = {name: i + 1 for i, name in enumerate(SHAPES)}
+CHARS = "0123456789" + WORD_LETTERS
+CHAR_IDS = {char: i + 1 for i, char in enumerate(CHARS)}
+SIDE_TASK = 0.3  # weight of the cells' loss in the second stage
+EASY_SHARE = 0.25  # of the second stage, with at most three shapes in a picture
+
+
+def equal_length_attention(self, hidden_states, cu_seqlens, position_embeddings=None, **kwargs):
+    """The vision attention for pictures of one size: one call for all instead of one for each."""
+    tokens, pictures = hidden_states.shape[0], len(cu_seqlens) - 1
+    q, k, v = self.qkv(hidden_states).reshape(tokens, 3, self.num_heads, -1).permute(1, 0, 2, 3).unbind(0)
+    q, k = modeling_glm4v.apply_rotary_pos_emb_vision(q, k, *position_embeddings)
+    q, k, v = (x.reshape(pictures, tokens // pictures, self.num_heads, -1).transpose(1, 2) for x in (q, k, v))
+    mixed = F.scaled_dot_product_attention(q, k, v, scale=self.scaling)
+    return self.proj(mixed.transpose(1, 2).reshape(tokens, -1))
+
+
+class CellHeads(nn.Module):
+    """Reads each picture token: what covers its cell (colour, shape, letter), is it a centre, and the box."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.sizes = (len(COLORS) + 1, len(SHAPES) + 1, len(CHARS) + 1, 1, 4)
+        self.read = nn.Linear(width, sum(self.sizes))
+
+    def loss(self, cells: torch.Tensor, targets: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """cells [n, width]; targets as `cell_targets` gives them."""
+        color, shape, char, center, box = self.read(cells).split(self.sizes, dim=-1)
+        t_color, t_shape, t_char, t_center, t_box = targets
+        covered = (t_color > 0).float()
+        loss = F.cross_entropy(color, t_color) + F.cross_entropy(shape, t_shape) + F.cross_entropy(char, t_char)
+        loss = loss + F.binary_cross_entropy_with_logits(center.squeeze(-1), t_center)
+        off = (box - t_box).abs().sum(-1)
+        return loss + 3 * (off * covered).sum() / covered.sum().clamp(min=1)
+
+
+def cell_targets(scene: Scene, grid: tuple[int, int]) -> tuple[np.ndarray, ...]:
+    """For each cell: colour id, shape id, letter id (0 = none), centre 0/1, box [4] in shares of the picture."""
+    rows, columns = grid
+    color, shape, char = (np.zeros((rows, columns), np.int64) for _ in range(3))
+    center = np.zeros((rows, columns), np.float32)
+    box = np.zeros((rows, columns, 4), np.float32)
+    best = np.full((rows, columns), 0.12, np.float32)  # a cell counts as covered from this overlap on
+    for item in scene.items:
+        overlap = _overlap(item.box, grid)
+        x, y = item.center
+        r, c = min(rows - 1, int(y * rows)), min(columns - 1, int(x * columns))
+        overlap[r, c] = 2.0  # the cell of the centre always belongs to it
+        won = overlap > best
+        best[won], color[won], shape[won], box[won] = overlap[won], COLOR_IDS[item.color], SHAPE_IDS[item.shape], item.box
+        center[r, c] = 1
+    for letter, place in scene.char_boxes:
+        overlap = _overlap(place, grid)
+        won = overlap > best
+        best[won], char[won] = overlap[won], CHAR_IDS[letter]
+    return color.ravel(), shape.ravel(), char.ravel(), center.ravel(), box.reshape(-1, 4)
+
+
+def _overlap(box: tuple[float, float, float, float], grid: tuple[int, int]) -> np.ndarray:
+    """Share of each cell [rows, columns] that the box covers."""
+    rows, columns = grid
+    x1, y1, x2, y2 = box[0] * columns, box[1] * rows, box[2] * columns, box[3] * rows
+    xs, ys = np.arange(columns), np.arange(rows)
+    across = np.clip(np.minimum(x2, xs + 1) - np.maximum(x1, xs), 0, 1)
+    down = np.clip(np.minimum(y2, ys + 1) - np.maximum(y1, ys), 0, 1)
+    return (down[:, None] * across[None]).astype(np.float32)
+
+
+@dataclass
+class Meeting:
+    """Where the processes of one machine leave their gradients: `gradients` [processes, parameters], shared memory."""
+
+    gradients: torch.Tensor
+    all_here: Barrier
+
+
+class Trainer:
+    """One process's share of the training."""
+
+    def __init__(self, options: argparse.Namespace, rank: int = 0, meeting: Meeting | None = None):
+        self.options, self.rank, self.meeting = options, rank, meeting
+        self.device = torch.device(options.device)
+        torch.manual_seed(options.seed)
+        modeling_glm4v.Glm4vVisionAttention.forward = equal_length_attention
+        self.tokenizer = AutoTokenizer.from_pretrained(options.state)
+        self.model = Glm4vForConditionalGeneration(config_for(self.tokenizer)).to(self.device)
+        self.heads = CellHeads(self.model.config.text_config.hidden_size).to(self.device)
+        self.image_id = self.model.config.image_token_id
+        self.parameters = [*self.model.parameters(), *self.heads.parameters()]
+        self.optimizers = self._optimizers()
+        self.step = 0
+        self.parts: dict[str, float] = {}
+
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        """Muon for the matrices inside the blocks, AdamW for the rest."""
+        matrices, rest = [], []
+        for name, parameter in self.model.named_parameters():
+            inside = parameter.ndim == 2 and (".blocks." in name or ".layers." in name or ".merger." in name)
+            (matrices if inside else rest).append(parameter)
+        rest += self.heads.parameters()
+        muon = torch.optim.Muon(matrices, lr=self.options.lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw", ns_steps=4)
+        adam = torch.optim.AdamW(rest, lr=self.options.lr, betas=(0.9, 0.98), weight_decay=0.0)
+        for optimizer in (muon, adam):
+            for group in optimizer.param_groups:
+                group["peak"] = group["lr"]
+        return [muon, adam]
+
+    def run(self) -> None:
+        options = self.options
+        self._resume()
+        dense_steps = options.dense_steps
+        bar = tqdm(total=options.steps, initial=self.step, disable=self.rank > 0, mininterval=10, smoothing=0.05)
+        saved, shown = time.monotonic(), []
+        while self.step < options.steps:
+            rng = random.Random(f"{options.seed}/{self.step}/{self.rank}")
+            # the same sizes in every process, so that none waits for another
+            here = random.Random(f"{options.seed}/{self.step}").sample(grids(), 2)
+            loss = self._learn_cells(rng, here) if self.step < dense_steps else self._learn_answers(rng, here)
+            self._average_gradients()
+            nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            self._set_rate(dense_steps)
+            for optimizer in self.optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            self.step += 1
+            shown.append(loss)
+            bar.update()
+            if self.step % 20 == 0 and self.rank == 0:
+                bar.set_postfix(loss=f"{np.mean(shown[-20:]):.4f}", **{k: f"{v:.4f}" for k, v in self.parts.items()})
+            if self.rank == 0 and (time.monotonic() - saved > options.save_every_s or self.step == options.steps):
+                self._save()
+                saved = time.monotonic()
+
+    def _set_rate(self, dense_steps: int) -> None:
+        """Warm up in each stage; fall to a hundredth along a cosine over the second."""
+        if self.step < dense_steps:
+            share = min(1.0, (self.step + 1) / 50)
+        else:
+            done = (self.step - dense_steps) / max(1, self.options.steps - dense_steps)
+            share = min(1.0, (self.step - dense_steps + 1) / 80) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * share
+
+    def _see(self, groups) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Run the vision tower; returns the cells of each group [n, cells, width] and the side task's loss."""
+        seen, losses = [], []
+        for grid, patches, scenes in groups:
+            pixels = torch.from_numpy(patches).to(self.device).flatten(0, 1)
+            thw = torch.tensor([[1, 2 * grid[0], 2 * grid[1]]] * len(scenes), device=self.device)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.bf16):
+                cells = self.model.model.visual(pixels, grid_thw=thw).pooler_output.float()
+            targets = [cell_targets(scene, grid) for scene in scenes]
+            stacked = [torch.from_numpy(np.concatenate(t)).to(self.device) for t in zip(*targets, strict=True)]
+            losses.append(self.heads.loss(cells, tuple(stacked)) * len(scenes))
+            seen.append(cells.view(len(scenes), grid[0] * grid[1], -1))
+        return seen, sum(losses, torch.zeros(())) / max(1, sum(len(g[2]) for g in groups))
+
+    def _learn_cells(self, rng: random.Random, here: list[tuple[int, int]]) -> float:
+        groups = []
+        for grid in here:
+            pictures = [draw(rng, grid) for _ in range(self.options.rows // 2)]
+            groups.append((grid, np.stack([p.patches for p in pictures]), [p.scene for p in pictures]))
+        loss = self._see(groups)[1]
+        loss.backward()
+        return loss.item()
+
+    def _learn_answers(self, rng: random.Random, here: list[tuple[int, int]]) -> float:
+        """One step over all rows, in two parts of like length, so that little is padding."""
+        done = (self.step - self.options.dense_steps) / (self.options.steps - self.options.dense_steps)
+        maker = RowMaker(self.tokenizer, rng, most_items=3 if done < EASY_SHARE else MAX_ITEMS)
+        rows = sorted((maker.row(here) for _ in range(self.options.rows)), key=lambda row: len(row.ids))
+        cut = 3 * len(rows) // 4
+        batches = [collate(part, self.image_id) for part in (rows[:cut], rows[cut:])]
+        learned = [int((batch.labels != -100).sum()) for batch in batches]
+        self.parts = {"answers": 0.0, "cells": 0.0}
+        for batch, tokens in zip(batches, learned, strict=True):
+            share = tokens / sum(learned)
+            answers, cells = self._answer_loss(batch)
+            (share * (answers + SIDE_TASK * cells)).backward()
+            self.parts["answers"] += share * answers.item()
+            self.parts["cells"] += share * cells.item()
+        return self.parts["answers"] + SIDE_TASK * self.parts["cells"]
+
+    def _answer_loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        seen, cells_loss = self._see(batch.groups)
+        to = lambda array: torch.from_numpy(array).to(self.device)  # noqa: E731
+        language = self.model.model.language_model
+        embeds = language.embed_tokens(to(batch.ids))
+        cells = torch.cat([seen[group][index] for group, index in batch.picture_order])
+        embeds = embeds.masked_scatter(to(batch.image_slots)[..., None], cells)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.bf16):
+            hidden = language(inputs_embeds=embeds, position_ids=to(batch.positions), attention_mask=to(batch.mask), use_cache=False)
+            labels = to(batch.labels)
+            learned = labels != -100
+            logits = self.model.lm_head(hidden.last_hidden_state[learned]).float()
+        return F.cross_entropy(logits, labels[learned]), cells_loss
+
+    def _average_gradients(self) -> None:
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        if self.meeting:
+            self.meeting.gradients[self.rank] = torch.cat([p.grad.flatten() for p in self.parameters])
+            self.meeting.all_here.wait()
+            mean = self.meeting.gradients.mean(0)
+            self.meeting.all_here.wait()  # nobody writes the next gradients before all have read these
+            for parameter, part in zip(self.parameters, mean.split([p.numel() for p in self.parameters]), strict=True):
+                parameter.grad.copy_(part.view_as(parameter))
+
+    def _save(self) -> None:
+        path = self.options.state / "state.pt"
+        state = {"step": self.step, "model": self.model.state_dict(), "heads": self.heads.state_dict()}
+        torch.save({**state, "optimizers": [o.state_dict() for o in self.optimizers]}, path.with_suffix(".new"))
+        path.with_suffix(".new").replace(path)
+        write_checkpoint(self.model, self.tokenizer, self.options.out)
+
+    def _resume(self) -> None:
+        path = self.options.state / "state.pt"
+        if path.exists():
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            self.model.load_state_dict(state["model"])
+            self.heads.load_state_dict(state["heads"])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            self.step = state["step"]
+
+
+def write_checkpoint(model: Glm4vForConditionalGeneration, tokenizer, folder: Path) -> None:
+    """Write weights (bfloat16, half the size) and everything that loading needs."""
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
+    write_processing(folder, tokenizer)
+
+
+def work(rank: int, options: argparse.Namespace, meeting: Meeting) -> None:
+    torch.set_num_threads(1)
+    Trainer(options, rank, meeting).run()
+
+
+def train_in_processes(options: argparse.Namespace) -> None:
+    """One process for each share of the pictures, one thread each: on small matrices better than more threads."""
+    size = sum(p.numel() for p in Trainer(options).parameters)
+    context = mp.get_context("spawn")
+    meeting = Meeting(torch.zeros(options.processes, size).share_memory_(), context.Barrier(options.processes))
+    mp.spawn(work, (options, meeting), nprocs=options.processes, daemon=True)
+
+
+def main() -> None:
+    cpus = os.cpu_count() or 1
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=FOLDER, help="where the checkpoint is written")
+    parser.add_argument("--state", type=Path, default=FOLDER / ".train", help="what a resumed run needs")
+    parser.add_argument("--steps", type=int, default=5600)
+    parser.add_argument("--dense-steps", type=int, default=1600, help="how many of them are the first stage")
+    parser.add_argument("--rows", type=int, default=24, help="rows (about one picture each) in a step, for each process")
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--processes", type=int, default=1 if torch.cuda.is_available() else min(2, cpus))
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--save-every-s", type=float, default=300.0)
+    options = parser.parse_args()
+    options.state.mkdir(parents=True, exist_ok=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    if not (options.state / "tokenizer.json").exists():
+        train_tokenizer(options.seed).save_pretrained(options.state)
+        write_processing(options.state, AutoTokenizer.from_pretrained(options.state))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an orderly end also ends the child processes
+    if options.processes > 1:
+        train_in_processes(options)
+    else:
+        Trainer(options).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""The rules of the house: who may import whom, and names that say something."""
+
+import ast
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAVY = {"torch", "transformers", "streamlit"}
+
+
+def tracked() -> list[Path]:
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    return [Path(line) for line in listed if (ROOT / line).is_file()]
+
+
+def sources(*folders: str) -> list[Path]:
+    found = [p for p in tracked() if p.suffix == ".py" and p.as_posix().startswith(folders)]
+    assert found
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of all that a file imports, at any depth."""
+    names = set()
+    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def offenders(paths: list[Path], forbidden) -> list[str]:
+    return [f"{path} imports {name}" for path in paths for name in sorted(imports(path)) if forbidden(name)]
+
+
+def test_the_engine_knows_nothing_above_it():
+    assert offenders(sources("api/engine/"), lambda n: n.startswith("api.") and not n.startswith("api.engine")) == []
+
+
+@pytest.mark.parametrize("name", ["scheduler.py", "request.py"])
+def test_bookkeeping_needs_no_torch(name):
+    assert offenders(sources(f"api/engine/{name}"), lambda n: n.split(".")[0] in HEAVY) == []
+
+
+def test_the_page_and_the_checker_reach_the_api_over_http_only():
+    assert offenders(sources("web/", "monitor/", "health_check.py"), lambda n: n.split(".")[0] == "api") == []
+
+
+def test_the_checker_stays_light():
+    paths = sources("monitor/", "health_check.py", "settings.py", "models/shapes/pictures.py")
+    assert offenders(paths, lambda n: n.split(".")[0] in HEAVY) == []
+
+
+def test_names_say_something():
+    vague = {"utils", "util", "helpers", "helper", "common", "manager", "misc", "base"}
+    assert [p for p in tracked() if p.stem in vague or vague & set(p.parts)] == []
+
+
+def test_no_python_file_is_longer_than_400_lines():
+    long = {p: n for p in sources("") if (n := len((ROOT / p).read_text(encoding="utf-8").splitlines())) > 400}
+    assert long == {}
