@@ -1,0 +1,1 @@
+"""The engine: knows tokens and tensors, no HTTP and no OpenAI names."""

@@ -1,0 +1,80 @@
+"""Which model, on which device, in which number format, with how many threads, and why.
+
+Every automatic choice comes with the reason that is logged and shown at `/info`. Loads nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from settings import ROOT, Settings
+
+FLASH = {"huggingface": "zai-org/GLM-4.6V-Flash", "modelscope": "ZhipuAI/GLM-4.6V-Flash"}
+# bf16 weights are 20.6 GB; the rest is for the vision tower's activations and the KV cache.
+FLASH_NEEDS_BYTES = 24 * 2**30
+DEMO = ROOT / "models" / "shapes"
+# Below this, float32 costs nothing that anybody would notice and is the most exact.
+SMALL_WEIGHTS_BYTES = 2 * 2**30
+
+
+@dataclass(frozen=True)
+class Choice:
+    value: str
+    reason: str
+
+
+def choose_device(settings: Settings) -> Choice:
+    if settings.device != "auto":
+        return Choice(settings.device, "set by GLM_DEVICE")
+    if torch.cuda.is_available():
+        return Choice("cuda", f"a GPU is there: {torch.cuda.get_device_name()}")
+    return Choice("cpu", "no CUDA GPU was found")
+
+
+def choose_model(settings: Settings, device: str, free_gpu_bytes: int | None) -> Choice:
+    if settings.model != "auto":
+        return Choice(settings.model, "set by GLM_MODEL or --model")
+    if device != "cuda" or free_gpu_bytes is None:
+        return Choice(str(DEMO), "the bundled demo, because there is no CUDA GPU to hold GLM-4.6V-Flash")
+    free = f"{free_gpu_bytes / 2**30:.1f} GiB of GPU memory are free"
+    if free_gpu_bytes < FLASH_NEEDS_BYTES:
+        need = FLASH_NEEDS_BYTES // 2**30
+        return Choice(str(DEMO), f"the bundled demo, because only {free} and GLM-4.6V-Flash needs {need} GiB")
+    return Choice(FLASH[settings.hub], f"{free}, enough for GLM-4.6V-Flash")
+
+
+def free_gpu_bytes(device: str) -> int | None:
+    return torch.cuda.mem_get_info()[0] if device == "cuda" and torch.cuda.is_available() else None
+
+
+def choose_dtype(settings: Settings, device: str, weights_bytes: int) -> Choice:
+    if settings.dtype != "auto":
+        return Choice(settings.dtype, "set by GLM_DTYPE")
+    if weights_bytes <= SMALL_WEIGHTS_BYTES:
+        return Choice("float32", "a small model: full precision costs nothing")
+    if device == "cuda" and not torch.cuda.is_bf16_supported():
+        return Choice("float16", "this GPU has no bfloat16")
+    return Choice("bfloat16", "the number format of the weights; half the memory of float32")
+
+
+def choose_threads(settings: Settings) -> Choice:
+    if settings.threads:
+        return Choice(str(settings.threads), "set by GLM_THREADS")
+    cores = usable_cores()
+    return Choice(str(max(cores - 1, 1)), f"{cores} cores, one of them left to HTTP")
+
+
+def usable_cores() -> int:
+    """Cores this process may use: its CPU affinity, and the quota of its container if there is one."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        if quota != "max":
+            cores = min(cores, max(int(quota) // int(period), 1))
+    except (OSError, ValueError):
+        pass  # no cgroup v2 here: affinity is all there is to know
+    return cores

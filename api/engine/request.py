@@ -1,0 +1,124 @@
+"""What travels between the engine and its callers: a request in, events out.
+
+Owns the plain data types. Knows no tensor library: pictures are opaque here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+
+
+class Failure(StrEnum):
+    """Why a request ended without an answer."""
+
+    ENGINE = "engine"  # this request's computation raised
+    DEAD = "dead"  # the model is gone; no request can be answered any more
+    SHUTDOWN = "shutdown"  # the drain deadline passed
+    ABORTED = "aborted"  # somebody called abort()
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture as the model takes it: flattened patches and their grid (frames, rows, columns)."""
+
+    patches: Any
+    grid: tuple[int, int, int]
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen and when to stop. Temperature 0 is greedy; top_k 0 and top_p 1 cut nothing."""
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    # Stop strings are not looked for inside this opening block, for example a thinking part.
+    stop_skips: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    id: str
+    prompt_ids: tuple[int, ...]
+    sampling: Sampling
+    pictures: tuple[Picture, ...] = ()
+
+
+@dataclass(frozen=True)
+class Delta:
+    """New text (never half a character) and how many tokens went into it."""
+
+    text: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Done:
+    reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    queue_s: float
+    prefill_s: float
+    decode_s: float
+
+
+@dataclass(frozen=True)
+class Failed:
+    kind: Failure
+    message: str
+
+
+Event = Delta | Done | Failed
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request on its way through the engine. Only the engine thread writes here, but for the two flags."""
+
+    request: Request
+    deliver: Callable[[Event], None]
+    output_ids: list[int] = field(default_factory=list)
+    pictures_encoded: int = 0
+    aborted: bool = False  # somebody wants it to end
+    closed: bool = False  # its last event has been delivered
+    state: Any = None  # the runner's own: KV cache, features, generator
+    text: Any = None  # the detokenizer
+    undelivered_tokens: int = 0
+    submitted_at: float = field(default_factory=time.monotonic)
+    started_at: float | None = None
+    first_token_at: float | None = None
+
+    @property
+    def needs_picture(self) -> bool:
+        return self.pictures_encoded < len(self.request.pictures)
+
+    @property
+    def prefilled(self) -> bool:
+        return self.first_token_at is not None
+
+    def done(self, reason: FinishReason) -> Done:
+        now = time.monotonic()
+        started = self.started_at or now
+        first = self.first_token_at or now
+        return Done(
+            reason=reason,
+            prompt_tokens=len(self.request.prompt_ids),
+            completion_tokens=len(self.output_ids),
+            queue_s=started - self.submitted_at,
+            prefill_s=first - started,
+            decode_s=now - first,
+        )

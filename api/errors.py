@@ -1,0 +1,86 @@
+"""Everything a caller can be told has gone wrong, and its OpenAI shape.
+
+Raised anywhere above the engine; only the edge turns it into a status or an error event.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+
+class ServingError(Exception):
+    """`type` and `code` are stable words for programs, `message` is for people, `param` names the field."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        type: str,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after_s: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.type = type
+        self.code = code
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+    def body(self) -> dict[str, Any]:
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": str(self.retry_after_s)} if self.retry_after_s is not None else {}
+
+    def event(self) -> str:
+        return f"data: {json.dumps(self.body(), ensure_ascii=False)}\n\n"
+
+
+def invalid(message: str, param: str | None = None, code: str = "invalid_value") -> ServingError:
+    return ServingError(400, message, "invalid_request_error", code, param)
+
+
+def too_large(message: str, param: str | None = None, code: str = "too_large") -> ServingError:
+    return ServingError(413, message, "invalid_request_error", code, param)
+
+
+def too_slow(limit_s: float) -> ServingError:
+    return ServingError(408, f"The body did not arrive within {limit_s:g} s.", "invalid_request_error", "timeout")
+
+
+def unauthorized() -> ServingError:
+    message = "A valid key is needed: send `Authorization: Bearer <GLM_API_KEY>`."
+    return ServingError(401, message, "authentication_error", "invalid_api_key")
+
+
+def unknown_route(method: str, path: str) -> ServingError:
+    return ServingError(404, f"There is no {method} {path}.", "invalid_request_error", "unknown_url")
+
+
+def unknown_model(given: str, served: str) -> ServingError:
+    message = f"`model` must be {served!r}, the one that is served. Given: {given!r}"
+    return ServingError(404, message, "invalid_request_error", "model_not_found", "model")
+
+
+def unavailable(message: str, code: str, retry_after_s: int) -> ServingError:
+    return ServingError(503, message, "server_error", code, retry_after_s=retry_after_s)
+
+
+def queue_full(limit: int) -> ServingError:
+    return unavailable(f"The queue is full: {limit} requests are waiting.", "queue_full", 2)
+
+
+def not_accepting(state: str, progress: float, reason: str | None) -> ServingError:
+    """The engine is loading, draining or dead."""
+    if state == "loading":
+        return unavailable(f"The model is still loading ({progress:.0%}).", "loading", 5)
+    if state == "draining":
+        return unavailable("The server is shutting down.", "draining", 30)
+    return unavailable(f"The model is not running: {reason}", "dead", 60)
+
+
+def internal() -> ServingError:
+    return ServingError(500, "The server made a mistake; its log has the details.", "server_error", "internal_error")

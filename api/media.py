@@ -1,0 +1,92 @@
+"""Pictures as they arrive: a `data:` URL to an upright RGB image, within limits.
+
+Every limit is checked before the work it limits: bytes before base64, pixels before decoding.
+Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from io import BytesIO
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from api.errors import ServingError, invalid, too_large
+from settings import Settings
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+MAX_ASPECT = 200  # the processor refuses longer ones
+# The setting below is checked on every picture and decides alone; Pillow's own guess would only add noise.
+Image.MAX_IMAGE_PIXELS = None
+
+
+def read_data_url(url: str, param: str, settings: Settings) -> bytes:
+    scheme, _, rest = url.partition(":")
+    if scheme.lower() in ("http", "https"):
+        raise invalid(f"`{param}`: remote pictures are not fetched; send a data: URL.", param, "unsupported_url")
+    if scheme.lower() != "data" or "," not in rest:
+        raise invalid(f"`{param}` must be a data: URL.", param, "unsupported_url")
+    header, _, payload = rest.partition(",")
+    if not header.lower().endswith(";base64"):
+        raise invalid(f"`{param}` must be a data: URL in base64 (data:image/png;base64,...).", param, "unsupported_url")
+    if len(payload) * 3 // 4 > settings.max_image_bytes + 2:
+        raise _too_many_bytes(len(payload) * 3 // 4, param, settings)
+    try:
+        data = base64.b64decode(payload, validate=True)
+    except (binascii.Error, ValueError):
+        raise invalid(f"`{param}` is not valid base64.", param, "invalid_image") from None
+    if len(data) > settings.max_image_bytes:
+        raise _too_many_bytes(len(data), param, settings)
+    return data
+
+
+def open_picture(data: bytes, param: str, settings: Settings) -> Image.Image:
+    """Read the header only: the type from the content, the size against the limits."""
+    try:
+        image = Image.open(BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise invalid(f"`{param}` must be a picture in one of {', '.join(FORMATS)}.", param, "invalid_image") from None
+    except Exception:  # a decoder may raise anything on a malformed header
+        raise _broken(param) from None
+    width, height = image.size
+    if width * height > settings.max_image_pixels:
+        message = f"`{param}` must have <= {settings.max_image_pixels} pixels. Given: {width * height}"
+        raise too_large(message, param, "image_too_large")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise invalid(f"`{param}` must have sides in a ratio <= {MAX_ASPECT}. Given: {width}x{height}", param)
+    return image
+
+
+def decode(image: Image.Image, param: str) -> Image.Image:
+    """All pixels, upright, in RGB; transparent parts over white."""
+    try:
+        image.load()
+    except Exception:  # a decoder may raise anything on malformed data
+        raise _broken(param) from None
+    return _flatten(_upright(image))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # a broken orientation tag is no reason to refuse a good picture
+        return image
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey: keep the high byte
+        return image.convert("I").point(lambda value: value / 256).convert("L").convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    coloured = image.convert("RGBA")
+    white = Image.new("RGBA", coloured.size, "white")
+    return Image.alpha_composite(white, coloured).convert("RGB")
+
+
+def _too_many_bytes(given: int, param: str, settings: Settings) -> ServingError:
+    return too_large(f"`{param}` must be <= {settings.max_image_bytes} bytes. Given: {given}", param, "image_too_large")
+
+
+def _broken(param: str) -> ServingError:
+    return invalid(f"`{param}` is damaged: it cannot be decoded.", param, "invalid_image")

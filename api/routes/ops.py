@@ -1,0 +1,57 @@
+"""GET /health for whoever watches, GET /info for whoever wants to know what is served."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from time import monotonic
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from api import __version__
+from api.errors import not_accepting
+from api.services import services
+
+router = APIRouter()
+
+
+@router.api_route("/health", methods=["GET", "HEAD"])
+async def health(request: Request) -> JSONResponse:
+    """Reads counters only, so it answers while the engine computes, hangs or is dead."""
+    server = services(request)
+    stats, model = server.engine.stats(), server.engine.model
+    age = stats.last_step_age_s
+    body = {
+        "state": stats.state,
+        "progress": round(stats.progress, 3),
+        "model": model.id if model else server.settings.model,
+        "demo": model.facts.get("demo", False) if model else None,
+        "phase": stats.phase,
+        "running": stats.running,
+        "waiting": stats.waiting,
+        "steps": stats.steps,
+        "last_step_age_s": None if age is None else round(age, 3),
+        "uptime_s": round(monotonic() - server.started_at, 3),
+        "reason": stats.reason,
+    }
+    if stats.state in ("idle", "busy"):
+        return JSONResponse(body)
+    return JSONResponse(body, 503, not_accepting(stats.state, stats.progress, stats.reason).headers())
+
+
+@router.get("/info")
+async def info(request: Request) -> dict[str, Any]:
+    server = services(request)
+    model, settings = server.model(), server.settings
+    limits = ("max_images", "max_image_bytes", "max_image_pixels", "max_body_bytes", "queue_size", "default_max_tokens")
+    return {
+        "name": "GLM-4.6V-Flash-WEB",
+        "version": __version__,
+        "model": model.id,
+        **model.facts,
+        "context_tokens": model.context_tokens,
+        "limits": {name: getattr(settings, name) for name in limits},
+        "generation": asdict(model.defaults),
+    }

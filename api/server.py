@@ -1,0 +1,113 @@
+"""python -m api.server: settings, engine, app, uvicorn, signals.
+
+Exit codes: 0 after a drained end, 1 if the port cannot be had, 2 if the settings do not fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import logging
+import sys
+import threading
+from types import FrameType
+
+import uvicorn
+
+from api import __version__, logs
+from api.app import create_app
+from api.engine.engine import Engine, Progress
+from api.engine.model import Model
+from settings import Settings, SettingsError, load
+
+logger = logging.getLogger(__name__)
+
+HANG_UP_S = 5  # after the drain, for the last bytes to leave
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m api.server", description="The model server.")
+    parser.add_argument("--host", help="address to listen on; wins over GLM_API_HOST")
+    parser.add_argument("--port", type=int, help="port to listen on; wins over GLM_API_PORT")
+    parser.add_argument("--model", help="hub id, folder, or auto; wins over GLM_MODEL")
+    given = parser.parse_args(arguments)
+    try:
+        settings = load(api_host=given.host, api_port=given.port, model=given.model)
+        refuse_open_door(settings)
+    except SettingsError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+    def load_model(progress: Progress) -> Model:
+        # torch takes seconds to import; the port is open before that.
+        from api.engine.loader import load as load_checkpoint
+
+        return load_checkpoint(settings, progress)
+
+    return serve(settings, Engine(load_model, settings.queue_size))
+
+
+def serve(settings: Settings, engine: Engine) -> int:
+    logs.set_up()
+    config = uvicorn.Config(
+        create_app(settings, engine),
+        host=settings.api_host,
+        port=settings.api_port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=HANG_UP_S,
+    )
+    try:
+        listener = config.bind_socket()
+    except SystemExit:  # uvicorn has logged why, but not where
+        logger.error(logs.line("cannot_listen", host=settings.api_host, port=settings.api_port))
+        return 1
+    words = {"version": __version__, "host": settings.api_host, "port": settings.api_port, "model": settings.model}
+    logger.info(logs.line("start", **words, key="set" if settings.api_key else "none"))
+    DrainingServer(config, engine, settings.drain_s).run(sockets=[listener])
+    logger.info(logs.line("stopped"))
+    return 0
+
+
+def refuse_open_door(settings: Settings) -> None:
+    """Without a key only this machine may be served."""
+    if settings.api_key is None and not _is_loopback(settings.api_host):
+        raise SettingsError(
+            f"GLM_API_KEY is not set, and GLM_API_HOST={settings.api_host} can be reached from other machines. "
+            "Set GLM_API_KEY in the environment or in .env (start.sh makes one), "
+            "or listen on this machine only: --host 127.0.0.1"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class DrainingServer(uvicorn.Server):
+    """On SIGTERM or SIGINT the port stays open, /health says draining, and running answers may finish."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine, drain_s: float) -> None:
+        super().__init__(config)
+        self._engine = engine
+        self._drain_s = drain_s
+        self._drain = threading.Thread(target=self._drain_then_exit, name="drain", daemon=True)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._drain.ident is None:
+            logger.info(logs.line("drain", signal=sig, deadline_s=self._drain_s))
+            self._drain.start()
+        else:  # asked twice: at once
+            self.should_exit = self.force_exit = True
+
+    def _drain_then_exit(self) -> None:
+        finished = self._engine.drain(self._drain_s)
+        logger.info(logs.line("drained", finished=finished))
+        self.should_exit = True
+
+
+if __name__ == "__main__":
+    sys.exit(main())

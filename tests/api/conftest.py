@@ -1,0 +1,36 @@
+"""The app around a fake model, called in process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from served import KEY, Served, wait_for
+
+from api.engine.engine import Engine
+from api.engine.fake import fake_model
+from api.engine.model import Model
+from settings import Settings
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Served]]:
+    """serve(answer=..., load=..., queue_size=...) -> Served. `load` replaces the loading of the fake model."""
+    running: list[Served] = []
+
+    def start(load: Callable[..., Model] | None = None, **options: Any) -> Served:
+        model_options = {k: options.pop(k) for k in ("answer", "token_s", "context_tokens") if k in options}
+        settings = Settings(**{"api_key": KEY, "queue_size": 4, **options})
+        model = fake_model(**model_options)
+        served = Served(settings, model, Engine(load or (lambda progress: model), settings.queue_size))
+        served.client.__enter__()
+        running.append(served)
+        if load is None:
+            wait_for(lambda: served.engine.stats().state != "loading")
+        return served
+
+    yield start
+    for served in running:
+        served.runner.release.set()
+        served.client.__exit__(None, None, None)

@@ -1,0 +1,143 @@
+"""Every field is honoured or refused by name."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from api.errors import ServingError
+from api.schemas import HARMLESS, WITHOUT_EFFECT, parse_chat
+
+USER = {"role": "user", "content": "hello"}
+
+
+def parse(**fields: Any):
+    return parse_chat(json.dumps({"messages": [USER], **fields}).encode())
+
+
+def refusal(**fields: Any) -> ServingError:
+    with pytest.raises(ServingError) as caught:
+        parse(**fields)
+    assert caught.value.status == 400
+    return caught.value
+
+
+def content(*parts: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": list(parts)}]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"temperature": 2.5}, "temperature", "`temperature` must be <= 2. Given: 2.5"),
+        ({"temperature": -1}, "temperature", "`temperature` must be >= 0. Given: -1"),
+        ({"temperature": "hot"}, "temperature", '`temperature` must be a number. Given: "hot"'),
+        ({"temperature": float("nan")}, "temperature", "`temperature` must be a finite number. Given: NaN"),
+        ({"top_p": 1.1}, "top_p", "`top_p` must be <= 1. Given: 1.1"),
+        ({"top_k": -2}, "top_k", "`top_k` must be >= -1. Given: -2"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "`repetition_penalty` must be > 0. Given: 0"),
+        ({"max_tokens": 0}, "max_tokens", "`max_tokens` must be >= 1. Given: 0"),
+        ({"max_tokens": 1.5}, "max_tokens", "`max_tokens` must be an integer. Given: 1.5"),
+        ({"max_completion_tokens": "5"}, "max_completion_tokens", "must be an integer"),
+        ({"seed": True}, "seed", "`seed` must be an integer. Given: true"),
+        ({"stream": "yes"}, "stream", '`stream` must be true or false. Given: "yes"'),
+        ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "`stop` must have <= 4 strings. Given: 5"),
+        ({"stop": ""}, "stop", "`stop` must be a string or a list of strings, none empty"),
+        ({"stop": [1]}, "stop", "`stop` must be a string or a list of strings"),
+        ({"n": 2}, "n", "`n` must be 1. Given: 2"),
+        ({"logprobs": True}, "logprobs", "`logprobs` must be false. Given: true"),
+        ({"response_format": {"type": "json_object"}}, "response_format", '`response_format` must be {"type": "text"}'),
+        ({"logit_bias": {"5": 1}}, "logit_bias", "`logit_bias` must be {}"),
+        ({"made_up": 1}, "made_up", "`made_up` is not supported."),
+        ({"tool_choice": "required"}, "tool_choice", "`tool_choice` must be 'auto' or 'none'. Given: \"required\""),
+        ({"stream_options": {"other": 1}}, "stream_options.other", "`stream_options.other` is not supported."),
+        ({"chat_template_kwargs": {"a": 1}}, "chat_template_kwargs.a", "`chat_template_kwargs.a` is not supported."),
+        ({"chat_template_kwargs": {"enable_thinking": 1}}, "chat_template_kwargs.enable_thinking", "true or false"),
+        ({"messages": []}, "messages", "`messages` must have >= 1 items. Given: 0"),
+        ({"messages": "x"}, "messages", "`messages` must be a list"),
+        ({"messages": ["x"]}, "messages[0]", "`messages[0]` must be an object"),
+        ({"messages": [{"role": "bot", "content": ""}]}, "messages[0].role", "Given: \"bot\""),
+        ({"messages": [{"role": "user"}]}, "messages[0]", "needs `content`"),
+        ({"messages": [USER, {"content": "x"}]}, "messages[1].role", "`messages[1].role` is required."),
+        ({"messages": [{**USER, "colour": 1}]}, "messages[0].colour", "is not supported"),
+        ({"messages": [{**USER, "content": 7}]}, "messages[0].content", "a string or a list of parts. Given: 7"),
+        (content({"type": "video_url"}), "messages[0].content[0]", "one of 'text', 'image_url'"),
+        (content("text"), "messages[0].content[0]", "one of 'text', 'image_url'"),
+        (content({"type": "text"}), "messages[0].content[0].text", "is required"),
+        (content({"type": "image_url", "image_url": "u"}), "messages[0].content[0].image_url", "must be an object"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name", "must match ^["),
+        (
+            {"messages": [{"role": "system", "content": [{"type": "image_url", "image_url": {"url": "u"}}]}]},
+            "messages[0]", "pictures belong to",
+        ),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[]"}}]}]},
+            "messages[0].tool_calls[0].function", "`arguments` must be a JSON object",
+        ),
+    ],
+)  # fmt: skip
+def test_a_wrong_field_is_named_with_what_is_allowed(fields: dict[str, Any], param: str, message: str) -> None:
+    error = refusal(**fields)
+
+    assert error.param == param
+    assert message in error.message
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'"x"', b"[" * 100_000, b"\xff\xfe"])
+def test_what_is_no_json_object_is_refused(body: bytes) -> None:
+    with pytest.raises(ServingError) as caught:
+        parse_chat(body)
+
+    assert (caught.value.status, caught.value.code) == (400, "invalid_json")
+
+
+def test_half_a_character_is_refused() -> None:
+    with pytest.raises(ServingError) as caught:
+        parse_chat(b'{"messages": [{"role": "user", "content": "\\ud83d"}]}')
+    assert "whole Unicode characters" in caught.value.message
+
+    arguments = {"function": {"name": "f", "arguments": '{"a": "\\ud83d"}'}}
+    assert "`arguments`" in refusal(messages=[{"role": "assistant", "tool_calls": [arguments]}]).message
+
+
+def test_an_escaped_pair_is_one_character() -> None:
+    assert parse(messages=[{"role": "user", "content": "😀"}]).messages[0].content == "😀"
+
+
+def test_an_error_never_repeats_a_whole_value() -> None:
+    assert len(refusal(temperature="x" * 10_000).message) < 200
+
+
+@pytest.mark.parametrize("name", sorted(HARMLESS))
+def test_harmless_fields_are_accepted(name: str) -> None:
+    parse(**{name: "anything"})
+
+
+@pytest.mark.parametrize("name", sorted(WITHOUT_EFFECT))
+def test_fields_that_ask_for_what_happens_anyway_are_accepted(name: str) -> None:
+    parse(**{name: WITHOUT_EFFECT[name]})
+    parse(**{name: None})
+
+
+def test_an_answer_can_be_sent_back_as_it_came() -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    answer = {
+        "role": "assistant", "content": None, "refusal": None, "annotations": None, "audio": None,
+        "function_call": None, "reasoning": "r", "reasoning_content": "r", "boxes": [{"bbox_2d": [1, 2, 3, 4]}],
+        "tool_calls": [call],
+    }  # fmt: skip
+
+    chat = parse(messages=[USER, answer, {"role": "tool", "tool_call_id": "c", "content": "3"}])
+
+    assert chat.messages[1].tool_calls is not None
+
+
+def test_what_is_given_is_what_is_used() -> None:
+    chat = parse(stop="x", tools=[{"type": "function", "function": {"name": "f"}}], max_completion_tokens=3)
+
+    assert (chat.stop_strings, len(chat.active_tools), chat.asked_max_tokens) == (("x",), 1, 3)
+    assert chat.enable_thinking is True
+    assert parse(chat_template_kwargs={"enable_thinking": False}).enable_thinking is False
+    assert parse(tools=[{"type": "function", "function": {"name": "f"}}], tool_choice="none").active_tools == []
