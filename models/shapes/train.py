@@ -47,8 +47,9 @@ def equal_length_attention(self, hidden_states, cu_seqlens, position_embeddings=
     q, k, v = self.qkv(hidden_states).reshape(tokens, 3, self.num_heads, -1).permute(1, 0, 2, 3).unbind(0)
     q, k = modeling_glm4v.apply_rotary_pos_emb_vision(q, k, *position_embeddings)
     q, k, v = (x.reshape(pictures, tokens // pictures, self.num_heads, -1).transpose(1, 2) for x in (q, k, v))
-    mixed = F.scaled_dot_product_attention(q, k, v, scale=self.scaling)
-    return self.proj(mixed.transpose(1, 2).reshape(tokens, -1))
+    # in bfloat16 on a CPU, twice as fast forward and back as the fused attention
+    weights = torch.softmax(torch.matmul(q * self.scaling, k.transpose(-1, -2)), dim=-1)
+    return self.proj(torch.matmul(weights, v).transpose(1, 2).reshape(tokens, -1))
 
 
 class CellHeads(nn.Module):
@@ -120,6 +121,7 @@ class Trainer:
         modeling_glm4v.Glm4vVisionAttention.forward = equal_length_attention
         self.tokenizer = AutoTokenizer.from_pretrained(options.state)
         self.model = Glm4vForConditionalGeneration(config_for(self.tokenizer)).to(self.device)
+        self.model.model.language_model.set_attn_implementation("eager")
         self.heads = CellHeads(self.model.config.text_config.hidden_size).to(self.device)
         self.image_id = self.model.config.image_token_id
         self.parameters = [*self.model.parameters(), *self.heads.parameters()]
@@ -225,8 +227,9 @@ class Trainer:
         embeds = language.embed_tokens(to(batch.ids))
         cells = torch.cat([seen[group][index] for group, index in batch.picture_order])
         embeds = embeds.masked_scatter(to(batch.image_slots)[..., None], cells)
+        blocked = torch.where(to(batch.mask), 0.0, torch.finfo(torch.float32).min)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.bf16):
-            hidden = language(inputs_embeds=embeds, position_ids=to(batch.positions), attention_mask=to(batch.mask), use_cache=False)
+            hidden = language(inputs_embeds=embeds, position_ids=to(batch.positions), attention_mask=blocked, use_cache=False)
             labels = to(batch.labels)
             learned = labels != -100
             logits = self.model.lm_head(hidden.last_hidden_state[learned]).float()

@@ -1,0 +1,153 @@
+"""What a chat holds and what of it goes with the next question."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from web.client import ApiError
+from web.conversation import Conversation, Turn
+from web.events import Box, Finished, Loading, Queued, Text, Thought
+from web.pictures import Picture
+
+
+def picture(sha: str) -> Picture:
+    return Picture(sha, f"{sha}.png", "image/png", 8, 8, sha.encode())
+
+
+def answered(conversation: Conversation, question: str, pictures: list[Picture], text: str) -> Turn:
+    turn = conversation.ask(question, pictures)
+    turn.answer.take(Text(text), 1.0)
+    turn.answer.take(Finished("stop"), 2.0)
+    return turn
+
+
+def kinds(message: dict[str, Any]) -> list[str]:
+    return [part["type"] for part in message["content"]]
+
+
+def test_pictures_are_resent_in_the_turn_that_brought_them() -> None:
+    conversation = Conversation()
+    answered(conversation, "What is it?", [picture("a")], "A circle.")
+
+    conversation.ask("What color?", [])
+
+    first, answer, second = conversation.messages()
+    assert kinds(first) == ["image_url", "text"]
+    assert first["content"][0]["image_url"]["url"] == picture("a").data_url
+    assert answer == {"role": "assistant", "content": "A circle."}
+    assert kinds(second) == ["text"]
+
+
+def test_reasoning_is_never_resent() -> None:
+    conversation = Conversation()
+    turn = conversation.ask("What is it?", [])
+    turn.answer.take(Thought("secret thoughts"), 1.0)
+    turn.answer.take(Text("A circle."), 2.0)
+    turn.answer.take(Finished("stop"), 3.0)
+
+    conversation.ask("Sure?", [])
+
+    assert "secret thoughts" not in str(conversation.messages())
+
+
+def test_a_failed_question_is_left_out_but_its_picture_goes_with_the_next() -> None:
+    conversation = Conversation()
+    conversation.ask("What is it?", [picture("a")]).answer.fail(ApiError("down"), 1.0)
+
+    turn = conversation.ask("And now?", [picture("b")])
+
+    (message,) = conversation.messages()
+    assert kinds(message) == ["image_url", "image_url", "text"]
+    assert message["content"][-1]["text"] == "And now?"
+    assert turn.answer.sent == ("a", "b")
+
+
+@pytest.mark.parametrize("kind", ["refused", "too_large", "too_long"])
+def test_a_picture_that_was_refused_is_not_sent_again(kind: str) -> None:
+    conversation = Conversation()
+    conversation.ask("What is it?", [picture("a")]).answer.fail(ApiError(kind), 1.0)
+
+    conversation.ask("Hello?", [])
+
+    assert kinds(conversation.messages()[0]) == ["text"]
+
+
+def test_a_stopped_answer_stays_in_the_chat_with_what_it_said() -> None:
+    conversation = Conversation()
+    turn = conversation.ask("Tell me", [])
+    turn.answer.take(Text("Once upon"), 1.0)
+
+    conversation.settle(2.0)
+    turn.answer.take(Text(" a time"), 3.0)
+    conversation.ask("Go on", [])
+
+    assert (turn.answer.state, turn.answer.text) == ("stopped", "Once upon")
+    assert conversation.messages()[1]["content"] == "Once upon"
+
+
+def test_thinking_is_timed_from_its_first_word_to_the_answer_s_first() -> None:
+    answer = Conversation().ask("Why?", []).answer
+
+    answer.take(Queued(1), 10.0)
+    answer.take(Thought("hm"), 11.0)
+    answer.take(Thought("m"), 12.0)
+    answer.take(Text("So."), 14.5)
+    answer.take(Text(" Yes."), 20.0)
+
+    assert answer.thinking_s == 3.5
+
+
+def test_a_stop_while_thinking_ends_the_thinking() -> None:
+    answer = Conversation().ask("Why?", []).answer
+    answer.take(Thought("hm"), 1.0)
+
+    answer.stop(3.0)
+
+    assert (answer.state, answer.thinking_s) == ("stopped", 2.0)
+
+
+def test_waiting_states_follow_what_the_api_says_last() -> None:
+    answer = Conversation().ask("Why?", []).answer
+
+    answer.take(Loading(0.5), 1.0)
+    assert (answer.loading, answer.loading_progress) == (True, 0.5)
+
+    answer.take(Queued(3), 2.0)
+    assert (answer.loading, answer.queue_position, answer.state) == (False, 3, "waiting")
+
+
+def test_asking_again_takes_back_the_last_turn_with_its_pictures() -> None:
+    conversation = Conversation()
+    conversation.ask("What is it?", [picture("a")], sample="shapes.png").answer.fail(ApiError("down"), 1.0)
+
+    assert conversation.take_back_last() == ("What is it?", [picture("a")], "shapes.png")
+    assert conversation.turns == []
+
+
+def test_the_picture_count_is_that_of_the_next_request() -> None:
+    conversation = Conversation()
+    answered(conversation, "One", [picture("a"), picture("b")], "Fine.")
+    conversation.ask("Two", [picture("c")]).answer.fail(ApiError("too_large"), 1.0)
+
+    assert conversation.picture_count(new=1) == 3
+
+
+def test_the_same_picture_twice_in_one_question_is_kept_and_sent_once() -> None:
+    conversation = Conversation()
+
+    turn = conversation.ask("Same?", [picture("a"), picture("a")])
+
+    assert turn.pictures == ("a",)
+
+
+def test_boxes_are_kept_with_the_order_of_the_pictures_that_were_sent() -> None:
+    conversation = Conversation()
+    answered(conversation, "One", [picture("a")], "Fine.")
+    turn = conversation.ask("Where?", [picture("b")])
+
+    turn.answer.take(Box((1, 2, 3, 4), 1), 1.0)
+
+    assert turn.answer.sent == ("a", "b")
+    assert turn.answer.boxes == [Box((1, 2, 3, 4), 1)]

@@ -1,0 +1,268 @@
+"""The page in a real Chromium: what only a browser can show, and the true answer of the demo model.
+
+The vision path cannot be faked: the same question about two pictures drawn here, alike but for the colour, gets two
+different right answers, and a blank picture neither.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Server, wait_until
+from playwright.sync_api import Browser, Page, expect
+from web_fake_api import Answer, FakeApi
+
+from models.shapes.pictures import COLORS, draw_shapes
+
+TOKEN = "a-token-for-tests"
+KEY = "a-key-for-tests"
+PATIENCE_MS = 120_000
+SEED = 90210  # places and sizes; pictures with the same seed differ in nothing but what is asked for
+
+OpenPage = Callable[..., Page]
+
+
+@pytest.fixture
+def open_page(chromium: Browser) -> Iterator[OpenPage]:
+    """Opens a page of a server; the browser's own settings (locale, colours, size) may be given."""
+    contexts = []
+
+    def open_it(server: Server, query: str = f"?token={TOKEN}", **browser: object) -> Page:
+        context = chromium.new_context(**{"locale": "en-US", **browser})  # type: ignore[arg-type]
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(PATIENCE_MS)
+        page.goto(f"{server.url}/{query}")
+        return page
+
+    yield open_it
+    for context in contexts:
+        context.close()
+
+
+@pytest.fixture
+def fake_page(page_server: Callable[..., Server], fake_api: FakeApi, open_page: OpenPage) -> Page:
+    """The real page in front of the fake API."""
+    return open_page(page_server(GLM_WEB_TOKEN=TOKEN, GLM_API_KEY=KEY, GLM_API_URL=fake_api.url))
+
+
+def png(*wanted: tuple[str, str], seed: int) -> bytes:
+    buffer = io.BytesIO()
+    draw_shapes(list(wanted), seed=seed).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def add_picture(page: Page, name: str, data: bytes) -> None:
+    box = page.get_by_test_id("stChatInput")
+    box.locator("input[type=file]").set_input_files({"name": name, "mimeType": "image/png", "buffer": data})
+    expect(box.get_by_text(name)).to_be_visible(timeout=PATIENCE_MS)
+
+
+def ask(page: Page, question: str) -> None:
+    box = page.get_by_test_id("stChatInputTextArea")
+    expect(box).to_be_enabled(timeout=PATIENCE_MS)
+    box.fill(question)
+    send = page.get_by_test_id("stChatInputSubmitButton")
+    expect(send).to_be_enabled(timeout=PATIENCE_MS)  # an upload that is still under way is not lost
+    send.click()
+
+
+def last_answer(page: Page, complete: bool = True) -> str:
+    """The text of the last answer, once it is complete."""
+    message = page.get_by_test_id("stChatMessage").last
+    if complete:
+        expect(message).to_contain_text("complete", timeout=PATIENCE_MS)
+    return message.inner_text()
+
+
+@pytest.fixture
+def demo_page(page_server: Callable[..., Server], open_page: OpenPage, tmp_path: Path) -> Iterator[Page]:
+    """The real page in front of the real API with the bundled demo model."""
+    model = str(ROOT / "models" / "shapes")
+    with Server(
+        "api.server", "/health", tmp_path / "api.log", GLM_API_KEY=KEY, GLM_MODEL=model, GLM_DEVICE="cpu"
+    ) as api:
+        yield open_page(page_server(GLM_WEB_TOKEN=TOKEN, GLM_API_KEY=KEY, GLM_API_URL=api.url))
+
+
+def colors_in(answer: str) -> set[str]:
+    return set(re.findall(rf"\b({'|'.join(COLORS)})\b", answer.lower()))
+
+
+def ask_in_a_new_chat(page: Page, name: str, picture: bytes, question: str) -> str:
+    page.get_by_role("button", name="New chat").click()
+    expect(page.get_by_test_id("stChatMessage")).to_have_count(0, timeout=PATIENCE_MS)
+    add_picture(page, name, picture)
+    ask(page, question)
+    return last_answer(page)
+
+
+def test_the_demo_model_sees_the_pictures_and_does_not_guess(demo_page: Page) -> None:
+    question = "What color is the circle?"
+    expect(demo_page.get_by_test_id("stMarkdown").first).to_contain_text("demo", timeout=PATIENCE_MS)
+
+    red = ask_in_a_new_chat(demo_page, "one.png", png(("red", "circle"), seed=SEED), question)
+    blue = ask_in_a_new_chat(demo_page, "two.png", png(("blue", "circle"), seed=SEED), question)
+    blank = ask_in_a_new_chat(demo_page, "three.png", png(seed=SEED), question)
+
+    assert (colors_in(red), colors_in(blue), colors_in(blank)) == ({"red"}, {"blue"}, set()), (red, blue, blank)
+
+
+def test_a_second_question_is_answered_about_the_same_picture(demo_page: Page) -> None:
+    first = ask_in_a_new_chat(demo_page, "mine.png", png(("green", "star"), seed=SEED), "What color is the star?")
+
+    ask(demo_page, "How many shapes are there?")
+    expect(demo_page.get_by_test_id("stChatMessage")).to_have_count(4, timeout=PATIENCE_MS)
+    second = last_answer(demo_page)
+
+    assert colors_in(first) == {"green"}, first
+    assert re.findall(r"There (?:is|are) (\w+)", second) == ["1"], second
+
+
+def test_stop_in_the_middle_keeps_what_was_written_and_frees_the_model(fake_page: Page, fake_api: FakeApi) -> None:
+    fake_api.answer = Answer(text="word " * 2000, pause_s=0.05)
+    ask(fake_page, "Tell me everything")
+    expect(fake_page.get_by_test_id("stChatMessage").last).to_contain_text("word word word", timeout=PATIENCE_MS)
+
+    fake_page.get_by_role("button", name="Stop", exact=True).click()
+    stopped_at = time.monotonic()
+    wait_until(lambda: fake_api.received[0].left_at, "the API to see the disconnect", 30)
+
+    assert (fake_api.received[0].left_at or 0) - stopped_at < 2
+    message = fake_page.get_by_test_id("stChatMessage").last
+    expect(message).to_contain_text("Stopped. What had been written is kept.", timeout=PATIENCE_MS)
+    expect(message).to_contain_text("word word word")
+    expect(fake_page.get_by_role("button", name="Try again")).to_be_visible()
+
+
+def test_stop_while_waiting_in_line_frees_the_place(fake_page: Page, fake_api: FakeApi) -> None:
+    ask(fake_page, "Hello")
+    last_answer(fake_page)
+    fake_api.answer = Answer(queue=500, queue_pause_s=1)
+    ask(fake_page, "Hello again")
+    expect(fake_page.get_by_test_id("stChatMessage").last).to_contain_text("Waiting in line", timeout=PATIENCE_MS)
+
+    fake_page.get_by_test_id("stChatInputStopButton").click()
+    stopped_at = time.monotonic()
+    wait_until(lambda: fake_api.received[1].left_at, "the API to see the disconnect", 30)
+
+    assert (fake_api.received[1].left_at or 0) - stopped_at < 2
+    expect(fake_page.get_by_text("Stopped before the answer began.")).to_be_visible(timeout=PATIENCE_MS)
+
+
+def test_an_answer_about_a_sample_can_be_stopped_too(fake_page: Page, fake_api: FakeApi) -> None:
+    fake_api.answer = Answer(text="word " * 2000, pause_s=0.05)
+    fake_page.get_by_role("button", name="What color is the star?").click()
+    expect(fake_page.get_by_test_id("stChatMessage").last).to_contain_text("word word", timeout=PATIENCE_MS)
+
+    fake_page.get_by_role("button", name="Stop", exact=True).click()
+    stopped_at = time.monotonic()
+    wait_until(lambda: fake_api.received[0].left_at, "the API to see the disconnect", 30)
+
+    assert (fake_api.received[0].left_at or 0) - stopped_at < 2
+    expect(fake_page.get_by_text("Stopped. What had been written is kept.")).to_be_visible(timeout=PATIENCE_MS)
+
+
+def test_settings_and_language_changed_while_an_answer_comes_do_not_cut_it_off(
+    fake_page: Page, fake_api: FakeApi
+) -> None:
+    fake_api.answer = Answer(text="word " * 60 + "the end", pause_s=0.1)
+    ask(fake_page, "Tell me everything")
+    expect(fake_page.get_by_test_id("stChatMessage").last).to_contain_text("word word", timeout=PATIENCE_MS)
+
+    fake_page.get_by_text("Think before answering").click()
+    fake_page.get_by_text("中文").click()
+
+    expect(fake_page.get_by_role("button", name="新对话")).to_be_visible(timeout=PATIENCE_MS)
+    expect(fake_page.get_by_test_id("stChatMessage").last).to_contain_text("the end")
+    assert fake_api.received[0].left_at is None
+    fake_api.answer = Answer(text="ok")
+    ask(fake_page, "再说一遍")
+    wait_until(lambda: len(fake_api.received) == 2, "the second question")
+    assert fake_api.received[1].body["chat_template_kwargs"] == {"enable_thinking": False}
+
+
+def test_what_a_model_writes_is_never_run_and_never_fetches_anything(fake_page: Page, fake_api: FakeApi) -> None:
+    beacon = f"{fake_api.url}/beacon.png"
+    fake_api.answer = Answer(
+        text=f"<img src='{beacon}?html' onerror='window.hacked=1'><script>window.hacked=1</script> "
+        f"![x]({beacon}?inline) ![y][r] <b>bold</b>\n\n[r]: {beacon}?reference\n\nThe last word.",
+        reasoning=f"![z]({beacon}?thought)",
+    )
+    ask(fake_page, "Hello")
+
+    text = last_answer(fake_page)
+    fake_page.get_by_text(re.compile("Thought for")).click()
+
+    assert "<b>bold</b>" in text
+    assert "The last word." in text
+    assert fake_page.evaluate("window.hacked") is None
+    # Even a page that forgot to take pictures out could not load them: this one tries, and is refused.
+    refused = fake_page.evaluate(
+        "url => new Promise(done => {const i = new Image(); i.onload = () => done(false);"
+        " i.onerror = () => done(true); i.src = url})",
+        f"{beacon}?direct",
+    )
+    assert refused
+    assert fake_api.other_hits == []
+
+
+def test_a_wrong_token_is_told_and_the_right_one_opens(
+    page_server: Callable[..., Server], fake_api: FakeApi, open_page: OpenPage
+) -> None:
+    page = open_page(page_server(GLM_WEB_TOKEN=TOKEN, GLM_API_KEY=KEY, GLM_API_URL=fake_api.url), query="?token=wrong")
+    expect(page.get_by_text("This token is not right.")).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.get_by_test_id("stChatInput")).to_have_count(0)
+
+    page.get_by_label("Token", exact=True).fill(TOKEN)
+    page.get_by_role("button", name="Open").click()
+    expect(page.get_by_test_id("stChatInput")).to_be_visible(timeout=PATIENCE_MS)
+
+    page.reload()
+    expect(page.get_by_test_id("stChatInput")).to_be_visible(timeout=PATIENCE_MS)
+
+
+def test_a_chinese_browser_on_a_phone_gets_a_chinese_page_that_fits(
+    page_server: Callable[..., Server], fake_api: FakeApi, open_page: OpenPage
+) -> None:
+    server = page_server(GLM_WEB_TOKEN=TOKEN, GLM_API_KEY=KEY, GLM_API_URL=fake_api.url)
+    page = open_page(server, locale="zh-CN", viewport={"width": 390, "height": 844})
+
+    expect(page.get_by_role("heading", name="看图问答")).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.get_by_role("button", name="星形是什么颜色？")).to_be_visible()
+    expect(page.get_by_role("heading", name="看图问答")).to_be_in_viewport()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_a_page_opened_before_its_model_is_ready_notices_when_it_is(fake_api: FakeApi, fake_page: Page) -> None:
+    fake_api.health = {"state": "loading", "progress": 0.5}
+    fake_page.reload()
+    expect(fake_page.get_by_text("still loading (50 %)")).to_be_visible(timeout=PATIENCE_MS)
+
+    fake_api.health = {"state": "idle", "progress": 1.0}
+
+    expect(fake_page.get_by_text("still loading")).to_have_count(0, timeout=PATIENCE_MS)
+
+
+def test_a_pasted_picture_is_attached(fake_page: Page, fake_api: FakeApi) -> None:
+    area = fake_page.get_by_test_id("stChatInputTextArea")
+    expect(area).to_be_visible(timeout=PATIENCE_MS)
+    data = list(png(("red", "star"), seed=1))
+    area.evaluate(
+        "(area, bytes) => {const held = new DataTransfer();"
+        " held.items.add(new File([new Uint8Array(bytes)], 'pasted.png', {type: 'image/png'}));"
+        " area.dispatchEvent(new ClipboardEvent('paste', {clipboardData: held, bubbles: true, cancelable: true}))}",
+        data,
+    )
+    expect(fake_page.get_by_test_id("stChatInput").get_by_text("pasted.png")).to_be_visible(timeout=PATIENCE_MS)
+
+    ask(fake_page, "What is it?")
+    last_answer(fake_page)
+
+    image, _ = fake_api.received[0].body["messages"][0]["content"]
+    assert image["type"] == "image_url"

@@ -1,0 +1,28 @@
+"""A model's Markdown made harmless."""
+
+from __future__ import annotations
+
+import pytest
+
+from web.safe_text import plain, without_pictures
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        ("See ![a](http://evil.example/?q=1).", "See [a](http://evil.example/?q=1)."),
+        ("![a][ref]\n\n[ref]: http://evil.example/", "[a][ref]\n\n[ref]: http://evil.example/"),
+        ("![![a](http://x/)](http://y/)", "[[a](http://x/)](http://y/)"),
+        ("Hello! [link](http://x/)", "Hello! [link](http://x/)"),
+        ("Write `![a](http://x/)` so.", "Write `![a](http://x/)` so."),
+        ("```\n![a](http://x/)\n```\n![b](http://y/)", "```\n![a](http://x/)\n```\n[b](http://y/)"),
+        ("Wow!", "Wow!"),
+    ],
+)
+def test_pictures_become_links_and_all_else_stays(written: str, shown: str) -> None:
+    assert without_pictures(written) == shown
+
+
+def test_a_file_name_cannot_become_markdown() -> None:
+    assert plain("a_*b*_[x](y).png") == r"a\_\*b\*\_\[x\]\(y\).png"
+    assert plain("照片 1.png") == "照片 1.png"

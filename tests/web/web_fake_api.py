@@ -1,0 +1,210 @@
+"""A small real HTTP server that speaks the API's contract and does what a test tells it.
+
+It logs every chat request and when its reader went away, so that tests can assert on the server's side.
+"""
+
+from __future__ import annotations
+
+import json
+import select
+import socket
+import threading
+import time
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Self
+
+INFO: dict[str, Any] = {
+    "name": "glm-4.6v-flash-web",
+    "model": "glm-shapes-demo",
+    "demo": True,
+    "knows": {"en": "It knows coloured shapes and printed words.", "zh": "它认识彩色图形和印刷文字。"},
+    "context_tokens": 8192,
+    "limits": {"max_images": 4, "max_image_bytes": 2 * 2**20, "max_image_pixels": 4_000_000, "default_max_tokens": 256},
+    "generation": {"do_sample": False, "temperature": 0.8},
+}
+
+
+@dataclass
+class Answer:
+    """What one chat request gets. `pause_s` lies between the words; `queue` heartbeats come first."""
+
+    text: str = "It is a red circle."
+    reasoning: str = ""
+    boxes: list[dict[str, Any]] = field(default_factory=list)
+    pause_s: float = 0.0
+    queue: int = 0
+    queue_pause_s: float = 0.3
+    head_delay_s: float = 0.0
+    finish_reason: str = "stop"
+    cut_after: int | None = None  # words after which the connection breaks
+    error_event: dict[str, Any] | None = None
+    status: int = 200
+    error: dict[str, Any] = field(default_factory=dict)
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Received:
+    body: dict[str, Any]
+    headers: dict[str, str]
+    words_sent: int = 0
+    heartbeats_sent: int = 0
+    ended: bool = False
+    left_at: float | None = None  # time.monotonic() when the reader went away
+
+
+class FakeApi:
+    """Use as a context manager."""
+
+    def __init__(self, key: str | None = None) -> None:
+        self.key = key
+        self.info = json.loads(json.dumps(INFO))
+        self.health: dict[str, Any] = {"state": "idle", "progress": 1.0, "model": "glm-shapes-demo"}
+        self.answer = Answer()
+        self.received: list[Received] = []
+        self.other_hits: list[str] = []
+        self._server = _Server(("127.0.0.1", 0), _Handler)
+        self._server.fake = self
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+
+    @property
+    def port(self) -> int:
+        return int(self._server.server_address[1])
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    fake: FakeApi
+
+
+class _ReaderLeft(Exception):
+    pass
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: _Server
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        fake = self.server.fake
+        if self.path == "/health":
+            ready = fake.health["state"] in ("idle", "busy")
+            self._json(200 if ready else 503, fake.health)
+        elif not self._allowed():
+            self._json(401, {"error": {"message": "wrong key", "type": "authentication_error"}})
+        elif self.path == "/info":
+            self._json(200, fake.info)
+        else:
+            fake.other_hits.append(self.path)
+            self._json(404, {"error": {"message": "no such route", "type": "not_found"}})
+
+    def do_POST(self) -> None:
+        fake = self.server.fake
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if not self._allowed():
+            self._json(401, {"error": {"message": "wrong key", "type": "authentication_error"}}, {"x-request-id": "r1"})
+            return
+        received = Received(body, {name.lower(): value for name, value in self.headers.items()})
+        fake.received.append(received)
+        answer = fake.answer
+        if answer.status != 200:
+            self._json(answer.status, {"error": answer.error}, {"x-request-id": "req-42", **answer.headers})
+            return
+        try:
+            self._wait(answer.head_delay_s)
+            self._stream(answer, received)
+        except (_ReaderLeft, ConnectionError):
+            received.left_at = time.monotonic()
+        finally:
+            received.ended = True
+            self.close_connection = True
+
+    def _stream(self, answer: Answer, received: Received) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.send_header("x-request-id", "req-42")
+        self.end_headers()
+        for position in range(answer.queue, 0, -1):
+            self._send(f": queue_position={position}\n\n")
+            received.heartbeats_sent += 1
+            self._wait(answer.queue_pause_s)
+        for word in _words(answer.reasoning):
+            self._delta({"reasoning_content": word, "reasoning": word})
+            self._wait(answer.pause_s)
+        for number, word in enumerate(_words(answer.text)):
+            if answer.cut_after == number:
+                return
+            self._delta({"content": word})
+            received.words_sent += 1
+            self._wait(answer.pause_s)
+        if answer.error_event is not None:
+            self._data({"error": answer.error_event})
+            self._send("", last=True)
+            return
+        for box in answer.boxes:
+            self._delta({"boxes": [box]})
+        timings = {"ttft_s": 0.25, "total_s": 1.0, "tokens_per_s": 40.0}
+        self._data({"choices": [{"index": 0, "delta": {}, "finish_reason": answer.finish_reason}], "timings": timings})
+        self._data({"choices": [], "usage": {"prompt_tokens": 90, "completion_tokens": 7, "total_tokens": 97}})
+        self._send("data: [DONE]\n\n")
+        self._send("", last=True)
+
+    def _delta(self, delta: dict[str, Any]) -> None:
+        self._data({"choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
+
+    def _data(self, chunk: dict[str, Any]) -> None:
+        self._send(f"data: {json.dumps(chunk)}\n\n")
+
+    def _send(self, text: str, last: bool = False) -> None:
+        data = text.encode()
+        if data:
+            self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+        if last:
+            self.wfile.write(b"0\r\n\r\n")
+        self.wfile.flush()
+
+    def _wait(self, seconds: float) -> None:
+        """Pause, but notice within 20 ms that the reader hung up."""
+        until = time.monotonic() + seconds
+        while True:
+            left = until - time.monotonic()
+            readable, _, _ = select.select([self.connection], [], [], max(0.0, min(left, 0.02)))
+            if readable and self.connection.recv(1, socket.MSG_PEEK) == b"":
+                raise _ReaderLeft
+            if left <= 0:
+                return
+
+    def _allowed(self) -> bool:
+        key = self.server.fake.key
+        return key is None or self.headers.get("Authorization") == f"Bearer {key}"
+
+    def _json(self, status: int, body: dict[str, Any], headers: dict[str, str] | None = None) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+
+
+def _words(text: str) -> list[str]:
+    return [word + " " for word in text.split(" ")] if text else []

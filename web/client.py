@@ -1,0 +1,151 @@
+"""Talks to the API over HTTP: what it is, how it feels, and one question at a time.
+
+Owns addresses, the key, time limits and the naming of failures. Knows nothing of Streamlit, of the page's
+words or of conversations. Every failure becomes an ApiError whose `kind` the page turns into one sentence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import requests
+
+CONNECT_TIMEOUT_S = 4.0
+GLANCE_TIMEOUT_S = 3.0  # for /health and /info, which never wait for the model
+SILENCE_S = 60.0  # the API sends something every second while it works; this much silence means it hangs
+
+READY_STATES = ("idle", "busy")
+
+
+class ApiError(Exception):
+    """A request that failed. `kind` names the sentence to show; `detail` is the API's own message, if any."""
+
+    def __init__(self, kind: str, detail: str = "", request_id: str = "", retry_after_s: float | None = None) -> None:
+        super().__init__(f"{kind}: {detail}" if detail else kind)
+        self.kind = kind
+        self.detail = detail
+        self.request_id = request_id
+        self.retry_after_s = retry_after_s
+
+
+@dataclass(frozen=True)
+class Health:
+    """What `/health` says, or why it could not be asked (`down`)."""
+
+    state: str
+    progress: float | None = None
+    model: str = ""
+
+    @property
+    def ready(self) -> bool:
+        return self.state in READY_STATES
+
+
+@dataclass(frozen=True)
+class Info:
+    """What `/info` says; every part may be missing when another engine stands behind the address."""
+
+    model: str = ""
+    demo: bool = False
+    knows: dict[str, str] = field(default_factory=dict)
+    limits: dict[str, int] = field(default_factory=dict)
+    generation: dict[str, Any] = field(default_factory=dict)
+    context_tokens: int | None = None
+
+
+class ApiClient:
+    """One API address and its key."""
+
+    def __init__(self, base_url: str, key: str | None = None) -> None:
+        self.base_url = base_url.rstrip("/")
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+
+    def health(self) -> Health:
+        try:
+            answer = self._session().get(f"{self.base_url}/health", timeout=(CONNECT_TIMEOUT_S, GLANCE_TIMEOUT_S))
+            body = answer.json()
+            return Health(str(body["state"]), body.get("progress"), str(body.get("model") or ""))
+        except (requests.RequestException, ValueError, KeyError, TypeError, AttributeError):
+            return Health("down")
+
+    def info(self) -> Info:
+        """Raises ApiError."""
+        try:
+            answer = self._session().get(f"{self.base_url}/info", timeout=(CONNECT_TIMEOUT_S, GLANCE_TIMEOUT_S))
+        except requests.RequestException:
+            raise ApiError("down") from None
+        if answer.status_code != 200:
+            raise failure(answer)
+        body = _json_object(answer)
+        return Info(
+            model=str(body.get("model") or ""),
+            demo=bool(body.get("demo")),
+            knows=body.get("knows") or {},
+            limits=body.get("limits") or {},
+            generation=body.get("generation") or {},
+            context_tokens=body.get("context_tokens"),
+        )
+
+    def post_stream(self, body: dict[str, Any]) -> requests.Response:
+        """Send one streamed chat request; returns when the response's head is there, whatever its status."""
+        return self._session().post(
+            f"{self.base_url}/v1/chat/completions",
+            json=body,
+            stream=True,
+            timeout=(CONNECT_TIMEOUT_S, SILENCE_S),
+            headers={"Accept": "text/event-stream", "Accept-Encoding": "identity"},
+        )
+
+    def _session(self) -> requests.Session:
+        session = requests.Session()
+        # Rented machines often set HTTP_PROXY for downloads; a proxy must never see a call to this machine.
+        session.trust_env = False
+        session.headers.update(self._headers)
+        return session
+
+
+def failure(answer: requests.Response) -> ApiError:
+    """Name the failure that an answer with an error status stands for."""
+    error = _json_object(answer).get("error")
+    error = error if isinstance(error, dict) else {}
+    return named_failure(
+        answer.status_code, error, answer.headers.get("x-request-id", ""), _seconds(answer.headers.get("Retry-After"))
+    )
+
+
+def named_failure(
+    status: int, error: dict[str, Any], request_id: str = "", retry_after_s: float | None = None
+) -> ApiError:
+    """Name a failure from its HTTP status (0: an event inside a stream) and the API's error object."""
+    detail = str(error.get("message") or "")
+    return ApiError(_kind(status, str(error.get("code") or ""), detail), detail, request_id, retry_after_s)
+
+
+def _kind(status: int, code: str, message: str) -> str:
+    if status in (401, 403):
+        return "bad_key"
+    if status == 413:
+        return "too_large"
+    if status in (400, 404, 422):
+        return "too_long" if "context" in f"{code} {message}" else "refused"
+    if status == 429:
+        return "queue_full"
+    if code in ("queue_full", "loading", "draining"):
+        return code
+    return "unavailable" if status == 503 or code == "dead" else "broken"
+
+
+def _json_object(answer: requests.Response) -> dict[str, Any]:
+    try:
+        body = answer.json()
+    except (ValueError, requests.RequestException):
+        return {}
+    return body if isinstance(body, dict) else {}
+
+
+def _seconds(text: str | None) -> float | None:
+    try:
+        return float(text) if text else None
+    except ValueError:
+        return None

@@ -1,0 +1,134 @@
+"""What the API says while it answers: server-sent event lines, turned into typed events.
+
+Pure: no socket, no thread, no Streamlit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from web.client import ApiError, named_failure
+
+
+@dataclass(frozen=True)
+class Queued:
+    """The API is alive and the answer has not begun. `position` is the place in the line, if it was told."""
+
+    position: int | None
+
+
+@dataclass(frozen=True)
+class Loading:
+    """The model is not there yet; the question will be sent again."""
+
+    progress: float | None
+
+
+@dataclass(frozen=True)
+class Thought:
+    text: str
+
+
+@dataclass(frozen=True)
+class Text:
+    text: str
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle in 0-1000 of width and height; `image` counts the request's pictures from 0."""
+
+    corners: tuple[float, float, float, float]
+    image: int = 0
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The end of an answer. Times are the API's own, in seconds; None where it told none."""
+
+    reason: str | None
+    completion_tokens: int | None = None
+    prompt_tokens: int | None = None
+    ttft_s: float | None = None
+    tokens_per_s: float | None = None
+
+
+Event = Queued | Loading | Thought | Text | Box | Finished
+
+
+@dataclass
+class EventReader:
+    """Turns lines of the stream into events. Pure: no socket, no thread."""
+
+    request_id: str = ""
+    done: bool = False
+    _reason: str | None = None
+    _usage: dict[str, Any] = field(default_factory=dict)
+    _timings: dict[str, Any] = field(default_factory=dict)
+
+    def read(self, line: str) -> Iterator[Event]:
+        """Raises ApiError for an error event or a line that is no JSON."""
+        if self.done:
+            return
+        if line.startswith(":"):
+            yield Queued(_queue_position(line))
+            return
+        if not line.startswith("data:"):
+            return
+        data = line.removeprefix("data:").strip()
+        if data == "[DONE]":
+            self.done = True
+            yield self._finished()
+            return
+        try:
+            chunk = json.loads(data)
+        except ValueError:
+            raise ApiError("broken", request_id=self.request_id) from None
+        if isinstance(chunk, dict):
+            yield from self._chunk(chunk)
+
+    def _chunk(self, chunk: dict[str, Any]) -> Iterator[Event]:
+        if isinstance(chunk.get("error"), dict):
+            raise named_failure(0, chunk["error"], self.request_id)
+        self._usage = chunk.get("usage") or self._usage
+        self._timings = chunk.get("timings") or self._timings
+        for choice in chunk.get("choices") or []:
+            delta = choice.get("delta") or {}
+            if thought := delta.get("reasoning_content") or delta.get("reasoning"):
+                yield Thought(str(thought))
+            if text := delta.get("content"):
+                yield Text(str(text))
+            for box in delta.get("boxes") or []:
+                if read := _box(box):
+                    yield read
+            self._reason = choice.get("finish_reason") or self._reason
+
+    def _finished(self) -> Finished:
+        return Finished(
+            reason=self._reason,
+            completion_tokens=self._usage.get("completion_tokens"),
+            prompt_tokens=self._usage.get("prompt_tokens"),
+            ttft_s=self._timings.get("ttft_s"),
+            tokens_per_s=self._timings.get("tokens_per_s"),
+        )
+
+
+def _queue_position(comment: str) -> int | None:
+    _, _, value = comment.partition("queue_position=")
+    return int(value.strip()) if value.strip().isdigit() else None
+
+
+def _box(box: object) -> Box | None:
+    """None for anything that is no rectangle inside 0-1000: it must not be drawn."""
+    if not isinstance(box, dict):
+        return None
+    corners, image = box.get("bbox_2d"), box.get("image", 0)
+    if not isinstance(corners, list) or len(corners) != 4 or not isinstance(image, int):
+        return None
+    if not all(isinstance(value, int | float) and 0 <= value <= 1000 for value in corners):
+        return None
+    x1, y1, x2, y2 = (float(value) for value in corners)
+    return Box((x1, y1, x2, y2), image) if x2 > x1 and y2 > y1 else None

@@ -1,0 +1,138 @@
+"""A picture on its way to the model: decoded, turned upright, made a sane size, named by its content.
+
+Owns limits, encoding and the drawing of boxes. Knows nothing of Streamlit, HTTP or conversations.
+Re-encoding also leaves out what a camera wrote into the file: the place, the owner's name.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import warnings
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from web.events import Box
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff")
+MAX_SENT_PIXELS = 3_200_000  # more than the model's eyes use for one picture, small enough to send with each question
+MAX_PNG_BYTES = 1_500_000
+JPEG_QUALITY = 92
+MAX_BOXES = 200
+BOX_COLORS = ("#e5484d", "#3e63dd", "#30a46c", "#f76b15", "#8e4ec6", "#0090ff", "#d6409f", "#978365")
+
+
+class PictureError(Exception):
+    """A file that cannot be asked about. `kind` is too_big, too_many_pixels or unreadable."""
+
+    def __init__(self, kind: str, name: str, limit: float = 0) -> None:
+        super().__init__(f"{kind}: {name}")
+        self.kind = kind
+        self.name = name
+        self.limit = limit
+
+
+@dataclass(frozen=True)
+class Picture:
+    """The bytes that are shown and sent, the same ones."""
+
+    sha: str
+    name: str
+    mime: str
+    width: int
+    height: int
+    data: bytes = field(repr=False)
+
+    @property
+    def data_url(self) -> str:
+        return f"data:{self.mime};base64,{base64.b64encode(self.data).decode('ascii')}"
+
+
+def prepare(name: str, data: bytes, max_bytes: int, max_pixels: int) -> Picture:
+    """Raises PictureError."""
+    if len(data) > max_bytes:
+        raise PictureError("too_big", name, max_bytes / 2**20)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is ours to set
+            opened = Image.open(io.BytesIO(data), formats=FORMATS)
+            # The header tells the size: a small file that would unpack to gigabytes is never decoded.
+            if opened.width * opened.height > max_pixels:
+                raise PictureError("too_many_pixels", name, max_pixels / 1e6)
+            source_format = opened.format
+            image = _flatten(ImageOps.exif_transpose(opened))
+    except PictureError:
+        raise
+    except Image.DecompressionBombError:
+        raise PictureError("too_many_pixels", name, max_pixels / 1e6) from None
+    except Exception:  # on broken files Pillow raises anything, from SyntaxError to struct.error
+        raise PictureError("unreadable", name) from None
+    image = _shrink(image)
+    encoded, mime = _encode(image, lossless=source_format != "JPEG")
+    return Picture(hashlib.sha256(encoded).hexdigest(), name, mime, image.width, image.height, encoded)
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    """RGB, with white where the picture is transparent."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        paper = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(paper, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _shrink(image: Image.Image) -> Image.Image:
+    pixels = image.width * image.height
+    if pixels <= MAX_SENT_PIXELS:
+        return image
+    scale = (MAX_SENT_PIXELS / pixels) ** 0.5
+    size = max(1, int(image.width * scale)), max(1, int(image.height * scale))
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def _encode(image: Image.Image, lossless: bool) -> tuple[bytes, str]:
+    if lossless:
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        if buffer.tell() <= MAX_PNG_BYTES:
+            return buffer.getvalue(), "image/png"
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    return buffer.getvalue(), "image/jpeg"
+
+
+@lru_cache(maxsize=64)
+def draw_boxes(data: bytes, boxes: tuple[Box, ...]) -> bytes:
+    """The picture with numbered rectangles, as PNG or JPEG like the original's bytes."""
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    draw = ImageDraw.Draw(image)
+    line = max(2, round(min(image.size) / 120))
+    for number, box in enumerate(boxes[:MAX_BOXES], start=1):
+        x1, y1, x2, y2 = box.corners
+        corners = (
+            x1 / 1000 * (image.width - 1),
+            y1 / 1000 * (image.height - 1),
+            x2 / 1000 * (image.width - 1),
+            y2 / 1000 * (image.height - 1),
+        )
+        color = BOX_COLORS[(number - 1) % len(BOX_COLORS)]
+        # A white rim keeps the line visible on a background of its own colour.
+        draw.rectangle(
+            [corners[0] - 1, corners[1] - 1, corners[2] + 1, corners[3] + 1], outline="white", width=line + 2
+        )
+        draw.rectangle(corners, outline=color, width=line)
+        if len(boxes) > 1:
+            _number(draw, corners[0], corners[1], str(number), color, line)
+    return _encode(image, lossless=True)[0]
+
+
+def _number(draw: ImageDraw.ImageDraw, x: float, y: float, text: str, color: str, line: int) -> None:
+    font = ImageFont.load_default(size=max(12, line * 6))
+    left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
+    pad = line + 1
+    draw.rectangle([x, y, x + (right - left) + 2 * pad, y + (bottom - top) + 2 * pad], fill=color)
+    draw.text((x + pad - left, y + pad - top), text, fill="white", font=font)

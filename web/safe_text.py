@@ -1,0 +1,23 @@
+"""Makes what others wrote harmless to show as Markdown. Knows nothing of Streamlit.
+
+Streamlit already escapes HTML. A picture is the one thing in Markdown that a browser fetches by itself, so a
+model that was talked into it could send what it saw to a stranger: pictures become links that wait for a click.
+The Content-Security-Policy of the page stands behind this as the second wall.
+"""
+
+from __future__ import annotations
+
+import re
+
+_CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]*`)", re.DOTALL)
+_PICTURE = re.compile(r"!(?=\[)")
+
+
+def without_pictures(markdown: str) -> str:
+    parts = _CODE.split(markdown)
+    return "".join(part if index % 2 else _PICTURE.sub("", part) for index, part in enumerate(parts))
+
+
+def plain(text: str) -> str:
+    """A name that somebody else chose, to stand inside a sentence exactly as it is."""
+    return "".join(f"\\{char}" if char in r"\`*_{}[]()#+!|<>~$:" else char for char in text)

@@ -1,0 +1,36 @@
+"""The sample pictures of the empty page and the questions that go with them.
+
+Owns the files of this folder. `python -m web.samples.draw` made the pictures; `samples.json` says what to ask.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Sample:
+    """`alt` and `questions` are by language; the first question is the one that a click asks."""
+
+    file: str
+    alt: dict[str, str]
+    questions: dict[str, list[str]]
+
+    @property
+    def path(self) -> Path:
+        return FOLDER / self.file
+
+
+@cache
+def samples() -> tuple[Sample, ...]:
+    described = json.loads((FOLDER / "samples.json").read_text(encoding="utf-8"))
+    return tuple(Sample(**each) for each in described)
+
+
+def sample_named(file: str) -> Sample | None:
+    return next((sample for sample in samples() if sample.file == file), None)

@@ -1,0 +1,139 @@
+"""`python -m web.server`: serves the page in this very process, so that its pid is the server's.
+
+Owns Streamlit's options and the security headers. What the page shows is `web/app.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import logging
+import math
+import sys
+import uuid
+from collections.abc import MutableMapping
+from pathlib import Path
+from typing import Any
+
+import streamlit as st
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import settings as settings_module
+from settings import Settings, SettingsError
+from web.strings import Words
+
+APP = Path(__file__).resolve().parent / "app.py"
+
+HEADERS = {
+    # Model-written Markdown must not make the browser fetch anything from elsewhere.
+    b"content-security-policy": b"img-src 'self' data: blob:; media-src 'self' data: blob:; "
+    b"object-src 'none'; base-uri 'self'; frame-ancestors 'self'",
+    b"x-content-type-options": b"nosniff",
+    # The address holds the token; it must not travel with a click on a link.
+    b"referrer-policy": b"no-referrer",
+}
+
+log = logging.getLogger("web")
+
+
+class SecurityHeaders:
+    """Adds HEADERS to every HTTP answer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                _add_headers(message)
+            await send(message)
+
+        await self.app(scope, receive, send_with_headers)
+
+
+def _add_headers(message: MutableMapping[str, Any]) -> None:
+    kept = [(name, value) for name, value in message.get("headers", []) if name.lower() not in HEADERS]
+    message["headers"] = [*kept, *HEADERS.items()]
+
+
+def streamlit_options(settings: Settings) -> dict[str, object]:
+    """What `streamlit run` would be told by flags."""
+    return {
+        "server.address": settings.web_host,
+        "server.port": settings.web_port,
+        "server.headless": True,
+        "server.fileWatcherType": "none",
+        "server.runOnSave": False,
+        "server.maxUploadSize": math.ceil(settings.max_image_bytes / 2**20),
+        "server.enableXsrfProtection": True,
+        "server.enableCORS": True,
+        "server.enableStaticServing": False,
+        "browser.gatherUsageStats": False,
+        "client.toolbarMode": "minimal",
+        "client.showErrorDetails": "none",
+        "client.showErrorLinks": False,
+        "logger.hideWelcomeMessage": True,
+        "theme.baseRadius": "0.6rem",
+        "theme.light.primaryColor": "#3b5bdb",
+        "theme.light.backgroundColor": "#ffffff",
+        "theme.light.secondaryBackgroundColor": "#f3f5fa",
+        "theme.light.textColor": "#1c2333",
+        "theme.dark.primaryColor": "#748ffc",
+        "theme.dark.backgroundColor": "#12151c",
+        "theme.dark.secondaryBackgroundColor": "#1c2130",
+        "theme.dark.textColor": "#e8ebf3",
+    }
+
+
+def create_app() -> st.App:
+    return st.App(str(APP), middleware=[Middleware(SecurityHeaders)], on_script_error=_show_failure)
+
+
+def _show_failure(error: Exception) -> bool:
+    """A bug in the page: the log gets the traceback, the visitor a sentence and a number to report."""
+    number = uuid.uuid4().hex[:8]
+    log.error("page failed id=%s", number, exc_info=error)
+    st.error(Words(st.session_state.get("language", "en"))("error.page", id=number))
+    return True
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m web.server", description="Serve the picture page.")
+    parser.add_argument("--host", help="address to listen on (default: GLM_WEB_HOST)")
+    parser.add_argument("--port", type=int, help="port to listen on (default: GLM_WEB_PORT)")
+    given = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    try:
+        settings = settings_module.load(web_host=given.host, web_port=given.port)
+    except SettingsError as error:
+        print(error, file=sys.stderr)
+        return 1
+    if settings.web_token is None and not _is_loopback(settings.web_host):
+        print(
+            f"GLM_WEB_TOKEN is not set, and GLM_WEB_HOST={settings.web_host} lets other machines reach the page. "
+            "Set GLM_WEB_TOKEN to a long random word (./start.sh does it), or GLM_WEB_HOST=127.0.0.1.",
+            file=sys.stderr,
+        )
+        return 1
+    log.info("page address=http://%s:%d/ api=%s", settings.web_host, settings.web_port, settings.api_base_url)
+    sys.argv = sys.argv[:1]
+    create_app().run(config=streamlit_options(settings))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
