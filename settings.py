@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from dotenv import dotenv_values
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 ROOT = Path(__file__).resolve().parent
@@ -68,6 +69,11 @@ class Settings(BaseSettings):
     log_dir: Path = ROOT / "logs"
     start_timeout_s: float = Field(120.0, gt=0, description="how long start.sh waits for each process to answer")
 
+    @field_validator("log_dir")
+    @classmethod
+    def _below_the_project(cls, value: Path) -> Path:
+        return ROOT / value  # the same folder for a cron job as for a shell; an absolute path stays as it is
+
     @property
     def api_base_url(self) -> str:
         """Root of the API as seen from this machine, without a trailing slash."""
@@ -81,9 +87,12 @@ def load(**overrides: object) -> Settings:
     """
     given = _given_names()
     _refuse_unknown(given)
-    secrets = {name.lower(): _read_secret_file(name, given) for name in SECRETS if f"{PREFIX}{name}_FILE" in given}
+    values: dict[str, Any] = {
+        name.lower(): _read_secret_file(name, given) for name in SECRETS if f"{PREFIX}{name}_FILE" in given
+    }
+    values |= {name: value for name, value in overrides.items() if value is not None}
     try:
-        return Settings(**{**secrets, **{k: v for k, v in overrides.items() if v is not None}})
+        return Settings(**values)
     except ValidationError as error:
         raise SettingsError("\n".join(_explain(problem) for problem in error.errors())) from None
 
@@ -119,7 +128,7 @@ def _read_secret_file(name: str, given: dict[str, str]) -> str:
     return value
 
 
-def _explain(problem: dict) -> str:
+def _explain(problem: Mapping[str, Any]) -> str:
     field = str(problem["loc"][0]) if problem["loc"] else "settings"
     shown = "***" if field.upper() in SECRETS else repr(problem.get("input"))
     return f"{PREFIX}{field.upper()}: {problem['msg']}. Given: {shown}"

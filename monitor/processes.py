@@ -1,0 +1,179 @@
+"""Identity of the processes that start.sh started: pid plus start time, from `logs/<part>.pid.json`.
+
+Owns the pid file, the question "is this still that process?", and ending exactly that process with
+everything it spawned. Knows nothing of ports, HTTP or settings. Standard library only, and no syntax
+newer than Python 3.8, so that stop.sh works with any Python when the environment is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+PROC = Path("/proc")
+BOOT_ID = PROC / "sys/kernel/random/boot_id"
+
+
+@dataclass(frozen=True)
+class ProcessRecord:
+    """What start.sh wrote down. `start_time` is in clock ticks since boot, so `boot_id` goes with it."""
+
+    pid: int
+    start_time: int
+    port: int
+    boot_id: str = ""
+    folder: str = ""
+    log_offset: int = 0
+
+
+@dataclass(frozen=True)
+class ProcessStat:
+    """The fields of /proc/PID/stat that identity needs."""
+
+    pid: int
+    state: str
+    session: int
+    start_time: int
+
+    @property
+    def running(self) -> bool:
+        return self.state not in "ZX"
+
+
+def read_stat(pid: int) -> ProcessStat | None:
+    """None if there is no such process."""
+    try:
+        text = (PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    fields = text.rpartition(")")[2].split()  # the command name before it may hold spaces and brackets
+    return ProcessStat(pid, fields[0], int(fields[3]), int(fields[19]))
+
+
+def command_of(pid: int) -> str:
+    """The command line, for people to recognise a process by; empty where it may not be read."""
+    try:
+        raw = (PROC / str(pid) / "cmdline").read_bytes()
+    except OSError:
+        return ""
+    return raw.replace(b"\0", b" ").decode("utf-8", "replace").strip()[:160]
+
+
+def boot_id() -> str:
+    try:
+        return BOOT_ID.read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+def record_path(log_dir: Path, part: str) -> Path:
+    return log_dir / f"{part}.pid.json"
+
+
+def write_record(log_dir: Path, part: str, record: ProcessRecord) -> None:
+    path = record_path(log_dir, part)
+    descriptor, temporary = tempfile.mkstemp(dir=str(log_dir), prefix=f".{path.name}.")
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        json.dump(asdict(record), file)
+        file.write("\n")
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, path)
+
+
+def read_record(log_dir: Path, part: str) -> ProcessRecord | None:
+    """None if nothing was recorded; a file that cannot be understood identifies nothing, so it is None too."""
+    try:
+        raw = json.loads(record_path(log_dir, part).read_text(encoding="utf-8"))
+        return ProcessRecord(
+            pid=int(raw["pid"]),
+            start_time=int(raw["start_time"]),
+            port=int(raw["port"]),
+            boot_id=str(raw.get("boot_id", "")),
+            folder=str(raw.get("folder", "")),
+            log_offset=int(raw.get("log_offset", 0)),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def is_running(record: ProcessRecord) -> bool:
+    """True only if the very process that was recorded still runs; a pid that was used again is a stranger."""
+    if record.boot_id and record.boot_id != boot_id():
+        return False
+    stat = read_stat(record.pid)
+    return stat is not None and stat.running and stat.start_time == record.start_time
+
+
+def members(record: ProcessRecord) -> list[int]:
+    """Running processes of the recorded session, the leader first.
+
+    The kernel does not hand out a pid again while a session bears that number. So when the leader is
+    gone, processes of its session are its orphans; they must also still work in the project's folder.
+    """
+    if record.boot_id and record.boot_id != boot_id():
+        return []
+    leader = read_stat(record.pid)
+    if leader is not None and leader.start_time != record.start_time:
+        return []
+    leader_runs = leader is not None and leader.running
+    found = [record.pid] if leader_runs else []
+    for stat in _all_stats():
+        if stat.pid == record.pid or stat.session != record.pid or not stat.running:
+            continue
+        if stat.start_time >= record.start_time and (leader_runs or _works_in(stat.pid, record.folder)):
+            found.append(stat.pid)
+    return found
+
+
+def end(record: ProcessRecord, grace_s: float, kill_wait_s: float = 10.0) -> list[int]:
+    """Ask, wait, then force. Returns the pids that are left, which is only possible in uninterruptible sleep."""
+    _signal(record, signal.SIGTERM)
+    # A stopped process cannot obey SIGTERM until it goes on.
+    _signal(record, signal.SIGCONT)
+    if _wait_until_gone(record, grace_s):
+        return []
+    deadline = time.monotonic() + kill_wait_s
+    while time.monotonic() < deadline:
+        _signal(record, signal.SIGKILL)
+        if _wait_until_gone(record, 0.5):
+            return []
+    return members(record)
+
+
+def _signal(record: ProcessRecord, number: int) -> None:
+    pids = members(record)
+    if not pids:
+        return
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(record.pid, number)
+    for pid in pids:  # those that made a process group of their own
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if os.getpgid(pid) != record.pid:
+                os.kill(pid, number)
+
+
+def _wait_until_gone(record: ProcessRecord, limit_s: float) -> bool:
+    deadline = time.monotonic() + limit_s
+    while members(record):
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def _all_stats() -> list[ProcessStat]:
+    stats = (read_stat(int(entry)) for entry in os.listdir(PROC) if entry.isdigit())
+    return [stat for stat in stats if stat is not None]
+
+
+def _works_in(pid: int, folder: str) -> bool:
+    try:
+        return bool(folder) and os.readlink(PROC / str(pid) / "cwd") == folder
+    except OSError:
+        return False

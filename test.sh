@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# ./test.sh [pytest arguments]   sets up what the tests need and checks everything: ruff, shellcheck, pytest.
+#
+# Where CI=true a skipped test counts as a failure. Exit code 0 only if every check passed.
+set -euo pipefail
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
+# shellcheck source=deploy/environment.sh
+source deploy/environment.sh
+export PYTHONDONTWRITEBYTECODE=1
+
+# The tests choose their own ports, keys and folders; the settings of whoever runs them must not leak in.
+for name in "${!GLM_@}"; do unset "$name"; done
+
+choose_python requirements-test.txt || exit 2
+
+install_debian_packages() {
+    local lacking=()
+    command -v chromium >/dev/null || lacking+=(chromium)
+    command -v shellcheck >/dev/null || lacking+=(shellcheck)
+    command -v flock >/dev/null || lacking+=(util-linux)
+    fc-list 2>/dev/null | grep -qi cjk || lacking+=(fontconfig fonts-noto-cjk)
+    ((${#lacking[@]})) || return 0
+    if ! command -v apt-get >/dev/null || ((EUID != 0)); then
+        complain "The tests need these Debian packages; install them and run ./test.sh again: ${lacking[*]}"
+        return 1
+    fi
+    say "Installing Debian packages: ${lacking[*]}"
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${lacking[@]}" >/dev/null
+}
+install_debian_packages || exit 2
+
+failed=()
+check() { # NAME COMMAND...
+    local name=$1
+    shift
+    say "== $name"
+    "$@" || failed+=("$name")
+}
+check ruff "$PYTHON" -m ruff check .
+mapfile -t scripts < <(find . -path ./.venv -prune -o -name '*.sh' -print | sort)
+check shellcheck shellcheck -x "${scripts[@]}" .ci/run
+
+# pytest comes last, so that its closing line ends the output.
+say "== pytest"
+report=$(mktemp)
+trap 'rm -f "$report"' EXIT
+status=0
+((${#failed[@]})) && say "(failed before the tests: ${failed[*]})"
+"$PYTHON" -m pytest -p no:cacheprovider --junit-xml="$report" -rs "$@" || status=$?
+if [[ ${CI:-} == true ]] && ! grep -q 'skipped="0"' "$report"; then
+    complain "Skipped tests count as failures here (CI=true): the list is above"
+    status=1
+fi
+((${#failed[@]})) && { complain "Failed: ${failed[*]}"; status=1; }
+exit "$status"

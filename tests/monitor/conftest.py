@@ -1,0 +1,122 @@
+"""Servers that behave as the API and the page do, or misbehave in one exact way."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import settings as settings_module
+from settings import Settings
+
+
+class Behaviour:
+    """What the stand-in answers. `reply` gets the request body of the question and returns status and body."""
+
+    def __init__(self) -> None:
+        self.health: Callable[[], tuple[int, dict]] = lambda: (200, {"state": "idle", "steps": 7})
+        self.reply: Callable[[dict], tuple[int, dict]] = lambda body: (200, completion("It is red."))
+        self.page_status = 200
+        self.keys: list[str | None] = []
+        self.questions: list[dict] = []
+
+
+def completion(text: str) -> dict:
+    return {"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}]}
+
+
+@pytest.fixture
+def behaviour() -> Behaviour:
+    return Behaviour()
+
+
+@pytest.fixture
+def service(behaviour: Behaviour) -> Iterator[int]:
+    """One server that plays both parts; yields its port."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path == "/_stcore/health":
+                return self.send(behaviour.page_status, {})
+            return self.send(*behaviour.health())
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            behaviour.keys.append(self.headers["Authorization"])
+            behaviour.questions.append(body)
+            self.send(*behaviour.reply(body))
+
+        def send(self, status: int, body: dict) -> None:
+            data = json.dumps(body).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server.server_address[1]
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def hung() -> Iterator[int]:
+    """A port where connections are accepted by the kernel and nobody ever answers."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(16)
+        yield listener.getsockname()[1]
+
+
+@pytest.fixture
+def trickling() -> Iterator[int]:
+    """A server that sends one byte of a reply now and then, so that no socket time limit ever strikes."""
+    stop = threading.Event()
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    listener.listen(16)
+
+    def serve(connection: socket.socket) -> None:
+        with connection:
+            try:
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+                while not stop.wait(0.1):
+                    connection.sendall(b"x")
+            except OSError:
+                return
+
+    def accept() -> None:
+        while not stop.is_set():
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=serve, args=(connection,), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    yield listener.getsockname()[1]
+    stop.set()
+    listener.close()
+
+
+@pytest.fixture
+def make_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Settings]:
+    """Settings of a test's own: no .env, no GLM_ variables of whoever runs the tests."""
+    monkeypatch.setattr(settings_module, "ENV_FILE", tmp_path / "no.env")
+
+    def make(port: int, **changes: object) -> Settings:
+        values = {"api_port": port, "web_port": port, "probe_timeout_s": 4.0, "log_dir": tmp_path / "logs", **changes}
+        return Settings(_env_file=None, **values)
+
+    return make

@@ -1,0 +1,191 @@
+"""A whole run of the check against servers that answer, misbehave or are not there."""
+
+from __future__ import annotations
+
+import base64
+import io
+import random
+import threading
+import time
+
+import pytest
+from PIL import Image
+
+from models.shapes.pictures import COLORS
+from monitor import check
+from monitor.processes import ProcessRecord, boot_id, write_record
+
+SIX_KEYS = ["timestamp", "gpu_load", "gpu_memory_used", "cpu_percent", "memory_used_percent", "service_healthy"]
+
+
+def seen_color(body: dict) -> str:
+    """Looks at the picture the way a model would have to: which of the named colours covers most of it?"""
+    url = body["messages"][0]["content"][0]["image_url"]["url"]
+    picture = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB")
+    counts = dict.fromkeys(COLORS, 0)
+    for count, pixel in picture.getcolors(picture.width * picture.height):
+        name, distance = min(
+            ((name, sum(abs(a - b) for a, b in zip(pixel, color, strict=True))) for name, color in COLORS.items()),
+            key=lambda pair: pair[1],
+        )
+        counts[name] += count if distance < 70 else 0
+    return max(counts, key=counts.get)
+
+
+def completion(text: str) -> dict:
+    return {"choices": [{"message": {"role": "assistant", "content": text}}]}
+
+
+def test_right_answer_about_the_drawn_picture_is_healthy(service, behaviour, make_settings):
+    behaviour.reply = lambda body: (200, completion(f"The shape is {seen_color(body)}."))
+
+    reports = [check.run(make_settings(service, api_key="secret"), random.Random(seed)) for seed in range(3)]
+
+    assert [report["verdict"] for report in reports] == ["healthy"] * 3
+    assert all(report["service_healthy"] is True for report in reports)
+    assert list(reports[0])[:6] == SIX_KEYS
+    assert behaviour.keys == ["Bearer secret"] * 3
+    assert "secret" not in str(reports)
+
+
+def test_every_probe_asks_about_another_picture(service, behaviour, make_settings):
+    for seed in range(4):
+        check.run(make_settings(service), random.Random(seed))
+
+    urls = {question["messages"][0]["content"][0]["image_url"]["url"] for question in behaviour.questions}
+    assert len(urls) == len(behaviour.questions) >= 4
+
+
+@pytest.mark.parametrize("answer", ["", "I cannot see pictures.", ", ".join(COLORS), "It is pink."])
+def test_wrong_answer_is_broken_and_shown(service, behaviour, make_settings, answer):
+    behaviour.reply = lambda body: (200, completion(answer))
+
+    report = check.run(make_settings(service), random.Random(1))
+
+    assert report["verdict"] == "broken"
+    assert report["service_healthy"] is False
+    assert answer in report["reasons"][0]
+
+
+def test_one_slip_of_the_model_is_no_alarm_but_two_are(service, behaviour, make_settings):
+    slips = iter([True, False, False, True, False, True])
+    behaviour.reply = lambda body: (200, completion("pink" if next(slips) else seen_color(body)))
+
+    verdicts = [check.run(make_settings(service), random.Random(seed))["verdict"] for seed in range(2)]
+
+    assert verdicts == ["healthy", "broken"]
+    assert next(slips, "none left") == "none left"
+
+
+def test_hung_api_is_found_within_its_time_limit(hung, service, make_settings):
+    settings = make_settings(hung, web_port=service)
+    started = time.monotonic()
+
+    report = check.run(settings, random.Random(1))
+
+    assert time.monotonic() - started < settings.probe_timeout_s + 3
+    assert report["verdict"] == "zombie"
+    assert report["service_healthy"] is False
+
+
+def test_api_that_trickles_cannot_hold_the_check(trickling, service, make_settings):
+    settings = make_settings(trickling, web_port=service)
+    started = time.monotonic()
+
+    report = check.run(settings, random.Random(1))
+
+    assert time.monotonic() - started < settings.probe_timeout_s + 3
+    assert report["service_healthy"] is False
+
+
+def test_nothing_listening_is_dead(make_settings):
+    report = check.run(make_settings(1), random.Random(1))
+
+    assert report["verdict"] == "dead"
+    assert "nothing listens" in report["reasons"][0]
+    assert "no process was started here" in report["reasons"][1]
+
+
+def test_dead_names_the_process_that_is_gone(make_settings):
+    settings = make_settings(1)
+    settings.log_dir.mkdir()
+    write_record(settings.log_dir, "api", ProcessRecord(1, 1, 1, boot_id()))
+
+    report = check.run(settings, random.Random(1))
+
+    assert "the process that start.sh started (pid 1) is gone" in report["reasons"]
+
+
+def test_engine_that_stands_still_behind_a_good_health_answer_is_wedged(service, behaviour, make_settings):
+    released = threading.Event()
+    behaviour.health = lambda: (200, {"state": "busy", "steps": 7})
+    behaviour.reply = lambda body: (released.wait(30), (200, completion("late")))[1]
+
+    report = check.run(make_settings(service), random.Random(1))
+    released.set()
+
+    assert report["verdict"] == "wedged"
+    assert report["service_healthy"] is False
+
+
+def test_slow_engine_that_makes_steps_is_busy_and_not_unhealthy(service, behaviour, make_settings):
+    released, steps = threading.Event(), iter(range(7, 1000))
+    behaviour.health = lambda: (200, {"state": "busy", "steps": next(steps)})
+    behaviour.reply = lambda body: (released.wait(30), (200, completion("late")))[1]
+
+    report = check.run(make_settings(service), random.Random(1))
+    released.set()
+
+    assert report["verdict"] == "busy"
+    assert report["service_healthy"] is True
+
+
+def test_refused_key_is_named_as_such(service, behaviour, make_settings):
+    behaviour.reply = lambda body: (401, {"error": {"message": "missing or wrong API key"}})
+
+    report = check.run(make_settings(service, api_key="old"), random.Random(1))
+
+    assert report["verdict"] == "broken"
+    assert "GLM_API_KEY" in report["reasons"][0]
+
+
+def test_loading_is_starting_and_nothing_is_asked(service, behaviour, make_settings):
+    behaviour.health = lambda: (503, {"state": "loading", "progress": 0.25})
+
+    report = check.run(make_settings(service), random.Random(1))
+
+    assert report["verdict"] == "starting"
+    assert "25 %" in report["reasons"][0]
+    assert behaviour.questions == []
+
+
+def test_server_error_is_broken_with_its_message(service, behaviour, make_settings):
+    behaviour.reply = lambda body: (500, {"error": {"message": "CUDA error: device-side assert"}})
+
+    report = check.run(make_settings(service), random.Random(1))
+
+    assert report["verdict"] == "broken"
+    assert "device-side assert" in report["reasons"][0]
+
+
+def test_page_that_does_not_answer_degrades_a_good_api(service, behaviour, make_settings):
+    behaviour.reply = lambda body: (200, completion(seen_color(body)))
+    behaviour.page_status = 500
+
+    report = check.run(make_settings(service), random.Random(1))
+
+    assert report["verdict"] == "degraded"
+    assert report["service_healthy"] is False
+    assert "the page does not answer: HTTP 500" in report["reasons"]
+
+
+def test_page_that_was_not_started_is_not_missed(service, behaviour, make_settings):
+    behaviour.reply = lambda body: (200, completion(seen_color(body)))
+    settings = make_settings(service, web_port=1)
+    settings.log_dir.mkdir()
+    write_record(settings.log_dir, "api", ProcessRecord(1, 1, service, boot_id()))
+
+    report = check.run(settings, random.Random(1))
+
+    assert report["verdict"] == "healthy"
+    assert report["evidence"]["page"]["reason"] == "not started here"

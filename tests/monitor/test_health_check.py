@@ -1,0 +1,125 @@
+"""health_check.py as cron runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(python: str | Path, script: Path, env: dict[str, str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(python), str(script)],
+        env=env,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """The files that the checker needs, without the rest."""
+    root = tmp_path / "project"
+    root.mkdir()
+    for name in ("health_check.py", "settings.py"):
+        shutil.copy2(ROOT / name, root / name)
+    shutil.copytree(ROOT / "monitor", root / "monitor")
+    (root / "models" / "shapes").mkdir(parents=True)
+    for name in ("__init__.py", "pictures.py"):
+        shutil.copy2(ROOT / "models" / "shapes" / name, root / "models" / "shapes" / name)
+    (root / ".env").write_text("GLM_API_PORT=1\nGLM_WEB_PORT=2\n")
+    return root
+
+
+def test_runs_with_an_empty_environment_from_another_folder(copy, tmp_path):
+    done = run(sys.executable, copy / "health_check.py", {}, tmp_path)
+
+    printed = json.loads(done.stdout)
+    assert done.returncode == 1
+    assert printed["verdict"] == "dead"
+    assert printed["evidence"]["api"]["url"] == "http://127.0.0.1:1", (
+        "the settings must come from the project's own .env"
+    )
+    assert json.loads((copy / "logs" / "health.json").read_text()) == printed
+    assert not list(copy.rglob("__pycache__"))
+
+
+def test_healthy_service_exits_0(copy, tmp_path, service, behaviour):
+    from test_check import completion, seen_color
+
+    behaviour.reply = lambda body: (200, completion(seen_color(body)))
+    (copy / ".env").write_text(f"GLM_API_PORT={service}\nGLM_WEB_PORT={service}\n")
+
+    done = run(sys.executable, copy / "health_check.py", {}, tmp_path)
+
+    assert done.returncode == 0, done.stdout
+    assert json.loads(done.stdout)["service_healthy"] is True
+
+
+def test_python_without_the_packages_hands_over_to_the_projects_venv(copy, tmp_path):
+    venv.create(tmp_path / "bare", symlinks=True)
+    (copy / ".venv" / "bin").mkdir(parents=True)
+    (copy / ".venv" / "bin" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (copy / ".venv" / "bin" / "python").chmod(0o755)
+
+    done = run(tmp_path / "bare" / "bin" / "python", copy / "health_check.py", {}, tmp_path)
+
+    assert json.loads(done.stdout)["verdict"] == "dead", done.stderr
+
+
+def test_python_without_the_packages_and_no_venv_says_what_to_do(copy, tmp_path):
+    venv.create(tmp_path / "bare", symlinks=True)
+
+    done = run(tmp_path / "bare" / "bin" / "python", copy / "health_check.py", {}, tmp_path)
+
+    assert done.returncode == 1
+    assert "./start.sh" in done.stderr
+
+
+def test_settings_that_cannot_be_used_give_an_unknown_verdict(copy, tmp_path):
+    (copy / ".env").write_text("GLM_API_PROT=1\n")
+
+    done = run(sys.executable, copy / "health_check.py", {}, tmp_path)
+
+    printed = json.loads(done.stdout)
+    assert done.returncode == 1
+    assert printed["verdict"] == "unknown" and printed["service_healthy"] is None
+    assert "GLM_API_PORT" in printed["reasons"][0]
+
+
+def test_unwritable_log_folder_does_not_hide_the_verdict(copy, tmp_path):
+    (tmp_path / "file").touch()
+
+    done = run(sys.executable, copy / "health_check.py", {"GLM_LOG_DIR": str(tmp_path / "file" / "logs")}, tmp_path)
+
+    assert json.loads(done.stdout)["verdict"] == "dead"
+    assert "could not be written" in done.stderr
+
+
+def test_what_it_loads_stays_small(copy, tmp_path):
+    code = (
+        "import runpy, sys, resource\n"
+        "try: runpy.run_path(sys.argv[1], run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'streamlit'} & set(sys.modules)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)\n"
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(copy / "health_check.py")], env=dict(os.environ), cwd=tmp_path,
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    assert int(done.stderr.split()[-1]) < 100 * 1024, "kilobytes of memory at the peak"

@@ -1,0 +1,50 @@
+"""test.sh itself: what it counts as a failure."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture
+def checked(project):
+    """A project whose only test is the one given."""
+    (project.root / ".ci").mkdir()
+    (project.root / ".ci" / "run").write_text("#!/bin/bash\n./test.sh\n")
+    # Style is checked elsewhere; here the copy holds only part of the tree.
+    (project.root / "ruff.toml").write_text('exclude = ["*"]\n')
+
+    def check(test: str, **extra: str):
+        (project.root / "test_it.py").write_text(test)
+        return project.run("./test.sh test_it.py", **extra)
+
+    return check
+
+
+SKIPPED = "import pytest\n\n\ndef test_one():\n    pass\n\n\ndef test_two():\n    pytest.skip('no reason')\n"
+
+
+def test_a_skipped_test_fails_the_run_in_ci_only(checked):
+    by_hand = checked(SKIPPED, CI="")
+    in_ci = checked(SKIPPED, CI="true")
+
+    assert by_hand.returncode == 0, by_hand.stderr
+    assert "1 passed, 1 skipped" in by_hand.stdout.splitlines()[-1]
+    assert in_ci.returncode == 1
+    assert "Skipped tests count as failures" in in_ci.stderr
+
+
+def test_a_failing_test_fails_the_run(checked):
+    assert checked("def test_it():\n    assert False\n", CI="true").returncode == 1
+
+
+def test_passing_tests_close_with_the_count(checked):
+    done = checked("def test_it():\n    pass\n", CI="true")
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed" in done.stdout.splitlines()[-1]
+
+
+def test_settings_of_whoever_runs_the_tests_do_not_leak_in(checked):
+    test = "import os\n\n\ndef test_it():\n    assert not [name for name in os.environ if name.startswith('GLM_')]\n"
+
+    assert checked(test, CI="true").returncode == 0
