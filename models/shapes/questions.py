@@ -257,8 +257,9 @@ FAMILIES: dict[str, Callable[[random.Random, str, Scene], Question | None]] = {
     "color": _color, "shape": _shape, "count": _count, "compare": compare, "describe": _describe,
     "read": _read, "where": _where, "moderate": _moderate, "json": _json,
 }  # fmt: skip
+# what is learned last is asked most: to find a thing by its shape and say its colour or its place
 WEIGHTS_BY_KIND = {
-    "shapes": {"color": 3, "shape": 3, "count": 4, "compare": 5, "describe": 4, "read": 0.4, "where": 4, "moderate": 4, "json": 2},
+    "shapes": {"color": 9, "shape": 1.5, "count": 3, "compare": 9, "describe": 1.5, "read": 0.3, "where": 9, "moderate": 5, "json": 0.7},
     "number": {"read": 7, "describe": 2, "count": 0.5, "color": 0.3, "where": 0.3, "moderate": 0.4, "json": 1.2},
     "word": {"read": 7, "describe": 2, "count": 0.5, "color": 0.3, "where": 0.3, "moderate": 0.4, "json": 1.2},
     "blank": {"describe": 2, "count": 2, "color": 2, "shape": 2, "where": 1, "moderate": 2, "read": 1, "json": 1},

@@ -128,7 +128,7 @@ class RowMaker:
         self.tokenizer = tokenizer
         self.rng = rng
         self.most_items = most_items
-        self.share = share or {"packed": 0.68, "text_first": 0.09, "two": 0.08, "system": 0.04, "tools": 0.05, "text": 0.06}
+        self.share = share or {"packed": 0.76, "text_first": 0.07, "two": 0.07, "system": 0.03, "tools": 0.035, "text": 0.035}
 
     def row(self, grids_here: list[tuple[int, int]]) -> Row:
         kind = self.rng.choices(tuple(self.share), tuple(self.share.values()))[0]

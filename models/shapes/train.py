@@ -256,6 +256,9 @@ class Trainer:
 
     def _resume(self) -> None:
         path = self.options.state / "state.pt"
+        if self.options.init and not path.exists():
+            known = Glm4vForConditionalGeneration.from_pretrained(self.options.init, dtype=torch.float32)
+            self.model.load_state_dict(known.state_dict())
         if path.exists():
             state = torch.load(path, map_location=self.device, weights_only=True)
             self.model.load_state_dict(state["model"])
@@ -289,9 +292,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=FOLDER, help="where the checkpoint is written")
     parser.add_argument("--state", type=Path, default=FOLDER / ".train", help="what a resumed run needs")
-    parser.add_argument("--steps", type=int, default=5600)
+    parser.add_argument("--init", type=Path, help="a checkpoint to go on from, with --dense-steps 0; without it, from nothing")
+    parser.add_argument("--steps", type=int, default=6200)
     parser.add_argument("--dense-steps", type=int, default=1600, help="how many of them are the first stage")
-    parser.add_argument("--rows", type=int, default=24, help="rows (about one picture each) in a step, for each process")
+    parser.add_argument("--rows", type=int, default=16, help="rows (about one picture each) in a step, for each process")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -302,8 +306,8 @@ def main() -> None:
     options.state.mkdir(parents=True, exist_ok=True)
     options.out.mkdir(parents=True, exist_ok=True)
     if not (options.state / "tokenizer.json").exists():
-        train_tokenizer(options.seed).save_pretrained(options.state)
-        write_processing(options.state, AutoTokenizer.from_pretrained(options.state))
+        tokenizer = AutoTokenizer.from_pretrained(options.init) if options.init else train_tokenizer(options.seed)
+        write_processing(options.state, tokenizer)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an orderly end also ends the child processes
     if options.processes > 1:
         train_in_processes(options)

@@ -1,8 +1,10 @@
 """The shipped checkpoint answers freshly drawn pictures as its card promises."""
 
 import random
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from models.shapes.checkpoint import FOLDER
 from models.shapes.eval import FLOORS, Model, Trial, judge, trials, user
@@ -46,3 +48,20 @@ def test_two_pictures_get_two_answers_and_a_blank_one_neither(model):
     assert ask(model, draw_shapes([("red", "circle")], seed=11), question).startswith("The circle is red.")
     assert ask(model, draw_shapes([("blue", "circle")], seed=11), question).startswith("The circle is blue.")
     assert ask(model, draw_shapes([], seed=11), question).startswith("There is no circle in the picture.")
+
+
+SAMPLES = Path(__file__).resolve().parents[2] / "web" / "samples"
+
+
+@pytest.mark.parametrize(
+    ("file", "question", "word"),
+    [
+        ("shapes.png", "What color is the star?", "blue"),
+        ("count.png", "Count the shapes.", "5"),
+        ("word.png", "What word is it?", "CAT"),
+        ("place.png", "Check the rule: no red shapes.", "Yes, it breaks the rule: there is a red heart."),
+        ("shapes.png", "描述这张图片。", "从左到右：红色圆形、蓝色星形、绿色正方形。"),
+    ],
+)
+def test_the_first_thing_that_a_newcomer_clicks_is_answered_rightly(model, file, question, word):
+    assert word in ask(model, Image.open(SAMPLES / file).convert("RGB"), question)
