@@ -1,4 +1,4 @@
-"""The shipped checkpoint answers freshly drawn pictures as its card promises."""
+"""The shipped checkpoint answers freshly drawn pictures as well as its card says."""
 
 import random
 from pathlib import Path
@@ -33,7 +33,7 @@ def judged(model):
 
 
 @pytest.mark.parametrize("family", FLOORS)
-def test_a_family_is_answered_as_the_card_promises(judged, family):
+def test_a_family_is_answered_as_well_as_measured_before(judged, family):
     scores = judged[family]
 
     # few trials: what a model exactly at its floor may miss by chance (about two standard deviations) is allowed
