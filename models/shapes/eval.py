@@ -36,8 +36,8 @@ AIMS = {
 }  # fmt: skip
 # What the shipped weights do reach: less than this is a step back.
 FLOORS = {
-    "color": 0.84, "shape": 0.97, "count": 0.77, "compare": 0.57, "moderate": 0.88, "two": 0.58, "second_turn": 0.88,
-    "describe": 0.92, "read": 0.95, "where": 0.40, "json": 0.99,
+    "color": 0.84, "shape": 0.97, "count": 0.75, "compare": 0.55, "moderate": 0.86, "two": 0.58, "second_turn": 0.88,
+    "describe": 0.90, "read": 0.86, "where": 0.33, "json": 0.99,
     "greeting": 1.0, "ability": 1.0, "no_picture": 1.0, "tool": 0.97, "format": 1.0,
 }  # fmt: skip
 BOX = re.compile(r"<\|begin_of_box\|>\[\[(\d+),(\d+),(\d+),(\d+)\]\]<\|end_of_box\|>")
