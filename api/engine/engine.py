@@ -22,6 +22,7 @@ from api.engine.scheduler import Scheduler, Step
 logger = logging.getLogger(__name__)
 
 State = Literal["loading", "idle", "busy", "draining", "dead"]
+Phase = Literal["loading", "warm-up", "idle", "vision", "prefill", "decode", "draining", "dead"]
 
 
 class NotAccepting(Exception):
@@ -40,13 +41,23 @@ class Progress(Protocol):
 class Stats:
     state: State
     progress: float
-    phase: str
+    phase: Phase
     running: int
     waiting: int
     steps: int
     last_step_age_s: float | None
     last_step_s: float | None
     reason: str | None
+    phase_age_s: float = 0.0
+    phase_deadline_s: float | None = None  # longest this phase may take; None: no limit
+    slots: int = 1
+    kv_used_tokens: int = 0
+    kv_total_tokens: int = 0
+    prefix_hits: int = 0  # prompt tokens found in the prefix cache
+    prefix_queries: int = 0  # prompt tokens looked up
+    picture_hits: int = 0
+    picture_queries: int = 0
+    preemptions: int = 0
 
 
 class Engine:
@@ -62,7 +73,7 @@ class Engine:
         self._model: Model | None = None
         self._reason: str | None = None  # set once, when the engine dies
         self._progress = 0.0
-        self._phase = "loading"
+        self._phase: Phase = "loading"
         self._steps = 0
         self._last_step_at: float | None = None
         self._last_step_s: float | None = None

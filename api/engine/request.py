@@ -9,12 +9,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol
 
 
 class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
+    REPETITION = "repetition"  # the model said the same again and again; see Sampling.loop_window
 
 
 class Failure(StrEnum):
@@ -24,6 +25,8 @@ class Failure(StrEnum):
     DEAD = "dead"  # the model is gone; no request can be answered any more
     SHUTDOWN = "shutdown"  # the drain deadline passed
     ABORTED = "aborted"  # somebody called abort()
+    DEADLINE = "deadline"  # the request's own time limit passed
+    MEMORY = "memory"  # the device has not enough memory for this request, even alone
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,26 @@ class Picture:
     patches: Any
     grid: tuple[int, int, int]
     tokens: int
+    # Hash of what the model sees: pixels, size, processor settings. Empty: shared with no other request.
+    key: bytes = b""
+
+
+class Grammar(Protocol):
+    """Which tokens may come next. One stateful object for each request; used in the engine thread only."""
+
+    def allowed(self) -> Any:
+        """Bit mask of the tokens allowed next: int32 words [vocabulary / 32], lowest bit first."""
+
+    def accept(self, token: int) -> bool:
+        """Move on by one token; False if the grammar does not allow it."""
+
+    def finished(self) -> bool:
+        """Whether nothing may follow."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen and when to stop. Temperature 0 is greedy; top_k 0 and top_p 1 cut nothing."""
+    """How tokens are chosen and when to stop. Temperature 0 is greedy; top_k 0, top_p 1, min_p 0 cut nothing."""
 
     max_tokens: int
     temperature: float = 0.0
@@ -48,6 +66,18 @@ class Sampling:
     stop: tuple[str, ...] = ()
     # Stop strings are not looked for inside this opening block, for example a thinking part.
     stop_skips: tuple[str, str] | None = None
+    min_p: float = 0.0  # drop tokens less likely than this part of the best one
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None  # alternatives shown for each token; None: no logprobs at all
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    grammar: Grammar | None = None
+    grammar_after: str | None = None  # the grammar holds only after this text
+    thinking_tokens: int | None = None  # longest opening thinking block; then `thinking_end_ids` are forced
+    thinking_end_ids: tuple[int, ...] = ()
+    loop_window: int = 0  # end when the last so many tokens repeat one pattern; 0: never
 
 
 @dataclass(frozen=True)
@@ -56,6 +86,18 @@ class Request:
     prompt_ids: tuple[int, ...]
     sampling: Sampling
     pictures: tuple[Picture, ...] = ()
+    salt: str = ""  # the tenant: nothing is shared between requests of different salt
+    probe: bool = False  # a health probe: it may use the reserved slot
+    deadline_s: float | None = None  # from submit; past it the request fails
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Natural logarithms of chances, from the model's raw logits; `top` is ordered, best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
@@ -64,6 +106,7 @@ class Delta:
 
     text: str
     tokens: int
+    logprobs: tuple[TokenLogprob, ...] = ()  # of those tokens, if asked for
 
 
 @dataclass(frozen=True)
@@ -74,6 +117,7 @@ class Done:
     queue_s: float
     prefill_s: float
     decode_s: float
+    cached_tokens: int = 0  # prompt tokens whose keys and values were still there
 
 
 @dataclass(frozen=True)
