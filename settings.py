@@ -44,6 +44,12 @@ class Settings(BaseSettings):
     threads: int = Field(0, ge=0, le=1024, description="torch CPU threads; 0 leaves one core to HTTP")
     context_tokens: int = Field(0, ge=0, description="longest prompt plus answer; 0 takes what the model allows, at most 8192")
 
+    # The engine.
+    slots: int = Field(0, ge=0, le=1024, description="requests computed at once; 0 chooses for the device")
+    kv_cache_bytes: int = Field(0, ge=0, description="memory for keys and values; 0 takes a part of what is free")
+    prefill_chunk_tokens: int = Field(512, ge=16, description="longest part of a prompt computed in one step")
+    picture_cache_bytes: int = Field(256 * 2**20, ge=0, description="memory for encoded pictures that may be asked about again")
+
     # The API.
     api_host: str = "0.0.0.0"
     api_port: int = Field(8080, ge=1, le=65535)

@@ -5,17 +5,21 @@ The engine bounds its own queue too; this bound also covers the work before it. 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from api.errors import queue_full
 
 
 class Admission:
-    def __init__(self, queue_size: int, running: int = 1) -> None:
+    """`slots` says how many requests the engine computes at once; it is known when the model is loaded."""
+
+    def __init__(self, queue_size: int, slots: Callable[[], int] = lambda: 1) -> None:
         self._queue_size = queue_size
-        self._limit = queue_size + running
+        self._slots = slots
         self.active = 0
 
     def check(self) -> None:
-        if self.active >= self._limit:
+        if self.active >= self._queue_size + self._slots():
             raise queue_full(self._queue_size)
 
     def enter(self) -> Ticket:

@@ -37,7 +37,7 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
 
     # No documentation routes: they would describe a body that the routes parse themselves.
     app = FastAPI(title="GLM-4.6V-Flash-WEB", version=__version__, lifespan=lifespan, openapi_url=None)
-    app.state.services = Services(settings, engine, Admission(settings.queue_size), pool)
+    app.state.services = Services(settings, engine, Admission(settings.queue_size, lambda: engine.stats().slots), pool)
     for routes in (chat, models, ops):
         app.include_router(routes.router)
     app.add_exception_handler(ServingError, _serving_error)

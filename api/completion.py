@@ -76,7 +76,7 @@ class Completion:
             "prompt_tokens": done.prompt_tokens,
             "completion_tokens": done.completion_tokens,
             "total_tokens": done.prompt_tokens + done.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": 0, "image_tokens": self.prompt.image_tokens},
+            "prompt_tokens_details": {"cached_tokens": done.cached_tokens, "image_tokens": self.prompt.image_tokens},
             "completion_tokens_details": {"reasoning_tokens": self._reasoning_tokens},
         }
 

@@ -11,18 +11,22 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
-from api.engine.detokenizer import Detokenizer
-from api.engine.model import LoadError, Model
-from api.engine.request import Delta, Done, Event, Failed, Failure, FinishReason, Request, Sequence
-from api.engine.scheduler import Scheduler, Step
+from api.engine.answer import Answer
+from api.engine.kv_cache import KvCache
+from api.engine.model import Choice, LoadError, Model
+from api.engine.pace import Pace
+from api.engine.picture_cache import PictureCache
+from api.engine.request import Delta, Done, Event, Failed, Failure, Request
+from api.engine.scheduler import Batch, PictureJob, Scheduler
+from api.engine.sequence import Sequence, make_sequence
+from api.engine.stats import Phase, State, Stats
 
 logger = logging.getLogger(__name__)
 
-State = Literal["loading", "idle", "busy", "draining", "dead"]
-Phase = Literal["loading", "warm-up", "idle", "vision", "prefill", "decode", "draining", "dead"]
+WARM_UP_DEADLINE_S = 600.0
+CHECK_EVERY_S = 10.0  # integrity, when there is nothing else to do
 
 
 class NotAccepting(Exception):
@@ -37,46 +41,26 @@ class Progress(Protocol):
     def __call__(self, fraction: float) -> None: ...
 
 
-@dataclass(frozen=True)
-class Stats:
-    state: State
-    progress: float
-    phase: Phase
-    running: int
-    waiting: int
-    steps: int
-    last_step_age_s: float | None
-    last_step_s: float | None
-    reason: str | None
-    phase_age_s: float = 0.0
-    phase_deadline_s: float | None = None  # longest this phase may take; None: no limit
-    slots: int = 1
-    kv_used_tokens: int = 0
-    kv_total_tokens: int = 0
-    prefix_hits: int = 0  # prompt tokens found in the prefix cache
-    prefix_queries: int = 0  # prompt tokens looked up
-    picture_hits: int = 0
-    picture_queries: int = 0
-    preemptions: int = 0
-
-
 class Engine:
     """`load` runs in the engine thread and returns the model; it reports its progress from 0 to 1."""
 
     def __init__(self, load: Callable[[Progress], Model], queue_size: int) -> None:
         self._load = load
-        self._scheduler = Scheduler(queue_size)
+        self._scheduler = Scheduler(queue_size, 1, KvCache(0, 1), PictureCache(0))  # until the model is there
         self._wake = threading.Condition()  # guards the scheduler and the two flags below
         self._draining = False
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._model: Model | None = None
+        self._image_token_id = -1
+        self._pace = Pace()
         self._reason: str | None = None  # set once, when the engine dies
         self._progress = 0.0
-        self._phase: Phase = "loading"
+        self._phase: tuple[Phase, float, float | None] = ("loading", time.monotonic(), None)
         self._steps = 0
         self._last_step_at: float | None = None
         self._last_step_s: float | None = None
+        self._checked_at = 0.0
 
     # Called from any thread.
 
@@ -91,11 +75,19 @@ class Engine:
     def submit(self, request: Request, deliver: Callable[[Event], None]) -> None:
         """Queue a request. `deliver` is called in the engine thread, last with Done or Failed.
 
-        Raises NotAccepting or QueueFull, and then delivers nothing.
+        Raises NotAccepting or QueueFull, and ValueError for a prompt that does not fit its pictures or
+        the context; then it delivers nothing.
         """
+        self.check_accepting()
+        model = self._model
+        assert model is not None
+        if len(request.prompt_ids) >= model.context_tokens:
+            raise ValueError(f"the prompt must be < {model.context_tokens} tokens. Given: {len(request.prompt_ids)}")
+        sequence = make_sequence(request, deliver, self._image_token_id)
+        sequence.answer = Answer(request, model.vocabulary, model.end_ids, model.context_tokens)
         with self._wake:
             self.check_accepting()
-            self._scheduler.add(Sequence(request, deliver))
+            self._scheduler.add(sequence)
             self._wake.notify_all()
 
     def check_accepting(self) -> None:
@@ -122,8 +114,11 @@ class Engine:
             self._draining = True
             finished = self._wake.wait_for(lambda: not self._scheduler.has_work, timeout=deadline_s)
             left = self._scheduler.sequences()
+            for sequence in left:
+                sequence.aborted = True  # the engine thread clears up, if it still can
+            self._wake.notify_all()
         for sequence in left:
-            self._close(sequence, Failed(Failure.SHUTDOWN, "The server is shutting down."))
+            self._deliver_last(sequence, Failed(Failure.SHUTDOWN, "The server is shutting down."))
         return finished
 
     def stop(self, timeout_s: float) -> None:
@@ -139,17 +134,29 @@ class Engine:
         # Single attributes are read without the lock: a count that is one step old does no harm.
         now = time.monotonic()
         last = self._last_step_at
-        running, waiting = self._scheduler.running, self._scheduler.waiting
+        phase, since, deadline_s = self._phase
+        scheduler = self._scheduler
+        running, waiting = scheduler.running, scheduler.waiting
         return Stats(
             state=self._state(running + waiting),
             progress=self._progress,
-            phase=self._phase,
+            phase=phase,
             running=running,
             waiting=waiting,
             steps=self._steps,
             last_step_age_s=None if last is None else now - last,
             last_step_s=self._last_step_s,
             reason=self._reason,
+            phase_age_s=now - since,
+            phase_deadline_s=deadline_s,
+            slots=scheduler.slots,
+            kv_used_tokens=scheduler.kv.used_tokens,
+            kv_total_tokens=scheduler.kv.total_tokens,
+            prefix_hits=scheduler.kv.hit_tokens,
+            prefix_queries=scheduler.kv.asked_tokens,
+            picture_hits=scheduler.pictures.hits,
+            picture_queries=scheduler.pictures.queries,
+            preemptions=scheduler.preemptions,
         )
 
     def _state(self, requests: int) -> State:
@@ -161,103 +168,192 @@ class Engine:
             return "loading"
         return "busy" if requests else "idle"
 
-    # Called in the engine thread only.
+    # The engine thread.
 
     def _run(self) -> None:
         try:
-            started = time.monotonic()
-            self._model = self._load(self._report)
-            self._progress, self._phase = 1.0, "idle"
-            logger.info("event=engine_ready model=%s load_s=%.1f", self._model.id, time.monotonic() - started)
+            self._set_up()
             while self._wait_for_work():
                 self._step()
         except BaseException as error:  # the last guard: whatever ends this thread must show in /health
             self._die(error)
 
+    def _set_up(self) -> None:
+        started = time.monotonic()
+        model = self._load(self._report)
+        self._enter("warm-up", WARM_UP_DEADLINE_S)
+        model.runner.warm_up()
+        capacity = model.capacity
+        self._image_token_id = model.vocabulary.special[model.image_token]
+        self._pace = Pace(capacity.chunk_tokens)
+        self._scheduler = Scheduler(
+            self._scheduler.queue_size,
+            capacity.slots,
+            KvCache(capacity.pages, capacity.page_tokens),
+            PictureCache(capacity.picture_cache_bytes),
+        )
+        self._enter("idle")
+        self._progress, self._model = 1.0, model
+        logger.info("event=engine_ready model=%s load_s=%.1f", model.id, time.monotonic() - started)
+
     def _report(self, fraction: float) -> None:
         self._progress = max(self._progress, min(fraction, 1.0))
+
+    def _enter(self, phase: Phase, deadline_s: float | None = None) -> None:
+        self._phase = (phase, time.monotonic(), deadline_s)
 
     def _wait_for_work(self) -> bool:
         with self._wake:
             if not self._scheduler.has_work:
-                self._phase = "idle"
+                self._enter("draining" if self._draining else "idle")
                 self._wake.notify_all()  # somebody may be draining
+                self._check_integrity()
             self._wake.wait_for(lambda: self._scheduler.has_work or self._stopping)
             return not self._stopping
 
-    def _step(self) -> None:
-        """Drop what was aborted, choose the next work, do it, hand out the results."""
-        with self._wake:
-            aborted = self._scheduler.aborted()
-        for sequence in aborted:
-            self._close(sequence, Failed(Failure.ABORTED, "The request was aborted."))
-        with self._wake:
-            step = self._scheduler.schedule()
-        if step is None:
+    def _check_integrity(self) -> None:
+        """Nothing runs, so everything must be free or cached. Start with empty caches if it is not."""
+        if time.monotonic() - self._checked_at < CHECK_EVERY_S:
             return
-        began = time.monotonic()
-        self._phase = step.work
+        self._checked_at = time.monotonic()
         try:
-            self._compute(step)
-        except Exception as error:  # one request's mistake must not end the others
-            self._fail(step, error)
+            self._scheduler.check()
+        except AssertionError as error:
+            logger.error("event=integrity_lost reason=%s", json.dumps(str(error)))
+            old = self._scheduler
+            kv = KvCache(old.kv.pages, old.kv.page_tokens)
+            self._scheduler = Scheduler(old.queue_size, old.slots, kv, PictureCache(old.pictures.budget_bytes))
+
+    def _step(self) -> None:
+        """Drop what has ended, admit, go on with one picture, compute one batch, hand out its tokens."""
+        began = time.monotonic()
+        self._drop_ended(began)
+        self._admit()
+        spent_s = self._encode(self._scheduler.picture())
+        self._compute(spent_s)
         self._steps += 1
         self._last_step_at = time.monotonic()
         self._last_step_s = self._last_step_at - began
 
-    def _compute(self, step: Step) -> None:
+    def _drop_ended(self, now: float) -> None:
+        with self._wake:
+            ended = self._scheduler.ended(now)
+        for sequence in ended:
+            if sequence.aborted:
+                self._close(sequence, Failed(Failure.ABORTED, "The request was aborted."))
+            else:
+                limit = sequence.request.deadline_s
+                self._close(sequence, Failed(Failure.DEADLINE, f"The request took longer than its {limit:g} s."))
+
+    def _admit(self) -> None:
+        with self._wake:
+            started = self._scheduler.admit()
+        for sequence in started:
+            sequence.started_at = sequence.started_at or time.monotonic()
+            try:
+                assert self._model is not None and sequence.lease is not None
+                self._model.runner.copy_pages([sequence.lease.copy] if sequence.lease.copy else [])
+                self._model.runner.begin(sequence)
+            except Exception as error:
+                self._give_up((sequence,), "begin", error)
+
+    def _encode(self, job: PictureJob | None) -> float:
+        """Go on with a picture for as long as the running answers can wait; returns the time it took."""
+        if job is None:
+            return 0.0
         assert self._model is not None
         runner = self._model.runner
-        first = step.sequences[0]
-        first.started_at = first.started_at or time.monotonic()
-        if step.work == "vision":
-            runner.encode_picture(first)
-            first.pictures_encoded += 1
-        elif step.work == "prefill":
-            token = runner.prefill(first)
-            first.first_token_at = time.monotonic()
-            self._accept(first, token)
-        else:
-            for sequence, token in zip(step.sequences, runner.decode(step.sequences), strict=True):
-                self._accept(sequence, token)
+        self._enter("vision", self._pace.picture_deadline_s())
+        began = time.monotonic()
+        try:
+            features = runner.encode(job, self._pace.slice_s(self._scheduler.decoding))
+        except Exception as error:  # it must not end the requests that wait for other pictures
+            with self._wake:
+                waiting = self._scheduler.picture_failed(job)
+            self._give_up(tuple(waiting), "vision", error)
+            return 0.0
+        took_s = time.monotonic() - began
+        self._pace.saw_slice(took_s)
+        if features is not None:
+            with self._wake:
+                self._scheduler.picture_done(job, features, runner.size_bytes(features))
+        return took_s
 
-    def _accept(self, sequence: Sequence, token: int) -> None:
-        """Take one new token: deliver its text, and the end if this was the last."""
+    def _compute(self, spent_s: float) -> None:
+        with self._wake:
+            decoding = self._scheduler.decoding
+            batch = self._scheduler.batch(self._pace.chunk_tokens(decoding, spent_s))
+        if not batch.sequences:
+            return
+        deadline_s = self._pace.deadline_s(decoding, batch.chunk_tokens)
+        self._enter("prefill" if batch.chunks else "decode", deadline_s)
+        began = time.monotonic()
+        if self._forward(batch):
+            self._pace.saw_batch(len(batch.decode), batch.chunk_tokens, time.monotonic() - began)
+
+    def _forward(self, batch: Batch) -> bool:
+        """Compute a batch. What cannot be computed together is computed apart, down to whose fault it is."""
         assert self._model is not None
+        choosing = batch.choosing
+        try:
+            choices = self._model.runner.compute(batch)
+        except Exception as error:  # one request's mistake must not end the others
+            memory = self._model.runner.failure(error) == "memory"
+            halves = batch.halves(cut_chunks=memory)
+            if memory and batch.chunk_tokens:
+                self._pace.max_chunk_tokens = max(self._pace.max_chunk_tokens // 2, 1)
+            if not halves or self._model.runner.failure(error) == "device":
+                self._give_up(batch.sequences, "compute", error)
+            for half in halves:
+                self._forward(half)
+            return False
+        with self._wake:
+            self._scheduler.computed(batch)
+        for sequence, choice in zip(choosing, choices, strict=True):
+            self._accept(sequence, choice)
+        return True
+
+    def _accept(self, sequence: Sequence, choice: Choice) -> None:
+        """Take one new token: deliver its text, and the end if this was the last."""
         if sequence.aborted or sequence.closed:
             return  # nobody waits for it any more
-        sampling = sequence.request.sampling
-        if sequence.text is None:
-            sequence.text = Detokenizer(sampling.stop, sampling.stop_skips)
-        sequence.output_ids.append(token)
+        sequence.first_token_at = sequence.first_token_at or time.monotonic()
+        try:
+            text, reason = sequence.answer.feed(choice.token)
+        except Exception as error:  # a grammar is foreign code
+            self._give_up((sequence,), "answer", error)
+            return
+        sequence.append(choice.token)
         sequence.undelivered_tokens += 1
-        ends = token in self._model.end_ids
-        text = "" if ends else sequence.text.feed(self._model.vocabulary.token_bytes(token))
-        reason: FinishReason | None = None
-        if ends or sequence.text.stopped:
-            reason = FinishReason.STOP
-        elif len(sequence.output_ids) >= min(sampling.max_tokens, self._room(sequence)):
-            reason = FinishReason.LENGTH
-        if reason:
-            text += sequence.text.finish()
+        if choice.logprob is not None:
+            sequence.undelivered_logprobs.append(choice.logprob)
         if text or reason:
-            sequence.deliver(Delta(text, sequence.undelivered_tokens))
+            sequence.deliver(Delta(text, sequence.undelivered_tokens, tuple(sequence.undelivered_logprobs)))
             sequence.undelivered_tokens = 0
+            sequence.undelivered_logprobs.clear()
         if reason:
             self._close(sequence, sequence.done(reason))
 
-    def _room(self, sequence: Sequence) -> int:
+    def _give_up(self, sequences: tuple[Sequence, ...], work: str, error: Exception) -> None:
+        """These requests cannot be computed. Raises the error again if the device is lost."""
         assert self._model is not None
-        return self._model.context_tokens - len(sequence.request.prompt_ids)
-
-    def _fail(self, step: Step, error: Exception) -> None:
-        assert self._model is not None
-        ids = ",".join(s.request.id for s in step.sequences)
-        logger.exception("event=step_failed engine_requests=%s work=%s", ids, step.work)
-        if self._model.runner.is_fatal(error):
+        ids = ",".join(s.request.id for s in sequences)
+        logger.error("event=step_failed engine_requests=%s work=%s", ids, work, exc_info=error)
+        kind = self._model.runner.failure(error)
+        if kind == "device":
             raise error
-        for sequence in step.sequences:
-            self._close(sequence, Failed(Failure.ENGINE, f"The model failed on this request: {type(error).__name__}."))
+        failed = Failed(Failure.ENGINE, f"The model failed on this request: {type(error).__name__}.")
+        if kind == "memory":
+            failed = Failed(Failure.MEMORY, "There is not enough memory for this request.")
+        for sequence in sequences:
+            self._close(sequence, failed, keep=False)
+
+    def _close(self, sequence: Sequence, event: Done | Failed, keep: bool = True) -> None:
+        """Free what a request holds, then deliver its last event."""
+        with self._wake:
+            self._scheduler.remove(sequence, keep)
+            self._wake.notify_all()
+        self._deliver_last(sequence, event)
 
     def _die(self, error: BaseException) -> None:
         expected = isinstance(error, LoadError)
@@ -265,19 +361,17 @@ class Engine:
         logger.error("event=engine_dead reason=%s", json.dumps(reason), exc_info=None if expected else error)
         with self._wake:
             self._reason = reason
-            self._phase = "dead"
+            self._enter("dead")
             left = self._scheduler.sequences()
         for sequence in left:
             self._close(sequence, Failed(Failure.DEAD, "The model has failed and must be restarted."))
 
     # Called from any thread.
 
-    def _close(self, sequence: Sequence, event: Done | Failed) -> None:
-        """Deliver the last event of a request, once, and forget the request."""
+    def _deliver_last(self, sequence: Sequence, event: Done | Failed) -> None:
+        """A request has exactly one last event, whoever comes first."""
         with self._wake:
             if sequence.closed:
                 return
             sequence.closed = True
-            self._scheduler.remove(sequence)
-            self._wake.notify_all()
         sequence.deliver(event)

@@ -10,13 +10,16 @@ import threading
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from api.engine.model import Model, SamplingDefaults
-from api.engine.request import Picture, Sequence
+from api.engine.kv_cache import Copy
+from api.engine.model import Capacity, Choice, Model, SamplingDefaults
+from api.engine.request import Picture
+from api.engine.scheduler import Batch, PictureJob
+from api.engine.sequence import Sequence
 from api.engine.tokens import MARKUP, Vocabulary
 
 SPECIAL = (
@@ -26,8 +29,15 @@ SPECIAL = (
 END = ("<|endoftext|>", "<|user|>", "<|observation|>")
 
 
+FAIL_COLOUR = (6, 6, 6)  # a picture of this colour cannot be encoded
+
+
 class DeviceLost(RuntimeError):
     """Stands for a CUDA error."""
+
+
+class OutOfMemory(RuntimeError):
+    """Stands for torch.OutOfMemoryError."""
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -73,38 +83,90 @@ class FakePictures:
     def process(self, image: Image.Image) -> Picture:
         rows, columns = max(image.height // 28, 1), max(image.width // 28, 1)
         colour = image.resize((1, 1)).getpixel((0, 0))
-        return Picture(patches=colour, grid=(1, rows * 2, columns * 2), tokens=rows * columns)
+        grid = (1, rows * 2, columns * 2)
+        return Picture(patches=colour, grid=grid, tokens=rows * columns, key=repr((colour, grid)).encode())
 
 
 class FakeRunner:
-    def __init__(self, vocabulary: Vocabulary, answer: Callable[[str, list[Any]], str], token_s: float = 0.0) -> None:
+    """Its KV cache holds the keys of the tokens themselves, so that every read can be checked."""
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        answer: Callable[[str, list[Any]], str],
+        token_s: float = 0.0,
+        page_tokens: int = 16,
+    ) -> None:
         self._vocabulary = vocabulary
         self._answer = answer
         self._token_s = token_s
+        self._page_tokens = page_tokens
+        self._kv: dict[tuple[int, int], Any] = {}  # page and place in it -> key of the token stored there
         self.release = threading.Event()  # lets a hanging step go on
         self.hanging = threading.Event()  # set when a step has begun to hang
-        self.decoded: list[str] = []  # request ids in the order of their steps
+        self.decoded: list[str] = []  # request ids in the order of their tokens
+        self.encoded: list[Any] = []  # the patches of every picture that went through the tower
+        self.batches: list[Batch] = []
+        self.most_rows = 10**9  # more decoding sequences than this do not fit into memory
+        self.slices = 1  # steps that a picture takes
 
-    def encode_picture(self, sequence: Sequence) -> None:
+    def warm_up(self) -> None:
         pass
 
-    def prefill(self, sequence: Sequence) -> int:
-        prompt = b"".join(map(self._vocabulary.token_bytes, sequence.request.prompt_ids)).decode(errors="replace")
-        self._obey(prompt)
-        text = self._answer(prompt, [picture.patches for picture in sequence.request.pictures])
-        sequence.state = iter([*self._vocabulary.encode(text), self._vocabulary.special["<|user|>"]])
-        return self._next(sequence)
+    def encode(self, job: PictureJob, limit_s: float) -> Any | None:
+        job.state = (job.state or 0) + 1
+        if job.picture.patches == FAIL_COLOUR:
+            raise ValueError("told to fail on this picture")
+        if job.state < self.slices:
+            return None
+        self.encoded.append(job.picture.patches)
+        return job.picture.patches
 
-    def decode(self, sequences: Items[Sequence]) -> list[int]:
-        return [self._next(sequence) for sequence in sequences]
+    def size_bytes(self, features: Any) -> int:
+        return 100
 
-    def is_fatal(self, error: BaseException) -> bool:
-        return isinstance(error, DeviceLost)
+    def copy_pages(self, copies: Items[Copy]) -> None:
+        for copy in copies:
+            for place in range(copy.tokens):
+                self._kv[copy.target, place] = self._kv[copy.source, place]
 
-    def _next(self, sequence: Sequence) -> int:
+    def begin(self, sequence: Sequence) -> None:
+        if sequence.state is None:
+            prompt = b"".join(map(self._vocabulary.token_bytes, sequence.request.prompt_ids)).decode(errors="replace")
+            text = self._answer(prompt, [picture.patches for picture in sequence.request.pictures])
+            sequence.state = (prompt, [*self._vocabulary.encode(text), self._vocabulary.special["<|user|>"]])
+
+    def compute(self, batch: Batch) -> list[Choice]:
+        if len(batch.sequences) > self.most_rows:
+            raise OutOfMemory("told to have little memory")
+        for chunk in batch.chunks:
+            self._obey(chunk.sequence.state[0])
         time.sleep(self._token_s)
+        self.batches.append(batch)
+        for sequence in batch.decode:
+            self._compute(sequence, sequence.computed, sequence.computed + 1)
+        for chunk in batch.chunks:
+            self._compute(chunk.sequence, chunk.start, chunk.end)
+        return [self._next(sequence) for sequence in batch.choosing]
+
+    def failure(self, error: BaseException) -> Literal["request", "memory", "device"]:
+        if isinstance(error, DeviceLost):
+            return "device"
+        return "memory" if isinstance(error, OutOfMemory) else "request"
+
+    def _compute(self, sequence: Sequence, start: int, end: int) -> None:
+        assert sequence.lease is not None
+        places = [(sequence.lease.table[i // self._page_tokens], i % self._page_tokens) for i in range(end)]
+        stored = [self._kv.get(place) for place in places[:start]]
+        assert stored == sequence.keys[:start], f"{sequence.request.id} would read somebody else's keys and values"
+        for number, span in enumerate(sequence.spans):
+            if start < span.end and end > span.start:
+                assert sequence.features[number] == span.picture.patches, "these are another picture's features"
+        self._kv.update(zip(places[start:], sequence.keys[start:end], strict=True))
+
+    def _next(self, sequence: Sequence) -> Choice:
         self.decoded.append(sequence.request.id)
-        return next(sequence.state)
+        return Choice(sequence.state[1][len(sequence.output_ids)])
 
     def _obey(self, prompt: str) -> None:
         if "HANG" in prompt:
@@ -122,17 +184,26 @@ def echo(prompt: str, pictures: list[Any]) -> str:
 
 
 def fake_model(
-    answer: Callable[[str, list[Any]], str] = echo, token_s: float = 0.0, context_tokens: int = 4096
+    answer: Callable[[str, list[Any]], str] = echo,
+    token_s: float = 0.0,
+    context_tokens: int = 4096,
+    slots: int = 1,
+    pages: int | None = None,
+    page_tokens: int = 16,
+    chunk_tokens: int = 4096,
 ) -> Model:
+    """A model with room for `slots` requests; by default its KV cache holds as many full contexts."""
     vocabulary = Vocabulary(byte_tokenizer())
+    pages = pages or (slots + 1) * -(-context_tokens // page_tokens)
     return Model(
         id="fake",
-        runner=FakeRunner(vocabulary, answer, token_s),
+        runner=FakeRunner(vocabulary, answer, token_s, page_tokens),
         vocabulary=vocabulary,
         template=FakeTemplate(),
         pictures=FakePictures(),
         end_ids=frozenset(vocabulary.special[text] for text in END),
         context_tokens=context_tokens,
+        capacity=Capacity(slots, pages, page_tokens, chunk_tokens, picture_cache_bytes=1000),
         defaults=SamplingDefaults(),
         facts={"class": "FakeModel", "device": "cpu", "dtype": "none", "parameters": 0, "demo": False, "knows": None},
     )

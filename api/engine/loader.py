@@ -5,22 +5,27 @@ Works without torchvision: pictures go through the processor's PIL backend. Know
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from PIL import Image
 
 from api.engine.download import download
-from api.engine.model import LoadError, Model, SamplingDefaults
+from api.engine.model import Capacity, LoadError, Model, SamplingDefaults
 from api.engine.placement import (
+    PAGE_TOKENS,
     Choice,
     choose_device,
     choose_dtype,
+    choose_kv_cache,
     choose_model,
+    choose_slots,
     choose_threads,
     free_gpu_bytes,
 )
@@ -37,7 +42,7 @@ LONGEST_CONTEXT = 8192  # when nobody asks for more: memory for the KV cache sta
 
 
 def load(settings: Settings, progress: Progress) -> Model:
-    """Choose, fetch, load, warm up. Runs in the engine thread, whose torch thread count it sets."""
+    """Choose, fetch, load. Runs in the engine thread, whose torch thread count it sets."""
     progress(0.02)  # torch and transformers are imported
     # 1. Choose what to run and where.
     device = choose_device(settings)
@@ -62,10 +67,8 @@ def load(settings: Settings, progress: Progress) -> Model:
     with weights_progress(part(progress, 0.05 if local else 0.5, 0.95)):
         network = getattr(transformers, class_name).from_pretrained(folder, dtype=getattr(torch, dtype.value))
     network = network.to(device.value).eval()
-    runner = Glm4vRunner(network)
-    progress(0.97)
-    runner.warm_up()
-    return _assemble(settings, chosen, folder if local else None, folder, network, runner, choices)
+    progress(0.95)
+    return _assemble(settings, chosen, folder if local else None, folder, network, choices)
 
 
 def _assemble(
@@ -74,7 +77,6 @@ def _assemble(
     local: Path | None,
     folder: Path,
     network: Any,
-    runner: Glm4vRunner,
     choices: dict[str, Choice],
 ) -> Model:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -85,28 +87,48 @@ def _assemble(
     except (AttributeError, UnsupportedTokenizer) as error:
         raise LoadError(f"{folder}: the tokenizer is not a byte-level fast tokenizer: {error}") from None
     context_tokens, context_reason = _context(settings, network.config.get_text_config().max_position_embeddings)
+    slots = choose_slots(settings, choices["device"].value)
+    kv = choose_kv_cache(settings, choices["device"].value, kv_token_bytes(network), context_tokens, slots.number)
+    if kv.number < context_tokens:
+        if settings.context_tokens:
+            raise LoadError(
+                f"GLM_CONTEXT_TOKENS must be <= {kv.number}, what the KV cache holds. Given: {context_tokens}"
+            )
+        context_tokens, context_reason = kv.number, f"all that the KV cache holds; {context_reason}"
+    capacity = Capacity(
+        slots=slots.number,
+        pages=kv.number // PAGE_TOKENS,
+        page_tokens=PAGE_TOKENS,
+        chunk_tokens=settings.prefill_chunk_tokens,
+        picture_cache_bytes=settings.picture_cache_bytes,
+    )
+    parameters = sum(p.numel() for p in network.parameters())
     demo = _read_json(folder / "demo.json") if (folder / "demo.json").is_file() else None
     model_id = (demo or {}).get("id") or (local.name if local else chosen.value)
     generation = network.generation_config
     defaults = _sampling_defaults(generation)
     return Model(
         id=model_id,
-        runner=runner,
+        runner=Glm4vRunner(network, capacity, context_tokens),
         vocabulary=vocabulary,
         template=_Template(tokenizer),
         pictures=_Pictures(transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")),
         end_ids=_end_ids(generation.eos_token_id, vocabulary),
         context_tokens=context_tokens,
+        capacity=capacity,
         defaults=defaults,
         facts={
             "class": type(network).__name__,
-            "parameters": sum(p.numel() for p in network.parameters()),
+            "parameters": parameters,
             "device": choices["device"].value,
             "dtype": choices["dtype"].value,
             "threads": int(choices["threads"].value),
             "demo": demo is not None,
             "knows": (demo or {}).get("knows"),
-            "choices": {name: choice.reason for name, choice in choices.items()} | {"context_tokens": context_reason},
+            "slots": slots.number,
+            "kv_cache_tokens": capacity.pages * PAGE_TOKENS,
+            "choices": {name: choice.reason for name, choice in choices.items()}
+            | {"context_tokens": context_reason, "slots": slots.reason, "kv_cache": kv.reason},
         },
     )
 
@@ -132,7 +154,11 @@ class _Pictures:
         output = self._processor(images=[image], return_tensors="np")
         frames, rows, columns = (int(n) for n in output["image_grid_thw"][0])
         tokens = frames * rows * columns // self._processor.merge_size**2
-        return Picture(patches=output["pixel_values"], grid=(frames, rows, columns), tokens=tokens)
+        patches = np.ascontiguousarray(output["pixel_values"])
+        # What the model sees is hashed, so pixels, size and every setting of the processor are in it.
+        key = hashlib.blake2b(repr((frames, rows, columns, patches.dtype.str)).encode(), digest_size=16)
+        key.update(patches.data)
+        return Picture(patches=patches, grid=(frames, rows, columns), tokens=tokens, key=key.digest())
 
 
 def _local_folder(model: str) -> Path | None:
@@ -165,6 +191,13 @@ def _context(settings: Settings, allowed: int) -> tuple[int, str]:
     if asked:
         return asked, "set by GLM_CONTEXT_TOKENS"
     return min(allowed, LONGEST_CONTEXT), f"the model allows {allowed}; at most {LONGEST_CONTEXT} unless set"
+
+
+def kv_token_bytes(network: Any) -> int:
+    """Keys and values of one token in all layers."""
+    text = network.config.get_text_config()
+    head_dim = text.hidden_size // text.num_attention_heads
+    return 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * network.dtype.itemsize
 
 
 def _end_ids(configured: int | list[int] | None, vocabulary: Vocabulary) -> frozenset[int]:

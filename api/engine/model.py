@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from PIL import Image
 
-from api.engine.request import Picture, Sequence
+from api.engine.kv_cache import Copy
+from api.engine.request import Picture, TokenLogprob
+from api.engine.scheduler import Batch, PictureJob
+from api.engine.sequence import Sequence
 from api.engine.tokens import Vocabulary
 
 
@@ -20,19 +23,31 @@ class LoadError(Exception):
 
 
 class Runner(Protocol):
-    """Every forward pass. Keeps what it needs for a request in `sequence.state`."""
+    """Every forward pass. Reads a request's tokens, pages and features from its Sequence.
 
-    def encode_picture(self, sequence: Sequence) -> None:
-        """Encode the next picture of a request."""
+    A call that raises has changed nothing that matters: the same work may be asked for again.
+    """
 
-    def prefill(self, sequence: Sequence) -> int:
-        """Read the whole prompt and return the first token."""
+    def warm_up(self) -> None:
+        """Try every kind of step once: the first request pays for no set-up, a broken model shows now."""
 
-    def decode(self, sequences: Items[Sequence]) -> list[int]:
-        """One more token for each."""
+    def encode(self, job: PictureJob, limit_s: float) -> Any | None:
+        """Go on with a picture for about `limit_s`; its features once they are complete."""
 
-    def is_fatal(self, error: BaseException) -> bool:
-        """Whether the device is lost, so that no later step can work."""
+    def size_bytes(self, features: Any) -> int:
+        """Memory that features take."""
+
+    def copy_pages(self, copies: Items[Copy]) -> None:
+        """Copy beginnings of KV pages, in this order."""
+
+    def compute(self, batch: Batch) -> list[Choice]:
+        """One forward pass: the next token of each decoding sequence, then of each chunk that ends its prompt."""
+
+    def begin(self, sequence: Sequence) -> None:
+        """A sequence has been given its slot."""
+
+    def failure(self, error: BaseException) -> Literal["request", "memory", "device"]:
+        """What an error says: this work cannot be done, there is too little memory, or the device is lost."""
 
 
 class Template(Protocol):
@@ -45,6 +60,24 @@ class PictureProcessor(Protocol):
     def count_tokens(self, width: int, height: int) -> int: ...
 
     def process(self, image: Image.Image) -> Picture: ...
+
+
+class Choice(NamedTuple):
+    """A token, and what the model thought of it if the request wants to know."""
+
+    token: int
+    logprob: TokenLogprob | None = None
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What the model has room for at once."""
+
+    slots: int
+    pages: int  # of the KV cache
+    page_tokens: int
+    chunk_tokens: int  # longest part of a prompt in one step
+    picture_cache_bytes: int
 
 
 @dataclass(frozen=True)
@@ -66,6 +99,7 @@ class Model:
     pictures: PictureProcessor
     end_ids: frozenset[int]
     context_tokens: int
+    capacity: Capacity
     defaults: SamplingDefaults = SamplingDefaults()
     image_token: str = "<|image|>"
     # Facts for people: class, parameters, device, dtype, threads, knows, choices.

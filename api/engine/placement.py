@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 
 from settings import ROOT, Settings
@@ -17,6 +18,12 @@ FLASH = {"huggingface": "zai-org/GLM-4.6V-Flash", "modelscope": "ZhipuAI/GLM-4.6
 # bf16 weights are 20.6 GB; the rest is for the vision tower's activations and the KV cache.
 FLASH_NEEDS_BYTES = 24 * 2**30
 DEMO = ROOT / "models" / "shapes"
+SLOTS = {"cpu": 16, "cuda": 32}
+PAGE_TOKENS = 16
+# The KV cache takes this part of the memory that is free once the weights are loaded.
+CPU_SHARE, GPU_SHARE = 0.15, 0.9
+GPU_WORK_BYTES = 2 * 2**30
+GIB = 2**30
 # Below this, float32 costs nothing that anybody would notice and is the most exact.
 SMALL_WEIGHTS_BYTES = 2 * 2**30
 
@@ -25,6 +32,50 @@ SMALL_WEIGHTS_BYTES = 2 * 2**30
 class Choice:
     value: str
     reason: str
+
+
+@dataclass(frozen=True)
+class Amount:
+    number: int
+    reason: str
+
+
+def choose_slots(settings: Settings, device: str) -> Amount:
+    """How many requests run at once."""
+    if settings.slots:
+        return Amount(settings.slots, "set by GLM_SLOTS")
+    number = SLOTS[device]
+    return Amount(number, f"the choice for {device}")
+
+
+def choose_kv_cache(settings: Settings, device: str, token_bytes: int, context_tokens: int, slots: int) -> Amount:
+    """Tokens whose keys and values are kept, in whole pages."""
+    if settings.kv_cache_bytes:
+        budget, reason = settings.kv_cache_bytes, "set by GLM_KV_CACHE_BYTES"
+    elif device == "cuda":
+        free = free_gpu_bytes(device) or 0
+        budget = max(int(free * GPU_SHARE) - GPU_WORK_BYTES, 0)
+        reason = f"{GPU_SHARE:.0%} of the {free / GIB:.1f} GiB free beside the weights, less room to work"
+    else:
+        free = free_memory_bytes()
+        budget, reason = int(free * CPU_SHARE), f"{CPU_SHARE:.0%} of the {free / GIB:.1f} GiB free"
+    most = -(-(slots + 1) * context_tokens // PAGE_TOKENS) * PAGE_TOKENS
+    tokens = budget // token_bytes // PAGE_TOKENS * PAGE_TOKENS
+    if not settings.kv_cache_bytes and tokens >= most:
+        tokens, reason = most, f"enough for {slots + 1} full contexts"
+    return Amount(tokens, f"{tokens * token_bytes / 2**20:.0f} MiB: {reason}")
+
+
+def free_memory_bytes() -> int:
+    """Memory this process may still take: the machine's, and its container's if that is less."""
+    free = psutil.virtual_memory().available
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+        if limit != "max":
+            free = min(free, int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii")))
+    except (OSError, ValueError):
+        pass  # no cgroup v2 here
+    return max(free, 0)
 
 
 def choose_device(settings: Settings) -> Choice:

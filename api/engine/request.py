@@ -5,9 +5,7 @@ Owns the plain data types. Knows no tensor library: pictures are opaque here.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
@@ -127,42 +125,3 @@ class Failed:
 
 
 Event = Delta | Done | Failed
-
-
-@dataclass(eq=False)
-class Sequence:
-    """A request on its way through the engine. Only the engine thread writes here, but for the two flags."""
-
-    request: Request
-    deliver: Callable[[Event], None]
-    output_ids: list[int] = field(default_factory=list)
-    pictures_encoded: int = 0
-    aborted: bool = False  # somebody wants it to end
-    closed: bool = False  # its last event has been delivered
-    state: Any = None  # the runner's own: KV cache, features, generator
-    text: Any = None  # the detokenizer
-    undelivered_tokens: int = 0
-    submitted_at: float = field(default_factory=time.monotonic)
-    started_at: float | None = None
-    first_token_at: float | None = None
-
-    @property
-    def needs_picture(self) -> bool:
-        return self.pictures_encoded < len(self.request.pictures)
-
-    @property
-    def prefilled(self) -> bool:
-        return self.first_token_at is not None
-
-    def done(self, reason: FinishReason) -> Done:
-        now = time.monotonic()
-        started = self.started_at or now
-        first = self.first_token_at or now
-        return Done(
-            reason=reason,
-            prompt_tokens=len(self.request.prompt_ids),
-            completion_tokens=len(self.output_ids),
-            queue_s=started - self.submitted_at,
-            prefill_s=first - started,
-            decode_s=now - first,
-        )

@@ -1,123 +1,210 @@
-"""Every forward pass of a GLM-4.6V model: vision, prefill, decode.
+"""Every forward pass of a GLM-4.6V model: from sequences to tensors and from logits to tokens.
 
-Runs the unmodified transformers modules `glm4v` and `glm46v`. Positions are computed here for every
-call: the module's own `rope_deltas` belongs to whoever prefilled last, so it is never used.
+Takes the weights of the unmodified transformers modules `glm4v` and `glm46v`; afterwards the modules
+are not needed any more. Knows sequences and pages, not queues or time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
+import numpy as np
 import torch
-from transformers import DynamicCache, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from api.engine.request import Picture, Sequence
+from api.engine.decoder import Decoder, Group, Pass
+from api.engine.kv_cache import Copy
+from api.engine.model import Capacity, Choice
+from api.engine.rotary import rope_positions
 from api.engine.sampling import Sampler
+from api.engine.scheduler import Batch, Chunk, PictureJob
+from api.engine.sequence import Sequence
+from api.engine.vision import VisionTower
 
-IMAGE_TYPE = 1  # in mm_token_type_ids; 0 is text
-MERGE = 4  # patches that become one token
+# Attention over stored tokens is computed in multiples of this, so that few shapes occur.
+LENGTH_STEP = 64
 
 
-@dataclass
+@dataclass(frozen=True)
 class _State:
-    """What the runner keeps for one request between steps."""
+    """Where the tokens of one request are."""
 
-    features: list[torch.Tensor] = field(default_factory=list)
-    cache: DynamicCache | None = None
-    position_delta: int = 0  # positions run behind the token count: a picture spans fewer of them
-    sampler: Sampler | None = None
+    positions: np.ndarray  # [3, tokens of the prompt]
+    delta: int  # position of a later token, less its index
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The decoding sequences of a pass in the order of its rows: longest first, those of like length together."""
+
+    order: tuple[int, ...]
+    ends: tuple[int, ...]  # of the groups
 
 
 class Glm4vRunner:
-    def __init__(self, model: PreTrainedModel) -> None:
-        # transformers builds its signatures at run time, so the model's methods have no useful types.
-        self._model: Any = model
-        self._device = model.device
-        self._image_token_id: int = model.config.image_token_id
-        self._vocabulary_size: int = model.get_output_embeddings().out_features
+    def __init__(self, network: Any, capacity: Capacity, context_tokens: int) -> None:
+        with torch.inference_mode():
+            self._decoder = Decoder(network, context_tokens, capacity.pages, capacity.page_tokens)
+            self._tower = VisionTower(network.model.visual)
+        self._page_tokens = capacity.page_tokens
+        self._device = self._decoder.device
+        self._sampler = Sampler(capacity.slots + 1, self._decoder.vocabulary_size, self._device)
 
     @torch.inference_mode()
-    def encode_picture(self, sequence: Sequence) -> None:
-        picture = sequence.request.pictures[sequence.pictures_encoded]
-        state = self._state(sequence)
-        state.features.append(self._encode(picture))
+    def encode(self, job: PictureJob, limit_s: float) -> torch.Tensor | None:
+        if job.state is None:
+            job.state = self._tower.begin(job.picture.patches, job.picture.grid)
+        return self._tower.advance(job.state, limit_s)
+
+    def size_bytes(self, features: torch.Tensor) -> int:
+        return features.nbytes
 
     @torch.inference_mode()
-    def prefill(self, sequence: Sequence) -> int:
-        request, state = sequence.request, self._state(sequence)
-        ids = torch.tensor([request.prompt_ids], device=self._device)
-        types = (ids == self._image_token_id).int() * IMAGE_TYPE
-        grids = self._tensor([p.grid for p in request.pictures]) if request.pictures else None
-        positions, delta = self._model.model.get_rope_index(ids, types, image_grid_thw=grids)
-        state.position_delta = int(delta)
-        state.cache = DynamicCache(config=self._model.config.get_text_config())
-        state.sampler = Sampler(request.sampling, request.prompt_ids, self._vocabulary_size)
-        vision: dict[str, Any] = {}
-        if state.features:
-            features: Any = tuple(state.features)  # one tensor for each picture, though declared as one
-            vision["image"] = BaseModelOutputWithPooling(pooler_output=features)
-        logits = self._model(
-            input_ids=ids,
-            position_ids=positions,
-            past_key_values=state.cache,
-            mm_encoder_outputs=vision,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits
-        state.features.clear()
-        return state.sampler.choose(logits[0, -1])
+    def copy_pages(self, copies: Items[Copy]) -> None:
+        for copy in copies:
+            source, target = copy.source * self._page_tokens, copy.target * self._page_tokens
+            for kv in self._decoder.kv:
+                kv[target : target + copy.tokens] = kv[source : source + copy.tokens].clone()
+
+    def begin(self, sequence: Sequence) -> None:
+        positions, delta = rope_positions(len(sequence.keys), sequence.spans, self._tower.merge)
+        sequence.state = _State(positions, delta)
+        self._sampler.begin(sequence)
 
     @torch.inference_mode()
-    def decode(self, sequences: Items[Sequence]) -> list[int]:
-        return [self._decode_one(sequence) for sequence in sequences]
+    def compute(self, batch: Batch) -> list[Choice]:
+        rows = _arrange([sequence.computed + 1 for sequence in batch.decode])
+        decode = [batch.decode[number] for number in rows.order]
+        logits = self._decoder.run(self._pass(decode, rows.ends, batch.chunks))
+        chosen = self._sampler.choose(logits, [*decode, *(c.sequence for c in batch.chunks if c.is_last)])
+        places = {number: row for row, number in enumerate(rows.order)}
+        return [chosen[places[number]] for number in range(len(decode))] + chosen[len(decode) :]
 
-    def is_fatal(self, error: BaseException) -> bool:
+    def failure(self, error: BaseException) -> Literal["request", "memory", "device"]:
         """After a CUDA error every later call fails too; running out of memory is not of that kind."""
         if isinstance(error, torch.OutOfMemoryError):
             torch.cuda.empty_cache()
-            return False
-        return isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
+            return "memory"
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            return "memory"
+        return "device" if isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error) else "request"
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """One picture and two tokens: the first request pays for no set-up, and a broken model shows now."""
-        patches = torch.zeros(MERGE * 4, self._patch_size())
-        self._encode(Picture(patches=patches, grid=(1, 4, 4), tokens=4))
-        cache = DynamicCache(config=self._model.config.get_text_config())
-        for place in range(2):
-            position = torch.full((3, 1, 1), place, device=self._device)
-            self._model(input_ids=self._tensor([[0]]), position_ids=position, past_key_values=cache, use_cache=True)
+        side = 2 * self._tower.merge
+        progress = self._tower.begin(torch.zeros(side * side, self._tower.patch_size), (1, side, side))
+        self._tower.advance(progress, limit_s=float("inf"))
+        for start, end in ((0, 4), (4, 6), (6, 7)):
+            self._decoder.run(self._trial(start, end))
 
-    def _decode_one(self, sequence: Sequence) -> int:
-        state = self._state(sequence)
-        assert state.cache is not None and state.sampler is not None
-        place = state.cache.get_seq_length() + state.position_delta
-        logits = self._model(
-            input_ids=self._tensor([[sequence.output_ids[-1]]]),
-            position_ids=torch.full((3, 1, 1), place, device=self._device),
-            past_key_values=state.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits
-        return state.sampler.choose(logits[0, -1])
+    # From sequences to tensors.
 
-    def _encode(self, picture: Picture) -> torch.Tensor:
-        patches = torch.as_tensor(picture.patches).to(self._device)
-        output = self._model.model.get_image_features(patches, self._tensor([picture.grid]), return_dict=True)
-        return output.pooler_output[0]
+    def _pass(self, decode: list[Sequence], ends: tuple[int, ...], chunks: Items[Chunk]) -> Pass:
+        ids: list[Items[int]] = []
+        positions, places = [], []
+        for sequence in decode:
+            at = sequence.computed
+            ids.append([sequence.output_ids[-1]])
+            positions.append(np.full((3, 1), at + sequence.state.delta))
+            places.append(self._places(sequence, at, at + 1))
+        for chunk in chunks:
+            sequence = chunk.sequence
+            ids.append(sequence.token_ids[chunk.start : chunk.end])
+            positions.append(sequence.state.positions[:, chunk.start : chunk.end])
+            places.append(self._places(sequence, chunk.start, chunk.end))
+        inputs = self._decoder.embeddings.index_select(0, self._tensor(np.concatenate(ids)))
+        groups, wanted = [], list(range(len(decode)))
+        for start, end in zip((0, *ends), ends, strict=False):
+            groups.append(self._single_group(decode[start:end], start))
+        row = len(decode)
+        for chunk in chunks:
+            self._insert_pictures(inputs, row, chunk)
+            groups.append(self._chunk_group(chunk, row))
+            row = groups[-1].end
+            if chunk.is_last:
+                wanted.append(row - 1)
+        rotary = self._decoder.rotary
+        where = np.concatenate(positions, axis=1)
+        pictures = any(chunk.sequence.spans for chunk in chunks)
+        turns = rotary.at(self._tensor(where)) if pictures else rotary.at_text(self._tensor(where[0]))
+        cos, sin = self._decoder.spread_over_heads(*turns)
+        every = len(wanted) == len(inputs)
+        return Pass(
+            inputs, cos, sin, self._tensor(np.concatenate(places)), tuple(groups),
+            None if every else self._tensor(wanted),
+        )  # fmt: skip
 
-    def _patch_size(self) -> int:
-        vision = self._model.config.vision_config
-        return vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    def _places(self, sequence: Sequence, start: int, end: int) -> np.ndarray:
+        """Rows of the KV cache for tokens `start` to `end`."""
+        assert sequence.lease is not None
+        index = np.arange(start, end)
+        table = np.asarray(sequence.lease.table)
+        return table[index // self._page_tokens] * self._page_tokens + index % self._page_tokens
+
+    def _single_group(self, sequences: list[Sequence], start: int) -> Group:
+        lengths = [sequence.computed + 1 for sequence in sequences]
+        pages = self._pages_for(max(lengths))
+        tables = np.zeros((len(sequences), pages), dtype=np.int64)
+        for row, sequence in enumerate(sequences):
+            assert sequence.lease is not None
+            held = sequence.lease.table[:pages]
+            tables[row, : len(held)] = held
+        beyond = np.arange(pages * self._page_tokens) >= np.array(lengths)[:, None]
+        return Group(start, start + len(sequences), self._tensor(tables), self._hide(beyond)[:, None, None], True)
+
+    def _chunk_group(self, chunk: Chunk, row: int) -> Group:
+        end = row + chunk.end - chunk.start
+        if chunk.start == 0:
+            return Group(row, end, None, None, False)
+        assert chunk.sequence.lease is not None
+        pages = self._pages_for(chunk.end)
+        held = chunk.sequence.lease.table[:pages]
+        table = np.zeros(pages, dtype=np.int64)
+        table[: len(held)] = held
+        later = np.arange(pages * self._page_tokens) > np.arange(chunk.start, chunk.end)[:, None]
+        return Group(row, end, self._tensor(table), self._hide(later), False)
+
+    def _pages_for(self, tokens: int) -> int:
+        step = max(LENGTH_STEP // self._page_tokens, 1)
+        return -(-tokens // (self._page_tokens * step)) * step
+
+    def _hide(self, hidden: np.ndarray) -> torch.Tensor:
+        mask = torch.zeros(hidden.shape, dtype=self._decoder.dtype, device=self._device)
+        return mask.masked_fill_(torch.from_numpy(hidden).to(self._device), -torch.inf)
+
+    def _insert_pictures(self, inputs: torch.Tensor, row: int, chunk: Chunk) -> None:
+        """Put encoded pictures in the place of their placeholder tokens."""
+        for number, span in enumerate(chunk.sequence.spans):
+            start, end = max(span.start, chunk.start), min(span.end, chunk.end)
+            if start < end:
+                features = chunk.sequence.features[number][start - span.start : end - span.start]
+                inputs[row + start - chunk.start : row + end - chunk.start] = features
+
+    def _trial(self, start: int, end: int) -> Pass:
+        """A pass over page 0 without a request; what it stores there is never read."""
+        places = self._tensor(np.arange(start, end) % self._page_tokens)
+        cos, sin = self._decoder.spread_over_heads(*self._decoder.rotary.at_text(places))
+        inputs = self._decoder.embeddings[start:end]
+        if start == 0:
+            return Pass(inputs, cos, sin, places, (Group(0, end, None, None, False),), None)
+        pages = self._tensor(np.zeros(self._pages_for(1), dtype=np.int64))
+        mask = self._hide(np.zeros((end - start, len(pages) * self._page_tokens), dtype=bool))
+        if end - start > 1:
+            return Pass(inputs, cos, sin, places, (Group(0, end - start, pages, mask, False),), None)
+        return Pass(inputs, cos, sin, places, (Group(0, 1, pages[None], mask[:, None, None], True),), None)
 
     def _tensor(self, values: Any) -> torch.Tensor:
-        return torch.tensor(values, device=self._device)
+        return torch.as_tensor(np.asarray(values, dtype=np.int64)).to(self._device)
 
-    @staticmethod
-    def _state(sequence: Sequence) -> _State:
-        if sequence.state is None:
-            sequence.state = _State()
-        return sequence.state
+
+def _arrange(lengths: Items[int]) -> _Rows:
+    """Group rows of like length, so that a short one is not padded to a long one."""
+    order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
+    ends, longest = [], 0
+    for row, number in enumerate(order):
+        if row == 0 or 2 * lengths[number] + LENGTH_STEP < longest:
+            if row:
+                ends.append(row)
+            longest = lengths[number]
+    return _Rows(tuple(order), (*ends, len(order)) if order else ())

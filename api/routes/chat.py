@@ -173,6 +173,10 @@ class Job:
         self._log["failure"] = event.kind.value
         if event.kind is Failure.ENGINE:
             raise ServingError(500, event.message, "server_error", "engine_error")
+        if event.kind is Failure.MEMORY:
+            raise ServingError(500, event.message, "server_error", "out_of_memory")
+        if event.kind is Failure.DEADLINE:
+            raise ServingError(504, event.message, "server_error", "deadline_exceeded")
         if event.kind is Failure.DEAD:
             raise unavailable(event.message, "dead", 60)
         raise unavailable(event.message, "draining", 30)

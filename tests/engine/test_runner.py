@@ -1,25 +1,21 @@
-"""The runner against transformers' own generate: same tokens, whatever ran before."""
+"""The engine's own forward against transformers' generate: same tokens, whoever else is in the batch."""
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from prompts import STEPS, Steps, ask, generate, picture, request_for
 
 from api.engine.loader import load
 from api.engine.model import Model
-from api.engine.request import Request, Sampling, Sequence
 from settings import ROOT, Settings
-
-STEPS = 12
 
 
 @pytest.fixture(scope="module")
 def model(tiny_checkpoint: Path) -> Model:
-    return load(Settings(model=str(tiny_checkpoint), threads=1, device="cpu"), lambda fraction: None)
+    return load(Settings(model=str(tiny_checkpoint), threads=1, device="cpu", slots=6), lambda fraction: None)
 
 
 @pytest.fixture(scope="module")
@@ -29,91 +25,114 @@ def reference(tiny_checkpoint: Path):
     return Glm4vForConditionalGeneration.from_pretrained(tiny_checkpoint, dtype=torch.float32).eval()
 
 
-def picture(seed: int, size: tuple[int, int]) -> Image.Image:
-    rng = random.Random(seed)
-    image = Image.new("RGB", size, tuple(rng.randrange(256) for _ in range(3)))
-    draw = ImageDraw.Draw(image)
-    draw.ellipse((5, 5, size[0] // 2, size[1] // 2), fill=tuple(rng.randrange(256) for _ in range(3)))
-    return image
-
-
-def request_for(model: Model, text: str, images: list[Image.Image], **sampling) -> Request:
-    content = [{"type": "image"} for _ in images] + [{"type": "text", "text": text}]
-    rendered = model.template.render([{"role": "user", "content": content}], None, True)
-    pictures = tuple(model.pictures.process(image) for image in images)
-    image_id = model.vocabulary.special["<|image|>"]
-    spans = iter(pictures)
-    ids = [i for t in model.vocabulary.encode(rendered) for i in ([t] if t != image_id else [t] * next(spans).tokens)]
-    return Request("r", tuple(ids), Sampling(max_tokens=STEPS, **sampling), pictures)
-
-
-def begin(model: Model, request: Request) -> Sequence:
-    sequence = Sequence(request, deliver=lambda event: None)
-    for place in range(len(request.pictures)):
-        model.runner.encode_picture(sequence)
-        sequence.pictures_encoded = place + 1
-    sequence.output_ids.append(model.runner.prefill(sequence))
-    return sequence
-
-
-def run(model: Model, request: Request) -> list[int]:
-    sequence = begin(model, request)
-    while len(sequence.output_ids) < STEPS:
-        sequence.output_ids += model.runner.decode([sequence])
-    return sequence.output_ids
-
-
-def generate(reference, model: Model, request: Request, **options) -> list[int]:
-    ids = torch.tensor([request.prompt_ids])
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if request.pictures:
-        inputs["pixel_values"] = torch.cat([torch.as_tensor(p.patches) for p in request.pictures])
-        inputs["image_grid_thw"] = torch.tensor([p.grid for p in request.pictures])
-        inputs["mm_token_type_ids"] = (ids == model.vocabulary.special["<|image|>"]).int()
-    options = {"do_sample": False, "max_new_tokens": STEPS, "min_new_tokens": STEPS, "eos_token_id": None, **options}
-    return reference.generate(**inputs, **options)[0, ids.shape[1] :].tolist()
-
-
 PROMPTS = {
-    "text": ("Hello, what is this?", []),
-    "one picture": ("What is in the picture?", [picture(1, (150, 90))]),
-    "two pictures": ("The red circle?", [picture(2, (90, 200)), picture(3, (128, 128))]),
+    "text": ([ask("Hello, what is this?")], []),
+    "one picture": ([ask("What is in the picture?", 1)], [picture(1, (150, 90))]),
+    "two pictures": ([ask("The red circle?", 2)], [picture(2, (90, 200)), picture(3, (128, 128))]),
+    "several turns": (
+        [ask("What is it?", 1), {"role": "assistant", "content": "A red circle."}, ask("And here? " * 9, 1)],
+        [picture(4, (112, 112)), picture(5, (200, 60))],
+    ),
 }
 
 
+@pytest.mark.parametrize("chunk_tokens", [512, 23], ids=["whole", "chunked"])
 @pytest.mark.parametrize("name", PROMPTS)
-def test_greedy_tokens_equal_those_of_generate(name: str, model: Model, reference) -> None:
+def test_greedy_tokens_equal_those_of_generate(name: str, chunk_tokens: int, model: Model, reference) -> None:
     request = request_for(model, *PROMPTS[name])
 
-    ours = run(model, request)
+    ours = Steps(model, chunk_tokens).run(request)[0]
 
     assert ours == generate(reference, model, request)
     assert len(set(ours)) > 1  # a model that repeats one token would prove nothing
 
 
-def test_greedy_tokens_equal_those_of_generate_with_a_repetition_penalty(model: Model, reference) -> None:
-    request = request_for(model, *PROMPTS["one picture"], repetition_penalty=1.7)
+@pytest.mark.parametrize("chunk_tokens", [512, 40], ids=["whole", "chunked"])
+def test_a_batch_of_all_kinds_changes_nobodys_tokens(chunk_tokens: int, model: Model, reference) -> None:
+    requests = [request_for(model, *prompt, name=name) for name, prompt in PROMPTS.items()]
 
-    ours = run(model, request)
+    together = Steps(model, chunk_tokens).run(*requests)
 
-    assert ours == generate(reference, model, request, repetition_penalty=1.7)
+    assert together == [generate(reference, model, request) for request in requests]
 
 
-def test_interleaved_requests_do_not_disturb_each_other(model: Model, reference) -> None:
-    requests = [request_for(model, *prompt) for prompt in PROMPTS.values()]
-
-    sequences = [begin(model, request) for request in requests]
-    while len(sequences[0].output_ids) < STEPS:
-        for sequence, token in zip(sequences, model.runner.decode(sequences), strict=True):
-            sequence.output_ids.append(token)
+def test_requests_that_join_and_leave_at_any_step_get_their_own_tokens(model: Model, reference) -> None:
+    steps = Steps(model, 48)
+    kinds = list(PROMPTS.values())
+    requests = [
+        request_for(model, *kinds[number % 4], name=str(number), max_tokens=3 + 5 * (number % 3)) for number in range(9)
+    ]
+    sequences = []
+    for request in requests:
+        sequences.append(steps.add(request))
+        steps.step(slice_s=0.0)
+        steps.step(slice_s=0.0)
+    while steps.scheduler.has_work:
+        steps.step(slice_s=0.0)
 
     assert [s.output_ids for s in sequences] == [generate(reference, model, r) for r in requests]
 
 
-def test_the_picture_changes_the_answer(model: Model) -> None:
-    answers = [run(model, request_for(model, "What is it?", [picture(seed, (112, 112))])) for seed in (4, 5, 6)]
+def test_a_follow_up_computes_only_what_is_new_and_says_the_same(model: Model, reference) -> None:
+    steps = Steps(model)
+    images = [picture(7, (140, 140))]
+    first = request_for(model, [ask("What is it? Tell me more about this.", 1)], images)
+    answer = steps.run(first)[0]
+    longer = (*first.prompt_ids, *answer, *model.vocabulary.encode("And what else?"))
+    second = type(first)("second", longer, first.sampling, first.pictures)
+    sequence = steps.add(second)
 
+    while steps.scheduler.has_work:
+        steps.step()
+
+    assert sequence.cached_tokens == len(first.prompt_ids) + len(answer) - 1
+    assert steps.scheduler.pictures.queries == 1  # the second time nobody even asked for the picture
+    assert sequence.output_ids == generate(reference, model, second)
+
+
+def test_a_question_about_a_known_picture_reuses_it_for_another_user(model: Model, reference) -> None:
+    steps = Steps(model)
+    images = [picture(8, (140, 140))]
+    steps.run(request_for(model, [ask("What is it?", 1)], images))
+    other = request_for(model, [ask("How many are there?", 1)], images, name="other")
+    sequence = steps.add(other)
+
+    while steps.scheduler.has_work:
+        steps.step()
+
+    assert sequence.cached_tokens > images[0].width // 28 * images[0].height // 28
+    assert sequence.output_ids == generate(reference, model, other)
+
+
+def test_a_picture_of_the_same_size_is_never_taken_for_another(model: Model, reference) -> None:
+    steps = Steps(model)
+    requests = [
+        request_for(model, [ask("What is it?", 1)], [picture(seed, (112, 112))], name=str(seed)) for seed in (4, 5, 6)
+    ]
+
+    answers = [steps.run(request)[0] for request in requests]
+
+    assert answers == [generate(reference, model, request) for request in requests]
     assert len({tuple(answer) for answer in answers}) > 1
+
+
+def test_a_request_that_had_to_give_way_goes_on_as_if_nothing_had_happened(model: Model, reference) -> None:
+    requests = [request_for(model, *prompt, name=name, max_tokens=60) for name, prompt in PROMPTS.items()]
+    needed = [-(-(len(r.prompt_ids) + 60) // 16) for r in requests]
+    steps = Steps(model, pages=max(needed) + 6)
+
+    together = steps.run(*requests)
+
+    assert steps.scheduler.preemptions > 0
+    assert together == [generate(reference, model, request) for request in requests]
+
+
+def test_greedy_tokens_equal_those_of_generate_with_a_repetition_penalty(model: Model, reference) -> None:
+    request = request_for(model, *PROMPTS["one picture"], repetition_penalty=1.7)
+
+    ours = Steps(model).run(request)[0]
+
+    assert ours == generate(reference, model, request, repetition_penalty=1.7)
 
 
 def test_the_demo_checkpoint_answers_as_generate_does() -> None:
@@ -126,9 +145,17 @@ def test_the_demo_checkpoint_answers_as_generate_does() -> None:
 
     demo = load(Settings(model=str(folder), threads=1, device="cpu"), lambda fraction: None)
     reference = Glm4vForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    drawn = draw_shapes([("red", "circle"), ("blue", "square")], size=(320, 240), seed=1)
-    request = request_for(demo, "How many shapes are there?", [drawn])
+    drawn = [
+        draw_shapes([("red", "circle"), ("blue", "square")], size=(320, 240), seed=1),
+        draw_shapes([("green", "triangle")], size=(200, 280), seed=2),
+    ]
+    requests = [
+        request_for(demo, [ask("How many shapes are there?", 1)], drawn[:1], "a"),
+        request_for(demo, [ask("How many shapes are there?", 1)], drawn[1:], "b"),
+        request_for(demo, [ask("Hello")], [], "c"),
+    ]
 
-    ours = run(demo, request)
+    ours = Steps(demo).run(*requests)
 
-    assert ours == generate(reference, demo, request)
+    assert ours == [generate(reference, demo, request) for request in requests]
+    assert len(ours[0]) == STEPS

@@ -1,0 +1,91 @@
+"""Where tokens are: M-RoPE positions of a prompt, and the rotation that a position stands for.
+
+A text token advances all three axes (time, height, width) by one. A picture's tokens share one time,
+spread over height and width, and advance the axes by the longer side only; so positions run behind
+the token count, by a difference that belongs to the request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+
+import numpy as np
+import torch
+
+from api.engine.sequence import Span
+
+
+def rope_positions(length: int, spans: Items[Span], merge: int) -> tuple[np.ndarray, int]:
+    """Positions [3, length] of a prompt, and what to add to a later token's index to get its position."""
+    positions = np.empty((3, length), dtype=np.int64)
+    place = current = 0
+    for span in spans:
+        current = _text(positions, place, span.start, current)
+        frames, rows, columns = span.picture.grid
+        rows, columns = rows // merge, columns // merge
+        time, height, width = np.indices((frames, rows, columns)).reshape(3, -1)
+        positions[:, span.start : span.end] = np.stack([time, height, width]) + current
+        current += max(rows, columns)
+        place = span.end
+    current = _text(positions, place, length, current)
+    return positions, int(positions.max(initial=-1)) + 1 - length
+
+
+def _text(positions: np.ndarray, start: int, end: int, current: int) -> int:
+    positions[:, start:end] = np.arange(current, current + end - start)
+    return current + end - start
+
+
+class Rotary:
+    """Cosines and sines for heads whose dimensions `order` has put into half-split form.
+
+    The module rotates neighbouring dimensions (0 with 1, 2 with 3 ...) of the first part of a head and
+    leaves the rest alone. Here dimension i turns with i + half, over the whole head: the rest turns by
+    the angle zero. Queries and keys are permuted alike, so their products are the same, and the
+    rotation needs no strided access.
+    """
+
+    def __init__(
+        self,
+        inverse_frequencies: torch.Tensor,  # [rotated / 2]
+        sections: Items[int],  # how many frequencies turn with time, height, width, in turns
+        head_dim: int,
+        positions: int,
+        dtype: torch.dtype,
+        scaling: float = 1.0,
+    ) -> None:
+        device = inverse_frequencies.device
+        rotated, half = 2 * len(inverse_frequencies), head_dim // 2
+        angles = torch.arange(positions, device=device).float()[:, None] * inverse_frequencies.float()
+        cos = torch.ones(positions, half, device=device)
+        sin = torch.zeros(positions, half, device=device)
+        cos[:, : rotated // 2] = angles.cos() * scaling
+        sin[:, : rotated // 2] = angles.sin() * scaling
+        self._cos = torch.cat([cos, cos], dim=-1).to(dtype)  # [positions, head_dim]
+        self._sin = torch.cat([-sin, sin], dim=-1).to(dtype)
+        axes = [number % 3 for number, size in enumerate(sections) for _ in range(size)]
+        axes += [0] * (half - rotated // 2)
+        self._axes = torch.tensor(axes * 2, device=device)  # [head_dim]
+        self._dims = torch.arange(head_dim, device=device)
+
+    def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and signed sines [tokens, head_dim] for positions [3, tokens]."""
+        rows = positions[self._axes].T
+        return self._cos[rows, self._dims], self._sin[rows, self._dims]
+
+    def at_text(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same for tokens whose three positions are equal: positions [tokens]."""
+        return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
+
+
+def half_split_order(head_dim: int, rotated: int) -> list[int]:
+    """For each dimension of the half-split form, the dimension of the module's form."""
+    rest = (head_dim - rotated) // 2
+    first = [*range(0, rotated, 2), *range(rotated, rotated + rest)]
+    second = [*range(1, rotated, 2), *range(rotated + rest, head_dim)]
+    return first + second
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn x [..., head_dim]; the sign of the swapped half is in `sin`."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)

@@ -1,0 +1,124 @@
+"""A request on its way through the engine: what is known, what is computed, what is still missing.
+
+Only the engine thread writes here, but for the flag `aborted`. Knows no tensor library.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from api.engine.kv_cache import Key, Lease
+from api.engine.picture_cache import PictureKey
+from api.engine.request import Done, Event, FinishReason, Picture, Request, TokenLogprob
+
+
+@dataclass(frozen=True)
+class Span:
+    """The tokens of the prompt that stand for one picture."""
+
+    start: int
+    end: int
+    picture: Picture
+    key: PictureKey
+
+
+@dataclass(eq=False)
+class Sequence:
+    request: Request
+    deliver: Callable[[Event], None]
+    spans: tuple[Span, ...] = ()
+    keys: list[Key] = field(default_factory=list)  # of every token so far; see kv_cache
+    output_ids: list[int] = field(default_factory=list)
+
+    # While it has a slot.
+    slot: int | None = None
+    lease: Lease | None = None
+    computed: int = 0  # tokens whose keys and values are stored
+    features: dict[int, Any] = field(default_factory=dict)  # encoded pictures by span, until their tokens are computed
+
+    state: Any = None  # the runner's own, for as long as the request lives
+    random_seed: int = 0  # drawn once, if the request names none
+
+    # How it ends.
+    aborted: bool = False  # somebody wants it to end
+    closed: bool = False  # its last event has been delivered
+    answer: Any = None  # text, stop strings, grammar: see answer.py
+
+    # For the people who ask.
+    undelivered_tokens: int = 0
+    undelivered_logprobs: list[TokenLogprob] = field(default_factory=list)
+    cached_tokens: int = 0
+    submitted_at: float = field(default_factory=time.monotonic)
+    started_at: float | None = None
+    first_token_at: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.keys:
+            self.keys = list(self.request.prompt_ids)
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return (*self.request.prompt_ids, *self.output_ids)
+
+    @property
+    def decoding(self) -> bool:
+        """Whether one more token is all that has to be computed."""
+        return bool(self.output_ids) and self.computed == len(self.keys) - 1
+
+    def append(self, token: int) -> None:
+        self.output_ids.append(token)
+        self.keys.append(token)
+
+    def missing_picture(self) -> int | None:
+        """The first span whose features are needed and not here."""
+        for place, span in enumerate(self.spans):
+            if span.end > self.computed and place not in self.features:
+                return place
+        return None
+
+    def overdue(self, now: float) -> bool:
+        limit = self.request.deadline_s
+        return limit is not None and now - self.submitted_at > limit
+
+    def done(self, reason: FinishReason) -> Done:
+        now = time.monotonic()
+        started = self.started_at or now
+        first = self.first_token_at or now
+        return Done(
+            reason=reason,
+            prompt_tokens=len(self.request.prompt_ids),
+            completion_tokens=len(self.output_ids),
+            queue_s=started - self.submitted_at,
+            prefill_s=first - started,
+            decode_s=now - first,
+            cached_tokens=self.cached_tokens,
+        )
+
+
+def make_sequence(request: Request, deliver: Callable[[Event], None], image_token_id: int) -> Sequence:
+    """Find the pictures' tokens in the prompt.
+
+    Raises ValueError if the prompt has not exactly the tokens that its pictures need.
+    """
+    keys: list[Key] = list(request.prompt_ids)
+    spans = []
+    place = 0
+    for number, picture in enumerate(request.pictures):
+        # Without a content key a picture is like no other, not even like itself in another request.
+        content = picture.key or os.urandom(16)
+        try:
+            start = request.prompt_ids.index(image_token_id, place)
+        except ValueError:
+            raise ValueError(f"picture {number} has no tokens in the prompt") from None
+        place = start + picture.tokens
+        if request.prompt_ids[start:place] != (image_token_id,) * picture.tokens:
+            raise ValueError(f"picture {number} must have {picture.tokens} tokens in a row in the prompt")
+        keys[start:place] = [content] * picture.tokens
+        spans.append(Span(start, place, picture, (request.salt, content)))
+    if image_token_id in request.prompt_ids[place:]:
+        raise ValueError(f"the prompt has picture tokens for more than its {len(request.pictures)} pictures")
+    return Sequence(request, deliver, tuple(spans), keys)

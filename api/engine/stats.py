@@ -1,0 +1,32 @@
+"""What the engine tells about itself, readable from any thread at any moment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+State = Literal["loading", "idle", "busy", "draining", "dead"]
+Phase = Literal["loading", "warm-up", "idle", "vision", "prefill", "decode", "draining", "dead"]
+
+
+@dataclass(frozen=True)
+class Stats:
+    state: State
+    progress: float
+    phase: Phase
+    running: int
+    waiting: int
+    steps: int
+    last_step_age_s: float | None
+    last_step_s: float | None
+    reason: str | None
+    phase_age_s: float = 0.0
+    phase_deadline_s: float | None = None  # longest this phase may take; None: no limit
+    slots: int = 1
+    kv_used_tokens: int = 0
+    kv_total_tokens: int = 0
+    prefix_hits: int = 0  # prompt tokens found in the prefix cache
+    prefix_queries: int = 0  # prompt tokens looked up
+    picture_hits: int = 0
+    picture_queries: int = 0
+    preemptions: int = 0
