@@ -295,14 +295,16 @@ class Engine:
         """Compute a batch. What cannot be computed together is computed apart, down to whose fault it is."""
         assert self._model is not None
         choosing = batch.choosing
+        if len(batch.sequences) > self._pace.max_rows and (halves := batch.halves(cut_chunks=False)):
+            return all([self._forward(half) for half in halves])
         try:
             choices = self._model.runner.compute(batch)
         except Exception as error:  # one request's mistake must not end the others
-            memory = self._model.runner.failure(error) == "memory"
-            halves = batch.halves(cut_chunks=memory)
-            if memory and batch.chunk_tokens:
-                self._pace.max_chunk_tokens = max(self._pace.max_chunk_tokens // 2, 1)
-            if not halves or self._model.runner.failure(error) == "device":
+            kind = self._model.runner.failure(error)
+            halves = batch.halves(cut_chunks=kind == "memory") if kind != "device" else ()
+            if kind == "memory":
+                self._pace.ran_out_of_memory(len(batch.sequences), batch.chunk_tokens)
+            if not halves:
                 self._give_up(batch.sequences, "compute", error)
             for half in halves:
                 self._forward(half)

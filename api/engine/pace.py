@@ -24,6 +24,7 @@ MIN_DEADLINE_S = 30.0
 @dataclass
 class Pace:
     max_chunk_tokens: int = 512
+    max_rows: float = float("inf")  # requests in one forward pass
     _decode_s: dict[int, float] = field(default_factory=dict)  # by batch size rounded up to a power of two
     _token_s: float = 0.0  # one more prompt token in a batch
     _slice_s: float = 0.0  # longest slice of the vision tower lately
@@ -33,7 +34,7 @@ class Pace:
         if not self._token_s:
             return self.max_chunk_tokens
         tokens = int((self._new_work_s(decoding) - spent_s) / self._token_s)
-        return max(LEAST_TOKENS, min(tokens, self.max_chunk_tokens))
+        return min(max(LEAST_TOKENS, tokens), self.max_chunk_tokens)
 
     def slice_s(self, decoding: int) -> float:
         """Seconds that a picture may take in the next step."""
@@ -46,6 +47,13 @@ class Pace:
 
     def picture_deadline_s(self) -> float:
         return max(MIN_DEADLINE_S, STUCK * (self._slice_s + IDLE_STEP_S))
+
+    def ran_out_of_memory(self, rows: int, tokens: int) -> None:
+        """Ask for less from now on; what the memory holds does not grow again while the server runs."""
+        if tokens > LEAST_TOKENS:
+            self.max_chunk_tokens = min(self.max_chunk_tokens, tokens // 2)
+        elif rows > 1:
+            self.max_rows = min(self.max_rows, rows // 2)
 
     def saw_batch(self, decoding: int, tokens: int, took_s: float) -> None:
         if tokens == 0:

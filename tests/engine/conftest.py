@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from driving import WAIT_S, Driver
 
 SHAPES = Path(__file__).resolve().parents[2] / "models" / "shapes"
 SENTENCES = ["Hello, what is in the picture?", "The red circle is left of the blue square.", "你好，图里有什么？"]
+
+
+@pytest.fixture
+def drive() -> Iterator[Callable[..., Driver]]:
+    drivers: list[Driver] = []
+
+    def make(**options) -> Driver:
+        drivers.append(Driver(**options).ready())
+        return drivers[-1]
+
+    yield make
+    for driver in drivers:
+        driver.runner.release.set()
+        driver.engine.stop(WAIT_S)
 
 
 @pytest.fixture(scope="session")

@@ -89,12 +89,23 @@ class Steps:
 
 def generate(reference, model: Model, request: Request, **options) -> list[int]:
     """What transformers itself says."""
+    count = request.sampling.max_tokens
+    options = {"do_sample": False, "max_new_tokens": count, "min_new_tokens": count, "eos_token_id": None, **options}
+    inputs = _inputs(model, request)
+    return reference.generate(**inputs, **options)[0, len(request.prompt_ids) :].tolist()
+
+
+def next_logits(reference, model: Model, request: Request) -> torch.Tensor:
+    """Its logits [vocabulary] after the prompt."""
+    with torch.inference_mode():
+        return reference(**_inputs(model, request)).logits[0, -1].float()
+
+
+def _inputs(model: Model, request: Request) -> dict[str, torch.Tensor]:
     ids = torch.tensor([request.prompt_ids])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if request.pictures:
         inputs["pixel_values"] = torch.cat([torch.as_tensor(p.patches) for p in request.pictures])
         inputs["image_grid_thw"] = torch.tensor([p.grid for p in request.pictures])
         inputs["mm_token_type_ids"] = (ids == model.vocabulary.special["<|image|>"]).int()
-    count = request.sampling.max_tokens
-    options = {"do_sample": False, "max_new_tokens": count, "min_new_tokens": count, "eos_token_id": None, **options}
-    return reference.generate(**inputs, **options)[0, ids.shape[1] :].tolist()
+    return inputs

@@ -3,75 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import queue
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
+from driving import WAIT_S, Driver, read
 
-from api.engine.engine import Engine, NotAccepting
+from api.engine.engine import NotAccepting
 from api.engine.events import EventStream
-from api.engine.fake import FakeRunner, fake_model
+from api.engine.fake import fake_model
 from api.engine.model import LoadError, Model
 from api.engine.request import Delta, Done, Event, Failed, Failure, FinishReason, Request, Sampling
 from api.engine.scheduler import QueueFull
-
-WAIT_S = 30.0
-
-
-class Driver:
-    """An engine around a fake model, and the events of each request."""
-
-    def __init__(self, queue_size: int = 4, load: Callable[..., Model] | None = None, **options) -> None:
-        self.model = fake_model(**options)
-        self.engine = Engine(load or (lambda progress: self.model), queue_size)
-        self.engine.start()
-
-    @property
-    def runner(self) -> FakeRunner:
-        assert isinstance(self.model.runner, FakeRunner)
-        return self.model.runner
-
-    def until(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + WAIT_S
-        while not condition():
-            assert time.monotonic() < deadline, self.engine.stats()
-            time.sleep(0.002)
-
-    def ready(self) -> Driver:
-        self.until(lambda: self.engine.stats().state != "loading")
-        return self
-
-    def ask(self, text: str, name: str = "r", **sampling) -> queue.Queue[Event]:
-        events: queue.Queue[Event] = queue.Queue()
-        ids = tuple(self.model.vocabulary.encode(text))
-        self.engine.submit(Request(name, ids, Sampling(**{"max_tokens": 1000, **sampling})), events.put)
-        return events
-
-
-@pytest.fixture
-def drive() -> Iterator[Callable[..., Driver]]:
-    drivers: list[Driver] = []
-
-    def make(**options) -> Driver:
-        drivers.append(Driver(**options).ready())
-        return drivers[-1]
-
-    yield make
-    for driver in drivers:
-        driver.runner.release.set()
-        driver.engine.stop(WAIT_S)
-
-
-def read(events: queue.Queue[Event]) -> tuple[str, Done | Failed]:
-    text = ""
-    while True:
-        event = events.get(timeout=WAIT_S)
-        if isinstance(event, Delta):
-            text += event.text
-        else:
-            return text, event
 
 
 def test_a_request_streams_token_by_token_and_ends_once(drive) -> None:
