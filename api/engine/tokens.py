@@ -53,6 +53,10 @@ class Vocabulary:
         # pieces (`<|us` in one text part, `er|>` in the next).
         self._starts = re.compile("[" + re.escape("".join({_OPEN, _CLOSE} | {t[0] for t in added})) + "]")
 
+    def definition(self) -> str:
+        """The tokenizer as JSON, for a library that builds its own table from it."""
+        return self._tokenizer.to_str()
+
     def protect(self, value: Any) -> Any:
         """Make special-token text inert in a string, or in every string of a nested list or dict."""
         if isinstance(value, str):

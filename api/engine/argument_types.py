@@ -1,0 +1,68 @@
+"""How the value of a tool argument is written between GLM's tags: a string raw, anything else as JSON.
+
+The grammar that forces calls and the parser that reads them ask here, so that they agree.
+Knows JSON schemas as plain data.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+_DEPTH = 16  # a schema that refers to itself ends here
+
+
+def read_value(text: str, schema: Any, root: dict[str, Any]) -> Any:
+    """The value of an argument as the schema types it; text that does not fit stays a string."""
+    if is_raw_string(schema, root):
+        return None if text == "null" and _may_be_null(schema, root) else text
+    if text in ("True", "False") and _kinds(_resolved(schema, root)) == {"boolean"}:  # as Python prints them
+        return text == "True"
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def is_raw_string(schema: Any, root: dict[str, Any], depth: int = 0) -> bool:
+    schema = _resolved(schema, root)
+    if not isinstance(schema, dict) or depth > _DEPTH:
+        return False
+    if "string" in _kinds(schema):
+        return True
+    if isinstance(schema.get("enum"), list) and schema["enum"]:
+        return all(isinstance(item, str) for item in schema["enum"])
+    if "const" in schema:
+        return isinstance(schema["const"], str)
+    options = [option for word in ("anyOf", "oneOf") for option in _list(schema.get(word))]
+    return any(is_raw_string(option, root, depth + 1) for option in options)
+
+
+def _may_be_null(schema: Any, root: dict[str, Any]) -> bool:
+    schema = _resolved(schema, root)
+    options = [schema, *(_resolved(o, root) for word in ("anyOf", "oneOf") for o in _list(schema.get(word)))]
+    return any("null" in _kinds(option) for option in options)
+
+
+def _kinds(schema: Any) -> set[str]:
+    kinds = schema.get("type") if isinstance(schema, dict) else None
+    return {k for k in (kinds if isinstance(kinds, list) else [kinds]) if isinstance(k, str)}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _resolved(schema: Any, root: dict[str, Any]) -> Any:
+    """Follow a local `$ref`; one that leads nowhere is taken as it stands."""
+    for _ in range(_DEPTH):
+        ref = schema.get("$ref") if isinstance(schema, dict) else None
+        if not isinstance(ref, str) or not ref.startswith("#/"):
+            return schema
+        found: Any = root
+        for step in ref[2:].split("/"):
+            found = found.get(step) if isinstance(found, dict) else None
+        if found is None:
+            return schema
+        schema = found
+    return schema
