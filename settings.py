@@ -21,7 +21,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 ROOT = Path(__file__).resolve().parent
 ENV_FILE = ROOT / ".env"
 PREFIX = "GLM_"
-SECRETS = ("API_KEY", "WEB_TOKEN")
+SECRETS = ("API_KEY", "API_KEYS", "PROBE_TOKEN", "WEB_TOKEN")
 
 
 class SettingsError(ValueError):
@@ -32,17 +32,25 @@ class Settings(BaseSettings):
     """One frozen object. Units are in the names: `_s` seconds, `_bytes`, `_pixels`, `_tokens`."""
 
     model_config = SettingsConfigDict(
-        env_prefix=PREFIX, env_file=ENV_FILE, env_file_encoding="utf-8", frozen=True, extra="ignore",
+        env_prefix=PREFIX,
+        env_file=ENV_FILE,
+        env_file_encoding="utf-8",
+        frozen=True,
+        extra="ignore",
         env_ignore_empty=True,
     )
 
     # The model and where it runs.
-    model: str = Field("auto", description="hub id, folder, or `auto`: GLM-4.6V-Flash if the GPU can hold it, else the demo")
+    model: str = Field(
+        "auto", description="hub id, folder, or `auto`: GLM-4.6V-Flash if the GPU can hold it, else the demo"
+    )
     hub: Literal["huggingface", "modelscope"] = "huggingface"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     threads: int = Field(0, ge=0, le=1024, description="torch CPU threads; 0 leaves one core to HTTP")
-    context_tokens: int = Field(0, ge=0, description="longest prompt plus answer; 0 takes what the model allows, at most 8192")
+    context_tokens: int = Field(
+        0, ge=0, description="longest prompt plus answer; 0 takes what the model allows, at most 8192"
+    )
 
     # The engine.
     slots: int = Field(0, ge=0, le=1024, description="requests computed at once; 0 chooses for the device")
@@ -54,10 +62,24 @@ class Settings(BaseSettings):
     api_host: str = "0.0.0.0"
     api_port: int = Field(8080, ge=1, le=65535)
     api_key: SecretStr | None = None
+    api_keys: SecretStr | None = Field(None, description="more keys, as name:key or name:sha256:digest, with commas")
+    probe_token: SecretStr | None = Field(None, description="the key of health probes: they never queue behind users")
+    key_requests_per_minute: int = Field(0, ge=0, description="of one key; 0: no limit")
+    key_concurrency: int = Field(0, ge=0, description="requests of one key at a time; 0: no limit")
+    cors_origins: str = Field("", description="origins whose pages may call, with commas; empty: none")
+    queue_tokens: int = Field(262_144, ge=1, description="tokens, of prompts and answers, that may be under way")
+    request_timeout_s: float = Field(600.0, gt=0, description="from its place in the queue to its last token")
+    fetch_images: bool = Field(False, description="fetch http(s) pictures from public addresses")
+    fetch_hosts: str = Field("", description="the only hosts to fetch from, with commas; empty: any public one")
+    fetch_timeout_s: float = Field(10.0, gt=0, le=60)
+    loop_window: int = Field(256, ge=0, le=4096, description="an answer ends when so many tokens repeat one pattern")
+    log_level: Literal["debug", "info", "warning"] = "info"
     queue_size: int = Field(32, ge=1, description="requests that may wait; one more gets 503")
     max_images: int = Field(8, ge=0, description="pictures in one request")
     max_image_bytes: int = Field(20 * 2**20, ge=1)
-    max_image_pixels: int = Field(50_000_000, ge=1, description="width times height, read from the header before decoding")
+    max_image_pixels: int = Field(
+        50_000_000, ge=1, description="width times height, read from the header before decoding"
+    )
     max_body_bytes: int = Field(64 * 2**20, ge=1)
     default_max_tokens: int = Field(1024, ge=1, description="answer length when a request names none")
     drain_s: float = Field(10.0, ge=0, description="on SIGTERM, how long running answers may finish")
@@ -66,7 +88,9 @@ class Settings(BaseSettings):
     web_host: str = "0.0.0.0"
     web_port: int = Field(8081, ge=1, le=65535)
     web_token: SecretStr | None = None
-    api_url: str = Field("", description="where the page and the checker find the API; empty means this machine's `api_port`")
+    api_url: str = Field(
+        "", description="where the page and the checker find the API; empty means this machine's `api_port`"
+    )
 
     # The checker.
     probe_timeout_s: float = Field(10.0, gt=0, description="time limit of the real question asked by health_check.py")

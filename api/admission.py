@@ -1,41 +1,110 @@
-"""How many requests may be under way at once, from before their pictures are decoded to their last byte.
+"""How much may be under way at once, from before pictures are decoded to the last token.
 
-The engine bounds its own queue too; this bound also covers the work before it. Used in the event loop only.
+Bounded by requests, by their tokens, and for one key by its rate and its number. The engine bounds its own queue
+too; this also covers the work before it. Probes have a place of their own. Used in the event loop only.
 """
 
 from __future__ import annotations
 
+import time
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 
-from api.errors import queue_full
+from api.auth import Caller
+from api.errors import queue_full, too_many_at_once, too_many_in_a_minute, too_many_tokens
+from settings import Settings
+
+PROBES = 2  # at a time: one of the checker, and one by hand
+MINUTE_S = 60.0
 
 
 class Admission:
-    """`slots` says how many requests the engine computes at once; it is known when the model is loaded."""
+    """`slots` tells how many requests the engine runs at once."""
 
-    def __init__(self, queue_size: int, slots: Callable[[], int] = lambda: 1) -> None:
-        self._queue_size = queue_size
+    def __init__(
+        self, settings: Settings, slots: Callable[[], int] = lambda: 1, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._settings = settings
         self._slots = slots
+        self._clock = clock
         self.active = 0
+        self.probes = 0
+        self.tokens = 0
+        self._of_key: Counter[str] = Counter()
+        self._asked: defaultdict[str, deque[float]] = defaultdict(deque)
 
-    def check(self) -> None:
-        if self.active >= self._queue_size + self._slots():
-            raise queue_full(self._queue_size)
+    def enter(self, caller: Caller) -> Place:
+        """Raises the 429 error of a key's own limits, or the 503 error when full."""
+        place = Place(self, caller)
+        if not caller.probe:
+            self._check_rate(caller.name)
+        place.take(1)
+        return place
 
-    def enter(self) -> Ticket:
-        """Raises the 503 error when full."""
-        self.check()
-        self.active += 1
-        return Ticket(self)
+    def _check_rate(self, key: str) -> None:
+        limit = self._settings.key_requests_per_minute
+        if not limit:
+            return
+        now, asked = self._clock(), self._asked[key]
+        while asked and now - asked[0] >= MINUTE_S:
+            asked.popleft()
+        if len(asked) >= limit:
+            raise too_many_in_a_minute(limit, MINUTE_S - (now - asked[0]))
+        asked.append(now)
+
+    def _take(self, caller: Caller, requests: int) -> None:
+        if caller.probe:
+            if self.probes + requests > PROBES:
+                raise queue_full(PROBES)
+            self.probes += requests
+            return
+        own = self._settings.key_concurrency
+        if own and self._of_key[caller.name] + requests > own:
+            raise too_many_at_once(own)
+        if self.active + requests > self._settings.queue_size + self._slots():
+            raise queue_full(self._settings.queue_size)
+        self.active += requests
+        self._of_key[caller.name] += requests
+
+    def _weigh(self, caller: Caller, tokens: int) -> None:
+        limit = self._settings.queue_tokens
+        # One that is larger than the limit is let in alone.
+        if not caller.probe and self.tokens and self.tokens + tokens > limit:
+            raise too_many_tokens(limit, self.tokens, tokens)
+        self.tokens += tokens
+
+    def _give_back(self, caller: Caller, requests: int, tokens: int) -> None:
+        self.tokens -= tokens
+        if caller.probe:
+            self.probes -= requests
+            return
+        self.active -= requests
+        self._of_key[caller.name] -= requests
+        if not self._of_key[caller.name]:
+            del self._of_key[caller.name]
 
 
-class Ticket:
-    """A place that is given back once, however often `close` is called."""
+class Place:
+    """What one request holds. Given back once, however often `close` is called."""
 
-    def __init__(self, admission: Admission) -> None:
-        self._admission: Admission | None = admission
+    def __init__(self, admission: Admission, caller: Caller) -> None:
+        self._admission = admission
+        self.caller = caller
+        self._requests = 0
+        self._tokens = 0
+
+    def take(self, requests: int) -> None:
+        """Room for more of the engine's requests: one for each choice."""
+        self._admission._take(self.caller, requests)
+        self._requests += requests
+
+    def weigh(self, tokens: int) -> None:
+        """Room for the tokens of the prompt, pictures included, and of the longest answer."""
+        self._admission._weigh(self.caller, tokens)
+        self._tokens += tokens
 
     def close(self) -> None:
-        if self._admission is not None:
-            self._admission.active -= 1
-            self._admission = None
+        requests, tokens = self._requests, self._tokens
+        self._requests = self._tokens = 0
+        if requests or tokens:
+            self._admission._give_back(self.caller, requests, tokens)

@@ -4,53 +4,63 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from api import __version__
 from api.admission import Admission
-from api.auth import KeyMiddleware
+from api.auth import KeyMiddleware, KeyRing
 from api.engine.engine import Engine
 from api.errors import ServingError, unknown_route
+from api.fetch import Fetcher
+from api.metrics import Metrics
 from api.middleware import RequestMiddleware
-from api.routes import chat, models, ops
-from api.services import PREPROCESS_THREADS, Services
+from api.routes import chat, models, ops, tokens
+from api.services import Pools, Services
 from settings import Settings
 
 logger = logging.getLogger(__name__)
 
 
 def create_app(settings: Settings, engine: Engine) -> FastAPI:
-    pool = ThreadPoolExecutor(PREPROCESS_THREADS, thread_name_prefix="preprocess")
+    pools = Pools()
+    admission = Admission(settings, lambda: engine.stats().slots)
+    metrics = Metrics(engine, admission)
+    keys = KeyRing.of(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine.start()
         yield
         engine.stop(timeout_s=1.0)
-        pool.shutdown(wait=False, cancel_futures=True)
+        pools.close()
 
-    # No documentation routes: they would describe a body that the routes parse themselves.
+    # FastAPI's own documentation routes know nothing of bodies that the routes parse themselves; /openapi.json does.
     app = FastAPI(title="GLM-4.6V-Flash-WEB", version=__version__, lifespan=lifespan, openapi_url=None)
-    app.state.services = Services(settings, engine, Admission(settings.queue_size, lambda: engine.stats().slots), pool)
-    for routes in (chat, models, ops):
+    app.state.services = Services(settings, engine, admission, metrics, Fetcher.of(settings), pools)
+    for routes in (chat, tokens, models, ops):
         app.include_router(routes.router)
     app.add_exception_handler(ServingError, _serving_error)
     app.add_exception_handler(HTTPException, _http_error)
     # The last one added is the outermost: a refused request gets its id and its log line too.
-    app.add_middleware(KeyMiddleware, key=settings.api_key.get_secret_value() if settings.api_key else None)
-    app.add_middleware(RequestMiddleware)
+    app.add_middleware(KeyMiddleware, keys=keys)
+    if origins := [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]:
+        # Before the key: a browser asks without one whether it may send one.
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(RequestMiddleware, metrics=metrics)
     return app
 
 
 async def _serving_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ServingError)
     request.state.log.setdefault("error", error.code)
+    if error.status in (429, 503) and "failure" not in request.state.log:
+        request.app.state.services.metrics.rejected(str(error.code), request.state.caller.probe)
     return JSONResponse(error.body(), error.status, error.headers())
 
 

@@ -1,8 +1,10 @@
-"""Who may come in: nobody without the key, but for the paths that are listed as open."""
+"""Who may come in: nobody without a key, but for the paths that are listed as open."""
 
 from __future__ import annotations
 
 import hmac
+import re
+from dataclasses import dataclass
 from hashlib import sha256
 
 from starlette.datastructures import Headers
@@ -10,19 +12,85 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api.errors import unauthorized
+from settings import Settings, SettingsError
 
 OPEN_PATHS = frozenset({"/health"})
+PROBE = "probe"
+PROBE_HEADER = "x-probe-token"
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,32}")
+_HASHED = "sha256:"
+
+
+@dataclass(frozen=True)
+class Caller:
+    """The name of a key, for the log and the limits. A probe has a place of its own."""
+
+    name: str
+    probe: bool = False
+
+
+NOBODY = Caller("-")  # where no key is set
+
+
+class KeyRing:
+    """Keys by name; only their hashes are kept."""
+
+    def __init__(self, digests: dict[str, bytes]) -> None:
+        self._digests = digests
+
+    @classmethod
+    def of(cls, settings: Settings) -> KeyRing:
+        """Raises SettingsError."""
+        digests: dict[str, bytes] = {}
+        if settings.api_key:
+            digests["default"] = _digest(settings.api_key.get_secret_value())
+        if settings.probe_token:
+            digests[PROBE] = _digest(settings.probe_token.get_secret_value())
+        listed = settings.api_keys.get_secret_value() if settings.api_keys else ""
+        for entry in filter(None, (part.strip() for part in re.split(r"[,\n]", listed))):
+            name, _, key = entry.partition(":")
+            if not _NAME.fullmatch(name) or not key:
+                raise SettingsError("GLM_API_KEYS: each entry must be name:key, the name of A-Z a-z 0-9 _ . - only.")
+            if name in digests:
+                raise SettingsError(f"GLM_API_KEYS: the name {name!r} is taken.")
+            digests[name] = _digest(key)
+        return cls(digests)
+
+    def __bool__(self) -> bool:
+        """Whether there is a key that a user could have."""
+        return bool(self._digests.keys() - {PROBE})
+
+    def caller(self, headers: Headers) -> Caller | None:
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+        name = self._named(given) if self else NOBODY.name
+        if name is None:
+            return None
+        return Caller(name, name == PROBE or self._named(headers.get(PROBE_HEADER, "")) == PROBE)
+
+    def _named(self, given: str) -> str | None:
+        # Every digest is compared, and digests have one length: the time taken tells nothing about a key.
+        digest = sha256(given.encode()).digest()
+        hits = [name for name, known in self._digests.items() if hmac.compare_digest(digest, known)]
+        return hits[0] if hits else None
 
 
 class KeyMiddleware:
     """Deny by default: a route added later is closed until it is listed in OPEN_PATHS."""
 
-    def __init__(self, app: ASGIApp, key: str | None) -> None:
+    def __init__(self, app: ASGIApp, keys: KeyRing) -> None:
         self._app = app
-        self._digest = sha256(key.encode()).digest() if key else None
+        self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or self._may_pass(scope):
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        caller = self._keys.caller(Headers(scope=scope))
+        if caller is not None or scope["path"] in OPEN_PATHS:
+            state = scope.setdefault("state", {})
+            state["caller"] = caller or NOBODY
+            state.get("log", {})["key"] = None if caller in (None, NOBODY) else caller.name
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
             error = unauthorized()
@@ -31,11 +99,15 @@ class KeyMiddleware:
         else:
             await send({"type": "websocket.close", "code": 1008})
 
-    def _may_pass(self, scope: Scope) -> bool:
-        if self._digest is None or scope["path"] in OPEN_PATHS:
-            return True
-        headers = Headers(scope=scope)
-        scheme, _, token = headers.get("authorization", "").partition(" ")
-        given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-        # Digests have one length, so neither length nor content of the key shows in the time taken.
-        return hmac.compare_digest(sha256(given.encode()).digest(), self._digest)
+
+def _digest(key: str) -> bytes:
+    """Of a key, or the digest that stands in its place."""
+    if not key.startswith(_HASHED):
+        return sha256(key.encode()).digest()
+    try:
+        digest = bytes.fromhex(key.removeprefix(_HASHED))
+    except ValueError:
+        digest = b""
+    if len(digest) != sha256().digest_size:
+        raise SettingsError("GLM_API_KEYS: sha256: must be followed by the 64 hex digits of a key's digest.")
+    return digest

@@ -17,7 +17,7 @@ T = TypeVar("T")
 LINGER_S = 10.0
 LINGER_BYTES = 256 * 2**20
 # A place in the queue is held while the body comes in.
-BODY_S = 120.0
+BODY_S = 60.0
 
 
 class ClientGone(Exception):

@@ -6,7 +6,12 @@ Raised anywhere above the engine; only the edge turns it into a status or an err
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
+
+from fastapi.sse import format_sse_event
+
+from api.engine.request import Failure
 
 
 class ServingError(Exception):
@@ -35,8 +40,8 @@ class ServingError(Exception):
     def headers(self) -> dict[str, str]:
         return {"Retry-After": str(self.retry_after_s)} if self.retry_after_s is not None else {}
 
-    def event(self) -> str:
-        return f"data: {json.dumps(self.body(), ensure_ascii=False)}\n\n"
+    def event(self) -> bytes:
+        return format_sse_event(data_str=json.dumps(self.body(), ensure_ascii=False))
 
 
 def invalid(message: str, param: str | None = None, code: str = "invalid_value") -> ServingError:
@@ -73,6 +78,23 @@ def queue_full(limit: int) -> ServingError:
     return unavailable(f"The queue is full: {limit} requests are waiting.", "queue_full", 2)
 
 
+def too_many_tokens(limit: int, under_way: int, given: int) -> ServingError:
+    message = f"The queue is full: <= {limit} tokens may be under way, {under_way} are. Given: {given}"
+    return unavailable(message, "queue_full", 5)
+
+
+def too_many_in_a_minute(limit: int, wait_s: float) -> ServingError:
+    message = f"This key may ask <= {limit} times in a minute."
+    return ServingError(
+        429, message, "rate_limit_error", "rate_limit_exceeded", retry_after_s=max(1, math.ceil(wait_s))
+    )
+
+
+def too_many_at_once(limit: int) -> ServingError:
+    message = f"This key may have <= {limit} requests at a time, counting each of `n`."
+    return ServingError(429, message, "rate_limit_error", "concurrency_limit_exceeded", retry_after_s=2)
+
+
 def not_accepting(state: str, progress: float, reason: str | None) -> ServingError:
     """The engine is loading, draining or dead."""
     if state == "loading":
@@ -80,6 +102,19 @@ def not_accepting(state: str, progress: float, reason: str | None) -> ServingErr
     if state == "draining":
         return unavailable("The server is shutting down.", "draining", 30)
     return unavailable(f"The model is not running: {reason}", "dead", 60)
+
+
+def failed(kind: Failure, message: str) -> ServingError:
+    """A request that the engine ended without an answer."""
+    if kind is Failure.ENGINE:
+        return ServingError(500, message, "server_error", "engine_error")
+    if kind is Failure.DEAD:
+        return unavailable(message, "dead", 60)
+    if kind is Failure.DEADLINE:
+        return ServingError(504, message, "server_error", "deadline")
+    if kind is Failure.MEMORY:
+        return ServingError(413, message, "invalid_request_error", "out_of_memory")
+    return unavailable(message, "draining", 30)
 
 
 def internal() -> ServingError:

@@ -1,4 +1,4 @@
-"""Pictures as they arrive: a `data:` URL to an upright RGB image, within limits.
+"""Pictures as they arrive: the bytes of a `data:` URL or of a fetched one to an upright RGB image, within limits.
 
 Every limit is checked before the work it limits: bytes before base64, pixels before decoding.
 Knows nothing of models.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from contextlib import suppress
 from io import BytesIO
 
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -23,10 +24,8 @@ Image.MAX_IMAGE_PIXELS = None
 
 def read_data_url(url: str, param: str, settings: Settings) -> bytes:
     scheme, _, rest = url.partition(":")
-    if scheme.lower() in ("http", "https"):
-        raise invalid(f"`{param}`: remote pictures are not fetched; send a data: URL.", param, "unsupported_url")
     if scheme.lower() != "data" or "," not in rest:
-        raise invalid(f"`{param}` must be a data: URL.", param, "unsupported_url")
+        raise invalid(f"`{param}` must be a data: URL, or http(s) where it is fetched.", param, "unsupported_url")
     header, _, payload = rest.partition(",")
     if not header.lower().endswith(";base64"):
         raise invalid(f"`{param}` must be a data: URL in base64 (data:image/png;base64,...).", param, "unsupported_url")
@@ -43,6 +42,8 @@ def read_data_url(url: str, param: str, settings: Settings) -> bytes:
 
 def open_picture(data: bytes, param: str, settings: Settings) -> Image.Image:
     """Read the header only: the type from the content, the size against the limits."""
+    if not data:
+        raise invalid(f"`{param}` is empty: it has 0 bytes.", param, "invalid_image")
     try:
         image = Image.open(BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
@@ -55,7 +56,26 @@ def open_picture(data: bytes, param: str, settings: Settings) -> Image.Image:
         raise too_large(message, param, "image_too_large")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise invalid(f"`{param}` must have sides in a ratio <= {MAX_ASPECT}. Given: {width}x{height}", param)
+    if (frames := _frames(image)) > 1:
+        raise invalid(f"`{param}` must be a still picture. Given: {frames} frames", param, "animated_image")
     return image
+
+
+def _frames(image: Image.Image) -> int:
+    """How many pictures follow each other. A camera's JPEG may hold a second view (MPO), which is no animation."""
+    if image.format == "MPO":
+        return 1
+    try:
+        return getattr(image, "n_frames", 1)
+    except Exception:  # a decoder may raise anything; if the first picture is damaged too, decoding says so
+        return 1
+    finally:
+        with suppress(Exception):
+            image.seek(0)
+
+
+def is_remote(url: str) -> bool:
+    return url.partition(":")[0].lower() in ("http", "https")
 
 
 def decode(image: Image.Image, param: str) -> Image.Image:

@@ -15,10 +15,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from api.body import ClientGone
 from api.errors import internal
 from api.logs import line
+from api.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-QUIET_PATHS = frozenset({"/health"})
+QUIET_PATHS = frozenset({"/health", "/metrics"})
 CLIENT_GONE = 499  # nginx's number; no one receives it
 _SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -26,8 +27,9 @@ _SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 class RequestMiddleware:
     """A client may send its own x-request-id; one that could garble a log line is replaced."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -38,7 +40,7 @@ class RequestMiddleware:
         request_id = given if _SAFE_ID.fullmatch(given) else uuid.uuid4().hex
         log: dict[str, Any] = {}
         scope.setdefault("state", {})
-        scope["state"]["log"] = log
+        scope["state"] |= {"log": log, "request_id": request_id}
         status = 0
 
         async def send_with_id(message: Message) -> None:
@@ -58,6 +60,9 @@ class RequestMiddleware:
             if status == 0:
                 error = internal()
                 await JSONResponse(error.body(), error.status)(scope, receive, send_with_id)
+        # The path as the routes spell it: a caller must not be able to make up new label values.
+        route = getattr(scope.get("route"), "path", "other")
+        self._metrics.http(scope["method"] if route != "other" else "other", route, status)
         if scope["path"] not in QUIET_PATHS:
             spent_s = time.monotonic() - began
             words = {"method": scope["method"], "path": scope["path"], "status": status, "s": spent_s}

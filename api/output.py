@@ -12,12 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from api.engine.argument_types import read_value
 from api.engine.detokenizer import held_back
+from api.grounding import Grounding, read_named, read_wrapped
 
 THINK, END_THINK = "<think>", "</think>"
 BOX, END_BOX = "<|begin_of_box|>", "<|end_of_box|>"
 CALL, END_CALL = "<tool_call>", "</tool_call>"
-_RECTANGLE = re.compile(r"\[\s*" + r"\s*,\s*".join([r"(\d+(?:\.\d+)?)"] * 4) + r"\s*\]")
 _ARGUMENT = re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>\s*", re.DOTALL)
 
 
@@ -33,9 +34,7 @@ class Content:
 
 @dataclass(frozen=True)
 class Boxes:
-    """Rectangles as x1, y1, x2, y2 in thousandths of the picture's width and height."""
-
-    rectangles: tuple[tuple[int, int, int, int], ...]
+    places: tuple[Grounding, ...]
 
 
 @dataclass(frozen=True)
@@ -48,15 +47,25 @@ Piece = Reasoning | Content | Boxes | Call
 
 
 class OutputParser:
-    """`tools` maps each tool's name to its parameter schema; without tools a tool call is plain text."""
+    """`tools` maps each tool's name to its parameter schema; without tools a tool call is plain text.
 
-    def __init__(self, tools: Mapping[str, dict[str, Any]] | None = None, starts_thinking: bool = False) -> None:
+    `literal`: the answer proper is JSON, in which nothing is markup.
+    """
+
+    def __init__(
+        self,
+        tools: Mapping[str, dict[str, Any]] | None = None,
+        starts_thinking: bool = False,
+        literal: bool = False,
+    ) -> None:
         self._tools = tools or {}
+        self._literal = literal
         self._state = "thinking" if starts_thinking else "content"
         self._buffer = ""
         self._reasoning = _Trim()
         self._content = _Trim()
         self._thoughts = ""
+        self._unwrapped = ""  # content outside of box tags
 
     @property
     def thinking(self) -> bool:
@@ -72,13 +81,15 @@ class OutputParser:
     def finish(self, stopped: bool) -> list[Piece]:
         """The rest. `stopped`: the model ended by itself, not at a length limit."""
         rest, self._buffer = self._buffer, ""
-        if self._state != "thinking":
-            return self._say(CALL + rest if self._state == "call" else rest)
-        pieces = self._think(rest)
-        if stopped:
-            # A model that never closes its thinking part has put its answer there.
-            pieces += self._say(self._thoughts)
-        return pieces
+        if self._state == "thinking":
+            pieces = self._think(rest)
+            if stopped:
+                # A model that never closes its thinking part has put its answer there.
+                pieces += self._say(self._thoughts)
+        else:
+            pieces = self._say(CALL + rest if self._state == "call" else rest)
+        places = read_named(self._unwrapped)
+        return [*pieces, *([Boxes(places)] if places else [])]
 
     def _advance(self) -> list[Piece] | None:
         """One move: what came out of it, or None when more text is needed."""
@@ -88,9 +99,25 @@ class OutputParser:
             return self._box()
         if self._state == "call":
             return self._call()
+        if self._state == "literal":
+            text, self._buffer = self._buffer, ""
+            return self._say(text) if text else None
+        if self._literal:
+            return self._before_literal()
         # A closing tag alone has no meaning; it is dropped.
         tags = (THINK, END_THINK, BOX, END_BOX, *((CALL,) if self._tools else ()))
         return self._to_tag(tags, self._say)
+
+    def _before_literal(self) -> list[Piece] | None:
+        """Only in front of the answer may there be thoughts, or calls in its place."""
+        bare = self._buffer.lstrip()
+        tags = (THINK, *((CALL,) if self._tools else ()))
+        if bare.startswith(tags):
+            return self._to_tag(tags, self._say)
+        if any(tag.startswith(bare) for tag in tags):
+            return None
+        self._state = "literal"
+        return []
 
     def _to_tag(self, tags: tuple[str, ...], emit: Any) -> list[Piece] | None:
         found = [(place, tag) for tag in tags if (place := self._buffer.find(tag)) >= 0]
@@ -109,15 +136,16 @@ class OutputParser:
     def _box(self) -> list[Piece] | None:
         inside = self._buffer.lstrip()
         end = self._buffer.find(END_BOX)
-        if inside and not inside.startswith("[") and not END_BOX.startswith(inside):
-            self._state = "content"  # a short answer in a box, no rectangle
+        if inside and inside[0] not in "[({<":
+            self._state = "content"  # a short answer in a box, no place
             return []
         if end < 0:
             return None
         text, self._buffer = self._buffer[:end], self._buffer[end + len(END_BOX) :]
         self._state = "content"
-        rectangles = find_rectangles(text)
-        return [*self._say(text), *([Boxes(rectangles)] if rectangles else [])]
+        places = read_wrapped(text)
+        pieces = self._say(text, wrapped=bool(places))
+        return [*pieces, *([Boxes(places)] if places else [])]
 
     def _call(self) -> list[Piece] | None:
         end = self._buffer.find(END_CALL)
@@ -138,7 +166,9 @@ class OutputParser:
             if match is None:
                 return None
             key = match[1].strip()
-            arguments[key] = _typed(match[2], schema.get("properties", {}).get(key))
+            properties = schema.get("properties")
+            known = properties.get(key) if isinstance(properties, dict) else None
+            arguments[key] = read_value(match[2], known, schema)
             rest = rest[match.end() :]
         return Call(name, json.dumps(arguments, ensure_ascii=False)) if name and "<" not in name else None
 
@@ -147,7 +177,9 @@ class OutputParser:
         out = self._reasoning.feed(text)
         return [Reasoning(out)] if out else []
 
-    def _say(self, text: str) -> list[Piece]:
+    def _say(self, text: str, wrapped: bool = False) -> list[Piece]:
+        if not wrapped:
+            self._unwrapped += text
         out = self._content.feed(text)
         return [Content(out)] if out else []
 
@@ -169,15 +201,6 @@ class _Trim:
         return out
 
 
-def find_rectangles(text: str) -> tuple[tuple[int, int, int, int], ...]:
-    found = []
-    for match in _RECTANGLE.finditer(text):
-        x1, y1, x2, y2 = (round(float(number)) for number in match.groups())
-        if max(x1, y1, x2, y2) <= 1000:
-            found.append((min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)))
-    return tuple(found)
-
-
 def split_thinking(text: str) -> tuple[str, str]:
     """Reasoning and the rest of an answer that was kept whole, `<think>` and all."""
     bare = text.lstrip()
@@ -185,24 +208,3 @@ def split_thinking(text: str) -> tuple[str, str]:
         return "", text
     thoughts, _, answer = bare.removeprefix(THINK).partition(END_THINK)
     return thoughts.strip(), answer.lstrip()
-
-
-def _typed(value: str, schema: Any) -> Any:
-    """A string stays a string where the schema says so; anything else is read as JSON if it is JSON."""
-    if _takes_string(schema):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        return value
-
-
-def _takes_string(schema: Any) -> bool:
-    if not isinstance(schema, dict):
-        return False
-    kinds = schema.get("type")
-    if kinds == "string" or (isinstance(kinds, list) and "string" in kinds):
-        return True
-    if isinstance(schema.get("enum"), list) and all(isinstance(item, str) for item in schema["enum"]):
-        return True
-    return any(_takes_string(option) for word in ("anyOf", "oneOf") for option in schema.get(word, []))

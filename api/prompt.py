@@ -6,18 +6,21 @@ Runs in a preprocessing thread. Text from the caller cannot forge special tokens
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from typing import Any
 
 from jinja2 import TemplateError
+from PIL import Image
 
 from api.engine.model import Model
 from api.engine.request import Picture
 from api.errors import ServingError, invalid
-from api.media import decode, open_picture, read_data_url
-from api.output import split_thinking
-from api.schemas import ChatRequest, ImagePart, Message
+from api.media import decode, is_remote, open_picture, read_data_url
+from api.messages import ImagePart, Message, Tool
+from api.output import THINK, split_thinking
+from api.schemas import ChatRequest
 from settings import Settings
 
 
@@ -33,40 +36,18 @@ class Prompt:
         return sum(picture.tokens for picture in self.pictures)
 
 
-def build(chat: ChatRequest, model: Model, settings: Settings) -> Prompt:
-    # 1. Read what the pictures claim to be; refuse before any is decoded.
-    opened = list(_open_pictures(chat, settings))
-    expected = sum(model.pictures.count_tokens(*image.size) for _, image in opened)
-    if expected >= model.context_tokens:
-        raise _too_long(expected, model, "The pictures alone take")
-    # 2. Render and encode the text.
-    vocabulary = model.vocabulary
-    messages = vocabulary.protect([_for_template(message) for message in chat.messages])
-    tools = vocabulary.protect([tool.model_dump(exclude_none=True) for tool in chat.active_tools]) or None
-    try:
-        rendered = model.template.render(messages, tools, chat.enable_thinking)
-    except TemplateError as error:  # a template may refuse an order of roles
-        raise invalid(f"`messages` do not fit the model's chat template: {error}", "messages") from None
-    ids = vocabulary.encode(rendered)
-    image_id = vocabulary.special[model.image_token]
-    assert ids.count(image_id) == len(opened), "the template must write one image token for each picture"
-    if len(ids) - len(opened) + expected >= model.context_tokens:
-        raise _too_long(len(ids) - len(opened) + expected, model, "The prompt has")
-    # 3. Decode and process the pictures, one at a time to keep memory low.
-    pictures, sizes = [], []
-    for param, image in opened:
-        upright = decode(image, param)
-        pictures.append(model.pictures.process(upright))
-        sizes.append(upright.size)
-    # 4. Give every picture its tokens. Turned upright, a picture may round to other sides than expected.
-    spans = iter(pictures)
-    expanded = [i for token in ids for i in ([token] if token != image_id else [token] * next(spans).tokens)]
-    if len(expanded) >= model.context_tokens:
-        raise _too_long(len(expanded), model, "The prompt has")
-    return Prompt(tuple(expanded), tuple(pictures), tuple(sizes), rendered.rstrip().endswith("<think>"))
+@dataclass(frozen=True)
+class Draft:
+    """A prompt whose pictures are measured, not yet decoded: what it will cost is known."""
+
+    ids: tuple[int, ...]  # one image token for each picture
+    opened: tuple[tuple[str, Image.Image], ...]  # field, header
+    tokens: int
+    starts_thinking: bool
 
 
-def _open_pictures(chat: ChatRequest, settings: Settings) -> Iterator[tuple[str, Any]]:
+def picture_urls(chat: ChatRequest, settings: Settings) -> list[tuple[str, str]]:
+    """Field and URL of each picture, in order. Raises the 400 error if there are too many."""
     found = [
         (f"messages[{m}].content[{p}].image_url.url", part.image_url.url)
         for m, message in enumerate(chat.messages)
@@ -76,8 +57,75 @@ def _open_pictures(chat: ChatRequest, settings: Settings) -> Iterator[tuple[str,
     ]
     if len(found) > settings.max_images:
         raise invalid(f"`messages` must have <= {settings.max_images} pictures. Given: {len(found)}", "messages")
-    for param, url in found:
-        yield param, open_picture(read_data_url(url, param, settings), param, settings)
+    return found
+
+
+def draft(chat: ChatRequest, fetched: Mapping[str, bytes], model: Model, settings: Settings) -> Draft:
+    """`fetched` has the bytes of the remote pictures, by URL. Refuses before any picture is decoded."""
+    opened = []
+    for param, url in picture_urls(chat, settings):
+        data = fetched[url] if is_remote(url) else read_data_url(url, param, settings)
+        opened.append((param, open_picture(data, param, settings)))
+    expected = sum(model.pictures.count_tokens(*image.size) for _, image in opened)
+    if expected >= model.context_tokens:
+        raise _too_long(expected, model, "The pictures alone take")
+    ids = rendered_ids(chat.messages, chat.active_tools, chat.enable_thinking, model)
+    assert ids.count(model.vocabulary.special[model.image_token]) == len(opened), "one image token for each picture"
+    tokens = len(ids) - len(opened) + expected
+    if tokens >= model.context_tokens:
+        raise _too_long(tokens, model, "The prompt has")
+    return Draft(tuple(ids), tuple(opened), tokens, _opens_thinking(ids, model))
+
+
+def rendered_ids(messages: list[Message], tools: list[Tool], enable_thinking: bool, model: Model) -> list[int]:
+    """The conversation in the chat template's words, one token for each picture."""
+    vocabulary = model.vocabulary
+    shown = vocabulary.protect([_for_template(message) for message in messages])
+    callable_tools = vocabulary.protect([tool.model_dump(exclude_none=True) for tool in tools]) or None
+    try:
+        rendered = model.template.render(shown, callable_tools, enable_thinking)
+    except TemplateError as error:  # a template may refuse an order of roles
+        raise invalid(f"`messages` do not fit the model's chat template: {error}", "messages") from None
+    return vocabulary.encode(rendered)
+
+
+def _opens_thinking(ids: list[int], model: Model) -> bool:
+    """Whether the template itself has written `<think>` last, but for white space."""
+    for token in reversed(ids):
+        if token == model.vocabulary.special.get(THINK):
+            return True
+        if model.vocabulary.token_bytes(token).strip() or token in model.vocabulary.special.values():
+            return False
+    return False
+
+
+def finish(draft: Draft, model: Model) -> Prompt:
+    """Decode and process the pictures, one at a time to keep memory low, and give each its tokens."""
+    pictures, sizes = [], []
+    for param, image in draft.opened:
+        upright = decode(image, param)
+        pictures.append(_with_key(model.pictures.process(upright), upright))
+        sizes.append(upright.size)
+    image_id = model.vocabulary.special[model.image_token]
+    spans = iter(pictures)
+    expanded = [i for token in draft.ids for i in ([token] if token != image_id else [token] * next(spans).tokens)]
+    # Turned upright, a picture may round to other sides than expected.
+    if len(expanded) >= model.context_tokens:
+        raise _too_long(len(expanded), model, "The prompt has")
+    return Prompt(tuple(expanded), tuple(pictures), tuple(sizes), draft.starts_thinking)
+
+
+def build(chat: ChatRequest, model: Model, settings: Settings, fetched: Mapping[str, bytes] | None = None) -> Prompt:
+    return finish(draft(chat, fetched or {}, model, settings), model)
+
+
+def _with_key(picture: Picture, image: Image.Image) -> Picture:
+    """A picture that the model's processing has not named gets its content's hash as its name."""
+    if picture.key:
+        return picture
+    digest = sha256(f"{image.mode} {image.size} {picture.grid} ".encode())
+    digest.update(image.tobytes())
+    return replace(picture, key=digest.digest())
 
 
 def _for_template(message: Message) -> dict[str, Any]:

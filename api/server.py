@@ -1,6 +1,7 @@
 """python -m api.server: settings, engine, app, uvicorn, signals.
 
-Exit codes: 0 after a drained end, 1 if the port cannot be had, 2 if the settings do not fit.
+Exit codes: 0 after a drained end, 1 if the port cannot be had, 2 if the settings do not fit, 70 if the model was
+lost while it served (a CUDA error, say): only a new process can have the device again.
 """
 
 from __future__ import annotations
@@ -8,14 +9,17 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import logging
+import os
 import sys
 import threading
+import time
 from types import FrameType
 
 import uvicorn
 
 from api import __version__, logs
 from api.app import create_app
+from api.auth import KeyRing
 from api.engine.engine import Engine, Progress
 from api.engine.model import Model
 from settings import Settings, SettingsError, load
@@ -23,6 +27,9 @@ from settings import Settings, SettingsError, load
 logger = logging.getLogger(__name__)
 
 HANG_UP_S = 5  # after the drain, for the last bytes to leave
+KEEP_ALIVE_S = 5  # of an idle connection
+DEVICE_LOST = 70
+LAST_WORDS_S = 2.0  # for the waiting clients to be told
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -48,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def serve(settings: Settings, engine: Engine) -> int:
-    logs.set_up()
+    logs.set_up(settings.log_level)
     config = uvicorn.Config(
         create_app(settings, engine),
         host=settings.api_host,
@@ -56,6 +63,7 @@ def serve(settings: Settings, engine: Engine) -> int:
         log_config=None,
         access_log=False,
         server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=HANG_UP_S,
     )
     try:
@@ -64,15 +72,17 @@ def serve(settings: Settings, engine: Engine) -> int:
         logger.error(logs.line("cannot_listen", host=settings.api_host, port=settings.api_port))
         return 1
     words = {"version": __version__, "host": settings.api_host, "port": settings.api_port, "model": settings.model}
-    logger.info(logs.line("start", **words, key="set" if settings.api_key else "none"))
-    DrainingServer(config, engine, settings.drain_s).run(sockets=[listener])
-    logger.info(logs.line("stopped"))
-    return 0
+    logger.info(logs.line("start", **words, key="set" if KeyRing.of(settings) else "none"))
+    server = DrainingServer(config, engine, settings.drain_s)
+    server.run(sockets=[listener])
+    code = DEVICE_LOST if server.lost else 0
+    logger.info(logs.line("stopped", code=code))
+    return code
 
 
 def refuse_open_door(settings: Settings) -> None:
     """Without a key only this machine may be served."""
-    if settings.api_key is None and not _is_loopback(settings.api_host):
+    if not KeyRing.of(settings) and not _is_loopback(settings.api_host):
         raise SettingsError(
             f"GLM_API_KEY is not set, and GLM_API_HOST={settings.api_host} can be reached from other machines. "
             "Set GLM_API_KEY in the environment or in .env (start.sh makes one), "
@@ -95,6 +105,8 @@ class DrainingServer(uvicorn.Server):
         self._engine = engine
         self._drain_s = drain_s
         self._drain = threading.Thread(target=self._drain_then_exit, name="drain", daemon=True)
+        self.lost = False
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._drain.ident is None:
@@ -102,6 +114,19 @@ class DrainingServer(uvicorn.Server):
             self._drain.start()
         else:  # asked twice: at once
             self.should_exit = self.force_exit = True
+
+    def _watch(self) -> None:
+        """End the process once the engine has died with its model; one that never loaded stays to say why."""
+        while self._engine.stats().state != "dead" or self._engine.model is None:
+            if self.should_exit:
+                return
+            time.sleep(0.2)
+        self.lost = True
+        logger.error(logs.line("device_lost", code=DEVICE_LOST, reason=self._engine.stats().reason))
+        time.sleep(LAST_WORDS_S)
+        self.should_exit = True
+        time.sleep(HANG_UP_S + LAST_WORDS_S)
+        os._exit(DEVICE_LOST)  # the event loop hangs too
 
     def _drain_then_exit(self) -> None:
         finished = self._engine.drain(self._drain_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from time import monotonic
@@ -9,21 +10,44 @@ from time import monotonic
 from starlette.requests import Request
 
 from api.admission import Admission
+from api.auth import Caller
 from api.engine.engine import Engine
+from api.engine.grammar import GrammarCompiler
 from api.engine.model import Model
 from api.errors import not_accepting
+from api.fetch import Fetcher
+from api.metrics import Metrics
 from settings import Settings
 
 PREPROCESS_THREADS = 2
+FETCH_THREADS = 8  # they wait for strangers, not for the processor
+GRAMMAR_THREADS = 2
 
 
-@dataclass(frozen=True)
+class Pools:
+    """Threads for what must not run on the event loop; apart, so that a slow stranger delays no picture at hand."""
+
+    def __init__(self) -> None:
+        self.preprocess = ThreadPoolExecutor(PREPROCESS_THREADS, thread_name_prefix="preprocess")
+        self.fetch = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="fetch")
+        self.grammar = ThreadPoolExecutor(GRAMMAR_THREADS, thread_name_prefix="grammar")
+
+    def close(self) -> None:
+        for pool in (self.preprocess, self.fetch, self.grammar):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+@dataclass
 class Services:
     settings: Settings
     engine: Engine
     admission: Admission
-    pool: ThreadPoolExecutor
+    metrics: Metrics
+    fetcher: Fetcher
+    pools: Pools
     started_at: float = field(default_factory=monotonic)
+    _compiler: GrammarCompiler | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def model(self) -> Model:
         """The model, or the 503 error that says why there is none."""
@@ -32,6 +56,17 @@ class Services:
             raise not_accepting(stats.state, stats.progress, stats.reason)
         return self.engine.model
 
+    def grammars(self) -> GrammarCompiler:
+        model = self.model()
+        with self._lock:
+            if self._compiler is None:
+                self._compiler = GrammarCompiler(model.vocabulary, model.end_ids)
+            return self._compiler
+
 
 def services(request: Request) -> Services:
     return request.app.state.services
+
+
+def caller(request: Request) -> Caller:
+    return request.state.caller

@@ -128,7 +128,7 @@ class _Writer:
         if schema in ({}, True):
             return "VALUE?"
         if not is_raw_string(schema, root):
-            around = {word: root[word] for word in ("$defs", "definitions") if word in root}
+            around: dict[str, Any] = {word: root[word] for word in ("$defs", "definitions") if word in root}
             self.rules.append(f"{rule}: %json {json.dumps(_spaced({**around, **_object(schema)}))}")
             return rule
         listed = schema.get("enum", [schema["const"]] if "const" in schema else None)

@@ -83,6 +83,9 @@ class Vocabulary:
         restored = _PROTECTED.sub(lambda m: chr(int(m[1], 16)), text)
         return list(self._plain.encode(restored, add_special_tokens=False).ids)
 
+    def has(self, token_id: int) -> bool:
+        return self._tokenizer.id_to_token(token_id) is not None
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes a token stands for; none for a special token that carries no text."""
         if token_id in self._silent:

@@ -9,17 +9,18 @@ from starlette.requests import Request
 
 from api.engine.model import Model
 from api.errors import unknown_model
+from api.openapi import MODEL, MODELS
 from api.services import services
 
 router = APIRouter()
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", **MODELS)
 async def list_models(request: Request) -> dict[str, Any]:
     return {"object": "list", "data": [_card(services(request).model())]}
 
 
-@router.get("/v1/models/{model_id:path}")
+@router.get("/v1/models/{model_id:path}", **MODEL)
 async def get_model(model_id: str, request: Request) -> dict[str, Any]:
     model = services(request).model()
     if model_id != model.id:

@@ -1,4 +1,4 @@
-"""GET /health for whoever watches, GET /info for whoever wants to know what is served."""
+"""GET /health for whoever watches, /info for whoever wants to know what is served, /metrics for Prometheus."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from api import __version__
 from api.errors import not_accepting
+from api.metrics import CONTENT_TYPE
+from api.openapi import DOCUMENT, INFO, METRICS, document
 from api.services import services
 
 router = APIRouter()
@@ -41,11 +43,15 @@ async def health(request: Request) -> JSONResponse:
     return JSONResponse(body, 503, not_accepting(stats.state, stats.progress, stats.reason).headers())
 
 
-@router.get("/info")
+@router.get("/info", **INFO)
 async def info(request: Request) -> dict[str, Any]:
     server = services(request)
     model, settings = server.model(), server.settings
-    limits = ("max_images", "max_image_bytes", "max_image_pixels", "max_body_bytes", "queue_size", "default_max_tokens")
+    limits = (
+        "max_images", "max_image_bytes", "max_image_pixels", "max_body_bytes", "queue_size", "queue_tokens",
+        "default_max_tokens", "request_timeout_s", "key_requests_per_minute", "key_concurrency", "loop_window",
+        "fetch_images", "fetch_timeout_s",
+    )  # fmt: skip
     return {
         "name": "GLM-4.6V-Flash-WEB",
         "version": __version__,
@@ -55,3 +61,14 @@ async def info(request: Request) -> dict[str, Any]:
         "limits": {name: getattr(settings, name) for name in limits},
         "generation": asdict(model.defaults),
     }
+
+
+@router.get("/metrics", **METRICS)
+async def metrics(request: Request) -> Response:
+    return Response(services(request).metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+
+
+@router.get("/openapi.json", **DOCUMENT)
+async def openapi_document(request: Request) -> dict[str, Any]:
+    """Behind the key, as everything else."""
+    return document(request.app)

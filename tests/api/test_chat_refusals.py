@@ -206,7 +206,7 @@ def test_a_drain_that_runs_out_is_an_error_event(serve) -> None:
 
 
 def test_while_a_stream_waits_it_tells_its_place_in_the_queue(serve, monkeypatch) -> None:
-    monkeypatch.setattr("api.routes.chat.HEARTBEAT_S", 0.01)
+    monkeypatch.setattr("api.sse.HEARTBEAT_S", 0.01)
     served = serve()
     blocker = threading.Thread(target=served.chat, args=("HANG",))
     blocker.start()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from api.output import Boxes, Call, Content, OutputParser, Piece, Reasoning, find_rectangles, split_thinking
+from api.output import Boxes, Call, Content, OutputParser, Piece, Reasoning, split_thinking
 
 TOOLS = {
     "count_objects": {
@@ -41,8 +41,8 @@ class Answer:
                     self.reasoning += text
                 case Content(text):
                     self.content += text
-                case Boxes(rectangles):
-                    self.boxes += rectangles
+                case Boxes(places):
+                    self.boxes += [tuple(value for point in place.points for value in point) for place in places]
                 case Call(name, arguments):
                     self.calls.append((name, arguments))
 
@@ -86,6 +86,14 @@ CASES = {
         '<|begin_of_box|>[{"bbox_2d": [1,2,3,4], "label": "<x>"}]<|end_of_box|>',
         Answer("", '[{"bbox_2d": [1,2,3,4], "label": "<x>"}]', [(1, 2, 3, 4)]),
     ),
+    "round brackets": ("<|begin_of_box|>(1,2,3,4)<|end_of_box|>", Answer("", "(1,2,3,4)", [(1, 2, 3, 4)])),
+    "angle brackets": ("<|begin_of_box|><1,2,3,4><|end_of_box|>", Answer("", "<1,2,3,4>", [(1, 2, 3, 4)])),
+    "points": ("<|begin_of_box|>[[1,2],[3,4]]<|end_of_box|>", Answer("", "[[1,2],[3,4]]", [(1, 2), (3, 4)])),
+    "json without a box": (
+        'Here: ```json\n[{"label": "cat", "bbox_2d": [1,2,3,4]}]\n```',
+        Answer("", 'Here: ```json\n[{"label": "cat", "bbox_2d": [1,2,3,4]}]\n```', [(1, 2, 3, 4)]),
+    ),
+    "numbers without a box": ("sides [1,2,3,4]", Answer("", "sides [1,2,3,4]")),
     "call": (
         "<think>t</think>\n" + call("count_objects", color="red", limit="3"),
         Answer("t", "", calls=called(("count_objects", {"color": "red", "limit": 3}))),
@@ -175,21 +183,6 @@ def test_text_streams_as_soon_as_it_cannot_be_a_tag() -> None:
 
     assert parser.feed("Hello <thi") == [Content("Hello")]
     assert parser.feed("s> there") == [Content(" <this> there")]
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("[[0,0,1000,1000]]", ((0, 0, 1000, 1000),)),
-        ("[300, 400, 100, 200]", ((100, 200, 300, 400),)),
-        ("[1.4, 2.6, 3, 4]", ((1, 3, 3, 4),)),
-        ("[1, 2, 3, 1001]", ()),
-        ("[1, 2, 3]", ()),
-        ("[-1, 2, 3, 4]", ()),
-    ],
-)
-def test_rectangles_are_found_in_any_brackets(text: str, expected: tuple) -> None:
-    assert find_rectangles(text) == expected
 
 
 def test_an_answer_kept_whole_is_split_into_thoughts_and_text() -> None:

@@ -9,7 +9,9 @@ import pytest
 
 from api.errors import ServingError
 from api.schemas import HARMLESS, WITHOUT_EFFECT, parse_chat
+from api.validation import MAX_DEPTH
 
+TOOL = {"type": "function", "function": {"name": "f"}}
 USER = {"role": "user", "content": "hello"}
 
 
@@ -46,12 +48,41 @@ def content(*parts: Any) -> dict[str, Any]:
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "`stop` must have <= 4 strings. Given: 5"),
         ({"stop": ""}, "stop", "`stop` must be a string or a list of strings, none empty"),
         ({"stop": [1]}, "stop", "`stop` must be a string or a list of strings"),
-        ({"n": 2}, "n", "`n` must be 1. Given: 2"),
-        ({"logprobs": True}, "logprobs", "`logprobs` must be false. Given: true"),
-        ({"response_format": {"type": "json_object"}}, "response_format", '`response_format` must be {"type": "text"}'),
-        ({"logit_bias": {"5": 1}}, "logit_bias", "`logit_bias` must be {}"),
+        ({"n": 9}, "n", "`n` must be <= 8. Given: 9"),
+        ({"n": 0}, "n", "`n` must be >= 1. Given: 0"),
+        ({"min_p": 2}, "min_p", "`min_p` must be <= 1. Given: 2"),
+        ({"presence_penalty": 3}, "presence_penalty", "must be <= 2. Given: 3"),
+        ({"frequency_penalty": -3}, "frequency_penalty", "must be >= -2. Given: -3"),
+        ({"logprobs": 1}, "logprobs", "`logprobs` must be true or false. Given: 1"),
+        ({"top_logprobs": 3}, "top_logprobs", "needs `logprobs`"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "must be <= 20. Given: 21"),
+        ({"response_format": {"type": "xml"}}, "response_format", "one of 'text', 'json_object', 'json_schema'"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "is required"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.schema", "required"),
+        ({"logit_bias": {"the": 1}}, "logit_bias", "must be token ids. Given: \"the\""),
+        ({"logit_bias": {"5": 101}}, "logit_bias", "from -100 to 100. Given: 101"),
+        ({"logit_bias": {str(n): 1 for n in range(1025)}}, "logit_bias", "must have <= 1024 tokens. Given: 1025"),
+        ({"min_tokens": -1}, "min_tokens", "`min_tokens` must be >= 0"),
+        ({"min_tokens": 9, "max_tokens": 8}, "min_tokens", "must be <= 8"),
+        ({"max_tokens": 9, "max_completion_tokens": 8}, "max_tokens", "differs from `max_completion_tokens`"),
+        ({"ignore_eos": True, "response_format": {"type": "json_object"}}, "ignore_eos", "`response_format`"),
+        ({"thinking_token_budget": -1}, "thinking_token_budget", "must be >= 0"),
+        ({"reasoning_effort": "much"}, "reasoning_effort", "must be 'none', 'minimal', 'low'"),
+        (
+            {"reasoning_effort": "none", "chat_template_kwargs": {"enable_thinking": True}},
+            "reasoning_effort", "contradicts",
+        ),
+        ({"loop_window": 5000}, "loop_window", "must be <= 4096"),
+        ({"cache_salt": ""}, "cache_salt", "must have >= 1 characters"),
+        ({"best_of": 2}, "best_of", "`best_of` must be 1. Given: 2"),
         ({"made_up": 1}, "made_up", "`made_up` is not supported."),
-        ({"tool_choice": "required"}, "tool_choice", "`tool_choice` must be 'auto' or 'none'. Given: \"required\""),
+        ({"made_up": [[[[1]]]]}, "made_up", "`made_up` is not supported."),
+        ({"tool_choice": "maybe"}, "tool_choice", "`tool_choice` must be 'auto', 'none' or 'required'. Given: \"maybe\""),
+        ({"tool_choice": 1}, "tool_choice", "or an object that names a function"),
+        ({"tool_choice": "required"}, "tool_choice", "there are no `tools`"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice", "not among"),
+        ({"tools": [TOOL, TOOL]}, "tools", "two functions have the name 'f'"),
+        ({"stream_options": {}}, "stream_options", "needs `stream` to be true"),
         ({"stream_options": {"other": 1}}, "stream_options.other", "`stream_options.other` is not supported."),
         ({"chat_template_kwargs": {"a": 1}}, "chat_template_kwargs.a", "`chat_template_kwargs.a` is not supported."),
         ({"chat_template_kwargs": {"enable_thinking": 1}}, "chat_template_kwargs.enable_thinking", "true or false"),
@@ -91,6 +122,17 @@ def test_what_is_no_json_object_is_refused(body: bytes) -> None:
         parse_chat(body)
 
     assert (caught.value.status, caught.value.code) == (400, "invalid_json")
+
+
+@pytest.mark.parametrize("shape", ["[%s]", '{"a": %s}'])
+def test_what_is_nested_too_deep_is_refused_by_name(shape: str) -> None:
+    value = "1"
+    for _ in range(MAX_DEPTH + 1):
+        value = shape % value
+    with pytest.raises(ServingError) as caught:
+        parse_chat(f'{{"messages": [], "tools": {value}}}'.encode())
+
+    assert (caught.value.param, caught.value.code) == ("tools", "too_deep")
 
 
 def test_half_a_character_is_refused() -> None:
@@ -141,3 +183,40 @@ def test_what_is_given_is_what_is_used() -> None:
     assert chat.enable_thinking is True
     assert parse(chat_template_kwargs={"enable_thinking": False}).enable_thinking is False
     assert parse(tools=[{"type": "function", "function": {"name": "f"}}], tool_choice="none").active_tools == []
+
+
+def test_a_named_tool_is_the_only_one_and_must_be_called() -> None:
+    other = {"type": "function", "function": {"name": "g"}}
+    chat = parse(tools=[TOOL, other], tool_choice={"type": "function", "function": {"name": "g"}})
+
+    assert [tool.function.name for tool in chat.active_tools] == ["g"] and chat.must_call
+    assert parse(tools=[TOOL], tool_choice="required").must_call
+    assert not parse(tools=[TOOL], tool_choice="auto").must_call
+
+
+@pytest.mark.parametrize(
+    ("fields", "thinks", "tokens"),
+    [
+        ({}, True, None),
+        ({"reasoning_effort": "none"}, False, None),
+        ({"reasoning_effort": "low"}, True, 512),
+        ({"reasoning_effort": "high"}, True, None),
+        ({"reasoning_effort": "low", "thinking_token_budget": 7}, True, 7),
+        ({"thinking_token_budget": 0}, True, 0),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, False, None),
+        ({"chat_template_kwargs": {}}, True, None),
+    ],
+)
+def test_how_long_it_thinks(fields: dict[str, Any], thinks: bool, tokens: int | None) -> None:
+    chat = parse(**fields)
+
+    assert (chat.enable_thinking, chat.thinking_tokens) == (thinks, tokens)
+
+
+def test_the_answers_form_is_a_schema() -> None:
+    schema = {"type": "object", "properties": {}}
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
+
+    assert parse(response_format=wanted).answer_schema == schema
+    assert parse(response_format={"type": "json_object"}).answer_schema == {"type": "object"}
+    assert parse(response_format={"type": "text"}).answer_schema is None

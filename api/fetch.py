@@ -1,0 +1,177 @@
+"""Fetches a picture from a stranger's URL, and nothing else: no address of this machine or of its network.
+
+Each hop is checked alone: scheme, port, host list, and every address the name resolves to. The connection goes to
+the very address that was checked, so a name that resolves differently a moment later changes nothing. Runs in a
+thread of its own pool. Knows nothing of pictures.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from http.client import HTTPException
+from typing import Any
+from urllib.parse import SplitResult, urljoin, urlsplit
+
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.exceptions import HTTPError
+
+from api.errors import ServingError, invalid, too_large
+from settings import Settings
+
+MAX_REDIRECTS = 3
+MAX_URL = 4096
+PORTS = frozenset({80, 443})
+_ODD = re.compile(r"[\x00-\x20\x7f\\<>\"{}|^`]")
+_CHUNK = 64 * 1024
+# Networks that carry an IPv4 address inside: they could lead back to a private one.
+_TUNNELS = tuple(ipaddress.ip_network(n) for n in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32"))
+
+
+def is_public(address: str) -> bool:
+    """Whether an address belongs to the open internet; one that only wraps another is judged by neither."""
+    parsed = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(parsed, ipaddress.IPv6Address):
+        if parsed.ipv4_mapped is not None:
+            return is_public(str(parsed.ipv4_mapped))
+        if any(parsed in network for network in _TUNNELS):
+            return False
+    return parsed.is_global and not (parsed.is_multicast or parsed.is_reserved or parsed.is_unspecified)
+
+
+@dataclass(frozen=True)
+class Fetcher:
+    """`hosts`: the only ones allowed, if any are named. `public` and `ports` are changed by tests alone."""
+
+    enabled: bool
+    hosts: frozenset[str]
+    timeout_s: float
+    max_bytes: int
+    public: Callable[[str], bool] = is_public
+    ports: frozenset[int] = PORTS
+    authorities: str | None = None  # file of trusted certificates; None: the system's
+
+    @classmethod
+    def of(cls, settings: Settings) -> Fetcher:
+        hosts = frozenset(host.strip().rstrip(".").lower() for host in settings.fetch_hosts.split(",") if host.strip())
+        return cls(settings.fetch_images, hosts, settings.fetch_timeout_s, settings.max_image_bytes)
+
+    def fetch(self, url: str, param: str) -> bytes:
+        """The bytes at `url`. Raises the 400 or 413 error that names `param` and the reason."""
+        if not self.enabled:
+            raise _refused(param, "remote pictures are not fetched here (GLM_FETCH_IMAGES); send a data: URL")
+        ends_at = time.monotonic() + self.timeout_s
+        for _ in range(MAX_REDIRECTS + 1):
+            location, data = self._hop(url, param, ends_at)
+            if location is None:
+                return data
+            url = urljoin(url, location)
+        raise _refused(param, f"more than {MAX_REDIRECTS} redirects")
+
+    def _hop(self, url: str, param: str, ends_at: float) -> tuple[str | None, bytes]:
+        """One request: where it redirects to, or its bytes."""
+        parts, port = self._checked(url, param)
+        host = parts.hostname or ""
+        connection = self._connection(parts.scheme, host, self._address(host, port, param), port, ends_at)
+        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        headers = {"Host": parts.netloc, "Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "glm-web"}
+        late = threading.Timer(max(ends_at - time.monotonic(), 0), _hang_up, [connection])
+        late.daemon = True
+        late.start()
+        try:
+            connection.request("GET", path, headers=headers, preload_content=False, decode_content=False)
+            return self._read(connection.getresponse(), param, ends_at)
+        except (HTTPError, HTTPException, OSError, ValueError) as error:
+            if time.monotonic() >= ends_at - 0.01:
+                raise self._too_slow(param) from None
+            raise _refused(param, f"it cannot be fetched ({type(error).__name__})") from None
+        finally:
+            late.cancel()
+            connection.close()
+
+    def _read(self, answer: Any, param: str, ends_at: float) -> tuple[str | None, bytes]:
+        if answer.status in (301, 302, 303, 307, 308):
+            location = answer.headers.get("Location")
+            if not location:
+                raise _refused(param, f"the server answered {answer.status} without a place to go on")
+            return location, b""
+        if answer.status != 200:
+            raise _refused(param, f"the server answered {answer.status}")
+        announced = answer.headers.get("Content-Length", "")
+        if announced.isdigit() and int(announced) > self.max_bytes:
+            raise self._too_large(param, announced)
+        data = bytearray()
+        while piece := answer.read1(_CHUNK):
+            data += piece
+            if len(data) > self.max_bytes:
+                raise self._too_large(param, f"{len(data)} or more")
+            if time.monotonic() > ends_at:
+                raise self._too_slow(param)
+        if time.monotonic() > ends_at or (announced.isdigit() and len(data) < int(announced)):
+            raise _refused(param, "the answer was cut off")
+        return None, bytes(data)
+
+    def _checked(self, url: str, param: str) -> tuple[SplitResult, int]:
+        """A URL that every parser reads alike, or an error."""
+        if len(url) > MAX_URL:
+            raise invalid(f"`{param}` must have <= {MAX_URL} characters. Given: {len(url)}", param, "unsupported_url")
+        if _ODD.search(url) or not url.isascii():
+            raise _refused(param, "it has characters that do not belong into a URL")
+        try:
+            parts = urlsplit(url)
+            port = parts.port or (443 if parts.scheme == "https" else 80)
+        except ValueError:
+            raise _refused(param, "it is no URL") from None
+        if parts.scheme not in ("http", "https"):
+            raise _refused(param, f"its scheme must be http, https or data. Given: {parts.scheme[:20]!r}")
+        if not parts.hostname or "@" in parts.netloc or "%" in parts.netloc:
+            raise _refused(param, "it must name a host, and no user")
+        if port not in self.ports:
+            raise _refused(param, f"its port must be one of {sorted(self.ports)}. Given: {port}")
+        if self.hosts and parts.hostname.rstrip(".").lower() not in self.hosts:
+            raise _refused(param, "its host is not among those allowed here (GLM_FETCH_HOSTS)")
+        return parts, port
+
+    def _address(self, host: str, port: int, param: str) -> str:
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError):
+            raise _refused(param, "its host has no address") from None
+        addresses = [str(entry[4][0]) for entry in found]
+        # One private address among public ones is how a private one is smuggled in.
+        if not addresses or not all(self.public(address) for address in addresses):
+            raise _refused(param, "its host has an address that is not public")
+        return addresses[0]
+
+    def _connection(self, scheme: str, host: str, address: str, port: int, ends_at: float) -> HTTPConnection:
+        limit_s = max(ends_at - time.monotonic(), 0.01)
+        if scheme == "http":
+            return HTTPConnection(address, port, timeout=limit_s)
+        name = host.rstrip(".")
+        return HTTPSConnection(
+            address, port, timeout=limit_s, server_hostname=name, assert_hostname=name,
+            cert_reqs="CERT_REQUIRED", ca_certs=self.authorities,
+        )  # fmt: skip
+
+    def _too_large(self, param: str, given: str) -> ServingError:
+        return too_large(f"`{param}` must be <= {self.max_bytes} bytes. Given: {given}", param, "image_too_large")
+
+    def _too_slow(self, param: str) -> ServingError:
+        return _refused(param, f"it did not arrive within {self.timeout_s:g} s")
+
+
+def _hang_up(connection: HTTPConnection) -> None:
+    """End a transfer that drips: a limit on one read never ends when a byte comes now and then."""
+    with suppress(OSError):
+        if connection.sock is not None:
+            connection.sock.shutdown(socket.SHUT_RDWR)
+
+
+def _refused(param: str, why: str) -> ServingError:
+    return invalid(f"`{param}`: {why}.", param, "unsupported_url")
