@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hmac
+from hashlib import sha256
+
 import pytest
 from fastapi.routing import APIRoute
-from served import KEY
+from served import KEY, chat_body
+from starlette.datastructures import Headers
 
-from api.auth import OPEN_PATHS
+from api.auth import OPEN_PATHS, Caller, KeyRing
 from api.server import refuse_open_door
 from settings import Settings, SettingsError
 
@@ -78,6 +82,86 @@ def test_the_key_is_taken_from_either_header(headers: dict[str, str], serve) -> 
     del served.client.headers["Authorization"]
 
     assert served.client.get("/v1/models", headers=headers).status_code == 200
+
+
+SECOND = "sk-second-key"
+
+
+def test_several_named_keys_get_in_and_the_log_tells_their_names_only(serve, caplog) -> None:
+    caplog.set_level("INFO")
+    hashed = sha256(SECOND.encode()).hexdigest()
+    client = serve(api_keys=f"ann:sk-ann, ben:sha256:{hashed}").client
+
+    for key, status in ((KEY, 200), ("sk-ann", 200), (SECOND, 200), ("sk-anna", 401), (hashed, 401), ("ann", 401)):
+        assert client.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == status
+
+    lines = [r.getMessage() for r in caplog.records if "path=/v1/models" in r.getMessage()]
+    assert [word for line in lines for word in line.split() if word.startswith("key=")] == [
+        "key=default", "key=ann", "key=ben",
+    ]  # fmt: skip
+    assert not any(secret in line for line in lines for secret in (KEY, "sk-ann", SECOND, hashed))
+
+
+@pytest.mark.parametrize(
+    ("listed", "said"),
+    [("ann", "name:key"), ("a b:x", "name:key"), ("ann:", "name:key"), ("ann:x,ann:y", "'ann' is taken"),
+     ("default:x", "'default' is taken"), ("ann:sha256:12", "64 hex digits"), ("ann:sha256:zz", "64 hex digits")],
+)  # fmt: skip
+def test_a_list_of_keys_that_does_not_fit_stops_the_start(listed: str, said: str) -> None:
+    with pytest.raises(SettingsError, match=said) as caught:
+        KeyRing.of(Settings(api_key=KEY, api_keys=listed))
+
+    assert KEY not in str(caught.value)
+
+
+def test_the_digests_are_all_compared_in_constant_time(monkeypatch) -> None:
+    compared = []
+    real = hmac.compare_digest
+    monkeypatch.setattr("api.auth.hmac.compare_digest", lambda a, b: compared.append((a, b)) or real(a, b))
+    ring = KeyRing.of(Settings(api_key=KEY, api_keys="ann:sk-ann,ben:sk-ben"))
+
+    ring.caller(Headers({"authorization": f"Bearer {KEY}"}))
+
+    assert len(compared) >= 3 and all(len(a) == len(b) == 32 for a, b in compared)
+    assert not any(KEY.encode() in part for pair in compared for part in pair)
+
+
+def test_the_probe_token_marks_probes(serve) -> None:
+    ring = KeyRing.of(Settings(api_key=KEY, probe_token="pt"))
+
+    def caller(**headers: str) -> Caller | None:
+        return ring.caller(Headers({k.replace("_", "-"): v for k, v in headers.items()}))
+
+    assert caller(authorization="Bearer pt") == Caller("probe", True)
+    assert caller(authorization=f"Bearer {KEY}", x_probe_token="pt") == Caller("default", True)
+    assert caller(authorization=f"Bearer {KEY}", x_probe_token=KEY) == Caller("default", False)
+    assert caller(x_probe_token="pt") is None
+
+
+def test_a_probe_is_answered_while_users_fill_the_queue(serve) -> None:
+    served = serve(queue_size=1, probe_token="pt")
+    admission = served.app.state.services.admission
+    users = [admission.enter(Caller("ann")) for _ in range(2)]
+
+    refused = served.chat("hi")
+    answered = served.client.post("/v1/chat/completions", json=chat_body("hi"), headers={"x-probe-token": "pt"})
+
+    assert (refused.status_code, answered.status_code) == (503, 200)
+    for place in users:
+        place.close()
+
+
+def test_pages_of_other_origins_may_call_only_if_configured(serve) -> None:
+    ask = {"Origin": "https://page.example", "Access-Control-Request-Method": "POST"}
+    closed, opened = serve().client, serve(cors_origins="https://page.example").client
+    del closed.headers["Authorization"], opened.headers["Authorization"]
+
+    assert closed.options("/v1/chat/completions", headers=ask).status_code == 401
+    allowed = opened.options("/v1/chat/completions", headers=ask)
+    assert allowed.headers["access-control-allow-origin"] == "https://page.example"
+    assert "access-control-allow-credentials" not in allowed.headers
+    assert opened.options("/v1/models", headers={**ask, "Origin": "https://evil.example"}).status_code == 400
+    assert opened.get("/v1/models", headers={"Origin": "https://page.example"}).status_code == 401
 
 
 def test_websockets_are_refused(serve) -> None:

@@ -1,0 +1,84 @@
+"""Writes the table of fields in docs/api.md from the request's schema: `python tests/api/field_table.py`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from api.schemas import EFFORT_TOKENS, HARMLESS, MAX_BIASES, MAX_STOP, WITHOUT_EFFECT, ChatRequest
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "api.md"
+_PLACE = re.compile(r"(<!-- fields: .*? -->\n).*?(<!-- end of fields -->)", re.DOTALL)
+NOTES = {
+    "messages": "roles system, developer, user, assistant, tool; text and pictures",
+    "model": "must be the one that is served",
+    "max_tokens": "longest answer; without it GLM_DEFAULT_MAX_TOKENS",
+    "max_completion_tokens": "the newer name of `max_tokens`",
+    "min_tokens": "no end before so many tokens",
+    "ignore_eos": "go on to the longest answer; for benchmarks",
+    "stop": f"one string or up to {MAX_STOP}; not looked for in thoughts",
+    "n": "choices; of one seed each gets its own",
+    "loop_window": "end with `repetition` when so many tokens repeat one pattern; 0: never; default GLM_LOOP_WINDOW",
+    "temperature": "0 is greedy",
+    "top_k": "0 and -1 cut nothing",
+    "min_p": "drops tokens less likely than this part of the best one",
+    "logit_bias": f"token id to a bias from -100 to 100; up to {MAX_BIASES}",
+    "seed": "the same seed, the same text, whatever else is running",
+    "stream_options": "`include_usage`",
+    "logprobs": "of every token",
+    "top_logprobs": "alternatives; needs `logprobs`",
+    "response_format": "`text`, `json_object`, `json_schema`; enforced",
+    "tools": "functions with JSON schemas; `strict` binds their calls",
+    "tool_choice": "`auto`, `none`, `required`, or a named function",
+    "parallel_tool_calls": "false: at most one call",
+    "chat_template_kwargs": "`enable_thinking`",
+    "reasoning_effort": "`none` does not think; "
+    + ", ".join(f"`{word}` {'any length' if n is None else f'up to {n} tokens'}" for word, n in EFFORT_TOKENS.items()),
+    "thinking_token_budget": "longest thinking part, in tokens; wins over `reasoning_effort`",
+    "cache_salt": "nothing is shared with requests of another salt; keys never share",
+}
+
+
+def table() -> str:
+    properties = ChatRequest.model_json_schema()["properties"]
+    rows = ["| Field | Values | What it does |", "| --- | --- | --- |"]
+    rows += [f"| `{name}` | {_values(shape)} | {NOTES.get(name, '')} |" for name, shape in properties.items()]
+    rows += [f"| `{name}` | any | ignored: {why} |" for name, why in HARMLESS.items()]
+    rows += [f"| `{name}` | `{_json(value)}` | only what happens anyway |" for name, value in WITHOUT_EFFECT.items()]
+    return "\n".join([*rows, "| anything else | | 400 that names it |"]) + "\n"
+
+
+def with_table(page: str) -> str:
+    return _PLACE.sub(lambda match: f"{match[1]}{table()}{match[2]}", page)
+
+
+def _values(shape: dict[str, Any]) -> str:
+    kinds = [kind for kind in shape.get("anyOf", [shape]) if kind.get("type") != "null"]
+    return " or ".join(filter(None, (_kind(kind) for kind in kinds)))
+
+
+def _kind(kind: dict[str, Any]) -> str:
+    if "enum" in kind:
+        return ", ".join(str(word) for word in kind["enum"])
+    name = kind.get("type", "object" if "$ref" in kind or "oneOf" in kind or "anyOf" in kind else "any")
+    bounds = [
+        f"{sign} {_number(kind[word])}"
+        for sign, word in ((">=", "minimum"), (">", "exclusiveMinimum"), ("<=", "maximum"), ("<", "exclusiveMaximum"))
+        if word in kind
+    ]
+    bounds += [f"{sign} {kind[word]} items" for sign, word in ((">=", "minItems"), ("<=", "maxItems")) if word in kind]
+    return " ".join([name, ", ".join(bounds)]).strip()
+
+
+def _number(value: float) -> str:
+    power = abs(int(value)).bit_length() - 1
+    return f"{value:g}" if abs(value) < 10**9 else f"{'-' if value < 0 else ''}2^{power}"
+
+
+def _json(value: Any) -> str:
+    return str(value).lower().replace("'", '"')
+
+
+if __name__ == "__main__":
+    PAGE.write_text(with_table(PAGE.read_text("utf-8")), "utf-8")
