@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from served import KEY, Served, wait_for
+from server_process import WAIT_S, Server, free_port
 
 from api.engine.engine import Engine
 from api.engine.fake import fake_model
@@ -34,3 +36,18 @@ def serve() -> Iterator[Callable[..., Served]]:
     for served in running:
         served.runner.release.set()
         served.client.__exit__(None, None, None)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    servers: list[Server] = []
+
+    def run(**environment: str) -> Server:
+        servers.append(Server(free_port(), tmp_path / f"api-{len(servers)}.log", **environment))
+        servers[-1].until(lambda health: health["state"] == "idle")
+        return servers[-1]
+
+    yield run
+    for server in servers:
+        server.process.kill()
+        server.process.wait(WAIT_S)

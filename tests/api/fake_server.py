@@ -1,6 +1,6 @@
 """Starts the real server around the fake model, for tests that need a real socket and real signals.
 
-Settings come from the environment; `FAKE_TOKEN_S` is the time one token takes.
+Settings come from the environment; `FAKE_TOKEN_S` is the time one token takes, `FAKE_ANSWER` what is answered.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ import sys
 
 import settings
 from api.engine.engine import Engine
-from api.engine.fake import fake_model
+from api.engine.fake import echo, fake_model
 from api.server import serve
 
 
 def main() -> int:
     loaded = settings.load()
     token_s = float(os.environ.get("FAKE_TOKEN_S", "0"))
-    return serve(loaded, Engine(lambda progress: fake_model(token_s=token_s), loaded.queue_size))
+    given = os.environ.get("FAKE_ANSWER")
+    answer = (lambda prompt, pictures: given) if given is not None else echo
+    return serve(loaded, Engine(lambda progress: fake_model(answer, token_s=token_s), loaded.queue_size))
 
 
 if __name__ == "__main__":

@@ -3,79 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
-from served import KEY, chat_body, sse_data, wait_for
+from served import KEY, chat_body, sse_data
+from server_process import ROOT, WAIT_S, Server
 
-ROOT = Path(__file__).resolve().parents[2]
-WAIT_S = 60.0
-HEADERS = {"Authorization": f"Bearer {KEY}"}
-
-
-class Server:
-    def __init__(self, port: int, log: Path, **environment: str) -> None:
-        self.port, self.log = port, log
-        self.url = f"http://127.0.0.1:{port}"
-        settings = {"GLM_API_HOST": "127.0.0.1", "GLM_API_PORT": str(port), "GLM_API_KEY": KEY, **environment}
-        with log.open("w") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, str(Path(__file__).with_name("fake_server.py"))],
-                cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), **settings}, stdout=out, stderr=out,
-            )  # fmt: skip
-
-    def health(self) -> dict[str, Any]:
-        try:
-            return httpx.get(f"{self.url}/health", timeout=5).json()
-        except httpx.TransportError:
-            return {"state": "down"}
-
-    def until(self, condition: Callable[[dict[str, Any]], bool], limit_s: float = WAIT_S) -> dict[str, Any]:
-        deadline = time.monotonic() + limit_s
-        while not condition(health := self.health()):
-            assert time.monotonic() < deadline, f"{health}\n{self.log.read_text()}"
-            time.sleep(0.02)
-        return health
-
-    def until_logged(self, text: str) -> str:
-        """The log, once it has `text`: a line about a request comes after its answer."""
-        wait_for(lambda: text in self.log.read_text())
-        return self.log.read_text()
-
-    def post(self, body: dict[str, Any], timeout: float = WAIT_S) -> httpx.Response:
-        return httpx.post(f"{self.url}/v1/chat/completions", json=body, headers=HEADERS, timeout=timeout)
-
-    def open_stream(self, stack: contextlib.ExitStack, content: str) -> httpx.Response:
-        body = chat_body(content, stream=True)
-        request = httpx.stream("POST", f"{self.url}/v1/chat/completions", json=body, headers=HEADERS, timeout=WAIT_S)
-        return stack.enter_context(request)
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Server]]:
-    servers: list[Server] = []
-
-    def run(**environment: str) -> Server:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        servers.append(Server(port, tmp_path / f"api-{len(servers)}.log", **environment))
-        servers[-1].until(lambda health: health["state"] == "idle")
-        return servers[-1]
-
-    yield run
-    for server in servers:
-        server.process.kill()
-        server.process.wait(WAIT_S)
+from api.server import DEVICE_LOST
 
 
 def test_a_client_that_leaves_a_stream_stops_the_work_within_a_second(start) -> None:
@@ -211,27 +154,63 @@ def test_health_is_not_logged(start) -> None:
     assert "/health" not in server.until_logged("path=/v1/chat/completions")
 
 
-def test_the_openai_client_understands_answers_streams_and_errors(start) -> None:
-    import openai
-
+def test_a_lost_device_ends_the_process_with_its_own_code_after_the_clients_are_told(start) -> None:
     server = start()
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0)
-    messages = [{"role": "user", "content": "hello"}]
 
-    whole = client.chat.completions.create(model="fake", messages=messages)
-    with client.chat.completions.create(model="fake", messages=messages, stream=True) as stream:
-        streamed = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
-    again = client.chat.completions.create(model="fake", messages=[*messages, whole.choices[0].message, *messages])
+    refused = server.post(chat_body("CRASH"))
 
-    assert whole.choices[0].message.content == streamed == "I see 0 pictures. hello"
-    assert again.usage is not None and again.usage.prompt_tokens > 16
-    assert [model.id for model in client.models.list()] == ["fake"]
-    with pytest.raises(openai.BadRequestError, match=r"`temperature` must be <= 2\. Given: 3"):
-        client.chat.completions.create(model="fake", messages=messages, temperature=3)
-    with pytest.raises(openai.APIError, match="The model failed on this request"):
-        list(client.chat.completions.create(model="fake", messages=[{"role": "user", "content": "FAIL"}], stream=True))
-    with pytest.raises(openai.AuthenticationError):
-        openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0).models.list()
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "dead")
+    assert server.process.wait(WAIT_S) == DEVICE_LOST == 70
+    assert "event=device_lost code=70" in server.log.read_text()
+
+
+def test_a_lost_device_is_told_in_a_stream_too(start) -> None:
+    server = start()
+    with contextlib.ExitStack() as stack:
+        events = sse_data("\n".join(server.open_stream(stack, "CRASH").iter_lines()))
+
+    assert events[-1]["error"]["code"] == "dead"
+    assert server.process.wait(WAIT_S) == 70
+
+
+def test_an_idle_connection_is_closed_after_five_seconds(start) -> None:
+    server = start()
+    with socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_S) as idle:
+        idle.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert idle.recv(65536).startswith(b"HTTP/1.1 200")
+        began = time.monotonic()
+        while idle.recv(65536):
+            pass
+
+    assert 3 < time.monotonic() - began < 30
+
+
+def test_an_abort_by_reset_stops_the_work(start) -> None:
+    server = start(FAKE_TOKEN_S="0.05")
+    body = json.dumps(chat_body("x" * 1000, stream=True)).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_S) as rude:
+        rude.sendall(head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        rude.recv(1000)
+        server.until(lambda health: health["running"] == 1)
+        rude.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    health = server.until(lambda health: health["running"] == 0)
+    assert health["steps"] < 200
+
+
+def test_a_client_that_does_not_read_holds_no_slot(start) -> None:
+    server = start(FAKE_ANSWER="x" * 3000)
+    body = json.dumps(chat_body("go", stream=True, max_tokens=3000)).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+    with socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.connect(("127.0.0.1", server.port))
+        deaf.sendall(head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        server.until(lambda health: health["steps"] > 10)
+        server.until(lambda health: health["running"] == 0)
+
+        assert server.post(chat_body("next")).status_code == 200
 
 
 def test_without_a_key_it_refuses_to_listen_to_everyone(tmp_path: Path) -> None:
