@@ -21,13 +21,15 @@ HEADERS = {"Authorization": f"Bearer {KEY}"}
 
 
 class Server:
-    def __init__(self, port: int, log: Path, **environment: str) -> None:
+    """`command` starts another server than the one around the fake model."""
+
+    def __init__(self, port: int, log: Path, command: list[str] | None = None, **environment: str) -> None:
         self.port, self.log = port, log
         self.url = f"http://127.0.0.1:{port}"
         settings = {"GLM_API_HOST": "127.0.0.1", "GLM_API_PORT": str(port), "GLM_API_KEY": KEY, **environment}
         with log.open("w") as out:
             self.process = subprocess.Popen(
-                [sys.executable, str(Path(__file__).with_name("fake_server.py"))],
+                command or [sys.executable, str(Path(__file__).with_name("fake_server.py"))],
                 cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), **settings}, stdout=out, stderr=out,
             )  # fmt: skip
 

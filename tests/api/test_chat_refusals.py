@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 from jinja2 import TemplateError
 from served import KEY, chat_body, picture_part, sse_data, text_part, wait_for
+
+from api.auth import Caller
 
 WAIT_S = 30.0
 
@@ -124,6 +127,58 @@ def test_a_dying_engine_is_an_error_for_everyone_and_later_503(serve) -> None:
 
     assert error_of(served.chat("CRASH"), 503)["code"] == "dead"
     assert error_of(served.chat("hello"), 503)["code"] == "dead"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_past_its_time_is_ended_and_told(stream: bool, serve) -> None:
+    served = serve(request_timeout_s=0.2, token_s=0.02)
+
+    answer = served.chat("x" * 500, stream=stream)
+
+    error = sse_data(answer.text)[-1]["error"] if stream else error_of(answer, 504)
+    assert error["code"] == "deadline"
+    wait_for(lambda: served.engine.stats().running == 0)
+    assert served.app.state.services.admission.active == 0
+
+
+def test_too_many_choices_for_the_queue_are_refused_together(serve) -> None:
+    served = serve(queue_size=2)
+
+    assert error_of(served.chat(n=8), 503)["code"] == "queue_full"
+    assert served.engine.stats().waiting == served.app.state.services.admission.active == 0
+
+
+def test_a_prompt_too_heavy_for_what_is_under_way_waits_outside(serve) -> None:
+    served = serve(queue_tokens=100)
+    place = served.app.state.services.admission.enter(Caller("ann"))
+    place.weigh(90)
+
+    error = error_of(served.chat("x" * 50), 503)
+    place.close()
+
+    assert "<= 100 tokens may be under way, 90 are" in error["message"]
+    assert served.chat("x" * 50).status_code == 200
+
+
+def test_a_schema_that_cannot_be_enforced_is_refused_by_name(serve) -> None:
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "strange"}}}
+
+    error = error_of(serve().chat(response_format=wanted), 400)
+
+    assert (error["param"], error["code"]) == ("response_format", "unsupported_schema")
+
+
+def test_a_schema_that_takes_too_long_is_refused(serve, monkeypatch) -> None:
+    monkeypatch.setattr("api.sampling.COMPILE_S", 0.05)
+    monkeypatch.setattr("api.sampling._compile_all", lambda *_: time.sleep(0.5))
+
+    error = error_of(serve().chat(response_format={"type": "json_object"}), 400)
+
+    assert (error["param"], error["code"]) == ("response_format", "schema_too_complex")
+
+
+def test_a_bias_of_a_token_that_does_not_exist_is_refused(serve) -> None:
+    assert error_of(serve().chat(logit_bias={"99999": 1}), 400)["param"] == "logit_bias"
 
 
 def test_a_template_that_refuses_the_messages_is_quoted(serve) -> None:

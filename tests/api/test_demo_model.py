@@ -1,0 +1,203 @@
+"""The real server around the real demo model: what the sampler, the grammar and the cache make of a request."""
+
+from __future__ import annotations
+
+import base64
+import concurrent.futures
+import io
+import json
+import os
+import random
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from PIL import Image
+from served import KEY, sse_data, text_part
+from server_process import HEADERS, WAIT_S, Server, free_port
+
+from models.shapes.pictures import draw_shapes
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "color": {"enum": ["red", "blue", "green"]},
+        "count": {"type": "integer", "minimum": 0, "maximum": 9},
+    },
+    "required": ["color", "count"],
+    "additionalProperties": False,
+}
+JSON = {"type": "json_schema", "json_schema": {"name": "seen", "schema": SCHEMA, "strict": True}}
+COUNT = {
+    "type": "function",
+    "function": {
+        "name": "count",
+        "parameters": {
+            "type": "object",
+            "properties": {"color": {"type": "string", "enum": ["red", "blue"]}, "limit": {"type": "integer"}},
+            "required": ["color", "limit"],
+        },
+    },
+}
+LOOK = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+
+
+def part(image: Image.Image) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+PICTURE = part(draw_shapes([("red", "circle"), ("blue", "square")], size=(320, 240), seed=1))
+ASK = [{"role": "user", "content": [PICTURE, text_part("How many red shapes are there?")]}]
+TEXT = [{"role": "user", "content": "What can you do?"}]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[Server]:
+    command = [sys.executable, "-m", "api.server", "--model", "models/shapes"]
+    made = Server(free_port(), tmp_path_factory.mktemp("demo") / "api.log", command, GLM_SLOTS="4")
+    made.until(lambda health: health["state"] == "idle", 300)
+    yield made
+    made.process.kill()
+    made.process.wait(WAIT_S)
+
+
+def ask(server: Server, messages: Any = ASK, **fields: Any) -> dict[str, Any]:
+    body = {"messages": messages, "max_tokens": 60, **fields}
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=HEADERS, timeout=300)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def message(answer: dict[str, Any]) -> dict[str, Any]:
+    return answer["choices"][0]["message"]
+
+
+@pytest.mark.parametrize("thinks", [True, False])
+def test_a_schema_binds_every_answer_of_a_batch(thinks: bool, server: Server) -> None:
+    options = {"chat_template_kwargs": {"enable_thinking": thinks}, "response_format": JSON, "temperature": 1.5}
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        bound = [pool.submit(ask, server, seed=seed, max_tokens=300, **options) for seed in range(5)]
+        free = pool.submit(ask, server, TEXT)
+
+    for answer in [future.result() for future in bound]:
+        seen = json.loads(message(answer)["content"])
+        assert set(seen) == {"color", "count"} and seen["color"] in ("red", "blue", "green") and 0 <= seen["count"] <= 9
+        assert answer["choices"][0]["finish_reason"] == "stop"
+        assert thinks or "reasoning" not in message(answer)
+    assert "{" not in message(free.result())["content"]
+
+
+def test_json_objects_are_enforced_too(server: Server) -> None:
+    answer = ask(server, TEXT, response_format={"type": "json_object"}, max_tokens=300, temperature=0.7, seed=2)
+
+    if answer["choices"][0]["finish_reason"] == "stop":
+        assert isinstance(json.loads(message(answer)["content"]), dict)
+    assert message(answer)["content"].startswith("{")
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "count"}}])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_forced_call_is_a_call_that_fits(choice: Any, seed: int, server: Server) -> None:
+    fields = {"tool_choice": choice, "parallel_tool_calls": False, "temperature": 1.5, "seed": seed, "max_tokens": 300}
+
+    answer = ask(server, TEXT, tools=[LOOK, COUNT], **fields)
+
+    [call] = message(answer)["tool_calls"]
+    name, arguments = call["function"]["name"], json.loads(call["function"]["arguments"])
+    assert answer["choices"][0]["finish_reason"] == "tool_calls" and message(answer)["content"] is None
+    assert name == "count" or (choice == "required" and name == "look")
+    if name == "count":
+        assert arguments["color"] in ("red", "blue") and isinstance(arguments["limit"], int)
+
+
+@pytest.mark.parametrize("fields", [{}, {"temperature": 1.0, "seed": 4}, {"response_format": JSON}, {"logprobs": True}])
+def test_a_stream_says_what_the_whole_says(fields: dict[str, Any], server: Server) -> None:
+    whole = ask(server, **fields)["choices"][0]
+    body = {"messages": ASK, "max_tokens": 60, "stream": True, **fields}
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=HEADERS, timeout=300)
+    parts = [chunk["choices"][0] for chunk in sse_data(answer.text)[:-1]]
+
+    for name in ("content", "reasoning", "reasoning_content"):
+        assert "".join(p["delta"].get(name) or "" for p in parts) == (whole["message"].get(name) or "")
+    assert [p["finish_reason"] for p in parts if p["finish_reason"]] == [whole["finish_reason"]]
+    if whole["logprobs"]:
+        told = [token["token"] for p in parts for token in (p["logprobs"] or {}).get("content", [])]
+        assert told == [token["token"] for token in whole["logprobs"]["content"]]
+
+
+def test_the_same_seed_says_the_same_whatever_else_runs(server: Server) -> None:
+    wanted = {"temperature": 1.2, "seed": 11, "n": 2, "max_tokens": 40}
+    alone = [choice["message"] for choice in ask(server, **wanted)["choices"]]
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        others = [pool.submit(ask, server, TEXT, temperature=1.0) for _ in range(5)]
+        crowded = [choice["message"] for choice in pool.submit(ask, server, **wanted).result()["choices"]]
+        concurrent.futures.wait(others)
+
+    assert alone == crowded
+    second = ask(server, **{**wanted, "n": 1, "seed": 12})["choices"][0]["message"]
+    assert second == alone[1]
+
+
+def test_logprobs_are_those_of_the_tokens(server: Server) -> None:
+    answer = ask(server, TEXT, logprobs=True, top_logprobs=3, max_tokens=12)
+
+    tokens = answer["choices"][0]["logprobs"]["content"]
+    assert len(tokens) == answer["usage"]["completion_tokens"]
+    for token in tokens:
+        best = token["top_logprobs"]
+        assert len(best) == 3 and [t["logprob"] for t in best] == sorted((t["logprob"] for t in best), reverse=True)
+        assert token["token"] == best[0]["token"] and token["logprob"] <= 0  # greedy
+    text = b"".join(bytes(token["bytes"]) for token in tokens).decode(errors="replace")
+    assert (message(answer).get("reasoning") or message(answer)["content"]).split()[0] in text
+
+
+def test_thoughts_are_cut_at_their_budget(server: Server) -> None:
+    long = ask(server, thinking_token_budget=1000)["usage"]["completion_tokens_details"]["reasoning_tokens"]
+    short = ask(server, thinking_token_budget=2)
+
+    assert long > 6
+    assert short["usage"]["completion_tokens_details"]["reasoning_tokens"] <= 2 + 3  # and the two tags
+    assert message(short)["content"]
+
+
+def test_lengths_are_kept(server: Server) -> None:
+    assert ask(server, TEXT, ignore_eos=True, max_tokens=70)["usage"]["completion_tokens"] == 70
+    usual = ask(server, TEXT, max_tokens=200)["usage"]["completion_tokens"]
+    assert usual < ask(server, TEXT, min_tokens=usual + 5, max_tokens=200)["usage"]["completion_tokens"]
+
+
+def test_endless_repetition_is_ended_and_told(server: Server) -> None:
+    [token] = httpx.post(f"{server.url}/tokenize", json={"prompt": "x"}, headers=HEADERS, timeout=60).json()["tokens"]
+
+    answer = ask(server, TEXT, logit_bias={str(token): 100}, loop_window=16, max_tokens=500)
+
+    assert answer["choices"][0]["finish_reason"] == "repetition"
+    assert answer["usage"]["completion_tokens"] < 100
+
+
+def test_a_second_question_about_a_picture_finds_the_first_in_the_cache(server: Server) -> None:
+    picture = part(draw_shapes([("green", "star")], size=(320, 240), seed=random.Random(os.getpid()).randrange(10**6)))
+    messages = [{"role": "user", "content": [picture, text_part("What is it?")]}]
+    first = ask(server, messages)["usage"]["prompt_tokens_details"]
+    second = ask(server, messages)["usage"]["prompt_tokens_details"]
+    other = ask(server, messages, cache_salt="another")["usage"]["prompt_tokens_details"]
+
+    assert first["cached_tokens"] < 20 and other["cached_tokens"] == 0  # the first words of the template at most
+    assert second["cached_tokens"] > first["image_tokens"] > 0
+
+
+@pytest.mark.parametrize("size", [(1, 1), (27, 27), (1, 30), (199, 1), (3000, 20)])
+def test_small_and_narrow_pictures_are_seen(size: tuple[int, int], server: Server) -> None:
+    answer = ask(server, [{"role": "user", "content": [part(Image.new("RGB", size, "red")), text_part("What?")]}])
+
+    assert answer["usage"]["prompt_tokens_details"]["image_tokens"] > 0
+
+
+def test_the_key_is_needed(server: Server) -> None:
+    assert httpx.post(f"{server.url}/v1/chat/completions", json={"messages": TEXT}, timeout=60).status_code == 401
+    assert KEY not in server.log.read_text()
