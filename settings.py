@@ -63,7 +63,7 @@ class Settings(BaseSettings):
     api_port: int = Field(8080, ge=1, le=65535)
     api_key: SecretStr | None = None
     api_keys: SecretStr | None = Field(None, description="more keys, as name:key or name:sha256:digest, with commas")
-    probe_token: SecretStr | None = Field(None, description="the key of health probes: they never queue behind users")
+    probe_token: SecretStr | None = Field(None, description="marks health probes, which never queue behind users")
     key_requests_per_minute: int = Field(0, ge=0, description="of one key; 0: no limit")
     key_concurrency: int = Field(0, ge=0, description="requests of one key at a time; 0: no limit")
     cors_origins: str = Field("", description="origins whose pages may call, with commas; empty: none")

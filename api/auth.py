@@ -16,7 +16,7 @@ from settings import Settings, SettingsError
 
 OPEN_PATHS = frozenset({"/health"})
 PROBE = "probe"
-PROBE_HEADER = "x-probe-token"
+PROBE_HEADER = "x-glm-probe"
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,32}")
 _HASHED = "sha256:"
 

@@ -22,7 +22,9 @@ def serve() -> Iterator[Callable[..., Served]]:
     running: list[Served] = []
 
     def start(load: Callable[..., Model] | None = None, **options: Any) -> Served:
-        model_options = {k: options.pop(k) for k in ("answer", "token_s", "context_tokens") if k in options}
+        model_options = {
+            k: options.pop(k) for k in ("answer", "token_s", "context_tokens", "slots", "pages") if k in options
+        }
         settings = Settings(**{"api_key": KEY, "queue_size": 4, **options})
         model = fake_model(**model_options)
         served = Served(settings, model, Engine(load or (lambda progress: model), settings.queue_size))

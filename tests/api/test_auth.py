@@ -133,9 +133,9 @@ def test_the_probe_token_marks_probes(serve) -> None:
         return ring.caller(Headers({k.replace("_", "-"): v for k, v in headers.items()}))
 
     assert caller(authorization="Bearer pt") == Caller("probe", True)
-    assert caller(authorization=f"Bearer {KEY}", x_probe_token="pt") == Caller("default", True)
-    assert caller(authorization=f"Bearer {KEY}", x_probe_token=KEY) == Caller("default", False)
-    assert caller(x_probe_token="pt") is None
+    assert caller(authorization=f"Bearer {KEY}", x_glm_probe="pt") == Caller("default", True)
+    assert caller(authorization=f"Bearer {KEY}", x_glm_probe=KEY) == Caller("default", False)
+    assert caller(x_glm_probe="pt") is None
 
 
 def test_a_probe_is_answered_while_users_fill_the_queue(serve) -> None:
@@ -144,7 +144,7 @@ def test_a_probe_is_answered_while_users_fill_the_queue(serve) -> None:
     users = [admission.enter(Caller("ann")) for _ in range(2)]
 
     refused = served.chat("hi")
-    answered = served.client.post("/v1/chat/completions", json=chat_body("hi"), headers={"x-probe-token": "pt"})
+    answered = served.client.post("/v1/chat/completions", json=chat_body("hi"), headers={"x-glm-probe": "pt"})
 
     assert (refused.status_code, answered.status_code) == (503, 200)
     for place in users:

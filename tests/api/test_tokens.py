@@ -93,7 +93,7 @@ def test_an_answer_is_counted_in_tokens_times_and_reasons(serve) -> None:
 
 def test_probes_are_counted_apart(serve) -> None:
     served = serve(probe_token="pt")
-    served.client.headers["x-probe-token"] = "pt"
+    served.client.headers["x-glm-probe"] = "pt"
     served.chat("hi")
 
     found = samples(served)
