@@ -17,6 +17,7 @@ from api.admission import Admission
 from api.auth import KeyMiddleware
 from api.engine.engine import Engine
 from api.errors import ServingError, unknown_route
+from api.heartbeat import Heartbeat
 from api.middleware import RequestMiddleware
 from api.routes import chat, models, ops
 from api.services import PREPROCESS_THREADS, Services
@@ -26,18 +27,21 @@ logger = logging.getLogger(__name__)
 
 
 def create_app(settings: Settings, engine: Engine) -> FastAPI:
+    heartbeat = Heartbeat(engine, settings.log_dir, settings.stall_s, settings.check_silent_s)
     pool = ThreadPoolExecutor(PREPROCESS_THREADS, thread_name_prefix="preprocess")
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine.start()
+        heartbeat.start()
         yield
         engine.stop(timeout_s=1.0)
+        heartbeat.stop()
         pool.shutdown(wait=False, cancel_futures=True)
 
     # No documentation routes: they would describe a body that the routes parse themselves.
     app = FastAPI(title="GLM-4.6V-Flash-WEB", version=__version__, lifespan=lifespan, openapi_url=None)
-    app.state.services = Services(settings, engine, Admission(settings.queue_size), pool)
+    app.state.services = Services(settings, engine, Admission(settings.queue_size), pool, heartbeat)
     for routes in (chat, models, ops):
         app.include_router(routes.router)
     app.add_exception_handler(ServingError, _serving_error)

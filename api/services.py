@@ -12,6 +12,7 @@ from api.admission import Admission
 from api.engine.engine import Engine
 from api.engine.model import Model
 from api.errors import not_accepting
+from api.heartbeat import Heartbeat
 from settings import Settings
 
 PREPROCESS_THREADS = 2
@@ -23,6 +24,7 @@ class Services:
     engine: Engine
     admission: Admission
     pool: ThreadPoolExecutor
+    heartbeat: Heartbeat
     started_at: float = field(default_factory=monotonic)
 
     def model(self) -> Model:

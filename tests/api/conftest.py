@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,13 +16,13 @@ from settings import Settings
 
 
 @pytest.fixture
-def serve() -> Iterator[Callable[..., Served]]:
+def serve(tmp_path: Path) -> Iterator[Callable[..., Served]]:
     """serve(answer=..., load=..., queue_size=...) -> Served. `load` replaces the loading of the fake model."""
     running: list[Served] = []
 
     def start(load: Callable[..., Model] | None = None, **options: Any) -> Served:
         model_options = {k: options.pop(k) for k in ("answer", "token_s", "context_tokens") if k in options}
-        settings = Settings(**{"api_key": KEY, "queue_size": 4, **options})
+        settings = Settings(**{"api_key": KEY, "queue_size": 4, "log_dir": tmp_path / "logs", **options})
         model = fake_model(**model_options)
         served = Served(settings, model, Engine(load or (lambda progress: model), settings.queue_size))
         served.client.__enter__()
