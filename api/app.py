@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from api.admission import Admission
 from api.auth import KeyMiddleware
 from api.engine.engine import Engine
 from api.errors import ServingError, unknown_route
+from api.faults import Faults
 from api.heartbeat import Heartbeat
 from api.middleware import RequestMiddleware
 from api.routes import chat, models, ops
@@ -34,7 +36,10 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine.start()
         heartbeat.start()
+        haunting = asyncio.create_task(Faults(settings.log_dir).haunt_loop()) if settings.test_faults else None
         yield
+        if haunting is not None:
+            haunting.cancel()
         engine.stop(timeout_s=1.0)
         heartbeat.stop()
         pool.shutdown(wait=False, cancel_futures=True)

@@ -121,7 +121,9 @@ class Surgeon:
         record = processes.read_record(self._settings.log_dir, part)
         limit_s = self._settings.start_timeout_s + MARGIN_S
         # start.sh chooses its own Python; that of a cron job may be another one.
-        env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '/usr/bin:/bin')}:/usr/sbin"}
+        env = {**os.environ, "PATH": f"{os.environ.get('PATH', '/usr/bin:/bin')}:/usr/local/bin:/usr/sbin"}
+        if "CONDA_PREFIX" not in env and (Path(sys.prefix) / "conda-meta").is_dir():
+            env |= {"CONDA_PREFIX": sys.prefix, "CONDA_DEFAULT_ENV": Path(sys.prefix).name}
         try:
             done = subprocess.run(
                 ["bash", str(self._root / "start.sh"), part], cwd=self._root, env=env, stdin=subprocess.DEVNULL,
