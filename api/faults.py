@@ -79,7 +79,7 @@ class Faults:
             if fault == "block-loop":
                 with contextlib.suppress(OSError):
                     self._path.unlink()
-                time.sleep(seconds)  # noqa: ASYNC251 - that is the fault
+                time.sleep(seconds)
 
 
 class _Haunted:

@@ -50,7 +50,7 @@ def show(settings: Settings, hours: float, as_json: bool) -> int:
 
 def availability(store: Store, since: float, now: float, period_s: float) -> dict[str, dict[str, Any]]:
     """Share of looks that served, for each target. Time without a look is unknown and counted apart, never as good."""
-    span, width_s = ("minute", 60) if now - since <= 86400 else ("hour", 3600)
+    span = "minute" if now - since <= 86400 else "hour"
     counts: dict[str, dict[str, int]] = {}
     seen = 0
     for row in store.rollups(span, since):

@@ -89,12 +89,22 @@ def _run(settings: Settings, given: argparse.Namespace) -> int:
         return TAKEN
     _end_when_out_of_time(settings, lock)
     try:
-        outcome = check.run(settings, random.SystemRandom(), lock, act=not getattr(given, "no_act", False))
+        outcome = check.run(settings, random.SystemRandom(), lock, _clock(settings), act=not getattr(given, "no_act", False))
     finally:
         lock.release()
     if not (getattr(given, "quiet", False) and outcome.report["service_healthy"]):
         print(report.to_json(outcome.report))
     return GOOD if outcome.report["service_healthy"] else BAD
+
+
+def _clock(settings: Settings) -> Any:
+    """The true clock; the drill may shift it, where the drill is allowed at all."""
+    from dataclasses import replace
+
+    from monitor.observe import now
+
+    shift_s = float(os.environ.get("DRILL_CLOCK_S", "0")) if settings.test_faults else 0.0
+    return lambda: replace(now(), wall=now().wall + shift_s) if shift_s else now()
 
 
 def _end_when_out_of_time(settings: Settings, lock: Any) -> None:

@@ -240,7 +240,7 @@ def _silent(seen: ApiEvidence, limits: Limits) -> Verdict | None:
     look = seen.last or seen.first
     if look.answered or look.outcome == "refused" or seen.process.state == "gone":
         return None
-    if seen.process.age_s is not None and seen.process.age_s < FRESH_PROCESS_S:
+    if _is_fresh(seen):
         return _coming_up(seen)
     beat_age_s = seen.beat.beat_age_s if seen.beat else None
     facts = {"beat_age_s": beat_age_s, "process": seen.process.state, "pid": seen.process.pid}
@@ -275,6 +275,11 @@ def _silent_but_beating(seen: ApiEvidence, limits: Limits, facts: dict[str, Any]
     )  # fmt: skip
 
 
+def _is_fresh(seen: ApiEvidence) -> bool:
+    """Young, and no sign of life yet: one that has beaten has come up, and its silence is no start any more."""
+    return seen.beat is None and seen.process.age_s is not None and seen.process.age_s < FRESH_PROCESS_S
+
+
 def _coming_up(seen: ApiEvidence) -> Verdict:
     age_s = seen.process.age_s or 0.0
     return Verdict(
@@ -291,12 +296,12 @@ def _nothing_listens(seen: ApiEvidence, limits: Limits) -> Verdict | None:
             "api", "dead", "not_started", f"Nothing listens at {seen.url}, and no process was started here by start.sh.",
             f"{seen.url} 无人监听，本机也没有由 start.sh 启动的进程。", threshold="run ./start.sh",
         )  # fmt: skip
-    age_s = seen.process.age_s
-    if age_s is not None and age_s < FRESH_PROCESS_S:
+    if _is_fresh(seen):
         return _coming_up(seen)
     return Verdict(
         "api", "dead", "port_closed", f"Process {seen.process.pid} runs, but nothing listens at {seen.url}.",
-        f"进程 {seen.process.pid} 在运行，但 {seen.url} 无人监听。", {"age_s": age_s}, f"{FRESH_PROCESS_S:.0f} s after its start",
+        f"进程 {seen.process.pid} 在运行，但 {seen.url} 无人监听。", {"age_s": seen.process.age_s},
+        f"{FRESH_PROCESS_S:.0f} s after its start",
         cure=True, needed=limits.confirm_runs,
     )  # fmt: skip
 
