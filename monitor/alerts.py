@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime, timedelta
 from datetime import time as clock_time
+from functools import partial
 from typing import Any
 from zoneinfo import ZoneInfo
 
@@ -138,7 +139,7 @@ def deliver(store: Store, settings: Settings, hold: Mapping[str, Any], now: floa
     """Send what is due, all channels side by side, each in order. Never raises for a channel."""
     if in_force(dict(hold), "silence", now) or in_force(dict(hold), "maintenance", now):
         return
-    waiting = []
+    waiting: list[tuple[list[list[dict[str, Any]]], Deadline[list[str]]]] = []
     for channel in channels.configured(settings):
         due = store.rows(
             "SELECT * FROM outbox WHERE channel = ? AND sent_at IS NULL AND next_at <= ? AND made_at > ? ORDER BY id",
@@ -147,7 +148,8 @@ def deliver(store: Store, settings: Settings, hold: Mapping[str, Any], now: floa
         room = settings.alerts_per_hour - _sent_last_hour(store, channel.name, now)
         if due and room > 0:
             batches = [due] if len(due) > DIGEST_ABOVE else [[row] for row in due[:room]]
-            waiting.append((batches, Deadline(lambda c=channel, b=batches: _send_all(c, b, settings), SEND_LIMIT_S, [])))
+            sending: Deadline[list[str]] = Deadline(partial(_send_all, channel, batches, settings), SEND_LIMIT_S, [])
+            waiting.append((batches, sending))
     for batches, sending in waiting:
         outcomes = sending.result()
         with store.transaction():

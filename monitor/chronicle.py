@@ -23,7 +23,7 @@ def show(settings: Settings, hours: float, as_json: bool) -> int:
         return BAD
     now = time.time()
     since = now - 3600 * hours
-    found = {
+    found: dict[str, Any] = {
         "hours": hours,
         "availability": availability(store, since, now, settings.check_period_s),
         "incidents": store.incidents(since),
@@ -61,7 +61,7 @@ def availability(store: Store, since: float, now: float, period_s: float) -> dic
                 kept[word] = kept.get(word, 0) + number
     first = store.execute("SELECT MIN(start) FROM rollups WHERE span = ? AND start >= ?", span, since).fetchone()[0]
     expected = max(1.0, (now - (first if first is not None else now)) / period_s)
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for target, words in counts.items():
         judged = sum(number for word, number in words.items() if word != "unknown")
         served = sum(words.get(word, 0) for word in SERVING)

@@ -104,8 +104,12 @@ def steal_port(bench: Bench) -> Iterator[None]:
     assert record is not None
     os.kill(bench.pid("api"), signal.SIGKILL)
     code = (
-        "import socket,time,sys; s=socket.socket(); s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1);"
-        "s.bind(('0.0.0.0', int(sys.argv[1]))); s.listen(); print('on', flush=True); time.sleep(9999)"
+        "import socket, sys, time\n"
+        "s = socket.socket(); s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)\n"
+        "for _ in range(200):\n"  # the kernel takes a moment to take the port from a large process
+        "    try: s.bind(('0.0.0.0', int(sys.argv[1]))); break\n"
+        "    except OSError: time.sleep(0.05)\n"
+        "s.listen(); print('on', flush=True); time.sleep(9999)\n"
     )
     deadline = time.monotonic() + 10
     while processes.is_running(record) and time.monotonic() < deadline:

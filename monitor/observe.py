@@ -63,14 +63,16 @@ def observe(settings: Settings, rng: random.Random, due: Due, moment: Moment, me
     alive = api_record is not None and processes.is_running(api_record)
     folders = (settings.log_dir if settings.log_dir.is_dir() else settings.log_dir.parent, *_model_cache())
     pid = api_record.pid if api_record is not None and alive and not elsewhere else None
-    machine_reading = Deadline(lambda: machine.read(pid, folders=folders), 5.0, {"reason": "the kernel did not answer"})
+    machine_reading: Deadline[dict[str, Any]] = Deadline(
+        lambda: machine.read(pid, folders=folders), 5.0, {"reason": "the kernel did not answer"}
+    )
     stuck_before = _is_stuck(pid)
     # Where neither was started here, both are expected; `./start.sh api` starts no page on purpose.
     page_expected = web_record is not None or api_record is None
     page = Deadline(lambda: _look_at_page(settings, due), 4 * PAGE_LIMIT_S, None) if page_expected else None
     api, asked, health = _look_at_api(settings, rng, due, memory, elsewhere)
     gpus, host = gpu_reading.result(), machine_reading.result()
-    oom_now = host.get("oom_kills")
+    oom_now: int | None = host.get("oom_kills")
     oom_killed = oom_now is not None and due.oom_kills is not None and oom_now > due.oom_kills
     blind = _self_test()
     process = Process() if elsewhere else _process(api_record, stuck_before, oom_killed)

@@ -98,7 +98,9 @@ def why_hold(holds: dict[str, Any], now: float) -> str:
 
 def in_force(holds: dict[str, Any], kind: str, now: float) -> bool:
     found = holds.get(kind)
-    return bool(found) and found["from"] <= now and (found["until"] is None or now < found["until"])
+    if not found:
+        return False
+    return bool(found["from"] <= now and (found["until"] is None or now < found["until"]))
 
 
 def from_terminal(settings: Settings, kind: str, target: str, arguments: dict[str, Any]) -> int:

@@ -150,7 +150,7 @@ class Store:
 
     def _roll_up(self, span: str, start: float, words: Mapping[str, str], readings: Mapping[str, Any]) -> None:
         row = self.execute("SELECT * FROM rollups WHERE span = ? AND start = ?", span, start).fetchone()
-        old = _decoded(row) if row else {"runs": 0, "words": {}, "sums": {}}
+        old: dict[str, Any] = _decoded(row) if row else {"runs": 0, "words": {}, "sums": {}}
         for target, word in words.items():
             counts = old["words"].setdefault(target, {})
             counts[word] = counts.get(word, 0) + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from dataclasses import replace
@@ -125,7 +126,7 @@ def test_back_off_grows_while_nothing_is_stable() -> None:
         if replay.run(GONE, after_s=10).kind == "restart":
             times.append(replay.wall)
 
-    waits = [round(b - a) for a, b in zip(times, times[1:], strict=False)]
+    waits = [round(b - a) for a, b in itertools.pairwise(times)]
     assert waits == sorted(waits) and waits[0] >= 30 and waits[1] >= 60
 
 
