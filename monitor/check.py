@@ -77,7 +77,10 @@ def run(
             # See at once whether it worked, rather than a period later.
             store.close()
             return run(settings, rng, lock, clock, act=False)
-    alerts.deliver(store, settings, memory.hold, time.time())
+    try:
+        alerts.deliver(store, settings, memory.hold, time.time())
+    except sqlite3.Error as error:  # the disk filled up between the verdict and the message
+        print(f"the outbox cannot be written: {error}", file=sys.stderr)
     alerts.ping(settings, made)
     store.close()
     return Outcome(made, verdicts, decisions)

@@ -13,8 +13,8 @@ import os
 import signal
 import time
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import TextIO
 
 from monitor import processes
 
@@ -41,14 +41,15 @@ class Lock:
 
     def __init__(self, log_dir: Path) -> None:
         self._path = log_dir / FILE_NAME
-        self._file: TextIO | None = None
+        self._file: FileIO | None = None
         self._until = 0.0
 
     def take(self, for_s: float, what: str) -> str:
         """Empty if the lock is ours now; otherwise who has it. Ends a holder whose time is over."""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            file = self._path.open("a+", encoding="utf-8")
+            # Unbuffered: on a full disk only the note fails, never the lock or its release.
+            file = FileIO(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+")
         except OSError:
             return ""  # without a folder to lock in, a check is better than none
         if not _try(file):
@@ -79,8 +80,7 @@ class Lock:
         with contextlib.suppress(OSError):  # a full disk: the lock itself holds without the note
             self._file.seek(0)
             self._file.truncate()
-            self._file.write(json.dumps(record))
-            self._file.flush()
+            self._file.write(json.dumps(record).encode())
 
     def over(self) -> bool:
         """Whether the declared time is up."""
@@ -92,7 +92,7 @@ class Lock:
             self._file = None
 
 
-def _try(file: TextIO) -> bool:
+def _try(file: FileIO) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -100,7 +100,7 @@ def _try(file: TextIO) -> bool:
     return True
 
 
-def _wait(file: TextIO) -> bool:
+def _wait(file: FileIO) -> bool:
     deadline = time.monotonic() + END_WAIT_S
     while not _try(file):
         if time.monotonic() > deadline:
@@ -109,7 +109,7 @@ def _wait(file: TextIO) -> bool:
     return True
 
 
-def _read(file: TextIO) -> Holder | None:
+def _read(file: FileIO) -> Holder | None:
     try:
         file.seek(0)
         raw = json.loads(file.read())

@@ -95,8 +95,15 @@ class Store:
         """A copy in memory of what the disk holds."""
         path = log_dir / FILE_NAME
         memory = sqlite3.connect(":memory:", isolation_level=None)
-        with contextlib.suppress(sqlite3.Error, OSError), contextlib.closing(_reader(path)) as disk:
-            disk.backup(memory)  # what was known so far still counts
+        # What was known so far still counts. A reader of a WAL file makes a file beside it, which a full disk refuses;
+        # `immutable` needs none and sees all but what the last run left in the WAL.
+        for mode in ("mode=ro", "immutable=1"):
+            try:
+                with contextlib.closing(_reader(path, mode)) as disk:
+                    disk.backup(memory)
+                break
+            except (sqlite3.Error, OSError):
+                continue
         memory.executescript(SCHEMA)
         return cls(memory, why)
 
@@ -255,9 +262,9 @@ class Store:
         self.execute("DELETE FROM flips WHERE id <= (SELECT MAX(id) FROM flips) - 50000")
 
 
-def _reader(path: Path) -> sqlite3.Connection:
+def _reader(path: Path, mode: str = "mode=ro") -> sqlite3.Connection:
     # A WAL reader needs the -shm file, so the folder must be writable or the files already there.
-    return sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5, isolation_level=None)
+    return sqlite3.connect(f"file:{path}?{mode}", uri=True, timeout=5, isolation_level=None)
 
 
 JSON_COLUMNS = frozenset({"targets", "readings", "report", "words", "sums", "symptoms", "body", "message", "arguments"})
