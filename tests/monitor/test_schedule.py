@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -88,7 +88,7 @@ def test_the_units_are_what_systemd_accepts(make_settings, tmp_path):
 
 
 @pytest.fixture
-def cron(tmp_path: Path) -> Iterator[None]:
+def cron(tmp_path: Path) -> Iterator[Callable[[str], None]]:
     """The real daemon, in the foreground, in a mount namespace whose spool is empty: it sees no other crontab."""
     spool = tmp_path / "spool"
     for name in ("crontabs", "cron.d"):
@@ -99,14 +99,17 @@ def cron(tmp_path: Path) -> Iterator[None]:
         f"mount --bind {spool}/crontabs /var/spool/cron/crontabs && mount --bind {spool}/cron.d /etc/cron.d && "
         f"mount --bind {spool}/crontab /etc/crontab && mount -t tmpfs none /run && exec cron -f"
     )
-    daemon = subprocess.Popen(["unshare", "-m", "sh", "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 20
-    while Path(f"/proc/{daemon.pid}/comm").read_text().strip() != "cron" and time.monotonic() < deadline:
-        assert daemon.poll() is None, daemon.stderr.read()
-        time.sleep(0.1)
-    yield spool
-    daemon.kill()
-    daemon.wait()
+    daemons = []
+
+    def start(table: str) -> None:
+        (spool / "crontabs" / "root").write_text(table)
+        (spool / "crontabs" / "root").chmod(0o600)
+        daemons.append(subprocess.Popen(["unshare", "-m", "sh", "-c", script], stdout=subprocess.DEVNULL))
+
+    yield start
+    for daemon in daemons:
+        daemon.kill()
+        daemon.wait()
 
 
 def test_cron_runs_it_twice(cron, tmp_path):
@@ -120,9 +123,7 @@ def test_cron_runs_it_twice(cron, tmp_path):
     code = "from monitor import schedule; import settings; print(schedule.cron_block(settings.load()), end='')"
     env = {k: v for k, v in os.environ.items() if not k.startswith("GLM_")}
     block = subprocess.run([sys.executable, "-c", code], cwd=project, env=env, capture_output=True, text=True, check=True).stdout
-    table = cron / "crontabs" / "root"
-    table.write_text(block)
-    table.chmod(0o600)
+    cron(block)
 
     lines = project / "logs" / "health.jsonl"
     deadline = time.monotonic() + 240
