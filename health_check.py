@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""Checks the service once: prints the report as JSON, writes it to logs/health.json, exits 0 if it serves, else 1.
+"""Watches the service, says what is wrong with it, and cures what a restart can cure.
 
-    * * * * * /path/to/python /path/to/health_check.py
+    health_check.py                 one run, as cron does it: prints the report as JSON; exit 0 if it serves, else 1
+    health_check.py install         runs itself every minute from now on (systemd timer or cron)
+    health_check.py --help          everything else
 
 Works from any folder, with an empty environment, and with any Python: one that lacks the packages hands over
 to the project's .venv.
@@ -22,24 +24,10 @@ def main() -> int:
     os.chdir(ROOT)  # settings may hold relative paths, and cron starts elsewhere
     sys.path.insert(0, str(ROOT))
     try:
-        import random
-
-        import settings
-        from monitor import check, report
-    except (ImportError, TypeError) as error:  # TypeError: annotations that an old Python cannot read
+        from monitor import cli
+    except (ImportError, TypeError, SyntaxError) as error:  # annotations and syntax that an old Python cannot read
         return hand_over(error)
-    try:
-        found = settings.load()
-    except settings.SettingsError as error:
-        print(report.to_json(report.unknown(f"the settings cannot be used: {error}")))
-        return 1
-    result = check.run(found, random.SystemRandom())
-    try:
-        report.write(result, found.log_dir)
-    except OSError as error:
-        print(f"{found.log_dir / report.FILE_NAME} could not be written: {error.strerror}", file=sys.stderr)
-    print(report.to_json(result))
-    return 0 if result["service_healthy"] else 1
+    return cli.main(sys.argv[1:])
 
 
 def hand_over(error: Exception) -> int:

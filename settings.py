@@ -8,11 +8,13 @@ not exist or a value that does not fit stops the program with a message that say
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from dotenv import dotenv_values
 from pydantic import Field, SecretStr, ValidationError, field_validator
@@ -21,7 +23,10 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 ROOT = Path(__file__).resolve().parent
 ENV_FILE = ROOT / ".env"
 PREFIX = "GLM_"
-SECRETS = ("API_KEY", "API_KEYS", "PROBE_TOKEN", "WEB_TOKEN")
+SECRETS = (
+    "API_KEY", "API_KEYS", "WEB_TOKEN", "PROBE_TOKEN", "DINGTALK_URL", "DINGTALK_SECRET", "FEISHU_URL", "FEISHU_SECRET", "WECOM_URL",
+    "WEBHOOK_URL", "WEBHOOK_SECRET", "SLACK_URL", "SMTP_URL", "PING_URL", "PUSHGATEWAY_URL", "ELASTICSEARCH_URL",
+)  # fmt: skip
 
 
 class SettingsError(ValueError):
@@ -92,8 +97,53 @@ class Settings(BaseSettings):
         "", description="where the page and the checker find the API; empty means this machine's `api_port`"
     )
 
-    # The checker.
+    # The checker: what it asks and when it believes what it sees.
     probe_timeout_s: float = Field(10.0, gt=0, description="time limit of the real question asked by health_check.py")
+    probe_credit_s: float = Field(60.0, ge=0, description="a user's answer that is younger stands in for the question; 0 always asks")
+    check_period_s: float = Field(60.0, ge=1, description="how often health_check.py runs")
+    check_budget_s: float = Field(45.0, ge=5, description="a run that takes longer is ended")
+    check_silent_s: float = Field(300.0, ge=1, description="the server calls a checker silent after this time")
+    confirm_runs: int = Field(2, ge=1, description="runs in a row that must agree before a restart")
+    stall_s: float = Field(120.0, ge=1, description="pending work without a step for this long is a hang, where the engine names no deadline")
+    beat_limit_s: float = Field(60.0, ge=1, description="an event loop that has not beaten for this long stands still")
+    start_deadline_s: float = Field(900.0, ge=1, description="loading may take this long")
+    stable_s: float = Field(600.0, ge=0, description="good for this long before an incident is closed")
+    engine_url: str = Field("", description="another OpenAI-compatible server to watch in the API's place")
+    front_url: str = Field("", description="the page's address through the reverse proxy, probed as well")
+
+    # The cure.
+    cure: Literal["restart", "shadow", "off"] = "restart"
+    restarts_per_hour: int = Field(3, ge=0)
+    restarts_per_day: int = Field(6, ge=0)
+    nightly_restart: str = Field("off", description="`off`, `auto` (quietest hour of the history) or an hour such as `4`")
+    test_faults: bool = Field(False, description="lets the drill break the server on purpose; never on in production")
+
+    # Limits that warn and never restart.
+    gpu_load_limit_percent: float = Field(85.0, gt=0)
+    gpu_memory_limit_mib: float = Field(11264.0, ge=0, description="0 takes gpu_memory_limit_percent of the card instead")
+    gpu_memory_limit_percent: float = Field(95.0, gt=0, le=100)
+    cpu_limit_percent: float = Field(70.0, gt=0)
+    memory_limit_percent: float = Field(80.0, gt=0)
+    disk_free_limit_mib: float = Field(1024.0, ge=0)
+    limit_window_s: float = Field(600.0, ge=0, description="a limit must be passed on average over this time")
+
+    # Alerts. Every address may hold a token, so each is a secret.
+    dingtalk_url: SecretStr | None = None
+    dingtalk_secret: SecretStr | None = None
+    feishu_url: SecretStr | None = None
+    feishu_secret: SecretStr | None = None
+    wecom_url: SecretStr | None = None
+    webhook_url: SecretStr | None = None
+    webhook_secret: SecretStr | None = None
+    slack_url: SecretStr | None = None
+    smtp_url: SecretStr | None = None
+    ping_url: SecretStr | None = None
+    pushgateway_url: SecretStr | None = None
+    elasticsearch_url: SecretStr | None = None
+    alert_language: Literal["en", "zh", "both"] = "both"
+    alerts_per_hour: int = Field(20, ge=1, description="messages to one channel in an hour; the rest waits")
+    quiet_hours: str = Field("", description="such as `23:00-07:00`: warnings wait until the end; what is broken is told at once")
+    timezone: str = Field("", description="of quiet hours and the nightly restart; empty is the machine's")
 
     # Runtime state.
     log_dir: Path = ROOT / "logs"
@@ -103,6 +153,28 @@ class Settings(BaseSettings):
     @classmethod
     def _below_the_project(cls, value: Path) -> Path:
         return ROOT / value  # the same folder for a cron job as for a shell; an absolute path stays as it is
+
+    @field_validator("quiet_hours")
+    @classmethod
+    def _two_times(cls, value: str) -> str:
+        if value and not re.fullmatch(r"([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d", value):
+            raise ValueError("must look like 23:00-07:00")
+        return value
+
+    @field_validator("nightly_restart")
+    @classmethod
+    def _off_auto_or_hour(cls, value: str) -> str:
+        if value not in ("off", "auto") and not (value.isdigit() and int(value) < 24):
+            raise ValueError("must be off, auto or an hour from 0 to 23")
+        return value
+
+    @field_validator("timezone")
+    @classmethod
+    def _known_zone(cls, value: str) -> str:
+        try:
+            return value and ZoneInfo(value).key
+        except (ZoneInfoNotFoundError, ValueError):
+            raise ValueError("must be a name such as Asia/Shanghai") from None
 
     @property
     def api_base_url(self) -> str:

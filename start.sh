@@ -61,6 +61,7 @@ secrets=()
 # The page asks the API with the same key; a key for an API elsewhere is not ours to make up.
 [[ ${parts[*]} == *api* || -z $api_url ]] && secrets+=(API_KEY)
 [[ ${parts[*]} == *web* ]] && secrets+=(WEB_TOKEN)
+[[ ${parts[*]} == *api* ]] && secrets+=(PROBE_TOKEN)
 "$PYTHON" deploy/keys.py "${secrets[@]}" || exit 2
 
 launch() {

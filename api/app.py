@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -17,7 +18,9 @@ from api.admission import Admission
 from api.auth import KeyMiddleware, KeyRing
 from api.engine.engine import Engine
 from api.errors import ServingError, unknown_route
+from api.faults import Faults
 from api.fetch import Fetcher
+from api.heartbeat import Heartbeat
 from api.metrics import Metrics
 from api.middleware import RequestMiddleware
 from api.routes import chat, models, ops, tokens
@@ -28,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def create_app(settings: Settings, engine: Engine) -> FastAPI:
+    heartbeat = Heartbeat(engine, settings.log_dir, settings.stall_s, settings.check_silent_s)
     pools = Pools()
     admission = Admission(settings, lambda: engine.stats().slots)
     metrics = Metrics(engine, admission)
@@ -36,13 +40,18 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine.start()
+        heartbeat.start()
+        haunting = asyncio.create_task(Faults(settings.log_dir).haunt_loop()) if settings.test_faults else None
         yield
+        if haunting is not None:
+            haunting.cancel()
         engine.stop(timeout_s=1.0)
+        heartbeat.stop()
         pools.close()
 
     # FastAPI's own documentation routes know nothing of bodies that the routes parse themselves; /openapi.json does.
     app = FastAPI(title="GLM-4.6V-Flash-WEB", version=__version__, lifespan=lifespan, openapi_url=None)
-    app.state.services = Services(settings, engine, admission, metrics, Fetcher.of(settings), pools)
+    app.state.services = Services(settings, engine, admission, metrics, Fetcher.of(settings), pools, heartbeat)
     for routes in (chat, tokens, models, ops):
         app.include_router(routes.router)
     app.add_exception_handler(ServingError, _serving_error)

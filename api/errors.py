@@ -101,6 +101,8 @@ def not_accepting(state: str, progress: float, reason: str | None) -> ServingErr
         return unavailable(f"The model is still loading ({progress:.0%}).", "loading", 5)
     if state == "draining":
         return unavailable("The server is shutting down.", "draining", 30)
+    if state == "stalled":
+        return unavailable("The model makes no progress; its restart is due.", "stalled", 60)
     return unavailable(f"The model is not running: {reason}", "dead", 60)
 
 

@@ -22,6 +22,7 @@ from api.app import create_app
 from api.auth import KeyRing
 from api.engine.engine import Engine, Progress
 from api.engine.model import Model
+from api.faults import Faults
 from settings import Settings, SettingsError, load
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         settings = load(api_host=given.host, api_port=given.port, model=given.model)
         refuse_open_door(settings)
+        if settings.test_faults and Faults(settings.log_dir).order()[0] == "crash-start":
+            return 1
     except SettingsError as error:
         print(error, file=sys.stderr)
         return 2
@@ -49,7 +52,11 @@ def main(arguments: list[str] | None = None) -> int:
         # torch takes seconds to import; the port is open before that.
         from api.engine.loader import load as load_checkpoint
 
-        return load_checkpoint(settings, progress)
+        if not settings.test_faults:
+            return load_checkpoint(settings, progress)
+        orders = Faults(settings.log_dir)
+        orders.at_start()
+        return orders.wrap(load_checkpoint(settings, progress))
 
     return serve(settings, Engine(load_model, settings.queue_size))
 

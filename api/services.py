@@ -16,6 +16,7 @@ from api.engine.grammar import GrammarCompiler
 from api.engine.model import Model
 from api.errors import not_accepting
 from api.fetch import Fetcher
+from api.heartbeat import Heartbeat
 from api.metrics import Metrics
 from settings import Settings
 
@@ -45,6 +46,7 @@ class Services:
     metrics: Metrics
     fetcher: Fetcher
     pools: Pools
+    heartbeat: Heartbeat
     started_at: float = field(default_factory=monotonic)
     _compiler: GrammarCompiler | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)

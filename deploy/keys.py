@@ -18,7 +18,8 @@ from pathlib import Path
 from dotenv import dotenv_values
 
 ENV_FILE = Path(__file__).resolve().parent.parent / ".env"
-WHAT = {"API_KEY": "key for programs (Authorization: Bearer ...)", "WEB_TOKEN": "token for the page"}
+WHAT = {"API_KEY": "key for programs (Authorization: Bearer ...)", "WEB_TOKEN": "token for the page",
+        "PROBE_TOKEN": "marks the checker's own questions"}
 
 
 def missing(names: list[str], given: dict[str, str | None]) -> list[str]:

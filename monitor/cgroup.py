@@ -120,3 +120,10 @@ def _quota_2(path: Path) -> float | None:
         return int(quota) / int(period)
     except (OSError, ValueError):  # "max 100000"
         return None
+
+
+def oom_kills(root: Path = ROOT, membership: Path = MEMBERSHIP) -> int | None:
+    """How often the kernel has killed in this group for memory; a rise is the best answer to "why did it die"."""
+    if _is_version_2(root):
+        return _keyed(_folders(root, membership, "")[0] / "memory.events").get("oom_kill")
+    return _keyed(_folders(root / "memory", membership, "memory")[0] / "memory.oom_control").get("oom_kill")

@@ -1,97 +1,277 @@
-"""One run of the check: readings first, then the probes in parallel, then the verdict. Returns the report."""
+"""One run of the check: look, judge, remember, act, tell. Each part is elsewhere; the order is here.
+
+What was decided is on disk before anything is done about it, so a run that is killed in between loses no incident
+and no count of restarts.
+"""
 
 from __future__ import annotations
 
 import random
+import sqlite3
+import sys
 import time
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
-from monitor import gpu, machine, processes, report
-from monitor.probes import Answer, Deadline, Reply, ask_surely, get
-from monitor.verdict import Evidence, judge
+from monitor import alerts, cure, exports, history, limiter, nightly, operator_requests, report, thresholds
+from monitor.history import Change
+from monitor.limiter import Allowance, Decision
+from monitor.lock import Lock
+from monitor.memory import Memory, remember, save
+from monitor.observe import Due, Observation, observe
+from monitor.observe import now as current_moment
+from monitor.page_verdict import judge_page
+from monitor.readings import settings_thresholds, values_of
+from monitor.store import Store
+from monitor.verdict import Limits, Verdict, judge_api
 from settings import Settings
 
-HEALTH_LIMIT_S = 2.0
-GPU_LIMIT_S = 12.0  # two children of 4 s and the time to end them
+SCRIPT_EVERY_RUNS = 2
+ASK_AT_LEAST_EVERY_S = 600.0
 
 
-def run(settings: Settings, rng: random.Random) -> dict:
-    """Takes about a second when all is well and `probe_timeout_s` plus a second at most."""
+@dataclass
+class Outcome:
+    """What a run came to."""
+
+    report: dict[str, Any]
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
+    decisions: dict[str, Decision] = field(default_factory=dict)
+
+
+def run(
+    settings: Settings,
+    rng: random.Random,
+    lock: Lock | None = None,
+    clock: Callable[[], Any] = current_moment,
+    act: bool = True,
+) -> Outcome:
+    """`act` False looks and remembers only: no cure, no operator's request is carried out."""
     started = time.monotonic()
-    api = processes.read_record(settings.log_dir, "api")
-    web = processes.read_record(settings.log_dir, "web")
-    api_runs = api is not None and processes.is_running(api)
-    # The processor is read before the question, which would be a good part of its load.
-    late: dict = {"gpus": [], "source": "none", "hung": True, "reason": "no answer in time"}
-    gpu_reading = Deadline(gpu.read, GPU_LIMIT_S, late)
-    machine_reading = machine.read(api.pid if api is not None and api_runs else None)
+    store = Store.open(settings.log_dir)
+    moment = clock()
+    memory = remember(store, moment.boot_id)
+    operators = operator_requests.take(store, moment.wall) if act else []
+    # Holds and resets count from this very run on; restarts are done at its end.
+    operator_requests.carry_out([r for r in operators if r["kind"] not in operator_requests.AT_THE_END], store, memory, None, moment.wall)
+    seen = observe(settings, rng, _due(memory, settings, moment.wall, operators), moment, memory.foreign)
+    verdicts = judge(seen, settings, memory)
+    changes = _advance(memory, verdicts, seen, settings)
+    warnings, news = _warn(memory, seen, settings)
+    hold = operator_requests.why_hold(memory.hold, moment.wall)
+    decisions = _decide(memory, verdicts, settings, moment.wall, hold) if act else {}
+    made = _report(seen, verdicts, decisions, memory, warnings, settings, store, time.monotonic() - started)
+    messages = alerts.compose(changes, news, decisions, verdicts, memory.histories, settings, moment.wall)
+    store = _persist(settings, store, memory, made, verdicts, changes, decisions, messages, seen)
+    _publish(made, settings, store)
+    if act:
+        work = cure.Surgeon(settings, store, memory, seen, lock)
+        for target, decision in decisions.items():
+            if decision.kind == "restart":
+                work.restart(target, verdicts[target], decision)
+        late = [r for r in operators if r["kind"] in operator_requests.AT_THE_END]
+        operator_requests.carry_out(late, store, memory, work, moment.wall)
+        nightly.run(settings, store, memory, work, verdicts, seen, moment.wall)
+        if work.restarted:
+            # See at once whether it worked, rather than a period later.
+            store.close()
+            return run(settings, rng, lock, clock, act=False)
+    try:
+        alerts.deliver(store, settings, memory.hold, time.time())
+    except sqlite3.Error as error:  # the disk filled up between the verdict and the message
+        print(f"the outbox cannot be written: {error}", file=sys.stderr)
+    alerts.ping(settings, made)
+    store.close()
+    return Outcome(made, verdicts, decisions)
 
-    limit_s = settings.probe_timeout_s
-    # Started here without the page: `./start.sh api`. Where neither was started here, both are expected.
-    page_expected = web is not None or api is None
-    page = Deadline(lambda: get(_page_url(settings), limit_s), limit_s, _late(limit_s)) if page_expected else None
-    health, answer, health_after = _probe_api(settings, limit_s, rng)
-    process = _process(api, api_runs)
-    page_reply = page.result() if page else None
-    evidence = Evidence(settings.api_base_url, health, answer, health_after, page_reply, process["state"])
-    verdict = judge(evidence)
 
-    gpus = gpu_reading.result()
-    gpu_evidence = {
-        "load_percent": gpu.highest(gpus["gpus"], "load_percent"),
-        "memory_used_mib": gpu.highest(gpus["gpus"], "memory_used_mib"),
-        **gpus,
+def limits_of(settings: Settings) -> Limits:
+    return Limits(
+        settings.check_period_s, settings.beat_limit_s, settings.stall_s, settings.start_deadline_s, settings.confirm_runs,
+        settings.stable_s,
+    )  # fmt: skip
+
+
+def judge(seen: Observation, settings: Settings, memory: Memory) -> dict[str, Verdict]:
+    limits = limits_of(settings)
+    verdicts = {"api": judge_api(seen.api, limits)}
+    if seen.page is not None:
+        verdicts["page"] = judge_page(seen.page, limits)
+    for target, verdict in verdicts.items():
+        why = history.why_inconclusive(memory.histories[target].moment, seen.moment, limits)
+        if why and verdict.bad:
+            # Ages that another clock measured are no longer comparable; look again next time.
+            verdicts[target] = Verdict(
+                target, "unknown", "clock_jump", f"Not judged this time: {why}.", f"本次不作判断：{why}。",
+                {"would_be": verdict.word}, f"{history.CLOCK_JUMP_S:.0f} s between the two clocks",
+            )  # fmt: skip
+    return verdicts
+
+
+def _due(memory: Memory, settings: Settings, now: float, operators: list[dict[str, Any]]) -> Due:
+    last = memory.last
+    asked_ago_s = now - last.get("asked_at", 0)
+    wanted = any(request["kind"] == "probe" for request in operators)
+    unsure = any(h.incident is not None or h.seen for h in memory.histories.values())
+    return Due(
+        question=wanted or unsure or not 0 <= asked_ago_s < ASK_AT_LEAST_EVERY_S,
+        script=wanted or bool(last.get("script_bad")) or last.get("runs", 0) % SCRIPT_EVERY_RUNS == 0,
+        oom_kills=last.get("oom_kills"),
+    )
+
+
+def _advance(memory: Memory, verdicts: dict[str, Verdict], seen: Observation, settings: Settings) -> list[Change]:
+    changes: list[Change] = []
+    for target, verdict in verdicts.items():
+        had = memory.histories[target].incident
+        memory.histories[target], told = history.advance(memory.histories[target], verdict, seen.moment, limits_of(settings))
+        if had is not None and memory.histories[target].incident is None:
+            memory.limiters[target] = limiter.stable(memory.limiters[target])
+        changes += told
+    page = seen.page
+    memory.last = {
+        "runs": memory.last.get("runs", 0) + 1,
+        "asked_at": seen.moment.wall if seen.asked else memory.last.get("asked_at", 0),
+        "script_bad": bool(page and page.script and not page.script.good and page.script.status != 404)
+        or (bool(memory.last.get("script_bad")) and not (page and page.script)),
+        "oom_kills": seen.machine.get("oom_kills"),
+        "nightly": memory.last.get("nightly", ""),
     }
-    probes = {
-        "api": {
-            "url": settings.api_base_url,
-            "process": process,
-            "health": asdict(health),
-            "question": asdict(answer),
-            "health_after": asdict(health_after) if health_after else None,
-        },
-        "page": {
-            "url": _page_url(settings),
-            "process": _process(web, web is not None and processes.is_running(web)),
-            "health": asdict(page_reply) if page_reply else None,
-            "reason": None if page_expected else "not started here",
-        },
-    }
-    duration_s = time.monotonic() - started
-    reasons = list(verdict.reasons)
-    return report.build(verdict.word, verdict.serving, reasons, machine_reading, gpu_evidence, probes, duration_s)
+    return changes
 
 
-def _probe_api(settings: Settings, limit_s: float, rng: random.Random) -> tuple[Reply, Answer, Reply | None]:
-    """Health, the question, and health again where the question got no answer: did the engine move meanwhile?"""
-    started = time.monotonic()
-    url = f"{settings.api_base_url}/health"
-    health_limit_s = min(HEALTH_LIMIT_S, limit_s / 4)
-    health = get(url, health_limit_s)
-    state = (health.body or {}).get("state")
-    if health.outcome == "refused" or state in ("loading", "dead", "draining"):
-        return health, Answer("skipped", detail=str(state or health.detail)), None
-    key = settings.api_key.get_secret_value() if settings.api_key else ""
-    # Leave time for the second look.
-    answer = ask_surely(settings.api_base_url, key, limit_s - (time.monotonic() - started) - health_limit_s, rng)
-    unanswered = answer.outcome == "silent" or answer.status == 503
-    return health, answer, get(url, health_limit_s) if unanswered else None
+def _warn(memory: Memory, seen: Observation, settings: Settings) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(warnings in force, those that began or ended in this run)."""
+    values, in_force, news = values_of(seen), [], []
+    for threshold in settings_thresholds(settings):
+        before = memory.warned.get(threshold.name, thresholds.Warned())
+        after = thresholds.look(threshold, before, values.get(threshold.name), seen.moment.wall)
+        memory.warned[threshold.name] = after
+        mean = thresholds.mean_of(after)
+        told = {
+            "name": threshold.name, "since": after.since, "mean": None if mean is None else round(mean, 1),
+            "limit": threshold.raise_at, "en": threshold.en, "zh": threshold.zh,
+        }  # fmt: skip
+        if after.since is not None:
+            in_force.append(told)
+        if (before.since is None) != (after.since is None):
+            news.append({**told, "began": after.since is not None})
+    return in_force, news
 
 
-def _page_url(settings: Settings) -> str:
-    host = settings.web_host
-    if host in ("0.0.0.0", "::"):
-        host = "127.0.0.1"
-    return f"http://{f'[{host}]' if ':' in host else host}:{settings.web_port}/_stcore/health"
+def _decide(
+    memory: Memory, verdicts: dict[str, Verdict], settings: Settings, now: float, hold: str
+) -> dict[str, Decision]:
+    allowance = Allowance(settings.restarts_per_hour, settings.restarts_per_day)
+    decisions: dict[str, Decision] = {}
+    newest = {name: kept.restarts[-1] if kept.restarts else None for name, kept in memory.limiters.items()}
+    for target, verdict in verdicts.items():
+        others = [at for name, at in newest.items() if name != target and at is not None]
+        decision = limiter.decide(
+            verdict, memory.histories[target], memory.limiters[target], allowance, now, settings.cure, hold,
+            max(others, default=None),
+        )  # fmt: skip
+        if decision.opens:
+            memory.limiters[target] = limiter.opened(memory.limiters[target], now, decision.reason)
+        if decision.kind == "restart":
+            newest[target] = now
+        decisions[target] = decision
+    return decisions
 
 
-def _late(limit_s: float) -> Reply:
-    return Reply("silent", limit_s, detail=f"no answer within {limit_s:.1f} s")
+def overall(verdicts: dict[str, Verdict]) -> tuple[str, bool | None]:
+    """One word for both, and whether people are served: the API and the page must both work."""
+    api, page = verdicts["api"], verdicts.get("page")
+    serving = None if api.word == "unknown" else api.serving
+    if page is None or page.word in ("healthy", "unknown"):
+        return api.word, serving
+    if api.serving:
+        return "degraded", serving and page.serving
+    return api.word, serving
 
 
-def _process(record: processes.ProcessRecord | None, runs: bool) -> dict:
-    """The kernel's word on what start.sh started."""
-    if record is None:
-        return {"state": "no process was started here by start.sh"}
-    state = f"the process that start.sh started (pid {record.pid}) {'runs' if runs else 'is gone'}"
-    return {"state": state, "pid": record.pid, "port": record.port}
+def _report(
+    seen: Observation, verdicts: dict[str, Verdict], decisions: dict[str, Decision], memory: Memory,
+    warnings: list[dict[str, Any]], settings: Settings, store: Store, duration_s: float,
+) -> dict[str, Any]:  # fmt: skip
+    word, serving = overall(verdicts)
+    targets = {}
+    for target, verdict in verdicts.items():
+        kept, decision = memory.histories[target], decisions.get(target, limiter.NONE)
+        targets[target] = {
+            **{name: getattr(verdict, name) for name in ("word", "rule", "en", "zh", "facts", "threshold", "needed")},
+            "seen": kept.seen, "since": kept.since or None, "decision": asdict(decision),
+            "incident": kept.incident.id if kept.incident else None,
+            "restarts_last_day": len(memory.limiters[target].restarts),
+            "circuit_open": memory.limiters[target].open_reason or None,
+        }  # fmt: skip
+    reasons = [v.en for v in verdicts.values() if v.word != "healthy"]
+    evidence = {"api": seen.api.to_dict(), "page": seen.page.to_dict() if seen.page else None}
+    check = {
+        "store": store.lost or "ok", "period_s": settings.check_period_s, "cure": settings.cure,
+        "hold": operator_requests.why_hold(memory.hold, seen.moment.wall) or None, "boot_id": seen.moment.boot_id,
+        "run": memory.last["runs"],
+    }  # fmt: skip
+    return report.build(
+        word, serving, reasons, seen.machine, seen.gpu, evidence, duration_s, seen.moment.wall, targets=targets,
+        warnings=warnings, check=check,
+    )  # fmt: skip
+
+
+def _persist(
+    settings: Settings, store: Store, memory: Memory, made: dict[str, Any], verdicts: dict[str, Verdict],
+    changes: list[Change], decisions: dict[str, Decision], messages: list[dict[str, Any]], seen: Observation,
+) -> Store:  # fmt: skip
+    """Everything of this run in one transaction; on a disk that is full, in memory, and the report says so."""
+
+    def write(target_store: Store) -> None:
+        with target_store.transaction():
+            words = {t: {"word": v.word, "rule": v.rule, "en": v.en, "zh": v.zh} for t, v in verdicts.items()}
+            target_store.add_run(seen.moment.wall, report.finite(made), words, report.finite(values_of(seen)))
+            save(target_store, memory)
+            for change in changes:
+                if change.kind == "flip":
+                    target_store.add_flip(change.at, change.target, change.before, change.after, change.rule, change.en, change.zh)
+                if change.incident is not None and change.kind != "flip":
+                    closed_at = change.at if change.kind == "closed" else None
+                    target_store.put_incident(asdict(change.incident), closed_at)
+            for target, decision in decisions.items():
+                if decision.kind in ("shadow", "hold"):
+                    _note_once(target_store, target, decision, memory, seen.moment.wall)
+            if verdicts["api"].word == "healthy" and not settings.engine_url:
+                target_store.put("cards_expected", len(seen.gpu.get("gpus") or ()))
+            alerts.queue(target_store, messages, settings, seen.moment.wall)
+            target_store.prune(seen.moment.wall)
+
+    try:
+        write(store)
+        return store
+    except sqlite3.Error as error:
+        why = f"the store cannot be written ({error}); this run is kept in memory only"
+        print(why, file=sys.stderr)
+        store.close()
+        made["check"]["store"] = why
+        fallback = Store.fallback(settings.log_dir, why)
+        write(fallback)
+        return fallback
+
+
+def _note_once(store: Store, target: str, decision: Decision, memory: Memory, now: float) -> None:
+    """The same reason to hold is one line in the audit log, not one a minute."""
+    incident = memory.histories[target].incident
+    note = [decision.kind, decision.reason.split(":")[0], incident.id if incident else ""]
+    if store.get(f"noted:{target}") != note:
+        store.put(f"noted:{target}", note)
+        store.add_action(now, target, decision.kind, "checker", "noted", decision.reason, note[2])
+
+
+def _publish(made: dict[str, Any], settings: Settings, store: Store) -> None:
+    for name, write in (
+        (report.FILE_NAME, lambda: report.write(made, settings.log_dir)),
+        ("exports", lambda: exports.write(made, settings, store)),
+    ):
+        try:
+            write()
+        except OSError as error:
+            print(f"{settings.log_dir / name} could not be written: {error.strerror or error}", file=sys.stderr)

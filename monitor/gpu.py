@@ -54,7 +54,7 @@ def _gaps(gpus: list[dict]) -> str | None:
 
 def _run_child(mode: str, limit_s: float, path: str) -> tuple[dict, bool]:
     child = subprocess.Popen(
-        [sys.executable, "-B", str(CHILD), mode],
+        [sys.executable, "-B", "-P", str(CHILD), mode],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env={**os.environ, "PATH": path}, start_new_session=True,
     )  # fmt: skip

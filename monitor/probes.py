@@ -1,158 +1,180 @@
-"""Asks the API and the page over HTTP and says what came back. Every probe ends at its deadline, whatever happens.
+"""Asks the API and the page and says what came back. Every probe ends at its deadline. Judges nothing.
 
-A socket's own time limit starts again with every byte, so a server that trickles could hold a probe for ever:
-each probe runs in a thread that is left behind when its time is up. Judges nothing; monitor/verdict.py does.
+At most one question is under way at any time, through the slot that the server keeps for the checker.
 """
 
 from __future__ import annotations
 
+import json
 import random
-import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Generic, TypeVar
-
-import requests
+from collections.abc import Iterator
+from http.client import HTTPResponse
+from typing import Any
 
 from monitor import question
+from monitor.evidence import Answer, Exchange, Look
+from monitor.exchange import Deadline, Reply, Wire, exchange, failure, opened, since
 
-CONNECT_LIMIT_S = 1.0
-Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Reply:
-    """One HTTP exchange. `outcome`: answered, refused (nothing listens), silent (no answer in time), failed."""
-
-    outcome: str
-    seconds: float
-    status: int = 0
-    body: dict | None = None
-    detail: str = ""
+PROBE_HEADER = "X-GLM-Probe"
 
 
-@dataclass(frozen=True)
-class Answer:
-    """The real question. `outcome`: right, wrong, rejected (an HTTP error), silent, refused, failed, skipped."""
+class Asker:
+    """The questions of one run. `model` is named only where another engine insists on it."""
 
-    outcome: str
-    seconds: float = 0.0
-    status: int = 0
-    expected: str = ""
-    text: str = ""
-    detail: str = ""
+    def __init__(self, base_url: str, key: str, token: str, rng: random.Random, model: str = "") -> None:
+        self._url = f"{base_url}/v1/chat/completions"
+        self._headers = {"Content-Type": "application/json"}
+        if key:
+            self._headers["Authorization"] = f"Bearer {key}"
+        if token:
+            self._headers[PROBE_HEADER] = token
+        self._rng = rng
+        self._model = model
 
+    def about_text(self, limit_s: float) -> Answer:
+        return self._ask(question.about_text(self._rng), limit_s)
 
-class Deadline(Generic[Result]):
-    """Runs a function in a thread of its own; `result` waits for it, but not beyond the limit."""
+    def about_picture(self, limit_s: float) -> Answer:
+        """Ask; after a wrong answer ask about two more pictures, and both must be right.
 
-    def __init__(self, function: Callable[[], Result], limit_s: float, late: Result) -> None:
-        self._result = late
-        self._error: Exception | None = None
-        self._ends_at = time.monotonic() + limit_s
-        self._thread = threading.Thread(target=self._run, args=(function,), daemon=True)
-        self._done = threading.Event()
-        self._thread.start()
-
-    def _run(self, function: Callable[[], Result]) -> None:
-        try:
-            result = function()
-            if not self._done.is_set():
-                self._result = result
-        except Exception as error:  # handed to whoever asks for the result
-            self._error = error
-        self._done.set()
-
-    def result(self) -> Result:
-        self._done.wait(max(0.0, self._ends_at - time.monotonic()))
-        self._done.set()
-        if self._error is not None:
-            raise self._error
-        return self._result
-
-
-def get(url: str, limit_s: float, method: str = "GET", body: dict | None = None, key: str = "") -> Reply:
-    """One exchange, over within `limit_s` even if the server sends a byte now and then."""
-    late = Reply("silent", limit_s, detail=f"no answer within {limit_s:.1f} s")
-    return Deadline(lambda: _exchange(method, url, limit_s, body, key), limit_s, late).result()
-
-
-def ask_surely(base_url: str, key: str, limit_s: float, rng: random.Random) -> Answer:
-    """Ask; after a wrong answer ask about two more pictures, and both must be right.
-
-    No model is right every time, and one slip a hundred would be an alarm twice a day; one that no longer
-    sees is right once in seven by luck, and seldom twice in a row.
-    """
-    ends_at = time.monotonic() + limit_s
-    first = ask(base_url, key, limit_s, rng)
-    if first.outcome != "wrong":
-        return first
-    told = [first]
-    for _ in range(2):
-        left_s = ends_at - time.monotonic()
-        if left_s <= 0.1:
+        No model is right every time, and one slip a hundred would be an alarm twice a day; one that no longer
+        sees is right once in seven by luck, and seldom twice in a row.
+        """
+        ends_at = time.monotonic() + limit_s
+        first = self._ask(question.about_picture(self._rng), limit_s)
+        if first.outcome != "wrong":
             return first
-        told.append(ask(base_url, key, left_s, rng))
-        if told[-1].outcome != "right":
-            break
-    else:
-        return told[-1]
-    wrong = [answer for answer in told if answer.outcome == "wrong"]
-    expected, text = (" / ".join(getattr(answer, name) for answer in wrong) for name in ("expected", "text"))
-    return Answer("wrong", round(sum(answer.seconds for answer in told), 3), first.status, expected, text)
+        told = [first]
+        for _ in range(2):
+            left_s = ends_at - time.monotonic()
+            if left_s <= 0.1:
+                return first
+            told.append(self._ask(question.about_picture(self._rng), left_s))
+            if told[-1].outcome != "right":
+                break
+        else:
+            return told[-1]
+        wrong = [answer for answer in told if answer.outcome == "wrong"]
+        expected, text = (" / ".join(getattr(answer, name) for answer in wrong) for name in ("expected", "text"))
+        seconds = round(sum(answer.seconds for answer in told), 3)
+        return Answer("picture", "wrong", seconds, first.status, expected, text)
+
+    def _ask(self, asked: question.Question, limit_s: float) -> Answer:
+        wire = Wire()
+        body = json.dumps({"model": self._model, **asked.body} if self._model else asked.body).encode()
+        late = Answer(asked.kind, "silent", limit_s, expected=asked.expected, detail=f"no answer within {limit_s:.1f} s")
+
+        def talk() -> Answer:
+            started = time.monotonic()
+            try:
+                with opened(wire, self._url, limit_s, "POST", body, self._headers) as reply:
+                    return _read_answer(asked, reply, started)
+            except Exception as error:
+                broken = failure(error, started, limit_s)
+                return Answer(asked.kind, broken.outcome, broken.seconds, expected=asked.expected, detail=broken.detail)
+
+        # Shutting the socket at the deadline is what makes the server give up too.
+        return Deadline(talk, limit_s, late, wire.close).result()
 
 
-def ask(base_url: str, key: str, limit_s: float, rng: random.Random) -> Answer:
-    """Draw a picture, ask about it, read the answer."""
-    asked = question.draw(rng)
-    expected = f"{asked.color} {asked.shape}"
-    reply = get(f"{base_url}/v1/chat/completions", limit_s, "POST", asked.body, key)
-    if reply.outcome != "answered":
-        return Answer(reply.outcome, reply.seconds, expected=expected, detail=reply.detail)
+def _read_answer(asked: question.Question, reply: HTTPResponse, started: float) -> Answer:
+    kind, expected = asked.kind, asked.expected
     if reply.status != 200:
-        return Answer("rejected", reply.seconds, reply.status, expected, detail=_error_message(reply))
+        message = _error_message(reply.read(65536), reply.status)
+        return Answer(kind, "rejected", since(started), reply.status, expected, detail=message)
+    text, first_s, gap_s, last = "", None, 0.0, started
+    for data in _events(reply):
+        if data == "[DONE]":
+            outcome = "right" if asked.is_right(text) else "wrong"
+            return Answer(kind, outcome, since(started), 200, expected, text[:200], "", first_s, round(gap_s, 3))
+        chunk = _parsed(data)
+        if "error" in chunk:
+            message = _message_of(chunk) or "an error event"
+            return Answer(kind, "failed", since(started), 200, expected, text[:200], message, first_s)
+        piece = _delta(chunk, kind)
+        if piece:
+            now = time.monotonic()
+            first_s = since(started) if first_s is None else first_s
+            gap_s, last = max(gap_s, now - last if text else 0.0), now
+            text += piece
+    detail = "the stream ended without its end marker"
+    return Answer(kind, "cut", since(started), 200, expected, text[:200], detail, first_s, round(gap_s, 3))
+
+
+def _events(reply: HTTPResponse) -> Iterator[str]:
+    for raw in reply:
+        line = raw.decode("utf-8", "replace").strip()
+        if line.startswith("data:"):
+            yield line.removeprefix("data:").strip()
+
+
+def _parsed(data: str) -> dict[str, Any]:
     try:
-        text = (reply.body or {})["choices"][0]["message"]["content"] or ""
+        chunk = json.loads(data)
+    except ValueError:
+        return {"error": {"message": f"an event that is no JSON: {data[:80]!r}"}}
+    return chunk if isinstance(chunk, dict) else {}
+
+
+def _delta(chunk: dict[str, Any], kind: str) -> str:
+    """The new text. Thinking shows that the text path lives; only content answers about a picture."""
+    try:
+        delta = chunk["choices"][0]["delta"]
     except (KeyError, IndexError, TypeError):
-        return Answer("failed", reply.seconds, reply.status, expected, detail="the reply holds no answer")
-    outcome = "right" if question.is_right(asked, text) else "wrong"
-    return Answer(outcome, reply.seconds, reply.status, expected, text[:200])
+        return ""
+    thought = delta.get("reasoning_content") or delta.get("reasoning") if kind == "text" else None
+    return str(delta.get("content") or thought or "")
 
 
-def _exchange(method: str, url: str, limit_s: float, body: dict | None, key: str) -> Reply:
-    started = time.monotonic()
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    headers["User-Agent"] = "health_check"
-    with requests.Session() as session:
-        session.trust_env = False  # no proxy and no .netrc between the checker and this machine
-        try:
-            limits = (min(CONNECT_LIMIT_S, limit_s), limit_s)
-            reply = session.request(method, url, json=body, headers=headers, timeout=limits)
-        except requests.Timeout:
-            return Reply("silent", _since(started), detail=f"no answer within {limit_s:.1f} s")
-        except requests.ConnectionError as error:
-            if "refused" in str(error).lower():
-                return Reply("refused", _since(started), detail="nothing listens there")
-            return Reply("failed", _since(started), detail=_brief(error))
-        except requests.RequestException as error:
-            return Reply("failed", _since(started), detail=_brief(error))
-        try:
-            parsed = reply.json()
-        except ValueError:
-            parsed = None
-        return Reply("answered", _since(started), reply.status_code, parsed if isinstance(parsed, dict) else None)
+def _error_message(body: bytes, status: int) -> str:
+    try:
+        parsed = json.loads(body)
+    except ValueError:
+        parsed = None
+    return _message_of(parsed if isinstance(parsed, dict) else {}) or f"HTTP {status}"
 
 
-def _error_message(reply: Reply) -> str:
-    error = (reply.body or {}).get("error")
-    message = error.get("message") if isinstance(error, dict) else None
-    return str(message or f"HTTP {reply.status}")[:300]
+def _message_of(body: dict[str, Any]) -> str:
+    error = body.get("error")
+    message = error.get("message") if isinstance(error, dict) else error
+    return str(message or "")[:300]
 
 
-def _since(started: float) -> float:
-    return round(time.monotonic() - started, 3)
+def look(base_url: str, limit_s: float) -> tuple[Look, dict[str, Any]]:
+    """GET /health, and its whole body for what else stands there."""
+    reply = exchange(f"{base_url}/health", limit_s)
+    body = reply.json() or {}
+    if reply.outcome == "answered" and not isinstance(body.get("state"), str):
+        return Look("failed", reply.seconds, reply.status, detail=f"HTTP {reply.status} without a state"), body
+    return to_look(reply, body), body
 
 
-def _brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:200]
+def to_look(reply: Reply, body: dict[str, Any]) -> Look:
+    pending = None
+    if isinstance(body.get("running"), int) and isinstance(body.get("waiting"), int):
+        pending = body["running"] + body["waiting"]
+    return Look(
+        outcome=reply.outcome,
+        seconds=reply.seconds,
+        status=reply.status,
+        state=str(body.get("state") or ""),
+        phase=str(body.get("phase") or ""),
+        steps=body["steps"] if isinstance(body.get("steps"), int) else None,
+        pending=pending,
+        no_progress_s=number(body.get("no_progress_s")),
+        deadline_s=number(body.get("phase_deadline_s")),
+        progress=number(body.get("progress")),
+        reason=str(body.get("reason") or ""),
+        detail=reply.detail,
+    )
+
+
+def visit(url: str, limit_s: float) -> Exchange:
+    reply = exchange(url, limit_s)
+    said = reply.body.decode("utf-8", "replace").strip()[:200] if reply.status not in (0, 200) else ""
+    return Exchange(reply.outcome, reply.seconds, reply.status, reply.detail or said)
+
+
+def number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None

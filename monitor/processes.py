@@ -177,3 +177,13 @@ def _works_in(pid: int, folder: str) -> bool:
         return bool(folder) and os.readlink(PROC / str(pid) / "cwd") == folder
     except OSError:
         return False
+
+
+def age_s(record: ProcessRecord) -> float | None:
+    """Seconds since the process was started, by the clock that its start time counts in."""
+    try:
+        # Not /proc/uptime, which some containers rewrite to their own.
+        since_boot_s = time.clock_gettime(time.CLOCK_BOOTTIME)
+        return max(0.0, since_boot_s - record.start_time / os.sysconf("SC_CLK_TCK"))
+    except (OSError, ValueError, AttributeError):
+        return None

@@ -1,4 +1,4 @@
-"""The report that people and machines read: six keys at the top, the evidence below. Standard library only.
+"""The report that people and machines read: the article's six keys at the top, the evidence below. Standard library only.
 
 Owns the shape of the JSON and the atomic write. Never NaN: a number that is none becomes null.
 """
@@ -9,64 +9,83 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FILE_NAME = "health.json"
 
 
 def build(
-    verdict: str, serving: bool | None, reasons: list[str], machine: dict, gpu: dict, evidence: dict, duration_s: float
-) -> dict:
-    """`gpu` carries load_percent and memory_used_mib of the busiest and the fullest card; null with `reason`."""
+    verdict: str,
+    serving: bool | None,
+    reasons: list[str],
+    machine: Mapping[str, Any],
+    gpu: Mapping[str, Any],
+    evidence: Mapping[str, Any],
+    duration_s: float,
+    at: float | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """`gpu` carries load_percent and memory_used_mib of the busiest and the fullest card; null with `reason`.
+
+    `more` adds top-level keys: targets, warnings, check.
+    """
+    moment = datetime.fromtimestamp(at, UTC) if at is not None else datetime.now(UTC)
     return {
-        "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
+        "timestamp": moment.isoformat(timespec="seconds"),
         "gpu_load": gpu.get("load_percent"),
         "gpu_memory_used": gpu.get("memory_used_mib"),
         "cpu_percent": machine.get("cpu_percent"),
         "memory_used_percent": machine.get("memory_used_percent"),
         "service_healthy": serving,
+        "schema_version": SCHEMA_VERSION,
         "verdict": verdict,
         "reasons": reasons,
-        "evidence": {"machine": machine, "gpu": gpu, **evidence},
+        **more,
+        "evidence": {"machine": dict(machine), "gpu": dict(gpu), **evidence},
         "duration_s": round(duration_s, 2),
-        "schema_version": SCHEMA_VERSION,
     }
 
 
-def unknown(reason: str) -> dict:
+def unknown(reason: str) -> dict[str, Any]:
     """The report of a check that could not look: it does not know, and says so."""
     return build("unknown", None, [reason], {}, {}, {}, 0.0)
 
 
-def to_json(report: dict) -> str:
-    return json.dumps(_finite(report), indent=2, ensure_ascii=False, allow_nan=False)
+def to_json(report: Mapping[str, Any], indent: int | None = 2) -> str:
+    return json.dumps(finite(report), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
-def write(report: dict, log_dir: Path) -> Path:
+def write(report: Mapping[str, Any], log_dir: Path) -> Path:
     """Replace health.json in one step: a reader sees the old report or the new one, never half of one."""
-    log_dir.mkdir(parents=True, exist_ok=True)
     path = log_dir / FILE_NAME
-    descriptor, temporary = tempfile.mkstemp(dir=log_dir, prefix=f".{FILE_NAME}.")
+    replace_file(path, to_json(report) + "\n")
+    return path
+
+
+def replace_file(path: Path, text: str, mode: int = 0o644) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(to_json(report) + "\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, mode)
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
-    return path
 
 
-def _finite(value: object) -> object:
+def finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value

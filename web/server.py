@@ -73,6 +73,7 @@ def streamlit_options(settings: Settings) -> dict[str, object]:
         "server.enableXsrfProtection": True,
         "server.enableCORS": True,
         "server.enableStaticServing": False,
+        "server.scriptHealthCheckEnabled": True,  # health_check.py asks whether the page itself runs
         "browser.gatherUsageStats": False,
         "client.toolbarMode": "minimal",
         "client.showErrorDetails": "none",

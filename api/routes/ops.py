@@ -23,24 +23,32 @@ router = APIRouter()
 async def health(request: Request) -> JSONResponse:
     """Reads counters only, so it answers while the engine computes, hangs or is dead."""
     server = services(request)
-    stats, model = server.engine.stats(), server.engine.model
+    stats, model, heart = server.engine.stats(), server.engine.model, server.heartbeat
+    state, pulse = heart.state(stats), heart.pulse
     age = stats.last_step_age_s
     body = {
-        "state": stats.state,
+        "state": state,
         "progress": round(stats.progress, 3),
         "model": model.id if model else server.settings.model,
         "demo": model.facts.get("demo", False) if model else None,
         "phase": stats.phase,
+        "phase_age_s": round(stats.phase_age_s, 3),
+        "phase_deadline_s": stats.phase_deadline_s,
+        "no_progress_s": pulse.no_progress_s,
+        "loop_lag_s": pulse.loop_lag_s,
         "running": stats.running,
         "waiting": stats.waiting,
         "steps": stats.steps,
         "last_step_age_s": None if age is None else round(age, 3),
         "uptime_s": round(monotonic() - server.started_at, 3),
         "reason": stats.reason,
+        "success_age_s": heart.success_age_s,
+        "checker": asdict(pulse.checker),
+        "heartbeat_error": heart.write_error,
     }
-    if stats.state in ("idle", "busy"):
+    if state in ("idle", "busy"):
         return JSONResponse(body)
-    return JSONResponse(body, 503, not_accepting(stats.state, stats.progress, stats.reason).headers())
+    return JSONResponse(body, 503, not_accepting(state, stats.progress, stats.reason).headers())
 
 
 @router.get("/info", **INFO)

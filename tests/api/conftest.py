@@ -17,7 +17,7 @@ from settings import Settings
 
 
 @pytest.fixture
-def serve() -> Iterator[Callable[..., Served]]:
+def serve(tmp_path: Path) -> Iterator[Callable[..., Served]]:
     """serve(answer=..., load=..., queue_size=...) -> Served. `load` replaces the loading of the fake model."""
     running: list[Served] = []
 
@@ -25,7 +25,7 @@ def serve() -> Iterator[Callable[..., Served]]:
         model_options = {
             k: options.pop(k) for k in ("answer", "token_s", "context_tokens", "slots", "pages") if k in options
         }
-        settings = Settings(**{"api_key": KEY, "queue_size": 4, **options})
+        settings = Settings(**{"api_key": KEY, "queue_size": 4, "log_dir": tmp_path / "logs", **options})
         model = fake_model(**model_options)
         served = Served(settings, model, Engine(load or (lambda progress: model), settings.queue_size))
         served.client.__enter__()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import http.server
 import json
 import socket
@@ -16,12 +18,19 @@ from settings import Settings
 
 
 class Behaviour:
-    """What the stand-in answers. `reply` gets the request body of the question and returns status and body."""
+    """What the stand-in answers. `reply` gets the body of a question about a picture, `text_reply` of one without;
+    both return status and body, and a completion is streamed."""
 
     def __init__(self) -> None:
         self.health: Callable[[], tuple[int, dict]] = lambda: (200, {"state": "idle", "steps": 7})
         self.reply: Callable[[dict], tuple[int, dict]] = lambda body: (200, completion("It is red."))
+        self.text_reply: Callable[[dict], tuple[int, dict]] = lambda body: (200, completion("I am a demo."))
         self.page_status = 200
+        self.script_status = 200
+        self.websocket = True
+        self.end_marker = True
+        self.other: dict[str, tuple[int, bytes]] = {}
+        self.probe_tokens: list[str | None] = []
         self.keys: list[str | None] = []
         self.questions: list[dict] = []
 
@@ -41,18 +50,51 @@ def service(behaviour: Behaviour) -> Iterator[int]:
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            if self.path in behaviour.other:
+                status, data = behaviour.other[self.path]
+                return self.send_bytes(status, data)
             if self.path == "/_stcore/health":
                 return self.send(behaviour.page_status, {})
+            if self.path == "/_stcore/script-health-check":
+                return self.send(behaviour.script_status, {})
+            if self.path == "/_stcore/stream":
+                return self.shake_hands()
             return self.send(*behaviour.health())
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             behaviour.keys.append(self.headers["Authorization"])
-            behaviour.questions.append(body)
-            self.send(*behaviour.reply(body))
+            behaviour.probe_tokens.append(self.headers["X-GLM-Probe"])
+            about_text = isinstance(body["messages"][0]["content"], str)
+            if not about_text:
+                behaviour.questions.append(body)
+            status, answer = behaviour.text_reply(body) if about_text else behaviour.reply(body)
+            if status == 200 and "choices" in answer:
+                return self.stream(answer["choices"][0]["message"]["content"])
+            return self.send(status, answer)
+
+        def stream(self, text: str) -> None:
+            self.send_response(200)
+            self.end_headers()
+            for word in text.split(" "):
+                chunk = {"choices": [{"delta": {"content": word + " "}}]}
+                self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
+            if behaviour.end_marker:
+                self.wfile.write(b"data: [DONE]\n\n")
+
+        def shake_hands(self) -> None:
+            if not behaviour.websocket:
+                return self.send(403, {})
+            key = self.headers["Sec-WebSocket-Key"].encode()
+            proof = hashlib.sha1(key + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest()
+            self.send_response(101)
+            self.send_header("Sec-WebSocket-Accept", base64.b64encode(proof).decode())
+            self.end_headers()
 
         def send(self, status: int, body: dict) -> None:
-            data = json.dumps(body).encode()
+            self.send_bytes(status, json.dumps(body).encode())
+
+        def send_bytes(self, status: int, data: bytes) -> None:
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()

@@ -15,8 +15,8 @@ def test_first_start_writes_random_secrets_for_the_owner_alone_and_prints_them_o
     made = read_env(project)
     second = project.run("./start.sh")
 
-    assert set(made) == {"GLM_API_KEY", "GLM_WEB_TOKEN"}
-    assert all(len(value) >= 32 for value in made.values()) and len(set(made.values())) == 2
+    assert set(made) == {"GLM_API_KEY", "GLM_WEB_TOKEN", "GLM_PROBE_TOKEN"}
+    assert all(len(value) >= 32 for value in made.values()) and len(set(made.values())) == 3
     assert (project.root / ".env").stat().st_mode & 0o777 == 0o600
     assert first.stdout.count(f"GLM_API_KEY={made['GLM_API_KEY']}") == 1
     assert f"/?token={made['GLM_WEB_TOKEN']}" in first.stdout
@@ -30,7 +30,7 @@ def test_what_the_file_held_before_stays(project):
     project.run("./start.sh")
 
     text = (project.root / ".env").read_text()
-    pattern = r"# my notes\nGLM_MAX_IMAGES=3\nGLM_API_KEY=\S{32,}\nexport GLM_HUB=modelscope\nGLM_WEB_TOKEN=\S{32,}\n"
+    pattern = r"# my notes\nGLM_MAX_IMAGES=3\nGLM_API_KEY=\S{32,}\nexport GLM_HUB=modelscope\nGLM_WEB_TOKEN=\S{32,}\nGLM_PROBE_TOKEN=\S{32,}\n"
     assert re.fullmatch(pattern, text)
     assert (project.root / ".env").stat().st_mode & 0o777 == 0o600
 
@@ -38,7 +38,9 @@ def test_what_the_file_held_before_stays(project):
 def test_secrets_given_by_environment_or_file_are_not_written(project):
     (project.root / "token.txt").write_text("a-token-from-a-file\n")
 
-    started = project.run("./start.sh", GLM_API_KEY="given", GLM_WEB_TOKEN_FILE=str(project.root / "token.txt"))
+    started = project.run(
+        "./start.sh", GLM_API_KEY="given", GLM_WEB_TOKEN_FILE=str(project.root / "token.txt"), GLM_PROBE_TOKEN="mark"
+    )
 
     assert started.returncode == 0, started.stderr
     assert not (project.root / ".env").exists()
@@ -46,7 +48,7 @@ def test_secrets_given_by_environment_or_file_are_not_written(project):
 
 
 def test_a_file_that_others_could_read_is_closed(project):
-    (project.root / ".env").write_text("GLM_API_KEY=one\nGLM_WEB_TOKEN=two\n")
+    (project.root / ".env").write_text("GLM_API_KEY=one\nGLM_WEB_TOKEN=two\nGLM_PROBE_TOKEN=three\n")
     (project.root / ".env").chmod(0o644)
 
     started = project.run("./start.sh")

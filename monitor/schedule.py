@@ -1,0 +1,202 @@
+"""Makes health_check.py run by itself: a systemd timer where systemd is in charge, else a marked block in cron.
+
+Both are idempotent, and uninstall takes back exactly what install wrote.
+"""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from settings import ROOT, Settings
+
+GOOD, BAD = 0, 1
+BEGIN, END = "# >>> glm health_check >>>", "# <<< glm health_check <<<"
+UNIT = "glm-health-check"
+JITTER_S = 10
+
+
+def install(settings: Settings, how: str) -> int:
+    way = choose(how)
+    if not way:
+        print("Neither systemd nor cron is here. Run it in the background instead: nohup health_check.py loop &", file=sys.stderr)
+        return BAD
+    return _install_systemd(settings) if way == "systemd" else _install_cron(settings)
+
+
+def uninstall(settings: Settings, how: str) -> int:
+    ways = [how] if how != "auto" else [way for way in ("systemd", "cron") if installed(way)]
+    if not ways:
+        print("It was not installed.")
+        return GOOD
+    return max(_uninstall_systemd() if way == "systemd" else _uninstall_cron() for way in ways)
+
+
+def choose(how: str) -> str:
+    if how != "auto":
+        return how
+    if Path("/run/systemd/system").is_dir() and os.geteuid() == 0:
+        return "systemd"
+    return "cron" if shutil.which("crontab") else ""
+
+
+def installed(way: str) -> bool:
+    if way == "systemd":
+        return (_unit_folder() / f"{UNIT}.timer").exists()
+    return shutil.which("crontab") is not None and BEGIN in (read_crontab() or "")
+
+
+def command() -> str:
+    """As absolute as cron needs it; conda's two variables are what start.sh chooses its Python by."""
+    words = [f"{name}={shlex.quote(os.environ[name])}" for name in ("CONDA_PREFIX", "CONDA_DEFAULT_ENV") if os.environ.get(name)]
+    words += [shlex.quote(sys.executable), shlex.quote(str(ROOT / "health_check.py")), "run", "--quiet"]
+    return " ".join(words)
+
+
+def jitter_s() -> int:
+    """The same on every run, another on every machine: not all of them at the full minute."""
+    seed = f"{os.uname().nodename}{ROOT}".encode()
+    return hashlib.sha256(seed).digest()[0] % JITTER_S
+
+
+def cron_block(settings: Settings) -> str:
+    minutes = max(1, round(settings.check_period_s / 60))
+    when = "* * * * *" if minutes == 1 else f"*/{min(minutes, 59)} * * * *"
+    log = shlex.quote(str(settings.log_dir / "health_check.log"))
+    # Output goes to a file: cron would mail it every minute.
+    line = f"{when} sleep {jitter_s()}; {command()} >/dev/null 2>>{log}"
+    if "%" in line:
+        line = line.replace("%", r"\%")  # cron reads a bare % as a line break
+    return f"{BEGIN}\n{line}\n{END}\n"
+
+
+def read_crontab() -> str | None:
+    """None if crontab itself fails; empty if there is none for this user."""
+    done = subprocess.run(["crontab", "-l"], capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return done.stdout
+    return "" if "no crontab" in done.stderr.lower() else None
+
+
+def without_block(text: str) -> str:
+    """Everything but our block; a block without its end is left alone rather than eating what follows."""
+    kept: list[str] = []
+    lines = text.splitlines(keepends=True)
+    while lines:
+        if lines[0].strip() == BEGIN and any(line.strip() == END for line in lines):
+            while lines.pop(0).strip() != END:
+                pass
+        else:
+            kept.append(lines.pop(0))
+    return "".join(kept)
+
+
+def _install_cron(settings: Settings) -> int:
+    old = read_crontab()
+    if old is None:
+        print("crontab cannot be read", file=sys.stderr)
+        return BAD
+    rest = without_block(old)
+    if rest and not rest.endswith("\n"):
+        rest += "\n"
+    if not _write_crontab(rest + cron_block(settings)):
+        return BAD
+    settings.log_dir.mkdir(parents=True, exist_ok=True)
+    print(f"cron runs it for {getpass.getuser()} from the next minute on: {command()}")
+    if not cron_runs():
+        print("But no cron daemon runs here. Start one (service cron start), or use: health_check.py loop", file=sys.stderr)
+        return BAD
+    return GOOD
+
+
+def _uninstall_cron() -> int:
+    old = read_crontab()
+    if old is None:
+        return BAD
+    rest = without_block(old)
+    if rest == old:
+        print("cron: it was not installed.")
+        return GOOD
+    if not _write_crontab(rest):
+        return BAD
+    print("cron: removed.")
+    return GOOD
+
+
+def _write_crontab(text: str) -> bool:
+    words = ["crontab", "-"] if text.strip() else ["crontab", "-r"]
+    done = subprocess.run(words, input=text, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(f"crontab refused it: {done.stderr.strip()}", file=sys.stderr)
+    return done.returncode == 0
+
+
+def cron_runs() -> bool:
+    names = {"cron", "crond", "supercronic", "busybox"}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                if Path(f"/proc/{entry}/comm").read_text(encoding="utf-8").strip() in names:
+                    return True
+            except OSError:
+                continue
+    return False
+
+
+def units(settings: Settings) -> dict[str, str]:
+    service = f"""[Unit]
+Description=Health check of GLM-4.6V-Flash-WEB
+
+[Service]
+Type=oneshot
+WorkingDirectory={ROOT}
+ExecStart=/bin/sh -c {shlex.quote("exec env " + command())}
+SuccessExitStatus=1 3
+# The servers that a cure starts must outlive the run that started them.
+KillMode=process
+TimeoutStartSec=900
+"""
+    timer = f"""[Unit]
+Description=Health check of GLM-4.6V-Flash-WEB, every {settings.check_period_s:g} s
+
+[Timer]
+OnBootSec=30
+OnUnitActiveSec={settings.check_period_s:g}
+AccuracySec=1s
+RandomizedDelaySec={JITTER_S}
+
+[Install]
+WantedBy=timers.target
+"""
+    return {f"{UNIT}.service": service, f"{UNIT}.timer": timer}
+
+
+def _unit_folder() -> Path:
+    return Path("/etc/systemd/system")
+
+
+def _install_systemd(settings: Settings) -> int:
+    for name, text in units(settings).items():
+        (_unit_folder() / name).write_text(text, encoding="utf-8")
+    for words in (["daemon-reload"], ["enable", "--now", f"{UNIT}.timer"]):
+        done = subprocess.run(["systemctl", *words], capture_output=True, text=True, check=False)
+        if done.returncode:
+            print(f"systemctl {' '.join(words)}: {done.stderr.strip()}", file=sys.stderr)
+            return BAD
+    print(f"systemd runs it every {settings.check_period_s:g} s: systemctl list-timers {UNIT}.timer")
+    return GOOD
+
+
+def _uninstall_systemd() -> int:
+    subprocess.run(["systemctl", "disable", "--now", f"{UNIT}.timer"], capture_output=True, check=False)
+    for name in (f"{UNIT}.service", f"{UNIT}.timer"):
+        (_unit_folder() / name).unlink(missing_ok=True)
+    subprocess.run(["systemctl", "daemon-reload"], capture_output=True, check=False)
+    print("systemd: removed.")
+    return GOOD

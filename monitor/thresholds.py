@@ -1,0 +1,81 @@
+"""Limits of processor, memory, GPU and disk: they warn, they never restart. Pure functions.
+
+One reading a minute is noise, so a limit must be passed on average over a window, and the warning ends only
+ten points below it. A reading that is missing says nothing in either direction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+COVERED = 0.6  # share of the window that readings must cover
+KEPT = 120
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """`raise_at` and `clear_at` are in the reading's unit; below clear_at the warning ends."""
+
+    name: str
+    raise_at: float
+    clear_at: float
+    window_s: float
+    en: str
+    zh: str
+
+    @property
+    def upward(self) -> bool:
+        """A free-space limit is passed downward."""
+        return self.clear_at <= self.raise_at
+
+
+@dataclass(frozen=True)
+class Warned:
+    """The memory of one threshold: (wall time, value) of the last readings, and since when it warns."""
+
+    readings: tuple[tuple[float, float], ...] = ()
+    since: float | None = None
+
+
+def look(threshold: Threshold, warned: Warned, value: float | None, now: float) -> Warned:
+    kept = [(at, old) for at, old in warned.readings if 0 <= now - at <= threshold.window_s]
+    if value is not None:
+        kept.append((now, value))
+    kept = kept[-KEPT:]
+    mean = _mean(kept, threshold, now)
+    since = warned.since
+    if mean is not None:
+        if since is None and _beyond(mean, threshold.raise_at, threshold.upward):
+            since = now
+        elif since is not None and not _beyond(mean, threshold.clear_at, threshold.upward):
+            since = None
+    return Warned(tuple(kept), since)
+
+
+def mean_of(warned: Warned) -> float | None:
+    values = [value for _, value in warned.readings]
+    return sum(values) / len(values) if values else None
+
+
+def _mean(readings: Sequence[tuple[float, float]], threshold: Threshold, now: float) -> float | None:
+    if not readings or now - readings[0][0] < COVERED * threshold.window_s:
+        return None
+    return sum(value for _, value in readings) / len(readings)
+
+
+def _beyond(value: float, limit: float, upward: bool) -> bool:
+    return value >= limit if upward else value <= limit
+
+
+def to_dict(warned: Warned) -> dict[str, object]:
+    return {"readings": [list(pair) for pair in warned.readings], "since": warned.since}
+
+
+def from_dict(raw: Mapping[str, object]) -> Warned:
+    readings = raw.get("readings") or []
+    assert isinstance(readings, list)
+    since = raw.get("since")
+    return Warned(
+        tuple((float(at), float(value)) for at, value in readings), float(since) if isinstance(since, int | float) else None
+    )

@@ -1,0 +1,135 @@
+"""install and uninstall, and that cron really runs it: a real cron daemon on a crontab of a user made for the test."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from monitor import schedule
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def crontab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A `crontab` that keeps its table in a file."""
+    table = tmp_path / "table"
+    tool = tmp_path / "bin" / "crontab"
+    tool.parent.mkdir()
+    tool.write_text(
+        f'#!/bin/sh\ncase "$1" in\n-l) cat {table} 2>/dev/null || {{ echo "no crontab for x" >&2; exit 1; }};;\n'
+        f"-r) rm -f {table};;\n-) cat > {table};;\nesac\n"
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
+    return table
+
+
+def test_twice_installed_is_once_there_and_other_lines_stay(crontab, make_settings):
+    crontab.write_text("# mine\n5 4 * * * backup\n")
+
+    schedule.install(make_settings(1), "cron")
+    schedule.install(make_settings(1), "cron")
+
+    text = crontab.read_text()
+    assert text.startswith("# mine\n5 4 * * * backup\n")
+    assert text.count(schedule.BEGIN) == text.count(schedule.END) == text.count("health_check.py run") == 1
+    assert schedule.installed("cron")
+
+
+def test_uninstall_takes_back_exactly_that(crontab, make_settings):
+    crontab.write_text("# mine\n5 4 * * * backup\n")
+    schedule.install(make_settings(1), "cron")
+
+    assert schedule.uninstall(make_settings(1), "cron") == 0
+
+    assert crontab.read_text() == "# mine\n5 4 * * * backup\n"
+    assert not schedule.installed("cron")
+    assert schedule.uninstall(make_settings(1), "cron") == 0, "twice is no mistake"
+
+
+def test_an_empty_crontab_is_removed_with_its_last_line(crontab, make_settings):
+    schedule.install(make_settings(1), "cron")
+    schedule.uninstall(make_settings(1), "cron")
+
+    assert not crontab.exists()
+
+
+def test_a_block_without_its_end_eats_nothing():
+    text = f"a\n{schedule.BEGIN}\nb\n"
+
+    assert schedule.without_block(text) == text
+
+
+def test_a_percent_sign_is_escaped_for_cron(make_settings, monkeypatch):
+    monkeypatch.setattr(schedule, "command", lambda: "/opt/100%/python health_check.py run")
+
+    assert r"/opt/100\%/python" in schedule.cron_block(make_settings(1))
+
+
+def test_the_units_are_what_systemd_accepts(make_settings, tmp_path):
+    for name, text in schedule.units(make_settings(1)).items():
+        (tmp_path / name).write_text(text)
+
+    if shutil.which("systemd-analyze") is None:
+        assert "OnUnitActiveSec=60" in (tmp_path / "glm-health-check.timer").read_text()
+        return
+    done = subprocess.run(
+        ["systemd-analyze", "verify", *map(str, tmp_path.iterdir())], capture_output=True, text=True, check=False
+    )
+    assert "Unknown" not in done.stderr and "Failed to parse" not in done.stderr, done.stderr
+
+
+@pytest.fixture
+def cron(tmp_path: Path) -> Iterator[Callable[[str], None]]:
+    """The real daemon, in the foreground, in a mount namespace whose spool is empty: it sees no other crontab."""
+    spool = tmp_path / "spool"
+    for name in ("crontabs", "cron.d"):
+        (spool / name).mkdir(parents=True)
+    (spool / "crontab").write_text("")
+    (spool / "crontabs").chmod(0o1730)
+    script = (
+        f"mount --bind {spool}/crontabs /var/spool/cron/crontabs && mount --bind {spool}/cron.d /etc/cron.d && "
+        f"mount --bind {spool}/crontab /etc/crontab && mount -t tmpfs none /run && exec cron -f"
+    )
+    daemons = []
+
+    def start(table: str) -> None:
+        (spool / "crontabs" / "root").write_text(table)
+        (spool / "crontabs" / "root").chmod(0o600)
+        daemons.append(subprocess.Popen(["unshare", "-m", "sh", "-c", script], stdout=subprocess.DEVNULL))
+
+    yield start
+    for daemon in daemons:
+        daemon.kill()
+        daemon.wait()
+
+
+def test_cron_runs_it_twice(cron, tmp_path):
+    """The block that install writes, in a scratch crontab, carried out by the real cron: two reports land."""
+    project = tmp_path / "project"
+    project.mkdir()
+    for name in ("health_check.py", "settings.py", "monitor", "models/shapes/pictures.py", "models/__init__.py", "models/shapes/__init__.py"):
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy2)(ROOT / name, project / name)
+    (project / ".env").write_text("GLM_API_PORT=1\nGLM_WEB_PORT=2\n")
+    code = "from monitor import schedule; import settings; print(schedule.cron_block(settings.load()), end='')"
+    env = {k: v for k, v in os.environ.items() if not k.startswith("GLM_")}
+    block = subprocess.run([sys.executable, "-c", code], cwd=project, env=env, capture_output=True, text=True, check=True).stdout
+    cron(block)
+
+    lines = project / "logs" / "health.jsonl"
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and (not lines.exists() or len(lines.read_text().splitlines()) < 2):
+        time.sleep(1)
+
+    assert len(lines.read_text().splitlines()) >= 2, (project / "logs" / "health_check.log").read_text()
+    assert (project / "logs" / "health.json").exists()
+    assert not list(project.rglob("__pycache__"))

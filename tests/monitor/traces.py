@@ -1,0 +1,112 @@
+"""Evidence for tests: single looks with a known truth, and random traces made of them."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+from monitor import history, limiter
+from monitor.evidence import Answer, ApiEvidence, Beat, Look, Moment, Process
+from monitor.history import History
+from monitor.limiter import Allowance, Decision, Limiter
+from monitor.verdict import Limits, Verdict, judge_api
+
+URL = "http://127.0.0.1:8080"
+RUNS = Process("runs", 4711, 9000.0, "ours")
+IDLE = Look("answered", 0.01, 200, "idle", "idle", 70, 0, 0.0)
+RIGHT = (Answer("text", "right", 0.4, 200), Answer("picture", "right", 0.8, 200, "red circle", "red"))
+SILENT = (Answer("text", "silent", 10.0, detail="no answer within 10.0 s"), Answer("picture", "skipped"))
+FULL = (Answer("text", "rejected", 0.1, 503, detail="The queue is full"), Answer("picture", "rejected", 0.1, 503))
+NO_HTTP = Look("silent", 2.0, detail="no answer within 2.0 s")
+
+
+def beat(age_s: float = 0.4, written_age_s: float = 0.8, **changes) -> Beat:
+    return replace(Beat(age_s, written_age_s, "idle", "idle", 70, 0, 0.0, 120.0, 1.0), **changes)
+
+
+def busy(no_progress_s: float = 3.0, steps: int = 70, deadline_s: float = 120.0, phase: str = "decode") -> Look:
+    return Look("answered", 0.01, 200, "busy", phase, steps, 9, no_progress_s, deadline_s)
+
+
+def api(**changes) -> ApiEvidence:
+    return replace(ApiEvidence(URL, RUNS, beat(), IDLE, RIGHT), **changes)
+
+
+GONE = api(process=Process("gone", 4711, None, "nobody"), beat=None, first=Look("refused"), answers=())
+WEDGED = api(first=busy(400, phase="prefill"), answers=SILENT, last=busy(410, phase="prefill"))
+
+
+def zombie(beat_age_s: float) -> ApiEvidence:
+    return api(beat=beat(beat_age_s), first=NO_HTTP, answers=SILENT, last=NO_HTTP)
+
+
+def alive(rng: random.Random) -> ApiEvidence:
+    """A look at a service that works, however slow, busy, young or badly seen it is."""
+    kind = rng.randrange(12)
+    steps = rng.randrange(1000)
+    waits = rng.choice([SILENT, FULL])
+    if kind == 0:
+        return api()
+    if kind == 1:  # turned away, moving
+        return api(first=busy(1, steps), answers=waits, last=busy(1, steps + rng.randrange(1, 50)))
+    if kind == 2:  # one long step within its deadline
+        held = rng.uniform(0, 110)
+        return api(first=busy(held, steps, phase="prefill"), answers=waits, last=busy(held + 9, steps, phase="prefill"))
+    if kind == 3:  # too slow even for /health, still beating and working
+        working = beat(rng.uniform(0, 5), pending=3, no_progress_s=rng.uniform(0, 100))
+        return api(beat=working, first=NO_HTTP, answers=SILENT, last=NO_HTTP)
+    if kind == 4:  # the loop was held by something long, but not for a minute
+        return zombie(rng.uniform(0, 55))
+    if kind == 5:
+        share = rng.random()
+        return api(first=Look("answered", 0.1, 503, "loading", "loading", 0, 0, progress=share), answers=(), process=replace(RUNS, age_s=rng.uniform(0, 890)))
+    if kind == 6:  # just started
+        return api(process=replace(RUNS, age_s=rng.uniform(0, 59), port_owner="nobody"), beat=None, first=Look("refused"), answers=())
+    if kind == 7:  # the checker cannot reach anything
+        return api(blind="its own connection to this machine fails", first=NO_HTTP, answers=SILENT, last=NO_HTTP, beat=None)
+    if kind == 8:  # no heartbeat file, all else well
+        return api(beat=None)
+    if kind == 9:  # the first look failed, the second shows steps
+        return api(first=NO_HTTP, answers=SILENT, last=busy(2, steps), beat=beat(2, pending=4))
+    if kind == 10:  # shutting down
+        return api(first=Look("answered", 0.1, 503, "draining", "draining", steps, 2), answers=())
+    return api(answers=(Answer("text", "credited"), Answer("picture", "right", 1.0, 200)))
+
+
+class Replay:
+    """Runs of the checker one after another, with the clock in hand."""
+
+    def __init__(self, limits: Limits | None = None, allowance: Allowance | None = None, mode: str = "restart") -> None:
+        self.limits = limits or Limits()
+        self.allowance = allowance or Allowance()
+        self.mode = mode
+        self.history, self.limiter = History(), Limiter()
+        self.wall, self.monotonic = 1_800_000_000.0, 5000.0
+        self.decisions: list[Decision] = []
+        self.verdicts: list[Verdict] = []
+        self.changes: list[history.Change] = []
+        self.messages = 0
+
+    @property
+    def restarts(self) -> int:
+        return sum(decision.kind == "restart" for decision in self.decisions)
+
+    def run(self, seen: ApiEvidence, after_s: float = 60.0, jump_s: float = 0.0) -> Decision:
+        self.wall += after_s + jump_s
+        self.monotonic += after_s
+        now = Moment(self.wall, self.monotonic, "boot")
+        verdict = judge_api(seen, self.limits)
+        if verdict.bad and history.why_inconclusive(self.history.moment, now, self.limits):
+            verdict = Verdict("api", "unknown", "clock_jump", "", "")
+        self.history, changes = history.advance(self.history, verdict, now, self.limits)
+        decision = limiter.decide(verdict, self.history, self.limiter, self.allowance, self.wall, self.mode)
+        if decision.opens:
+            self.limiter = limiter.opened(self.limiter, self.wall, decision.reason)
+        if decision.kind == "restart":
+            self.limiter = limiter.restarted(self.limiter, self.wall)
+            self.history = history.after_restart(self.history, now)
+        self.messages += sum(change.kind in ("opened", "closed") for change in changes) + decision.opens
+        self.decisions.append(decision)
+        self.verdicts.append(verdict)
+        self.changes += changes
+        return decision
