@@ -125,6 +125,8 @@ def named_failure(
 def _kind(status: int, code: str, message: str) -> str:
     if status in (401, 403):
         return "bad_key"
+    if status in (408, 504) or code == "deadline":
+        return "too_slow"
     if status == 413:
         return "too_large"
     if status in (400, 404, 422):

@@ -36,6 +36,7 @@ def own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(settings_module.Settings.model_config, "env_file", None)
     for name in [name for name in os.environ if name.startswith("GLM_")]:
         monkeypatch.delenv(name)
+    monkeypatch.setenv("GLM_LOG_DIR", str(tmp_path / "logs"))
 
 
 def free_port() -> int:
@@ -122,6 +123,7 @@ def page_server(tmp_path: Path) -> Iterator[Callable[..., Server]]:
     running: list[Server] = []
 
     def start(**settings: str) -> Server:
+        settings = {"GLM_LOG_DIR": str(tmp_path / "logs"), **settings}
         server = Server("web.server", "/_stcore/health", tmp_path / f"web-{len(running)}.log", **settings)
         running.append(server.__enter__())
         return server

@@ -11,8 +11,8 @@ import pytest
 from web.strings import LANGUAGES, TABLE, Words, language_for
 
 WEB = Path(__file__).resolve().parents[2] / "web"
-# Keys that the code puts together from a part: error.<kind>, picture.<kind>, finish.<reason>.
-BUILT = ("error.", "picture.", "finish.")
+# Keys that the code puts together from a part: error.<kind>, picture.<kind>, finish.<reason>, preset.<name>.
+BUILT = ("error.", "picture.", "finish.", "preset.")
 
 
 def placeholders(text: str) -> set[str]:
