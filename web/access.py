@@ -23,6 +23,7 @@ from web.strings import Words, language_for
 
 COOKIE = "glm_visitor"
 COOKIE_AGE_S = 90 * 86400
+INSIDE = "/_stcore/"  # addresses for programs: a checker brings the token there and keeps no cookie
 OPEN_PATH = "/_stcore/health"  # tells "ok" and nothing else; the checker and start.sh ask it without the token
 _VISITOR = re.compile(r"[A-Za-z0-9_-]{22}")
 
@@ -92,10 +93,12 @@ class Access:
         cookie, token, query = _cookie(scope), self._visitors.token, _query(scope)
         given = query.get("token", "")
         sets_cookie = ""
-        if scope["method"] == "GET" and token and self._visitors.is_right(given):
+        brought = bool(token) and scope["method"] == "GET" and self._visitors.is_right(given)
+        inside = scope["path"].startswith(INSIDE)
+        if brought and not inside:
             await _redirect(scope, self._visitors.renewed(cookie), query, send)
             return
-        if self._visitors.read(cookie) is None and scope["path"] != OPEN_PATH:
+        if self._visitors.read(cookie) is None and scope["path"] != OPEN_PATH and not (brought and inside):
             if token:
                 await _refuse(scope, bool(given), send)
                 return

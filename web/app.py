@@ -9,7 +9,7 @@ import streamlit as st
 
 import settings as settings_module
 from settings import Settings
-from web import access, controls, page_chat
+from web import access, controls, page_chat, page_console
 from web.chat_store import FILE_NAME, ChatStore, StoreError
 from web.client import ApiClient
 from web.my_chats import MyChats
@@ -20,7 +20,7 @@ ICON = Path(__file__).resolve().parent / "icon.png"
 
 def main() -> None:
     words = Words(_language())
-    st.set_page_config(page_title=words("title"), page_icon=str(ICON), layout="centered")
+    st.set_page_config(page_icon=str(ICON), layout="centered")
     if "settings" not in st.session_state:
         st.session_state["settings"] = settings_module.load()
     settings: Settings = st.session_state["settings"]
@@ -32,7 +32,17 @@ def main() -> None:
     def chat() -> None:
         page_chat.show(client, settings, words, mine)
 
-    chat()
+    def console() -> None:
+        st.set_page_config(layout="wide")
+        with st.sidebar:
+            controls.show_language(words)
+        page_console.show(client, settings, words)
+
+    pages = [
+        st.Page(chat, title=words("nav.chat"), icon=":material/forum:", default=True),
+        st.Page(console, title=words("nav.console"), icon=":material/monitor_heart:", url_path="console"),
+    ]
+    st.navigation(pages, position="top").run()
 
 
 def _language() -> str:

@@ -6,6 +6,8 @@ happened and what to do. Knows nothing of Streamlit; the `:material/...:` marks 
 
 from __future__ import annotations
 
+from web import strings_console
+
 LANGUAGES = {"en": "English", "zh": "中文"}
 
 TABLE: dict[str, dict[str, str]] = {
@@ -318,6 +320,7 @@ TABLE: dict[str, dict[str, str]] = {
         "zh": "令牌不正确。请重新复制；管理员可在 .env 文件的 GLM_WEB_TOKEN 中找到它。",
     },
 }
+TABLE |= strings_console.TABLE
 
 
 class Words:

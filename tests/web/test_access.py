@@ -135,6 +135,13 @@ def test_a_checker_may_bring_the_token_to_the_socket_itself() -> None:
     assert door.knock("/_stcore/stream", query="token=open+sesame", type="websocket") == [{"type": "websocket.accept"}]
 
 
+def test_a_checker_may_bring_the_token_to_the_programs_addresses() -> None:
+    door = Door()
+
+    assert door.knock("/_stcore/script-health-check", query="token=open+sesame")[0]["status"] == 200
+    assert door.knock("/_stcore/script-health-check", query="token=wrong")[0]["status"] == 401
+
+
 def test_a_wrong_token_is_told_in_the_reader_s_language() -> None:
     page = Door().knock(query="token=wrong", accept_language="zh-CN,zh;q=0.9")[1]["body"].decode()
 
