@@ -26,6 +26,7 @@ class Trend:
     points: Sequence[Point]
     limit: float | None = None
     limit_name: str = ""
+    clock: str = "%H:%M"
 
 
 def bars_chart(bars: Sequence[Bar], name: Callable[[Bar], str], description: str) -> dict[str, Any]:
@@ -50,7 +51,7 @@ def bars_chart(bars: Sequence[Bar], name: Callable[[Bar], str], description: str
         "mark": {"type": "text", "fontSize": 9, "fontWeight": "bold", "color": "white", "tooltip": None},
         "encoding": {"x": {"field": "middle", "type": "temporal"}, "text": {"field": "mark"}},
     }
-    return {"data": {"values": values}, "height": 44, "layer": [rect, letters], "description": description}
+    return {"data": {"values": values}, "height": 84, "layer": [rect, letters], "description": description}
 
 
 def trend_chart(trend: Trend, description: str) -> dict[str, Any]:
@@ -59,7 +60,7 @@ def trend_chart(trend: Trend, description: str) -> dict[str, Any]:
         "mark": {"type": "line", "color": LINE, "interpolate": "linear", "invalid": "break-paths-show-domains",
                  "point": {"size": 9, "color": LINE}},
         "encoding": {
-            "x": {"field": "at", "type": "temporal", "axis": {"title": None, "grid": False, "tickCount": 5}},
+            "x": {"field": "at", "type": "temporal", "axis": {"title": None, "grid": False, "tickCount": 5, "format": trend.clock}},
             "y": {"field": "value", "type": "quantitative", "axis": {"title": trend.unit, "tickCount": 4},
                   "scale": {"zero": True, "domainMin": 0}},
             "tooltip": [{"field": "at", "type": "temporal", "format": "%d.%m. %H:%M", "title": "•"},
@@ -74,4 +75,4 @@ def trend_chart(trend: Trend, description: str) -> dict[str, Any]:
             "encoding": {"y": {"field": "limit", "type": "quantitative"},
                          "tooltip": [{"field": "limit", "type": "quantitative", "title": trend.limit_name}]},
         })  # fmt: skip
-    return {"data": {"values": values}, "height": 150, "layer": layers, "description": description}
+    return {"data": {"values": values}, "height": 170, "layer": layers, "description": description}

@@ -70,5 +70,8 @@ def ask(log_dir: Path, actor: str, kind: str, target: str, arguments: Mapping[st
 
 def evidence_files(log_dir: Path, incident: str) -> list[Path]:
     """What the checker saved of an incident before it acted, oldest first."""
-    folder = log_dir / "incidents" / Path(incident).name
+    root = log_dir / "incidents"
+    folder = root / incident
+    if folder.resolve().parent != root.resolve():
+        return []
     return sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()) if folder.is_dir() else []

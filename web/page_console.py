@@ -109,7 +109,7 @@ def _show_sentence(what: Now, live: dict[str, Any], words: Words, zone: tzinfo, 
     if what.age_s is None:
         sentence = words("state.never")
     elif what.stale:
-        sentence = words("state.stale", age=duration(what.age_s, words), word=words(f"word.{what.word}"))
+        sentence = words("state.stale", age=duration(what.age_s, words), word=_word(what.word, words))
     else:
         since = what.since if what.since is not None else now
         sentence = words(
@@ -118,7 +118,7 @@ def _show_sentence(what: Now, live: dict[str, Any], words: Words, zone: tzinfo, 
         )  # fmt: skip
     box(sentence, icon=ICONS[what.state])
     for reason in what.reasons:
-        target, word = words(target_key(reason["target"])), words("word." + reason["word"])
+        target, word = words(target_key(reason["target"])), _word(reason["word"], words)
         st.markdown(f"**{target}: {word}** — {plain(reason[words.language])}")
     st.caption(_who(live, words))
 
@@ -134,6 +134,14 @@ def _who(live: dict[str, Any], words: Words) -> str:
     if phase := live.get("phase"):
         parts.append(words("console.phase", phase=plain(str(phase))))
     return " · ".join(parts)
+
+
+def _word(word: str, words: Words) -> str:
+    return words(f"word.{word}") if f"word.{word}" in TABLE else plain(word)
+
+
+def _told(state: str, words: Words) -> str:
+    return words(f"request.{state}")
 
 
 def target_key(target: str) -> str:
@@ -177,15 +185,16 @@ def _gpu_figure(report: dict[str, Any], words: Words) -> tuple[str, str, str | N
         return words("figure.gpu"), words("figure.no_gpu"), None
     card = max(cards, key=lambda each: each.get("memory_used_mib") or 0)
     used, total, hot = card.get("memory_used_mib"), card.get("memory_total_mib"), card.get("temperature_c")
-    memory = "–" if used is None else f"{used / 1024:.1f}" + (f" / {total / 1024:.0f} GiB" if total else " GiB")
-    return words("figure.gpu"), memory, None if hot is None else f"{hot:g} °C"
+    memory = "–" if used is None else f"{used / 1024:.1f} GiB"
+    told = [words("figure.gpu_of", total=f"{total / 1024:.0f}", name=card.get("name") or "GPU")] if total else []
+    return words("figure.gpu"), memory, " · ".join([*told, *([] if hot is None else [f"{hot:g} °C"])]) or None
 
 
 def _show_bars(history: History, words: Words, now: float) -> None:
     st.subheader(words("bars.title"), anchor=False)
 
     def name(bar: Bar) -> str:
-        return words("bars.none") if bar.state == "none" else words(f"word.{bar.word}")
+        return words("bars.none") if bar.state == "none" else _word(bar.word, words)
 
     for target in ("api", "page"):
         bars = console_history.bars(history.minutes, target, now)
@@ -213,8 +222,8 @@ def _show_trends(history: History, settings: Settings, words: Words, now: float)
         for column, trend in zip(st.columns(2), shown[left : left + 2], strict=False):
             with column:
                 known = [point.value for point in trend.points if point.value is not None]
-                limit = "" if trend.limit is None else " · " + words("trend.limit", limit=f"{trend.limit:g} {trend.unit}")
-                st.caption(f"**{trend.title}** {known[-1]:.3g} {trend.unit}{limit}")
+                limit = "" if trend.limit is None else " · " + words("trend.limit", limit=f"{short(trend.limit)} {trend.unit}")
+                st.caption(f"**{trend.title}** {short(known[-1])} {trend.unit}{limit}")
                 st.vega_lite_chart(spec=trend_chart(trend, trend.title), width="stretch", key=f"trend-{trend.title}")
 
 
@@ -243,7 +252,12 @@ def trends_of(history: History, settings: Settings, span: str, words: Words, now
         ("memory_used_percent", "%", settings.memory_limit_percent, "GLM_MEMORY_LIMIT_PERCENT"),
         ("page_s", "s", None, ""),
     )
-    return [Trend(words(f"trend.{name}"), unit, points(name), limit, setting) for name, unit, limit, setting in rows]
+    form = "%d.%m." if span == "7d" else "%H:%M"
+    return [Trend(words(f"trend.{name}"), unit, points(name), limit, setting, form) for name, unit, limit, setting in rows]
+
+
+def short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 # Causes.
@@ -259,7 +273,7 @@ def _show_incidents(history: History, settings: Settings, words: Words, zone: tz
         icon = ":material/check:" if end else ":material/error:"
         label = words(
             "incident.line" if end else "incident.open_line", at=clock(begin, zone, now), span=span,
-            target=words(target_key(incident["target"])), word=words(f"word.{incident['word']}"),
+            target=words(target_key(incident["target"])), word=_word(incident["word"], words),
         )  # fmt: skip
         with st.expander(label, icon=icon, expanded=not end):
             _show_incident(incident, history, settings, words, zone, now)
@@ -296,7 +310,7 @@ def _show_requests(history: History, what: Now, words: Words, zone: tzinfo) -> N
     head = "| # | " + " | ".join(words(f"request.{name}") for name in ("at", "actor", "what", "state", "outcome")) + " |"
     rows = [
         f"| {row['id']} | {clock(row['made_at'], zone, time.time(), seconds=True)} | {plain(row['actor'] or '')} "
-        f"| {plain(row['kind'])} {plain(row['target'] or '')} | {words('request.' + row['state'])} "
+        f"| {plain(row['kind'])} {plain(row['target'] or '')} | {_told(row['state'], words)} "
         f"| {plain(row['outcome'] or '')} |"
         for row in history.requests[:10]
     ]

@@ -75,6 +75,7 @@ TABLE: dict[str, dict[str, str]] = {
     "figure.load_help": {"en": "Requests in the model server right now.", "zh": "模型服务当前的请求数。"},
     "figure.kv": {"en": "KV cache used", "zh": "KV 缓存占用"},
     "figure.gpu": {"en": "GPU memory", "zh": "显存"},
+    "figure.gpu_of": {"en": "of {total} GiB, {name}", "zh": "共 {total} GiB，{name}"},
     "figure.no_gpu": {"en": "no GPU", "zh": "无显卡"},
     "figure.failed": {"en": "Failed checks, 1 h", "zh": "1 小时内失败检查"},
     # Bars and trends.
@@ -114,7 +115,7 @@ TABLE: dict[str, dict[str, str]] = {
         "zh": "{at} · {target}：{word}，已持续 {span}（未关闭）",
     },
     "incident.facts": {
-        "en": "Rule {rule} · {restarts} restarts · incident {id}",
+        "en": "Rule {rule} · restarts: {restarts} · incident {id}",
         "zh": "规则 {rule} · 重启 {restarts} 次 · 事件 {id}",
     },
     "incident.evidence": {"en": "Evidence that was saved", "zh": "已保存的证据"},
