@@ -40,8 +40,13 @@ def show_tray(tray: list[Picture], words: Words) -> None:
                 )  # fmt: skip
 
 
-def show_ways_in(tray: list[Picture], prepare: Callable[[str, bytes], Picture], limits: str, words: Words) -> None:
+def show_ways_in(
+    tray: list[Picture], prepare: Callable[[str, bytes], Picture], limits: str, words: Words, presets_folded: bool = False
+) -> None:
     with st.container(horizontal=True, vertical_alignment="center"):
+        if presets_folded:
+            with st.popover(words("preset.open"), icon=":material/bolt:", type="tertiary"):
+                show_presets(words)
         if st.button(words("add.camera"), icon=":material/photo_camera:", key="add-camera", type="tertiary"):
             _camera(tray, prepare, words)
         if st.button(words("add.url"), icon=":material/link:", key="add-url", type="tertiary"):

@@ -297,8 +297,7 @@ class _Page:
                     st.code(last.text.strip(), language=None, wrap_lines=True)
         if last.state == "done":
             self._show_more_questions()
-        composer.show_presets(words)
-        composer.show_ways_in(self._chat.tray, self._prepare, self._limits(), words)
+        composer.show_ways_in(self._chat.tray, self._prepare, self._limits(), words, presets_folded=True)
         composer.show_tray(self._chat.tray, words)
 
     def _show_more_questions(self) -> None:

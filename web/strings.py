@@ -65,6 +65,7 @@ TABLE: dict[str, dict[str, str]] = {
     "tray.title": {"en": "Goes with the next question", "zh": "将随下一个问题发送"},
     "tray.remove": {"en": "Remove", "zh": "移除"},
     "preset.title": {"en": "What do you want to know?", "zh": "您想知道什么？"},
+    "preset.open": {"en": "Ready-made questions", "zh": "常用问题"},
     "preset.describe": {"en": "Describe", "zh": "描述图片"},
     "preset.read": {"en": "Read text", "zh": "识别文字"},
     "preset.table": {"en": "Table to Markdown", "zh": "表格转 Markdown"},
