@@ -41,7 +41,7 @@ def show_tray(tray: list[Picture], words: Words) -> None:
 
 
 def show_ways_in(
-    tray: list[Picture], prepare: Callable[[str, bytes], Picture], limits: str, words: Words, presets_folded: bool = False
+    tray: list[Picture], prepare: Callable[[str, bytes], Picture], limits: str, words: Words, by_link: bool, presets_folded: bool = False
 ) -> None:
     with st.container(horizontal=True, vertical_alignment="center"):
         if presets_folded:
@@ -49,7 +49,7 @@ def show_ways_in(
                 show_presets(words)
         if st.button(words("add.camera"), icon=":material/photo_camera:", key="add-camera", type="tertiary"):
             _camera(tray, prepare, words)
-        if st.button(words("add.url"), icon=":material/link:", key="add-url", type="tertiary"):
+        if by_link and st.button(words("add.url"), icon=":material/link:", key="add-url", type="tertiary"):
             _address(tray, words)
         st.caption(limits)
 

@@ -140,6 +140,7 @@ class _Page:
         self._info = info or Info()
         self._mine = mine
         limits = self._info.limits
+        self._by_link = bool(limits.get("fetch_images", True))  # another engine does not tell
         self._max_images = limits.get("max_images", settings.max_images)
         self._max_bytes = min(limits.get("max_image_bytes", settings.max_image_bytes), settings.max_image_bytes)
         self._max_pixels = min(limits.get("max_image_pixels", settings.max_image_pixels), settings.max_image_pixels)
@@ -252,7 +253,7 @@ class _Page:
     def show_beginnings(self) -> None:
         """Under the empty page's input box: ways to add pictures, ready-made questions, sample pictures."""
         words = self._words
-        composer.show_ways_in(self._chat.tray, self._prepare, self._limits(), words)
+        composer.show_ways_in(self._chat.tray, self._prepare, self._limits(), words, self._by_link)
         composer.show_presets(words)
         st.markdown(f"**{words('samples.title')}**")
         cards = st.container(horizontal=True)
@@ -297,7 +298,7 @@ class _Page:
                     st.code(last.text.strip(), language=None, wrap_lines=True)
         if last.state == "done":
             self._show_more_questions()
-        composer.show_ways_in(self._chat.tray, self._prepare, self._limits(), words, presets_folded=True)
+        composer.show_ways_in(self._chat.tray, self._prepare, self._limits(), words, self._by_link, presets_folded=True)
         composer.show_tray(self._chat.tray, words)
 
     def _show_more_questions(self) -> None:

@@ -273,3 +273,11 @@ def test_more_pictures_than_allowed_are_told_before_anything_is_sent(open_page: 
 
     assert "would hold 5 pictures; 4 are allowed" in page.warning[0].value
     assert fake_api.received == []
+
+
+def test_a_picture_by_link_is_offered_only_where_the_api_fetches_pictures(open_page: OpenPage, fake_api: FakeApi) -> None:
+    assert "add-url" in [button.key for button in open_page().button]
+
+    fake_api.info["limits"]["fetch_images"] = False
+
+    assert "add-url" not in [button.key for button in open_page().button]

@@ -77,7 +77,7 @@ def test_thinking(opened: Opened, fake_api: FakeApi, tmp_path: Path) -> None:
 
 def test_boxes(opened: Opened, fake_api: FakeApi, tmp_path: Path) -> None:
     fake_api.answer = Answer(text="I found a circle and a square.", boxes=BOXES)
-    page = opened()
+    page = opened(viewport={"width": 1200, "height": 1300})
     ask_about_the_sample(page, "What color is the star?")
     last_answer(page)
     page.get_by_text("2 marked in").click()
@@ -134,7 +134,7 @@ def test_console_healthy(opened: Opened, fake_api: FakeApi, tmp_path: Path) -> N
     page = opened("console")
 
     expect(page.get_by_text("Operational since")).to_be_visible(timeout=PATIENCE_MS)
-    expect(page.locator("canvas, svg.marks").first).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.get_by_test_id("stVegaLiteChart").first).to_be_visible(timeout=PATIENCE_MS)
     take(page, "console", tmp_path)
 
 
@@ -156,7 +156,7 @@ def test_console_in_an_incident(opened: Opened, fake_api: FakeApi, tmp_path: Pat
 
     expect(page.get_by_text("Down since")).to_be_visible(timeout=PATIENCE_MS)
     expect(page.get_by_text("verified by a right answer")).to_be_attached(timeout=PATIENCE_MS)
-    expect(page.locator("canvas, svg.marks").first).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.get_by_test_id("stVegaLiteChart").first).to_be_visible(timeout=PATIENCE_MS)
     take(page, "console-incident", tmp_path)
     page.get_by_text("verified by a right answer").scroll_into_view_if_needed()
 
