@@ -40,6 +40,9 @@ def opened(page_server: Callable[..., Server], fake_api: FakeApi, open_page: Ope
 def take(page: Page, name: str, tmp_path: Path) -> None:
     folder = Path(os.environ.get("SCREENSHOTS") or tmp_path)
     page.mouse.move(2, 2)
+    # Streamlit fetches the code of its parts one by one and shows grey boxes until they are there.
+    expect(page.get_by_test_id("stSkeleton")).to_have_count(0, timeout=PATIENCE_MS)
+    page.wait_for_function("[...document.images].every(i => i.complete)")
     page.wait_for_timeout(600)  # what fades in has come to rest
     page.screenshot(path=folder / f"{name}.png")
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
