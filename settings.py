@@ -24,7 +24,8 @@ ROOT = Path(__file__).resolve().parent
 ENV_FILE = ROOT / ".env"
 PREFIX = "GLM_"
 SECRETS = (
-    "API_KEY", "API_KEYS", "WEB_TOKEN", "PROBE_TOKEN", "DINGTALK_URL", "DINGTALK_SECRET", "FEISHU_URL", "FEISHU_SECRET", "WECOM_URL",
+    "API_KEY", "API_KEYS", "WEB_TOKEN", "OPERATOR_TOKEN", "PROBE_TOKEN", "DINGTALK_URL", "DINGTALK_SECRET", "FEISHU_URL",
+    "FEISHU_SECRET", "WECOM_URL",
     "WEBHOOK_URL", "WEBHOOK_SECRET", "SLACK_URL", "SMTP_URL", "PING_URL", "PUSHGATEWAY_URL", "ELASTICSEARCH_URL",
 )  # fmt: skip
 
@@ -93,6 +94,8 @@ class Settings(BaseSettings):
     web_host: str = "0.0.0.0"
     web_port: int = Field(8081, ge=1, le=65535)
     web_token: SecretStr | None = None
+    operator_token: SecretStr | None = Field(None, description="opens the console's actions; without it there are none")
+    chat_days: int = Field(90, ge=1, description="chats that nobody used for so many days are removed")
     api_url: str = Field(
         "", description="where the page and the checker find the API; empty means this machine's `api_port`"
     )

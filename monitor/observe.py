@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from monitor import foreign, gpu, machine, ports, processes, websocket
 from monitor.evidence import Answer, ApiEvidence, Beat, Exchange, Look, Moment, PageEvidence, Process
@@ -137,13 +138,15 @@ def _look_at_page(settings: Settings, due: Due) -> PageEvidence:
     health = visit(f"{url}/_stcore/health", PAGE_LIMIT_S)
     if not health.good:
         return PageEvidence(url, health=health)
-    connection = websocket.handshake(f"{url}/_stcore/stream", PAGE_LIMIT_S)
-    script = visit(f"{url}/_stcore/script-health-check", PAGE_LIMIT_S) if due.script else None
+    # Behind its health route the page lets nobody in without the token.
+    pass_ = f"?token={quote(_secret(settings.web_token))}" if settings.web_token else ""
+    connection = websocket.handshake(f"{url}/_stcore/stream{pass_}", PAGE_LIMIT_S)
+    script = visit(f"{url}/_stcore/script-health-check{pass_}", PAGE_LIMIT_S) if due.script else None
     front: Exchange | None = None
     if settings.front_url:
         front = visit(f"{settings.front_url.rstrip('/')}/_stcore/health", PAGE_LIMIT_S)
         if front.good:
-            front = websocket.handshake(f"{settings.front_url.rstrip('/')}/_stcore/stream", PAGE_LIMIT_S)
+            front = websocket.handshake(f"{settings.front_url.rstrip('/')}/_stcore/stream{pass_}", PAGE_LIMIT_S)
     return PageEvidence(url, health=health, websocket=connection, script=script, front=front)
 
 

@@ -1,14 +1,18 @@
-"""What Streamlit runs for each visitor and each click: language, gate, page."""
+"""What Streamlit runs for each visitor and each click: language, visitor, page."""
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 
 import streamlit as st
 
 import settings as settings_module
-from web import gate, page_chat
+from settings import Settings
+from web import access, controls, page_chat, page_console
+from web.chat_store import FILE_NAME, ChatStore, StoreError
 from web.client import ApiClient
+from web.my_chats import MyChats
 from web.strings import LANGUAGES, Words, language_for
 
 ICON = Path(__file__).resolve().parent / "icon.png"
@@ -16,13 +20,29 @@ ICON = Path(__file__).resolve().parent / "icon.png"
 
 def main() -> None:
     words = Words(_language())
-    st.set_page_config(page_title=words("title"), page_icon=str(ICON), layout="centered")
+    st.set_page_config(page_icon=str(ICON), layout="centered")
     if "settings" not in st.session_state:
         st.session_state["settings"] = settings_module.load()
-    settings = st.session_state["settings"]
-    gate.require_token(settings.web_token.get_secret_value() if settings.web_token else "", words)
+    settings: Settings = st.session_state["settings"]
+    controls.keep()
     key = settings.api_key.get_secret_value() if settings.api_key else None
-    page_chat.show(ApiClient(settings.api_base_url, key), settings, words)
+    client = ApiClient(settings.api_base_url, key)
+    mine = MyChats(_store(settings.log_dir / FILE_NAME, settings.chat_days), _visitor(settings))
+
+    def chat() -> None:
+        page_chat.show(client, settings, words, mine)
+
+    def console() -> None:
+        st.set_page_config(layout="wide")
+        with st.sidebar:
+            controls.show_language(words)
+        page_console.show(client, settings, words)
+
+    pages = [
+        st.Page(chat, title=words("nav.chat"), icon=":material/forum:", default=True),
+        st.Page(console, title=words("nav.console"), icon=":material/monitor_heart:", url_path="console"),
+    ]
+    st.navigation(pages, position="top").run()
 
 
 def _language() -> str:
@@ -31,6 +51,24 @@ def _language() -> str:
         asked = st.query_params.get("lang", "")
         st.session_state["language"] = asked if asked in LANGUAGES else language_for(st.context.locale)
     return str(st.session_state["language"])
+
+
+def _visitor(settings: Settings) -> str:
+    """Whose chats these are: the cookie's, whose signature the door has seen; without one, this session's alone."""
+    token = settings.web_token.get_secret_value() if settings.web_token else ""
+    signed = access.Visitors(token).read(str(st.context.cookies.get(access.COOKIE, "")))
+    if signed is not None:
+        return signed
+    return str(st.session_state.setdefault("visitor", secrets.token_urlsafe(16)))
+
+
+@st.cache_resource(show_spinner=False)
+def _store(path: Path, keep_days: int) -> ChatStore | None:
+    """None where there can be none; the page then says that chats are not kept."""
+    try:
+        return ChatStore(path, keep_days)
+    except StoreError:
+        return None
 
 
 main()

@@ -69,6 +69,21 @@ class ApiClient:
         except (requests.RequestException, ValueError, KeyError, TypeError, AttributeError):
             return Health("down")
 
+    def health_body(self) -> dict[str, Any]:
+        """All that `/health` says; empty if it cannot be asked."""
+        return self._glance("/health")
+
+    def info_body(self) -> dict[str, Any]:
+        """All that `/info` says; empty if it cannot be asked."""
+        return self._glance("/info")
+
+    def _glance(self, path: str) -> dict[str, Any]:
+        try:
+            answer = self._session().get(f"{self.base_url}{path}", timeout=(CONNECT_TIMEOUT_S, GLANCE_TIMEOUT_S))
+        except requests.RequestException:
+            return {}
+        return _json_object(answer)
+
     def info(self) -> Info:
         """Raises ApiError."""
         try:
@@ -125,6 +140,8 @@ def named_failure(
 def _kind(status: int, code: str, message: str) -> str:
     if status in (401, 403):
         return "bad_key"
+    if status in (408, 504) or code == "deadline":
+        return "too_slow"
     if status == 413:
         return "too_large"
     if status in (400, 404, 422):

@@ -1,34 +1,62 @@
 """What was asked and answered in one chat, and what of it is sent with the next question.
 
-Owns turns, the pictures they brought and the rule of what is resent. Knows nothing of Streamlit or HTTP.
+Owns turns, the pictures they brought and the rule of what is resent. Knows nothing of Streamlit, HTTP or SQLite.
 A turn is changed in place while its answer arrives: whatever interrupts the page, what had come stays.
 """
 
 from __future__ import annotations
 
+import secrets
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from web.client import ApiError
-from web.events import Box, Event, Finished, Loading, Queued, Text, Thought
+from web.events import Box, CallPiece, Event, Finished, Loading, Queued, Text, Thought
 from web.pictures import Picture
 
 State = Literal["waiting", "thinking", "writing", "done", "stopped", "failed"]
 UNFINISHED: tuple[State, ...] = ("waiting", "thinking", "writing")
 # After these the same pictures would fail again, so they are not carried into the next question.
 REFUSALS = ("refused", "too_large", "too_long")
+TITLE_LENGTH = 60
+
+UrlOf = Callable[[Picture], str]  # the address to send: a data: URL, or where the API shall fetch it
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why an answer failed: what of an ApiError is worth keeping."""
+
+    kind: str
+    detail: str = ""
+    request_id: str = ""
+
+
+@dataclass
+class Call:
+    """A tool that the model asked for; `arguments` is JSON as the model wrote it."""
+
+    name: str
+    arguments: str = ""
 
 
 @dataclass
 class Answer:
-    """One answer. `sent` lists the pictures of the request, in order: boxes count from its first."""
+    """One answer. `sent` lists the pictures of the request, in order: boxes count from its first.
+
+    `question` is what it answered, where the turn's question was changed later. `schema` is the JSON schema that it was asked to fit ({}: any JSON; None: free text).
+    """
 
     state: State = "waiting"
+    question: str = ""
     text: str = ""
     reasoning: str = ""
     boxes: list[Box] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
     sent: tuple[str, ...] = ()
+    schema: dict[str, Any] | None = None
     queue_position: int | None = None
     loading: bool = False
     loading_progress: float | None = None
@@ -36,11 +64,15 @@ class Answer:
     thinking_began: float | None = None
     thinking_s: float | None = None
     finish: Finished | None = None
-    error: ApiError | None = None
+    error: Failure | None = None
 
     @property
     def unfinished(self) -> bool:
         return self.state in UNFINISHED
+
+    @property
+    def says_something(self) -> bool:
+        return bool(self.text.strip() or self.boxes or self.calls)
 
     def take(self, event: Event, now: float) -> None:
         if not self.unfinished:
@@ -61,6 +93,10 @@ class Answer:
                 self.text += text
             case Box():
                 self.boxes.append(event)
+            case CallPiece():
+                self._end_thinking(now)
+                self.state = "writing"
+                self._take_call(event)
             case Finished():
                 self._end_thinking(now)
                 self.state = "done"
@@ -69,12 +105,19 @@ class Answer:
     def fail(self, error: ApiError, now: float) -> None:
         self._end_thinking(now)
         self.state = "failed"
-        self.error = error
+        self.error = Failure(error.kind, error.detail, error.request_id)
 
     def stop(self, now: float) -> None:
         if self.unfinished:
             self._end_thinking(now)
             self.state = "stopped"
+
+    def _take_call(self, piece: CallPiece) -> None:
+        while len(self.calls) <= piece.index < 64:
+            self.calls.append(Call(""))
+        if piece.index < len(self.calls):
+            call = self.calls[piece.index]
+            call.name, call.arguments = call.name or piece.name, call.arguments + piece.arguments
 
     def _end_thinking(self, now: float) -> None:
         if self.thinking_began is not None and self.thinking_s is None:
@@ -83,16 +126,30 @@ class Answer:
 
 @dataclass
 class Turn:
-    """A question, the pictures that it brought, and its answer. `sample` names the sample picture it came with."""
+    """A question, the pictures that it brought, and its answer. `sample` names the sample picture it came with.
+
+    `earlier` keeps the answers that were asked for again, oldest first.
+    """
 
     question: str
     pictures: tuple[str, ...] = ()
     sample: str | None = None
     answer: Answer = field(default_factory=Answer)
+    earlier: list[Answer] = field(default_factory=list)
+    asked_at: float = field(default_factory=time.time)
+
+
+def new_id() -> str:
+    """Stands in the page's address; whoever guessed it would still need the visitor's cookie."""
+    return secrets.token_urlsafe(12)
 
 
 @dataclass
 class Conversation:
+    """`pictures` holds what is known of each picture by its sha; their bytes are the store's."""
+
+    id: str = field(default_factory=new_id)
+    title: str = ""
     turns: list[Turn] = field(default_factory=list)
     pictures: dict[str, Picture] = field(default_factory=dict)
 
@@ -101,18 +158,25 @@ class Conversation:
         self.pictures.update({picture.sha: picture for picture in pictures})
         turn = Turn(question, tuple(dict.fromkeys(picture.sha for picture in pictures)), sample)
         self.turns.append(turn)
-        turn.answer.sent = tuple(sha for _, shas, _ in self._exchanges() for sha in shas)
+        self.title = self.title or _short(question)
+        turn.answer.sent = self._to_send()
+        return turn
+
+    def ask_again(self, question: str = "") -> Turn:
+        """The last question once more, or another in its place; the answer that it had is kept."""
+        turn = self.turns[-1]
+        if question and question != turn.question:
+            turn.answer.question, turn.question = turn.question, question
+        if turn.answer.says_something or turn.answer.reasoning:
+            turn.earlier.append(turn.answer)
+        turn.answer = Answer(schema=turn.answer.schema)
+        turn.answer.sent = self._to_send()
         return turn
 
     def settle(self, now: float) -> None:
         """Mark what an interrupted run left unfinished as stopped."""
         for turn in self.turns:
             turn.answer.stop(now)
-
-    def take_back_last(self) -> tuple[str, list[Picture], str | None]:
-        """Remove the last turn and return what it asked, to ask it again."""
-        turn = self.turns.pop()
-        return turn.question, [self.pictures[sha] for sha in turn.pictures], turn.sample
 
     def last_sample(self) -> str | None:
         """The sample picture that the talk is about, if its newest picture is one."""
@@ -123,17 +187,24 @@ class Conversation:
         carried = [sha for _, shas, _ in self._exchanges(extra=True) for sha in shas]
         return len(carried) + new
 
-    def messages(self) -> list[dict[str, Any]]:
+    def messages(self, url_of: UrlOf) -> list[dict[str, Any]]:
         """The chat for the API. Pictures stay in the turn that brought them; reasoning is never sent back."""
         messages: list[dict[str, Any]] = []
         for question, shas, answer in self._exchanges():
             parts: list[dict[str, Any]] = [
-                {"type": "image_url", "image_url": {"url": self.pictures[sha].data_url}} for sha in shas
+                {"type": "image_url", "image_url": {"url": url_of(self.pictures[sha])}} for sha in shas
             ]
             messages.append({"role": "user", "content": [*parts, {"type": "text", "text": question}]})
             if answer:
                 messages.append({"role": "assistant", "content": answer})
         return messages
+
+    def without_bytes(self, shas: set[str]) -> None:
+        """Let go of bytes that the store holds now."""
+        self.pictures.update({sha: replace(self.pictures[sha], data=b"") for sha in shas if sha in self.pictures})
+
+    def _to_send(self) -> tuple[str, ...]:
+        return tuple(sha for _, shas, _ in self._exchanges() for sha in shas)
 
     def _exchanges(self, extra: bool = False) -> list[tuple[str, tuple[str, ...], str]]:
         """(question, pictures, answer) of every turn that counts; the last one's answer is still empty.
@@ -153,3 +224,8 @@ class Conversation:
             exchanges.append((turn.question, shas, turn.answer.text if turn is not turns[-1] else ""))
             carried = ()
         return exchanges
+
+
+def _short(question: str) -> str:
+    words = " ".join(question.split())
+    return words if len(words) <= TITLE_LENGTH else words[: TITLE_LENGTH - 1].rstrip() + "…"

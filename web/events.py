@@ -39,10 +39,24 @@ class Text:
 
 @dataclass(frozen=True)
 class Box:
-    """A rectangle in 0-1000 of width and height; `image` counts the request's pictures from 0."""
+    """A rectangle in 0-1000 of width and height; `image` counts the request's pictures from 0.
+
+    `pixels` are the API's own, in the picture as it was sent; empty if it told none.
+    """
 
     corners: tuple[float, float, float, float]
     image: int = 0
+    label: str = ""
+    pixels: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class CallPiece:
+    """A piece of the `index`-th tool call: the first brings the name, all together the arguments."""
+
+    index: int
+    name: str = ""
+    arguments: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,9 +68,11 @@ class Finished:
     prompt_tokens: int | None = None
     ttft_s: float | None = None
     tokens_per_s: float | None = None
+    cached_tokens: int | None = None
+    request_id: str = ""
 
 
-Event = Queued | Loading | Thought | Text | Box | Finished
+Event = Queued | Loading | Thought | Text | Box | CallPiece | Finished
 
 
 @dataclass
@@ -104,6 +120,9 @@ class EventReader:
             for box in delta.get("boxes") or []:
                 if read := _box(box):
                     yield read
+            for call in delta.get("tool_calls") or []:
+                if piece := _call_piece(call):
+                    yield piece
             self._reason = choice.get("finish_reason") or self._reason
 
     def _finished(self) -> Finished:
@@ -113,6 +132,8 @@ class EventReader:
             prompt_tokens=self._usage.get("prompt_tokens"),
             ttft_s=self._timings.get("ttft_s"),
             tokens_per_s=self._timings.get("tokens_per_s"),
+            cached_tokens=(self._usage.get("prompt_tokens_details") or {}).get("cached_tokens"),
+            request_id=self.request_id,
         )
 
 
@@ -125,10 +146,20 @@ def _box(box: object) -> Box | None:
     """None for anything that is no rectangle inside 0-1000: it must not be drawn."""
     if not isinstance(box, dict):
         return None
-    corners, image = box.get("bbox_2d"), box.get("image", 0)
+    corners, image, pixels = box.get("bbox_2d"), box.get("image", 0), box.get("bbox_pixels")
     if not isinstance(corners, list) or len(corners) != 4 or not isinstance(image, int):
         return None
     if not all(isinstance(value, int | float) and 0 <= value <= 1000 for value in corners):
         return None
     x1, y1, x2, y2 = (float(value) for value in corners)
-    return Box((x1, y1, x2, y2), image) if x2 > x1 and y2 > y1 else None
+    if x2 <= x1 or y2 <= y1:
+        return None
+    told = isinstance(pixels, list) and len(pixels) == 4 and all(isinstance(value, int) for value in pixels)
+    return Box((x1, y1, x2, y2), image, str(box.get("label") or ""), tuple(pixels) if told and pixels else ())
+
+
+def _call_piece(call: object) -> CallPiece | None:
+    if not isinstance(call, dict) or not isinstance(call.get("function"), dict):
+        return None
+    index, function = call.get("index") or 0, call["function"]
+    return CallPiece(int(index), str(function.get("name") or ""), str(function.get("arguments") or ""))

@@ -16,50 +16,61 @@ import streamlit as st
 from streamlit.typing import ChatInputValue
 
 from settings import Settings
-from web import pictures
+from web import composer, pictures
 from web.answer_stream import AnswerStream
+from web.chat_list import show_chat_menu, show_chats
 from web.client import ApiClient, ApiError, Info
-from web.controls import Wishes, sidebar
+from web.controls import Wishes, show_language, show_wishes
 from web.conversation import Conversation, Turn
 from web.heading import show_heading
+from web.live_answer import LiveAnswer
+from web.my_chats import MyChats
 from web.pictures import Picture, PictureError
-from web.safe_text import plain
 from web.samples import Sample, sample_named, samples
 from web.strings import Words
-from web.turns_view import MODEL, LiveAnswer, show_answer, show_question
+from web.turns_view import MODEL, USER, show_answer, show_question
 
 SAMPLE_WIDTH = 164  # four beside each other on a desk, two on a phone
 INFO_FRESH_S = 20
-STOP_CHECK_S = 0.5  # how soon an answer that was stopped is marked so
+STOP_CHECK_S = 0.5  # how soon an answer that was stopped is shown so
+MAX_TURNS = 100  # in one chat: each is drawn again at every click
 
 
 @dataclass
 class Ask:
-    """A question to send in this run."""
+    """A question to send in this run. `again`: in place of the last one, or that very one where it is empty."""
 
     question: str
     pictures: list[Picture] = field(default_factory=list)
     sample: str | None = None
+    again: bool = False
 
 
 @dataclass
 class Chat:
-    """What one visitor's session holds."""
+    """What one visitor's session holds. `tray`: pictures that wait for the next question."""
 
     conversation: Conversation = field(default_factory=Conversation)
+    tray: list[Picture] = field(default_factory=list)
     next_ask: Ask | None = None
     submitted: bool = False  # the input box brings a question in this run
+    editing: bool = False  # the last question stands in a box to be changed
     notices: list[str] = field(default_factory=list)
 
 
-def show(client: ApiClient, settings: Settings, words: Words) -> None:
-    if "chat" not in st.session_state:
-        st.session_state["chat"] = Chat()
-    chat: Chat = st.session_state["chat"]
+def show(client: ApiClient, settings: Settings, words: Words, mine: MyChats) -> None:
+    chat = _chat(mine)
     chat.conversation.settle(time.monotonic())
     info, trouble = _info(client)
-    page = _Page(client, settings, words, chat, info)
-    wishes = sidebar(info, words, page.new_chat)
+    page = _Page(client, settings, words, chat, info, mine)
+    with st.sidebar:
+        show_chats(mine, chat.conversation, words, page.open_chat, page.new_chat)
+        if chat.conversation.turns:
+            show_chat_menu(mine, chat.conversation, words, page.new_chat)
+        st.space("small")
+        wishes = show_wishes(info, words)
+        st.space("small")
+        show_language(words)
     at_start = not (chat.conversation.turns or chat.next_ask or chat.submitted)
     chat.submitted = False
     # Each part keeps its place from run to run: what a part no longer shows vanishes at once, instead of
@@ -69,18 +80,17 @@ def show(client: ApiClient, settings: Settings, words: Words) -> None:
     if at_start:
         # In the flow of the page: pinned to its bottom, it would make a phone open the page scrolled to its end.
         with first_input.container():
-            ask = page.read_input()
+            composer.show_tray(chat.tray, words)
+            ask = page.read_input(wishes)
             page.show_notices()
         with first_steps.container():
-            page.show_samples()
+            page.show_beginnings()
     else:
         first_input.empty()
         first_steps.empty()
-        ask = page.read_input()
+        ask = page.read_input(wishes)
     with talk:
-        for turn in chat.conversation.turns:
-            show_question(turn, chat.conversation, words)
-            show_answer(turn, chat.conversation, words)
+        page.show_talk(ask)
         if not at_start:
             page.show_notices()
         if ask is not None:
@@ -88,6 +98,22 @@ def show(client: ApiClient, settings: Settings, words: Words) -> None:
             page.answer(ask, wishes)
     with next_steps.container():
         page.show_next_steps()
+
+
+def _chat(mine: MyChats) -> Chat:
+    """The session's chat; or the one that the address names, after a reload or the browser's back button."""
+    asked = st.query_params.get("chat", "")
+    chat: Chat | None = st.session_state.get("chat")
+    if asked and (chat is None or asked != chat.conversation.id):
+        found = mine.load(asked)
+        if found is not None:
+            chat = Chat(found)
+        else:
+            del st.query_params["chat"]
+    st.session_state["chat"] = chat = chat or Chat()
+    if chat.conversation.turns and st.query_params.get("chat") != chat.conversation.id:
+        st.query_params["chat"] = chat.conversation.id
+    return chat
 
 
 def _info(client: ApiClient) -> tuple[Info | None, ApiError | None]:
@@ -105,26 +131,29 @@ def _fresh_info(base_url: str, _client: ApiClient) -> Info:
 class _Page:
     """One run of the script for one visitor."""
 
-    def __init__(self, client: ApiClient, settings: Settings, words: Words, chat: Chat, info: Info | None) -> None:
+    def __init__(
+        self, client: ApiClient, settings: Settings, words: Words, chat: Chat, info: Info | None, mine: MyChats
+    ) -> None:
         self._client = client
         self._words = words
         self._chat = chat
         self._info = info or Info()
+        self._mine = mine
         limits = self._info.limits
+        self._by_link = bool(limits.get("fetch_images", True))  # another engine does not tell
         self._max_images = limits.get("max_images", settings.max_images)
         self._max_bytes = min(limits.get("max_image_bytes", settings.max_image_bytes), settings.max_image_bytes)
         self._max_pixels = min(limits.get("max_image_pixels", settings.max_image_pixels), settings.max_image_pixels)
 
     # What the visitor wants.
 
-    def read_input(self) -> Ask | None:
+    def read_input(self, wishes: Wishes) -> Ask | None:
         """The question of this run: typed, or left by a button that was clicked."""
-        words = self._words
+        words, chat = self._words, self._chat
         if (draft := st.session_state.pop("draft", None)) is not None:
             st.session_state["question"] = draft
-        key = "ask.placeholder_next" if self._chat.conversation.turns else "ask.placeholder"
         given = st.chat_input(
-            words(key),
+            words("ask.placeholder_next" if chat.conversation.turns else "ask.placeholder"),
             key="question",
             accept_file="multiple",
             file_type=list(pictures.SUFFIXES),
@@ -132,32 +161,43 @@ class _Page:
             submit_mode="stop",
             on_submit=self._note_submit,
         )
-        clicked, self._chat.next_ask = self._chat.next_ask, None
+        clicked, chat.next_ask = chat.next_ask, None
         ask = self._accept(given) if given else clicked
         if ask is not None:
-            self._chat.notices.clear()
-            count = self._chat.conversation.picture_count(new=len(ask.pictures))
-            if count > self._max_images:
-                self._refuse(words("picture.too_many", count=count, limit=self._max_images), ask.question)
+            chat.notices.clear()
+            self._check(ask, wishes)
         return ask
 
     def _accept(self, given: ChatInputValue) -> Ask:
         words = self._words
         try:
-            brought = [self._prepare(file.name, file.getvalue()) for file in given.files]
+            brought = [*self._chat.tray, *(self._prepare(file.name, file.getvalue()) for file in given.files)]
         except PictureError as error:
-            limit = f"{error.limit:g}"
-            self._refuse(words(f"picture.{error.kind}", name=plain(error.name), limit=limit), given.text)
+            self._refuse(composer.picture_problem(error, words), given.text)
         usual = words("ask.default_many" if len(brought) > 1 else "ask.default")
         return Ask(given.text.strip() or usual, brought)
+
+    def _check(self, ask: Ask, wishes: Wishes) -> None:
+        """Nothing is sent that could only fail; the visitor's words and pictures stay."""
+        words, conversation = self._words, self._chat.conversation
+        if wishes.problems:
+            self._refuse(wishes.problems[0], ask.question, ask)
+        if len(conversation.turns) >= MAX_TURNS and not ask.again:
+            self._refuse(words("chat.full", limit=MAX_TURNS), ask.question, ask)
+        count = conversation.picture_count(new=len(ask.pictures))
+        if count > self._max_images:
+            self._refuse(words("picture.too_many", count=count, limit=self._max_images), ask.question)
 
     def _prepare(self, name: str, data: bytes) -> Picture:
         return pictures.prepare(name, data, self._max_bytes, self._max_pixels)
 
-    def _refuse(self, notice: str, question: str) -> None:
-        """Say why nothing was sent, and put the question back into the input box."""
+    def _refuse(self, notice: str, question: str, ask: Ask | None = None) -> None:
+        """Say why nothing was sent, and put the question back into the input box, its pictures into the tray."""
         self._chat.notices = [notice]
-        st.session_state["draft"] = question
+        if ask is None or not ask.again:
+            st.session_state["draft"] = question
+        if ask is not None:
+            self._chat.tray = list(ask.pictures)
         st.rerun()
 
     def _note_submit(self) -> None:
@@ -165,6 +205,10 @@ class _Page:
 
     def new_chat(self) -> None:
         st.session_state["chat"] = Chat()
+        st.query_params.pop("chat", None)
+
+    def open_chat(self, id: str) -> None:
+        st.query_params["chat"] = id
 
     def _ask_sample(self, sample: Sample, question: str) -> None:
         picture = self._prepare(sample.file, sample.path.read_bytes())
@@ -174,14 +218,43 @@ class _Page:
         self._chat.next_ask = Ask(question)
 
     def _ask_again(self) -> None:
-        question, brought, sample = self._chat.conversation.take_back_last()
-        self._chat.next_ask = Ask(question, brought, sample)
+        self._chat.next_ask = Ask("", again=True)
+
+    def _edit(self, editing: bool) -> None:
+        self._chat.editing = editing
+
+    def _ask_edited(self) -> None:
+        self._chat.next_ask = Ask(str(st.session_state["edited"]).strip(), again=True)
 
     # What the visitor sees.
 
-    def show_samples(self) -> None:
+    def show_talk(self, ask: Ask | None) -> None:
+        """Every turn but the one that is being answered in this run."""
+        turns = self._chat.conversation.turns
+        for turn in turns[:-1] if ask and ask.again else turns:
+            if self._chat.editing and turn is turns[-1] and ask is None:
+                self._show_edited(turn)
+            else:
+                show_question(turn, self._chat.conversation, self._mine, self._words)
+            show_answer(turn, self._chat.conversation, self._mine, self._words)
+
+    def _show_edited(self, turn: Turn) -> None:
         words = self._words
-        st.caption(words("ask.limits", count=self._max_images, size=f"{self._max_bytes / 2**20:g}"))
+        with st.chat_message("user", avatar=USER):
+            st.session_state.setdefault("edited", turn.question)
+            st.text_area(words("edit.label"), key="edited")
+            with st.container(horizontal=True):
+                st.button(words("edit.send"), type="primary", key="edit-send", on_click=self._ask_edited)
+                st.button(words("edit.cancel"), key="edit-cancel", on_click=self._edit, args=(False,))
+
+    def _limits(self) -> str:
+        return self._words("ask.limits", count=self._max_images, size=f"{self._max_bytes / 2**20:g}")
+
+    def show_beginnings(self) -> None:
+        """Under the empty page's input box: ways to add pictures, ready-made questions, sample pictures."""
+        words = self._words
+        composer.show_ways_in(self._chat.tray, self._prepare, self._limits(), words, self._by_link)
+        composer.show_presets(words)
         st.markdown(f"**{words('samples.title')}**")
         cards = st.container(horizontal=True)
         for sample in samples():
@@ -199,16 +272,37 @@ class _Page:
     def show_notices(self) -> None:
         for notice in self._chat.notices:
             st.warning(notice, icon=":material/image_not_supported:")
+        if self._mine.failed and self._chat.conversation.turns:
+            st.warning(self._words("chat.unsaved"), icon=":material/save:")
 
     def show_next_steps(self) -> None:
-        """Under the last answer: try again if it failed, or more questions about a sample picture."""
+        """Under the last answer: again, change the question, go on; then what can be added to the next question."""
         words, conversation = self._words, self._chat.conversation
         if not conversation.turns:
             return
         last = conversation.turns[-1].answer
-        if last.state in ("failed", "stopped"):
-            st.button(words("answer.again"), icon=":material/refresh:", key="again", on_click=self._ask_again)
-            return
+        with st.container(horizontal=True):
+            key = "answer.again" if last.state in ("failed", "stopped") else "answer.other"
+            st.button(words(key), icon=":material/refresh:", key="again", type="tertiary", on_click=self._ask_again)
+            st.button(
+                words("edit.edit"), icon=":material/edit:", key="edit", type="tertiary", on_click=self._edit,
+                args=(True,),
+            )  # fmt: skip
+            if last.finish and last.finish.reason == "length" and last.text.strip():
+                st.button(
+                    words("answer.go_on"), icon=":material/resume:", key="go-on", type="tertiary",
+                    on_click=self._ask_on, args=(words("answer.go_on_question"),),
+                )  # fmt: skip
+            if last.text.strip():
+                with st.popover(words("answer.copy"), icon=":material/content_copy:", type="tertiary"):
+                    st.code(last.text.strip(), language=None, wrap_lines=True)
+        if last.state == "done":
+            self._show_more_questions()
+        composer.show_ways_in(self._chat.tray, self._prepare, self._limits(), words, self._by_link, presets_folded=True)
+        composer.show_tray(self._chat.tray, words)
+
+    def _show_more_questions(self) -> None:
+        words, conversation = self._words, self._chat.conversation
         sample = sample_named(conversation.last_sample() or "")
         if sample is None:
             return
@@ -222,9 +316,14 @@ class _Page:
 
     def answer(self, ask: Ask, wishes: Wishes) -> None:
         """Send the question and draw the answer as it comes; then run once more, to draw it at rest."""
-        conversation = self._chat.conversation
-        turn = conversation.ask(ask.question, ask.pictures, ask.sample)
-        show_question(turn, conversation, self._words)
+        conversation, mine = self._chat.conversation, self._mine
+        turn = conversation.ask_again(ask.question) if ask.again else conversation.ask(ask.question, ask.pictures, ask.sample)
+        turn.answer.schema = wishes.schema
+        self._chat.tray, self._chat.editing = [], False
+        st.session_state.pop("edited", None)
+        mine.save(conversation)
+        st.query_params["chat"] = conversation.id
+        show_question(turn, conversation, mine, self._words)
         with st.chat_message("assistant", avatar=MODEL):
             live = LiveAnswer(turn.answer, self._words)
             # The input box has a stop button too, but not for a click on a sample, nor in the reader's language.
@@ -236,13 +335,21 @@ class _Page:
                     now = time.monotonic()
                     for event in batch:
                         turn.answer.take(event, now)
+                    mine.save_now_and_then(conversation)
                     live.draw()
         except ApiError as error:
             turn.answer.fail(error, time.monotonic())
+        finally:
+            # A run that was stopped ends here, by an exception of Streamlit's: what had come is kept.
+            turn.answer.stop(time.monotonic())
+            mine.save(conversation)
         st.rerun()
 
     def _body(self, conversation: Conversation, wishes: Wishes) -> dict[str, Any]:
-        body: dict[str, Any] = {"messages": conversation.messages(), **wishes.as_body()}
+        messages = conversation.messages(self._mine.url_of)
+        if wishes.system:
+            messages.insert(0, {"role": "system", "content": wishes.system})
+        body: dict[str, Any] = {"messages": messages, **wishes.as_body()}
         return {"model": self._info.model, **body} if self._info.model else body
 
 
@@ -253,10 +360,11 @@ class _FirstCall:
 
 @st.fragment(run_every=STOP_CHECK_S)
 def _notice_stop(turn: Turn, first: _FirstCall) -> None:
-    """Mark a stopped answer. A stopped run cannot draw any more, and nothing runs after it: only this clock,
-    which does not tick while a run goes on. So if it ticks and the answer is unfinished, the run was stopped."""
+    """Draw a stopped answer at rest. A stopped run cannot draw any more, and nothing runs after it: only this clock,
+    which does not tick while a run goes on. So if it ticks, the run has ended, and if it did not end by itself,
+    it was stopped."""
     if first.value:
         first.value = False
-    elif turn.answer.unfinished:
+    else:
         turn.answer.stop(time.monotonic())
         st.rerun()

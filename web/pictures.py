@@ -10,8 +10,10 @@ import base64
 import hashlib
 import io
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from pathlib import PurePosixPath
+from urllib.parse import urlsplit
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
@@ -27,7 +29,7 @@ BOX_COLORS = ("#e5484d", "#3e63dd", "#30a46c", "#f76b15", "#8e4ec6", "#0090ff", 
 
 
 class PictureError(Exception):
-    """A file that cannot be asked about. `kind` is too_big, too_many_pixels or unreadable."""
+    """A file that cannot be asked about. `kind` is too_big, too_many_pixels, unreadable or no_url."""
 
     def __init__(self, kind: str, name: str, limit: float = 0) -> None:
         super().__init__(f"{kind}: {name}")
@@ -38,18 +40,39 @@ class PictureError(Exception):
 
 @dataclass(frozen=True)
 class Picture:
-    """The bytes that are shown and sent, the same ones."""
+    """What is shown and sent, the same bytes. `sha` names them; they may lie in the store instead of in `data`.
+
+    A picture with a `url` lies elsewhere: the API fetches it under its guard, this process never does.
+    """
 
     sha: str
     name: str
-    mime: str
-    width: int
-    height: int
-    data: bytes = field(repr=False)
+    mime: str = ""
+    width: int = 0
+    height: int = 0
+    url: str = ""
+    data: bytes = field(default=b"", repr=False, compare=False)
 
-    @property
-    def data_url(self) -> str:
-        return f"data:{self.mime};base64,{base64.b64encode(self.data).decode('ascii')}"
+    def without_bytes(self) -> Picture:
+        return replace(self, data=b"")
+
+
+def data_url(mime: str, data: bytes) -> str:
+    return f"data:{mime};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def elsewhere(url: str) -> Picture:
+    """A picture by its address. Raises PictureError (no_url) for anything but http(s) with a host."""
+    url = url.strip()
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname
+    except ValueError:
+        host = None
+    if not host or parts.scheme not in ("http", "https") or any(char.isspace() for char in url):
+        raise PictureError("no_url", url[:120])
+    name = PurePosixPath(parts.path).name or host
+    return Picture(hashlib.sha256(url.encode()).hexdigest(), f"{name} ({host})" if name != host else host, url=url)
 
 
 def prepare(name: str, data: bytes, max_bytes: int, max_pixels: int) -> Picture:
@@ -73,7 +96,8 @@ def prepare(name: str, data: bytes, max_bytes: int, max_pixels: int) -> Picture:
         raise PictureError("unreadable", name) from None
     image = _shrink(image)
     encoded, mime = _encode(image, lossless=source_format != "JPEG")
-    return Picture(hashlib.sha256(encoded).hexdigest(), name, mime, image.width, image.height, encoded)
+    sha = hashlib.sha256(encoded).hexdigest()
+    return Picture(sha, name, mime, image.width, image.height, data=encoded)
 
 
 def _flatten(image: Image.Image) -> Image.Image:
@@ -105,7 +129,7 @@ def _encode(image: Image.Image, lossless: bool) -> tuple[bytes, str]:
     return buffer.getvalue(), "image/jpeg"
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def draw_boxes(data: bytes, boxes: tuple[Box, ...]) -> bytes:
     """The picture with numbered rectangles, as PNG or JPEG like the original's bytes."""
     image = Image.open(io.BytesIO(data)).convert("RGB")

@@ -11,6 +11,7 @@ import re
 
 _CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]*`)", re.DOTALL)
 _PICTURE = re.compile(r"!(?=\[)")
+_LINK = re.compile(r"(?<!!)\[(?P<text>[^\]\n]*)\]\((?P<url>https?://(?P<host>[^/\s)?#]+)[^\s)]*)\)")
 
 
 def without_pictures(markdown: str) -> str:
@@ -21,3 +22,14 @@ def without_pictures(markdown: str) -> str:
 def plain(text: str) -> str:
     """A name that somebody else chose, to stand inside a sentence exactly as it is."""
     return "".join(f"\\{char}" if char in r"\`*_{}[]()#+!|<>~$:" else char for char in text)
+
+
+def links_named(markdown: str) -> str:
+    """A link tells where it leads: `[here](https://host/x)` becomes `[here (host)](https://host/x)`."""
+    parts = _CODE.split(markdown)
+    return "".join(part if index % 2 else _LINK.sub(_name_host, part) for index, part in enumerate(parts))
+
+
+def _name_host(link: re.Match[str]) -> str:
+    text, url, host = link["text"], link["url"], link["host"]
+    return link[0] if host.lower() in text.lower() else f"[{text} ({host})]({url})"

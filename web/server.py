@@ -1,6 +1,6 @@
 """`python -m web.server`: serves the page in this very process, so that its pid is the server's.
 
-Owns Streamlit's options and the security headers. What the page shows is `web/app.py`.
+Owns Streamlit's options. Who may see the page is `web/access.py`; what it shows is `web/app.py`.
 """
 
 from __future__ import annotations
@@ -11,54 +11,19 @@ import logging
 import math
 import sys
 import uuid
-from collections.abc import MutableMapping
 from pathlib import Path
-from typing import Any
 
 import streamlit as st
 from starlette.middleware import Middleware
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import settings as settings_module
 from settings import Settings, SettingsError
+from web.access import Access
 from web.strings import Words
 
 APP = Path(__file__).resolve().parent / "app.py"
 
-HEADERS = {
-    # Model-written Markdown must not make the browser fetch anything from elsewhere.
-    b"content-security-policy": b"img-src 'self' data: blob:; media-src 'self' data: blob:; "
-    b"object-src 'none'; base-uri 'self'; frame-ancestors 'self'",
-    b"x-content-type-options": b"nosniff",
-    # The address holds the token; it must not travel with a click on a link.
-    b"referrer-policy": b"no-referrer",
-}
-
 log = logging.getLogger("web")
-
-
-class SecurityHeaders:
-    """Adds HEADERS to every HTTP answer."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                _add_headers(message)
-            await send(message)
-
-        await self.app(scope, receive, send_with_headers)
-
-
-def _add_headers(message: MutableMapping[str, Any]) -> None:
-    kept = [(name, value) for name, value in message.get("headers", []) if name.lower() not in HEADERS]
-    message["headers"] = [*kept, *HEADERS.items()]
 
 
 def streamlit_options(settings: Settings) -> dict[str, object]:
@@ -91,8 +56,8 @@ def streamlit_options(settings: Settings) -> dict[str, object]:
     }
 
 
-def create_app() -> st.App:
-    return st.App(str(APP), middleware=[Middleware(SecurityHeaders)], on_script_error=_show_failure)
+def create_app(token: str) -> st.App:
+    return st.App(str(APP), middleware=[Middleware(Access, token=token)], on_script_error=_show_failure)
 
 
 def _show_failure(error: Exception) -> bool:
@@ -132,7 +97,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     log.info("page address=http://%s:%d/ api=%s", settings.web_host, settings.web_port, settings.api_base_url)
     sys.argv = sys.argv[:1]
-    create_app().run(config=streamlit_options(settings))
+    token = settings.web_token.get_secret_value() if settings.web_token else ""
+    create_app(token).run(config=streamlit_options(settings))
     return 0
 
 

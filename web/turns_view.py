@@ -1,148 +1,167 @@
-"""Draws turns: a question with its pictures, an answer that is complete, an answer that is still coming."""
+"""Draws turns: a question with its pictures, and an answer that will not change any more."""
 
 from __future__ import annotations
 
 import json
 import re
-import time
+from dataclasses import asdict
 
 import streamlit as st
-from streamlit.delta_generator import DeltaGenerator
-from streamlit.elements.lib.mutable_status_container import StatusContainer
 
+from web import json_answer
 from web.client import ApiError
-from web.conversation import Answer, Conversation, Turn
+from web.conversation import Answer, Call, Conversation, Failure, Turn
+from web.events import Box
+from web.my_chats import MyChats
 from web.pictures import Picture, draw_boxes
-from web.safe_text import without_pictures
+from web.safe_text import links_named, plain, without_pictures
 from web.strings import TABLE, Words
 
 USER = ":material/person:"
 MODEL = ":material/visibility:"
-CURSOR = " ▍"
 ONLY_PLACES = re.compile(r"[\[\]\d\s,.]+")  # an answer that is nothing but rectangles
 ONE_WIDTH, MANY_WIDTH = 340, 200  # of shown pictures, in CSS pixels
+RAW_CUT = 20_000
 
 
-def show_question(turn: Turn, conversation: Conversation, words: Words) -> None:
+def show_question(turn: Turn, conversation: Conversation, mine: MyChats, words: Words) -> None:
     with st.chat_message("user", avatar=USER):
-        shown = [conversation.pictures[sha] for sha in turn.pictures]
-        if shown:
-            width = ONE_WIDTH if len(shown) == 1 else MANY_WIDTH
-            with st.container(horizontal=True):
-                for picture in shown:
-                    alt = words("picture.alt", name=picture.name)
-                    st.image(picture.data, width=min(width, max(picture.width, 80)), alt=alt)
+        _show_pictures([conversation.pictures[sha] for sha in turn.pictures], mine, words)
         st.text(turn.question)
 
 
-def show_answer(turn: Turn, conversation: Conversation, words: Words) -> None:
-    """An answer that will not change any more."""
-    answer = turn.answer
+def _show_pictures(shown: list[Picture], mine: MyChats, words: Words) -> None:
+    if not shown:
+        return
+    width = ONE_WIDTH if len(shown) == 1 else MANY_WIDTH
+    with st.container(horizontal=True):
+        for picture in shown:
+            if data := mine.bytes_of(picture):
+                alt = words("picture.alt", name=picture.name)
+                st.image(data, width=min(width, max(picture.width, 80)), alt=alt)
+            else:
+                key = "picture.elsewhere" if picture.url else "picture.lost"
+                st.markdown(f":material/{'link' if picture.url else 'broken_image'}: "
+                            f"{words(key, name=plain(picture.name))}")  # fmt: skip
+
+
+def show_answer(turn: Turn, conversation: Conversation, mine: MyChats, words: Words) -> None:
     with st.chat_message("assistant", avatar=MODEL):
-        if answer.reasoning.strip():
-            with st.expander(thought_label(answer, words), type="compact"):
-                st.markdown(without_pictures(answer.reasoning.strip()))
-        if answer.text.strip():
-            _show_text(answer, words)
-        _show_boxes(answer, [conversation.pictures[sha] for sha in answer.sent], words)
-        if answer.state == "stopped":
-            key = "answer.stopped" if answer.text.strip() else "answer.stopped_early"
-            st.caption(f":material/stop_circle: {words(key)}")
-        elif answer.error is not None:
-            show_error(answer.error, words)
-        elif not answer.text.strip() and not answer.boxes:
-            st.caption(words("answer.empty"))
-        if numbers := numbers_line(answer, words):
-            st.caption(numbers)
+        for earlier in turn.earlier:
+            label = words("answer.earlier_to", question=plain(earlier.question)) if earlier.question else words("answer.earlier")
+            with st.expander(label, type="compact"):
+                _show(earlier, conversation, mine, words)
+        _show(turn.answer, conversation, mine, words)
 
 
-def show_error(error: ApiError, words: Words) -> None:
+def _show(answer: Answer, conversation: Conversation, mine: MyChats, words: Words) -> None:
+    if answer.reasoning.strip():
+        with st.expander(thought_label(answer, words), type="compact"):
+            st.markdown(harmless(answer.reasoning.strip()))
+    for call in answer.calls:
+        _show_call(call, words)
+    if answer.text.strip():
+        _show_text(answer, words)
+    _show_boxes(answer, conversation, mine, words)
+    if answer.state == "stopped":
+        key = "answer.stopped" if answer.says_something else "answer.stopped_early"
+        st.caption(f":material/stop_circle: {words(key)}")
+    elif answer.error is not None:
+        show_error(answer.error, words)
+    elif not answer.says_something:
+        st.caption(words("answer.empty"))
+    if numbers := numbers_line(answer, words):
+        st.caption(numbers, help=numbers_help(answer, words))
+
+
+def show_error(error: ApiError | Failure, words: Words) -> None:
     key = f"error.{error.kind}"
-    sentence = words(key if key in TABLE else "error.broken", detail=error.detail)
+    sentence = words(key if key in TABLE else "error.broken", detail=plain(error.detail))
     if error.request_id:
-        sentence += f"  \n:small[{words('error.request_id', id=error.request_id)}]"
+        sentence += f"  \n:small[{words('error.request_id', id=plain(error.request_id))}]"
     st.error(without_pictures(sentence), icon=":material/error:")
+
+
+def harmless(markdown: str) -> str:
+    return links_named(without_pictures(markdown))
 
 
 def _show_text(answer: Answer, words: Words) -> None:
     text = answer.text.strip()
     if answer.boxes and ONLY_PLACES.fullmatch(text):
         st.markdown(words("answer.marked", place=f"`{text}`"))
-    elif pretty := _as_json(text):
-        st.code(pretty, language="json", wrap_lines=True)
+        return
+    read = json_answer.read(text, answer.schema)
+    if read is None:
+        st.markdown(harmless(text))
+        return
+    if read.is_json:
+        st.code(json.dumps(read.value, indent=2, ensure_ascii=False), language="json", wrap_lines=True)
     else:
-        st.markdown(without_pictures(text))
+        st.code(text, language=None, wrap_lines=True)
+    if answer.schema is not None:
+        _show_fit(read, bool(answer.schema), words)
 
 
-def _as_json(text: str) -> str | None:
-    """Indented, if the whole text is a JSON object or list."""
-    if not text.startswith(("{", "[")):
-        return None
-    try:
-        return json.dumps(json.loads(text), indent=2, ensure_ascii=False)
-    except ValueError:
-        return None
+def _show_fit(read: json_answer.JsonAnswer, by_schema: bool, words: Words) -> None:
+    if read.problem:
+        key = "json.misfit" if read.is_json else "json.broken"
+        what = words(key, where=plain(read.where), problem=plain(read.problem))
+        st.warning(what, icon=":material/rule:")
+    else:
+        st.caption(f":material/check_circle: {words('json.fits' if by_schema else 'json.valid')}")
 
 
-def _show_boxes(answer: Answer, sent: list[Picture], words: Words) -> None:
+def _show_call(call: Call, words: Words) -> None:
+    label = words("answer.call", name=plain(call.name or "?"))
+    with st.status(label, type="step", state="complete", expanded=True):
+        try:
+            st.code(json.dumps(json.loads(call.arguments), indent=2, ensure_ascii=False), language="json")
+        except ValueError:
+            st.code(call.arguments, language=None)
+
+
+def _show_boxes(answer: Answer, conversation: Conversation, mine: MyChats, words: Words) -> None:
+    sent = [conversation.pictures[sha] for sha in answer.sent if sha in conversation.pictures]
     for index, picture in enumerate(sent):
         boxes = tuple(box for box in answer.boxes if box.image == index)
-        if boxes:
+        if not boxes:
+            continue
+        data = mine.bytes_of(picture)
+        if data is not None:
             alt = words("picture.boxes", name=picture.name)
-            st.image(draw_boxes(picture.data, boxes), width=min(ONE_WIDTH, max(picture.width, 80)), alt=alt)
+            drawn = draw_boxes(data, boxes)
+            st.image(drawn, width=min(ONE_WIDTH, max(picture.width, 80)), alt=alt)
+        _list_boxes(boxes, picture, data, words, key=f"{conversation.id}-{id(answer)}-{index}")
 
 
-class LiveAnswer:
-    """Places on the page that are redrawn while an answer comes."""
-
-    def __init__(self, answer: Answer, words: Words) -> None:
-        self._answer = answer
-        self._words = words
-        self._waiting = st.empty()
-        self._thinking = st.empty()
-        self._text = st.empty()
-        self._status: StatusContainer | None = None
-        self._thought: DeltaGenerator | None = None
-        self._drawn = ""
-        self.draw()
-
-    def draw(self) -> None:
-        """Always sends something to Streamlit: that is where Stop takes effect."""
-        answer = self._answer
-        if answer.state == "waiting":
-            self._waiting.caption(waiting_line(answer, self._words, time.monotonic()))
-            return
-        if not self._drawn:
-            self._waiting.empty()
-        self._draw_thinking()
-        self._drawn = answer.text + answer.reasoning or " "
-        if answer.text:
-            self._text.markdown(without_pictures(answer.text.lstrip()) + CURSOR)
-
-    def _draw_thinking(self) -> None:
-        answer = self._answer
-        if not answer.reasoning:
-            return
-        if self._status is None:
-            label = f":shimmer[{self._words('live.thinking')}]"
-            self._status = self._thinking.status(label, type="compact", expanded=False)
-            self._thought = self._status.empty()
-        if answer.state == "thinking" and self._thought is not None:
-            self._thought.markdown(without_pictures(answer.reasoning.strip()))
-        elif answer.thinking_s is not None:
-            self._status.update(label=thought_label(answer, self._words), state="complete")
+def _list_boxes(boxes: tuple[Box, ...], picture: Picture, data: bytes | None, words: Words, key: str) -> None:
+    with st.expander(words("boxes.title", count=len(boxes), name=plain(picture.name)), type="compact"):
+        head = f"| # | {words('boxes.label')} | {words('boxes.pixels')} | 0-1000 |\n|---|---|---|---|\n"
+        rows = [
+            f"| {n} | {plain(box.label) or '–'} | {_row(box.pixels or _pixels(box, picture))} | {_row(box.corners)} |"
+            for n, box in enumerate(boxes, start=1)
+        ]
+        st.markdown(head + "\n".join(rows))
+        with st.container(horizontal=True):
+            if data is not None:
+                st.download_button(
+                    words("boxes.picture"), lambda: draw_boxes(data, boxes), f"boxes-{picture.name.rsplit('.', 1)[0]}.png",
+                    on_click="ignore", icon=":material/download:", key=f"boxes-{key}",
+                )  # fmt: skip
+            st.download_button(
+                words("boxes.json"), json.dumps([asdict(box) for box in boxes], indent=2), "boxes.json",
+                "application/json", on_click="ignore", icon=":material/download:", key=f"boxes-json-{key}",
+            )  # fmt: skip
 
 
-def waiting_line(answer: Answer, words: Words, now: float) -> str:
-    seconds = int(now - answer.begun)
-    if answer.loading and answer.loading_progress is not None:
-        percent = f"{100 * answer.loading_progress:.0f}"
-        return words("live.loading_percent", percent=percent, seconds=seconds)
-    if answer.loading:
-        return words("live.loading", seconds=seconds)
-    if answer.queue_position:
-        return words("live.queued", position=answer.queue_position, seconds=seconds)
-    return words("live.sent" if answer.queue_position is None else "live.looking", seconds=seconds)
+def _pixels(box: Box, picture: Picture) -> tuple[int, ...]:
+    sides = (picture.width, picture.height) * 2
+    return tuple(round(v * side / 1000) for v, side in zip(box.corners, sides, strict=True)) if picture.width else ()
+
+
+def _row(numbers: tuple[float, ...] | tuple[int, ...]) -> str:
+    return ", ".join(f"{number:g}" for number in numbers) or "–"
 
 
 def thought_label(answer: Answer, words: Words) -> str:
@@ -165,6 +184,21 @@ def numbers_line(answer: Answer, words: Words) -> str:
         key = f"finish.{finish.reason}"
         parts.append(words(key) if key in TABLE else finish.reason)
     return " · ".join(parts)
+
+
+def numbers_help(answer: Answer, words: Words) -> str | None:
+    """What few people want to know: the question's tokens and the request's number."""
+    finish = answer.finish
+    if finish is None:
+        return None
+    parts = []
+    if finish.prompt_tokens is not None:
+        parts.append(words("answer.prompt_tokens", count=finish.prompt_tokens))
+    if finish.cached_tokens:
+        parts.append(words("answer.cached", count=finish.cached_tokens))
+    if finish.request_id:
+        parts.append(words("error.request_id", id=plain(finish.request_id)))
+    return " · ".join(parts) or None
 
 
 def _three_digits(value: float) -> str:

@@ -14,12 +14,14 @@ from typing import Self
 
 import pytest
 import requests
-from playwright.sync_api import Browser, sync_playwright
+from browsing import KEY, PATIENCE_MS, TOKEN
+from playwright.sync_api import Browser, Page, sync_playwright
 from web_fake_api import FakeApi
 
 import settings as settings_module
 
 ROOT = Path(__file__).resolve().parents[2]
+OpenPage = Callable[..., Page]
 START_S = 120.0  # a loaded machine imports slowly
 
 
@@ -36,6 +38,7 @@ def own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(settings_module.Settings.model_config, "env_file", None)
     for name in [name for name in os.environ if name.startswith("GLM_")]:
         monkeypatch.delenv(name)
+    monkeypatch.setenv("GLM_LOG_DIR", str(tmp_path / "logs"))
 
 
 def free_port() -> int:
@@ -122,6 +125,7 @@ def page_server(tmp_path: Path) -> Iterator[Callable[..., Server]]:
     running: list[Server] = []
 
     def start(**settings: str) -> Server:
+        settings = {"GLM_LOG_DIR": str(tmp_path / "logs"), **settings}
         server = Server("web.server", "/_stcore/health", tmp_path / f"web-{len(running)}.log", **settings)
         running.append(server.__enter__())
         return server
@@ -141,3 +145,27 @@ def chromium() -> Iterator[Browser]:
         browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-dev-shm-usage"])
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def open_page(chromium: Browser) -> Iterator[OpenPage]:
+    """Opens a page of a server; the browser's own settings (locale, colours, size) may be given."""
+    contexts = []
+
+    def open_it(server: Server | None, query: str = f"?token={TOKEN}", url: str = "", **browser: object) -> Page:
+        context = chromium.new_context(**{"locale": "en-US", **browser})  # type: ignore[arg-type]
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(PATIENCE_MS)
+        page.goto(url or f"{server.url}/{query}")  # type: ignore[union-attr]
+        return page
+
+    yield open_it
+    for context in contexts:
+        context.close()
+
+
+@pytest.fixture
+def fake_page(page_server: Callable[..., Server], fake_api: FakeApi, open_page: OpenPage) -> Page:
+    """The real page in front of the fake API."""
+    return open_page(page_server(GLM_WEB_TOKEN=TOKEN, GLM_API_KEY=KEY, GLM_API_URL=fake_api.url))

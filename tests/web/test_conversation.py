@@ -7,13 +7,17 @@ from typing import Any
 import pytest
 
 from web.client import ApiError
-from web.conversation import Conversation, Turn
-from web.events import Box, Finished, Loading, Queued, Text, Thought
+from web.conversation import Answer, Call, Conversation, Turn
+from web.events import Box, CallPiece, Finished, Loading, Queued, Text, Thought
 from web.pictures import Picture
 
 
 def picture(sha: str) -> Picture:
-    return Picture(sha, f"{sha}.png", "image/png", 8, 8, sha.encode())
+    return Picture(sha, f"{sha}.png", "image/png", 8, 8, data=sha.encode())
+
+
+def url_of(picture: Picture) -> str:
+    return f"url of {picture.name}"
 
 
 def answered(conversation: Conversation, question: str, pictures: list[Picture], text: str) -> Turn:
@@ -33,9 +37,9 @@ def test_pictures_are_resent_in_the_turn_that_brought_them() -> None:
 
     conversation.ask("What color?", [])
 
-    first, answer, second = conversation.messages()
+    first, answer, second = conversation.messages(url_of)
     assert kinds(first) == ["image_url", "text"]
-    assert first["content"][0]["image_url"]["url"] == picture("a").data_url
+    assert first["content"][0]["image_url"]["url"] == "url of a.png"
     assert answer == {"role": "assistant", "content": "A circle."}
     assert kinds(second) == ["text"]
 
@@ -49,7 +53,7 @@ def test_reasoning_is_never_resent() -> None:
 
     conversation.ask("Sure?", [])
 
-    assert "secret thoughts" not in str(conversation.messages())
+    assert "secret thoughts" not in str(conversation.messages(url_of))
 
 
 def test_a_failed_question_is_left_out_but_its_picture_goes_with_the_next() -> None:
@@ -58,7 +62,7 @@ def test_a_failed_question_is_left_out_but_its_picture_goes_with_the_next() -> N
 
     turn = conversation.ask("And now?", [picture("b")])
 
-    (message,) = conversation.messages()
+    (message,) = conversation.messages(url_of)
     assert kinds(message) == ["image_url", "image_url", "text"]
     assert message["content"][-1]["text"] == "And now?"
     assert turn.answer.sent == ("a", "b")
@@ -71,7 +75,7 @@ def test_a_picture_that_was_refused_is_not_sent_again(kind: str) -> None:
 
     conversation.ask("Hello?", [])
 
-    assert kinds(conversation.messages()[0]) == ["text"]
+    assert kinds(conversation.messages(url_of)[0]) == ["text"]
 
 
 def test_a_stopped_answer_stays_in_the_chat_with_what_it_said() -> None:
@@ -84,7 +88,7 @@ def test_a_stopped_answer_stays_in_the_chat_with_what_it_said() -> None:
     conversation.ask("Go on", [])
 
     assert (turn.answer.state, turn.answer.text) == ("stopped", "Once upon")
-    assert conversation.messages()[1]["content"] == "Once upon"
+    assert conversation.messages(url_of)[1]["content"] == "Once upon"
 
 
 def test_thinking_is_timed_from_its_first_word_to_the_answer_s_first() -> None:
@@ -118,12 +122,53 @@ def test_waiting_states_follow_what_the_api_says_last() -> None:
     assert (answer.loading, answer.queue_position, answer.state) == (False, 3, "waiting")
 
 
-def test_asking_again_takes_back_the_last_turn_with_its_pictures() -> None:
+def test_asking_again_keeps_the_earlier_answer_and_sends_the_same_pictures() -> None:
     conversation = Conversation()
-    conversation.ask("What is it?", [picture("a")], sample="shapes.png").answer.fail(ApiError("down"), 1.0)
+    answered(conversation, "What is it?", [picture("a")], "A circle.")
 
-    assert conversation.take_back_last() == ("What is it?", [picture("a")], "shapes.png")
-    assert conversation.turns == []
+    turn = conversation.ask_again()
+
+    assert len(conversation.turns) == 1
+    assert [answer.text for answer in turn.earlier] == ["A circle."]
+    assert (turn.answer.state, turn.answer.text, turn.answer.sent) == ("waiting", "", ("a",))
+    assert "A circle." not in str(conversation.messages(url_of))
+
+
+def test_asking_again_after_a_failure_keeps_no_empty_answer() -> None:
+    conversation = Conversation()
+    conversation.ask("What is it?", [picture("a")]).answer.fail(ApiError("down"), 1.0)
+
+    assert conversation.ask_again().earlier == []
+
+
+def test_a_changed_question_takes_the_old_one_s_place_and_its_answer_remembers_what_it_answered() -> None:
+    conversation = Conversation()
+    answered(conversation, "What is it?", [picture("a")], "A circle.")
+
+    turn = conversation.ask_again("What color is it?")
+
+    assert turn.question == "What color is it?"
+    assert turn.earlier[0].question == "What is it?"
+    assert conversation.messages(url_of)[0]["content"][1]["text"] == "What color is it?"
+
+
+def test_the_pieces_of_tool_calls_are_put_together() -> None:
+    answer = Answer()
+
+    for piece in (CallPiece(0, "count", '{"col'), CallPiece(1, "draw", "{}"), CallPiece(0, "", 'or": "red"}')):
+        answer.take(piece, 1.0)
+
+    assert answer.calls == [Call("count", '{"color": "red"}'), Call("draw", "{}")]
+
+
+def test_a_chat_takes_its_name_from_the_first_question() -> None:
+    conversation = Conversation()
+
+    conversation.ask("word " * 40, [])
+    conversation.ask("Another question", [])
+
+    assert conversation.title.startswith("word word")
+    assert len(conversation.title) <= 60
 
 
 def test_the_picture_count_is_that_of_the_next_request() -> None:

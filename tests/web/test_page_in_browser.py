@@ -6,79 +6,20 @@ different right answers, and a blank picture neither.
 
 from __future__ import annotations
 
-import io
 import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Server, wait_until
-from playwright.sync_api import Browser, Page, expect
+from browsing import KEY, PATIENCE_MS, TOKEN, add_picture, ask, last_answer, png
+from conftest import ROOT, OpenPage, Server, wait_until
+from playwright.sync_api import Page, expect
 from web_fake_api import Answer, FakeApi
 
-from models.shapes.pictures import COLORS, draw_shapes
+from models.shapes.pictures import COLORS
 
-TOKEN = "a-token-for-tests"
-KEY = "a-key-for-tests"
-PATIENCE_MS = 120_000
 SEED = 90210  # places and sizes; pictures with the same seed differ in nothing but what is asked for
-
-OpenPage = Callable[..., Page]
-
-
-@pytest.fixture
-def open_page(chromium: Browser) -> Iterator[OpenPage]:
-    """Opens a page of a server; the browser's own settings (locale, colours, size) may be given."""
-    contexts = []
-
-    def open_it(server: Server, query: str = f"?token={TOKEN}", **browser: object) -> Page:
-        context = chromium.new_context(**{"locale": "en-US", **browser})  # type: ignore[arg-type]
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(PATIENCE_MS)
-        page.goto(f"{server.url}/{query}")
-        return page
-
-    yield open_it
-    for context in contexts:
-        context.close()
-
-
-@pytest.fixture
-def fake_page(page_server: Callable[..., Server], fake_api: FakeApi, open_page: OpenPage) -> Page:
-    """The real page in front of the fake API."""
-    return open_page(page_server(GLM_WEB_TOKEN=TOKEN, GLM_API_KEY=KEY, GLM_API_URL=fake_api.url))
-
-
-def png(*wanted: tuple[str, str], seed: int) -> bytes:
-    buffer = io.BytesIO()
-    draw_shapes(list(wanted), seed=seed).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def add_picture(page: Page, name: str, data: bytes) -> None:
-    box = page.get_by_test_id("stChatInput")
-    box.locator("input[type=file]").set_input_files({"name": name, "mimeType": "image/png", "buffer": data})
-    expect(box.get_by_text(name)).to_be_visible(timeout=PATIENCE_MS)
-
-
-def ask(page: Page, question: str) -> None:
-    box = page.get_by_test_id("stChatInputTextArea")
-    expect(box).to_be_enabled(timeout=PATIENCE_MS)
-    box.fill(question)
-    send = page.get_by_test_id("stChatInputSubmitButton")
-    expect(send).to_be_enabled(timeout=PATIENCE_MS)  # an upload that is still under way is not lost
-    send.click()
-
-
-def last_answer(page: Page, complete: bool = True) -> str:
-    """The text of the last answer, once it is complete."""
-    message = page.get_by_test_id("stChatMessage").last
-    if complete:
-        expect(message).to_contain_text("complete", timeout=PATIENCE_MS)
-    return message.inner_text()
-
 
 @pytest.fixture
 def demo_page(page_server: Callable[..., Server], open_page: OpenPage, tmp_path: Path) -> Iterator[Page]:

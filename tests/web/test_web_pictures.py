@@ -13,7 +13,7 @@ from PIL import Image
 from models.shapes.pictures import draw_shapes
 from web import pictures
 from web.events import Box
-from web.pictures import PictureError, draw_boxes, prepare
+from web.pictures import PictureError, data_url, draw_boxes, elsewhere, prepare
 
 MANY = 50_000_000
 LARGE = 20 * 2**20
@@ -139,10 +139,27 @@ def test_a_picture_that_was_cut_off_is_unreadable() -> None:
 def test_the_data_url_holds_the_very_bytes() -> None:
     ready = prepare("a.png", encoded(Image.new("RGB", (4, 4), "red")), LARGE, MANY)
 
-    head, _, body = ready.data_url.partition(",")
+    head, _, body = data_url(ready.mime, ready.data).partition(",")
 
     assert head == "data:image/png;base64"
     assert base64.b64decode(body) == ready.data
+
+
+def test_a_picture_elsewhere_is_known_by_its_address_and_never_fetched() -> None:
+    picture = elsewhere(" https://example.org/a/cat.jpg?size=9 ")
+
+    assert (picture.url, picture.name) == ("https://example.org/a/cat.jpg?size=9", "cat.jpg (example.org)")
+    assert picture.data == b""
+
+
+@pytest.mark.parametrize(
+    "url", ["", "cat.jpg", "file:///etc/passwd", "ftp://example.org/a.png", "https://", "https://a b/c.png", "http://[::1"]
+)
+def test_an_address_that_is_none_is_refused(url: str) -> None:
+    with pytest.raises(PictureError) as caught:
+        elsewhere(url)
+
+    assert caught.value.kind == "no_url"
 
 
 def test_a_box_is_drawn_where_it_says_and_nowhere_else() -> None:

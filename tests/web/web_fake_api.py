@@ -20,7 +20,7 @@ INFO: dict[str, Any] = {
     "demo": True,
     "knows": {"en": "It knows coloured shapes and printed words.", "zh": "它认识彩色图形和印刷文字。"},
     "context_tokens": 8192,
-    "limits": {"max_images": 4, "max_image_bytes": 2 * 2**20, "max_image_pixels": 4_000_000, "default_max_tokens": 256},
+    "limits": {"max_images": 4, "max_image_bytes": 2 * 2**20, "max_image_pixels": 4_000_000, "default_max_tokens": 256, "fetch_images": True},
     "generation": {"do_sample": False, "temperature": 0.8},
 }
 

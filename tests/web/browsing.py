@@ -1,0 +1,42 @@
+"""What a person does on the page, as functions: add a picture, ask, read the answer."""
+
+from __future__ import annotations
+
+import io
+
+from playwright.sync_api import Page, expect
+
+from models.shapes.pictures import draw_shapes
+
+TOKEN = "a-token-for-tests"
+KEY = "a-key-for-tests"
+PATIENCE_MS = 120_000
+
+
+def png(*wanted: tuple[str, str], seed: int) -> bytes:
+    buffer = io.BytesIO()
+    draw_shapes(list(wanted), seed=seed).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def add_picture(page: Page, name: str, data: bytes) -> None:
+    box = page.get_by_test_id("stChatInput")
+    box.locator("input[type=file]").set_input_files({"name": name, "mimeType": "image/png", "buffer": data})
+    expect(box.get_by_text(name)).to_be_visible(timeout=PATIENCE_MS)
+
+
+def ask(page: Page, question: str) -> None:
+    box = page.get_by_test_id("stChatInputTextArea")
+    expect(box).to_be_enabled(timeout=PATIENCE_MS)
+    box.fill(question)
+    send = page.get_by_test_id("stChatInputSubmitButton")
+    expect(send).to_be_enabled(timeout=PATIENCE_MS)  # an upload that is still under way is not lost
+    send.click()
+
+
+def last_answer(page: Page, complete: bool = True) -> str:
+    """The text of the last answer, once it is complete."""
+    message = page.get_by_test_id("stChatMessage").last
+    if complete:
+        expect(message).to_contain_text("complete", timeout=PATIENCE_MS)
+    return message.inner_text()

@@ -1,0 +1,178 @@
+"""The door: who passes, what the cookie is worth, and that a stranger gets nothing on any path."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from http.cookies import SimpleCookie
+from typing import Any
+
+import pytest
+import requests
+from conftest import Server
+
+from web.access import COOKIE, Access, Visitors
+
+TOKEN = "open sesame"
+
+
+def test_a_cookie_is_worth_nothing_with_another_token_or_another_id() -> None:
+    cookie = Visitors(TOKEN).renewed(None)
+    visitor, _, signature = cookie.partition(".")
+
+    assert Visitors(TOKEN).read(cookie) == visitor
+    assert Visitors("new token").read(cookie) is None
+    assert Visitors(TOKEN).read(f"{'A' * 22}.{signature}") is None
+    assert Visitors(TOKEN).read(f"{visitor}.") is None
+    assert Visitors(TOKEN).read(f"{visitor}.\xe9") is None
+    assert Visitors(TOKEN).read(None) is None
+
+
+def test_whoever_comes_back_with_a_new_token_keeps_the_chats() -> None:
+    old = Visitors(TOKEN).renewed(None)
+
+    new = Visitors("new token").renewed(old)
+
+    assert Visitors("new token").read(new) == Visitors(TOKEN).read(old)
+
+
+def test_two_browsers_are_two_visitors() -> None:
+    assert Visitors(TOKEN).renewed(None) != Visitors(TOKEN).renewed(None)
+
+
+class Door:
+    """`Access` in front of an app that notes what reaches it."""
+
+    def __init__(self, token: str = TOKEN) -> None:
+        self.reached: list[str] = []
+        self._access = Access(self._app, token)
+
+    async def _app(self, scope: Any, receive: Any, send: Any) -> None:
+        self.reached.append(scope["path"])
+        if scope["type"] == "http":
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/html")]})
+            await send({"type": "http.response.body", "body": b"inside"})
+        else:
+            await send({"type": "websocket.accept"})
+
+    def knock(
+        self, path: str = "/", query: str = "", type: str = "http", method: str = "GET", **headers: str
+    ) -> list[dict[str, Any]]:
+        sent: list[dict[str, Any]] = []
+
+        async def send(message: dict[str, Any]) -> None:
+            sent.append(message)
+
+        async def receive() -> dict[str, Any]:
+            return {"type": f"{type}.connect"}
+
+        scope = {
+            "type": type, "path": path, "query_string": query.encode(), "method": method, "scheme": "http",
+            "headers": [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()],
+        }  # fmt: skip
+        asyncio.run(self._access(scope, receive, send))
+        return sent
+
+    def header(self, sent: list[dict[str, Any]], name: str) -> str:
+        return next((v.decode() for n, v in sent[0]["headers"] if n == name.encode()), "")
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS"])
+@pytest.mark.parametrize(
+    "path", ["/", "/console", "/_stcore/stream", "/_stcore/upload_file/a/b", "/media/x.png", "/static/js/index.js",
+             "/_stcore/host-config", "/_stcore/health/", "/x/_stcore/health", "/_stcore/agent/openapi.json"]
+)  # fmt: skip
+def test_a_stranger_reaches_nothing(path: str, method: str) -> None:
+    door = Door()
+
+    sent = door.knock(path, method=method)
+
+    assert sent[0]["status"] == 401
+    assert door.reached == []
+    assert b"inside" not in sent[1]["body"]
+
+
+def test_a_stranger_s_socket_is_closed_before_it_opens() -> None:
+    door = Door()
+
+    assert door.knock("/_stcore/stream", type="websocket") == [{"type": "websocket.close", "code": 1008}]
+    assert door.knock("/_stcore/stream", query="token=wrong", type="websocket")[0]["type"] == "websocket.close"
+    assert door.reached == []
+
+
+def test_the_health_route_is_open() -> None:
+    assert Door().knock("/_stcore/health")[0]["status"] == 200
+
+
+def test_the_token_becomes_a_cookie_and_leaves_the_address() -> None:
+    door = Door()
+
+    sent = door.knock("/console", query="token=open+sesame&lang=zh")
+
+    assert sent[0]["status"] == 303
+    assert door.header(sent, "location") == "./console?lang=zh"
+    cookie = door.header(sent, "set-cookie")
+    assert "HttpOnly" in cookie
+    assert "SameSite=Lax" in cookie
+    assert "Secure" not in cookie
+    assert TOKEN not in cookie
+    value = SimpleCookie(cookie)[COOKIE].value
+    assert door.knock("/", cookie=f"other=1; {COOKIE}={value}")[0]["status"] == 200
+    assert door.knock("/_stcore/stream", type="websocket", cookie=f"{COOKIE}={value}") == [{"type": "websocket.accept"}]
+
+
+def test_behind_https_the_cookie_never_travels_in_the_clear() -> None:
+    door = Door()
+
+    sent = door.knock(query="token=open+sesame", x_forwarded_proto="https")
+
+    assert "; Secure" in door.header(sent, "set-cookie")
+
+
+def test_a_checker_may_bring_the_token_to_the_socket_itself() -> None:
+    door = Door()
+
+    assert door.knock("/_stcore/stream", query="token=open+sesame", type="websocket") == [{"type": "websocket.accept"}]
+
+
+def test_a_checker_may_bring_the_token_to_the_programs_addresses() -> None:
+    door = Door()
+
+    assert door.knock("/_stcore/script-health-check", query="token=open+sesame")[0]["status"] == 200
+    assert door.knock("/_stcore/script-health-check", query="token=wrong")[0]["status"] == 401
+
+
+def test_a_wrong_token_is_told_in_the_reader_s_language() -> None:
+    page = Door().knock(query="token=wrong", accept_language="zh-CN,zh;q=0.9")[1]["body"].decode()
+
+    assert "令牌不正确" in page
+    assert '<html lang="zh">' in page
+
+
+def test_where_no_token_is_set_each_browser_still_gets_its_own_cookie() -> None:
+    door = Door(token="")
+
+    first, second = (door.header(door.knock(), "set-cookie") for _ in range(2))
+
+    assert first.startswith(f"{COOKIE}=")
+    assert first != second
+
+
+def test_the_real_page_gives_a_stranger_nothing(page_server: Callable[..., Server]) -> None:
+    running = page_server(GLM_WEB_TOKEN=TOKEN, GLM_API_URL="http://127.0.0.1:9")
+
+    for path in ("/", "/console", "/_stcore/host-config", "/media/x", "/_stcore/upload_file/a/b", "/static/", "/x?y=1"):
+        answer = requests.get(running.url + path, timeout=20)
+        assert (answer.status_code, "This page is private" in answer.text) == (401, True), path
+        assert "default-src 'self'" in answer.headers["content-security-policy"]
+        assert "set-cookie" not in answer.headers
+    assert requests.put(f"{running.url}/_stcore/upload_file/a/b", data=b"x", timeout=20).status_code == 401
+    upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13",
+               "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA=="}  # fmt: skip
+    assert requests.get(f"{running.url}/_stcore/stream", headers=upgrade, timeout=20).status_code == 403
+
+    session = requests.Session()
+    assert session.get(f"{running.url}/?token={TOKEN}", timeout=20).status_code == 200
+    assert session.get(f"{running.url}/_stcore/host-config", timeout=20).status_code == 200
+    # Streamlit's own guard against forged requests stands behind the door.
+    assert session.put(f"{running.url}/_stcore/upload_file/a/b", data=b"x", timeout=20).status_code == 403

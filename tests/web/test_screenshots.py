@@ -1,0 +1,198 @@
+"""Pictures of the pages for people to look at; `SCREENSHOTS=docs pytest tests/web/test_screenshots.py` renews them.
+
+Each is taken only when the page shows what it is meant to show, and no page may be wider than its window.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from browsing import KEY, PATIENCE_MS, TOKEN, ask, last_answer
+from conftest import OpenPage, Server
+from console_record import HEALTHY, STARTING, WEDGED, incident_of, record
+from playwright.sync_api import Page, expect
+from web_fake_api import Answer, FakeApi
+
+from monitor.store import Store
+
+DESK = {"width": 1200, "height": 900}
+PHONE = {"width": 390, "height": 844}
+HOUR_S = 3600
+
+Opened = Callable[..., Page]
+
+
+@pytest.fixture
+def opened(page_server: Callable[..., Server], fake_api: FakeApi, open_page: OpenPage) -> Opened:
+    server = page_server(GLM_WEB_TOKEN=TOKEN, GLM_API_KEY=KEY, GLM_API_URL=fake_api.url, GLM_OPERATOR_TOKEN="operator")
+
+    def open_it(path: str = "", **browser: object) -> Page:
+        return open_page(server, f"{path}?token={TOKEN}", **{"viewport": DESK, **browser})
+
+    return open_it
+
+
+def take(page: Page, name: str, tmp_path: Path) -> None:
+    folder = Path(os.environ.get("SCREENSHOTS") or tmp_path)
+    page.mouse.move(2, 2)
+    # Streamlit fetches the code of its parts one by one and shows grey boxes until they are there.
+    expect(page.get_by_test_id("stSkeleton")).to_have_count(0, timeout=PATIENCE_MS)
+    page.wait_for_function("[...document.images].every(i => i.complete)")
+    page.wait_for_timeout(600)  # what fades in has come to rest
+    page.screenshot(path=folder / f"{name}.png")
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def ask_about_the_sample(page: Page, question: str) -> None:
+    page.get_by_role("button", name=question).click()
+
+
+BOXES = [
+    {"bbox_2d": [165, 195, 430, 560], "image": 0, "label": "red circle", "bbox_pixels": [53, 47, 138, 134]},
+    {"bbox_2d": [440, 40, 750, 430], "image": 0, "label": "green square", "bbox_pixels": [141, 10, 240, 103]},
+]
+
+
+def test_chat(opened: Opened, fake_api: FakeApi, tmp_path: Path) -> None:
+    fake_api.answer = Answer(text="The star is blue.", reasoning="I look for the star and name its color.")
+    page = opened()
+    ask_about_the_sample(page, "What color is the star?")
+    last_answer(page)
+
+    expect(page.get_by_role("button", name="Answer again")).to_be_visible(timeout=PATIENCE_MS)
+    take(page, "chat", tmp_path)
+
+
+def test_thinking(opened: Opened, fake_api: FakeApi, tmp_path: Path) -> None:
+    fake_api.answer = Answer(text="Two.", reasoning="I count the shapes one by one. " * 200, pause_s=0.05)
+    page = opened()
+    ask_about_the_sample(page, "What color is the star?")
+
+    expect(page.get_by_text("Thinking…")).to_be_visible(timeout=PATIENCE_MS)
+    take(page, "thinking", tmp_path)
+    page.get_by_role("button", name="Stop", exact=True).click()
+
+
+def test_boxes(opened: Opened, fake_api: FakeApi, tmp_path: Path) -> None:
+    fake_api.answer = Answer(text="I found a circle and a square.", boxes=BOXES)
+    page = opened(viewport={"width": 1200, "height": 1300})
+    ask_about_the_sample(page, "What color is the star?")
+    last_answer(page)
+    page.get_by_text("2 marked in").click()
+
+    expect(page.get_by_role("cell", name="green square")).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.get_by_role("img", name="Where it is, drawn on")).to_be_visible()
+    page.get_by_role("img", name="Where it is, drawn on").scroll_into_view_if_needed()
+    take(page, "boxes", tmp_path)
+
+
+def test_error(opened: Opened, fake_api: FakeApi, tmp_path: Path) -> None:
+    fake_api.answer = Answer(status=503, error={"code": "queue_full"})
+    page = opened()
+    ask(page, "What is in the picture?")
+
+    expect(page.get_by_text("Too many people are asking right now.")).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.get_by_text("Request req-42")).to_be_visible()
+    expect(page.get_by_role("button", name="Try again")).to_be_visible()
+    take(page, "error", tmp_path)
+
+
+def test_dark(opened: Opened, fake_api: FakeApi, tmp_path: Path) -> None:
+    fake_api.answer = Answer(text='{"objects": [{"color": "red", "shape": "circle"}]}')
+    page = opened(color_scheme="dark")
+    page.get_by_text("JSON by schema").click()
+    area = page.get_by_test_id("stChatInputTextArea")
+    expect(area).to_have_value("List the objects as JSON.", timeout=PATIENCE_MS)
+    area.press("Enter")
+
+    expect(page.get_by_text("Valid JSON that fits the schema")).to_be_visible(timeout=PATIENCE_MS)
+    take(page, "dark", tmp_path)
+
+
+def test_chinese(opened: Opened, fake_api: FakeApi, tmp_path: Path) -> None:
+    fake_api.answer = Answer(text="星形是蓝色的。", reasoning="我先找到星形，再看颜色。")
+    page = opened(locale="zh-CN")
+    page.get_by_role("button", name="星形是什么颜色？").click()
+
+    expect(page.get_by_role("button", name="重新回答")).to_be_visible(timeout=PATIENCE_MS)
+    take(page, "chinese", tmp_path)
+
+
+def test_phone(opened: Opened, fake_api: FakeApi, tmp_path: Path) -> None:
+    page = opened(viewport=PHONE, device_scale_factor=2, is_mobile=True, has_touch=True)
+
+    expect(page.get_by_role("button", name="What color is the star?")).to_be_visible(timeout=PATIENCE_MS)
+    take(page, "phone", tmp_path)
+
+
+def test_console_healthy(opened: Opened, fake_api: FakeApi, tmp_path: Path) -> None:
+    now = time.time()
+    fake_api.health |= {"running": 2, "waiting": 0, "version": "0.1.0", "uptime_s": 183_000, "phase": "decode"}
+    record(tmp_path / "logs", now, 30, lambda age: None if 14 * HOUR_S < age < 15 * HOUR_S else HEALTHY, 300)
+    page = opened("console")
+
+    expect(page.get_by_text("Operational since")).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.get_by_test_id("stVegaLiteChart").first).to_be_visible(timeout=PATIENCE_MS)
+    take(page, "console", tmp_path)
+
+
+def test_console_in_an_incident(opened: Opened, fake_api: FakeApi, tmp_path: Path) -> None:
+    now, logs = time.time(), tmp_path / "logs"
+    fake_api.health |= {"running": 1, "waiting": 3, "version": "0.1.0", "uptime_s": 18_300, "phase": "decode"}
+
+    def verdict(age: float) -> dict[str, str]:
+        if age < 15 * 60 or 5 * HOUR_S < age < 5.5 * HOUR_S:
+            return WEDGED
+        return STARTING if 4.9 * HOUR_S < age <= 5 * HOUR_S else HEALTHY
+
+    record(logs, now, 30, verdict, 300)
+    with closing(Store.open(logs)) as store, store.transaction():
+        store.put_incident(incident_of(now, 15 * 60, None))
+        store.put_incident({**incident_of(now, 5.5 * HOUR_S, 5 * HOUR_S), "id": "api-earlier"}, now - 4.8 * HOUR_S)
+        store.add_action(now - 60, "api", "restart", "checker", "done", "verified by a right answer", "api-20261122-0310", 34)
+    page = opened("console", viewport={"width": 1200, "height": 1500})
+
+    expect(page.get_by_text("Down since")).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.get_by_text("verified by a right answer")).to_be_attached(timeout=PATIENCE_MS)
+    expect(page.get_by_test_id("stVegaLiteChart").first).to_be_visible(timeout=PATIENCE_MS)
+    take(page, "console-incident", tmp_path)
+    page.get_by_text("verified by a right answer").scroll_into_view_if_needed()
+
+
+def test_an_operator_asks_for_a_restart_by_name_and_typed_word(opened: Opened, tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    record(logs, time.time(), 1, lambda age: HEALTHY)
+    page = opened("console")
+
+    page.get_by_label("Operator token").fill("operator")
+    page.get_by_role("button", name="Unlock").click()
+    page.get_by_role("button", name="Restart the model server").click()
+    confirm = page.get_by_role("button", name="Ask the checker to do it")
+    confirm.click()
+    expect(page.get_by_text("the audit log needs a name")).to_be_visible(timeout=PATIENCE_MS)
+    name = page.get_by_label("Your name, for the audit log")
+    name.fill("Ann")
+    name.press("Enter")
+    confirm.click()
+    expect(page.get_by_text("This is not what stands above")).to_be_visible(timeout=PATIENCE_MS)
+    assert _requests(logs) == []
+    word = page.get_by_label("Type glm-shapes-demo to confirm")
+    word.fill("glm-shapes-demo")
+    word.press("Enter")
+    confirm.click()
+
+    expect(page.get_by_text("waits for the checker")).to_be_visible(timeout=PATIENCE_MS)
+    assert _requests(logs) == [("restart", "api", "console: Ann", "waiting")]
+    with closing(Store.open(logs)) as store, store.transaction():
+        store.end_request(1, time.time(), "done", "restarted and verified")
+    expect(page.get_by_text("restarted and verified")).to_be_visible(timeout=PATIENCE_MS)
+
+
+def _requests(logs: Path) -> list[tuple[str, str, str, str]]:
+    with closing(Store.open(logs)) as store:
+        return [(row["kind"], row["target"], row["actor"], row["state"]) for row in store.requests()]

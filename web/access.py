@@ -1,0 +1,220 @@
+"""Who may see the page, and what every answer forbids the browser: ASGI middleware around the whole app.
+
+Owns the token in the link, the cookie that takes its place, and the security headers. It stands before pages,
+uploads, media and the WebSocket alike, so nothing that Streamlit adds can be reached around it. The cookie also
+names the browser, so that each sees its own chats. Knows nothing of Streamlit or of what the page shows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+from collections.abc import Mapping, MutableMapping
+from html import escape
+from http.cookies import CookieError, SimpleCookie
+from typing import Any
+from urllib.parse import parse_qsl, quote, urlencode
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from web.strings import Words, language_for
+
+COOKIE = "glm_visitor"
+COOKIE_AGE_S = 90 * 86400
+INSIDE = "/_stcore/"  # addresses for programs: a checker brings the token there and keeps no cookie
+OPEN_PATH = "/_stcore/health"  # tells "ok" and nothing else; the checker and start.sh ask it without the token
+_VISITOR = re.compile(r"[A-Za-z0-9_-]{22}")
+
+HEADERS = {
+    # Nothing is loaded from elsewhere: what a model writes can neither fetch a picture nor run a script.
+    # Streamlit's page has one inline script, its charts compile expressions, its styles are inline.
+    b"content-security-policy": b"default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
+    b"style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; media-src 'self' data: blob:; "
+    b"font-src 'self' data:; connect-src 'self'; worker-src 'self' blob:; "
+    b"object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'",
+    b"x-content-type-options": b"nosniff",
+    # An address may hold the token or a chat's id; it must not travel with a click on a link.
+    b"referrer-policy": b"no-referrer",
+    b"permissions-policy": b"camera=(self), microphone=(), geolocation=()",
+}
+
+
+class Visitors:
+    """Makes and checks the cookie's value: a random id and its signature with the token.
+
+    A new token makes every old cookie worthless.
+    """
+
+    def __init__(self, token: str) -> None:
+        self.token = token
+
+    def is_right(self, given: str) -> bool:
+        """Compared in constant time, so that the time taken tells nothing of how much was right."""
+        return hmac.compare_digest(given.strip().encode(), self.token.encode())
+
+    def sign(self, visitor: str) -> str:
+        return f"{visitor}.{self._signature(visitor)}"
+
+    def read(self, cookie: str | None) -> str | None:
+        """The visitor's id, if the signature is right."""
+        visitor, _, signature = (cookie or "").partition(".")
+        if not _VISITOR.fullmatch(visitor) or not signature.isascii():
+            return None
+        return visitor if hmac.compare_digest(signature, self._signature(visitor)) else None
+
+    def renewed(self, cookie: str | None) -> str:
+        """A right cookie for whoever brought the token. An id from a time of another token is kept: it is too long
+        to be guessed, and the chats of that browser hang on it."""
+        visitor = (cookie or "").partition(".")[0]
+        return self.sign(visitor if _VISITOR.fullmatch(visitor) else secrets.token_urlsafe(16))
+
+    def _signature(self, visitor: str) -> str:
+        return hmac.new(self.token.encode(), f"visitor:{visitor}".encode(), hashlib.sha256).hexdigest()
+
+
+class Access:
+    """Lets nobody past without the token, if one is set; adds HEADERS to every HTTP answer."""
+
+    def __init__(self, app: ASGIApp, token: str) -> None:
+        self._app = app
+        self._visitors = Visitors(token)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await self._http(scope, receive, send)
+        elif scope["type"] == "websocket" and not self._may_connect(scope):
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            await self._app(scope, receive, send)
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        cookie, token, query = _cookie(scope), self._visitors.token, _query(scope)
+        given = query.get("token", "")
+        sets_cookie = ""
+        brought = bool(token) and scope["method"] == "GET" and self._visitors.is_right(given)
+        inside = scope["path"].startswith(INSIDE)
+        if brought and not inside:
+            await _redirect(scope, self._visitors.renewed(cookie), query, send)
+            return
+        if self._visitors.read(cookie) is None and scope["path"] != OPEN_PATH and not (brought and inside):
+            if token:
+                await _refuse(scope, bool(given), send)
+                return
+            sets_cookie = self._visitors.renewed(cookie)
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                _add_headers(message)
+                if sets_cookie and _is_page(message):
+                    message["headers"].append((b"set-cookie", _set_cookie(scope, sets_cookie)))
+            await send(message)
+
+        await self._app(scope, receive, send_with_headers)
+
+    def _may_connect(self, scope: Scope) -> bool:
+        """With the cookie; or with the token in the address, for a checker that speaks WebSocket only."""
+        if not self._visitors.token or self._visitors.read(_cookie(scope)) is not None:
+            return True
+        return self._visitors.is_right(_query(scope).get("token", ""))
+
+
+async def _redirect(scope: Scope, cookie: str, query: dict[str, str], send: Send) -> None:
+    """To the same page without the token: it must stay in no history and no copied address."""
+    query.pop("token", None)
+    # Relative, because a proxy may have taken a path prefix away that only the browser knows of.
+    page = "./" + quote(scope["path"].rpartition("/")[2])
+    location = f"{page}?{urlencode(query)}" if query else page
+    headers = [(b"location", location.encode()), (b"set-cookie", _set_cookie(scope, cookie))]
+    await _answer(send, 303, b"", headers)
+
+
+async def _refuse(scope: Scope, was_given: bool, send: Send) -> None:
+    accepted = _header(scope, b"accept-language").split(",")[0]
+    page = _closed_page(Words(language_for(accepted)), was_given)
+    await _answer(send, 401, page.encode(), [(b"content-type", b"text/html; charset=utf-8")])
+
+
+async def _answer(send: Send, status: int, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+    start = {"type": "http.response.start", "status": status}
+    length = (b"content-length", str(len(body)).encode())
+    message = {**start, "headers": [*headers, length, (b"cache-control", b"no-store")]}
+    _add_headers(message)
+    await send(message)
+    await send({"type": "http.response.body", "body": body})
+
+
+def _add_headers(message: MutableMapping[str, Any]) -> None:
+    kept = [(name, value) for name, value in message.get("headers", []) if name.lower() not in HEADERS]
+    message["headers"] = [*kept, *HEADERS.items()]
+
+
+def _is_page(message: Mapping[str, Any]) -> bool:
+    return any(n.lower() == b"content-type" and v.startswith(b"text/html") for n, v in message["headers"])
+
+
+def _set_cookie(scope: Scope, value: str) -> bytes:
+    secure = scope.get("scheme") == "https" or _header(scope, b"x-forwarded-proto") == "https"
+    # Without a Path the browser takes the folder of the page, which behind a path prefix is the prefix.
+    # Lax, not Strict: the link with the token is opened from mails and chats.
+    return f"{COOKIE}={value}; Max-Age={COOKIE_AGE_S}; HttpOnly; SameSite=Lax{'; Secure' if secure else ''}".encode()
+
+
+def _cookie(scope: Scope) -> str | None:
+    try:
+        found = SimpleCookie(_header(scope, b"cookie")).get(COOKIE)
+    except CookieError:
+        return None
+    return found.value if found else None
+
+
+def _query(scope: Scope) -> dict[str, str]:
+    return dict(parse_qsl(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True))
+
+
+def _header(scope: Scope, name: bytes) -> str:
+    return next((value.decode("latin-1") for key, value in scope["headers"] if key.lower() == name), "")
+
+
+def _closed_page(words: Words, was_given: bool) -> str:
+    wrong = f'<p role="alert" class="wrong">{escape(words("gate.wrong"))}</p>' if was_given else ""
+    return CLOSED_PAGE.format(
+        language=words.language,
+        title=escape(words("gate.title")),
+        how=escape(words("gate.how")),
+        wrong=wrong,
+        token=escape(words("gate.token")),
+        open=escape(words("gate.open")),
+    )
+
+
+CLOSED_PAGE = """<!doctype html>
+<html lang="{language}">
+<head>
+<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>
+<style>
+:root {{ color-scheme: light dark; }}
+body {{ font: 1rem/1.5 system-ui, sans-serif; max-width: 26rem; margin: 18vh auto 0; padding: 0 1.25rem; }}
+h1 {{ font-size: 1.5rem; margin: 0 0 .5rem; }}
+label {{ display: block; margin: 1.25rem 0 .25rem; }}
+form div {{ display: flex; gap: .5rem; }}
+input, button {{ font: inherit; padding: .5rem .75rem; border: 1px solid #8d93a5; border-radius: .6rem; }}
+input {{ flex: 1; min-width: 0; }}
+button {{ background: #3b5bdb; border-color: #3b5bdb; color: #fff; cursor: pointer; }}
+.wrong {{ border-left: .25rem solid #e5484d; padding-left: .75rem; }}
+</style>
+</head>
+<body>
+<main>
+<h1>{title}</h1>
+<p>{how}</p>
+{wrong}
+<form method="get">
+<label for="token">{token}</label>
+<div><input id="token" name="token" type="password" autocomplete="off" autofocus required><button>{open}</button></div>
+</form>
+</main>
+</body>
+</html>
+"""

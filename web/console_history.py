@@ -1,0 +1,196 @@
+"""What the console says about the past: a state with its age, uptime, bars, trends. Pure functions of the store's rows.
+
+Time without a check is no data: it counts neither as up nor as down, and is shown. Times are wall-clock seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+State = Literal["up", "busy", "degraded", "starting", "down", "unknown", "none"]
+
+# From the checker's words to what a glance needs.
+STATES: dict[str, State] = {
+    "healthy": "up", "busy": "busy", "degraded": "degraded", "starting": "starting", "unknown": "unknown",
+    "broken": "down", "wedged": "down", "zombie": "down", "hardware": "down", "dead": "down",
+}  # fmt: skip
+WORST_LAST: tuple[State, ...] = ("none", "up", "busy", "unknown", "starting", "degraded", "down")
+UP: tuple[State, ...] = ("up", "busy", "degraded")
+STALE_PERIODS = 2.0
+BARS, BAR_S = 96, 900.0
+GAP_WIDTHS = 2.5  # a longer pause between two points breaks a line
+
+
+def state_of(word: str) -> State:
+    return STATES.get(word, "unknown")
+
+
+def worst(states: Iterable[State]) -> State:
+    return max(states, key=WORST_LAST.index, default="none")
+
+
+@dataclass(frozen=True)
+class Now:
+    """The sentence on top. `since`: when the present word began, None if nobody saw it begin.
+
+    `age_s`: since the last check, None where there never was one; `stale`: too old to say anything about now.
+    """
+
+    state: State
+    word: str = ""
+    since: float | None = None
+    age_s: float | None = None
+    stale: bool = True
+    reasons: tuple[Mapping[str, str], ...] = ()  # {target, word, rule, en, zh} of what is not healthy
+
+
+def present(runs: Sequence[Mapping[str, Any]], flips: Sequence[Mapping[str, Any]], now: float, period_s: float) -> Now:
+    """From the newest run; `runs` and `flips` are newest first."""
+    if not runs:
+        return Now("none")
+    last = runs[0]
+    age_s = max(0.0, now - last["at"])
+    stale = age_s > STALE_PERIODS * period_s
+    targets = last["targets"] or {}
+    reasons = tuple({"target": name, **told} for name, told in targets.items() if told["word"] != "healthy")
+    state: State = "none" if stale else state_of(last["word"])
+    return Now(state, last["word"], _began(runs, flips), age_s, stale, reasons)
+
+
+def _began(runs: Sequence[Mapping[str, Any]], flips: Sequence[Mapping[str, Any]]) -> float | None:
+    """Since when all checks in a row say what the last one says."""
+    same = runs[0]["at"]
+    for run in runs:
+        if state_of(run["word"]) != state_of(runs[0]["word"]):
+            return same
+        same = run["at"]
+    # Longer than the runs reach back: the newest flip, if there is one before them.
+    earlier = [flip["at"] for flip in flips if flip["at"] <= same]
+    return max(earlier, default=same)
+
+
+@dataclass(frozen=True)
+class Uptime:
+    """`share` of the checks that found it serving; `seen`: share of the time that was checked at all."""
+
+    share: float | None
+    seen: float
+
+
+def uptime(rollups: Sequence[Mapping[str, Any]], target: str, width_s: float, span_s: float, now: float) -> Uptime:
+    """From roll-ups of `width_s` each. A check that could not judge counts neither way."""
+    up = down = 0
+    seen_s = 0.0
+    for row in rollups:
+        if row["start"] < now - span_s - width_s:
+            continue
+        words = (row["words"] or {}).get(target)
+        if not words:
+            continue
+        seen_s += min(width_s, now - row["start"])
+        up += sum(runs for word, runs in words.items() if state_of(word) in UP)
+        down += sum(runs for word, runs in words.items() if state_of(word) in ("down", "starting"))
+    share = up / (up + down) if up + down else None
+    return Uptime(share, min(1.0, seen_s / span_s))
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One stretch of `BAR_S`: the worst that was seen in it. `checks` is 0 where there is no data."""
+
+    start: float
+    state: State
+    word: str = ""
+    checks: int = 0
+
+
+def bars(minutes: Sequence[Mapping[str, Any]], target: str, now: float) -> list[Bar]:
+    """The last 24 h, oldest first, from minute roll-ups."""
+    end = (now // BAR_S + 1) * BAR_S
+    found: dict[float, dict[str, int]] = {end - (n + 1) * BAR_S: {} for n in reversed(range(BARS))}
+    for row in minutes:
+        counts = found.get(row["start"] // BAR_S * BAR_S)
+        if counts is None:
+            continue
+        for word, runs in ((row["words"] or {}).get(target) or {}).items():
+            counts[word] = counts.get(word, 0) + runs
+    return [_bar(start, counts) for start, counts in found.items()]
+
+
+def _bar(start: float, counts: Mapping[str, int]) -> Bar:
+    word = max(counts, key=lambda each: WORST_LAST.index(state_of(each)), default="")
+    return Bar(start, state_of(word) if word else "none", word, sum(counts.values()))
+
+
+@dataclass(frozen=True)
+class Point:
+    at: float
+    value: float | None
+
+
+def points_of_runs(runs: Sequence[Mapping[str, Any]], reading: str) -> list[Point]:
+    """Oldest first, from runs that are newest first."""
+    return [Point(run["at"], (run["readings"] or {}).get(reading)) for run in reversed(runs)]
+
+
+def points_of_rollups(rollups: Sequence[Mapping[str, Any]], reading: str) -> list[Point]:
+    """Means, oldest first."""
+    points = []
+    for row in rollups:
+        total, count, _ = (row["sums"] or {}).get(reading) or (0.0, 0, 0.0)
+        points.append(Point(row["start"], total / count if count else None))
+    return points
+
+
+def with_gaps(points: Sequence[Point], width_s: float) -> list[Point]:
+    """A point without value wherever data is missing, so that a drawn line breaks instead of bridging it."""
+    drawn: list[Point] = []
+    for point in points:
+        if drawn and point.at - drawn[-1].at > GAP_WIDTHS * width_s:
+            drawn.append(Point(drawn[-1].at + width_s, None))
+        drawn.append(point)
+    return drawn
+
+
+def percentile(values: Iterable[float | None], share: float) -> float | None:
+    """The smallest value that `share` of them do not exceed."""
+    known = sorted(value for value in values if value is not None)
+    if not known:
+        return None
+    return known[min(len(known) - 1, max(0, -(-int(share * 1000) * len(known) // 1000) - 1))]
+
+
+def failed_checks(runs: Sequence[Mapping[str, Any]], since: float) -> int:
+    return sum(1 for run in runs if run["at"] >= since and state_of(run["word"]) == "down")
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A line of an incident's timeline."""
+
+    at: float
+    kind: str  # began | flip | action | recovered | closed
+    text: Mapping[str, str]
+
+
+def timeline(
+    incident: Mapping[str, Any], flips: Sequence[Mapping[str, Any]], actions: Sequence[Mapping[str, Any]]
+) -> list[Moment]:
+    """What happened to the incident's target from the first sign to the end, oldest first."""
+    begin = incident["first_seen_at"] or incident["opened_at"]
+    end = incident["closed_at"] or float("inf")
+    moments = [Moment(begin, "began", {"en": incident["en"], "zh": incident["zh"]})]
+    for flip in flips:
+        if flip["target"] == incident["target"] and begin < flip["at"] <= end:
+            change = f"{flip['before']} → {flip['after']}: "
+            moments.append(Moment(flip["at"], "flip", {"en": change + flip["en"], "zh": change + flip["zh"]}))
+    for action in actions:
+        if action["incident"] == incident["id"]:
+            said = f"{action['kind']} ({action['actor']}): {action['outcome']}. {action['detail']}".strip()
+            moments.append(Moment(action["at"], "action", {"en": said, "zh": said}))
+    for kind in ("recovered", "closed"):
+        if at := incident[f"{kind}_at"]:
+            moments.append(Moment(at, kind, {"en": "", "zh": ""}))
+    return sorted(moments, key=lambda moment: moment.at)

@@ -1,0 +1,73 @@
+"""Is an answer JSON, and does it fit what was asked for? Pure."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import jsonschema
+
+_FENCE = "```"
+
+
+@dataclass(frozen=True)
+class JsonAnswer:
+    """`value` is what was read; `problem` the first thing that is wrong and `where` it is, empty if all fits."""
+
+    value: Any = None
+    is_json: bool = True
+    problem: str = ""
+    where: str = ""
+
+
+def read(text: str, schema: dict[str, Any] | None) -> JsonAnswer | None:
+    """None for a text that neither is JSON nor was to be. `schema`: what it shall fit; {}: any JSON; None: free text."""
+    bare = _without_fence(text.strip())
+    if schema is None and not bare.startswith(("{", "[")):
+        return None
+    try:
+        value = json.loads(bare)
+    except (ValueError, RecursionError) as error:
+        if schema is None:
+            return None
+        what = error.msg if isinstance(error, json.JSONDecodeError) else "too deep"
+        where = f"line {error.lineno}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+        return JsonAnswer(is_json=False, problem=what, where=where)
+    if not schema:
+        return JsonAnswer(value)
+    found = next(iter(sorted(_validator(schema).iter_errors(value), key=lambda error: list(map(str, error.path)))), None)
+    if found is None:
+        return JsonAnswer(value)
+    return JsonAnswer(value, problem=found.message[:300], where=found.json_path)
+
+
+def read_schema(text: str) -> dict[str, Any]:
+    """Raises ValueError that says what is wrong with the schema."""
+    schema = json.loads(text)
+    if not isinstance(schema, dict):
+        raise ValueError("not an object")
+    try:
+        jsonschema.Draft202012Validator.check_schema(schema)
+    except jsonschema.SchemaError as error:
+        raise ValueError(error.message) from None
+    return schema
+
+
+def read_tools(text: str) -> list[dict[str, Any]]:
+    """Tool definitions as the API takes them. Raises ValueError that says what is wrong."""
+    tools = json.loads(text)
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) and "function" in tool for tool in tools):
+        raise ValueError('not a list of {"type": "function", "function": {...}}')
+    return tools
+
+
+def _validator(schema: dict[str, Any]) -> jsonschema.Draft202012Validator:
+    return jsonschema.Draft202012Validator(schema)
+
+
+def _without_fence(text: str) -> str:
+    """Models like to put JSON between ``` marks."""
+    if not (text.startswith(_FENCE) and text.endswith(_FENCE) and "\n" in text):
+        return text
+    return text.split("\n", 1)[1].removesuffix(_FENCE).strip()

@@ -1,0 +1,69 @@
+"""Draws an answer while it comes. Touches no session state: every touch is a place where a stopped run ends."""
+
+from __future__ import annotations
+
+import time
+
+import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
+from streamlit.elements.lib.mutable_status_container import StatusContainer
+
+from web.conversation import Answer
+from web.safe_text import plain
+from web.strings import Words
+from web.turns_view import harmless, thought_label
+
+CURSOR = " ▍"
+
+
+class LiveAnswer:
+    """Places on the page that are redrawn while an answer comes."""
+
+    def __init__(self, answer: Answer, words: Words) -> None:
+        self._answer = answer
+        self._words = words
+        self._waiting = st.empty()
+        self._thinking = st.empty()
+        self._text = st.empty()
+        self._status: StatusContainer | None = None
+        self._thought: DeltaGenerator | None = None
+        self._begun = False
+        self.draw()
+
+    def draw(self) -> None:
+        """Always sends something to Streamlit: that is where Stop takes effect."""
+        answer = self._answer
+        if answer.state == "waiting":
+            self._waiting.caption(waiting_line(answer, self._words, time.monotonic()))
+            return
+        if not self._begun:
+            self._waiting.empty()
+            self._begun = True
+        self._draw_thinking()
+        calls = "".join(f"{self._words('answer.call', name=plain(call.name))}\n\n" for call in answer.calls)
+        self._text.markdown(calls + harmless(answer.text.lstrip()) + CURSOR if calls or answer.text else "")
+
+    def _draw_thinking(self) -> None:
+        answer = self._answer
+        if not answer.reasoning:
+            return
+        if self._status is None:
+            label = f":shimmer[{self._words('live.thinking')}]"
+            self._status = self._thinking.status(label, type="compact", expanded=False)
+            self._thought = self._status.empty()
+        if answer.state == "thinking" and self._thought is not None:
+            self._thought.markdown(harmless(answer.reasoning.strip()))
+        elif answer.thinking_s is not None:
+            self._status.update(label=thought_label(answer, self._words), state="complete")
+
+
+def waiting_line(answer: Answer, words: Words, now: float) -> str:
+    seconds = int(now - answer.begun)
+    if answer.loading and answer.loading_progress is not None:
+        percent = f"{100 * answer.loading_progress:.0f}"
+        return words("live.loading_percent", percent=percent, seconds=seconds)
+    if answer.loading:
+        return words("live.loading", seconds=seconds)
+    if answer.queue_position:
+        return words("live.queued", position=answer.queue_position, seconds=seconds)
+    return words("live.sent" if answer.queue_position is None else "live.looking", seconds=seconds)

@@ -1,0 +1,34 @@
+"""The end of a log file: read backwards, bounded, filtered. Pure but for the reading."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+MAX_BYTES = 512 * 1024
+LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+LOGS = ("api.log", "web.log", "health.jsonl")
+_LEVEL = re.compile(rf"\b({'|'.join(LEVELS)})\b")
+
+
+def tail(path: Path, lines: int, at_least: str = "DEBUG", contains: str = "") -> list[str]:
+    """The last lines that match, oldest first; lines without a level of their own go with the one above.
+
+    Raises OSError. At most MAX_BYTES of the file are read.
+    """
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - MAX_BYTES))
+        read = file.read(MAX_BYTES)
+    text = read.decode("utf-8", "replace").splitlines()
+    if size > MAX_BYTES and text:
+        text = text[1:]  # begins in the middle of a line
+    wanted = LEVELS.index(at_least)
+    found, level = [], 0
+    for line in text:
+        if match := _LEVEL.search(line[:200]):
+            level = LEVELS.index(match[1])
+        if level >= wanted and contains.lower() in line.lower():
+            found.append(line)
+    return found[-lines:]

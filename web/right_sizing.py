@@ -1,0 +1,135 @@
+"""What the last week says about the instance: too large, too small, busy and quiet hours. Pure functions.
+
+Advice needs a day of data at least, and says on what numbers it rests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, tzinfo
+from typing import Any
+
+WEEK_S = 7 * 86400
+ENOUGH_HOURS = 24
+QUIET_SHARE = 0.25  # an hour of the day is quiet below this share of the busiest hour
+MEMORY_TIGHT, MEMORY_LOOSE = 0.92, 0.5
+LOAD_LOW, LOAD_HIGH = 15.0, 70.0
+WAITING_SHARE = 0.05
+CARDS_GIB = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141)  # sizes that are rented
+SPARE = 1.2
+
+
+@dataclass(frozen=True)
+class Advice:
+    """`key` names the sentence, `values` what stands in it."""
+
+    key: str
+    values: Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Week:
+    """Readings of the hours that were checked; None where a reading never came."""
+
+    hours: int
+    gpu_load: float | None
+    gpu_peak_mib: float | None
+    memory_peak_percent: float | None
+    cpu_load: float | None
+    waiting_share: float  # of the hours, in which more waited than `slots`
+    by_hour: Mapping[int, float]  # hour of the day -> mean load
+
+
+def look_at(hours: Sequence[Mapping[str, Any]], now: float, slots: int, zone: tzinfo | None) -> Week:
+    """From hourly roll-ups."""
+    rows = [row for row in hours if row["start"] >= now - WEEK_S]
+    load_name = "gpu_load" if any(_count(row, "gpu_load") for row in rows) else "cpu_percent"
+    loads: dict[int, list[float]] = {}
+    for row in rows:
+        if _count(row, load_name):
+            loads.setdefault(datetime.fromtimestamp(row["start"], zone).hour, []).append(_mean(row, load_name))
+    waited = [row for row in rows if _count(row, "pending") and _most(row, "pending") > slots]
+    return Week(
+        hours=len(rows),
+        gpu_load=_overall(rows, "gpu_load"),
+        gpu_peak_mib=max((_most(row, "gpu_memory_used") for row in rows if _count(row, "gpu_memory_used")), default=None),
+        memory_peak_percent=max(
+            (_most(row, "memory_used_percent") for row in rows if _count(row, "memory_used_percent")), default=None
+        ),
+        cpu_load=_overall(rows, "cpu_percent"),
+        waiting_share=len(waited) / len(rows) if rows else 0.0,
+        by_hour={hour: sum(values) / len(values) for hour, values in sorted(loads.items())},
+    )
+
+
+def advise(week: Week, gpu_total_mib: float | None) -> list[Advice]:
+    if week.hours < ENOUGH_HOURS:
+        return [Advice("size.too_early", {"hours": week.hours, "enough": ENOUGH_HOURS})]
+    advice = []
+    if gpu_total_mib and week.gpu_peak_mib is not None:
+        advice.append(_memory_advice(week.gpu_peak_mib, gpu_total_mib))
+    elif week.memory_peak_percent is not None:
+        advice.append(Advice("size.no_gpu", {"memory": f"{week.memory_peak_percent:.0f}"}))
+    load = week.gpu_load if week.gpu_load is not None else week.cpu_load
+    if load is not None:
+        key = "size.idle" if load < LOAD_LOW else "size.loaded" if load > LOAD_HIGH else "size.load_fits"
+        advice.append(Advice(key, {"load": f"{load:.0f}"}))
+    if week.waiting_share > WAITING_SHARE:
+        advice.append(Advice("size.waiting", {"share": f"{100 * week.waiting_share:.0f}"}))
+    quiet, busiest = quiet_hours(week.by_hour), busiest_hour(week.by_hour)
+    if busiest is not None:
+        advice.append(Advice("size.busiest", {"hour": f"{busiest:02d}:00"}))
+    if quiet:
+        first, last = quiet
+        advice.append(Advice("size.quiet", {"first": f"{first:02d}:00", "last": f"{(last + 1) % 24:02d}:00"}))
+    return advice
+
+
+def _memory_advice(peak_mib: float, total_mib: float) -> Advice:
+    values = {"peak": f"{peak_mib / 1024:.1f}", "total": f"{total_mib / 1024:.0f}"}
+    share = peak_mib / total_mib
+    if share > MEMORY_TIGHT:
+        return Advice("size.memory_tight", values)
+    smaller = next((size for size in CARDS_GIB if size * 1024 >= peak_mib * SPARE), None)
+    if share < MEMORY_LOOSE and smaller is not None and smaller * 1024 < total_mib * 0.9:
+        return Advice("size.memory_loose", {**values, "smaller": smaller})
+    return Advice("size.memory_fits", values)
+
+
+def busiest_hour(by_hour: Mapping[int, float]) -> int | None:
+    return max(by_hour, key=lambda hour: by_hour[hour], default=None)
+
+
+def quiet_hours(by_hour: Mapping[int, float]) -> tuple[int, int] | None:
+    """(first, last) of the longest run of quiet hours of the day, over midnight too; None if there is none."""
+    most = max(by_hour.values(), default=0.0)
+    if most <= 0 or len(by_hour) < 24:
+        return None
+    quiet = [by_hour[hour] < QUIET_SHARE * most for hour in range(24)]
+    best: tuple[int, int] | None = None
+    length = 0
+    for first in range(24):
+        run = next((n for n in range(24) if not quiet[(first + n) % 24]), 24)
+        if run > length:
+            best, length = (first, (first + run - 1) % 24), run
+    return best if length >= 2 else None
+
+
+def _count(row: Mapping[str, Any], name: str) -> int:
+    return int(((row["sums"] or {}).get(name) or (0, 0, 0))[1])
+
+
+def _mean(row: Mapping[str, Any], name: str) -> float:
+    total, count, _ = row["sums"][name]
+    return float(total) / count
+
+
+def _most(row: Mapping[str, Any], name: str) -> float:
+    return float(row["sums"][name][2])
+
+
+def _overall(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    known = [row["sums"][name] for row in rows if _count(row, name)]
+    count = sum(entry[1] for entry in known)
+    return float(sum(entry[0] for entry in known) / count) if count else None
