@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 
 from models.shapes.pictures import Item, Scene
-from models.shapes.wording import Question, name_of, only, pick, said_as
+from models.shapes.wording import Mention, Question, name_of, only, pick, said_as
 
 
 def _unique_pair(rng: random.Random, scene: Scene) -> tuple[Item, Item] | None:
@@ -57,7 +57,8 @@ def _compare_two(rng: random.Random, lang: str, scene: Scene) -> Question | None
         (f"{one}和{two}哪个{zh}？", f"哪个{zh}，{one}还是{two}？", f"{one}和{two}，谁{zh}？"),
     )  # fmt: skip
     answer = f"The {name} is {further}." if lang == "en" else f"{name}{zh}。"
-    return Question("compare", lang, text, answer, _think_places(lang))
+    mentions = (Mention((pair[0],), one), Mention((pair[1],), two), Mention((winner,)))
+    return Question("compare", lang, text, answer, _think_places(lang), mentions)
 
 
 def _compare_side(rng: random.Random, lang: str, scene: Scene) -> Question | None:
@@ -79,7 +80,8 @@ def _compare_side(rng: random.Random, lang: str, scene: Scene) -> Question | Non
         answer = f"{'Yes' if true else 'No'}, the {names[0]} is {'' if true else 'not '}{relation} the {names[1]}."
     else:
         answer = f"{'是的' if true else '不是'}，{names[0]}{'' if true else '不'}在{names[1]}的{zh}。"
-    return Question("compare", lang, text, answer, _think_places(lang))
+    mentions = (Mention((pair[0],), one), Mention((pair[1],), two), Mention((pair[0 if true else 1],)))
+    return Question("compare", lang, text, answer, _think_places(lang), mentions)
 
 
 def _compare_end(rng: random.Random, lang: str, scene: Scene) -> Question | None:
@@ -96,7 +98,7 @@ def _compare_end(rng: random.Random, lang: str, scene: Scene) -> Question | None
     )  # fmt: skip
     name = name_of(lang, ranked[-1].color, ranked[-1].shape)
     answer = f"The {name} is {en[0]}." if lang == "en" else f"{zh[0]}的是{name}。"
-    return Question("compare", lang, text, answer, _think_places(lang))
+    return Question("compare", lang, text, answer, _think_places(lang), (Mention((ranked[-1],)),))
 
 
 def _compare_size(rng: random.Random, lang: str, scene: Scene) -> Question | None:
@@ -114,7 +116,7 @@ def _compare_size(rng: random.Random, lang: str, scene: Scene) -> Question | Non
     name = name_of(lang, ranked[0].color, ranked[0].shape)
     answer = f"The {name} is the {word}." if lang == "en" else f"{zh}的是{name}。"
     think = "I compare the sizes." if lang == "en" else "我比较大小。"
-    return Question("compare", lang, text, answer, think)
+    return Question("compare", lang, text, answer, think, (Mention((ranked[0],)),))
 
 
 def _think_places(lang: str) -> str:

@@ -36,9 +36,9 @@ AIMS = {
 }  # fmt: skip
 # What the shipped weights do reach: less than this is a step back.
 FLOORS = {
-    "color": 0.84, "shape": 0.97, "count": 0.75, "compare": 0.55, "moderate": 0.86, "two": 0.58, "second_turn": 0.88,
-    "describe": 0.90, "read": 0.86, "where": 0.33, "json": 0.99,
-    "greeting": 1.0, "ability": 1.0, "no_picture": 1.0, "tool": 0.97, "format": 1.0,
+    "color": 0.97, "shape": 0.97, "count": 0.93, "compare": 0.93, "moderate": 0.97, "two": 0.85, "second_turn": 0.96,
+    "describe": 0.95, "read": 0.95, "where": 0.75, "json": 0.99,
+    "greeting": 1.0, "ability": 1.0, "no_picture": 1.0, "tool": 1.0, "format": 1.0,
 }  # fmt: skip
 BOX = re.compile(r"<\|begin_of_box\|>\[\[(\d+),(\d+),(\d+),(\d+)\]\]<\|end_of_box\|>")
 
@@ -95,11 +95,9 @@ def _second_turn(rng: random.Random, lang: str, size: tuple[int, int], thinking:
 
 
 def _two(rng: random.Random, lang: str, size: tuple[int, int], thinking: bool) -> Trial:
-    while True:
-        drawn = [draw_scene(rng, size, kind="shapes") for _ in range(2)]
-        question = talk.two_pictures(rng, lang, (drawn[0][1], drawn[1][1]))
-        if question:
-            return Trial("two", lang, size, [user(question.text, 2)], [d[0] for d in drawn], question, thinking)
+    drawn = [draw_scene(rng, size, kind="shapes") for _ in range(2)]
+    question = talk.two_pictures(rng, lang, (drawn[0][1], drawn[1][1]))
+    return Trial("two", lang, size, [user(question.text, 2)], [d[0] for d in drawn], question, thinking)
 
 
 def _talk(rng: random.Random, lang: str, size: tuple[int, int], thinking: bool) -> Iterator[Trial]:
@@ -116,6 +114,7 @@ class Model:
     """The checkpoint, loaded and asked as any GLM-4.6V checkpoint would be."""
 
     def __init__(self, folder: Path, device: str):
+        torch.set_num_threads(1)  # so small a model gains nothing from more, and loses much where others use the cores
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
         self.model = Glm4vForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).to(device).eval()

@@ -70,9 +70,22 @@ def draw_scene(
         return _background(rng, size), Scene("blank")
     if kind == "shapes":
         count = count or rng.choices(range(1, most + 1), (0.16, 0.22, 0.24, 0.22, 0.16)[:most])[0]
-        wanted = [(rng.choice(tuple(COLORS)), rng.choice(SHAPES)) for _ in range(count)]
-        return _draw_items(rng, size, wanted)
+        return _draw_items(rng, size, _random_items(rng, count))
     return _draw_printed(rng, size, _random_text(rng, kind), kind)
+
+
+def _random_items(rng: random.Random, count: int) -> list[tuple[str, str]]:
+    """(colour, shape) pairs; in a third of the pictures things often share one or both, so that counting matters."""
+    alike = 0.5 if rng.random() < 0.35 else 0.0
+    items: list[tuple[str, str]] = []
+    for _ in range(count):
+        color, shape = rng.choice(tuple(COLORS)), rng.choice(SHAPES)
+        if items and rng.random() < alike:
+            color = rng.choice(items)[0]
+        if items and rng.random() < alike:
+            shape = rng.choice(items)[1]
+        items.append((color, shape))
+    return items
 
 
 def draw_shapes(wanted: list[tuple[str, str]], size: tuple[int, int] = (320, 240), seed: int = 0) -> Image.Image:

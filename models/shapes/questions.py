@@ -13,7 +13,19 @@ from collections.abc import Callable
 
 from models.shapes.comparisons import compare
 from models.shapes.pictures import COLORS, SHAPES, Item, Scene
-from models.shapes.wording import COLOR_ZH, SHAPE_ZH, Question, a, counted, matching, name_of, pick, plural, said_as
+from models.shapes.wording import (
+    COLOR_ZH,
+    SHAPE_ZH,
+    Mention,
+    Question,
+    a,
+    counted,
+    matching,
+    name_of,
+    pick,
+    plural,
+    said_as,
+)
 
 
 def ask(rng: random.Random, lang: str, scene: Scene, family: str | None = None) -> Question:
@@ -37,7 +49,7 @@ def _color(rng: random.Random, lang: str, scene: Scene) -> Question | None:
         return None
     said = said_as(rng, lang, None, shape)
     if len(scene.items) == 1 and rng.random() < 0.4:
-        shape = scene.items[0].shape
+        shape, said = scene.items[0].shape, ""
         matches = list(scene.items)
         text = pick(
             rng, lang,
@@ -60,7 +72,7 @@ def _color(rng: random.Random, lang: str, scene: Scene) -> Question | None:
         answer = f"There is no {name} in the picture." if lang == "en" else f"图中没有{name}。"
     else:
         answer = f"The {name} is {matches[0].color}." if lang == "en" else f"{name}是{COLOR_ZH[matches[0].color]}的。"
-    return Question("color", lang, text, answer, think)
+    return Question("color", lang, text, answer, think, (Mention(tuple(matches), said),))
 
 
 def _shape(rng: random.Random, lang: str, scene: Scene) -> Question | None:
@@ -69,8 +81,9 @@ def _shape(rng: random.Random, lang: str, scene: Scene) -> Question | None:
     if len(matches) > 1:
         return None
     zh = COLOR_ZH[color]
+    said = color if lang == "en" else zh
     if len(scene.items) == 1 and rng.random() < 0.4:
-        color, matches = scene.items[0].color, list(scene.items)
+        color, matches, said = scene.items[0].color, list(scene.items), ""
         zh = COLOR_ZH[color]
         text = pick(
             rng, lang,
@@ -93,12 +106,12 @@ def _shape(rng: random.Random, lang: str, scene: Scene) -> Question | None:
         answer = f"The {color} object is {a(matches[0].shape)}."
     else:
         answer = f"{zh}的是{SHAPE_ZH[matches[0].shape]}。"
-    return Question("shape", lang, text, answer, think)
+    return Question("shape", lang, text, answer, think, (Mention(tuple(matches), said),))
 
 
 def _target(rng: random.Random, scene: Scene) -> tuple[str | None, str | None]:
     """A colour, a shape or both to count or to forbid, usually one that is there."""
-    there = rng.choice(scene.items) if scene.items and rng.random() < 0.75 else None
+    there = rng.choice(scene.items) if scene.items and rng.random() < 0.8 else None
     color = there.color if there else rng.choice(tuple(COLORS))
     shape = there.shape if there else rng.choice(SHAPES)
     return rng.choices(((color, None), (None, shape), (color, shape)), (4, 4, 3))[0]
@@ -106,6 +119,7 @@ def _target(rng: random.Random, scene: Scene) -> tuple[str | None, str | None]:
 
 def _count(rng: random.Random, lang: str, scene: Scene) -> Question:
     color, shape = (None, None) if rng.random() < 0.4 else _target(rng, scene)
+    many = ""
     if color is None and shape is None:
         text = pick(
             rng, lang,
@@ -116,7 +130,7 @@ def _count(rng: random.Random, lang: str, scene: Scene) -> Question:
         )  # fmt: skip
     else:
         said = said_as(rng, lang, color, shape) if shape else name_of(lang, color, None)
-        many = plural(said, 2)
+        many = plural(said, 2) if lang == "en" else said
         text = pick(
             rng, lang,
             (f"How many {many} are there?", f"How many {many} do you see?", f"Count the {many}.", f"how many {many}",
@@ -125,7 +139,8 @@ def _count(rng: random.Random, lang: str, scene: Scene) -> Question:
         )  # fmt: skip
     name = name_of(lang, color, shape)
     think = f"I count the {plural(name, 2)}." if lang == "en" else f"我数一数{name}。"
-    return Question("count", lang, text, counted(lang, len(matching(scene, color, shape)), color, shape), think)
+    found = tuple(matching(scene, color, shape))
+    return Question("count", lang, text, counted(lang, len(found), color, shape), think, (Mention(found, many),))
 
 
 def description(lang: str, scene: Scene) -> str:
@@ -207,7 +222,7 @@ def _where(rng: random.Random, lang: str, scene: Scene) -> Question | None:
     else:
         x1, y1, x2, y2 = box_of(found[0])
         answer = f"<|begin_of_box|>[[{x1},{y1},{x2},{y2}]]<|end_of_box|>"
-    return Question("where", lang, text, answer, think)
+    return Question("where", lang, text, answer, think, (Mention(tuple(found), said),))
 
 
 def _moderate(rng: random.Random, lang: str, scene: Scene) -> Question:
@@ -232,7 +247,7 @@ def _moderate(rng: random.Random, lang: str, scene: Scene) -> Question:
         culprit = name_of(lang, found[0].color, found[0].shape) if found else ""
         answer = f"违规：图中有{culprit}。" if found else f"不违规：图中没有{name}。"
         think = f"我检查有没有{name}。"
-    return Question("moderate", lang, text, answer, think)
+    return Question("moderate", lang, text, answer, think, (Mention(tuple(found), many if lang == "en" else name),))
 
 
 def objects_json(scene: Scene) -> str:
@@ -257,9 +272,9 @@ FAMILIES: dict[str, Callable[[random.Random, str, Scene], Question | None]] = {
     "color": _color, "shape": _shape, "count": _count, "compare": compare, "describe": _describe,
     "read": _read, "where": _where, "moderate": _moderate, "json": _json,
 }  # fmt: skip
-# what is learned last is asked most: to find a thing by its shape and say its colour or its place
+# what is learned last is asked most: to count and to compare
 WEIGHTS_BY_KIND = {
-    "shapes": {"color": 9, "shape": 1.5, "count": 3, "compare": 9, "describe": 1.5, "read": 0.3, "where": 9, "moderate": 5, "json": 0.7},
+    "shapes": {"color": 4, "shape": 1, "count": 10, "compare": 10, "describe": 3, "read": 0.3, "where": 4, "moderate": 3, "json": 1.2},
     "number": {"read": 7, "describe": 2, "count": 0.5, "color": 0.3, "where": 0.3, "moderate": 0.4, "json": 1.2},
     "word": {"read": 7, "describe": 2, "count": 0.5, "color": 0.3, "where": 0.3, "moderate": 0.4, "json": 1.2},
     "blank": {"describe": 2, "count": 2, "color": 2, "shape": 2, "where": 1, "moderate": 2, "read": 1, "json": 1},

@@ -18,9 +18,9 @@ from PIL import Image
 
 from models.shapes import talk
 from models.shapes.checkpoint import CELL_PIXELS, MAX_CELLS, MIN_CELLS
-from models.shapes.pictures import MAX_ITEMS, Scene, draw_scene
+from models.shapes.pictures import MAX_ITEMS, Item, Scene, draw_scene
 from models.shapes.questions import ask
-from models.shapes.wording import Question
+from models.shapes.wording import Mention, Question
 
 ROW_TOKENS = 176
 IMAGE_OPEN, IMAGE, IMAGE_CLOSE = "<|begin_of_image|>", "<|image|>", "<|end_of_image|>"
@@ -67,9 +67,25 @@ def patchify(image: Image.Image) -> np.ndarray:
     return frames.reshape(height * width // 196, 1176)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """The text of a question up to where its answer begins, and the shapes that its words mean."""
+
+    question: str
+    rest: str
+    mentions: tuple[Mention, ...]
+
+    def last_characters(self) -> list[tuple[int, tuple[Item, ...]]]:
+        """For each mention, the place of its last character in the text, and what it means."""
+        return [(self.question.index(m.said) + len(m.said or self.question) - 1, m.items) for m in self.mentions]
+
+
+Piece = str | Picture | Asked | tuple[str]
+
+
 @dataclass
 class Row:
-    """Token ids with M-RoPE positions, segment tree and the tokens to learn."""
+    """Token ids with M-RoPE positions, segment tree, the tokens to learn and the tokens that end a mention."""
 
     ids: list[int] = field(default_factory=list)
     positions: list[tuple[int, int, int]] = field(default_factory=list)
@@ -77,9 +93,10 @@ class Row:
     parent: list[int] = field(default_factory=list)
     learn: list[bool] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)  # one for each run of picture tokens, in order
+    mentions: list[tuple[int, tuple[Item, ...]]] = field(default_factory=list)  # (token, what is meant)
     ends: list[int] = field(default_factory=list)  # the next position after each segment
 
-    def add(self, tokenizer, pieces: list[str | Picture | tuple[str]], parent: int = -1) -> int:
+    def add(self, tokenizer, pieces: list[Piece], parent: int = -1) -> int:
         """Append a segment: strings are read, one-string tuples are learned, pictures are seen. Returns its number."""
         number = len(self.ends)
         position = self.ends[parent] if parent >= 0 else 0
@@ -91,8 +108,12 @@ class Row:
                 position += max(rows, columns)
                 self.pictures.append(piece)
             else:
-                text = piece if isinstance(piece, str) else piece[0]
-                ids = tokenizer.encode(text, add_special_tokens=False)
+                if isinstance(piece, Asked):
+                    encoded = tokenizer(piece.question + piece.rest, add_special_tokens=False)
+                    ids = encoded.input_ids
+                    self.mentions += [(len(self.ids) + encoded.char_to_token(c), items) for c, items in piece.last_characters()]
+                else:
+                    ids = tokenizer.encode(piece if isinstance(piece, str) else piece[0], add_special_tokens=False)
                 self.positions += [(position + i,) * 3 for i in range(len(ids))]
                 position += len(ids)
             self.ids += ids
@@ -103,21 +124,23 @@ class Row:
         return number
 
 
-def image_pieces(picture: Picture) -> list[str | Picture]:
+def image_pieces(picture: Picture) -> list[Piece]:
     return [IMAGE_OPEN, picture, IMAGE_CLOSE]
 
 
-def turn(question: Question, thinking: bool, end: str = "<|user|>") -> list[str | tuple[str]]:
+def turn(question: Question, thinking: bool, end: str = "<|user|>") -> list[Piece]:
     """One question and its learned answer, from the question's text to the token that ends the answer."""
     if thinking:
-        return [f"{question.text}<|assistant|>", (f"\n<think>{question.think}</think>\n{question.answer}{end}",)]
-    return [f"{question.text}/nothink<|assistant|>\n<think></think>", (f"\n{question.answer}{end}",)]
+        asked = Asked(question.text, "<|assistant|>", question.mentions)
+        return [asked, (f"\n<think>{question.think}</think>\n{question.answer}{end}",)]
+    asked = Asked(question.text, "/nothink<|assistant|>\n<think></think>", question.mentions)
+    return [asked, (f"\n{question.answer}{end}",)]
 
 
-def past_turn(question: Question, thinking: bool) -> list[str | tuple[str]]:
+def past_turn(question: Question, thinking: bool) -> list[Piece]:
     """A turn that lies back: its thought is gone."""
     if thinking:
-        return [f"{question.text}<|assistant|>\n<think></think>\n{question.answer}<|user|>\n"]
+        return [Asked(question.text, f"<|assistant|>\n<think></think>\n{question.answer}<|user|>\n", question.mentions)]
     return [*turn(question, False), "\n"]
 
 
@@ -128,7 +151,7 @@ class RowMaker:
         self.tokenizer = tokenizer
         self.rng = rng
         self.most_items = most_items
-        self.share = share or {"packed": 0.76, "text_first": 0.07, "two": 0.07, "system": 0.03, "tools": 0.035, "text": 0.035}
+        self.share = share or {"packed": 0.72, "text_first": 0.07, "two": 0.12, "system": 0.03, "tools": 0.03, "text": 0.03}
 
     def row(self, grids_here: list[tuple[int, int]]) -> Row:
         kind = self.rng.choices(tuple(self.share), tuple(self.share.values()))[0]
@@ -147,7 +170,7 @@ class RowMaker:
             if 2 * len(row.ids) - size > ROW_TOKENS:  # another branch like this one would not fit
                 return row
 
-    def _conversation(self, scene: Scene) -> list[str | tuple[str]]:
+    def _conversation(self, scene: Scene) -> list[Piece]:
         """One question, or (a quarter of the time) a second one after it, sometimes the same again."""
         thinking = self.rng.random() < 0.35
         lang = self._lang()
@@ -174,8 +197,7 @@ class RowMaker:
             thinking = self.rng.random() < 0.35
             question = ask(self.rng, self._lang(), picture.scene)
             asked, learned = turn(question, thinking)
-            rest = asked[len(question.text) :]
-            return [f"[gMASK]<sop><|user|>\n{question.text}", *image_pieces(picture), rest, learned]
+            return [f"[gMASK]<sop><|user|>\n{question.text}", *image_pieces(picture), asked.rest, learned]
 
         return self._fill(Row(), conversation, -1)
 
@@ -192,10 +214,8 @@ class RowMaker:
         start = row.add(self.tokenizer, ["[gMASK]<sop><|user|>\n", *image_pieces(first), *image_pieces(second)])
 
         def conversation():
-            while True:
-                question = talk.two_pictures(self.rng, self._lang(), (first.scene, second.scene))
-                if question:
-                    return turn(question, self.rng.random() < 0.35)
+            question = talk.two_pictures(self.rng, self._lang(), (first.scene, second.scene))
+            return turn(question, self.rng.random() < 0.35)
 
         return self._fill(row, conversation, start)
 
@@ -252,7 +272,7 @@ class Batch:
     ids [B,T]; positions [3,B,T]; mask [B,1,T,T] bool, true where attention is allowed;
     labels [B,T], -100 where nothing is learned; image_slots [B,T] bool.
     groups: (grid, patches [n, patches, 1176], scenes) of equal-sized pictures; `picture_order` gives,
-    for each run of picture tokens, (group, index).
+    for each run of picture tokens, (group, index). mentions: (row, token, what is meant there).
     """
 
     ids: np.ndarray
@@ -262,6 +282,7 @@ class Batch:
     image_slots: np.ndarray
     groups: list[tuple[tuple[int, int], np.ndarray, list[Scene]]]
     picture_order: list[tuple[int, int]]
+    mentions: list[tuple[int, int, tuple[Item, ...]]]
 
 
 def collate(rows: list[Row], image_id: int) -> Batch:
@@ -295,4 +316,6 @@ def collate(rows: list[Row], image_id: int) -> Batch:
             runs.append(places[id(picture)])
     order = list(by_grid)
     groups = [(g, np.stack([p.patches for p in by_grid[g]]), [p.scene for p in by_grid[g]]) for g in order]
-    return Batch(ids, positions, mask[:, None], labels, ids == image_id, groups, [(order.index(g), i) for g, i in runs])
+    picture_order = [(order.index(g), i) for g, i in runs]
+    mentions = [(b, token, items) for b, row in enumerate(rows) for token, items in row.mentions]
+    return Batch(ids, positions, mask[:, None], labels, ids == image_id, groups, picture_order, mentions)

@@ -9,7 +9,7 @@ import random
 
 from models.shapes.pictures import COLORS, SHAPES, Scene
 from models.shapes.questions import printed
-from models.shapes.wording import COLOR_ZH, SHAPE_ZH, Question, counted, matching, plural, said_as
+from models.shapes.wording import COLOR_ZH, SHAPE_ZH, Mention, Question, counted, plural, said_as
 
 HELLO = {
     "en": "Hello! Send me a picture of shapes, a number or a word, and ask me about it.",
@@ -91,48 +91,11 @@ def _loosely(rng: random.Random, text: str) -> str:
     return text.rstrip(".!?。！？") if roll < 0.24 else text
 
 
-def two_pictures(rng: random.Random, lang: str, scenes: tuple[Scene, Scene]) -> Question | None:
-    """A question that needs to know which of two pictures is meant."""
-    return rng.choice((_which_has_more, _which_contains, _ask_about_one, _ask_about_one))(rng, lang, scenes)
-
-
 ORDINAL = {"en": ("first", "second"), "zh": ("第一张", "第二张")}
 
 
-def _which_has_more(rng: random.Random, lang: str, scenes: tuple[Scene, Scene]) -> Question:
-    one, two = (len(s.items) for s in scenes)
-    if lang == "en":
-        text = rng.choice(("Which picture has more shapes?", "Which picture shows more objects?", "Which image has more shapes, the first or the second?"))
-        answer = "Both have the same number of shapes." if one == two else f"The {ORDINAL[lang][one < two]} picture has more shapes."
-        think = "I count both pictures."
-    else:
-        text = rng.choice(("哪张图的形状更多？", "哪张图片里的形状更多？", "两张图哪张形状多？"))
-        answer = "两张图的形状一样多。" if one == two else f"{ORDINAL[lang][one < two]}图的形状更多。"
-        think = "我数一数两张图。"
-    return Question("two", lang, text, answer, think)
-
-
-def _which_contains(rng: random.Random, lang: str, scenes: tuple[Scene, Scene]) -> Question | None:
-    items = [i for s in scenes for i in s.items]
-    if not items:
-        return None
-    item = rng.choice(items)
-    has = [bool(matching(s, item.color, item.shape)) for s in scenes]
-    if all(has):
-        return None
-    said = said_as(rng, lang, item.color, item.shape)
-    if lang == "en":
-        text = rng.choice((f"Which picture contains the {said}?", f"In which picture is the {said}?", f"Which picture has the {said}?"))
-        answer = f"The {ORDINAL[lang][has[1]]} picture."
-        think = "I look at both pictures."
-    else:
-        text = rng.choice((f"哪张图里有{said}？", f"{said}在哪张图里？", f"{said}在第几张图？"))
-        answer = f"{ORDINAL[lang][has[1]]}图。"
-        think = "我看两张图。"
-    return Question("two", lang, text, answer, think)
-
-
-def _ask_about_one(rng: random.Random, lang: str, scenes: tuple[Scene, Scene]) -> Question | None:
+def two_pictures(rng: random.Random, lang: str, scenes: tuple[Scene, Scene]) -> Question:
+    """A question about one of two pictures."""
     which = rng.randrange(2)
     scene = scenes[which]
     en, zh = ORDINAL["en"][which], ORDINAL["zh"][which]
@@ -148,9 +111,9 @@ def _ask_about_one(rng: random.Random, lang: str, scenes: tuple[Scene, Scene]) -
         said = said_as(rng, lang, None, item.shape)
         text = f"What color is the {said} in the {en} picture?" if lang == "en" else f"{zh}图里的{said}是什么颜色？"
         answer = f"The {item.shape} is {item.color}." if lang == "en" else f"{SHAPE_ZH[item.shape]}是{COLOR_ZH[item.color]}的。"
-        return Question("two", lang, text, answer, think)
+        return Question("two", lang, text, answer, think, (Mention((item,)),))
     text = f"How many shapes are in the {en} picture?" if lang == "en" else f"{zh}图里有几个形状？"
-    return Question("two", lang, text, counted(lang, len(scene.items), None, None), think)
+    return Question("two", lang, text, counted(lang, len(scene.items), None, None), think, (Mention(scene.items),))
 
 
 def tool_question(rng: random.Random, lang: str, scene: Scene) -> tuple[Question, str]:

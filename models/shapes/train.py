@@ -1,8 +1,9 @@
 """Trains the demo model from nothing: `python -m models.shapes.train`.
 
 Two stages. First the vision tower alone learns to name what lies under each 28x28 cell (dense
-supervision: an answer's loss alone teaches it slowly). Then everything learns the answers, the cells
-staying as a side task. Seeded; state is saved as it goes and taken up again by the same command.
+supervision: an answer's loss alone teaches it slowly). Then everything learns the answers, with two side
+tasks: the cells, and at each name in a question which shapes it means (to look something up by its name
+is otherwise learned last). Seeded; state is saved as it goes and taken up again by the same command.
 With several processes (default: one per core) each draws its own pictures and gradients are averaged.
 """
 
@@ -29,15 +30,16 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, Glm4vForConditionalGeneration
 from transformers.models.glm4v import modeling_glm4v
 
-from models.shapes.checkpoint import FOLDER, config_for, train_tokenizer, write_processing
-from models.shapes.pictures import COLORS, MAX_ITEMS, SHAPES, WORD_LETTERS, Scene
+from models.shapes.checkpoint import FOLDER, MAX_CELLS, MIN_CELLS, config_for, train_tokenizer, write_processing
+from models.shapes.pictures import COLORS, MAX_ITEMS, SHAPES, WORD_LETTERS, Item, Scene
 from models.shapes.rows import Batch, RowMaker, collate, draw, grids
 
 COLOR_IDS = {name: i + 1 for i, name in enumerate(COLORS)}
 SHAPE_IDS = {name: i + 1 for i, name in enumerate(SHAPES)}
 CHARS = "0123456789" + WORD_LETTERS
 CHAR_IDS = {char: i + 1 for i, char in enumerate(CHARS)}
-SIDE_TASK = 0.3  # weight of the cells' loss in the second stage
+SIDE_TASK = 0.3  # weight of the side tasks' losses in the second stage
+MENTION_LAYER = 3  # after so many of the text's layers a name knows what it means: the rest can copy it to the answer
 EASY_SHARE = 0.25  # of the second stage, with at most three shapes in a picture
 
 
@@ -69,6 +71,28 @@ class CellHeads(nn.Module):
         loss = loss + F.binary_cross_entropy_with_logits(center.squeeze(-1), t_center)
         off = (box - t_box).abs().sum(-1)
         return loss + 3 * (off * covered).sum() / covered.sum().clamp(min=1)
+
+
+class MentionHead(nn.Module):
+    """Reads the token that ends a name: how many shapes it means, and colour, shape and box of the first."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.sizes = (MAX_ITEMS + 1, len(COLORS) + 1, len(SHAPES) + 1, 4)
+        self.read = nn.Sequential(nn.RMSNorm(width), nn.Linear(width, sum(self.sizes)))
+
+    def loss(self, names: torch.Tensor, meant: list[tuple[Item, ...]]) -> torch.Tensor:
+        """names [n, width], the hidden states; meant, the shapes of each."""
+        count, color, shape, box = self.read(names).split(self.sizes, dim=-1)
+        to = lambda values: torch.tensor(values, device=names.device)  # noqa: E731
+        there = to([bool(items) for items in meant])
+        loss = F.cross_entropy(count, to([len(items) for items in meant]))
+        if not there.any():
+            return loss
+        first = [items[0] for items in meant if items]
+        loss = loss + F.cross_entropy(color[there], to([COLOR_IDS[i.color] for i in first]))
+        loss = loss + F.cross_entropy(shape[there], to([SHAPE_IDS[i.shape] for i in first]))
+        return loss + 3 * (box[there] - to([i.box for i in first])).abs().sum(-1).mean()
 
 
 def cell_targets(scene: Scene, grid: tuple[int, int]) -> tuple[np.ndarray, ...]:
@@ -111,6 +135,13 @@ class Meeting:
     all_here: Barrier
 
 
+def usual_grids(rng: random.Random) -> list[tuple[int, int]]:
+    """Two grids for a step: large pictures are scaled to the most cells, small ones to the fewest, so these come more often."""
+    known = grids()
+    usual = [(rows, columns) for rows, columns in known if not MIN_CELLS < rows * columns < 0.75 * MAX_CELLS]
+    return [rng.choice(usual if rng.random() < 0.6 else known) for _ in range(2)]
+
+
 class Trainer:
     """One process's share of the training."""
 
@@ -122,7 +153,8 @@ class Trainer:
         self.tokenizer = AutoTokenizer.from_pretrained(options.state)
         self.model = Glm4vForConditionalGeneration(config_for(self.tokenizer)).to(self.device)
         self.model.model.language_model.set_attn_implementation("eager")
-        self.heads = CellHeads(self.model.config.text_config.hidden_size).to(self.device)
+        width = self.model.config.text_config.hidden_size
+        self.heads = nn.ModuleDict({"cells": CellHeads(width), "mentions": MentionHead(width)}).to(self.device)
         self.image_id = self.model.config.image_token_id
         self.parameters = [*self.model.parameters(), *self.heads.parameters()]
         self.optimizers = self._optimizers()
@@ -152,7 +184,7 @@ class Trainer:
         while self.step < options.steps:
             rng = random.Random(f"{options.seed}/{self.step}/{self.rank}")
             # the same sizes in every process, so that none waits for another
-            here = random.Random(f"{options.seed}/{self.step}").sample(grids(), 2)
+            here = usual_grids(random.Random(f"{options.seed}/{self.step}"))
             loss = self._learn_cells(rng, here) if self.step < dense_steps else self._learn_answers(rng, here)
             self._average_gradients()
             nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -190,7 +222,7 @@ class Trainer:
                 cells = self.model.model.visual(pixels, grid_thw=thw).pooler_output.float()
             targets = [cell_targets(scene, grid) for scene in scenes]
             stacked = [torch.from_numpy(np.concatenate(t)).to(self.device) for t in zip(*targets, strict=True)]
-            losses.append(self.heads.loss(cells, tuple(stacked)) * len(scenes))
+            losses.append(self.heads["cells"].loss(cells, tuple(stacked)) * len(scenes))
             seen.append(cells.view(len(scenes), grid[0] * grid[1], -1))
         return seen, sum(losses, torch.zeros(())) / max(1, sum(len(g[2]) for g in groups))
 
@@ -211,16 +243,19 @@ class Trainer:
         cut = 3 * len(rows) // 4
         batches = [collate(part, self.image_id) for part in (rows[:cut], rows[cut:])]
         learned = [int((batch.labels != -100).sum()) for batch in batches]
-        self.parts = {"answers": 0.0, "cells": 0.0}
+        self.parts = {"answers": 0.0, "cells": 0.0, "mentions": 0.0}
+        total = 0.0
         for batch, tokens in zip(batches, learned, strict=True):
+            losses = self._answer_losses(batch)
             share = tokens / sum(learned)
-            answers, cells = self._answer_loss(batch)
-            (share * (answers + SIDE_TASK * cells)).backward()
-            self.parts["answers"] += share * answers.item()
-            self.parts["cells"] += share * cells.item()
-        return self.parts["answers"] + SIDE_TASK * self.parts["cells"]
+            loss = share * (losses["answers"] + SIDE_TASK * (losses["cells"] + losses["mentions"]))
+            loss.backward()
+            total += loss.item()
+            for name, value in losses.items():
+                self.parts[name] += share * value.item()
+        return total
 
-    def _answer_loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def _answer_losses(self, batch: Batch) -> dict[str, torch.Tensor]:
         seen, cells_loss = self._see(batch.groups)
         to = lambda array: torch.from_numpy(array).to(self.device)  # noqa: E731
         language = self.model.model.language_model
@@ -229,11 +264,20 @@ class Trainer:
         embeds = embeds.masked_scatter(to(batch.image_slots)[..., None], cells)
         blocked = torch.where(to(batch.mask), 0.0, torch.finfo(torch.float32).min)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.bf16):
-            hidden = language(inputs_embeds=embeds, position_ids=to(batch.positions), attention_mask=blocked, use_cache=False)
+            hidden = language(
+                inputs_embeds=embeds, position_ids=to(batch.positions), attention_mask=blocked, use_cache=False, output_hidden_states=True
+            )
             labels = to(batch.labels)
             learned = labels != -100
             logits = self.model.lm_head(hidden.last_hidden_state[learned]).float()
-        return F.cross_entropy(logits, labels[learned]), cells_loss
+        answers = F.cross_entropy(logits, labels[learned])
+        return {"answers": answers, "cells": cells_loss, "mentions": self._mentions_loss(batch, hidden.hidden_states[MENTION_LAYER])}
+
+    def _mentions_loss(self, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
+        if not batch.mentions:
+            return torch.zeros((), device=self.device)
+        rows, tokens, meant = zip(*batch.mentions, strict=True)
+        return self.heads["mentions"].loss(hidden[list(rows), list(tokens)].float(), list(meant))
 
     def _average_gradients(self) -> None:
         for parameter in self.parameters:

@@ -23,6 +23,14 @@ SHAPE_EN_SAID = {
 
 
 @dataclass(frozen=True)
+class Mention:
+    """Words of a question and the shapes that they mean. Without words, the question as a whole means them."""
+
+    items: tuple[Item, ...]
+    said: str = ""
+
+
+@dataclass(frozen=True)
 class Question:
     """One question, its true answer, and the sentence that thinking writes before it."""
 
@@ -31,6 +39,7 @@ class Question:
     text: str
     answer: str
     think: str
+    mentions: tuple[Mention, ...] = ()
 
 
 def name_of(lang: str, color: str | None, shape: str | None) -> str:

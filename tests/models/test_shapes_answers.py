@@ -59,6 +59,8 @@ SAMPLES = Path(__file__).resolve().parents[2] / "web" / "samples"
         ("shapes.png", "What color is the star?", "blue"),
         ("count.png", "Count the shapes.", "5"),
         ("word.png", "What word is it?", "CAT"),
+        ("place.png", "Where is the heart?", "<|begin_of_box|>[["),
+        ("place.png", "Is the blue square to the left of the red heart?", "Yes, the blue square is to the left"),
         ("place.png", "Check the rule: no red shapes.", "Yes, it breaks the rule: there is a red heart."),
         ("shapes.png", "描述这张图片。", "从左到右：红色圆形、蓝色星形、绿色正方形。"),
     ],

@@ -9,7 +9,7 @@ from transformers import AutoImageProcessor, AutoTokenizer
 
 from models.shapes import talk
 from models.shapes.checkpoint import FOLDER
-from models.shapes.pictures import MAX_ITEMS, draw_scene, draw_shapes
+from models.shapes.pictures import COLORS, MAX_ITEMS, draw_scene, draw_shapes
 from models.shapes.questions import FAMILIES, ask, box_of
 from models.shapes.rows import Picture, Row, RowMaker, collate, draw, grids, image_pieces, patchify, turn
 from models.shapes.wording import matching
@@ -78,6 +78,38 @@ def test_only_answers_are_learned(tokenizer):
     assert "<|image|>" not in learned and "<|assistant|>" not in learned
     assert learned.count("<|user|>") >= len(row.ends) - 1  # each branch ends at least one answer
     assert learned.endswith("<|user|>")
+
+
+@pytest.mark.parametrize("lang", ["en", "zh"])
+@pytest.mark.parametrize("family", ["color", "shape", "count", "compare", "where", "moderate"])
+def test_a_mention_ends_where_its_words_end_and_means_what_they_say(tokenizer, family, lang):
+    rng = random.Random(f"mention/{family}/{lang}")
+    seen = 0
+    while seen < 40:
+        picture = draw(rng, (5, 5), kind="shapes")
+        try:
+            question = ask(rng, lang, picture.scene, family)
+        except ValueError:
+            continue
+        row = Row()
+        row.add(tokenizer, turn(question, thinking=rng.random() < 0.5))
+        assert len(row.mentions) == len(question.mentions) >= 1
+        for (token, meant), mention in zip(row.mentions, question.mentions, strict=True):
+            assert tokenizer.decode(row.ids[: token + 1]).endswith(mention.said or question.text)
+            assert meant == mention.items and set(meant) <= set(picture.scene.items)
+            for color in COLORS:  # a word for a colour means things of that colour only
+                if color in mention.said:
+                    assert all(item.color == color for item in meant)
+        seen += 1
+
+
+def test_a_count_means_all_that_is_counted():
+    rng = random.Random(10)
+    for _ in range(100):
+        _, scene = draw_scene(rng, (200, 150), kind="shapes")
+        question = ask(rng, "en", scene, "count")
+        counted = 0 if "are no " in question.answer else int(question.answer.split()[2])
+        assert len(question.mentions[0].items) == counted
 
 
 @pytest.mark.parametrize("lang", ["en", "zh"])
