@@ -1,0 +1,1 @@
+"""What the published numbers come from: servers side by side, latencies under load, memory over time."""

@@ -1,0 +1,139 @@
+"""Servers to measure: started one at a time as processes of their own, or already there under a URL."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import psutil
+
+from bench.client import Address
+
+ROOT = Path(__file__).resolve().parents[1]
+START_LIMIT_S = 300.0
+PROBE_TOKEN = "bench-probe"
+
+
+class StartError(RuntimeError):
+    """A server did not come up; the message has the end of its log."""
+
+
+class Server:
+    """A running server. `process` is None for one that was there before."""
+
+    def __init__(self, address: Address, process: subprocess.Popen[bytes] | None = None) -> None:
+        self.address, self.process = address, process
+
+    def peak_bytes(self) -> int | None:
+        """Most memory that the process has ever had resident (VmHWM)."""
+        return self._status("VmHWM")
+
+    def resident_bytes(self) -> int | None:
+        return self._status("VmRSS")
+
+    def cpu_s(self) -> float:
+        assert self.process is not None
+        times = psutil.Process(self.process.pid).cpu_times()
+        return times.user + times.system
+
+    def _status(self, name: str) -> int | None:
+        if self.process is None:
+            return None
+        for line in Path(f"/proc/{self.process.pid}/status").read_text(encoding="ascii").splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+        return None
+
+
+@contextmanager
+def naive(folder: Path, dtype: str, device: str) -> Iterator[Server]:
+    """(a): the FastAPI handler of bench/naive.py."""
+    port = _free_port()
+    command = ["-m", "bench.naive", "--model", str(folder), "--port", str(port), "--dtype", dtype, "--device", device]
+    with _started(command, {}, Address(f"http://127.0.0.1:{port}")) as server:
+        yield server
+
+
+@contextmanager
+def this(folder: Path, dtype: str, device: str, **settings: str) -> Iterator[Server]:
+    """(b): this project's server; `settings` are GLM_* values."""
+    port, key = _free_port(), f"sk-{secrets.token_hex(16)}"
+    with tempfile.TemporaryDirectory(prefix="glm-bench-") as logs:
+        environment = {
+            "GLM_API_HOST": "127.0.0.1", "GLM_API_PORT": str(port), "GLM_API_KEY": key, "GLM_MODEL": str(folder),
+            "GLM_DTYPE": dtype, "GLM_DEVICE": device, "GLM_LOG_DIR": logs, **settings,
+        }  # fmt: skip
+        address = Address(f"http://127.0.0.1:{port}", key=key)
+        with _started(["-m", "api.server"], environment, address) as server:
+            yield server
+
+
+@contextmanager
+def running(url: str, key: str, model: str | None) -> Iterator[Server]:
+    """(c): any other server that speaks the OpenAI protocol."""
+    server = Server(Address(url.rstrip("/").removesuffix("/v1"), model, key))
+    asyncio.run(_wait(server, START_LIMIT_S))
+    yield server
+
+
+@contextmanager
+def _started(command: list[str], environment: dict[str, str], address: Address) -> Iterator[Server]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("GLM_")}
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            [sys.executable, *command], cwd=ROOT, env={**clean, **environment}, stdout=log, stderr=log
+        )
+        server = Server(address, process)
+        try:
+            asyncio.run(_wait(server, START_LIMIT_S))
+            yield server
+        except StartError as error:
+            log.seek(0)
+            tail = log.read()[-2000:].decode(errors="replace")
+            raise StartError(f"{error}\n{tail}") from None
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+async def _wait(server: Server, limit_s: float) -> None:
+    """Until it answers a question: a port that is open says little."""
+    until = time.monotonic() + limit_s
+    body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 1, "stream": True}
+    if server.address.model:
+        body["model"] = server.address.model
+    last = ""
+    async with server.address.client() as client:
+        while time.monotonic() < until:
+            if server.process and server.process.poll() is not None:
+                raise StartError(f"the server ended with code {server.process.returncode}")
+            try:
+                response = await client.post("/v1/chat/completions", json=body)
+                if response.status_code == 200:
+                    return
+                last = f"{response.status_code} {response.text[:200]}"
+            except httpx.HTTPError as error:
+                last = f"{type(error).__name__}: {error}"
+            await asyncio.sleep(0.25)
+    raise StartError(f"{server.address.url} gave no answer within {limit_s:g} s: {last}")
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

@@ -1,0 +1,95 @@
+"""What is asked: A text, B one picture that nobody has asked about before, C four turns about one picture."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from bench.checkpoint import PICTURE_SIDE, words
+from bench.client import Address, Sample, ask
+
+ANSWER_TOKENS = 64
+WORDS = tuple(words())
+
+
+@dataclass(frozen=True)
+class Workload:
+    name: str
+    title: str
+    question_words: int
+    picture: bool
+    turns: int = 1
+
+
+WORKLOADS = {
+    "A": Workload("A", "text, 64 words", 64, picture=False),
+    "B": Workload("B", f"one new picture of {PICTURE_SIDE}x{PICTURE_SIDE}", 16, picture=True),
+    "C": Workload("C", "four turns about one picture", 16, picture=True, turns=4),
+}
+
+
+def picture_url(rng: random.Random, side: int = PICTURE_SIDE) -> str:
+    """A picture like no other: a coarse random pattern."""
+    small = Image.frombytes("RGB", (12, 12), rng.randbytes(12 * 12 * 3))
+    buffer = io.BytesIO()
+    small.resize((side, side), Image.Resampling.BICUBIC).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def question(rng: random.Random, count: int) -> str:
+    return "".join(f" {rng.choice(WORDS)}" for _ in range(count))
+
+
+def turns(workload: Workload, rng: random.Random) -> Iterator[list[dict[str, Any]]]:
+    """The user's message of each turn."""
+    for turn in range(workload.turns):
+        text = question(rng, workload.question_words)
+        if turn == 0 and workload.picture:
+            yield [
+                {"type": "image_url", "image_url": {"url": picture_url(rng)}},
+                {"type": "text", "text": text},
+            ]
+        else:
+            yield [{"type": "text", "text": text}]
+
+
+async def converse(
+    client: Any, address: Address, workload: Workload, rng: random.Random, tokens: int = ANSWER_TOKENS
+) -> list[Sample]:
+    """One conversation, turn by turn; a failed turn ends it."""
+    messages: list[dict[str, Any]] = []
+    samples = []
+    for turn, content in enumerate(turns(workload, rng), start=1):
+        messages.append({"role": "user", "content": content})
+        sample = await ask(client, address, messages, tokens)
+        sample.turn = turn
+        samples.append(sample)
+        if sample.error:
+            break
+        messages.append({"role": "assistant", "content": sample.text})
+    return samples
+
+
+async def drive(
+    address: Address, workload: Workload, parallel: int, conversations: int, seed: str, tokens: int = ANSWER_TOKENS
+) -> list[Sample]:
+    """So many conversations, `parallel` at a time: when one ends, the next begins."""
+    numbers = iter(range(conversations))
+    samples: list[Sample] = []
+
+    async with address.client() as client:
+
+        async def worker() -> None:
+            for number in numbers:
+                rng = random.Random(f"{seed} {number}")
+                samples.extend(await converse(client, address, workload, rng, tokens))
+
+        await asyncio.gather(*(worker() for _ in range(parallel)))
+    return samples
