@@ -16,7 +16,6 @@ from monitor import check
 from monitor.processes import ProcessRecord, boot_id, write_record
 
 
-
 def run_check(settings, rng) -> dict:
     return check.run(settings, rng).report
 
