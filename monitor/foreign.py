@@ -16,6 +16,7 @@ from typing import Any
 from monitor.evidence import Look
 from monitor.exchange import exchange
 
+clock = time.monotonic
 METRIC = re.compile(r"^([A-Za-z_:][\w:]*)(?:\{[^}]*\})?\s+([0-9.eE+-]+|NaN|\+?Inf)", re.MULTILINE)
 RUNNING = ("vllm:num_requests_running", "sglang:num_running_reqs", "glm_num_requests_running")
 WAITING = ("vllm:num_requests_waiting", "sglang:num_queue_reqs", "glm_num_requests_waiting")
@@ -46,17 +47,17 @@ def look(base_url: str, limit_s: float, memory: Memory, key: str) -> tuple[Look,
     values = parse(metrics.body.decode("utf-8", "replace")) if metrics.status == 200 else {}
     pending = _sum(values, RUNNING + WAITING)
     counters = {name: values[name] for name in TOKENS if name in values}
-    clock = time.monotonic()
+    now = clock()
     if counters != memory.counters:
-        memory.counters, memory.still_since = counters, clock
+        memory.counters, memory.still_since = counters, now
         memory.steps += 1
     elif not pending or memory.still_since is None:
-        memory.still_since = clock
+        memory.still_since = now
     state = "busy" if pending else "idle"
     if health.status == 503:
         state = "loading"
     detail = "" if values else f"no metrics at /metrics (HTTP {metrics.status or 'none'}); progress cannot be seen"
-    still_s = round(clock - memory.still_since, 1) if pending and memory.still_since is not None else 0.0
+    still_s = round(now - memory.still_since, 1) if pending and memory.still_since is not None else 0.0
     found = Look(
         "answered", health.seconds, health.status, state, "", memory.steps if values else None,
         None if pending is None else int(pending), still_s if values else None, None, None, "", detail,

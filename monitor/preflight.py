@@ -63,8 +63,8 @@ def _gpu(verdict: Verdict, seen: Observation, cards_expected: int) -> str:
 
 
 def _overload(verdict: Verdict, machine: dict[str, Any]) -> str:
-    """A process that is gone is not slow. One that merely gets no processor time would get none after a restart."""
-    if verdict.rule in ("process_gone", "engine_dead", "port_closed"):
+    """A process that is gone or stopped is not slow. One that merely gets no processor time would get none after a restart."""
+    if verdict.rule in ("process_gone", "engine_dead", "port_closed", "frozen"):
         return ""
     load, pressure = machine.get("load_per_core") or 0.0, machine.get("cpu_pressure_percent")
     if load > OVERLOAD_PER_CORE and (pressure is None or pressure > OVERLOAD_PRESSURE_PERCENT):

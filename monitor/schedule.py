@@ -69,8 +69,9 @@ def cron_block(settings: Settings) -> str:
     minutes = max(1, round(settings.check_period_s / 60))
     when = "* * * * *" if minutes == 1 else f"*/{min(minutes, 59)} * * * *"
     log = shlex.quote(str(settings.log_dir / "health_check.log"))
-    # Output goes to a file: cron would mail it every minute.
-    line = f"{when} sleep {jitter_s()}; {command()} >/dev/null 2>>{log}"
+    # Output goes to a file: cron would mail it every minute. A folder that somebody removed must not end the checks.
+    folder = shlex.quote(str(settings.log_dir))
+    line = f"{when} sleep {jitter_s()}; mkdir -p {folder}; {command()} >/dev/null 2>>{log}"
     if "%" in line:
         line = line.replace("%", r"\%")  # cron reads a bare % as a line break
     return f"{BEGIN}\n{line}\n{END}\n"
