@@ -7,6 +7,8 @@ cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 # shellcheck source=deploy/environment.sh
 source deploy/environment.sh
 export PYTHONDONTWRITEBYTECODE=1
+# The models in the tests are small: more threads gain nothing, and lose much when other processes use the cores.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 # The tests choose their own ports, keys and folders; the settings of whoever runs them must not leak in.
 for name in "${!GLM_@}"; do unset "$name"; done
