@@ -136,7 +136,10 @@ class Job:
         usage, timings = completion.usage(), completion.timings()
         reasons = [choice.finish_reason for choice in completion.choices]
         facts = {"usage": usage, "timings": timings, "reasons": reasons}
-        self._server.metrics.answered(facts, len(completion.prompt.pictures), self._place.caller.probe)
+        pictures = len(completion.prompt.pictures)
+        self._server.metrics.answered(facts, pictures, self._place.caller.probe)
+        if not self._place.caller.probe:
+            self._server.heartbeat.succeeded(pictures=pictures > 0)
         self._log |= {name: usage[name] for name in ("prompt_tokens", "completion_tokens")}
         self._log |= {"cached_tokens": usage["prompt_tokens_details"]["cached_tokens"], "finish": ",".join(reasons)}
         self._log |= timings

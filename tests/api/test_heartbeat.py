@@ -125,3 +125,15 @@ def test_waiting_work_after_a_long_idle_time_is_not_stalled(tmp_path: Path) -> N
     heart._pulse = heart._look(busy)
 
     assert heart.state(busy) == "busy"
+
+
+def test_a_users_answer_counts_as_a_success_and_a_probes_does_not(serve) -> None:
+    served = serve(probe_token="pt")
+
+    served.client.headers["x-glm-probe"] = "pt"
+    assert served.chat("hi").status_code == 200
+    assert served.client.get("/health").json()["success_age_s"] == {}
+    del served.client.headers["x-glm-probe"]
+    assert served.chat("hi").status_code == 200
+
+    assert set(served.client.get("/health").json()["success_age_s"]) == {"text"}
