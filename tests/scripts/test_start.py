@@ -179,6 +179,7 @@ def test_interrupted_start_takes_back_what_it_started(project, world, number):
         ["./start.sh"], cwd=project.root, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     world.until(lambda: log.exists() and "stand-in API starts" in log.read_text(), "the API runs")
+    world.until((project.root / "logs" / "api.pid.json").exists, "it is recorded")
     pid = project.pid("api")
 
     starting.send_signal(number)
