@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Callable
 
@@ -10,10 +9,9 @@ import pytest
 from driving import WAIT_S, Driver, read
 
 from api.engine.engine import NotAccepting
-from api.engine.events import EventStream
 from api.engine.fake import fake_model
 from api.engine.model import LoadError, Model
-from api.engine.request import Delta, Done, Event, Failed, Failure, FinishReason, Request, Sampling
+from api.engine.request import Done, Failed, Failure, FinishReason
 from api.engine.scheduler import QueueFull
 
 
@@ -225,30 +223,3 @@ def test_a_step_that_fails_after_its_request_was_drained_says_nothing_more(drive
 
     assert read(events)[1].kind is Failure.SHUTDOWN
     assert events.empty()
-
-
-def test_events_reach_an_asyncio_loop(drive) -> None:
-    driver = drive(answer=lambda p, i: "abc")
-
-    async def ask() -> list[Event]:
-        stream = EventStream()
-        driver.engine.submit(Request("r", (1,), Sampling(max_tokens=9)), stream.deliver)
-        return [event async for event in stream]
-
-    events = asyncio.run(ask())
-
-    assert "".join(e.text for e in events if isinstance(e, Delta)) == "abc"
-    assert isinstance(events[-1], Done)
-
-
-def test_an_event_for_a_closed_loop_does_not_hurt_the_engine(drive) -> None:
-    driver = drive(answer=lambda p, i: "x" * 20, token_s=0.005)
-
-    async def ask_and_leave() -> None:
-        stream = EventStream()
-        driver.engine.submit(Request("r", (1,), Sampling(max_tokens=99)), stream.deliver)
-        await stream.next(WAIT_S)
-
-    asyncio.run(ask_and_leave())
-
-    assert isinstance(read(driver.ask("q", "next"))[1], Done)
