@@ -41,7 +41,7 @@ class Settings(BaseSettings):
     hub: Literal["huggingface", "modelscope"] = "huggingface"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    threads: int = Field(0, ge=0, le=1024, description="torch CPU threads; 0 leaves one core to HTTP")
+    threads: int = Field(0, ge=0, le=1024, description="torch CPU threads; 0 takes all of two cores, else leaves one to HTTP")
     context_tokens: int = Field(0, ge=0, description="longest prompt plus answer; 0 takes what the model allows, at most 8192")
 
     # The engine.

@@ -116,7 +116,9 @@ def choose_threads(settings: Settings) -> Choice:
     if settings.threads:
         return Choice(str(settings.threads), "set by GLM_THREADS")
     cores = usable_cores()
-    return Choice(str(max(cores - 1, 1)), f"{cores} cores, one of them left to HTTP")
+    if cores <= 2:  # a second thread is worth more than a free core: HTTP gets its turn while threads wait
+        return Choice(str(cores), f"all of {cores}: threads that wait sleep soon, so HTTP gets its turn")
+    return Choice(str(cores - 1), f"{cores} cores, one of them left to HTTP")
 
 
 def usable_cores() -> int:
