@@ -53,7 +53,9 @@ class Settings(BaseSettings):
     hub: Literal["huggingface", "modelscope"] = "huggingface"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    threads: int = Field(0, ge=0, le=1024, description="torch CPU threads; 0 leaves one core to HTTP")
+    threads: int = Field(
+        0, ge=0, le=1024, description="torch CPU threads; 0 takes one for a tiny model, else leaves one core of many to HTTP"
+    )
     context_tokens: int = Field(
         0, ge=0, description="longest prompt plus answer; 0 takes what the model allows, at most 8192"
     )

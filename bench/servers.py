@@ -22,6 +22,7 @@ from bench.client import Address
 
 ROOT = Path(__file__).resolve().parents[1]
 START_LIMIT_S = 300.0
+STOP_LIMIT_S = 10.0
 PROBE_TOKEN = "bench-probe"
 
 
@@ -89,6 +90,8 @@ def running(url: str, key: str, model: str | None) -> Iterator[Server]:
 
 @contextmanager
 def _started(command: list[str], environment: dict[str, str], address: Address) -> Iterator[Server]:
+    # A benchmark that is ended from outside must not leave a server behind: let `finally` run.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     clean = {name: value for name, value in os.environ.items() if not name.startswith("GLM_")}
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
@@ -105,7 +108,7 @@ def _started(command: list[str], environment: dict[str, str], address: Address) 
         finally:
             process.send_signal(signal.SIGTERM)
             try:
-                process.wait(20)
+                process.wait(STOP_LIMIT_S)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

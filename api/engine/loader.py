@@ -49,8 +49,6 @@ def load(settings: Settings, progress: Progress) -> Model:
     if device.value == "cuda" and not torch.cuda.is_available():
         raise LoadError("GLM_DEVICE is cuda, but torch finds no CUDA GPU.")
     chosen = choose_model(settings, device.value, free_gpu_bytes(device.value))
-    threads = choose_threads(settings)
-    torch.set_num_threads(int(threads.value))
     # 2. Have its files here.
     local = _local_folder(chosen.value)
     folder = local or download(chosen.value, settings.hub, part(progress, 0.01, 0.5))
@@ -58,7 +56,9 @@ def load(settings: Settings, progress: Progress) -> Model:
     class_name = CLASSES.get(config.get("model_type", ""))
     if class_name is None:
         raise LoadError(f"{folder}: model_type must be one of {sorted(CLASSES)}. Given: {config.get('model_type')!r}")
-    dtype = choose_dtype(settings, device.value, _weights_bytes(folder))
+    weights_bytes = _weights_bytes(folder)
+    dtype, threads = choose_dtype(settings, device.value, weights_bytes), choose_threads(settings, weights_bytes)
+    torch.set_num_threads(int(threads.value))
     choices = {"model": chosen, "device": device, "dtype": dtype, "threads": threads}
     for name, choice in choices.items():
         logger.info("event=choice name=%s value=%s reason=%s", name, choice.value, json.dumps(choice.reason))

@@ -26,6 +26,7 @@ GPU_WORK_BYTES = 2 * 2**30
 GIB = 2**30
 # Below this, float32 costs nothing that anybody would notice and is the most exact.
 SMALL_WEIGHTS_BYTES = 2 * 2**30
+TINY_WEIGHTS_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -112,11 +113,15 @@ def choose_dtype(settings: Settings, device: str, weights_bytes: int) -> Choice:
     return Choice("bfloat16", "the number format of the weights; half the memory of float32")
 
 
-def choose_threads(settings: Settings) -> Choice:
+def choose_threads(settings: Settings, weights_bytes: int) -> Choice:
     if settings.threads:
         return Choice(str(settings.threads), "set by GLM_THREADS")
+    if weights_bytes <= TINY_WEIGHTS_BYTES:
+        return Choice("1", "so small a model gains nothing from more")
     cores = usable_cores()
-    return Choice(str(max(cores - 1, 1)), f"{cores} cores, one of them left to HTTP")
+    if cores <= 2:  # a second thread is worth more than a free core: HTTP gets its turn while threads wait
+        return Choice(str(cores), f"all of {cores}: threads that wait sleep soon, so HTTP gets its turn")
+    return Choice(str(cores - 1), f"{cores} cores, one of them left to HTTP")
 
 
 def usable_cores() -> int:

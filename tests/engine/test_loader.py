@@ -53,9 +53,11 @@ def test_small_weights_run_in_full_precision_and_large_ones_in_half() -> None:
     assert choose_dtype(Settings(dtype="float16"), "cpu", 20 * GIB).value == "float16"
 
 
-def test_one_core_is_left_to_http() -> None:
-    assert choose_threads(Settings(threads=0)).value == str(max(usable_cores() - 1, 1))
-    assert choose_threads(Settings(threads=3)).value == "3"
+def test_threads_fit_the_model_and_leave_one_core_of_many_to_http() -> None:
+    cores = usable_cores()
+    assert choose_threads(Settings(threads=0), 20 * GIB).value == str(cores if cores <= 2 else cores - 1)
+    assert choose_threads(Settings(threads=0), 10_000_000).value == "1"
+    assert choose_threads(Settings(threads=3), 10_000_000).value == "3"
 
 
 def test_a_checkpoint_loads_with_progress_and_facts(tiny_checkpoint: Path) -> None:
