@@ -73,6 +73,12 @@ def ask(server: Server, messages: Any = ASK, **fields: Any) -> dict[str, Any]:
     return answer.json()
 
 
+def metrics(server: Server) -> dict[str, float]:
+    text = httpx.get(f"{server.url}/metrics", headers=HEADERS, timeout=60).text
+    lines = (line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    return {name: float(value) for name, value in lines}
+
+
 def message(answer: dict[str, Any]) -> dict[str, Any]:
     return answer["choices"][0]["message"]
 
@@ -189,6 +195,25 @@ def test_a_second_question_about_a_picture_finds_the_first_in_the_cache(server: 
 
     assert first["cached_tokens"] < 20 and other["cached_tokens"] == 0  # the first words of the template at most
     assert second["cached_tokens"] > first["image_tokens"] > 0
+
+
+def test_the_time_of_the_vision_tower_is_told_once_for_a_picture(server: Server) -> None:
+    picture = part(draw_shapes([("red", "star")], size=(320, 240), seed=random.Random(os.getpid()).randrange(10**6)))
+    messages = [{"role": "user", "content": [picture, text_part("What is it?")]}]
+    before = metrics(server)
+    first = ask(server, messages)["timings"]
+    second = ask(server, [{"role": "user", "content": [picture, text_part("What color is it?")]}])["timings"]
+    after = metrics(server)
+
+    def grown(name: str) -> float:
+        return after.get(name, 0) - before.get(name, 0)
+
+    assert 0 < first["vision_s"] <= first["prefill_s"] and second["vision_s"] == 0
+    assert grown('glm_request_vision_encode_time_seconds_count{traffic="user"}') == 1
+    seconds = grown('glm_request_vision_encode_time_seconds_sum{traffic="user"}')
+    assert seconds == pytest.approx(first["vision_s"], abs=1e-6)
+    assert grown("glm_prefix_cache_hits_total") > 30 and grown("glm_prefix_cache_queries_total") > 60
+    assert grown("glm_mm_cache_queries_total") >= 1 and after["glm_event_loop_lag_seconds"] >= 0
 
 
 @pytest.mark.parametrize("size", [(1, 1), (27, 27), (1, 30), (199, 1), (3000, 20)])
