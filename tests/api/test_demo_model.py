@@ -8,15 +8,18 @@ import io
 import json
 import os
 import random
+import re
+import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from PIL import Image
 from served import KEY, sse_data, text_part
-from server_process import HEADERS, WAIT_S, Server, free_port
+from server_process import HEADERS, ROOT, WAIT_S, Server, free_port
 
 from models.shapes.pictures import draw_shapes
 
@@ -221,6 +224,21 @@ def test_small_and_narrow_pictures_are_seen(size: tuple[int, int], server: Serve
     answer = ask(server, [{"role": "user", "content": [part(Image.new("RGB", size, "red")), text_part("What?")]}])
 
     assert answer["usage"]["prompt_tokens_details"]["image_tokens"] > 0
+
+
+def test_the_program_in_the_readme_runs_as_it_is_printed(server: Server, tmp_path: Path) -> None:
+    page = (ROOT / "README.md").read_text("utf-8")
+    [environment] = [block for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) if "OPENAI_API_KEY" in block]
+    [program] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / ".env").write_text(f"GLM_WEB_TOKEN=other\nGLM_API_KEY={KEY}\n")
+    (tmp_path / "web").symlink_to(ROOT / "web")
+    (tmp_path / "ask.py").write_text(program)
+    script = f"{environment.replace('8080', str(server.port))}\n{sys.executable} ask.py"
+
+    done = subprocess.run(["bash", "-ec", script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "blue" in done.stdout.lower()
 
 
 def test_the_key_is_needed(server: Server) -> None:
