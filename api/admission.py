@@ -1,7 +1,8 @@
 """How much may be under way at once, from before pictures are decoded to the last token.
 
 Bounded by requests, by their tokens, and for one key by its rate and its number. The engine bounds its own queue
-too; this also covers the work before it. Probes have a place of their own. Used in the event loop only.
+too; this also covers the work before it. A body on its way in holds no place, so that slow senders keep nobody
+out; the bytes of all such bodies have a limit. Probes have a place of their own. Used in the event loop only.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 
 from api.auth import Caller
-from api.errors import queue_full, too_many_at_once, too_many_in_a_minute, too_many_tokens
+from api.errors import queue_full, too_many_at_once, too_many_bytes, too_many_in_a_minute, too_many_tokens
 from settings import Settings
 
 PROBES = 2  # at a time: one of the checker, and one by hand
 MINUTE_S = 60.0
+LARGEST_BODIES = 4  # so many of the largest size may arrive at once
 
 
 class Admission:
@@ -30,41 +32,61 @@ class Admission:
         self.active = 0
         self.probes = 0
         self.tokens = 0
+        self.arriving = 0  # bytes
         self._of_key: Counter[str] = Counter()
         self._asked: defaultdict[str, deque[float]] = defaultdict(deque)
+
+    def check(self, caller: Caller) -> None:
+        """Raises what `enter` would raise now; takes nothing."""
+        if not caller.probe:
+            self._check_rate(caller.name)
+        self._check_room(caller, 1)
 
     def enter(self, caller: Caller) -> Place:
         """Raises the 429 error of a key's own limits, or the 503 error when full."""
         place = Place(self, caller)
-        if not caller.probe:
-            self._check_rate(caller.name)
+        if not caller.probe and (asked := self._check_rate(caller.name)) is not None:
+            asked.append(self._clock())
         place.take(1)
         return place
 
-    def _check_rate(self, key: str) -> None:
+    def arrive(self, size: int) -> None:
+        """Room for so many bytes of a body; negative gives them back. Raises the 503 error when full."""
+        limit = LARGEST_BODIES * self._settings.max_body_bytes
+        if size > 0 and self.arriving + size > limit:
+            raise too_many_bytes(limit)
+        self.arriving += size
+
+    def _check_rate(self, key: str) -> deque[float] | None:
+        """When this key has asked in the last minute, if that is limited."""
         limit = self._settings.key_requests_per_minute
         if not limit:
-            return
+            return None
         now, asked = self._clock(), self._asked[key]
         while asked and now - asked[0] >= MINUTE_S:
             asked.popleft()
         if len(asked) >= limit:
             raise too_many_in_a_minute(limit, MINUTE_S - (now - asked[0]))
-        asked.append(now)
+        return asked
 
     def _take(self, caller: Caller, requests: int) -> None:
+        self._check_room(caller, requests)
+        if caller.probe:
+            self.probes += requests
+            return
+        self.active += requests
+        self._of_key[caller.name] += requests
+
+    def _check_room(self, caller: Caller, requests: int) -> None:
         if caller.probe:
             if self.probes + requests > PROBES:
                 raise queue_full(PROBES)
-            self.probes += requests
             return
         own = self._settings.key_concurrency
         if own and self._of_key[caller.name] + requests > own:
             raise too_many_at_once(own)
         if self.active + requests > self._settings.queue_size + self._slots():
             raise queue_full(self._settings.queue_size)
-        self.active += requests
-        self._of_key[caller.name] += requests
 
     def _weigh(self, caller: Caller, tokens: int) -> None:
         limit = self._settings.queue_tokens

@@ -34,7 +34,7 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     heartbeat = Heartbeat(engine, settings.log_dir, settings.stall_s, settings.check_silent_s)
     pools = Pools()
     admission = Admission(settings, lambda: engine.stats().slots)
-    metrics = Metrics(engine, admission)
+    metrics = Metrics(engine, admission, heartbeat)
     keys = KeyRing.of(settings)
 
     @asynccontextmanager

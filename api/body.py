@@ -9,14 +9,14 @@ from typing import TypeVar
 
 from starlette.requests import Request
 
-from api.errors import invalid, too_large, too_slow
+from api.admission import Admission
+from api.errors import ServingError, invalid, too_large, too_slow
 
 T = TypeVar("T")
 
 # A client that is refused early still sends; closing on it would replace the answer by a reset.
 LINGER_S = 10.0
 LINGER_BYTES = 256 * 2**20
-# A place in the queue is held while the body comes in.
 BODY_S = 60.0
 
 
@@ -24,7 +24,8 @@ class ClientGone(Exception):
     """Nobody is there to be answered."""
 
 
-async def read_body(request: Request, limit: int) -> bytes:
+async def read_body(request: Request, limit: int, admission: Admission) -> bytes:
+    """The body, which holds memory but no place while it comes in. Raises ServingError or ClientGone."""
     announced = request.headers.get("content-length", "")
     size = int(announced) if announced.isdigit() else 0
     body = bytearray()
@@ -33,10 +34,18 @@ async def read_body(request: Request, limit: int) -> bytes:
         async with asyncio.timeout(BODY_S):
             while more and size <= limit:
                 chunk, more = await _next_chunk(request)
+                admission.arrive(len(chunk))
                 body += chunk
                 size = max(size, len(body))
     except TimeoutError:
         raise too_slow(BODY_S) from None
+    except ServingError:  # there is no room for more
+        admission.arrive(-len(body))
+        body.clear()
+        await discard_body(request)
+        raise
+    finally:
+        admission.arrive(-len(body))
     if size > limit:
         body.clear()
         if more:

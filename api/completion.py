@@ -25,7 +25,7 @@ class Choice:
     index: int
     call_id: str
     parser: OutputParser
-    picture_sizes: tuple[tuple[int, int], ...]
+    prompt: Prompt
     vocabulary: Vocabulary
     wants_logprobs: bool = False
     done: Done | None = None
@@ -90,7 +90,7 @@ class Choice:
                 self._text["content"] += text
                 return {"content": text}
             case Boxes(places):
-                boxes = [described(place, self.picture_sizes) for place in places]
+                boxes = [described(place, self.prompt.picture_sizes, self.prompt.asked_picture) for place in places]
                 self._boxes += boxes
                 return {"boxes": boxes}
             case Call(name, arguments):
@@ -185,6 +185,7 @@ class Completion:
             "queue_s": max(d.queue_s for d in done),
             "preprocess_s": self.preprocess_s,
             "prefill_s": max(d.prefill_s for d in done),
+            "vision_s": max(d.vision_s for d in done),
             "decode_s": max(d.decode_s for d in done),
             "ttft_s": (self.first_token_at or now) - self.arrived_at,
             "tpot_s": per_token,

@@ -83,6 +83,10 @@ def too_many_tokens(limit: int, under_way: int, given: int) -> ServingError:
     return unavailable(message, "queue_full", 5)
 
 
+def too_many_bytes(limit: int) -> ServingError:
+    return unavailable(f"Too many requests are on their way in: <= {limit} bytes together.", "queue_full", 2)
+
+
 def too_many_in_a_minute(limit: int, wait_s: float) -> ServingError:
     message = f"This key may ask <= {limit} times in a minute."
     return ServingError(

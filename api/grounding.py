@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from bisect import bisect
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any, Literal
+
+from api.mention import mentions
 
 MAX_PLACES = 200
 FULL = 1000
@@ -28,6 +32,7 @@ class Grounding:
     kind: Kind
     points: tuple[tuple[int, int], ...]
     label: str | None = None
+    picture: int | None = None  # of the request, from 0; None: the model does not say
 
     @property
     def normalized(self) -> bool:
@@ -35,30 +40,33 @@ class Grounding:
         return all(0 <= value <= FULL for point in self.points for value in point)
 
 
-def read_wrapped(text: str) -> tuple[Grounding, ...]:
-    """Everything in a box tag that is a place. A plain answer gives nothing."""
+def read_wrapped(text: str, picture: int | None = None) -> tuple[Grounding, ...]:
+    """Everything in a box tag that is a place, in `picture`. A plain answer gives nothing."""
     try:
         found = list(_walk(json.loads(text), None))
     except (ValueError, RecursionError):
         found = [_box(match.groups(), None) for match in _QUAD.finditer(text)]
         if not found and text.lstrip()[:1] in ("[", "(", "<") and text.lstrip()[1:].lstrip()[:1] in ("[", "(", "<"):
             found = [_point(match.groups(), None) for match in _PAIR.finditer(text)]
-    return _kept(found)
+    return _kept(found, picture)
 
 
-def read_named(text: str) -> tuple[Grounding, ...]:
-    """Places in text without a box tag: only those that JSON calls `bbox_2d` or `point_2d`."""
-    found: list[Grounding | None] = []
+def read_named(text: str, pictures: int = 0, picture: int | None = None) -> tuple[Grounding, ...]:
+    """Places in text without a box tag: only those that JSON calls `bbox_2d` or `point_2d`.
+
+    Each is in the one of so many `pictures` that the text spoke of last, or else in `picture`.
+    """
+    found: list[Grounding] = []
+    named = mentions(text, pictures)
     for match in _NAMED.finditer(text):
-        try:
-            found += _walk(json.loads(match[0]), None)
-        except (ValueError, RecursionError):
-            continue
-    return _kept(found)
+        before = bisect(named, (match.start(), pictures))
+        with suppress(ValueError, RecursionError):
+            found += _kept(_walk(json.loads(match[0]), None), named[before - 1][1] if before else picture)
+    return tuple(found[:MAX_PLACES])
 
 
-def _kept(found: list[Grounding | None]) -> tuple[Grounding, ...]:
-    return tuple([place for place in found if place is not None][:MAX_PLACES])
+def _kept(found: list[Grounding | None], picture: int | None) -> tuple[Grounding, ...]:
+    return tuple([replace(place, picture=picture) for place in found if place is not None][:MAX_PLACES])
 
 
 def _walk(value: Any, label: str | None) -> list[Grounding | None]:
@@ -123,8 +131,9 @@ def _rounded(number: Any) -> int:
     return 0 if -10 <= value < 0 else value
 
 
-def described(place: Grounding, sizes: tuple[tuple[int, int], ...]) -> dict[str, Any]:
-    """A place as the API tells it. The model does not say which picture; the last one is what people ask about.
+def described(place: Grounding, sizes: tuple[tuple[int, int], ...], asked: int | None = None) -> dict[str, Any]:
+    """A place as the API tells it: in the picture that the answer speaks of, else the one that was `asked` about,
+    else the last one.
 
     `sizes` are width and height of the pictures of the request, upright.
     """
@@ -133,9 +142,10 @@ def described(place: Grounding, sizes: tuple[tuple[int, int], ...]) -> dict[str,
     if not place.normalized:
         out["normalized"] = False
     if sizes:
-        out["image"] = len(sizes) - 1
+        number = next(n for n in (place.picture, asked, len(sizes) - 1) if n is not None)
+        out["image"] = number
         if place.normalized:
-            width, height = sizes[-1]
+            width, height = sizes[number]
             pixels = tuple((round(x * width / FULL), round(y * height / FULL)) for x, y in place.points)
             out[f"{place.kind}_pixels"] = _flat(place, pixels)
     return out

@@ -182,8 +182,13 @@ async def start(request: Request, server: Services, chat: ChatRequest, place: Pl
             Choice(
                 index=index,
                 call_id=f"call_{name}_{index}",
-                parser=OutputParser(tools, prompt.starts_thinking, literal=chat.answer_schema is not None),
-                picture_sizes=prompt.picture_sizes,
+                parser=OutputParser(
+                    tools,
+                    prompt.starts_thinking,
+                    literal=chat.answer_schema is not None,
+                    pictures=len(prompt.pictures),
+                ),
+                prompt=prompt,
                 vocabulary=model.vocabulary,
                 wants_logprobs=bool(chat.logprobs),
             )

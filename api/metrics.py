@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.process_collector import ProcessCollector
@@ -16,7 +16,9 @@ from prometheus_client.process_collector import ProcessCollector
 from api import __version__
 from api.admission import Admission
 from api.engine.engine import Engine, Stats
+from api.heartbeat import Heartbeat
 
+disable_created_metrics()  # they double the page, and say only when this process began to count
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 STATES = ("loading", "idle", "busy", "draining", "dead")
 _FIRST_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -34,15 +36,18 @@ _STAGES = {
 
 
 class Metrics:
-    def __init__(self, engine: Engine, admission: Admission) -> None:
+    def __init__(self, engine: Engine, admission: Admission, heartbeat: Heartbeat) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         GCCollector(registry=self.registry)
-        self.registry.register(_EngineCollector(engine, admission))
+        self.registry.register(_EngineCollector(engine, admission, heartbeat))
         self._ttft = self._histogram("time_to_first_token_seconds", "From arrival to the first token.", _FIRST_S)
         self._tpot = self._histogram("request_time_per_output_token_seconds", "After the first one.", _TOKEN_S)
         self._e2e = self._histogram("e2e_request_latency_seconds", "From arrival to the last token.", _WHOLE_S)
         self._stages = {key: self._histogram(name, about, _FIRST_S) for key, (name, about) in _STAGES.items()}
+        self._vision = self._histogram(
+            "request_vision_encode_time_seconds", "In the vision tower, where a picture was new.", _FIRST_S
+        )
         self._prompt = self._counter("prompt_tokens", "Tokens read, pictures included.", "traffic")
         self._cached = self._counter("prompt_tokens_cached", "Of those, found in the prefix cache.", "traffic")
         self._image_tokens = self._counter("image_tokens", "Of those, of pictures.", "traffic")
@@ -67,6 +72,8 @@ class Metrics:
         self._e2e.labels(traffic).observe(timings["total_s"])
         if timings["tpot_s"]:
             self._tpot.labels(traffic).observe(timings["tpot_s"])
+        if timings["vision_s"]:
+            self._vision.labels(traffic).observe(timings["vision_s"])
         for key, histogram in self._stages.items():
             histogram.labels(traffic).observe(timings[key])
         self._prompt.labels(traffic).inc(usage["prompt_tokens"])
@@ -96,14 +103,17 @@ class Metrics:
 class _EngineCollector:
     """Reads the engine's own counters at each scrape."""
 
-    def __init__(self, engine: Engine, admission: Admission) -> None:
+    def __init__(self, engine: Engine, admission: Admission, heartbeat: Heartbeat) -> None:
         self._engine = engine
         self._admission = admission
+        self._heartbeat = heartbeat
 
     def collect(self) -> Iterator[Any]:
         stats, model = self._engine.stats(), self._engine.model
         for name, about, value in _gauges(stats, self._admission):
             yield GaugeMetricFamily(f"glm_{name}", about, value=value)
+        lag_s = self._heartbeat.pulse.loop_lag_s
+        yield GaugeMetricFamily("glm_event_loop_lag_seconds", "How late the event loop beats.", value=lag_s)
         for name, about, count in _counts(stats):
             yield CounterMetricFamily(f"glm_{name}", about, value=count)
         state = GaugeMetricFamily("glm_engine_state", "1 for the state that the engine is in.", labels=["state"])
@@ -121,6 +131,11 @@ def _gauges(stats: Stats, admission: Admission) -> list[tuple[str, str, float]]:
         ("num_requests_running", "In the engine's slots.", float(stats.running)),
         ("num_requests_waiting", "In the engine's queue.", float(stats.waiting)),
         ("num_requests_admitted", "Under way, from before their pictures are decoded.", float(admission.active)),
+        (
+            "body_bytes_arriving",
+            "Of request bodies on their way in, which hold no place yet.",
+            float(admission.arriving),
+        ),
         ("num_tokens_admitted", "Of prompts and longest answers under way.", float(admission.tokens)),
         ("num_slots", "Requests the engine runs at once.", float(stats.slots)),
         ("kv_cache_usage_perc", "Part of the KV cache in use, 0 to 1.", used),

@@ -15,6 +15,7 @@ from typing import Any
 from api.engine.argument_types import read_value
 from api.engine.detokenizer import held_back
 from api.grounding import Grounding, read_named, read_wrapped
+from api.mention import mentions
 
 THINK, END_THINK = "<think>", "</think>"
 BOX, END_BOX = "<|begin_of_box|>", "<|end_of_box|>"
@@ -49,7 +50,7 @@ Piece = Reasoning | Content | Boxes | Call
 class OutputParser:
     """`tools` maps each tool's name to its parameter schema; without tools a tool call is plain text.
 
-    `literal`: the answer proper is JSON, in which nothing is markup.
+    `literal`: the answer proper is JSON, in which nothing is markup. `pictures`: how many the places may be in.
     """
 
     def __init__(
@@ -57,9 +58,11 @@ class OutputParser:
         tools: Mapping[str, dict[str, Any]] | None = None,
         starts_thinking: bool = False,
         literal: bool = False,
+        pictures: int = 0,
     ) -> None:
         self._tools = tools or {}
         self._literal = literal
+        self._pictures = pictures
         self._state = "thinking" if starts_thinking else "content"
         self._buffer = ""
         self._reasoning = _Trim()
@@ -88,7 +91,7 @@ class OutputParser:
                 pieces += self._say(self._thoughts)
         else:
             pieces = self._say(CALL + rest if self._state == "call" else rest)
-        places = read_named(self._unwrapped)
+        places = read_named(self._unwrapped, self._pictures, self._spoken_of(self._thoughts))
         return [*pieces, *([Boxes(places)] if places else [])]
 
     def _advance(self) -> list[Piece] | None:
@@ -143,9 +146,14 @@ class OutputParser:
             return None
         text, self._buffer = self._buffer[:end], self._buffer[end + len(END_BOX) :]
         self._state = "content"
-        places = read_wrapped(text)
+        places = read_wrapped(text, self._spoken_of(f"{self._thoughts}\n{self._unwrapped}"))
         pieces = self._say(text, wrapped=bool(places))
         return [*pieces, *([Boxes(places)] if places else [])]
+
+    def _spoken_of(self, text: str) -> int | None:
+        """The picture that a text spoke of last."""
+        named = mentions(text, self._pictures)
+        return named[-1][1] if named else None
 
     def _call(self) -> list[Piece] | None:
         end = self._buffer.find(END_CALL)

@@ -18,7 +18,8 @@ from api.engine.model import Model
 from api.engine.request import Picture
 from api.errors import ServingError, invalid
 from api.media import decode, is_remote, open_picture, read_data_url
-from api.messages import ImagePart, Message, Tool
+from api.mention import mentions
+from api.messages import ImagePart, Message, TextPart, Tool
 from api.output import THINK, split_thinking
 from api.schemas import ChatRequest
 from settings import Settings
@@ -30,6 +31,7 @@ class Prompt:
     pictures: tuple[Picture, ...]
     picture_sizes: tuple[tuple[int, int], ...]  # width and height, upright
     starts_thinking: bool  # the template itself has opened the thinking part
+    asked_picture: int | None = None  # the one, and only one, that the last question names
 
     @property
     def image_tokens(self) -> int:
@@ -44,6 +46,7 @@ class Draft:
     opened: tuple[tuple[str, Image.Image], ...]  # field, header
     tokens: int
     starts_thinking: bool
+    asked_picture: int | None
 
 
 def picture_urls(chat: ChatRequest, settings: Settings) -> list[tuple[str, str]]:
@@ -74,7 +77,17 @@ def draft(chat: ChatRequest, fetched: Mapping[str, bytes], model: Model, setting
     tokens = len(ids) - len(opened) + expected
     if tokens >= model.context_tokens:
         raise _too_long(tokens, model, "The prompt has")
-    return Draft(tuple(ids), tuple(opened), tokens, _opens_thinking(ids, model))
+    asked = {picture for _, picture in mentions(_last_question(chat.messages), len(opened))}
+    return Draft(
+        tuple(ids), tuple(opened), tokens, _opens_thinking(ids, model), asked.pop() if len(asked) == 1 else None
+    )
+
+
+def _last_question(messages: list[Message]) -> str:
+    content = next((message.content for message in reversed(messages) if message.role == "user"), None)
+    if isinstance(content, list):
+        return "\n".join(part.text for part in content if isinstance(part, TextPart))
+    return content or ""
 
 
 def rendered_ids(messages: list[Message], tools: list[Tool], enable_thinking: bool, model: Model) -> list[int]:
@@ -112,7 +125,7 @@ def finish(draft: Draft, model: Model) -> Prompt:
     # Turned upright, a picture may round to other sides than expected.
     if len(expanded) >= model.context_tokens:
         raise _too_long(len(expanded), model, "The prompt has")
-    return Prompt(tuple(expanded), tuple(pictures), tuple(sizes), draft.starts_thinking)
+    return Prompt(tuple(expanded), tuple(pictures), tuple(sizes), draft.starts_thinking, draft.asked_picture)
 
 
 def build(chat: ChatRequest, model: Model, settings: Settings, fetched: Mapping[str, bytes] | None = None) -> Prompt:

@@ -274,6 +274,8 @@ class Engine:
             return 0.0
         took_s = time.monotonic() - began
         self._pace.saw_slice(took_s)
+        for sequence in self._scheduler.waiting_for(job):
+            sequence.vision_s += took_s
         if features is not None:
             with self._wake:
                 self._scheduler.picture_done(job, features, runner.size_bytes(features))

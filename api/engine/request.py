@@ -116,6 +116,7 @@ class Done:
     prefill_s: float
     decode_s: float
     cached_tokens: int = 0  # prompt tokens whose keys and values were still there
+    vision_s: float = 0.0  # of prefill_s, while its pictures went through the vision tower; 0 if they were known
 
 
 @dataclass(frozen=True)

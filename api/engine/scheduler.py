@@ -193,6 +193,9 @@ class Scheduler:
     def picture_failed(self, job: PictureJob) -> list[Sequence]:
         """Forget the job; returns those who waited for it."""
         self._job = None
+        return self.waiting_for(job)
+
+    def waiting_for(self, job: PictureJob) -> list[Sequence]:
         return [s for s in self._running if self._lacks(s, job.key)]
 
     def batch(self, chunk_tokens: int) -> Batch:

@@ -52,6 +52,7 @@ class Sequence:
     undelivered_tokens: int = 0
     undelivered_logprobs: list[TokenLogprob] = field(default_factory=list)
     cached_tokens: int = 0
+    vision_s: float = 0.0
     submitted_at: float = field(default_factory=time.monotonic)
     started_at: float | None = None
     first_token_at: float | None = None
@@ -96,6 +97,7 @@ class Sequence:
             prefill_s=first - started,
             decode_s=now - first,
             cached_tokens=self.cached_tokens,
+            vision_s=self.vision_s,
         )
 
 

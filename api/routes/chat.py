@@ -13,7 +13,6 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from api.admission import Place
 from api.body import discard_body, read_body, while_connected
 from api.errors import ServingError, not_accepting
 from api.job import start
@@ -32,12 +31,15 @@ async def create_chat_completion(request: Request) -> Response:
     arrived_at = time.monotonic()
     server = services(request)
     try:
-        place = _admit(server, request)
+        _check_open(server)
+        server.admission.check(caller(request))
     except ServingError:
         await discard_body(request)
         raise
+    body = await read_body(request, server.settings.max_body_bytes, server.admission)
+    place = server.admission.enter(caller(request))
     try:
-        chat = await _parse(await read_body(request, server.settings.max_body_bytes), server.pools.preprocess)
+        chat = await _parse(body, server.pools.preprocess)
         job = await start(request, server, chat, place, arrived_at)
     except BaseException:
         place.close()
@@ -50,11 +52,10 @@ async def create_chat_completion(request: Request) -> Response:
         job.close()
 
 
-def _admit(server: Services, request: Request) -> Place:
+def _check_open(server: Services) -> None:
     stats = server.engine.stats()
     if stats.state in ("loading", "draining", "dead"):
         raise not_accepting(stats.state, stats.progress, stats.reason)
-    return server.admission.enter(caller(request))
 
 
 async def _parse(body: bytes, pool: Executor) -> ChatRequest:

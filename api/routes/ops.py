@@ -19,7 +19,8 @@ from api.services import services
 router = APIRouter()
 
 
-@router.api_route("/health", methods=["GET", "HEAD"])
+@router.get("/health")
+@router.head("/health", include_in_schema=False)
 async def health(request: Request) -> JSONResponse:
     """Reads counters only, so it answers while the engine computes, hangs or is dead."""
     server = services(request)

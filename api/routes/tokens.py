@@ -43,7 +43,7 @@ async def detokenize(request: Request) -> dict[str, Any]:
 
 
 async def _read(request: Request, server: Services, kind: type[Checked]) -> tuple[Model, Checked]:
-    body = await read_body(request, server.settings.max_body_bytes)
+    body = await read_body(request, server.settings.max_body_bytes, server.admission)
     model = server.model()
     wanted = check(kind, parse_object(body))
     asked = getattr(wanted, "model", None)

@@ -13,7 +13,7 @@ _PLACE = re.compile(r"(<!-- fields: .*? -->\n).*?(<!-- end of fields -->)", re.D
 NOTES = {
     "messages": "roles system, developer, user, assistant, tool; text and pictures",
     "model": "must be the one that is served",
-    "max_tokens": "longest answer; without it GLM_DEFAULT_MAX_TOKENS",
+    "max_tokens": "longest answer, and never past the context; without it GLM_DEFAULT_MAX_TOKENS",
     "max_completion_tokens": "the newer name of `max_tokens`",
     "min_tokens": "no end before so many tokens",
     "ignore_eos": "go on to the longest answer; for benchmarks",

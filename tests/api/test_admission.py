@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from api.admission import PROBES, Admission
+from api.admission import LARGEST_BODIES, PROBES, Admission
 from api.auth import Caller
 from api.errors import ServingError
 from settings import Settings
@@ -105,3 +105,27 @@ def test_a_place_is_given_back_once_and_completely() -> None:
         probe.close()
 
     assert (admission.active, admission.tokens, admission.probes) == (0, 0, 0)
+
+
+def test_looking_takes_no_place_and_counts_for_no_rate() -> None:
+    clock = Clock()
+    admission = Admission(Settings(queue_size=1, key_requests_per_minute=2), clock=clock)
+    for _ in range(5):
+        admission.check(ANN)
+    assert admission.active == 0
+    admission.enter(ANN)
+    admission.enter(ANN)
+
+    assert refusal(lambda: admission.check(ANN)).code == "rate_limit_exceeded"
+    assert refusal(lambda: admission.check(BEN)).code == "queue_full"
+
+
+def test_the_bytes_of_bodies_on_their_way_are_limited_together() -> None:
+    admission = Admission(Settings(max_body_bytes=100))
+    admission.arrive(LARGEST_BODIES * 100)
+
+    error = refusal(lambda: admission.arrive(1))
+
+    assert (error.status, error.code) == (503, "queue_full") and "<= 400 bytes" in error.message
+    admission.arrive(-100)
+    admission.arrive(100)

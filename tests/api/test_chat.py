@@ -38,7 +38,7 @@ def test_a_question_gets_its_answer(serve) -> None:
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
     assert usage["completion_tokens"] == len("I see 0 pictures. hello") + 1
     assert set(body["timings"]) == {
-        "queue_s", "preprocess_s", "prefill_s", "decode_s", "ttft_s", "tpot_s", "total_s", "tokens_per_s",
+        "queue_s", "preprocess_s", "prefill_s", "vision_s", "decode_s", "ttft_s", "tpot_s", "total_s", "tokens_per_s",
     }  # fmt: skip
 
 

@@ -8,15 +8,18 @@ import io
 import json
 import os
 import random
+import re
+import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from PIL import Image
 from served import KEY, sse_data, text_part
-from server_process import HEADERS, WAIT_S, Server, free_port
+from server_process import HEADERS, ROOT, WAIT_S, Server, free_port
 
 from models.shapes.pictures import draw_shapes
 
@@ -71,6 +74,12 @@ def ask(server: Server, messages: Any = ASK, **fields: Any) -> dict[str, Any]:
     answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=HEADERS, timeout=300)
     assert answer.status_code == 200, answer.text
     return answer.json()
+
+
+def metrics(server: Server) -> dict[str, float]:
+    text = httpx.get(f"{server.url}/metrics", headers=HEADERS, timeout=60).text
+    lines = (line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    return {name: float(value) for name, value in lines}
 
 
 def message(answer: dict[str, Any]) -> dict[str, Any]:
@@ -191,11 +200,45 @@ def test_a_second_question_about_a_picture_finds_the_first_in_the_cache(server: 
     assert second["cached_tokens"] > first["image_tokens"] > 0
 
 
+def test_the_time_of_the_vision_tower_is_told_once_for_a_picture(server: Server) -> None:
+    picture = part(draw_shapes([("red", "star")], size=(320, 240), seed=random.Random(os.getpid()).randrange(10**6)))
+    messages = [{"role": "user", "content": [picture, text_part("What is it?")]}]
+    before = metrics(server)
+    first = ask(server, messages)["timings"]
+    second = ask(server, [{"role": "user", "content": [picture, text_part("What color is it?")]}])["timings"]
+    after = metrics(server)
+
+    def grown(name: str) -> float:
+        return after.get(name, 0) - before.get(name, 0)
+
+    assert 0 < first["vision_s"] <= first["prefill_s"] and second["vision_s"] == 0
+    assert grown('glm_request_vision_encode_time_seconds_count{traffic="user"}') == 1
+    seconds = grown('glm_request_vision_encode_time_seconds_sum{traffic="user"}')
+    assert seconds == pytest.approx(first["vision_s"], abs=1e-6)
+    assert grown("glm_prefix_cache_hits_total") > 30 and grown("glm_prefix_cache_queries_total") > 60
+    assert grown("glm_mm_cache_queries_total") >= 1 and after["glm_event_loop_lag_seconds"] >= 0
+
+
 @pytest.mark.parametrize("size", [(1, 1), (27, 27), (1, 30), (199, 1), (3000, 20)])
 def test_small_and_narrow_pictures_are_seen(size: tuple[int, int], server: Server) -> None:
     answer = ask(server, [{"role": "user", "content": [part(Image.new("RGB", size, "red")), text_part("What?")]}])
 
     assert answer["usage"]["prompt_tokens_details"]["image_tokens"] > 0
+
+
+def test_the_program_in_the_readme_runs_as_it_is_printed(server: Server, tmp_path: Path) -> None:
+    page = (ROOT / "README.md").read_text("utf-8")
+    [environment] = [block for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) if "OPENAI_API_KEY" in block]
+    [program] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / ".env").write_text(f"GLM_WEB_TOKEN=other\nGLM_API_KEY={KEY}\n")
+    (tmp_path / "web").symlink_to(ROOT / "web")
+    (tmp_path / "ask.py").write_text(program)
+    script = f"{environment.replace('8080', str(server.port))}\n{sys.executable} ask.py"
+
+    done = subprocess.run(["bash", "-ec", script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "blue" in done.stdout.lower()
 
 
 def test_the_key_is_needed(server: Server) -> None:

@@ -21,7 +21,7 @@ TOOLS = {
 ATOMS = [
     "<think>", "</think>", "<|begin_of_box|>", "<|end_of_box|>", "<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>",
     "<arg_value>", "</arg_value>", "count", "look", "color", "limit", "[[1,2,3,4]]", "(5,6,7,8)", "[[1,2],[3,4]]", "blue",
-    '{"bbox_2d": [1,2,3,4], "label": "cat"}', '{"a": 1}', "3", '"x"', "[", "<", ">", "{", "\n", " ", "hm", "红", "😀",
+    '{"bbox_2d": [1,2,3,4], "label": "cat"}', '{"a": 1}', "3", '"x"', "image 1", "第二张图", "[", "<", ">", "{", "\n", " ", "hm", "红", "😀",
 ]  # fmt: skip
 WHOLE = [
     "\n<think>why</think>\nIt is <|begin_of_box|>[[1,2,3,4]]<|end_of_box|>, or <|begin_of_box|>blue<|end_of_box|>.",
@@ -29,6 +29,7 @@ WHOLE = [
     "</arg_value>\n</tool_call>\n<tool_call>look\n</tool_call>",
     "<think>never closed",
     'Here: {"bbox_2d": [10,20,30,40], "label": "cat"} and so on',
+    "In image 1 <|begin_of_box|>[[1,2,3,4]]<|end_of_box|>, in the second image <|begin_of_box|>[[5,6,7,8]]<|end_of_box|>.",
 ]
 TEXTS = st.one_of(st.sampled_from(WHOLE), st.lists(st.sampled_from(ATOMS), max_size=14).map("".join))
 VOCABULARY = fake_model().vocabulary
@@ -40,9 +41,9 @@ def cut(text: str, places: list[int]) -> list[str]:
 
 
 def completion(literal: bool, choices: int = 1) -> Completion:
-    prompt = Prompt((1, 2), (), ((200, 100),), False)
+    prompt = Prompt((1, 2), (), ((200, 100), (40, 50)), False)
     made = [
-        Choice(n, f"call_{n}", OutputParser(TOOLS, False, literal), prompt.picture_sizes, VOCABULARY, True)
+        Choice(n, f"call_{n}", OutputParser(TOOLS, False, literal, pictures=2), prompt, VOCABULARY, True)
         for n in range(choices)
     ]
     return Completion("c", "r", "m", prompt, made, 0.0, 0.0)
