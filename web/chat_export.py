@@ -23,6 +23,7 @@ def to_json(conversation: Conversation, url_of: UrlOf) -> str:
         {
             "asked_at": _time(turn.asked_at),
             "question": turn.question,
+            "tool_results": [asdict(result) for result in turn.results],
             "pictures": list(turn.pictures),
             "answer": _answer(turn.answer),
             "earlier_answers": [_answer(answer) for answer in turn.earlier],
@@ -44,7 +45,7 @@ def to_markdown(conversation: Conversation, url_of: UrlOf, words: Words) -> str:
         for sha in turn.pictures:
             picture = conversation.pictures[sha]
             parts.append(f"![{_inside_brackets(picture.name)}]({url_of(picture)})")
-        parts.append(turn.question)
+        parts += [f"`{result.name}`\n\n{_fenced(result.text)}" for result in turn.results] or [turn.question]
         for answer in [*turn.earlier, turn.answer]:
             parts += _markdown_answer(answer, words)
     return "\n\n".join(parts) + "\n"
@@ -63,6 +64,13 @@ def _markdown_answer(answer: Answer, words: Words) -> list[str]:
     if answer.error is not None or not answer.says_something:
         parts.append(f"*({answer.error.kind if answer.error else answer.state})*")
     return parts
+
+
+def _fenced(text: str) -> str:
+    """As a block of code, whatever stands in it."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}\n{text}\n{fence}"
 
 
 def _answer(answer: Answer) -> dict[str, Any]:

@@ -77,12 +77,20 @@ class ApiClient:
         """All that `/info` says; empty if it cannot be asked."""
         return self._glance("/info")
 
+    def metrics_text(self) -> str:
+        """What `/metrics` says; empty if it cannot be asked."""
+        answer = self._get("/metrics")
+        return answer.text if answer is not None and answer.status_code == 200 else ""
+
     def _glance(self, path: str) -> dict[str, Any]:
+        answer = self._get(path)
+        return {} if answer is None else _json_object(answer)
+
+    def _get(self, path: str) -> requests.Response | None:
         try:
-            answer = self._session().get(f"{self.base_url}{path}", timeout=(CONNECT_TIMEOUT_S, GLANCE_TIMEOUT_S))
+            return self._session().get(f"{self.base_url}{path}", timeout=(CONNECT_TIMEOUT_S, GLANCE_TIMEOUT_S))
         except requests.RequestException:
-            return {}
-        return _json_object(answer)
+            return None
 
     def info(self) -> Info:
         """Raises ApiError."""

@@ -6,10 +6,12 @@ A turn is changed in place while its answer arrives: whatever interrupts the pag
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 from web.client import ApiError
@@ -40,6 +42,24 @@ class Call:
 
     name: str
     arguments: str = ""
+    id: str = ""
+
+    @property
+    def is_whole(self) -> bool:
+        """Its arguments are a JSON object; one that was cut off could not be sent back."""
+        try:
+            return isinstance(json.loads(self.arguments), dict)
+        except ValueError:
+            return False
+
+
+@dataclass(frozen=True)
+class ToolResult:
+    """What a tool gave for the call of that id."""
+
+    id: str
+    name: str
+    text: str
 
 
 @dataclass
@@ -73,6 +93,10 @@ class Answer:
     @property
     def says_something(self) -> bool:
         return bool(self.text.strip() or self.boxes or self.calls)
+
+    @property
+    def waits_for_tools(self) -> bool:
+        return self.state == "done" and bool(self.calls) and all(call.is_whole for call in self.calls)
 
     def take(self, event: Event, now: float) -> None:
         if not self.unfinished:
@@ -118,6 +142,7 @@ class Answer:
         if piece.index < len(self.calls):
             call = self.calls[piece.index]
             call.name, call.arguments = call.name or piece.name, call.arguments + piece.arguments
+            call.id = call.id or piece.id or f"call_{piece.index}"
 
     def _end_thinking(self, now: float) -> None:
         if self.thinking_began is not None and self.thinking_s is None:
@@ -128,7 +153,8 @@ class Answer:
 class Turn:
     """A question, the pictures that it brought, and its answer. `sample` names the sample picture it came with.
 
-    `earlier` keeps the answers that were asked for again, oldest first.
+    `earlier` keeps the answers that were asked for again, oldest first. `results` stand in place of a question: what
+    the tools gave that the answer before called.
     """
 
     question: str
@@ -136,6 +162,7 @@ class Turn:
     sample: str | None = None
     answer: Answer = field(default_factory=Answer)
     earlier: list[Answer] = field(default_factory=list)
+    results: tuple[ToolResult, ...] = ()
     asked_at: float = field(default_factory=time.time)
 
 
@@ -162,6 +189,13 @@ class Conversation:
         turn.answer.sent = self._to_send()
         return turn
 
+    def give_results(self, results: tuple[ToolResult, ...]) -> Turn:
+        """Go on with what the tools gave that the last answer called."""
+        turn = Turn("", results=results)
+        self.turns.append(turn)
+        turn.answer.sent = self._to_send()
+        return turn
+
     def ask_again(self, question: str = "") -> Turn:
         """The last question once more, or another in its place; the answer that it had is kept."""
         turn = self.turns[-1]
@@ -184,44 +218,60 @@ class Conversation:
 
     def picture_count(self, new: int = 0) -> int:
         """How many pictures the next request would carry with `new` more."""
-        carried = [sha for _, shas, _ in self._exchanges(extra=True) for sha in shas]
+        carried = [sha for _, shas in self._exchanges(extra=True) for sha in shas]
         return len(carried) + new
 
     def messages(self, url_of: UrlOf) -> list[dict[str, Any]]:
         """The chat for the API. Pictures stay in the turn that brought them; reasoning is never sent back."""
         messages: list[dict[str, Any]] = []
-        for question, shas, answer in self._exchanges():
+        for turn, shas in self._exchanges():
+            messages += [{"role": "tool", "tool_call_id": each.id, "content": each.text} for each in turn.results]
             parts: list[dict[str, Any]] = [
                 {"type": "image_url", "image_url": {"url": url_of(self.pictures[sha])}} for sha in shas
             ]
-            messages.append({"role": "user", "content": [*parts, {"type": "text", "text": question}]})
-            if answer:
-                messages.append({"role": "assistant", "content": answer})
+            if not turn.results:
+                messages.append({"role": "user", "content": [*parts, {"type": "text", "text": turn.question}]})
+            if turn is not self.turns[-1]:
+                messages.append(self._answered(turn))
         return messages
+
+    def _answered(self, turn: Turn) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": turn.answer.text or None}
+        if self._went_on_with_tools(turn):
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in turn.answer.calls
+            ]
+        return message
+
+    def _went_on_with_tools(self, turn: Turn) -> bool:
+        following = next((after for before, after in pairwise(self.turns) if before is turn), None)
+        return following is not None and bool(following.results)
 
     def without_bytes(self, shas: set[str]) -> None:
         """Let go of bytes that the store holds now."""
         self.pictures.update({sha: replace(self.pictures[sha], data=b"") for sha in shas if sha in self.pictures})
 
     def _to_send(self) -> tuple[str, ...]:
-        return tuple(sha for _, shas, _ in self._exchanges() for sha in shas)
+        return tuple(sha for _, shas in self._exchanges() for sha in shas)
 
-    def _exchanges(self, extra: bool = False) -> list[tuple[str, tuple[str, ...], str]]:
-        """(question, pictures, answer) of every turn that counts; the last one's answer is still empty.
+    def _exchanges(self, extra: bool = False) -> list[tuple[Turn, tuple[str, ...]]]:
+        """(turn, pictures) of every turn that counts; the last one's answer is still to come.
 
         A turn without an answer is left out, but its pictures move to the next one: whoever asks again after
         a failure still means the picture that is on the screen. `extra` appends an empty turn to come.
         """
         turns = [*self.turns, Turn("")] if extra else self.turns
-        exchanges: list[tuple[str, tuple[str, ...], str]] = []
+        exchanges: list[tuple[Turn, tuple[str, ...]]] = []
         carried: tuple[str, ...] = ()
         for turn in turns:
             shas = tuple(dict.fromkeys(carried + turn.pictures))
-            if turn is not turns[-1] and not turn.answer.text.strip():
+            said = turn.answer.text.strip() or self._went_on_with_tools(turn)
+            if turn is not turns[-1] and not said:
                 refused = turn.answer.error is not None and turn.answer.error.kind in REFUSALS
                 carried = () if refused else shas
                 continue
-            exchanges.append((turn.question, shas, turn.answer.text if turn is not turns[-1] else ""))
+            exchanges.append((turn, shas))
             carried = ()
         return exchanges
 

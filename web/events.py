@@ -52,11 +52,12 @@ class Box:
 
 @dataclass(frozen=True)
 class CallPiece:
-    """A piece of the `index`-th tool call: the first brings the name, all together the arguments."""
+    """A piece of the `index`-th tool call: the first brings name and id, all together the arguments."""
 
     index: int
     name: str = ""
     arguments: str = ""
+    id: str = ""
 
 
 @dataclass(frozen=True)
@@ -162,4 +163,4 @@ def _call_piece(call: object) -> CallPiece | None:
     if not isinstance(call, dict) or not isinstance(call.get("function"), dict):
         return None
     index, function = call.get("index") or 0, call["function"]
-    return CallPiece(int(index), str(function.get("name") or ""), str(function.get("arguments") or ""))
+    return CallPiece(int(index), str(function.get("name") or ""), str(function.get("arguments") or ""), str(call.get("id") or ""))

@@ -9,11 +9,13 @@ from pathlib import Path
 MAX_BYTES = 512 * 1024
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 LOGS = ("api.log", "web.log", "health.jsonl")
-_LEVEL = re.compile(rf"\b({'|'.join(LEVELS)})\b")
+_EACH = "|".join(LEVELS)
+_LEVEL = re.compile(rf"\blevel=({_EACH.lower()})\b|\b({_EACH})\b")  # the API's lines, the page's lines
 
 
 def tail(path: Path, lines: int, at_least: str = "DEBUG", contains: str = "") -> list[str]:
     """The last lines that match, oldest first; lines without a level of their own go with the one above.
+    What stands before the first level has none, and is shown at every level.
 
     Raises OSError. At most MAX_BYTES of the file are read.
     """
@@ -25,10 +27,10 @@ def tail(path: Path, lines: int, at_least: str = "DEBUG", contains: str = "") ->
     if size > MAX_BYTES and text:
         text = text[1:]  # begins in the middle of a line
     wanted = LEVELS.index(at_least)
-    found, level = [], 0
+    found, level = [], len(LEVELS)
     for line in text:
         if match := _LEVEL.search(line[:200]):
-            level = LEVELS.index(match[1])
+            level = LEVELS.index((match[1] or match[2]).upper())
         if level >= wanted and contains.lower() in line.lower():
             found.append(line)
     return found[-lines:]

@@ -21,11 +21,12 @@ from web.answer_stream import AnswerStream
 from web.chat_list import show_chat_menu, show_chats
 from web.client import ApiClient, ApiError, Info
 from web.controls import Wishes, show_language, show_wishes
-from web.conversation import Conversation, Turn
+from web.conversation import Answer, Conversation, ToolResult, Turn
 from web.heading import show_heading
 from web.live_answer import LiveAnswer
 from web.my_chats import MyChats
 from web.pictures import Picture, PictureError
+from web.safe_text import plain
 from web.samples import Sample, sample_named, samples
 from web.strings import Words
 from web.turns_view import MODEL, USER, show_answer, show_question
@@ -38,12 +39,16 @@ MAX_TURNS = 100  # in one chat: each is drawn again at every click
 
 @dataclass
 class Ask:
-    """A question to send in this run. `again`: in place of the last one, or that very one where it is empty."""
+    """A question to send in this run. `again`: in place of the last one, or that very one where it is empty.
+
+    `results`: not a question but what the tools gave that the last answer called.
+    """
 
     question: str
     pictures: list[Picture] = field(default_factory=list)
     sample: str | None = None
     again: bool = False
+    results: tuple[ToolResult, ...] = ()
 
 
 @dataclass
@@ -217,6 +222,12 @@ class _Page:
     def _ask_on(self, question: str) -> None:
         self._chat.next_ask = Ask(question)
 
+    def _give_results(self) -> None:
+        calls = self._chat.conversation.turns[-1].answer.calls
+        given = [str(st.session_state.get(f"result-{n}", "")).strip() for n in range(len(calls))]
+        results = tuple(ToolResult(call.id, call.name, text) for call, text in zip(calls, given, strict=True))
+        self._chat.next_ask = Ask("", results=results)
+
     def _ask_again(self) -> None:
         self._chat.next_ask = Ask("", again=True)
 
@@ -284,10 +295,11 @@ class _Page:
         with st.container(horizontal=True):
             key = "answer.again" if last.state in ("failed", "stopped") else "answer.other"
             st.button(words(key), icon=":material/refresh:", key="again", type="tertiary", on_click=self._ask_again)
-            st.button(
-                words("edit.edit"), icon=":material/edit:", key="edit", type="tertiary", on_click=self._edit,
-                args=(True,),
-            )  # fmt: skip
+            if not conversation.turns[-1].results:
+                st.button(
+                    words("edit.edit"), icon=":material/edit:", key="edit", type="tertiary", on_click=self._edit,
+                    args=(True,),
+                )  # fmt: skip
             if last.finish and last.finish.reason == "length" and last.text.strip():
                 st.button(
                     words("answer.go_on"), icon=":material/resume:", key="go-on", type="tertiary",
@@ -296,10 +308,20 @@ class _Page:
             if last.text.strip():
                 with st.popover(words("answer.copy"), icon=":material/content_copy:", type="tertiary"):
                     st.code(last.text.strip(), language=None, wrap_lines=True)
-        if last.state == "done":
+        if last.waits_for_tools:
+            self._show_results_form(last)
+        elif last.state == "done":
             self._show_more_questions()
         composer.show_ways_in(self._chat.tray, self._prepare, self._limits(), words, self._by_link, presets_folded=True)
         composer.show_tray(self._chat.tray, words)
+
+    def _show_results_form(self, answer: Answer) -> None:
+        """The page runs no tool: whoever did tells here what it gave."""
+        words = self._words
+        with st.form("tool-results"):
+            for n, call in enumerate(answer.calls):
+                st.text_area(words("tool.result", name=plain(call.name)), key=f"result-{n}", height=80)
+            st.form_submit_button(words("tool.send"), icon=":material/reply:", on_click=self._give_results)
 
     def _show_more_questions(self) -> None:
         words, conversation = self._words, self._chat.conversation
@@ -317,7 +339,7 @@ class _Page:
     def answer(self, ask: Ask, wishes: Wishes) -> None:
         """Send the question and draw the answer as it comes; then run once more, to draw it at rest."""
         conversation, mine = self._chat.conversation, self._mine
-        turn = conversation.ask_again(ask.question) if ask.again else conversation.ask(ask.question, ask.pictures, ask.sample)
+        turn = self._new_turn(ask)
         turn.answer.schema = wishes.schema
         self._chat.tray, self._chat.editing = [], False
         st.session_state.pop("edited", None)
@@ -344,6 +366,14 @@ class _Page:
             turn.answer.stop(time.monotonic())
             mine.save(conversation)
         st.rerun()
+
+    def _new_turn(self, ask: Ask) -> Turn:
+        conversation = self._chat.conversation
+        if ask.results:
+            return conversation.give_results(ask.results)
+        if ask.again:
+            return conversation.ask_again(ask.question)
+        return conversation.ask(ask.question, ask.pictures, ask.sample)
 
     def _body(self, conversation: Conversation, wishes: Wishes) -> dict[str, Any]:
         messages = conversation.messages(self._mine.url_of)

@@ -16,7 +16,8 @@ import streamlit as st
 from pydantic import SecretStr
 
 from settings import Settings
-from web import console_history, console_store, log_tail, right_sizing
+from web import api_metrics, console_history, console_store, log_tail, right_sizing
+from web.api_metrics import ApiMetrics
 from web.client import ApiClient
 from web.console_charts import Trend, bars_chart, trend_chart
 from web.console_history import Bar, Now, Point
@@ -57,6 +58,7 @@ def _live(client: ApiClient, settings: Settings, words: Words, zone: tzinfo) -> 
     except NoHistory:
         history = History()
     live = _live_numbers(client.base_url, client)
+    info, metrics = _info(client.base_url, client), _metrics(client.base_url, client)
     what = console_history.present(history.runs, history.flips, now, settings.check_period_s)
     _show_sentence(what, live, words, zone, now)
     if asked := st.session_state.pop("asked", None):
@@ -64,12 +66,12 @@ def _live(client: ApiClient, settings: Settings, words: Words, zone: tzinfo) -> 
     if not history.runs and not history.hours:
         st.info(words("console.no_history"), icon=":material/schedule:")
         return
-    _show_figures(history, live, settings, words, now)
+    _show_figures(history, live, metrics, words, now)
     _show_bars(history, words, now)
     _show_trends(history, settings, words, now)
     _show_incidents(history, settings, words, zone, now)
     _show_requests(history, what, words, zone)
-    _show_advice(history, live, words, zone, now)
+    _show_advice(history, info, words, zone, now)
 
 
 @st.cache_data(ttl=FRESH_S, show_spinner=False)
@@ -83,7 +85,12 @@ def _live_numbers(base_url: str, _client: ApiClient) -> dict[str, Any]:
     return _client.health_body()
 
 
-@st.cache_data(ttl=60, show_spinner=False)
+@st.cache_data(ttl=FRESH_S, show_spinner=False)
+def _metrics(base_url: str, _client: ApiClient) -> ApiMetrics:
+    return api_metrics.read(_client.metrics_text())
+
+
+@st.cache_data(ttl=FRESH_S, show_spinner=False)
 def _info(base_url: str, _client: ApiClient) -> dict[str, Any]:
     return _client.info_body()
 
@@ -151,7 +158,7 @@ def target_key(target: str) -> str:
 # Figures, bars, trends.
 
 
-def _show_figures(history: History, live: dict[str, Any], settings: Settings, words: Words, now: float) -> None:
+def _show_figures(history: History, live: dict[str, Any], metrics: ApiMetrics, words: Words, now: float) -> None:
     spans = (("24h", history.minutes, 60.0, DAY_S), ("7d", history.hours, 3600.0, 7 * DAY_S), ("30d", history.hours, 3600.0, 30 * DAY_S))
     figures: list[tuple[str, str, str | None]] = []
     for name, rows, width_s, span_s in spans:
@@ -163,9 +170,11 @@ def _show_figures(history: History, live: dict[str, Any], settings: Settings, wo
     figures.append((words("figure.first_word"), "–" if p95 is None else f"{p95:.2f} s", words("figure.first_word_help")))
     running, waiting = live.get("running"), live.get("waiting")
     figures.append((words("figure.load"), "–" if running is None else f"{running} / {waiting}", words("figure.load_help")))
-    used, total = live.get("kv_used_tokens"), live.get("kv_total_tokens")
-    if used is not None and total:
-        figures.append((words("figure.kv"), f"{100 * used / total:.0f} %", None))
+    if metrics.tokens_per_s is not None:
+        figures.append((words("figure.speed"), f"{short(metrics.tokens_per_s)}/s", words("figure.speed_help")))
+    if metrics.kv_used is not None:
+        reused = None if metrics.reused is None else words("figure.reused", share=f"{100 * metrics.reused:.0f}")
+        figures.append((words("figure.kv"), f"{100 * metrics.kv_used:.0f} %", reused))
     figures.append(_gpu_figure(history.report, words))
     figures.append((words("figure.failed"), str(console_history.failed_checks(history.runs, now - 3600)), None))
     with st.container(horizontal=True):
@@ -270,9 +279,10 @@ def _show_incidents(history: History, settings: Settings, words: Words, zone: tz
     for incident in history.incidents[:SHOWN_INCIDENTS]:
         begin, end = incident["first_seen_at"] or incident["opened_at"], incident["closed_at"]
         span = duration((incident["recovered_at"] or end or now) - begin, words)
-        icon = ":material/check:" if end else ":material/error:"
+        over = bool(incident["recovered_at"]) and not end
+        icon = ":material/check:" if end else ":material/visibility:" if over else ":material/error:"
         label = words(
-            "incident.line" if end else "incident.open_line", at=clock(begin, zone, now), span=span,
+            "incident.line" if end else "incident.watched_line" if over else "incident.open_line", at=clock(begin, zone, now), span=span,
             target=words(target_key(incident["target"])), word=_word(incident["word"], words),
         )  # fmt: skip
         with st.expander(label, icon=icon, expanded=not end):
@@ -317,11 +327,11 @@ def _show_requests(history: History, what: Now, words: Words, zone: tzinfo) -> N
     st.markdown("\n".join([head, "|---|---|---|---|---|---|", *rows]))
 
 
-def _show_advice(history: History, live: dict[str, Any], words: Words, zone: tzinfo, now: float) -> None:
+def _show_advice(history: History, info: dict[str, Any], words: Words, zone: tzinfo, now: float) -> None:
     st.subheader(words("size.title"), anchor=False)
     cards = ((history.report.get("evidence") or {}).get("gpu") or {}).get("gpus") or []
     total = max((card.get("memory_total_mib") or 0 for card in cards), default=0) or None
-    week = right_sizing.look_at(history.hours, now, int(live.get("slots") or 1), zone)
+    week = right_sizing.look_at(history.hours, now, int(info.get("slots") or 1), zone)
     advice = right_sizing.advise(week, total)
     st.markdown("\n".join(f"- {words(each.key, **each.values)}" for each in advice))
 
@@ -342,7 +352,8 @@ def _show_log(settings: Settings, words: Words) -> None:
         st.caption(words("log.missing", name=name))
         return
     text = "\n".join(lines) or words("log.empty")
-    st.code(text, language=None, wrap_lines=True, height=320)
+    with st.container(height=320, autoscroll=True):  # the newest line is what people look for
+        st.code(text, language=None, wrap_lines=True)
     st.download_button(words("log.save"), text, name, "text/plain", on_click="ignore", icon=":material/download:")
 
 
@@ -352,7 +363,7 @@ def _show_settings(client: ApiClient, settings: Settings, words: Words) -> None:
         choices = info.get("choices") or {}
         if choices:
             st.caption(words("set.chosen"))
-            lines = [f"| {plain(str(name))} | {plain(str(info.get(name, '')))} | {plain(str(why))} |" for name, why in choices.items()]
+            lines = [f"| {plain(str(name))} | {plain(_chosen(info, name))} | {plain(str(why))} |" for name, why in choices.items()]
             st.markdown("\n".join([f"| | {words('set.value')} | {words('set.why')} |", "|---|---|---|", *lines]))
         st.caption(words("set.given"))
         rows = [
@@ -360,6 +371,11 @@ def _show_settings(client: ApiClient, settings: Settings, words: Words) -> None:
             for name in sorted(type(settings).model_fields)
         ]
         st.markdown("\n".join([f"| | {words('set.value')} | |", "|---|---|---|", *rows]))
+
+
+def _chosen(info: dict[str, Any], name: str) -> str:
+    value = info.get(name, info.get(f"{name}_tokens", ""))
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def _value(value: object) -> str:

@@ -39,7 +39,7 @@ TABLE: dict[str, dict[str, str]] = {
     },
     # Asking.
     "ask.placeholder": {"en": "Add a picture and ask about it", "zh": "添加图片，然后提问"},
-    "ask.placeholder_next": {"en": "Ask on, or add another picture", "zh": "继续提问，或再添加图片"},
+    "ask.placeholder_next": {"en": "Ask a follow-up, or add another picture", "zh": "继续提问，或再添加图片"},
     "ask.default": {"en": "Describe the picture.", "zh": "描述这张图片。"},
     "ask.default_many": {"en": "Describe the pictures.", "zh": "描述这些图片。"},
     "ask.limits": {
@@ -47,7 +47,7 @@ TABLE: dict[str, dict[str, str]] = {
         "zh": "拖入、粘贴或选择图片，最多 {count} 张，每张不超过 {size} MB。",
     },
     "samples.title": {"en": "Or try one of these", "zh": "或者试试这些图片"},
-    "samples.more": {"en": "Ask on about this picture", "zh": "继续问这张图片"},
+    "samples.more": {"en": "More questions about this picture", "zh": "继续问这张图片"},
     # Adding to the next question.
     "add.camera": {"en": "Camera", "zh": "拍照"},
     "add.url": {"en": "Picture by link", "zh": "图片链接"},
@@ -130,8 +130,8 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "side.tools": {"en": "Tools, as JSON", "zh": "工具定义（JSON）"},
     "side.tools_help": {
-        "en": "Definitions in OpenAI's form. The page shows what the model would call; it runs nothing.",
-        "zh": "采用 OpenAI 格式的定义。页面只显示模型要调用什么，不会执行。",
+        "en": "Definitions in OpenAI's form. The page runs nothing: it shows what the model calls and sends the results that you enter.",
+        "zh": "采用 OpenAI 格式的定义。页面不会执行工具：它显示模型要调用什么，并把您填写的结果发回模型。",
     },
     "side.tools_wrong": {
         "en": "The tools cannot be used ({why}). Put them right under \"JSON and tools\"; nothing was sent.",
@@ -199,6 +199,9 @@ TABLE: dict[str, dict[str, str]] = {
     "answer.earlier": {"en": "Earlier answer", "zh": "之前的回答"},
     "answer.earlier_to": {"en": "Earlier answer to: {question}", "zh": "之前的回答：{question}"},
     "answer.call": {"en": "Asks for the tool **{name}**", "zh": "请求调用工具 **{name}**"},
+    "tool.result": {"en": "What the tool {name} gave", "zh": "工具 {name} 的结果"},
+    "tool.send": {"en": "Send to the model", "zh": "发送给模型"},
+    "tool.gave": {"en": "Result of {name}", "zh": "{name} 的结果"},
     "answer.again": {"en": "Try again", "zh": "重试"},
     "answer.other": {"en": "Answer again", "zh": "重新回答"},
     "answer.go_on": {"en": "Go on", "zh": "继续"},

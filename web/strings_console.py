@@ -73,6 +73,15 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "figure.load": {"en": "Running / waiting", "zh": "运行 / 排队"},
     "figure.load_help": {"en": "Requests in the model server right now.", "zh": "模型服务当前的请求数。"},
+    "figure.speed": {"en": "Tokens, each answer", "zh": "单个回答的词元"},
+    "figure.speed_help": {
+        "en": "Written for one user after the first word; the mean since the model server's start.",
+        "zh": "首字之后每个用户的生成速度；自模型服务启动以来的平均值。",
+    },
+    "figure.reused": {
+        "en": "{share} % of the questions' tokens were known and not read again.",
+        "zh": "{share} % 的提问词元已在缓存中，无需重算。",
+    },
     "figure.kv": {"en": "KV cache used", "zh": "KV 缓存占用"},
     "figure.gpu": {"en": "GPU memory", "zh": "显存"},
     "figure.gpu_of": {"en": "of {total} GiB, {name}", "zh": "共 {total} GiB，{name}"},
@@ -114,6 +123,10 @@ TABLE: dict[str, dict[str, str]] = {
         "en": "{at} · {target}: {word}, open for {span}",
         "zh": "{at} · {target}：{word}，已持续 {span}（未关闭）",
     },
+    "incident.watched_line": {
+        "en": "{at} · {target}: {word}, for {span}; good again, still watched",
+        "zh": "{at} · {target}：{word}，持续 {span}；已恢复，观察中",
+    },
     "incident.facts": {
         "en": "Rule {rule} · restarts: {restarts} · incident {id}",
         "zh": "规则 {rule} · 重启 {restarts} 次 · 事件 {id}",
@@ -121,7 +134,7 @@ TABLE: dict[str, dict[str, str]] = {
     "incident.evidence": {"en": "Evidence that was saved", "zh": "已保存的证据"},
     "moment.began": {"en": "began:", "zh": "开始："},
     "moment.flip": {"en": "changed:", "zh": "变化："},
-    "moment.action": {"en": "done:", "zh": "操作："},
+    "moment.action": {"en": "acted:", "zh": "操作："},
     "moment.recovered": {"en": "good again", "zh": "恢复正常"},
     "moment.closed": {"en": "closed", "zh": "已关闭"},
     # Requests of operators.

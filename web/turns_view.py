@@ -27,7 +27,11 @@ RAW_CUT = 20_000
 def show_question(turn: Turn, conversation: Conversation, mine: MyChats, words: Words) -> None:
     with st.chat_message("user", avatar=USER):
         _show_pictures([conversation.pictures[sha] for sha in turn.pictures], mine, words)
-        st.text(turn.question)
+        for result in turn.results:
+            st.caption(words("tool.gave", name=plain(result.name)))
+            st.code(result.text, language=None, wrap_lines=True)
+        if not turn.results:
+            st.text(turn.question)
 
 
 def _show_pictures(shown: list[Picture], mine: MyChats, words: Words) -> None:

@@ -31,7 +31,7 @@ def test_an_answer_arrives_with_its_thoughts_its_end_and_its_numbers(fake_api: F
 
     assert text_of(events).strip() == "It is red."
     assert "".join(e.text for e in events if isinstance(e, Thought)).strip() == "I look."
-    assert events[-1] == Finished("stop", completion_tokens=7, prompt_tokens=90, ttft_s=0.25, tokens_per_s=40.0)
+    assert events[-1] == Finished("stop", 7, 90, ttft_s=0.25, tokens_per_s=40.0, request_id="req-42")
 
 
 def test_the_request_asks_for_a_stream_with_usage(fake_api: FakeApi) -> None:

@@ -34,7 +34,7 @@ def test_json_holds_questions_answers_boxes_calls_and_the_pictures_themselves() 
     assert turn["question"] == "Where is the cat?"
     assert (first["text"], first["reasoning"]) == ("Here.", "I look\nclosely.")
     assert first["boxes"][0]["corners"] == [1, 2, 300, 400]
-    assert first["tool_calls"] == [{"name": "count", "arguments": '{"n": 1}'}]
+    assert first["tool_calls"] == [{"name": "count", "arguments": '{"n": 1}', "id": "call_0"}]
     assert turn["answer"]["state"] == "stopped"
     assert whole["pictures"]["a"]["url"] == "data:image/png;base64,Y2F0"
 

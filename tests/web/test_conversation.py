@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from web.client import ApiError
-from web.conversation import Answer, Call, Conversation, Turn
+from web.conversation import Answer, Call, Conversation, ToolResult, Turn
 from web.events import Box, CallPiece, Finished, Loading, Queued, Text, Thought
 from web.pictures import Picture
 
@@ -158,7 +158,7 @@ def test_the_pieces_of_tool_calls_are_put_together() -> None:
     for piece in (CallPiece(0, "count", '{"col'), CallPiece(1, "draw", "{}"), CallPiece(0, "", 'or": "red"}')):
         answer.take(piece, 1.0)
 
-    assert answer.calls == [Call("count", '{"color": "red"}'), Call("draw", "{}")]
+    assert answer.calls == [Call("count", '{"color": "red"}', "call_0"), Call("draw", "{}", "call_1")]
 
 
 def test_a_chat_takes_its_name_from_the_first_question() -> None:
@@ -196,3 +196,30 @@ def test_boxes_are_kept_with_the_order_of_the_pictures_that_were_sent() -> None:
 
     assert turn.answer.sent == ("a", "b")
     assert turn.answer.boxes == [Box((1, 2, 3, 4), 1)]
+
+
+def test_what_a_tool_gave_goes_back_with_the_call_that_asked_for_it() -> None:
+    conversation = Conversation()
+    turn = conversation.ask("How many?", [picture("a")])
+    turn.answer.take(CallPiece(0, "count", '{"color": "red"}', "call-7"), 1.0)
+    turn.answer.take(Finished("tool_calls"), 2.0)
+    assert turn.answer.waits_for_tools
+
+    given = conversation.give_results((ToolResult("call-7", "count", "3"),))
+
+    question, call, result = conversation.messages(url_of)
+    assert kinds(question) == ["image_url", "text"]
+    function = {"name": "count", "arguments": '{"color": "red"}'}
+    assert call == {
+        "role": "assistant", "content": None, "tool_calls": [{"id": "call-7", "type": "function", "function": function}],
+    }  # fmt: skip
+    assert result == {"role": "tool", "tool_call_id": "call-7", "content": "3"}
+    assert given.answer.sent == ("a",)
+
+
+def test_a_call_that_was_cut_off_takes_no_result() -> None:
+    turn = Conversation().ask("How many?", [])
+    turn.answer.take(CallPiece(0, "count", '{"color": "re'), 1.0)
+    turn.answer.take(Finished("length"), 2.0)
+
+    assert not turn.answer.waits_for_tools

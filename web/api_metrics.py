@@ -1,0 +1,44 @@
+"""Key figures from the API's Prometheus text. Pure: text in, numbers out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from prometheus_client.parser import text_string_to_metric_families
+
+
+@dataclass(frozen=True)
+class ApiMetrics:
+    """None where the API told nothing, or nobody has asked it anything yet.
+
+    `tokens_per_s`: of one answer after its first token, the mean since the API's start. `reused`: share of the prompts'
+    tokens that were not computed again.
+    """
+
+    kv_used: float | None = None
+    tokens_per_s: float | None = None
+    reused: float | None = None
+
+
+def read(text: str) -> ApiMetrics:
+    """Only the traffic of users counts, not the checker's questions. Text that is none gives no numbers."""
+    values: dict[str, float] = {}
+    try:
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                if sample.labels in ({}, {"traffic": "user"}):
+                    values[sample.name] = sample.value
+    except ValueError:
+        return ApiMetrics()
+    return ApiMetrics(
+        kv_used=values.get("glm_kv_cache_usage_perc"),
+        tokens_per_s=_share(
+            values, "glm_request_time_per_output_token_seconds_count", "glm_request_time_per_output_token_seconds_sum"
+        ),
+        reused=_share(values, "glm_prompt_tokens_cached_total", "glm_prompt_tokens_total"),
+    )
+
+
+def _share(values: Mapping[str, float], part: str, whole: str) -> float | None:
+    return values.get(part, 0.0) / values[whole] if values.get(whole) else None
