@@ -286,7 +286,8 @@ class ResponseWords:
             yield from self._close()
             part = _part(kind, "")
             item: dict[str, Any] = {"type": kind, "id": self._id(kind), "status": "in_progress", "content": [part]}
-            item |= {"role": "assistant"} if kind == "message" else {"summary": []}
+            name, value = ("role", "assistant") if kind == "message" else ("summary", [])
+            item[name] = value
             self._open = item
             self._output.append(item)
             yield self._of_item("output_item.added", item={**item, "content": []})
