@@ -34,9 +34,10 @@ async def read_body(request: Request, limit: int, admission: Admission) -> bytes
         async with asyncio.timeout(BODY_S):
             while more and size <= limit:
                 chunk, more = await _next_chunk(request)
-                admission.arrive(len(chunk))
-                body += chunk
-                size = max(size, len(body))
+                size = max(size, len(body) + len(chunk))
+                if size <= limit:
+                    admission.arrive(len(chunk))
+                    body += chunk
     except TimeoutError:
         raise too_slow(BODY_S) from None
     except ServingError:  # there is no room for more

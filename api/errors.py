@@ -5,11 +5,8 @@ Raised anywhere above the engine; only the edge turns it into a status or an err
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
-
-from fastapi.sse import format_sse_event
 
 from api.engine.request import Failure
 
@@ -39,9 +36,6 @@ class ServingError(Exception):
 
     def headers(self) -> dict[str, str]:
         return {"Retry-After": str(self.retry_after_s)} if self.retry_after_s is not None else {}
-
-    def event(self) -> bytes:
-        return format_sse_event(data_str=json.dumps(self.body(), ensure_ascii=False))
 
 
 def invalid(message: str, param: str | None = None, code: str = "invalid_value") -> ServingError:

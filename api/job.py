@@ -29,6 +29,7 @@ from api.output import OutputParser
 from api.sampling import check_bias, compile_grammars, longest_answer, sampling
 from api.schemas import ChatRequest
 from api.services import Services
+from api.words import Words
 
 
 class Inbox:
@@ -92,10 +93,13 @@ class Job:
                 self._server.engine.abort(self._engine_id(choice.index))
         self._place.close()
 
-    async def whole(self) -> dict[str, Any]:
-        async for _ in self.chunks(None):
-            pass
-        return self.completion.body()
+    async def whole(self, words: Words) -> dict[str, Any]:
+        words.opening()
+        async for part in self.chunks(None):
+            if not isinstance(part, str):
+                words.say(part)
+        words.closing()
+        return words.body()
 
     async def chunks(self, heartbeat_s: float | None) -> AsyncIterator[Chunk | str]:
         """What a stream sends: chunks, and each `heartbeat_s` without one a comment. Raises ServingError."""

@@ -8,11 +8,12 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
+from api.responses import ResponseRequest
 from api.schemas import HARMLESS, WITHOUT_EFFECT, ChatRequest
 from api.tokens_schema import DetokenizeRequest, TokenizeRequest
 
 _REF = "#/components/schemas/{model}"
-_BODIES: tuple[type[BaseModel], ...] = (ChatRequest, TokenizeRequest, DetokenizeRequest)
+_BODIES: tuple[type[BaseModel], ...] = (ChatRequest, ResponseRequest, TokenizeRequest, DetokenizeRequest)
 _MEANINGS = {
     400: "a field is wrong; `param` names it",
     401: "no valid key",
@@ -51,12 +52,15 @@ def _json(**properties: Any) -> dict[str, Any]:
 
 
 _TEXT, _COUNT, _LIST = {"type": "string"}, {"type": "integer"}, {"type": "array"}
+_EVENTS = {"text/event-stream": {"schema": {"type": "object", "properties": {"event": _TEXT, "data": _TEXT}}}}
 _COMPLETION = _json(
     id=_TEXT, object={"const": "chat.completion"}, created=_COUNT, model=_TEXT, request_id=_TEXT,
     choices=_LIST, usage={"type": "object"}, timings={"type": "object"},
 )  # fmt: skip
 _ids = {"type": "array", "items": _COUNT}
-CHAT = _route(ChatRequest, {**_COMPLETION, "text/event-stream": {"schema": _TEXT}}, 400, 404, 408, 413, 429, 503, 504)
+CHAT = _route(ChatRequest, {**_COMPLETION, **_EVENTS}, 400, 404, 408, 413, 429, 503, 504)
+_RESPONSE = _json(id=_TEXT, object={"const": "response"}, status=_TEXT, output=_LIST)
+RESPONSE = _route(ResponseRequest, {**_RESPONSE, **_EVENTS}, 400, 404, 408, 413, 429, 503, 504)
 TOKENIZE = _route(TokenizeRequest, _json(tokens=_ids, count=_COUNT, max_model_len=_COUNT), 400, 404, 408, 413, 503)
 DETOKENIZE = _route(DetokenizeRequest, _json(prompt=_TEXT), 400, 404, 408, 413, 503)
 MODELS = _route(None, _json(object={"const": "list"}, data=_LIST), 503)

@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 from api.body import ClientGone, while_connected
 from api.errors import ServingError, internal
 from api.job import Job
+from api.words import Words
 
 logger = logging.getLogger(__name__)
 
@@ -27,14 +28,14 @@ SEND_S = 30.0
 class StreamedAnswer(Response):
     """Sends a job's events; the job is closed when the client goes, even before the first byte."""
 
-    def __init__(self, request: Request, job: Job, include_usage: bool) -> None:
+    def __init__(self, request: Request, job: Job, words: Words) -> None:
         # The second header keeps nginx from holding the stream back.
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         super().__init__(media_type="text/event-stream", headers=headers)
         del self.headers["content-length"]
         self._request = request
         self._job = job
-        self._include_usage = include_usage
+        self._words = words
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -50,23 +51,25 @@ class StreamedAnswer(Response):
             async for data in self._events():
                 await _send_soon(send, data)
         except ServingError as error:
-            await _send_soon(send, error.event())
+            await _send_soon(send, _encoded(*self._words.failed(error)))
         except ClientGone:
             raise
         except Exception:  # the stream has begun: only an event can tell the client
             logger.exception("event=stream_failed engine_request=%s", self._job.completion.id)
-            await _send_soon(send, internal().event())
+            await _send_soon(send, _encoded(*self._words.failed(internal())))
         await send({"type": "http.response.body", "body": b""})
 
     async def _events(self) -> AsyncIterator[bytes]:
-        completion = self._job.completion
-        for chunk in completion.opening():
-            yield _event(chunk)
+        for said in self._words.opening():
+            yield _encoded(*said)
         async for part in self._job.chunks(HEARTBEAT_S):
-            yield format_sse_event(comment=part) if isinstance(part, str) else _event(part)
-        if self._include_usage:
-            yield _event(completion.usage_chunk())
-        yield format_sse_event(data_str="[DONE]")
+            if isinstance(part, str):
+                yield format_sse_event(comment=part)
+                continue
+            for said in self._words.say(part):
+                yield _encoded(*said)
+        for said in self._words.closing():
+            yield _encoded(*said)
 
 
 async def _send_soon(send: Send, data: bytes) -> None:
@@ -77,5 +80,6 @@ async def _send_soon(send: Send, data: bytes) -> None:
         raise ClientGone from None
 
 
-def _event(chunk: dict[str, Any]) -> bytes:
-    return format_sse_event(data_str=json.dumps(chunk, ensure_ascii=False, separators=(",", ":")))
+def _encoded(name: str | None, data: Any) -> bytes:
+    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    return format_sse_event(data_str=text, event=name)

@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions, whole or streamed.
+"""POST /v1/chat/completions and /v1/responses, whole or streamed.
 
 Every request that is accepted here ends in exactly one of: completion, error body, error event.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from concurrent.futures import Executor
 
 from fastapi import APIRouter
@@ -14,12 +15,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from api.body import discard_body, read_body, while_connected
+from api.completion import Completion
 from api.errors import ServingError, not_accepting
 from api.job import start
-from api.openapi import CHAT
+from api.openapi import CHAT, RESPONSE
+from api.responses import Translation
 from api.schemas import ChatRequest, parse_chat
 from api.services import Services, caller, services
 from api.sse import StreamedAnswer
+from api.words import ChatWords, Words
 
 router = APIRouter()
 
@@ -28,6 +32,26 @@ LARGE_BODY = 64 * 1024  # parsed beside the event loop
 
 @router.post("/v1/chat/completions", **CHAT)
 async def create_chat_completion(request: Request) -> Response:
+    return await answered(request, parse_chat, _chat_words)
+
+
+def _chat_words(chat: ChatRequest, completion: Completion) -> Words:
+    return ChatWords(completion, bool(chat.stream_options and chat.stream_options.include_usage))
+
+
+@router.post("/v1/responses", **RESPONSE)
+async def create_response(request: Request) -> Response:
+    translation = Translation()
+    try:
+        return await answered(request, translation.parse, translation.words)
+    except ServingError as error:
+        raise translation.renamed(error) from None
+
+
+async def answered(
+    request: Request, parse: Callable[[bytes], ChatRequest], words: Callable[[ChatRequest, Completion], Words]
+) -> Response:
+    """The one path of every question; other wire formats bring their own `parse` and `words`."""
     arrived_at = time.monotonic()
     server = services(request)
     try:
@@ -39,15 +63,15 @@ async def create_chat_completion(request: Request) -> Response:
     body = await read_body(request, server.settings.max_body_bytes, server.admission)
     place = server.admission.enter(caller(request))
     try:
-        chat = await _parse(body, server.pools.preprocess)
+        chat = await _parsed(parse, body, server.pools.preprocess)
         job = await start(request, server, chat, place, arrived_at)
     except BaseException:
         place.close()
         raise
     if chat.stream:
-        return StreamedAnswer(request, job, bool(chat.stream_options and chat.stream_options.include_usage))
+        return StreamedAnswer(request, job, words(chat, job.completion))
     try:
-        return JSONResponse(await while_connected(request, job.whole()))
+        return JSONResponse(await while_connected(request, job.whole(words(chat, job.completion))))
     finally:
         job.close()
 
@@ -58,7 +82,7 @@ def _check_open(server: Services) -> None:
         raise not_accepting(stats.state, stats.progress, stats.reason)
 
 
-async def _parse(body: bytes, pool: Executor) -> ChatRequest:
+async def _parsed(parse: Callable[[bytes], ChatRequest], body: bytes, pool: Executor) -> ChatRequest:
     if len(body) <= LARGE_BODY:
-        return parse_chat(body)
-    return await asyncio.get_running_loop().run_in_executor(pool, parse_chat, body)
+        return parse(body)
+    return await asyncio.get_running_loop().run_in_executor(pool, parse, body)

@@ -1,0 +1,151 @@
+"""POST /v1/responses with OpenAI's own client: the same answers as chat completions, in the other words."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import openai
+import pytest
+from pydantic import BaseModel
+from served import KEY, picture_part, sse_data
+
+from api.engine.request import Request
+
+PICTURE: Any = {"type": "input_image", "image_url": picture_part()["image_url"]["url"]}
+TOOL: Any = {
+    "type": "function", "name": "count", "strict": True,
+    "parameters": {"type": "object", "properties": {"limit": {"type": "integer"}}, "required": ["limit"],
+                   "additionalProperties": False},
+}  # fmt: skip
+CALL = "<think>so</think><tool_call>count\n<arg_key>limit</arg_key>\n<arg_value>4</arg_value>\n</tool_call>"
+
+
+class Person(BaseModel):
+    name: str
+    age: int
+
+
+def client_of(server: Any) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0)
+
+
+def test_the_client_asks_streams_and_is_told_its_mistakes(start) -> None:
+    client = client_of(start())
+    question: Any = [{"role": "user", "content": [PICTURE, {"type": "input_text", "text": "hello"}]}]
+
+    whole = client.responses.create(model="fake", input=question, instructions="be short", max_output_tokens=50)
+    with client.responses.stream(model="fake", input=question) as stream:
+        streamed = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
+        final = stream.get_final_response()
+    short = client.responses.create(model="fake", input="hello", max_output_tokens=3)
+
+    assert whole.output_text == streamed == final.output_text == "I see 1 pictures. hello"
+    assert whole.status == final.status == "completed" and whole.usage is not None
+    assert whole.usage.input_tokens > whole.usage.input_tokens_details.to_dict()["image_tokens"] == 4
+    assert (short.status, short.output_text) == ("incomplete", "I s")
+    assert short.incomplete_details is not None and short.incomplete_details.reason == "max_output_tokens"
+    with pytest.raises(openai.BadRequestError, match="`max_output_tokens` must be >= 1") as wrong:
+        client.responses.create(model="fake", input="x", max_output_tokens=0)
+    assert wrong.value.param == "max_output_tokens"
+    with pytest.raises(openai.BadRequestError, match="`previous_response_id` is not supported"):
+        client.responses.create(model="fake", input="x", previous_response_id="resp_1")
+    with pytest.raises(openai.APIError, match="The model failed on this request"):
+        list(client.responses.create(model="fake", input="FAIL", stream=True))
+
+
+def test_tools_thoughts_and_the_way_back(start) -> None:
+    client = client_of(start(FAKE_ANSWER=CALL))
+
+    answer = client.responses.create(model="fake", input="hello", tools=[TOOL], tool_choice="required")
+    with client.responses.stream(model="fake", input="hello", tools=[TOOL]) as stream:
+        streamed = stream.get_final_response()
+    thoughts, call = answer.output
+    result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": [PICTURE]}  # type: ignore[union-attr]
+    again = client.responses.create(
+        model="fake", input=[{"role": "user", "content": "hello"}, *answer.output, result], tools=[TOOL]
+    )
+
+    assert thoughts.type == "reasoning" and thoughts.content and thoughts.content[0].text == "so"
+    assert call.type == "function_call" and (call.name, json.loads(call.arguments)) == ("count", {"limit": 4})
+    assert [item.type for item in streamed.output] == ["reasoning", "function_call"]
+    assert again.usage is not None and again.usage.input_tokens_details.to_dict()["image_tokens"] == 4
+
+
+def test_a_structured_answer_is_parsed(start) -> None:
+    client = client_of(start(FAKE_ANSWER='<think>so</think>{"name": "A", "age": 7}'))
+
+    answer = client.responses.parse(model="fake", input="hello", text_format=Person, reasoning={"effort": "low"})
+
+    assert answer.output_parsed == Person(name="A", age=7)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [CALL, "<think>a</think>one", "", "<think>never closed", "It is <|begin_of_box|>[[1,2,3,4]]<|end_of_box|>.",
+     "<tool_call>count</tool_call> and then <think>more</think> words"],
+)  # fmt: skip
+def test_the_events_of_a_stream_add_up_to_the_whole(text: str, serve) -> None:
+    served = serve(answer=lambda prompt, pictures: text)
+    body = {"input": [{"role": "user", "content": [PICTURE]}], "tools": [{**TOOL, "strict": False}]}
+
+    whole = served.client.post("/v1/responses", json=body).json()
+    events = sse_data(served.client.post("/v1/responses", json={**body, "stream": True}).text)
+
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    final = events[-1]["response"]
+    told = [{k: v for k, v in item.items() if k not in ("id", "call_id")} for item in final["output"]]
+    assert told == [{k: v for k, v in item.items() if k not in ("id", "call_id")} for item in whole["output"]]
+    assert final.get("boxes") == whole.get("boxes") and bool(whole.get("boxes")) == ("box" in text)
+    done = [event["item"] for event in events if event["type"] == "response.output_item.done"]
+    assert done == final["output"]
+    for number, item in enumerate(final["output"]):
+        deltas = [e["delta"] for e in events if e["type"].endswith(".delta") and e["output_index"] == number]
+        assert "".join(deltas) == (item["arguments"] if item["type"] == "function_call" else item["content"][0]["text"])
+
+
+def test_everything_reaches_the_engine(serve) -> None:
+    served = serve()
+    requests: list[Request] = []
+    submit = served.engine.submit
+    served.engine.submit = lambda request, deliver: requests.append(request) or submit(request, deliver)
+
+    answer = served.client.post("/v1/responses", json={
+        "input": "hi", "model": "fake", "temperature": 0.5, "top_p": 0.4, "max_output_tokens": 7, "user": "me",
+        "reasoning": {"effort": "low"}, "store": True, "metadata": {"a": "b"},
+    })  # fmt: skip
+
+    sampling = requests[0].sampling
+    assert answer.status_code == 200
+    assert (sampling.temperature, sampling.top_p, sampling.max_tokens, sampling.thinking_tokens) == (0.5, 0.4, 7, 512)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"input": 3}, "input", "a string or a list"),
+        ({}, "input", "is required"),
+        ({"input": []}, "input", ">= 1 items"),
+        ({"input": [{"role": "user"}]}, "input[0].content", "is required"),
+        ({"input": [{"type": "function_call_output", "output": "x"}]}, "input[0].call_id", "is required"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0].image_url", "is required"),
+        ({"input": [{"role": "user", "content": "a"}, {"role": "user", "content": [{**PICTURE, "image_url": "file:///x"}]}]},
+         "input[1].content[0].image_url", "data: URL"),
+        ({"input": "x", "temperature": 3}, "temperature", "<= 2"),
+        ({"input": "x", "reasoning": {"effort": "huge"}}, "reasoning.effort", "huge"),
+        ({"input": "x", "text": {"format": {"type": "xml"}}}, "text.format.type", "xml"),
+        ({"input": "x", "text": {"format": {"type": "json_schema", "schema": {"type": 5}}}}, "text.format", "enforced"),
+        ({"input": "x", "tools": [{**TOOL, "name": "a b"}]}, "tools[0].name", "a b"),
+        ({"input": "x", "tools": [{"type": "web_search"}]}, "tools[0].type", "function"),
+        ({"input": "x", "tool_choice": "required"}, "tool_choice", "no `tools`"),
+        ({"input": "x", "background": True}, "background", "not supported"),
+        ({"input": "x" * 5000}, "input", "context length"),
+        ({"input": "x", "model": "other"}, "model", "other"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_told_by_its_own_name(fields: dict[str, Any], param: str, words: str, serve) -> None:
+    answer = serve().client.post("/v1/responses", json=fields)
+
+    error = answer.json()["error"]
+    assert answer.status_code in (400, 404) and error["param"] == param
+    assert words in error["message"] and "messages" not in error["message"] and "max_tokens" not in error["message"]
