@@ -93,8 +93,8 @@ def _answers_right(seen: ApiEvidence, limits: Limits) -> Verdict | None:
             "api", "degraded", "hardware_warns", f"It answers, but the GPU reports: {what}.", f"仍能回答，但显卡报告：{what}。", facts
         )
     return Verdict(
-        "api", "healthy", "answers_right", f"It answered real questions rightly in {slowest:.1f} s.",
-        f"真实提问得到正确回答，用时 {slowest:.1f} 秒。", facts, "every question that was asked",
+        "api", "healthy", "answers_right", f"It answered real questions rightly in {slowest:.2f} s.",
+        f"真实提问得到正确回答，用时 {slowest:.2f} 秒。", facts, "every question that was asked",
     )  # fmt: skip
 
 
