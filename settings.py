@@ -109,7 +109,7 @@ class Settings(BaseSettings):
     check_budget_s: float = Field(45.0, ge=5, description="a run that takes longer is ended")
     check_silent_s: float = Field(300.0, ge=1, description="the server calls a checker silent after this time")
     confirm_runs: int = Field(2, ge=1, description="runs in a row that must agree before a restart")
-    stall_s: float = Field(120.0, ge=1, description="pending work without a step for this long is a hang, where the engine names no deadline")
+    stall_s: float = Field(120.0, ge=1, description="pending work without a step for this long is a hang; longer where the engine expects a longer step")
     beat_limit_s: float = Field(60.0, ge=1, description="an event loop that has not beaten for this long stands still")
     start_deadline_s: float = Field(900.0, ge=1, description="loading may take this long")
     stable_s: float = Field(600.0, ge=0, description="good for this long before an incident is closed")

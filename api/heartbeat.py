@@ -124,7 +124,9 @@ class Heartbeat:
         return Pulse(
             loop_lag_s=round(max(0.0, now - self._beat_at - BEAT_EVERY_S), 3),
             no_progress_s=round(now - self._progress_at, 3),
-            deadline_s=stats.phase_deadline_s or self._stall_s,
+            # The engine's own guess lengthens the limit and never shortens it: a batch on a machine that swaps or is
+            # shared may take far longer than the batches before it, and comes to its end.
+            deadline_s=max(stats.phase_deadline_s or 0.0, self._stall_s),
             checker=self._look_at_checker(),
         )
 

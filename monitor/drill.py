@@ -14,12 +14,13 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from monitor import faults, history, limiter
+from monitor.check import limits_of
 from monitor.exchange import exchange
 from monitor.faults import Bench
 from monitor.memory import PARTS
@@ -137,6 +138,7 @@ class Drill:
         try:
             with fault.make(self.bench):
                 self._follow(fault, result, started, began)
+                result.trace = self._trace(fault.target, began)
         except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
             result.problem = f"the fault could not be made: {error}"
         self.bench.env.clear()
@@ -144,13 +146,30 @@ class Drill:
             result.problem = self._judge(fault, result)
         return result
 
+    def _trace(self, target: str, since: float) -> list[dict[str, Any]]:
+        """Every look from the store: a run that cures looks twice, and only its second look is in its report.
+
+        `acts` is false for that second look, which decides nothing.
+        """
+        with self._store() as opened:
+            rows = opened.store.rows("SELECT at, report FROM runs WHERE at >= ? AND report IS NOT NULL ORDER BY id", since)
+        found, before = [], since
+        for row in rows:
+            seen = row["report"]["targets"][target]
+            acts = bool(seen["decision"]["reason"]) or seen["decision"]["kind"] != "none"
+            found.append({
+                "after_s": round(row["at"] - before, 1), "word": seen["word"], "decision": seen["decision"]["kind"], "acts": acts,
+                "api": row["report"]["evidence"]["api"],
+            })  # fmt: skip
+            before = row["at"]
+        return found
+
     def _follow(self, fault: Fault, result: Result, started: float, began: float) -> None:
         """Run the checker period by period until the fault has shown what it must, or has had its time."""
         visible_s, lasts_s = fault.visible_s(self.settings), fault.lasts_s(self.bench)
         proven = False
         visible_runs = 0
         after = 0
-        last_at = started
         while result.runs < max(fault.runs, lasts_s / self.period_s + 3):
             due = time.monotonic() + self.period_s
             report = self.check()
@@ -159,8 +178,6 @@ class Drill:
             visible_runs += age_s >= visible_s
             target = report["targets"].get(fault.target, {"word": "unknown", "seen": 0, "needed": 1})
             result.words.append(target["word"])
-            result.trace.append({"after_s": round(time.monotonic() - last_at, 1), "word": target["word"], "report": report})
-            last_at = time.monotonic()
             result.restarts = self._restarts(began, fault.target)
             with self._store() as store:
                 proven = proven or fault.proof(report, store.store)
@@ -322,9 +339,8 @@ def _keep(drill: Drill, result: Result) -> None:
     print(f"{'FAIL' if result.problem else 'pass'}  {result.name}: {result.problem or 'as it must'}  "
           f"(found {_s(result.found_s)}, recovered {_s(result.recovered_s)}, restarts {result.restarts}, "
           f"words {' '.join(dict.fromkeys(result.words)) or '-'})", flush=True)  # fmt: skip
-    folder = drill.settings.log_dir / "drill"
-    trace = [{"after_s": s["after_s"], "word": s["word"], "api": s["report"]["evidence"]["api"]} for s in result.trace]
-    replace_file(folder / f"{result.name}.json", json.dumps({"restarts": result.restarts, "runs": trace}, ensure_ascii=False))
+    found = {"limits": asdict(limits_of(drill.settings)), "restarts": result.restarts, "runs": result.trace}
+    replace_file(drill.settings.log_dir / "drill" / f"{result.name}.json", json.dumps(found, ensure_ascii=False))
 
 
 def as_table(results: list[Result], period_s: float) -> list[str]:

@@ -20,14 +20,18 @@ PROC = Path("/proc")
 def read(pid: int | None = None, interval_s: float = CPU_INTERVAL_S, folders: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Evidence for the report. `pid` names the process whose container counts; the checker's own otherwise."""
     membership = PROC / str(pid) / "cgroup" if pid else cgroup.MEMBERSHIP
+    waited_s, began = processor_wait_s(pid), time.monotonic()
+    cpu = read_cpu(membership, interval_s)
+    waited_after_s, took_s = processor_wait_s(pid), time.monotonic() - began
+    starved = None if waited_s is None or waited_after_s is None else max(0.0, waited_after_s - waited_s) / took_s
     return {
-        **read_cpu(membership, interval_s),
+        **cpu,
         **read_memory(membership),
         "load_per_core": round(os.getloadavg()[0] / (os.cpu_count() or 1), 2),
         "cpu_pressure_percent": _pressure("cpu"),
         "oom_kills": cgroup.oom_kills(membership=membership),
         "disks": [read_disk(folder) for folder in folders],
-        "process": read_process(pid) if pid else None,
+        "process": {**read_process(pid), "waits_for_processor": None if starved is None else round(starved, 2)} if pid else None,
     }
 
 
@@ -102,6 +106,15 @@ def read_process(pid: int) -> dict[str, Any]:
         }
     except (OSError, ValueError, KeyError) as error:
         return {"rss_mib": None, "open_files": None, "reason": f"{type(error).__name__}: {error}"}
+
+
+def processor_wait_s(pid: int | None) -> float | None:
+    """Seconds that the threads of a process were ready to run and got no processor, since they began."""
+    try:
+        threads = [path.read_text(encoding="ascii").split() for path in (PROC / str(pid) / "task").glob("*/schedstat")]
+        return sum(int(fields[1]) for fields in threads) / 1e9 if threads else None
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def _pressure(kind: str) -> float | None:

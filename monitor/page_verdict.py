@@ -66,8 +66,8 @@ def _deeper(seen: PageEvidence, limits: Limits) -> Verdict:
             f"本机访问页面正常，但经反向代理访问失败：{why}。", {"status": seen.front.status},
         )  # fmt: skip
     return Verdict(
-        "page", "healthy", "page_answers", f"The page answered in {seen.health.seconds:.1f} s.",
-        f"页面 {seen.health.seconds:.1f} 秒内响应。", {"seconds": seen.health.seconds},
+        "page", "healthy", "page_answers", f"The page answered in {seen.health.seconds:.2f} s.",
+        f"页面 {seen.health.seconds:.2f} 秒内响应。", {"seconds": seen.health.seconds},
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from monitor.verdict import Verdict
 DISK_NEEDED_MIB = 256.0  # start.sh refuses with less
 OVERLOAD_PER_CORE = 4.0
 OVERLOAD_PRESSURE_PERCENT = 60.0
+STARVED = 0.25  # threads, on average, that are ready to run and get no processor
 
 
 def why_futile(verdict: Verdict, seen: Observation, cards_expected: int, disk_needed_mib: float = DISK_NEEDED_MIB) -> str:
@@ -63,8 +64,14 @@ def _gpu(verdict: Verdict, seen: Observation, cards_expected: int) -> str:
 
 
 def _overload(verdict: Verdict, machine: dict[str, Any]) -> str:
-    """A process that is gone or stopped is not slow. One that merely gets no processor time would get none after a restart."""
-    if verdict.rule in ("process_gone", "engine_dead", "port_closed", "frozen"):
+    """A process that is gone or stopped is not slow. One that merely gets no processor time would get none after a restart.
+
+    One whose threads do not even wait for a processor hangs for another reason. A person who asks has seen the machine.
+    """
+    if verdict.rule in ("process_gone", "engine_dead", "port_closed", "frozen", "asked"):
+        return ""
+    waits = (machine.get("process") or {}).get("waits_for_processor")
+    if waits is not None and waits < STARVED:
         return ""
     load, pressure = machine.get("load_per_core") or 0.0, machine.get("cpu_pressure_percent")
     if load > OVERLOAD_PER_CORE and (pressure is None or pressure > OVERLOAD_PRESSURE_PERCENT):

@@ -93,8 +93,8 @@ def _answers_right(seen: ApiEvidence, limits: Limits) -> Verdict | None:
             "api", "degraded", "hardware_warns", f"It answers, but the GPU reports: {what}.", f"仍能回答，但显卡报告：{what}。", facts
         )
     return Verdict(
-        "api", "healthy", "answers_right", f"It answered real questions rightly in {slowest:.1f} s.",
-        f"真实提问得到正确回答，用时 {slowest:.1f} 秒。", facts, "every question that was asked",
+        "api", "healthy", "answers_right", f"It answered real questions rightly in {slowest:.2f} s.",
+        f"真实提问得到正确回答，用时 {slowest:.2f} 秒。", facts, "every question that was asked",
     )  # fmt: skip
 
 
@@ -203,17 +203,22 @@ def _stuck_for(seen: ApiEvidence, limits: Limits) -> tuple[float, float, str, st
     """(seconds without progress, allowed, phase, source), only where the latest stamps are past the deadline."""
     look = seen.last or seen.first
     if look.answered and look.pending and look.no_progress_s is not None:
-        deadline_s = look.deadline_s or limits.stall_s
+        deadline_s = _allowed_s(look.deadline_s, limits)
         if look.no_progress_s > deadline_s:
             return look.no_progress_s, deadline_s, look.phase, "health"
         return None
     beat = seen.beat
     # A stale file proves nothing about the engine: whoever writes it may itself be stopped.
     if beat is not None and beat.written_age_s <= BEAT_STALE_S and beat.pending:
-        deadline_s = beat.deadline_s or limits.stall_s
+        deadline_s = _allowed_s(beat.deadline_s, limits)
         if beat.no_progress_s > deadline_s:
             return beat.no_progress_s, deadline_s, beat.phase, "heartbeat file"
     return None
+
+
+def _allowed_s(phase_deadline_s: float | None, limits: Limits) -> float:
+    """The engine's guess for its phase may lengthen the limit, never shorten it: a guess must not cost a restart."""
+    return max(phase_deadline_s or 0.0, limits.stall_s)
 
 
 def _draining(seen: ApiEvidence, limits: Limits) -> Verdict | None:
@@ -240,7 +245,8 @@ def _silent(seen: ApiEvidence, limits: Limits) -> Verdict | None:
     look = seen.last or seen.first
     if look.answered or look.outcome == "refused" or seen.process.state == "gone":
         return None
-    if _is_fresh(seen):
+    # One that has beaten has come up: its silence is no start any more.
+    if seen.beat is None and _is_fresh(seen):
         return _coming_up(seen)
     beat_age_s = seen.beat.beat_age_s if seen.beat else None
     facts = {"beat_age_s": beat_age_s, "process": seen.process.state, "pid": seen.process.pid}
@@ -276,8 +282,7 @@ def _silent_but_beating(seen: ApiEvidence, limits: Limits, facts: dict[str, Any]
 
 
 def _is_fresh(seen: ApiEvidence) -> bool:
-    """Young, and no sign of life yet: one that has beaten has come up, and its silence is no start any more."""
-    return seen.beat is None and seen.process.age_s is not None and seen.process.age_s < FRESH_PROCESS_S
+    return seen.process.age_s is not None and seen.process.age_s < FRESH_PROCESS_S
 
 
 def _coming_up(seen: ApiEvidence) -> Verdict:
@@ -320,7 +325,7 @@ def _no_room(seen: ApiEvidence, limits: Limits) -> Verdict | None:
     elif not look.pending:
         return None
     elif not _moved(seen):
-        allowed_s = look.deadline_s or limits.stall_s
+        allowed_s = _allowed_s(look.deadline_s, limits)
         steps_en = f", and one step is under way for {look.no_progress_s or 0:.0f} s of {allowed_s:.0f} allowed"
         steps_zh = f"，当前一步已进行 {look.no_progress_s or 0:.0f} 秒（允许 {allowed_s:.0f} 秒）"
     slowest = waiting[0]

@@ -14,6 +14,7 @@ import secrets
 from collections.abc import Mapping, MutableMapping
 from html import escape
 from http.cookies import CookieError, SimpleCookie
+from ipaddress import ip_address
 from typing import Any
 from urllib.parse import parse_qsl, quote, urlencode
 
@@ -24,6 +25,7 @@ from web.strings import Words, language_for
 COOKIE = "glm_visitor"
 COOKIE_AGE_S = 90 * 86400
 INSIDE = "/_stcore/"  # addresses for programs: a checker brings the token there and keeps no cookie
+SCRIPT_PATH = "/_stcore/script-health-check"  # runs the whole page, so it is for this machine alone
 OPEN_PATH = "/_stcore/health"  # tells "ok" and nothing else; the checker and start.sh ask it without the token
 _VISITOR = re.compile(r"[A-Za-z0-9_-]{22}")
 
@@ -93,6 +95,9 @@ class Access:
         cookie, token, query = _cookie(scope), self._visitors.token, _query(scope)
         given = query.get("token", "")
         sets_cookie = ""
+        if scope["path"].rstrip("/") == SCRIPT_PATH and not _is_from_here(scope):
+            await _answer(send, 404, b"", [])
+            return
         brought = bool(token) and scope["method"] == "GET" and self._visitors.is_right(given)
         inside = scope["path"].startswith(INSIDE)
         if brought and not inside:
@@ -118,6 +123,17 @@ class Access:
         if not self._visitors.token or self._visitors.read(_cookie(scope)) is not None:
             return True
         return self._visitors.is_right(_query(scope).get("token", ""))
+
+
+def _is_from_here(scope: Scope) -> bool:
+    """Asked by a program on this machine itself: a proxy that stands here asks for somebody elsewhere."""
+    if any(name.startswith(b"x-forwarded-") or name in (b"x-real-ip", b"forwarded") for name, _ in scope["headers"]):
+        return False
+    host, here = ((scope.get(end) or ("", 0))[0] for end in ("client", "server"))
+    try:
+        return ip_address(host).is_loopback or host == here  # the page may listen at one outer address only
+    except ValueError:
+        return False
 
 
 async def _redirect(scope: Scope, cookie: str, query: dict[str, str], send: Send) -> None:

@@ -50,7 +50,13 @@ def test_work_without_a_step_past_its_deadline_is_stalled_and_a_step_makes_it_go
     stats = served.engine.stats()
 
     assert (early.status_code, early.json()["state"]) == (200, "busy")
-    heart._pulse = heart._look(Stats(**{**stats.__dict__, "phase_deadline_s": 0.5}))
+    heart._end.set()  # the observer must not look again in between
+    heart._thread.join(WAIT_S)
+    guess = Stats(**{**stats.__dict__, "phase_deadline_s": 0.5})
+    heart._pulse = heart._look(guess)
+    assert served.client.get("/health").json()["state"] == "busy", "the engine's guess does not shorten the limit"
+    heart._stall_s = 0.5
+    heart._pulse = heart._look(guess)
     stalled = served.client.get("/health")
     assert (stalled.status_code, stalled.json()["state"]) == (503, "stalled")
     assert int(stalled.headers["Retry-After"]) > 0

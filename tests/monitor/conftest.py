@@ -154,11 +154,12 @@ def trickling() -> Iterator[int]:
 
 @pytest.fixture
 def make_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Settings]:
-    """Settings of a test's own: no .env, no GLM_ variables of whoever runs the tests."""
+    """Settings of a test's own: no .env, no GLM_ variables of whoever runs the tests, and no cure: a run that finds
+    its server dead would start the project that the tests belong to."""
     monkeypatch.setattr(settings_module, "ENV_FILE", tmp_path / "no.env")
 
     def make(port: int, **changes: object) -> Settings:
-        values = {"api_port": port, "web_port": port, "probe_timeout_s": 4.0, "log_dir": tmp_path / "logs", **changes}
+        values = {"api_port": port, "web_port": port, "probe_timeout_s": 4.0, "log_dir": tmp_path / "logs", "cure": "shadow", **changes}
         return Settings(_env_file=None, **values)
 
     return make

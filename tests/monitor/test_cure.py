@@ -79,6 +79,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     for name, value in values.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(settings_module, "ENV_FILE", tmp_path / "no.env")
+    # A whole run finds the project by itself; here it must find the copy.
+    monkeypatch.setattr(cure.Surgeon.__init__, "__defaults__", (None, root))
     found = Place(root, Settings(_env_file=None, probe_timeout_s=2))
     yield found
     found.store.close()
@@ -163,11 +165,10 @@ def test_a_stranger_on_the_port_is_left_alone(place):
     assert place.memory.limiters["api"].restarts == (), "what was not tried does not count"
 
 
-def test_a_whole_run_cures_and_says_so(place, monkeypatch):
+def test_a_whole_run_cures_and_says_so(place):
     """From cron's point of view: dead in one run, and the same run starts it again."""
     place.start("api")
     os.kill(place.record().pid, signal.SIGKILL)
-    monkeypatch.setattr(cure.Surgeon.__init__, "__defaults__", (None, place.root))
 
     outcome = check.run(place.settings, random.Random(1))
 
@@ -210,8 +211,7 @@ def test_pause_holds_the_cure_from_the_very_next_run_on(place):
     assert [row["kind"] for row in place.store.actions()] == ["hold", "pause"]
 
 
-def test_an_operators_restart_and_drain_are_carried_out_and_audited(place, monkeypatch):
-    monkeypatch.setattr(cure.Surgeon.__init__, "__defaults__", (None, place.root))
+def test_an_operators_restart_and_drain_are_carried_out_and_audited(place):
     place.start()
     old = place.record()
     number = place.store.ask(time.time(), "ann", "restart", "api")
@@ -257,6 +257,8 @@ def seen_with(place: Place, machine: dict | None = None, gpu: dict | None = None
         ({}, {"gpus": [{"index": 0, "throttle_hardware": True}]}, 1, "throttled"),
         ({"load_per_core": 9.0, "cpu_pressure_percent": 90.0}, {}, 0, "overloaded"),
         ({"load_per_core": 9.0, "cpu_pressure_percent": 3.0}, {}, 0, ""),
+        ({"load_per_core": 9.0, "cpu_pressure_percent": 90.0, "process": {"waits_for_processor": 0.9}}, {}, 0, "overloaded"),
+        ({"load_per_core": 9.0, "cpu_pressure_percent": 90.0, "process": {"waits_for_processor": 0.01}}, {}, 0, ""),
         ({}, {}, 0, ""),
     ],
 )

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from monitor import cgroup, machine
+from monitor import cgroup, machine, preflight
 
 GIB = 2**30
 
@@ -136,3 +139,21 @@ def test_no_processor_quota(tree):
         is None
     )
     assert cgroup.cpu(**tree({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, "3:cpu:/")) is None
+
+
+def test_a_process_without_its_share_of_the_processor_is_told_from_one_that_sleeps():
+    """Two that spin on one processor starve each other; one that hangs in a sleep waits for nothing."""
+    core = min(os.sched_getaffinity(0))
+    spin = f"import os\nos.sched_setaffinity(0, {{{core}}})\nprint(flush=True)\nwhile True: pass"
+    codes = (spin, spin, "import time\nprint(flush=True)\ntime.sleep(600)")
+    running = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) for code in codes]
+    try:
+        for process in running:
+            process.stdout.readline()
+        shares = [machine.read(process.pid, 1.0)["process"]["waits_for_processor"] for process in running[1:]]
+    finally:
+        for process in running:
+            process.kill()
+            process.communicate()
+
+    assert shares[0] > preflight.STARVED > shares[1]

@@ -48,6 +48,17 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize(("guess_s", "held_s", "word"), [(30, 100, "busy"), (30, 130, "wedged"), (600, 500, "busy"), (600, 610, "wedged")])
+@pytest.mark.parametrize("phase", ["vision", "prefill", "decode"])
+def test_the_engines_guess_lengthens_the_limit_and_never_shortens_it(phase, guess_s, held_s, word) -> None:
+    look = busy(held_s, deadline_s=guess_s, phase=phase)
+
+    verdict = judge_api(api(first=look, answers=SILENT, last=look), LIMITS)
+
+    assert verdict.word == word
+    assert phase in verdict.en or word == "busy"
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_rule_that_decides(name: str) -> None:
     seen, word, rule, cure = CASES[name]

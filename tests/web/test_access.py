@@ -56,7 +56,7 @@ class Door:
             await send({"type": "websocket.accept"})
 
     def knock(
-        self, path: str = "/", query: str = "", type: str = "http", method: str = "GET", **headers: str
+        self, path: str = "/", query: str = "", type: str = "http", method: str = "GET", client: str = "127.0.0.1", **headers: str
     ) -> list[dict[str, Any]]:
         sent: list[dict[str, Any]] = []
 
@@ -67,7 +67,7 @@ class Door:
             return {"type": f"{type}.connect"}
 
         scope = {
-            "type": type, "path": path, "query_string": query.encode(), "method": method, "scheme": "http",
+            "type": type, "path": path, "query_string": query.encode(), "method": method, "scheme": "http", "client": (client, 40000), "server": ("10.0.0.5", 8081),
             "headers": [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()],
         }  # fmt: skip
         asyncio.run(self._access(scope, receive, send))
@@ -102,6 +102,22 @@ def test_a_stranger_s_socket_is_closed_before_it_opens() -> None:
 
 def test_the_health_route_is_open() -> None:
     assert Door().knock("/_stcore/health")[0]["status"] == 200
+
+
+def test_the_page_s_own_check_is_for_programs_on_this_machine() -> None:
+    """It runs the whole page each time it is asked: nobody elsewhere may, with the token or without one."""
+    path, query = "/_stcore/script-health-check", "token=open+sesame"
+
+    assert Door().knock(path, query)[0]["status"] == 200
+    assert Door().knock(path, query, client="::1")[0]["status"] == 200
+    assert Door().knock(path, query, client="10.0.0.5")[0]["status"] == 200, "its own address"
+    assert Door().knock(path)[0]["status"] == 401, "not even here without the token"
+    for door in (Door(), Door(token="")):
+        assert door.knock(path, query, client="10.0.0.9")[0]["status"] == 404
+        assert door.knock(path + "/", query, client="10.0.0.9")[0]["status"] == 404
+        assert door.knock(path, query, x_forwarded_proto="https")[0]["status"] == 404, "through a proxy"
+        assert door.knock(path, query, x_forwarded_for="10.0.0.9")[0]["status"] == 404
+        assert door.reached == []
 
 
 def test_the_token_becomes_a_cookie_and_leaves_the_address() -> None:
