@@ -248,7 +248,7 @@ def test_a_dropped_picture_is_attached(fake_page: Page) -> None:
         " held.items.add(new File([new Uint8Array(bytes)], 'dropped.png', {type: 'image/png'})); return held}",
         list(png(("red", "star"), seed=1)),
     )
-    area = box.get_by_role("presentation").first
+    area = box.locator("[role=presentation][tabindex='0']")
     for event in ("dragenter", "dragover"):
         area.dispatch_event(event, {"dataTransfer": held})
     expect(fake_page.get_by_text("Drag and drop files here")).to_be_visible(timeout=SOON_MS)
