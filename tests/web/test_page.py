@@ -259,6 +259,7 @@ def test_a_file_that_is_no_picture_is_named_and_the_question_kept(open_page: Ope
 
 
 def test_a_picture_with_too_many_pixels_is_told_with_the_limit(open_page: OpenPage, fake_api: FakeApi) -> None:
+    fake_api.info["limits"]["max_image_pixels"] = 4_000_000
     buffer = io.BytesIO()
     Image.new("1", (2500, 2000)).save(buffer, "PNG")
 

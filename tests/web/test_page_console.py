@@ -177,7 +177,7 @@ def test_the_speed_the_cache_and_the_chosen_settings_with_their_reasons_are_told
 
     page = open_console()
 
-    assert figure(page, "Tokens, each answer") == "40/s"
+    assert figure(page, "Answer speed") == "40 t/s"
     assert figure(page, "KV cache used") == "25 %"
     assert "| slots | 16 | the choice for cpu |" in said(page).replace("\\", "")
     assert "| 69,632 | 255 MiB: enough for 8 full contexts |" in said(page).replace("\\", "")

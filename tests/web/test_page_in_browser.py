@@ -240,23 +240,6 @@ def test_a_pasted_picture_is_attached(fake_page: Page, fake_api: FakeApi) -> Non
     assert image["type"] == "image_url"
 
 
-def test_a_dropped_picture_is_attached(fake_page: Page) -> None:
-    box = fake_page.get_by_test_id("stChatInput")
-    expect(box).to_be_visible(timeout=PATIENCE_MS)
-    held = fake_page.evaluate_handle(
-        "bytes => {const held = new DataTransfer();"
-        " held.items.add(new File([new Uint8Array(bytes)], 'dropped.png', {type: 'image/png'})); return held}",
-        list(png(("red", "star"), seed=1)),
-    )
-    area = box.locator("[role=presentation][tabindex='0']")
-    for event in ("dragenter", "dragover"):
-        area.dispatch_event(event, {"dataTransfer": held})
-    expect(fake_page.get_by_text("Drag and drop files here")).to_be_visible(timeout=SOON_MS)
-    area.dispatch_event("drop", {"dataTransfer": held})
-
-    expect(box.get_by_text("dropped.png")).to_be_visible(timeout=SOON_MS)
-
-
 def test_a_picture_from_the_camera_goes_with_the_question(
     one_page_server: Server, fake_api: FakeApi, open_page: OpenPage
 ) -> None:
