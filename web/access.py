@@ -31,10 +31,11 @@ _VISITOR = re.compile(r"[A-Za-z0-9_-]{22}")
 
 HEADERS = {
     # Nothing is loaded from elsewhere: what a model writes can neither fetch a picture nor run a script.
-    # Streamlit's page has one inline script, its charts compile expressions, its styles are inline.
+    # Streamlit's page has one inline script, its charts compile expressions, its styles are inline,
+    # and its camera fetches the photo from a data: address.
     b"content-security-policy": b"default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
     b"style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; media-src 'self' data: blob:; "
-    b"font-src 'self' data:; connect-src 'self'; worker-src 'self' blob:; "
+    b"font-src 'self' data:; connect-src 'self' data:; worker-src 'self' blob:; "
     b"object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'",
     b"x-content-type-options": b"nosniff",
     # An address may hold the token or a chat's id; it must not travel with a click on a link.

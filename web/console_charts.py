@@ -61,7 +61,7 @@ def trend_chart(trend: Trend, description: str) -> dict[str, Any]:
                  "point": {"size": 9, "color": LINE}},
         "encoding": {
             "x": {"field": "at", "type": "temporal", "axis": {"title": None, "grid": False, "tickCount": 5, "format": trend.clock}},
-            "y": {"field": "value", "type": "quantitative", "axis": {"title": trend.unit, "tickCount": 4, "format": "~g"},
+            "y": {"field": "value", "type": "quantitative", "axis": {"title": trend.unit, "tickCount": 4, "format": ",~f"},
                   "scale": {"domainMin": 0, **({} if any(point.value for point in trend.points) else {"domainMax": 1})}},
             "tooltip": [{"field": "at", "type": "temporal", "format": "%d.%m. %H:%M", "title": "•"},
                         {"field": "value", "type": "quantitative", "format": ".3~f", "title": trend.title}],

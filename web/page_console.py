@@ -171,7 +171,7 @@ def _show_figures(history: History, live: dict[str, Any], metrics: ApiMetrics, w
     running, waiting = live.get("running"), live.get("waiting")
     figures.append((words("figure.load"), "–" if running is None else f"{running} / {waiting}", words("figure.load_help")))
     if metrics.tokens_per_s is not None:
-        figures.append((words("figure.speed"), f"{short(metrics.tokens_per_s)}/s", words("figure.speed_help")))
+        figures.append((words("figure.speed"), f"{short(metrics.tokens_per_s)} t/s", words("figure.speed_help")))
     if metrics.kv_used is not None:
         reused = None if metrics.reused is None else words("figure.reused", share=f"{100 * metrics.reused:.0f}")
         figures.append((words("figure.kv"), f"{100 * metrics.kv_used:.0f} %", reused))

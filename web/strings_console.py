@@ -73,7 +73,7 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "figure.load": {"en": "Running / waiting", "zh": "运行 / 排队"},
     "figure.load_help": {"en": "Requests in the model server right now.", "zh": "模型服务当前的请求数。"},
-    "figure.speed": {"en": "Tokens, each answer", "zh": "单个回答的词元"},
+    "figure.speed": {"en": "Answer speed", "zh": "生成速度"},
     "figure.speed_help": {
         "en": "Written for one user after the first word; the mean since the model server's start.",
         "zh": "首字之后每个用户的生成速度；自模型服务启动以来的平均值。",

@@ -25,10 +25,16 @@ OpenPage = Callable[..., Page]
 START_S = 120.0  # a loaded machine imports slowly
 
 
-@pytest.fixture
-def fake_api() -> Iterator[FakeApi]:
+@pytest.fixture(scope="session")
+def one_fake_api() -> Iterator[FakeApi]:
     with FakeApi() as fake:
         yield fake
+
+
+@pytest.fixture
+def fake_api(one_fake_api: FakeApi) -> FakeApi:
+    one_fake_api.reset()
+    return one_fake_api
 
 
 @pytest.fixture
@@ -142,7 +148,8 @@ def chromium() -> Iterator[Browser]:
     if found is None:
         pytest.fail("no Chromium on PATH: install it (Debian: apt install chromium) to run the browser tests")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        flags = ["--no-sandbox", "--disable-dev-shm-usage", "--use-fake-device-for-media-stream"]
+        browser = playwright.chromium.launch(executable_path=found, args=flags)
         yield browser
         browser.close()
 
@@ -165,7 +172,36 @@ def open_page(chromium: Browser) -> Iterator[OpenPage]:
         context.close()
 
 
+@pytest.fixture(scope="session")
+def one_page_server(one_fake_api: FakeApi, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One page for all tests that need no settings of their own: each of them is another visitor."""
+    folder = tmp_path_factory.mktemp("page")
+    settings = {"GLM_WEB_TOKEN": TOKEN, "GLM_API_KEY": KEY, "GLM_API_URL": one_fake_api.url, "GLM_LOG_DIR": str(folder)}
+    with Server("web.server", "/_stcore/health", folder / "web.log", **settings) as server:
+        yield server
+
+
 @pytest.fixture
-def fake_page(page_server: Callable[..., Server], fake_api: FakeApi, open_page: OpenPage) -> Page:
+def fake_page(one_page_server: Server, fake_api: FakeApi, open_page: OpenPage) -> Page:
     """The real page in front of the fake API."""
-    return open_page(page_server(GLM_WEB_TOKEN=TOKEN, GLM_API_KEY=KEY, GLM_API_URL=fake_api.url))
+    return open_page(one_page_server)
+
+
+@pytest.fixture(scope="session")
+def real_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The real API with the bundled demo model."""
+    folder = tmp_path_factory.mktemp("api")
+    settings = {
+        "GLM_API_KEY": KEY, "GLM_MODEL": str(ROOT / "models" / "shapes"), "GLM_DEVICE": "cpu", "GLM_LOG_DIR": str(folder),
+    }  # fmt: skip
+    with Server("api.server", "/health", folder / "api.log", **settings) as api:
+        yield api
+
+
+@pytest.fixture(scope="session")
+def real_page_server(real_api: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The real page in front of the real API."""
+    folder = tmp_path_factory.mktemp("real-page")
+    settings = {"GLM_WEB_TOKEN": TOKEN, "GLM_API_KEY": KEY, "GLM_API_URL": real_api.url, "GLM_LOG_DIR": str(folder)}
+    with Server("web.server", "/_stcore/health", folder / "web.log", **settings) as server:
+        yield server

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
-from browsing import KEY, PATIENCE_MS, TOKEN, add_picture, ask, last_answer, png
+from browsing import PATIENCE_MS, add_picture, ask, last_answer, png
 from conftest import OpenPage, Server, wait_until
 from playwright.sync_api import Page, expect
 from web_fake_api import Answer, FakeApi
@@ -63,10 +62,9 @@ def test_a_reload_in_the_middle_frees_the_model_and_keeps_what_came(fake_page: P
 
 
 def test_two_people_at_once_see_their_own_chats_only(
-    page_server: Callable[..., Server], fake_api: FakeApi, open_page: OpenPage
+    one_page_server: Server, fake_api: FakeApi, open_page: OpenPage
 ) -> None:
-    server = page_server(GLM_WEB_TOKEN=TOKEN, GLM_API_KEY=KEY, GLM_API_URL=fake_api.url)
-    ann, bob = open_page(server), open_page(server)
+    ann, bob = open_page(one_page_server), open_page(one_page_server)
     fake_api.answer = Answer(text="An answer for Ann alone.")
     add_picture(ann, "ann.png", png(("red", "star"), seed=1))
     ask(ann, "Ann's secret question")
@@ -87,9 +85,9 @@ def test_two_people_at_once_see_their_own_chats_only(
     assert picture
 
 
-def test_chats_are_opened_renamed_saved_and_deleted(fake_page: Page, tmp_path: Path) -> None:
+def test_chats_are_opened_renamed_saved_and_deleted(fake_page: Page, one_page_server: Server) -> None:
     add_picture(fake_page, "mine.png", png(("red", "star"), seed=1))
-    ask(fake_page, "The first question")
+    ask(fake_page, "The very first question")
     last_answer(fake_page)
     fake_page.get_by_role("button", name="New chat").click()
     expect(fake_page.get_by_test_id("stBottomBlockContainer").get_by_test_id("stChatInput")).to_have_count(0, timeout=PATIENCE_MS)
@@ -97,7 +95,7 @@ def test_chats_are_opened_renamed_saved_and_deleted(fake_page: Page, tmp_path: P
     ask(fake_page, "The second question")
     last_answer(fake_page)
 
-    fake_page.get_by_role("button", name="The first question").click()
+    fake_page.get_by_role("button", name="The very first question").click()
     expect(fake_page.get_by_role("img", name="Picture:")).to_have_count(1, timeout=PATIENCE_MS)
     fake_page.get_by_role("button", name="This chat").click()
     with fake_page.expect_download() as saved:
@@ -112,9 +110,9 @@ def test_chats_are_opened_renamed_saved_and_deleted(fake_page: Page, tmp_path: P
 
     expect(fake_page.get_by_role("button", name="My star")).to_have_count(0, timeout=PATIENCE_MS)
     expect(fake_page.get_by_role("button", name="The second question")).to_be_visible()
-    assert whole["turns"][0]["question"] == "The first question"
+    assert whole["turns"][0]["question"] == "The very first question"
     assert next(iter(whole["pictures"].values()))["url"].startswith("data:image/png;base64,")
-    assert b"The first question" not in (tmp_path / "logs" / FILE_NAME).read_bytes()
+    assert b"The very first question" not in (one_page_server.log_path.parent / FILE_NAME).read_bytes()
 
 
 def test_an_answer_is_asked_for_again_and_a_question_changed(fake_page: Page, fake_api: FakeApi) -> None:

@@ -259,6 +259,7 @@ def test_a_file_that_is_no_picture_is_named_and_the_question_kept(open_page: Ope
 
 
 def test_a_picture_with_too_many_pixels_is_told_with_the_limit(open_page: OpenPage, fake_api: FakeApi) -> None:
+    fake_api.info["limits"]["max_image_pixels"] = 4_000_000
     buffer = io.BytesIO()
     Image.new("1", (2500, 2000)).save(buffer, "PNG")
 
@@ -281,3 +282,21 @@ def test_a_picture_by_link_is_offered_only_where_the_api_fetches_pictures(open_p
     fake_api.info["limits"]["fetch_images"] = False
 
     assert "add-url" not in [button.key for button in open_page().button]
+
+
+def test_what_a_tool_gave_is_entered_and_goes_back_to_the_model(open_page: OpenPage, fake_api: FakeApi) -> None:
+    fake_api.answer = Answer(text="", call=("count_objects", '{"color": "red"}'), finish_reason="tool_calls")
+    page = ask(open_page(), "How many are red?", ("mine.png", png()))
+    fake_api.answer = Answer(text="There are three.")
+
+    page.text_area(key="result-0").set_value('{"count": 3}')
+    next(button for button in page.button if button.label == "Send to the model").click()
+    page.run()
+
+    assert not page.exception
+    assert "There are three." in said(page)
+    assert "Result of count" in said(page)
+    question, call, result = fake_api.received[1].body["messages"]
+    assert [part["type"] for part in question["content"]] == ["image_url", "text"]
+    assert call["tool_calls"][0]["function"] == {"name": "count_objects", "arguments": '{"color": "red"}'}
+    assert result == {"role": "tool", "tool_call_id": "call-7", "content": '{"count": 3}'}

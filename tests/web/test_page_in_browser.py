@@ -6,29 +6,27 @@ different right answers, and a blank picture neither.
 
 from __future__ import annotations
 
+import json
 import re
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 from browsing import KEY, PATIENCE_MS, TOKEN, add_picture, ask, last_answer, png
-from conftest import ROOT, OpenPage, Server, wait_until
+from conftest import OpenPage, Server, wait_until
 from playwright.sync_api import Page, expect
-from web_fake_api import Answer, FakeApi
+from web_fake_api import HEALTH, INFO, Answer, FakeApi
 
 from models.shapes.pictures import COLORS
+from web import api_metrics
+from web.client import ApiClient
 
+SOON_MS = 30_000
 SEED = 90210  # places and sizes; pictures with the same seed differ in nothing but what is asked for
 
+
 @pytest.fixture
-def demo_page(page_server: Callable[..., Server], open_page: OpenPage, tmp_path: Path) -> Iterator[Page]:
-    """The real page in front of the real API with the bundled demo model."""
-    model = str(ROOT / "models" / "shapes")
-    with Server(
-        "api.server", "/health", tmp_path / "api.log", GLM_API_KEY=KEY, GLM_MODEL=model, GLM_DEVICE="cpu"
-    ) as api:
-        yield open_page(page_server(GLM_WEB_TOKEN=TOKEN, GLM_API_KEY=KEY, GLM_API_URL=api.url))
+def demo_page(real_page_server: Server, open_page: OpenPage) -> Page:
+    return open_page(real_page_server)
 
 
 def colors_in(answer: str) -> set[str]:
@@ -63,6 +61,42 @@ def test_a_second_question_is_answered_about_the_same_picture(demo_page: Page) -
 
     assert colors_in(first) == {"green"}, first
     assert re.findall(r"There (?:is|are) (\w+)", second) == ["1"], second
+
+
+def test_where_something_is_is_drawn_on_the_picture(demo_page: Page) -> None:
+    demo_page.get_by_role("button", name="Where is the heart?").click()
+    drawn = demo_page.get_by_role("img", name="Where it is, drawn on")
+    expect(drawn).to_be_visible(timeout=PATIENCE_MS)
+    demo_page.get_by_text("1 marked in").click()
+
+    row = demo_page.get_by_test_id("stMarkdown").get_by_role("row").last
+    expect(row).to_be_visible(timeout=PATIENCE_MS)
+    x1, y1, x2, y2 = (int(number) for number in row.get_by_role("cell").last.inner_text().split(", "))
+    assert 600 < x1 < x2 < 1000, row.inner_text()  # the heart is at the right
+    assert y1 < y2
+
+
+def test_json_by_schema_is_right_and_fits(demo_page: Page) -> None:
+    add_picture(demo_page, "one.png", png(("red", "circle"), seed=SEED))
+    demo_page.get_by_text("JSON by schema").click()
+    area = demo_page.get_by_test_id("stChatInputTextArea")
+    expect(area).to_have_value("List the objects as JSON.", timeout=PATIENCE_MS)
+    area.press("Enter")
+
+    expect(demo_page.get_by_text("Valid JSON that fits the schema")).to_be_visible(timeout=PATIENCE_MS)
+    answer = demo_page.get_by_test_id("stCode").first.inner_text()
+    assert json.loads(answer) == {"objects": [{"color": "red", "shape": "circle"}]}
+
+
+def test_the_fake_api_tells_what_the_real_one_tells(real_api: Server) -> None:
+    told = ApiClient(real_api.url, KEY)
+    info, health = told.info_body(), told.health_body()
+
+    assert set(INFO) <= set(info)
+    assert set(INFO["limits"]) <= set(info["limits"])
+    assert set(INFO["generation"]) <= set(info["generation"])
+    assert set(HEALTH) <= set(health)
+    assert api_metrics.read(told.metrics_text()).kv_used is not None
 
 
 def test_stop_in_the_middle_keeps_what_was_written_and_frees_the_model(fake_page: Page, fake_api: FakeApi) -> None:
@@ -153,10 +187,8 @@ def test_what_a_model_writes_is_never_run_and_never_fetches_anything(fake_page: 
     assert fake_api.other_hits == []
 
 
-def test_a_wrong_token_is_told_and_the_right_one_opens(
-    page_server: Callable[..., Server], fake_api: FakeApi, open_page: OpenPage
-) -> None:
-    page = open_page(page_server(GLM_WEB_TOKEN=TOKEN, GLM_API_KEY=KEY, GLM_API_URL=fake_api.url), query="?token=wrong")
+def test_a_wrong_token_is_told_and_the_right_one_opens(one_page_server: Server, open_page: OpenPage) -> None:
+    page = open_page(one_page_server, query="?token=wrong")
     expect(page.get_by_text("This token is not right.")).to_be_visible(timeout=PATIENCE_MS)
     expect(page.get_by_test_id("stChatInput")).to_have_count(0)
 
@@ -169,10 +201,9 @@ def test_a_wrong_token_is_told_and_the_right_one_opens(
 
 
 def test_a_chinese_browser_on_a_phone_gets_a_chinese_page_that_fits(
-    page_server: Callable[..., Server], fake_api: FakeApi, open_page: OpenPage
+    one_page_server: Server, fake_api: FakeApi, open_page: OpenPage
 ) -> None:
-    server = page_server(GLM_WEB_TOKEN=TOKEN, GLM_API_KEY=KEY, GLM_API_URL=fake_api.url)
-    page = open_page(server, locale="zh-CN", viewport={"width": 390, "height": 844})
+    page = open_page(one_page_server, locale="zh-CN", viewport={"width": 390, "height": 844})
 
     expect(page.get_by_role("heading", name="看图问答")).to_be_visible(timeout=PATIENCE_MS)
     expect(page.get_by_role("button", name="星形是什么颜色？")).to_be_visible()
@@ -207,3 +238,20 @@ def test_a_pasted_picture_is_attached(fake_page: Page, fake_api: FakeApi) -> Non
 
     image, _ = fake_api.received[0].body["messages"][0]["content"]
     assert image["type"] == "image_url"
+
+
+def test_a_picture_from_the_camera_goes_with_the_question(
+    one_page_server: Server, fake_api: FakeApi, open_page: OpenPage
+) -> None:
+    page = open_page(one_page_server, permissions=["camera"])
+    page.get_by_role("button", name="Camera").click()
+    shutter = page.get_by_test_id("stCameraInputButton")
+    expect(shutter).to_be_enabled(timeout=PATIENCE_MS)
+    page.wait_for_function("document.querySelector('video')?.videoWidth > 0")
+    shutter.click()
+    expect(page.get_by_text("Goes with the next question")).to_be_visible(timeout=SOON_MS)
+    ask(page, "What is it?")
+    last_answer(page)
+
+    image, _ = fake_api.received[0].body["messages"][0]["content"]
+    assert image["image_url"]["url"].startswith("data:image/")

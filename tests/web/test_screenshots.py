@@ -12,19 +12,26 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from browsing import KEY, PATIENCE_MS, TOKEN, ask, last_answer
+from browsing import KEY, PATIENCE_MS, TOKEN, add_picture, ask, last_answer
 from conftest import OpenPage, Server
 from console_record import HEALTHY, STARTING, WEDGED, incident_of, record
 from playwright.sync_api import Page, expect
 from web_fake_api import Answer, FakeApi
 
 from monitor.store import Store
+from web.samples import sample_named
 
 DESK = {"width": 1200, "height": 900}
 PHONE = {"width": 390, "height": 844}
 HOUR_S = 3600
 
 Opened = Callable[..., Page]
+
+
+@pytest.fixture
+def really_opened(real_page_server: Server, open_page: OpenPage) -> Opened:
+    """In front of the demo model: what it says in these pictures it has said."""
+    return lambda **browser: open_page(real_page_server, **{"viewport": DESK, **browser})
 
 
 @pytest.fixture
@@ -52,17 +59,10 @@ def ask_about_the_sample(page: Page, question: str) -> None:
     page.get_by_role("button", name=question).click()
 
 
-BOXES = [
-    {"bbox_2d": [165, 195, 430, 560], "image": 0, "label": "red circle", "bbox_pixels": [53, 47, 138, 134]},
-    {"bbox_2d": [440, 40, 750, 430], "image": 0, "label": "green square", "bbox_pixels": [141, 10, 240, 103]},
-]
-
-
-def test_chat(opened: Opened, fake_api: FakeApi, tmp_path: Path) -> None:
-    fake_api.answer = Answer(text="The star is blue.", reasoning="I look for the star and name its color.")
-    page = opened()
+def test_chat(really_opened: Opened, tmp_path: Path) -> None:
+    page = really_opened()
     ask_about_the_sample(page, "What color is the star?")
-    last_answer(page)
+    assert "blue" in last_answer(page)
 
     expect(page.get_by_role("button", name="Answer again")).to_be_visible(timeout=PATIENCE_MS)
     take(page, "chat", tmp_path)
@@ -78,14 +78,13 @@ def test_thinking(opened: Opened, fake_api: FakeApi, tmp_path: Path) -> None:
     page.get_by_role("button", name="Stop", exact=True).click()
 
 
-def test_boxes(opened: Opened, fake_api: FakeApi, tmp_path: Path) -> None:
-    fake_api.answer = Answer(text="I found a circle and a square.", boxes=BOXES)
-    page = opened(viewport={"width": 1200, "height": 1300})
-    ask_about_the_sample(page, "What color is the star?")
+def test_boxes(really_opened: Opened, tmp_path: Path) -> None:
+    page = really_opened(viewport={"width": 1200, "height": 1200})
+    ask_about_the_sample(page, "Where is the heart?")
     last_answer(page)
-    page.get_by_text("2 marked in").click()
+    page.get_by_text("1 marked in").click()
 
-    expect(page.get_by_role("cell", name="green square")).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.get_by_role("columnheader", name="0-1000")).to_be_visible(timeout=PATIENCE_MS)
     expect(page.get_by_role("img", name="Where it is, drawn on")).to_be_visible()
     page.get_by_role("img", name="Where it is, drawn on").scroll_into_view_if_needed()
     take(page, "boxes", tmp_path)
@@ -102,9 +101,9 @@ def test_error(opened: Opened, fake_api: FakeApi, tmp_path: Path) -> None:
     take(page, "error", tmp_path)
 
 
-def test_dark(opened: Opened, fake_api: FakeApi, tmp_path: Path) -> None:
-    fake_api.answer = Answer(text='{"objects": [{"color": "red", "shape": "circle"}]}')
-    page = opened(color_scheme="dark")
+def test_dark(really_opened: Opened, tmp_path: Path) -> None:
+    page = really_opened(color_scheme="dark", viewport={"width": 1200, "height": 1200})
+    add_picture(page, "shapes.png", sample_named("shapes.png").path.read_bytes())  # type: ignore[union-attr]
     page.get_by_text("JSON by schema").click()
     area = page.get_by_test_id("stChatInputTextArea")
     expect(area).to_have_value("List the objects as JSON.", timeout=PATIENCE_MS)
@@ -114,19 +113,21 @@ def test_dark(opened: Opened, fake_api: FakeApi, tmp_path: Path) -> None:
     take(page, "dark", tmp_path)
 
 
-def test_chinese(opened: Opened, fake_api: FakeApi, tmp_path: Path) -> None:
-    fake_api.answer = Answer(text="星形是蓝色的。", reasoning="我先找到星形，再看颜色。")
-    page = opened(locale="zh-CN")
+def test_chinese(really_opened: Opened, tmp_path: Path) -> None:
+    page = really_opened(locale="zh-CN")
     page.get_by_role("button", name="星形是什么颜色？").click()
 
     expect(page.get_by_role("button", name="重新回答")).to_be_visible(timeout=PATIENCE_MS)
     take(page, "chinese", tmp_path)
 
 
-def test_phone(opened: Opened, fake_api: FakeApi, tmp_path: Path) -> None:
-    page = opened(viewport=PHONE, device_scale_factor=2, is_mobile=True, has_touch=True)
+def test_phone(really_opened: Opened, tmp_path: Path) -> None:
+    page = really_opened(viewport=PHONE, device_scale_factor=2, is_mobile=True, has_touch=True)
+    ask_about_the_sample(page, "Where is the heart?")
+    last_answer(page)
 
-    expect(page.get_by_role("button", name="What color is the star?")).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.get_by_role("img", name="Where it is, drawn on")).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.get_by_role("button", name="Answer again")).to_be_visible(timeout=PATIENCE_MS)
     take(page, "phone", tmp_path)
 
 
@@ -161,7 +162,10 @@ def test_console_in_an_incident(opened: Opened, fake_api: FakeApi, tmp_path: Pat
     expect(page.get_by_text("verified by a right answer")).to_be_attached(timeout=PATIENCE_MS)
     expect(page.get_by_test_id("stVegaLiteChart").first).to_be_visible(timeout=PATIENCE_MS)
     take(page, "console-incident", tmp_path)
-    page.get_by_text("verified by a right answer").scroll_into_view_if_needed()
+    page.get_by_role("heading", name="Incidents").scroll_into_view_if_needed()
+    expect(page.get_by_text("verified by a right answer")).to_be_in_viewport()
+    expect(page.get_by_text("good again").first).to_be_attached()
+    take(page, "console-incidents", tmp_path)
 
 
 def test_an_operator_asks_for_a_restart_by_name_and_typed_word(opened: Opened, tmp_path: Path) -> None:

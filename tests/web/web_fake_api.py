@@ -20,9 +20,19 @@ INFO: dict[str, Any] = {
     "demo": True,
     "knows": {"en": "It knows coloured shapes and printed words.", "zh": "它认识彩色图形和印刷文字。"},
     "context_tokens": 8192,
-    "limits": {"max_images": 4, "max_image_bytes": 2 * 2**20, "max_image_pixels": 4_000_000, "default_max_tokens": 256, "fetch_images": True},
-    "generation": {"do_sample": False, "temperature": 0.8},
+    "limits": {"max_images": 4, "max_image_bytes": 2 * 2**20, "max_image_pixels": 50_000_000, "default_max_tokens": 256, "fetch_images": True},
+    "generation": {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0},
+    "slots": 16,
+    "kv_cache_tokens": 69632,
+    "choices": {"slots": "the choice for cpu", "kv_cache": "255 MiB: enough for 8 full contexts"},
 }
+HEALTH: dict[str, Any] = {"state": "idle", "progress": 1.0, "model": "glm-shapes-demo", "running": 0, "waiting": 0, "phase": "idle"}
+METRICS = """# TYPE glm_kv_cache_usage_perc gauge
+glm_kv_cache_usage_perc 0.25
+# TYPE glm_request_time_per_output_token_seconds histogram
+glm_request_time_per_output_token_seconds_count{traffic="user"} 4.0
+glm_request_time_per_output_token_seconds_sum{traffic="user"} 0.1
+"""
 
 
 @dataclass
@@ -32,6 +42,7 @@ class Answer:
     text: str = "It is a red circle."
     reasoning: str = ""
     boxes: list[dict[str, Any]] = field(default_factory=list)
+    call: tuple[str, str] | None = None  # a tool's name and arguments
     pause_s: float = 0.0
     queue: int = 0
     queue_pause_s: float = 0.3
@@ -59,14 +70,18 @@ class FakeApi:
 
     def __init__(self, key: str | None = None) -> None:
         self.key = key
-        self.info = json.loads(json.dumps(INFO))
-        self.health: dict[str, Any] = {"state": "idle", "progress": 1.0, "model": "glm-shapes-demo"}
-        self.answer = Answer()
-        self.received: list[Received] = []
-        self.other_hits: list[str] = []
+        self.reset()
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.fake = self
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+
+    def reset(self) -> None:
+        """As if it had just been made."""
+        self.info: dict[str, Any] = json.loads(json.dumps(INFO))
+        self.health = dict(HEALTH)
+        self.answer = Answer()
+        self.received: list[Received] = []
+        self.other_hits: list[str] = []
 
     @property
     def port(self) -> int:
@@ -110,6 +125,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._json(401, {"error": {"message": "wrong key", "type": "authentication_error"}})
         elif self.path == "/info":
             self._json(200, fake.info)
+        elif self.path == "/metrics":
+            self._answer(200, METRICS.encode(), "text/plain; version=0.0.4")
         else:
             fake.other_hits.append(self.path)
             self._json(404, {"error": {"message": "no such route", "type": "not_found"}})
@@ -160,6 +177,10 @@ class _Handler(BaseHTTPRequestHandler):
             return
         for box in answer.boxes:
             self._delta({"boxes": [box]})
+        if answer.call is not None:
+            name, arguments = answer.call
+            self._delta({"tool_calls": [{"index": 0, "id": "call-7", "type": "function", "function": {"name": name, "arguments": ""}}]})
+            self._delta({"tool_calls": [{"index": 0, "function": {"arguments": arguments}}]})
         timings = {"ttft_s": 0.25, "total_s": 1.0, "tokens_per_s": 40.0}
         self._data({"choices": [{"index": 0, "delta": {}, "finish_reason": answer.finish_reason}], "timings": timings})
         self._data({"choices": [], "usage": {"prompt_tokens": 90, "completion_tokens": 7, "total_tokens": 97}})
@@ -196,9 +217,11 @@ class _Handler(BaseHTTPRequestHandler):
         return key is None or self.headers.get("Authorization") == f"Bearer {key}"
 
     def _json(self, status: int, body: dict[str, Any], headers: dict[str, str] | None = None) -> None:
-        data = json.dumps(body).encode()
+        self._answer(status, json.dumps(body).encode(), "application/json", headers)
+
+    def _answer(self, status: int, data: bytes, kind: str, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(data)))
         for name, value in (headers or {}).items():
             self.send_header(name, value)
