@@ -168,8 +168,9 @@ def _decide(
     newest = {name: kept.restarts[-1] if kept.restarts else None for name, kept in memory.limiters.items()}
     for target, verdict in verdicts.items():
         others = [at for name, at in newest.items() if name != target and at is not None]
+        foreign = "GLM_ENGINE_URL names another engine, which is not ours to restart" if target == "api" and settings.engine_url else ""
         decision = limiter.decide(
-            verdict, memory.histories[target], memory.limiters[target], allowance, now, settings.cure, hold,
+            verdict, memory.histories[target], memory.limiters[target], allowance, now, settings.cure, hold or foreign,
             max(others, default=None),
         )  # fmt: skip
         if decision.opens:

@@ -33,7 +33,9 @@ def engine(service, behaviour, make_settings):
     behaviour.other["/health"] = (200, b"")
     behaviour.other["/v1/models"] = (200, b'{"data": [{"id": "glm"}]}')
     behaviour.reply = lambda body: (200, completion(seen_color(body)))
-    return make_settings(1, engine_url=f"http://127.0.0.1:{service}", web_port=service, probe_timeout_s=2, check_period_s=1)
+    return make_settings(
+        1, engine_url=f"http://127.0.0.1:{service}", web_port=service, probe_timeout_s=2, check_period_s=1, cure="restart"
+    )
 
 
 def say(behaviour, text: str, running: int, tokens: int) -> None:
@@ -61,7 +63,8 @@ def test_frozen_tokens_with_pending_requests_behind_a_good_health_answer_are_wed
 
     assert first["verdict"] == "busy", "within the time that a step may take"
     assert second["targets"]["api"]["rule"] == "no_progress"
-    assert second["targets"]["api"]["decision"]["kind"] in ("none", "restart", "hold")
+    assert second["targets"]["api"]["decision"]["kind"] == "hold"
+    assert "not ours to restart" in second["targets"]["api"]["decision"]["reason"]
     assert not (engine.log_dir / "incidents").exists(), "there is nothing of ours to restart"
 
 
