@@ -24,7 +24,7 @@ def main() -> int:
     os.chdir(ROOT)  # settings may hold relative paths, and cron starts elsewhere
     sys.path.insert(0, str(ROOT))
     try:
-        from monitor import cli
+        from monitor import check, cli  # noqa: F401  `check` brings in every package that a run needs
     except (ImportError, TypeError, SyntaxError) as error:  # annotations and syntax that an old Python cannot read
         return hand_over(error)
     return cli.main(sys.argv[1:])

@@ -78,6 +78,18 @@ def test_python_without_the_packages_hands_over_to_the_projects_venv(copy, tmp_p
     assert json.loads(done.stdout)["verdict"] == "dead", done.stderr
 
 
+def test_python_that_has_only_some_of_the_packages_hands_over_too(copy, tmp_path):
+    (tmp_path / "partial" / "PIL").mkdir(parents=True)
+    (tmp_path / "partial" / "PIL" / "__init__.py").write_text("raise ModuleNotFoundError('PIL')\n")
+    (copy / ".venv" / "bin").mkdir(parents=True)
+    (copy / ".venv" / "bin" / "python").write_text(f'#!/bin/sh\nunset PYTHONPATH\nexec {sys.executable} "$@"\n')
+    (copy / ".venv" / "bin" / "python").chmod(0o755)
+
+    done = run(sys.executable, copy / "health_check.py", {"PYTHONPATH": str(tmp_path / "partial")}, tmp_path)
+
+    assert json.loads(done.stdout)["verdict"] == "dead", done.stderr
+
+
 def test_python_without_the_packages_and_no_venv_says_what_to_do(copy, tmp_path):
     venv.create(tmp_path / "bare", symlinks=True)
 
