@@ -21,6 +21,7 @@ install_debian_packages() {
     command -v shellcheck >/dev/null || lacking+=(shellcheck)
     command -v flock >/dev/null || lacking+=(util-linux)
     command -v cron >/dev/null || lacking+=(cron)
+    command -v systemd-analyze >/dev/null || lacking+=(systemd)
     command -v promtool >/dev/null || lacking+=(prometheus)
     [[ -x /usr/sbin/nginx ]] || command -v nginx >/dev/null || lacking+=(nginx-light)
     fc-list 2>/dev/null | grep -qi cjk || lacking+=(fontconfig fonts-noto-cjk)

@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 
 from models.shapes.checkpoint import FOLDER as SHAPES
+from models.shapes.checkpoint import picture_token_ids
 
 DEFAULT_CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "glm-bench"
 VOCABULARY = 32_768  # rows of the embedding; the demo's tokenizer uses the first of them
@@ -65,15 +66,10 @@ def _write(folder: Path) -> None:
     processing = json.loads((SHAPES / "preprocessor_config.json").read_text(encoding="utf-8"))
     processing["size"] = {"shortest_edge": 2 * 112**2, "longest_edge": 2 * PICTURE_SIDE**2}
     (folder / "preprocessor_config.json").write_text(json.dumps(processing), encoding="utf-8")
-    token_id = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids
-    end = token_id("<|endoftext|>")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
     config = Glm4vConfig(
-        image_token_id=token_id("<|image|>"),
-        video_token_id=token_id("<|video|>"),
-        image_start_token_id=token_id("<|begin_of_image|>"),
-        image_end_token_id=token_id("<|end_of_image|>"),
-        video_start_token_id=token_id("<|begin_of_video|>"),
-        video_end_token_id=token_id("<|end_of_video|>"),
+        **picture_token_ids(tokenizer),
         text_config={
             "vocab_size": VOCABULARY, "hidden_size": 1024, "intermediate_size": 6144, "num_hidden_layers": 20,
             "num_attention_heads": 16, "num_key_value_heads": 4, "max_position_embeddings": 8192,

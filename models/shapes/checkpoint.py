@@ -79,17 +79,25 @@ def _corpus(rng: random.Random, samples: int):
             yield from lines + answers * 5
 
 
+def picture_token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    """What a glm4v config wants to know of the tokenizer."""
+    token_id = tokenizer.convert_tokens_to_ids
+    return {
+        "image_token_id": token_id("<|image|>"),
+        "video_token_id": token_id("<|video|>"),
+        "image_start_token_id": token_id("<|begin_of_image|>"),
+        "image_end_token_id": token_id("<|end_of_image|>"),
+        "video_start_token_id": token_id("<|begin_of_video|>"),
+        "video_end_token_id": token_id("<|end_of_video|>"),
+    }
+
+
 def config_for(tokenizer: PreTrainedTokenizerFast) -> Glm4vConfig:
     """About 4 M parameters: vision 6x192, text 5x192."""
     token_id = tokenizer.convert_tokens_to_ids
     hidden = 192
     return Glm4vConfig(
-        image_token_id=token_id("<|image|>"),
-        video_token_id=token_id("<|video|>"),
-        image_start_token_id=token_id("<|begin_of_image|>"),
-        image_end_token_id=token_id("<|end_of_image|>"),
-        video_start_token_id=token_id("<|begin_of_video|>"),
-        video_end_token_id=token_id("<|end_of_video|>"),
+        **picture_token_ids(tokenizer),
         text_config={
             "vocab_size": -(-len(tokenizer) // 64) * 64,
             "hidden_size": hidden,
