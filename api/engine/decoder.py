@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from api.engine.attention import attend
 from api.engine.linear import Linear
 from api.engine.rotary import Rotary, half_split_order, rotate
 
@@ -130,14 +131,8 @@ class Decoder:
         rows, shared = group.end - group.start, self.heads // self.kv_heads
         q = qkv[group.start : group.end, : self.heads].view(rows, self.kv_heads, shared, self.head_dim)
         stored = qkv[group.start : group.end, self.heads :] if group.pages is None else self._read(kv, group.pages)
-        k, v = stored.transpose(0, 1).unsqueeze(1).split(self.kv_heads)
-        out = F.scaled_dot_product_attention(
-            q.permute(1, 2, 0, 3),
-            k.expand(-1, shared, -1, -1),
-            v.expand(-1, shared, -1, -1),
-            attn_mask=group.mask,
-            is_causal=group.mask is None,
-        )
+        k, v = stored.transpose(0, 1).split(self.kv_heads)
+        out = attend(q.permute(1, 2, 0, 3), k, v, group.mask, causal=group.mask is None)
         return out.permute(2, 0, 1, 3).reshape(rows, -1)
 
     def _read(self, kv: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from api.engine.attention import attend
 from api.engine.linear import Linear
 
 Grid = tuple[int, int, int]  # frames, rows, columns, in patches
@@ -87,9 +88,10 @@ class VisionTower:
         qkv = block.qkv(F.rms_norm(x, block.norm1.shape, block.norm1, self._eps))
         q, k, v = qkv.view(patches, 3, self._heads, -1).unbind(1)
         q, k = _turn(q, at.cos, at.sin), _turn(k, at.cos, at.sin)
-        # Attention stays within a frame: frames are a batch.
-        q, k, v = (t.view(at.frames, -1, *t.shape[1:]).transpose(1, 2) for t in (q, k, v))
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(patches, -1)
+        # Attention stays within a frame and a head.
+        q, k, v = (t.view(at.frames, -1, *t.shape[1:]).transpose(1, 2).flatten(0, 1) for t in (q, k, v))
+        attended = attend(q[:, None], k, v).view(at.frames, self._heads, -1, q.shape[-1])
+        attended = attended.transpose(1, 2).reshape(patches, -1)
         x = x + block.out(attended)
         hidden = F.rms_norm(x, block.norm2.shape, block.norm2, self._eps)
         return x + block.down(F.silu(block.gate(hidden)).mul_(block.up(hidden)))
