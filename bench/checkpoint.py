@@ -20,11 +20,13 @@ VOCABULARY = 32_768  # rows of the embedding; the demo's tokenizer uses the firs
 PICTURE_SIDE = 336  # 576 patches, 144 tokens
 WORD = re.compile("Ġ[a-z]{2,}")
 
-# What was said is repeated as it was said, so that a follow-up begins like the turn before it.
+# A follow-up begins with the very tokens of the turn before it: answers begin with a space, which servers and GLM's own
+# template strip.
 TEMPLATE = """[gMASK]<sop>
 {%- for message in messages -%}
     {{- '<|' + message.role + '|>' -}}
-    {%- if message.content is string -%}{{ message.content }}
+    {%- if message.role == 'assistant' -%}{{ ' ' + message.content.strip() }}
+    {%- elif message.content is string -%}{{ message.content }}
     {%- else -%}
         {%- for part in message.content -%}
             {{- part.text if part.type == 'text' else '<|begin_of_image|><|image|><|end_of_image|>' -}}
@@ -45,6 +47,7 @@ def build_mid(cache: Path = DEFAULT_CACHE) -> Path:
     """The checkpoint's folder; made on the first call (about a minute, 1.2 GB)."""
     folder = cache / "mid"
     if folder.is_dir():
+        (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")  # the weights do not depend on it
         return folder
     making = cache / f"mid.{os.getpid()}"
     making.mkdir(parents=True)

@@ -61,6 +61,7 @@ class Engine:
         self._last_step_at: float | None = None
         self._last_step_s: float | None = None
         self._checked_at = 0.0
+        self._picture_went = False  # in the step before
 
     # Called from any thread.
 
@@ -229,7 +230,7 @@ class Engine:
         began = time.monotonic()
         self._drop_ended(began)
         self._admit()
-        spent_s = self._encode(self._scheduler.picture())
+        spent_s = self._encode(self._picture_in_turn())
         self._compute(spent_s)
         self._steps += 1
         self._last_step_at = time.monotonic()
@@ -256,6 +257,14 @@ class Engine:
                 self._model.runner.begin(sequence)
             except Exception as error:
                 self._give_up((sequence,), "begin", error)
+
+    def _picture_in_turn(self) -> PictureJob | None:
+        """Pictures and prompts that wait take turns: a step with both would hold up the answers twice."""
+        job = self._scheduler.picture()
+        if self._picture_went and self._scheduler.has_prompt:
+            job = None
+        self._picture_went = job is not None
+        return job
 
     def _encode(self, job: PictureJob | None) -> float:
         """Go on with a picture for as long as the running answers can wait; returns the time it took."""

@@ -1,8 +1,8 @@
 """How much new work a step may carry so that running answers keep their pace.
 
-Learns from measured steps what a batch costs on this machine. A prompt chunk or a slice of the vision
-tower makes everyone who decodes wait; with nobody decoding, a step is only kept short enough for an
-abort to be noticed. Knows seconds and counts, no tensors.
+Learns from measured steps what a forward pass costs on this machine: so much for the weights, so much
+for every row. A prompt chunk or a slice of the vision tower makes everyone who decodes wait; with nobody
+decoding, a step is only kept short enough for an abort to be noticed. Knows seconds and counts, no tensors.
 """
 
 from __future__ import annotations
@@ -13,28 +13,62 @@ from dataclasses import dataclass, field
 PATIENCE = 2.4
 # With nobody waiting for a token: short enough to notice aborts and new requests.
 IDLE_STEP_S = 0.6
-# No step is ever slowed down to less than this much new work, or a busy engine would admit nobody.
+# No prompt waits for ever: a step without a picture in it reads at least so many tokens.
 LEAST_TOKENS = 16
-MEMORY = 0.8  # weight of the past in the running means
 # A step is called stuck when it takes this many times longer than it should, and at least MIN_DEADLINE_S.
 STUCK = 20.0
 MIN_DEADLINE_S = 30.0
+MEMORY = 0.95  # weight of the past in the running means
+CONTRAST = 0.2  # passes of like size say nothing about what a row costs
+OUTLIER = 2.0  # a step so many times slower than expected was disturbed, and counts as no slower than that
+
+
+@dataclass
+class Line:
+    """Seconds of a pass as base + slope * rows: least squares over the latest passes."""
+
+    base_s: float = 0.0
+    slope_s: float = 0.0
+    passes: int = 0
+    _rows: float = 0.0  # running means
+    _seconds: float = 0.0
+    _rows_rows: float = 0.0
+    _rows_seconds: float = 0.0
+
+    def at(self, rows: int) -> float:
+        return self.base_s + self.slope_s * rows
+
+    def learn(self, rows: int, took_s: float) -> None:
+        self.passes += 1
+        if self.passes > 2:
+            took_s = min(took_s, OUTLIER * self.at(rows))
+        new = max(1 / self.passes, 1 - MEMORY)
+        self._rows += new * (rows - self._rows)
+        self._seconds += new * (took_s - self._seconds)
+        self._rows_rows += new * (rows * rows - self._rows_rows)
+        self._rows_seconds += new * (rows * took_s - self._rows_seconds)
+        spread = self._rows_rows - self._rows**2
+        if spread > CONTRAST * self._rows_rows:
+            self.slope_s = max((self._rows_seconds - self._rows * self._seconds) / spread, 0.0)
+        self.slope_s = min(self.slope_s or self._seconds / self._rows, self._seconds / self._rows)
+        self.base_s = self._seconds - self.slope_s * self._rows
 
 
 @dataclass
 class Pace:
     max_chunk_tokens: int = 512
     max_rows: float = float("inf")  # requests in one forward pass
-    _decode_s: dict[int, float] = field(default_factory=dict)  # by batch size rounded up to a power of two
-    _token_s: float = 0.0  # one more prompt token in a batch
+    _pass: Line = field(default_factory=Line)
     _slice_s: float = 0.0  # longest slice of the vision tower lately
 
     def chunk_tokens(self, decoding: int, spent_s: float = 0.0) -> int:
         """Prompt tokens for the next batch, when `spent_s` of the step went into a picture already."""
-        if not self._token_s:
+        if not self._pass.passes:
             return self.max_chunk_tokens
-        tokens = int((self._new_work_s(decoding) - spent_s) / self._token_s)
-        return min(max(LEAST_TOKENS, tokens), self.max_chunk_tokens)
+        left_s = self._new_work_s(decoding) - spent_s - (0 if decoding else self._pass.base_s)
+        tokens = int(left_s / self._pass.slope_s) if self._pass.slope_s else self.max_chunk_tokens
+        least = 0 if spent_s else LEAST_TOKENS
+        return min(max(least, tokens), self.max_chunk_tokens)
 
     def slice_s(self, decoding: int) -> float:
         """Seconds that a picture may take in the next step."""
@@ -42,8 +76,7 @@ class Pace:
 
     def deadline_s(self, decoding: int, tokens: int) -> float:
         """How long a batch may take before it must be called stuck."""
-        expected = self._decode_estimate(decoding) + tokens * self._token_s if self._token_s else MIN_DEADLINE_S
-        return max(MIN_DEADLINE_S, STUCK * expected)
+        return max(MIN_DEADLINE_S, STUCK * self._pass.at(decoding + tokens))
 
     def picture_deadline_s(self) -> float:
         return max(MIN_DEADLINE_S, STUCK * (self._slice_s + IDLE_STEP_S))
@@ -56,37 +89,14 @@ class Pace:
             self.max_rows = min(self.max_rows, rows // 2)
 
     def saw_batch(self, decoding: int, tokens: int, took_s: float) -> None:
-        if tokens == 0:
-            size = _bucket(decoding)
-            self._decode_s[size] = _mean(self._decode_s.get(size), took_s)
-        elif tokens >= LEAST_TOKENS:
-            extra = max(took_s - self._decode_estimate(decoding), 0.1 * took_s)
-            self._token_s = _mean(self._token_s or None, extra / tokens)
+        self._pass.learn(decoding + tokens, took_s)
 
     def saw_slice(self, took_s: float) -> None:
-        self._slice_s = max(took_s, MEMORY * self._slice_s)
+        self._slice_s = max(took_s, 0.8 * self._slice_s)
 
     def _new_work_s(self, decoding: int) -> float:
         if not decoding:
             return IDLE_STEP_S
-        alone = self._decode_estimate(decoding)
-        # Measured against the pace of a small batch: answers that joined must not stretch everybody's patience.
-        least = min(self._decode_s.values(), default=alone)
-        return max(PATIENCE * least - alone, (PATIENCE - 1) * alone / 2)
-
-    def _decode_estimate(self, decoding: int) -> float:
-        if not decoding:
-            return 0.0
-        size = _bucket(decoding)
-        if size in self._decode_s:
-            return self._decode_s[size]
-        known = sorted(self._decode_s)
-        return self._decode_s[min(known, key=lambda k: abs(k - size))] if known else 0.05
-
-
-def _bucket(count: int) -> int:
-    return 1 << (count - 1).bit_length()
-
-
-def _mean(old: float | None, new: float) -> float:
-    return new if old is None else MEMORY * old + (1 - MEMORY) * new
+        alone = self._pass.at(decoding)
+        # Measured against the pace of one answer: those that joined must not stretch everybody's patience.
+        return max(PATIENCE * self._pass.at(1) - alone, (PATIENCE - 1) * alone / 2)

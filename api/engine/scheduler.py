@@ -123,6 +123,11 @@ class Scheduler:
         return sum(s.decoding for s in self._running)
 
     @property
+    def has_prompt(self) -> bool:
+        """Whether a part of a prompt could be computed now."""
+        return any(not s.decoding and s.missing_picture() is None for s in self._running)
+
+    @property
     def has_work(self) -> bool:
         return bool(self._waiting or self._running)
 

@@ -73,12 +73,15 @@ class VisionTower:
         return Progress(x + places, cos, sin, grid[0])
 
     def advance(self, progress: Progress, limit_s: float) -> torch.Tensor | None:
-        """Compute blocks until the time is up, at least one; features [tokens, hidden] after the last."""
-        until = time.monotonic() + limit_s
+        """Compute as many blocks as fit into the time, at least one; features [tokens, hidden] after the last."""
+        now = time.monotonic()
+        until = now + limit_s
         while progress.block < len(self._blocks):
+            began = now
             progress.x = self._run(self._blocks[progress.block], progress)
             progress.block += 1
-            if time.monotonic() >= until and progress.block < len(self._blocks):
+            now = time.monotonic()
+            if now + (now - began) > until and progress.block < len(self._blocks):
                 return None
         return self._merge(progress.x)
 
