@@ -14,7 +14,17 @@ from pathlib import Path
 import pytest
 
 import settings as settings_module
+from monitor import store
 from settings import Settings
+
+
+@pytest.fixture(autouse=True)
+def shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Each test has its own, so that no store of a full disk outlives it."""
+    folder = tmp_path / "shm"
+    folder.mkdir()
+    monkeypatch.setattr(store, "SHARED_MEMORY", folder)
+    return folder
 
 
 class Behaviour:
