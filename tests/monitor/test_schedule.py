@@ -62,6 +62,19 @@ def test_an_empty_crontab_is_removed_with_its_last_line(crontab, make_settings):
     assert not crontab.exists()
 
 
+def test_where_nothing_can_run_it_the_way_out_is_named(make_settings, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(schedule, "systemd_runs", lambda: False)
+    settings = make_settings(1)
+
+    assert [schedule.install(settings, how) for how in ("auto", "cron", "systemd")] == [1, 1, 1]
+    assert [schedule.uninstall(settings, how) for how in ("auto", "cron", "systemd")] == [0, 1, 0]
+
+    said = capsys.readouterr().err
+    assert f"nohup {sys.executable} {ROOT / 'health_check.py'} loop" in said
+    assert "apt-get install cron" in said and "systemd is not in charge of this machine" in said
+
+
 def test_a_block_without_its_end_eats_nothing():
     text = f"a\n{schedule.BEGIN}\nb\n"
 
@@ -78,7 +91,7 @@ def test_the_units_are_what_systemd_accepts(make_settings, tmp_path):
     for name, text in schedule.units(make_settings(1)).items():
         (tmp_path / name).write_text(text)
 
-    assert "OnUnitActiveSec=60" in (tmp_path / "glm-health-check.timer").read_text()
+    assert "OnUnitActiveSec=60\n" in (tmp_path / "glm-health-check.timer").read_text()
     done = subprocess.run(
         ["systemd-analyze", "verify", *map(str, tmp_path.iterdir())], capture_output=True, text=True, check=False
     )
