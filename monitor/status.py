@@ -94,5 +94,5 @@ def _number(value: float | None, unit: str) -> str:
 
 def _ago(seconds: float) -> str:
     if seconds < 120:
-        return f"{seconds:.0f} s"
+        return f"{max(0.0, seconds):.0f} s"  # the clock may have been set back
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

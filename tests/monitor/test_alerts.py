@@ -323,3 +323,31 @@ def test_flaps_in_shadow_send_at_most_two_messages(hook, make_settings, tmp_path
 
     kinds = [json.loads(body)["messages"][0]["kind"] for _, _, body in hook.received]
     assert kinds == ["fire", "resolve"]
+
+
+@pytest.mark.parametrize(
+    ("url", "good", "asked"),
+    [
+        ("https://hc.example/ping/abc/", True, "https://hc.example/ping/abc"),
+        ("https://hc.example/ping/abc", False, "https://hc.example/ping/abc/fail"),
+        ("https://hc.example/ping/abc?create=1", False, "https://hc.example/ping/abc/fail?create=1"),
+        ("https://kuma/api/push/T?status=up&msg=OK&ping=", True, "https://kuma/api/push/T?status=up&msg=dead+it+is+gone&ping="),
+        ("https://kuma/api/push/T?status=up&msg=OK&ping=", False, "https://kuma/api/push/T?status=down&msg=dead+it+is+gone&ping="),
+    ],
+)
+def test_the_ping_speaks_the_language_of_its_receiver(url, good, asked):
+    assert alerts.ping_address(url, good, "dead it is gone")[0] == asked
+
+
+def test_the_ping_says_good_and_bad_and_whether_it_was_taken(hook, make_settings):
+    settings = make_settings(1, ping_url=f"http://127.0.0.1:{hook.port}/ping/abc")
+
+    assert alerts.ping(settings, {"service_healthy": True, "verdict": "healthy", "reasons": []}) == ""
+    assert alerts.ping(settings, {"service_healthy": None, "verdict": "unknown", "reasons": []}) == "", "its checker is alive"
+    assert alerts.ping(settings, {"service_healthy": False, "verdict": "dead", "reasons": ["It is gone."]}) == ""
+    assert [(path, body) for path, _, body in hook.received] == [
+        ("/ping/abc", b"healthy"), ("/ping/abc", b"unknown"), ("/ping/abc/fail", b"dead\nIt is gone."),
+    ]  # fmt: skip
+    hook.default = (404, b"not found")
+    problem = alerts.ping(settings, {"service_healthy": True, "verdict": "healthy", "reasons": []})
+    assert problem == "the outward ping was not taken: HTTP 404"

@@ -119,11 +119,15 @@ def test_unwritable_log_folder_does_not_hide_the_verdict(copy, tmp_path):
     assert "could not be written" in done.stderr
 
 
-def test_what_it_loads_stays_small(copy, tmp_path):
+def test_a_healthy_run_stays_below_60_mb_and_loads_nothing_large(copy, tmp_path, service, behaviour):
+    from test_check import completion, seen_color
+
+    behaviour.reply = lambda body: (200, completion(seen_color(body)))
+    (copy / ".env").write_text(f"GLM_API_PORT={service}\nGLM_WEB_PORT={service}\n")
     code = (
         "import runpy, sys\n"
         "try: runpy.run_path(sys.argv[1], run_name='__main__')\n"
-        "except SystemExit: pass\n"
+        "except SystemExit as end: assert end.code == 0\n"
         "assert not {'torch', 'transformers', 'streamlit'} & set(sys.modules)\n"
         # not getrusage: its peak counts what the parent held before the exec
         "peak = next(line for line in open('/proc/self/status') if line.startswith('VmHWM'))\n"
@@ -131,9 +135,19 @@ def test_what_it_loads_stays_small(copy, tmp_path):
     )
 
     done = subprocess.run(
-        [sys.executable, "-c", code, str(copy / "health_check.py")], env=dict(os.environ), cwd=tmp_path,
+        [sys.executable, "-c", code, str(copy / "health_check.py")], env={"PATH": os.environ["PATH"]}, cwd=tmp_path,
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
 
-    assert done.returncode == 0, done.stderr
-    assert int(done.stderr.split()[-1]) < 100 * 1024, "kilobytes of memory at the peak"
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(done.stderr.split()[-1]) * 1024 < 60e6, "bytes of memory at the peak"
+
+
+def test_loop_runs_period_by_period_where_there_is_no_cron(copy, tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(copy / "health_check.py"), "loop", "--times", "2"], env={"GLM_CHECK_PERIOD_S": "1"}, cwd=tmp_path,
+        capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert len((copy / "logs" / "health.jsonl").read_text().splitlines()) == 2
