@@ -215,7 +215,8 @@ def test_no_more_in_an_hour_than_allowed(hook, make_settings, tmp_path):
     assert len(hook.received) == 3 and json.loads(hook.received[2][2])["text"].split() == [str(n) for n in range(2, 10)]
 
 
-def test_a_hanging_channel_does_not_hold_up_the_run_or_the_others(hung, hook, make_settings, tmp_path):
+def test_a_hanging_channel_does_not_hold_up_the_run_or_the_others(hung, hook, make_settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(channels, "LIMIT_S", 1.0)
     settings = settings_for(make_settings, "webhook", hook, slack_url=f"http://127.0.0.1:{hung}/x")
     store = Store.open(tmp_path)
     alerts.queue(store, [message()], settings, NOW)
@@ -277,14 +278,14 @@ def test_what_opens_together_is_one_message_and_names_rule_and_runbook(make_sett
 def test_reminders_come_at_growing_distances_and_stop_for_a_flapping_service(make_settings):
     incident = Incident("1-api-dead", "api", "dead", "process_gone", NOW, NOW, NOW, "gone", "没了")
     histories = {"api": History(word="dead", seen=3, incident=incident)}
-    times = []
+    settings, times = make_settings(1), []
     for minute in range(0, 60 * 60):
-        if alerts.compose([], [], {}, {}, histories, make_settings(1), NOW + 60 * minute):
+        if alerts.compose([], [], {}, {}, histories, settings, NOW + 60 * minute):
             times.append(minute)
 
     assert times == [30, 120, 360, 1440, 2880]
     flapping = {"api": History(word="dead", seen=1, incident=replace(incident, flaps=4))}
-    assert alerts.compose([], [], {}, {}, flapping, make_settings(1), NOW + 86400) == []
+    assert alerts.compose([], [], {}, {}, flapping, settings, NOW + 86400) == []
 
 
 def test_a_circuit_is_told(make_settings):

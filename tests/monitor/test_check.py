@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from models.shapes.pictures import COLORS
-from monitor import check
+from monitor import check, observe
 from monitor.observe import now
 from monitor.processes import ProcessRecord, boot_id, write_record
 from monitor.store import Store
@@ -24,7 +24,7 @@ def run_check(settings, rng) -> dict:
     return check.run(settings, rng).report
 
 
-LOOKS_S = 2 + 5 + 4  # both looks at /health, and the page
+LOOKS_S = 2 + 2 + 4  # both looks at /health, and the page
 SIX_KEYS = ["timestamp", "gpu_load", "gpu_memory_used", "cpu_percent", "memory_used_percent", "service_healthy"]
 
 
@@ -89,8 +89,9 @@ def test_one_slip_of_the_model_is_no_alarm_but_two_are(service, behaviour, make_
 
 
 
-def test_hung_api_is_found_within_its_time_limit(hung, service, make_settings):
-    settings = make_settings(hung, web_port=service)
+def test_hung_api_is_found_within_its_time_limit(hung, service, make_settings, monkeypatch):
+    monkeypatch.setattr(observe, "SECOND_LOOK_LIMIT_S", 2.0)
+    settings = make_settings(hung, web_port=service, probe_timeout_s=2)
     started = time.monotonic()
 
     report = run_check(settings, random.Random(1))
@@ -100,8 +101,9 @@ def test_hung_api_is_found_within_its_time_limit(hung, service, make_settings):
     assert report["service_healthy"] is False
 
 
-def test_api_that_trickles_cannot_hold_the_check(trickling, service, make_settings):
-    settings = make_settings(trickling, web_port=service)
+def test_api_that_trickles_cannot_hold_the_check(trickling, service, make_settings, monkeypatch):
+    monkeypatch.setattr(observe, "SECOND_LOOK_LIMIT_S", 2.0)
+    settings = make_settings(trickling, web_port=service, probe_timeout_s=2)
     started = time.monotonic()
 
     report = run_check(settings, random.Random(1))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 import venv
 from pathlib import Path
 
@@ -126,7 +128,8 @@ def test_a_healthy_run_stays_below_60_mb_and_loads_nothing_large(copy, tmp_path,
     (copy / ".env").write_text(f"GLM_API_PORT={service}\nGLM_WEB_PORT={service}\n")
     code = (
         "import runpy, sys\n"
-        "try: runpy.run_path(sys.argv[1], run_name='__main__')\n"
+        "del sys.argv[0]\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
         "except SystemExit as end: assert end.code == 0\n"
         "assert not {'torch', 'transformers', 'streamlit'} & set(sys.modules)\n"
         # not getrusage: its peak counts what the parent held before the exec
@@ -151,3 +154,15 @@ def test_loop_runs_period_by_period_where_there_is_no_cron(copy, tmp_path):
 
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     assert len((copy / "logs" / "health.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_run_that_finds_no_end_ends_itself(copy, tmp_path, hung):
+    (copy / ".env").write_text(f"GLM_API_PORT={hung}\nGLM_WEB_PORT={hung}\nGLM_CHECK_BUDGET_S=5\nGLM_PROBE_TIMEOUT_S=60\n")
+    started = time.monotonic()
+
+    done = run(sys.executable, copy / "health_check.py", {}, tmp_path)
+
+    assert (done.returncode, done.stdout) == (1, "") and time.monotonic() - started < 20
+    assert "ended: the run took longer than 5 s" in done.stderr
+    with (copy / "logs" / "health_check.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
