@@ -25,10 +25,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
-def shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def shared_memory(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Each test has its own, so that no store of a full disk outlives it."""
-    folder = tmp_path / "shm"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("shm")
     monkeypatch.setattr(store, "SHARED_MEMORY", folder)
     return folder
 

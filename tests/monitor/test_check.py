@@ -147,7 +147,7 @@ def test_slow_engine_that_makes_steps_is_busy_and_not_unhealthy(service, behavio
     behaviour.health = lambda: (200, {"state": "busy", "steps": next(steps), "running": 1, "waiting": 0, "no_progress_s": 1.0})
     behaviour.reply = lambda body: (released.wait(30), (200, completion("late")))[1]
 
-    report = run_check(make_settings(service), random.Random(1))
+    report = run_check(make_settings(service, probe_timeout_s=1), random.Random(1))
     released.set()
 
     assert report["verdict"] == "busy"
