@@ -6,6 +6,8 @@ and no count of restarts.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
 import sqlite3
 import time
@@ -273,11 +275,13 @@ def _note_once(store: Store, target: str, decision: Decision, memory: Memory, no
 def _publish(made: dict[str, Any], settings: Settings, store: Store) -> None:
     for name, write in (
         (report.FILE_NAME, lambda: report.write(made, settings.log_dir)),
-        ("exports", lambda: exports.write(made, settings, store)),
+        (exports.JSONL, lambda: exports.write(made, settings, store)),
     ):
         try:
             write()
         except OSError as error:
+            with contextlib.suppress(OSError):  # by its time the server sees that somebody watches, and a full disk takes that
+                os.utime(settings.log_dir / name)
             complain(f"{settings.log_dir / name} could not be written: {error.strerror or error}")
     for problem in exports.send(made, settings, store):
         complain(problem)

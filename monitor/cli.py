@@ -1,4 +1,6 @@
-"""The operator's command line: parses, calls, prints. Exit codes: 0 good, 1 not good, 2 wrong use, 3 another run is at work."""
+"""The operator's command line: parses, calls, prints. Exit codes: 0 good, 1 not good, 2 wrong use, 3 another run is at work,
+130 ended by Ctrl-C.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from monitor import report
 from monitor.complaint import complain
 from settings import Settings, SettingsError
 
-GOOD, BAD, WRONG_USE, TAKEN = 0, 1, 2, 3
+GOOD, BAD, WRONG_USE, TAKEN, INTERRUPTED = 0, 1, 2, 3, 130
 
 
 def main(arguments: list[str]) -> int:
@@ -28,8 +30,14 @@ def main(arguments: list[str]) -> int:
     except SettingsError as error:
         print(report.to_json(report.unknown(f"the settings cannot be used: {error}")))
         return BAD
-    # Each command imports what it needs, so that the run of every minute stays small.
-    return int(COMMANDS[command](settings, given))
+    try:
+        # Each command imports what it needs, so that the run of every minute stays small.
+        return int(COMMANDS[command](settings, given))
+    except BrokenPipeError:  # its reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BAD
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:

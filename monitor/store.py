@@ -95,7 +95,7 @@ class Store:
     def open_for_run(cls, log_dir: Path) -> Store:
         """As `open`, and the disk takes back what runs kept in memory meanwhile. Only under the checker's lock."""
         store = cls.open(log_dir)
-        if store.lost or not _kept(log_dir).exists():
+        if store.lost or not kept_path(log_dir).exists():
             return store
         try:
             store._take_back(log_dir)
@@ -107,11 +107,11 @@ class Store:
     @classmethod
     def fallback(cls, log_dir: Path, why: str) -> Store:
         """A copy of what the disk holds, in shared memory; where there is none, for this run alone."""
-        folder = _kept(log_dir).parent
+        folder = kept_path(log_dir).parent
         if not _is_ours(folder):
             return cls(_filled(sqlite3.connect(":memory:", isolation_level=None), log_dir), f"{why}; this run is forgotten")
         try:
-            connection = sqlite3.connect(_kept(log_dir), timeout=5, isolation_level=None)
+            connection = sqlite3.connect(kept_path(log_dir), timeout=5, isolation_level=None)
             return cls(_filled(connection, log_dir), f"{why}; it is kept in memory until that is mended")
         except sqlite3.Error:
             shutil.rmtree(folder, ignore_errors=True)  # damaged too, or shared memory is full
@@ -120,12 +120,12 @@ class Store:
     @classmethod
     def read_only(cls, log_dir: Path) -> Store:
         """For the page and the console. Raises sqlite3.Error if there is no store yet."""
-        kept = _kept(log_dir)
+        kept = kept_path(log_dir)
         return cls(_reader(kept if kept.exists() else log_dir / FILE_NAME))
 
     def _take_back(self, log_dir: Path) -> None:
         known = "SELECT made_at, actor, kind, target, arguments FROM requests"
-        with contextlib.closing(sqlite3.connect(_kept(log_dir), timeout=5)) as memory:
+        with contextlib.closing(sqlite3.connect(kept_path(log_dir), timeout=5)) as memory:
             begun_from_disk = memory.execute("SELECT 1 FROM state WHERE name = ?", (COPIED,)).fetchone()
             if begun_from_disk or not self.execute("SELECT 1 FROM runs").fetchone():
                 # The page writes to the disk: what it asked for since the disk can be written again is not in memory.
@@ -302,14 +302,14 @@ def _writer(path: Path) -> sqlite3.Connection:
         raise
 
 
-def _kept(log_dir: Path) -> Path:
+def kept_path(log_dir: Path) -> Path:
     """Where runs keep the store while the disk refuses it: one folder for each user and log folder."""
     name = hashlib.sha256(str(log_dir.resolve()).encode()).hexdigest()[:16]
     return SHARED_MEMORY / f"glm-{os.geteuid()}-{name}" / FILE_NAME
 
 
 def discard_kept(log_dir: Path) -> None:
-    shutil.rmtree(_kept(log_dir).parent, ignore_errors=True)
+    shutil.rmtree(kept_path(log_dir).parent, ignore_errors=True)
 
 
 def _is_ours(folder: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import json
 import random
 import threading
 import time
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 
 from models.shapes.pictures import COLORS
-from monitor import check, observe
+from monitor import check, observe, status
 from monitor.observe import now
 from monitor.processes import ProcessRecord, boot_id, write_record
 from monitor.store import Store
@@ -258,6 +259,8 @@ def test_a_disk_that_refuses_the_store_is_no_reason_to_tell_the_same_every_minut
     assert "kept in memory" in reports[0]["check"]["store"]
     assert len({report["targets"]["api"]["incident"] for report in reports}) == 1
     assert [report["check"]["run"] for report in reports] == [1, 2, 3]
+    (settings.log_dir / "health.json").write_text(json.dumps({**reports[0], "timestamp": "2026-01-01T00:00:00+00:00"}))
+    assert status.read(settings)[0]["check"]["run"] == 3, "a report that the disk did not take is shown"
     with contextlib.closing(Store.read_only(settings.log_dir)) as store:
         assert len(store.incidents()) == 1
         assert [row["kind"] for row in store.rows("SELECT kind FROM outbox")] == ["fire"]

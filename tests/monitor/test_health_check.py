@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from monitor import store
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -101,6 +103,15 @@ def test_python_without_the_packages_and_no_venv_says_what_to_do(copy, tmp_path)
     assert "./start.sh" in done.stderr
 
 
+def test_a_reader_that_has_seen_enough_is_no_accident(copy, tmp_path):
+    done = subprocess.run(
+        f"{sys.executable} {copy / 'health_check.py'} drill --list | true", shell=True, cwd=tmp_path, capture_output=True, text=True,
+        timeout=60,
+    )  # fmt: skip
+
+    assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
+
+
 def test_settings_that_cannot_be_used_give_an_unknown_verdict(copy, tmp_path):
     (copy / ".env").write_text("GLM_API_PROT=1\n")
 
@@ -115,8 +126,13 @@ def test_settings_that_cannot_be_used_give_an_unknown_verdict(copy, tmp_path):
 def test_unwritable_log_folder_does_not_hide_the_verdict(copy, tmp_path):
     (tmp_path / "file").touch()
 
-    done = run(sys.executable, copy / "health_check.py", {"GLM_LOG_DIR": str(tmp_path / "file" / "logs")}, tmp_path)
+    logs = tmp_path / "file" / "logs"
+    kept = Path("/dev/shm") / store.kept_path(logs).parent.name
 
+    done = run(sys.executable, copy / "health_check.py", {"GLM_LOG_DIR": str(logs)}, tmp_path)
+
+    assert kept.exists(), "the next run goes on from there"
+    shutil.rmtree(kept)
     assert json.loads(done.stdout)["verdict"] == "dead"
     assert "could not be written" in done.stderr
 
