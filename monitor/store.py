@@ -83,39 +83,40 @@ class Store:
 
     @classmethod
     def open(cls, log_dir: Path) -> Store:
-        """For the checker. Never raises for a disk that cannot be used or a file that is damaged."""
-        path = log_dir / FILE_NAME
+        """To write beside the checker. Never raises for a disk that cannot be used or a file that is damaged: what is then
+        written is forgotten, as `lost` says."""
         try:
-            log_dir.mkdir(parents=True, exist_ok=True)
-            return cls(_writer(path))
+            return cls(_writer(log_dir))
         except (sqlite3.Error, OSError) as error:
-            return cls.fallback(log_dir, f"{path} cannot be written ({error})")
+            return cls._forgetful(log_dir, f"{log_dir / FILE_NAME} cannot be written ({error})")
 
     @classmethod
     def open_for_run(cls, log_dir: Path) -> Store:
-        """As `open`, and the disk takes back what runs kept in memory meanwhile. Only under the checker's lock."""
-        store = cls.open(log_dir)
-        if store.lost or not kept_path(log_dir).exists():
-            return store
+        """For the checker, under its lock. The disk takes back what runs kept in memory meanwhile."""
         try:
-            store._take_back(log_dir)
+            store = cls(_writer(log_dir))
+            if kept_path(log_dir).exists():
+                store._take_back(log_dir)
             return store
-        except sqlite3.Error as error:
-            store.close()
-            return cls.fallback(log_dir, f"{log_dir / FILE_NAME} cannot take back what is in memory ({error})")
+        except (sqlite3.Error, OSError) as error:
+            return cls.fallback(log_dir, f"{log_dir / FILE_NAME} cannot be written ({error})")
 
     @classmethod
     def fallback(cls, log_dir: Path, why: str) -> Store:
-        """A copy of what the disk holds, in shared memory; where there is none, for this run alone."""
+        """For the checker: a copy of what the disk holds, in shared memory; where there is none, for this run alone."""
         folder = kept_path(log_dir).parent
         if not _is_ours(folder):
-            return cls(_filled(sqlite3.connect(":memory:", isolation_level=None), log_dir), f"{why}; this run is forgotten")
+            return cls._forgetful(log_dir, why)
         try:
             connection = sqlite3.connect(kept_path(log_dir), timeout=5, isolation_level=None)
             return cls(_filled(connection, log_dir), f"{why}; it is kept in memory until that is mended")
         except sqlite3.Error:
             shutil.rmtree(folder, ignore_errors=True)  # damaged too, or shared memory is full
-            return cls(_filled(sqlite3.connect(":memory:", isolation_level=None), log_dir), f"{why}; this run is forgotten")
+            return cls._forgetful(log_dir, why)
+
+    @classmethod
+    def _forgetful(cls, log_dir: Path, why: str) -> Store:
+        return cls(_filled(sqlite3.connect(":memory:", isolation_level=None), log_dir), f"{why}; what is written now is forgotten")
 
     @classmethod
     def read_only(cls, log_dir: Path) -> Store:
@@ -288,8 +289,9 @@ class Store:
         self.execute("DELETE FROM flips WHERE id <= (SELECT MAX(id) FROM flips) - 50000")
 
 
-def _writer(path: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, timeout=5, isolation_level=None)
+def _writer(log_dir: Path) -> sqlite3.Connection:
+    log_dir.mkdir(parents=True, exist_ok=True)
+    connection = sqlite3.connect(log_dir / FILE_NAME, timeout=5, isolation_level=None)
     try:
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")

@@ -107,7 +107,7 @@ def test_a_full_disk_is_told_and_what_was_there_stays(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False)
 
     lines = done.stdout.splitlines()
-    assert "state.db cannot be written" in lines[0] and "this run is forgotten" in lines[0], done.stderr
+    assert "state.db cannot be written" in lines[0] and "what is written now is forgotten" in lines[0], done.stderr
     assert lines[1:] == [f"{{'restarts': [{NOW}]}}", "1-api-dead", "1"]
     after = Store.open(tmp_path)
     assert after.lost == "" and after.incidents()[0]["id"] == "1-api-dead" and after.get("new") is None
@@ -160,6 +160,16 @@ def test_runs_on_a_full_disk_share_what_they_know_and_the_disk_takes_it_back(sma
     after.close()
 
 
+def test_only_the_checker_keeps_a_copy(small_disk, shared_memory):
+    """The page's view of a moment, taken back later, would undo the runs in between."""
+    fill(small_disk)
+
+    page = Store.open(small_disk)
+
+    assert "what is written now is forgotten" in page.lost and page.incidents()[0]["id"] == "1-api-dead"
+    assert not list(shared_memory.iterdir())
+
+
 def test_what_began_empty_in_memory_never_replaces_what_is_on_disk(tmp_path, shared_memory):
     store = Store.open(tmp_path)
     with store.transaction():
@@ -189,7 +199,7 @@ def test_a_folder_that_a_stranger_laid_into_shared_memory_is_not_used(tmp_path, 
 
     store = Store.fallback(tmp_path, "full")
 
-    assert "this run is forgotten" in store.lost
+    assert "what is written now is forgotten" in store.lost
     with store.transaction():
         store.put("seen", 1)
     assert store.get("seen") == 1
