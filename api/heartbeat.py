@@ -29,6 +29,7 @@ FILE_NAME = "api.heartbeat.json"
 STACKS_NAME = "api.stacks.txt"
 BEAT_EVERY_S = 0.5
 WRITE_EVERY_S = 1.0
+IN_FLIGHT_KEPT = 64
 CHECK_FILE = "health.json"  # what health_check.py writes at every run
 
 
@@ -148,7 +149,8 @@ class Heartbeat:
             "state": self.state(stats),
             **{k: v for k, v in asdict(stats).items() if k != "state"},
             **{k: v for k, v in asdict(self._pulse).items() if k != "checker"},
-            "success_age_s": {kind: round(now - at, 1) for kind, at in self._successes.items()},
+            "success_age_s": self.success_age_s,
+            "in_flight": self._engine.in_flight()[:IN_FLIGHT_KEPT],
         }
         path = self._log_dir / FILE_NAME
         temporary = path.with_suffix(".tmp")

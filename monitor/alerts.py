@@ -13,6 +13,7 @@ from datetime import datetime, timedelta
 from datetime import time as clock_time
 from functools import partial
 from typing import Any
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 from zoneinfo import ZoneInfo
 
 from monitor import channels
@@ -28,6 +29,7 @@ from settings import Settings
 REMIND_AFTER_S = (1800.0, 7200.0, 21600.0)
 REMIND_EVERY_S = 86400.0
 SEND_LIMIT_S = 8.0
+PING_LIMIT_S = 5.0
 GIVE_UP_AFTER_S = 2 * 86400.0
 DIGEST_ABOVE = 5
 RUNBOOK = "docs/operations.md"
@@ -209,14 +211,28 @@ def after_quiet_hours(settings: Settings, now: float) -> float:
     return (wake if wake > local else wake + timedelta(days=1)).timestamp()
 
 
-def ping(settings: Settings, report: Mapping[str, Any]) -> None:
-    """The outward dead man's switch: somebody else notices when these stop."""
+def ping(settings: Settings, report: Mapping[str, Any]) -> str:
+    """The outward dead man's switch: somebody else notices when these stop. Empty if it was taken, else why not."""
     if settings.ping_url is None:
-        return
-    url = settings.ping_url.get_secret_value().rstrip("/")
-    url += "" if report["service_healthy"] in (True, None) else "/fail"
-    body = "\n".join([report["verdict"], *report["reasons"]]).encode()[:10000]
-    exchange(url, 5.0, "POST", body, connect_s=3.0)
+        return ""
+    good = report["service_healthy"] in (True, None)  # a checker that cannot judge is alive
+    text = "\n".join([report["verdict"], *report["reasons"]])
+    url, by_query = ping_address(settings.ping_url.get_secret_value(), good, text)
+    body = None if by_query else text.encode()[:10000]
+    reply = exchange(url, PING_LIMIT_S, "GET" if by_query else "POST", body, connect_s=3.0)
+    taken = reply.outcome == "answered" and 200 <= reply.status < 300
+    return "" if taken else f"the outward ping was not taken: {reply.detail or f'HTTP {reply.status}'}"
+
+
+def ping_address(url: str, good: bool, text: str) -> tuple[str, bool]:
+    """(address, whether it says everything in its query). Healthchecks takes `<url>/fail`, Uptime Kuma `?status=down`."""
+    parts = urlsplit(url)
+    asked = dict(parse_qsl(parts.query, keep_blank_values=True))
+    if "status" in asked:
+        said = {**asked, "status": "up" if good else "down", "msg": text[:200]}
+        return urlunsplit(parts._replace(query=urlencode(said))), True
+    path = parts.path.rstrip("/") + ("" if good else "/fail")
+    return urlunsplit(parts._replace(path=path)), False
 
 
 def _span(seconds: float) -> str:

@@ -6,15 +6,17 @@ and no count of restarts.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
 import sqlite3
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from monitor import alerts, cure, exports, history, limiter, nightly, operator_requests, report, thresholds
+from monitor.complaint import complain
 from monitor.history import Change
 from monitor.limiter import Allowance, Decision
 from monitor.lock import Lock
@@ -28,7 +30,7 @@ from monitor.verdict import Limits, Verdict, judge_api
 from settings import Settings
 
 SCRIPT_EVERY_RUNS = 2
-ASK_AT_LEAST_EVERY_S = 600.0
+ASK_AT_LEAST_EVERY_S = 600.0  # users' answers are not checked for truth, so they cannot stand in for ever
 
 
 @dataclass
@@ -49,7 +51,7 @@ def run(
 ) -> Outcome:
     """`act` False looks and remembers only: no cure, no operator's request is carried out."""
     started = time.monotonic()
-    store = Store.open(settings.log_dir)
+    store = Store.open_for_run(settings.log_dir)
     moment = clock()
     memory = remember(store, moment.boot_id)
     operators = operator_requests.take(store, moment.wall) if act else []
@@ -80,8 +82,10 @@ def run(
     try:
         alerts.deliver(store, settings, memory.hold, time.time())
     except sqlite3.Error as error:  # the disk filled up between the verdict and the message
-        print(f"the outbox cannot be written: {error}", file=sys.stderr)
-    alerts.ping(settings, made)
+        complain(f"the outbox cannot be written: {error}")
+    problem = alerts.ping(settings, made)
+    if problem:
+        complain(problem)
     store.close()
     return Outcome(made, verdicts, decisions)
 
@@ -143,7 +147,8 @@ def _advance(memory: Memory, verdicts: dict[str, Verdict], seen: Observation, se
 
 def _warn(memory: Memory, seen: Observation, settings: Settings) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(warnings in force, those that began or ended in this run)."""
-    values, in_force, news = values_of(seen), [], []
+    busy_since = memory.histories["api"].busy_since
+    values, in_force, news = values_of(seen, busy_since), [], []
     for threshold in settings_thresholds(settings):
         before = memory.warned.get(threshold.name, thresholds.Warned())
         after = thresholds.look(threshold, before, values.get(threshold.name), seen.moment.wall)
@@ -229,7 +234,8 @@ def _persist(
     def write(target_store: Store) -> None:
         with target_store.transaction():
             words = {t: {"word": v.word, "rule": v.rule, "en": v.en, "zh": v.zh} for t, v in verdicts.items()}
-            target_store.add_run(seen.moment.wall, report.finite(made), words, report.finite(values_of(seen)))
+            readings = report.finite(values_of(seen, memory.histories["api"].busy_since))
+            target_store.add_run(seen.moment.wall, report.finite(made), words, readings)
             save(target_store, memory)
             for change in changes:
                 if change.kind == "flip":
@@ -249,11 +255,10 @@ def _persist(
         write(store)
         return store
     except sqlite3.Error as error:
-        why = f"the store cannot be written ({error}); this run is kept in memory only"
-        print(why, file=sys.stderr)
         store.close()
-        made["check"]["store"] = why
-        fallback = Store.fallback(settings.log_dir, why)
+        fallback = Store.fallback(settings.log_dir, f"the store cannot be written ({error})")
+        complain(fallback.lost)
+        made["check"]["store"] = fallback.lost
         write(fallback)
         return fallback
 
@@ -270,9 +275,13 @@ def _note_once(store: Store, target: str, decision: Decision, memory: Memory, no
 def _publish(made: dict[str, Any], settings: Settings, store: Store) -> None:
     for name, write in (
         (report.FILE_NAME, lambda: report.write(made, settings.log_dir)),
-        ("exports", lambda: exports.write(made, settings, store)),
+        (exports.JSONL, lambda: exports.write(made, settings, store)),
     ):
         try:
             write()
         except OSError as error:
-            print(f"{settings.log_dir / name} could not be written: {error.strerror or error}", file=sys.stderr)
+            with contextlib.suppress(OSError):  # by its time the server sees that somebody watches, and a full disk takes that
+                os.utime(settings.log_dir / name)
+            complain(f"{settings.log_dir / name} could not be written: {error.strerror or error}")
+    for problem in exports.send(made, settings, store):
+        complain(problem)

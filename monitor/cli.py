@@ -1,9 +1,10 @@
-"""The operator's command line: parses, calls, prints. Exit codes: 0 good, 1 not good, 2 wrong use, 3 another run is at work."""
+"""The operator's command line: parses, calls, prints. Exit codes: 0 good, 1 not good, 2 wrong use, 3 another run is at work,
+130 ended by Ctrl-C.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import signal
@@ -14,9 +15,10 @@ from typing import Any
 
 import settings as settings_module
 from monitor import report
+from monitor.complaint import complain
 from settings import Settings, SettingsError
 
-GOOD, BAD, WRONG_USE, TAKEN = 0, 1, 2, 3
+GOOD, BAD, WRONG_USE, TAKEN, INTERRUPTED = 0, 1, 2, 3, 130
 
 
 def main(arguments: list[str]) -> int:
@@ -28,8 +30,14 @@ def main(arguments: list[str]) -> int:
     except SettingsError as error:
         print(report.to_json(report.unknown(f"the settings cannot be used: {error}")))
         return BAD
-    # Each command imports what it needs, so that the run of every minute stays small.
-    return int(COMMANDS[command](settings, given))
+    try:
+        # Each command imports what it needs, so that the run of every minute stays small.
+        return int(COMMANDS[command](settings, given))
+    except BrokenPipeError:  # its reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BAD
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,7 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     drill.add_argument("--yes", action="store_true", help="this is not production, go")
     drill.add_argument("--period", type=float, default=0.0, metavar="SECONDS", help="time between two runs (GLM_CHECK_PERIOD_S)")
     drill.add_argument("--quick", action="store_true", help="long faults last seconds instead of minutes")
-    drill.add_argument("--out", default="", help="write the table to this file too")
+    drill.add_argument("--out", default="", metavar="FILE",
+                       help="renew the rows of these faults in the table of this file")
     install = sub.add_parser("install", help="run every minute: systemd timer where systemd runs, else cron")
     install.add_argument("--with", dest="how", choices=("auto", "cron", "systemd"), default="auto")
     remove = sub.add_parser("uninstall", help="take that back")
@@ -85,7 +94,7 @@ def _run(settings: Settings, given: argparse.Namespace) -> int:
     lock = Lock(settings.log_dir)
     taken = lock.take(settings.check_budget_s, "checking")
     if taken:
-        print(f"skipped: {taken}", file=sys.stderr)
+        complain(f"skipped: {taken}")
         return TAKEN
     _end_when_out_of_time(settings, lock)
     try:
@@ -112,7 +121,7 @@ def _end_when_out_of_time(settings: Settings, lock: Any) -> None:
 
     def late(number: int, frame: FrameType | None) -> None:
         if lock.over():
-            print(f"ended: the run took longer than {settings.check_budget_s:g} s", file=sys.stderr, flush=True)
+            complain(f"ended: the run took longer than {settings.check_budget_s:g} s")
             os._exit(BAD)
         signal.alarm(5)
 
@@ -207,7 +216,3 @@ COMMANDS = {
     "doctor": _doctor, "drill": _drill, "install": _install, "uninstall": _uninstall, "pause": _hold, "resume": _hold,
     "maintenance": _hold, "silence": _hold, "reset": _hold, "restart": _now,
 }  # fmt: skip
-
-
-def dump(value: Any) -> str:
-    return json.dumps(report.finite(value), indent=2, ensure_ascii=False)

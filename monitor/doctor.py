@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
-from monitor import channels, gpu, ports, processes, schedule, status
+from monitor import alerts, channels, gpu, ports, processes, schedule, status
 from monitor.observe import now
 from monitor.store import FILE_NAME as STORE_NAME
 from monitor.store import Store
@@ -27,7 +27,7 @@ def examine(settings: Settings) -> int:
     worst = GOOD
     for look in (
         _scheduled, _recent, _empty_environment, _log_folder, _store, _lock, _clock, _env_file, _parts, _gpu, _channels,
-        _faults_off,
+        _outward_ping, _faults_off,
     ):  # fmt: skip
         for level, what, mend in look(settings):
             print(f"[{level}] {what}" + (f"\n       {mend}" if mend else ""))
@@ -39,13 +39,13 @@ def examine(settings: Settings) -> int:
 def _scheduled(settings: Settings) -> Iterator[Finding]:
     ways = [way for way in ("systemd", "cron") if schedule.installed(way)]
     if not ways:
-        yield WARN, "nothing runs the checker by itself", "health_check.py install, or in the background: health_check.py loop"
+        yield WARN, "nothing runs the checker by itself", f"health_check.py install, or instead: {schedule.in_background()}"
     if "cron" in ways:
         block = schedule.read_crontab() or ""
         if str(ROOT / "health_check.py") not in block:
             yield FAIL, "the cron block names another folder", "health_check.py install"
         elif not schedule.cron_runs():
-            yield FAIL, "it is in the crontab, but no cron daemon runs", "service cron start, or: health_check.py loop"
+            yield FAIL, "it is in the crontab, but no cron daemon runs", f"service cron start, or instead: {schedule.in_background()}"
         else:
             yield FINE, "cron runs it", ""
     if "systemd" in ways:
@@ -175,8 +175,17 @@ def _channels(settings: Settings) -> Iterator[Finding]:
     for channel in found:
         error = channel.send("health_check.py doctor: this channel works. 此告警渠道可用。", "info", [])
         yield (FAIL, f"{channel.name}: {error}", "") if error else (FINE, f"{channel.name} took a test message", "")
+
+
+def _outward_ping(settings: Settings) -> Iterator[Finding]:
+    found, age_s = status.read(settings)
     if settings.ping_url is None:
         yield NOTE, "no outward ping (GLM_PING_URL): when this whole machine dies, nobody outside notices", ""
+    elif found is None or age_s > settings.check_silent_s:
+        yield NOTE, "the outward ping is not tried: there is no fresh report to send", "health_check.py"
+    else:
+        problem = alerts.ping(settings, found)
+        yield (FAIL, problem, "see GLM_PING_URL in .env") if problem else (FINE, "the outward ping was taken", "")
 
 
 def _faults_off(settings: Settings) -> Iterator[Finding]:

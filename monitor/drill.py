@@ -12,14 +12,15 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from monitor import faults, history, limiter
+from monitor import drill_table, faults, history, limiter
 from monitor.check import limits_of
 from monitor.exchange import exchange
 from monitor.faults import Bench
@@ -30,6 +31,7 @@ from settings import ROOT, Settings
 
 GOOD, BAD, WRONG_USE = 0, 1, 2
 FOUND_WITHIN_RUNS = 2
+SLOW_S = 5.0
 Report = dict[str, Any]
 
 
@@ -37,7 +39,8 @@ Report = dict[str, Any]
 class Fault:
     """`words`: what the checker must come to for `target`. `visible_s`: how long the fault hides by definition, such as
     the deadline of a step. `restarts`: exactly so many. `cured`: it must be good again while the fault is still made.
-    `lasts_s`: how long a fault is held that must not be cured. `proof`: what else the report must show.
+    `lasts_s`: how long a fault is held that must not be cured. `proof`: what else the report must show, once.
+    `in_force`: asked after each run, why the fault was not truly made since the one before. `note`: said beside the result.
     """
 
     name: str
@@ -50,6 +53,8 @@ class Fault:
     visible_s: Callable[[Settings], float] = lambda settings: 0.0
     lasts_s: Callable[[Bench], float] = lambda bench: 0.0
     proof: Callable[[Report, Store], bool] = lambda report, store: True
+    in_force: Callable[[Bench], str] = lambda bench: ""
+    note: Callable[[Bench], str] = lambda bench: ""
     runs: int = 40
 
 
@@ -73,6 +78,14 @@ def in_memory(report: Report, store: Store) -> bool:
     return "memory" in report["check"]["store"]
 
 
+def not_judged(report: Report, store: Store) -> bool:
+    return bool(report["targets"]["api"]["rule"] == "clock_jump")
+
+
+def slowed(report: Report, store: Store) -> bool:
+    return any(answer["seconds"] >= SLOW_S for answer in report["evidence"]["api"]["answers"])
+
+
 CALM = ("healthy", "busy")
 FAULTS = (
     Fault("api-killed", "SIGKILL to the API", faults.kill, ("dead",)),
@@ -94,9 +107,9 @@ FAULTS = (
     Fault("slow-start", "killed, and its successor loads slowly", faults.start_slowly, ("dead",)),
     Fault("crash-loop", "killed, and every successor ends at once", faults.crash_on_start, ("dead",), restarts=3, cured=False,
           proof=circuit_open),
-    Fault("clock-jump", "the clock is an hour ahead", faults.shift_clock, CALM, restarts=0, cured=False),
+    Fault("clock-jump", "killed as the clock jumps by an hour: judged a run later", faults.jump_clock, ("dead",), proof=not_judged),
     Fault("long-prefill", "one step takes 60 s: must NOT restart", faults.ordered("slow-step", seconds=lambda b: min(60.0, b.long_s), asks=True),
-          CALM, restarts=0, cured=False, lasts_s=lambda b: min(75.0, b.long_s + 15)),
+          CALM, restarts=0, cured=False, lasts_s=lambda b: min(75.0, b.long_s + 15), proof=slowed),
     Fault("gpu-at-100", "every card at 100 % load: must NOT restart", faults.burn, CALM, restarts=0, cured=False,
           proof=gpu_says('"load_percent": 100')),
     Fault("memory-at-limit", "memory at its limit: must NOT restart", faults.fill_memory, CALM, restarts=0, cured=False,
@@ -104,9 +117,9 @@ FAULTS = (
     Fault("alert-channel-down", "the alert channel takes nothing: must NOT restart", faults.cut_channel, CALM, restarts=0,
           cured=False, proof=undelivered),
     Fault("saturated", "the queue full for ten minutes: must NOT restart", faults.saturate, CALM, restarts=0, cured=False,
-          lasts_s=lambda b: b.long_s),
+          lasts_s=lambda b: b.long_s, in_force=faults.queue_was_full, note=faults.how_full),
 )  # fmt: skip
-CRON_REMOVED = "checker-gone"
+CRON_REMOVED, CRON_REMOVED_WHAT = "checker-gone", "cron was removed: the server notices its silent checker"
 
 
 @dataclass
@@ -119,7 +132,9 @@ class Result:
     restarts: int = 0
     words: list[str] = field(default_factory=list)
     runs: int = 0
+    proven: bool = True
     problem: str = ""
+    note: str = ""
     trace: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -128,7 +143,11 @@ class Drill:
         self.settings = settings
         self.period_s = period_s
         self.bench = Bench(settings, long_s)
-        self.results: list[Result] = []
+
+    def all(self) -> Iterator[tuple[str, Callable[[], Result]]]:
+        for fault in FAULTS:
+            yield fault.name, partial(self.run, fault)
+        yield CRON_REMOVED, self.cron_removed
 
     def run(self, fault: Fault) -> Result:
         result = Result(fault.name, fault.what)
@@ -138,9 +157,10 @@ class Drill:
         try:
             with fault.make(self.bench):
                 self._follow(fault, result, started, began)
+                result.note = fault.note(self.bench)
                 result.trace = self._trace(fault.target, began)
-        except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
-            result.problem = f"the fault could not be made: {error}"
+        except (OSError, RuntimeError, KeyError, subprocess.CalledProcessError) as error:
+            result.problem = f"the fault was not truly made: {error}"
         self.bench.env.clear()
         if not result.problem:
             result.problem = self._judge(fault, result)
@@ -167,7 +187,7 @@ class Drill:
     def _follow(self, fault: Fault, result: Result, started: float, began: float) -> None:
         """Run the checker period by period until the fault has shown what it must, or has had its time."""
         visible_s, lasts_s = fault.visible_s(self.settings), fault.lasts_s(self.bench)
-        proven = False
+        result.proven = False
         visible_runs = 0
         after = 0
         while result.runs < max(fault.runs, lasts_s / self.period_s + 3):
@@ -176,25 +196,28 @@ class Drill:
             age_s = time.monotonic() - started
             result.runs += 1
             visible_runs += age_s >= visible_s
+            if idle := fault.in_force(self.bench):
+                raise RuntimeError(f"run {result.runs}: {idle}")
             target = report["targets"].get(fault.target, {"word": "unknown", "seen": 0, "needed": 1})
             result.words.append(target["word"])
             result.restarts = self._restarts(began, fault.target)
             with self._store() as store:
-                proven = proven or fault.proof(report, store.store)
+                result.proven = result.proven or fault.proof(report, store.store)
                 first = store.store.rows(
                     "SELECT word, first_seen_at FROM incidents WHERE target = ? AND first_seen_at >= ?", fault.target, began
                 )
             if result.found_s is None and first and first[0]["word"] in fault.words:
                 # A run that cured shows the report of afterwards; what it found is in the incident.
-                result.found_s, result.found_runs = first[0]["first_seen_at"] - began, visible_runs
+                # Its time is by the checker's clock, which a fault may have shifted.
+                result.found_s, result.found_runs = min(age_s, first[0]["first_seen_at"] - began), visible_runs
                 result.words.insert(0, first[0]["word"])
-            elif result.found_s is None and target["word"] in fault.words and (proven or fault.restarts):
+            elif result.found_s is None and target["word"] in fault.words and (result.proven or fault.restarts):
                 result.found_s, result.found_runs = age_s, visible_runs
             if fault.cured and result.restarts and target["word"] == "healthy" and result.recovered_s is None:
                 result.recovered_s = age_s
             if fault.cured and result.recovered_s is not None:
                 return
-            if not fault.cured and age_s >= lasts_s and result.restarts >= fault.restarts and proven:
+            if not fault.cured and age_s >= lasts_s and result.restarts >= fault.restarts and result.proven:
                 after += 1
                 if after > 3:  # and goes on looking: nothing more may happen
                     return
@@ -207,6 +230,8 @@ class Drill:
             return f"{result.restarts} restarts instead of {fault.restarts}"
         if fault.cured and result.recovered_s is None:
             return "found but not cured"
+        if not result.proven:
+            return "what the fault must show besides was never seen"
         if (result.found_runs or 0) > FOUND_WITHIN_RUNS and fault.name != "crash-loop":
             return f"found only in run {result.found_runs}"
         if not fault.restarts and fault.words == CALM and not set(result.words) <= {"healthy", "busy", "degraded", "unknown"}:
@@ -215,7 +240,7 @@ class Drill:
 
     def cron_removed(self) -> Result:
         """Nothing runs the checker any more: the server must say so, and stop saying so when it is back."""
-        result = Result(CRON_REMOVED, "cron was removed: the server notices its silent checker")
+        result = Result(CRON_REMOVED, CRON_REMOVED_WHAT)
         self.settle()
         started = time.monotonic()
         limit_s = self.settings.check_silent_s
@@ -258,7 +283,9 @@ class Drill:
     def _forget(self) -> None:
         with self._store() as opened, opened.store.transaction():
             for target in PARTS:
-                opened.store.put(f"history:{target}", history.to_dict(history.History()))
+                # But not when it last looked: without that no jump of the clock can be seen.
+                moment = history.from_dict(opened.store.get(f"history:{target}", {})).moment
+                opened.store.put(f"history:{target}", history.to_dict(history.History(moment=moment)))
                 opened.store.put(f"limiter:{target}", limiter.to_dict(limiter.reset()))
             opened.store.put("thresholds", {})
             opened.store.execute("DELETE FROM outbox WHERE sent_at IS NULL")
@@ -302,15 +329,15 @@ class _Opened:
 
 
 def main(settings: Settings, given: argparse.Namespace) -> int:
-    names = [fault.name for fault in FAULTS] + [CRON_REMOVED]
+    order = [fault.name for fault in FAULTS] + [CRON_REMOVED]
     if given.list:
         for fault in FAULTS:
             print(f"{fault.name:20} {fault.what}")
-        print(f"{CRON_REMOVED:20} cron was removed: the server notices its silent checker")
+        print(f"{CRON_REMOVED:20} {CRON_REMOVED_WHAT}")
         return GOOD
-    unknown = [name for name in given.faults if name not in names]
+    unknown = [name for name in given.faults if name not in order]
     if unknown:
-        print(f"No such fault: {', '.join(unknown)}. There are: {', '.join(names)}", file=sys.stderr)
+        print(f"No such fault: {', '.join(unknown)}. There are: {', '.join(order)}", file=sys.stderr)
         return WRONG_USE
     if not given.yes or not settings.test_faults:
         print(
@@ -318,41 +345,55 @@ def main(settings: Settings, given: argparse.Namespace) -> int:
             "Set GLM_TEST_FAULTS=true in .env, run ./stop.sh and ./start.sh, then: health_check.py drill --yes", file=sys.stderr,
         )  # fmt: skip
         return WRONG_USE
-    period_s = given.period or settings.check_period_s
-    os.environ["GLM_CHECK_PERIOD_S"] = str(max(1.0, period_s))
+    out = Path(given.out) if given.out else None
+    try:
+        if out is not None:
+            drill_table.check(out)
+    except (drill_table.NoPlace, OSError) as error:
+        print(f"--out: {error}", file=sys.stderr)
+        return WRONG_USE
+    period_s = max(1.0, given.period or settings.check_period_s)
+    os.environ["GLM_CHECK_PERIOD_S"] = str(period_s)
     drill = Drill(settings, period_s, 8.0 if given.quick else 600.0)
-    chosen = [fault for fault in FAULTS if not given.faults or fault.name in given.faults]
-    for fault in chosen:
-        _keep(drill, drill.run(fault))
-    if not given.faults or CRON_REMOVED in given.faults:
-        _keep(drill, drill.cron_removed())
+    results: dict[str, Result] = {}
+    rows: dict[str, str] = {}
+    for name, make in drill.all():
+        if given.faults and name not in given.faults:
+            continue
+        results[name] = make()
+        rows[name] = _row(results[name], period_s)
+        _say(results[name])
+        _record(drill.settings, results[name])
+        if out is not None:  # after each one: what was measured is not lost with what comes after
+            drill_table.renew(out, rows, order)
     drill.settle()
-    table = "\n".join(as_table(drill.results, period_s))
-    print("\n" + table)
-    if given.out:
-        replace_file(Path(given.out), table + "\n")
-    return BAD if any(result.problem for result in drill.results) else GOOD
+    print("\n" + "\n".join(drill_table.lines(rows, order)))
+    return BAD if any(result.problem for result in results.values()) else GOOD
 
 
-def _keep(drill: Drill, result: Result) -> None:
-    drill.results.append(result)
-    print(f"{'FAIL' if result.problem else 'pass'}  {result.name}: {result.problem or 'as it must'}  "
-          f"(found {_s(result.found_s)}, recovered {_s(result.recovered_s)}, restarts {result.restarts}, "
-          f"words {' '.join(dict.fromkeys(result.words)) or '-'})", flush=True)  # fmt: skip
-    found = {"limits": asdict(limits_of(drill.settings)), "restarts": result.restarts, "runs": result.trace}
-    replace_file(drill.settings.log_dir / "drill" / f"{result.name}.json", json.dumps(found, ensure_ascii=False))
+def _say(result: Result) -> None:
+    said = f"FAIL  {result.name}: {result.problem}" if result.problem else f"pass  {result.name}: {result.note or 'as it must'}"
+    print(f"{said}  (found {_s(result.found_s)}, recovered {_s(result.recovered_s)}, restarts {result.restarts}, "
+          f"words {_words(result)})", flush=True)  # fmt: skip
 
 
-def as_table(results: list[Result], period_s: float) -> list[str]:
-    lines = [
-        "| fault | what is done | verdicts seen | found after | recovered after | restarts | result |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for r in results:
-        words = ", ".join(dict.fromkeys(r.words)) or "-"
-        lines.append(f"| {r.name} | {r.what} | {words} | {_s(r.found_s)} | {_s(r.recovered_s)} | {r.restarts} | "
-                     f"{'FAIL: ' + r.problem if r.problem else 'pass'} |")  # fmt: skip
-    return [*lines, "", f"The checker ran every {period_s:g} s."]
+def _record(settings: Settings, result: Result) -> None:
+    """The trace, for replay."""
+    found = {"limits": asdict(limits_of(settings)), "restarts": result.restarts, "runs": result.trace}
+    replace_file(settings.log_dir / "drill" / f"{result.name}.json", json.dumps(found, ensure_ascii=False))
+
+
+def _row(result: Result, period_s: float) -> str:
+    passed = f"pass: {result.note}" if result.note else "pass"
+    cells = (
+        result.name, result.what, _words(result), _s(result.found_s), _s(result.recovered_s), str(result.restarts),
+        f"FAIL: {result.problem}" if result.problem else passed, f"{date.today().isoformat()}, every {period_s:g} s",
+    )  # fmt: skip
+    return "| " + " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in cells) + " |"
+
+
+def _words(result: Result) -> str:
+    return ", ".join(dict.fromkeys(result.words)) or "-"
 
 
 def _s(value: float | None) -> str:

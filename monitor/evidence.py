@@ -7,7 +7,7 @@ Order of trust: kernel facts (`Process`) > stamps by another thread (`Beat`) > H
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 
@@ -157,12 +157,3 @@ def api_from_dict(raw: Mapping[str, Any]) -> ApiEvidence:
     parts["answers"] = tuple(Answer(**answer) for answer in parts.get("answers") or ())
     parts["hardware"] = tuple(parts.get("hardware") or ())
     return ApiEvidence(**parts)
-
-
-def page_from_dict(raw: Mapping[str, Any]) -> PageEvidence:
-    parts: dict[str, Any] = dict(raw)
-    parts["process"] = Process(**parts.get("process") or {})
-    for field in fields(PageEvidence):
-        if field.name in ("health", "websocket", "script", "front") and parts.get(field.name):
-            parts[field.name] = Exchange(**parts[field.name])
-    return PageEvidence(**parts)

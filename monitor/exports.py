@@ -28,24 +28,29 @@ JSONL = "health.jsonl"
 PROM = "health.prom"
 ROTATE_BYTES = 10 * 2**20
 ROTATE_KEEP = 5
-RAW_LOGS = ("api.log", "web.log")
+RAW_LOGS = ("api.log", "web.log", "health_check.log")
 RAW_LIMIT_BYTES = 200 * 2**20
 SEND_LIMIT_S = 4.0
 OUTCOMES = {True: "success", False: "failure", None: "unknown"}
 
 
 def write(report: Mapping[str, Any], settings: Settings, store: Store) -> None:
-    """Raises OSError for a file that cannot be written; what goes over the network fails silently but for a mark."""
-    document = to_ecs(report)
-    _append(settings.log_dir / JSONL, json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n")
+    """Raises OSError for a file that cannot be written."""
+    _append(settings.log_dir / JSONL, json.dumps(to_ecs(report), ensure_ascii=False, allow_nan=False) + "\n")
     for name in RAW_LOGS:
         _cap(settings.log_dir / name)
-    exposition = generate_latest(to_metrics(report, store))
-    reports.replace_file(settings.log_dir / PROM, exposition.decode())
+    reports.replace_file(settings.log_dir / PROM, generate_latest(to_metrics(report, store)).decode())
+
+
+def send(report: Mapping[str, Any], settings: Settings, store: Store) -> list[str]:
+    """Over the network, where that is wanted. Returns what was not taken; addresses are secrets and are not in it."""
+    problems = []
     if settings.pushgateway_url is not None:
-        _push(settings.pushgateway_url.get_secret_value(), exposition)
+        exposition = generate_latest(to_metrics(report, store))
+        problems.append(_push(settings.pushgateway_url.get_secret_value(), exposition))
     if settings.elasticsearch_url is not None:
-        _bulk(settings.elasticsearch_url.get_secret_value(), document, settings.log_dir)
+        problems.append(_bulk(settings.elasticsearch_url.get_secret_value(), to_ecs(report), settings.log_dir))
+    return [problem for problem in problems if problem]
 
 
 def to_ecs(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,11 +174,11 @@ def _push(url: str, exposition: bytes) -> str:
         f"{url.rstrip('/')}/metrics/job/glm_health/instance/{platform.node() or 'unknown'}", SEND_LIMIT_S, "PUT", exposition,
         {"Content-Type": "text/plain; version=0.0.4"},
     )  # fmt: skip
-    return "" if reply.status in (200, 202) else f"{reply.outcome} {reply.status} {reply.detail}"
+    return "" if reply.status in (200, 202) else f"the Pushgateway took nothing: {reply.detail or f'HTTP {reply.status}'}"
 
 
 def _bulk(url: str, document: Mapping[str, Any], log_dir: Path) -> str:
-    """The last path part is the index. A bulk answer is 200 even when documents were refused: `errors` decides.
+    """The last path part is the index. A bulk answer is 200 even when documents were refused: its items tell.
 
     Documents that could not be sent wait in a small file beside the log and go first the next time.
     """
@@ -192,11 +197,16 @@ def _bulk(url: str, document: Mapping[str, Any], log_dir: Path) -> str:
     target = f"{parts.scheme}://{parts.hostname}{port}/_bulk"
     reply = exchange(target, SEND_LIMIT_S, "POST", ("\n".join(lines) + "\n").encode(), headers, connect_s=2.0)
     body = reply.json() or {}
-    if reply.status == 200 and body.get("errors") is False:
+    # A document that is refused for what it is would be refused for ever, and must not hold up those behind it.
+    if reply.status == 200:
         pending.unlink(missing_ok=True)
-        return ""
-    pending.write_text("\n".join(lines), encoding="utf-8")
-    return f"{reply.outcome} {reply.status} {reply.detail}"
+        refused = [item for row in body.get("items", ()) for item in row.values() if item.get("error")]
+        return f"Elasticsearch refused {len(refused)} of {len(lines) // 2}: {refused[0]['error']}"[:300] if refused else ""
+    try:
+        reports.replace_file(pending, "\n".join(lines))
+    except OSError:
+        return "Elasticsearch cannot be reached, and the disk takes nothing that could be sent later"
+    return f"Elasticsearch took nothing: {reply.detail or f'HTTP {reply.status}'}; {len(lines) // 2} documents wait"
 
 
 def _as_number(value: bool | None) -> float | None:

@@ -6,6 +6,7 @@ Kept apart from the drill that times them. Works on what start.sh started in thi
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -19,8 +20,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from monitor import processes
-from monitor.exchange import exchange
+from monitor import foreign, processes, store
+from monitor.exchange import Reply, exchange
 from monitor.question import about_text
 from settings import ROOT, Settings
 
@@ -29,12 +30,17 @@ API_ORDER = "api.fault"
 
 @dataclass
 class Bench:
-    """What a fault may use. `long_s` is the length of the long ones, `env` is added to the checker's environment."""
+    """What a fault may use. `long_s` is the length of the long ones, `env` is added to the checker's environment.
+
+    `turned_away`: when a question was refused because the queue was full (CLOCK_MONOTONIC); `asked_until`: up to when
+    `queue_was_full` has looked at them.
+    """
 
     settings: Settings
     long_s: float = 600.0
     env: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    turned_away: list[float] = field(default_factory=list)
+    asked_until: float = 0.0
 
     def pid(self, part: str) -> int:
         record = processes.read_record(self.settings.log_dir, part)
@@ -142,6 +148,7 @@ def fill_disk(bench: Bench) -> Iterator[None]:
         yield
     finally:
         bench.env.pop("GLM_LOG_DIR", None)
+        store.discard_kept(folder)
         subprocess.run(["umount", str(folder)], check=False)
         folder.rmdir()
 
@@ -171,26 +178,33 @@ def nothing(bench: Bench) -> Iterator[None]:
 
 
 @contextmanager
-def shift_clock(bench: Bench) -> Iterator[None]:
-    """The checker's wall clock jumps by an hour while a fault is being judged."""
+def jump_clock(bench: Bench) -> Iterator[None]:
+    """The API is killed, and the next run sees a wall clock that is an hour ahead of the run before."""
     bench.env["DRILL_CLOCK_S"] = "3600"
     try:
-        yield
+        with kill(bench):
+            yield
     finally:
         bench.env.pop("DRILL_CLOCK_S", None)
 
 
 @contextmanager
 def saturate(bench: Bench) -> Iterator[None]:
-    """More questions than the queue holds, all the time."""
+    """More questions than slots and queue hold, all the time."""
     stop = threading.Event()
-    width = bench.settings.queue_size + 16
+    metrics = foreign.parse(exchange(f"{bench.settings.api_base_url}/metrics", 5.0, headers=_key(bench)).body.decode())
+    width = bench.settings.queue_size + int(metrics["glm_num_slots"]) + 16
 
     def ask_on() -> None:
         while not stop.is_set():
-            if _ask_once(bench, 120, tokens=256, stop=stop) in (429, 503):
+            reply = _ask_once(bench, 120, tokens=256)
+            if reply.status != 200:
+                error = (reply.json() or {}).get("error")
+                if isinstance(error, dict) and error.get("code") == "queue_full":
+                    bench.turned_away.append(time.monotonic())
                 stop.wait(0.2)
 
+    bench.turned_away, bench.asked_until = [], time.monotonic()
     askers = [threading.Thread(target=ask_on, daemon=True) for _ in range(width)]
     for asker in askers:
         asker.start()
@@ -200,6 +214,19 @@ def saturate(bench: Bench) -> Iterator[None]:
         stop.set()
         for asker in askers:
             asker.join(5)
+
+
+def queue_was_full(bench: Bench) -> str:
+    """Empty if somebody was turned away since the last time this was asked: otherwise the queue had room."""
+    since, bench.asked_until = bench.asked_until, time.monotonic()
+    if any(at >= since for at in bench.turned_away):
+        return ""
+    return f"for {bench.asked_until - since:.0f} s nobody was turned away, so the queue was not full"
+
+
+def how_full(bench: Bench) -> str:
+    gaps = [after - before for before, after in itertools.pairwise(bench.turned_away)]
+    return f"{len(bench.turned_away)} questions turned away, at most {max(gaps, default=0):.0f} s between two"
 
 
 @contextmanager
@@ -232,13 +259,16 @@ def cut_channel(bench: Bench) -> Iterator[None]:
     bench.env.pop("GLM_WEBHOOK_URL", None)
 
 
-def _ask_once(bench: Bench, limit_s: float, tokens: int = 8, stop: threading.Event | None = None) -> int:
+def _ask_once(bench: Bench, limit_s: float, tokens: int = 8) -> Reply:
     body = {**about_text(random.Random()).body, "max_tokens": tokens, "stream": False}
-    key = bench.settings.api_key.get_secret_value() if bench.settings.api_key else ""
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+    headers = {"Content-Type": "application/json", **_key(bench)}
     url = f"{bench.settings.api_base_url}/v1/chat/completions"
-    return exchange(url, limit_s, "POST", json.dumps(body).encode(), headers, connect_s=5.0).status
+    return exchange(url, limit_s, "POST", json.dumps(body).encode(), headers, connect_s=5.0)
 
+
+def _key(bench: Bench) -> dict[str, str]:
+    key = bench.settings.api_key
+    return {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
 
 
 @contextmanager

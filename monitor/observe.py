@@ -8,7 +8,7 @@ import random
 import socket
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -23,7 +23,6 @@ HEALTH_LIMIT_S = 2.0
 SECOND_LOOK_LIMIT_S = 5.0
 GPU_LIMIT_S = 12.0  # two children of 4 s and the time to end them
 PAGE_LIMIT_S = 10.0
-ASK_AT_LEAST_EVERY_S = 600.0  # users' answers are not checked for truth, so they cannot stand in for ever
 HEARTBEAT = "api.heartbeat.json"
 
 
@@ -46,8 +45,6 @@ class Observation:
     machine: dict[str, Any]
     gpu: dict[str, Any]
     asked: bool = False
-    script_asked: bool = False
-    health: dict[str, Any] = field(default_factory=dict)
 
 
 def now() -> Moment:
@@ -71,7 +68,7 @@ def observe(settings: Settings, rng: random.Random, due: Due, moment: Moment, me
     # Where neither was started here, both are expected; `./start.sh api` starts no page on purpose.
     page_expected = web_record is not None or api_record is None
     page = Deadline(lambda: _look_at_page(settings, due), 4 * PAGE_LIMIT_S, None) if page_expected else None
-    api, asked, health = _look_at_api(settings, rng, due, memory, elsewhere)
+    api, asked = _look_at_api(settings, rng, due, memory, elsewhere)
     gpus, host = gpu_reading.result(), machine_reading.result()
     oom_now: int | None = host.get("oom_kills")
     oom_killed = oom_now is not None and due.oom_kills is not None and oom_now > due.oom_kills
@@ -93,23 +90,23 @@ def observe(settings: Settings, rng: random.Random, due: Due, moment: Moment, me
         "memory_used_mib": gpu.highest(gpus["gpus"], "memory_used_mib"),
         **gpus,
     }
-    return Observation(moment, api, found, host, gpu_evidence, asked, due.script and page_expected, health)
+    return Observation(moment, api, found, host, gpu_evidence, asked)
 
 
 def _look_at_api(
     settings: Settings, rng: random.Random, due: Due, memory: foreign.Memory, elsewhere: bool
-) -> tuple[ApiEvidence, bool, dict[str, Any]]:
+) -> tuple[ApiEvidence, bool]:
     """Health, the questions, and health again where one got no answer: did the engine move meanwhile?"""
     url = settings.engine_url.rstrip("/") if elsewhere else settings.api_base_url
     glance = (lambda limit_s: foreign.look(url, limit_s, memory, _key(settings))) if elsewhere else (lambda limit_s: look(url, limit_s))
     first, body = glance(min(HEALTH_LIMIT_S, settings.probe_timeout_s))
     if first.outcome == "refused" or first.state in ("loading", "dead", "draining", "stalled"):
-        return ApiEvidence(url, first=first), False, body
+        return ApiEvidence(url, first=first), False
     answers, asked = _ask(settings, url, rng, due, body, elsewhere)
     if all(answer.good for answer in answers) and first.answered:
-        return ApiEvidence(url, first=first, answers=answers), asked, body
-    last, body_after = glance(SECOND_LOOK_LIMIT_S)
-    return ApiEvidence(url, first=first, answers=answers, last=last), asked, body_after or body
+        return ApiEvidence(url, first=first, answers=answers), asked
+    last, _ = glance(SECOND_LOOK_LIMIT_S)
+    return ApiEvidence(url, first=first, answers=answers, last=last), asked
 
 
 def _ask(

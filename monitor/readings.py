@@ -9,6 +9,7 @@ from monitor.thresholds import Threshold
 from settings import Settings
 
 HYSTERESIS = 10.0
+BUSY_WARN_S = 300.0
 
 
 def settings_thresholds(settings: Settings) -> list[Threshold]:
@@ -34,6 +35,10 @@ def settings_thresholds(settings: Settings) -> list[Threshold]:
             "open_files_percent", 80.0, 70.0, 0.0, "The API holds more than 80 % of the files it may open.",
             "接口打开的文件数超过上限的 80%。",
         ),
+        Threshold(
+            "busy_s", BUSY_WARN_S, BUSY_WARN_S - 1, 0.0, f"It has been too busy for the checker's question for {BUSY_WARN_S / 60:.0f} minutes "
+            "or more.", f"服务繁忙，无法回答检查提问已达 {BUSY_WARN_S / 60:.0f} 分钟以上。",
+        ),
     ]  # fmt: skip
 
 
@@ -45,8 +50,8 @@ def _above(name: str, limit: float, window_s: float, en: str, zh: str, unit: str
     )  # fmt: skip
 
 
-def values_of(seen: Observation) -> dict[str, float | None]:
-    """The readings that are rolled up and compared, flat; None where one is not known."""
+def values_of(seen: Observation, busy_since: float | None) -> dict[str, float | None]:
+    """The readings that are rolled up and compared, flat; None where one is not known. `busy_since`: wall clock."""
     process = seen.machine.get("process") or {}
     free = [disk["free_mib"] for disk in seen.machine.get("disks") or () if disk.get("free_mib") is not None]
     files, most = process.get("open_files"), process.get("open_files_limit")
@@ -68,6 +73,7 @@ def values_of(seen: Observation) -> dict[str, float | None]:
         "api_rss_mib": process.get("rss_mib"),
         "open_files_percent": round(100 * files / most, 1) if files is not None and most else None,
         "pending": look.pending,
+        "busy_s": 0.0 if busy_since is None else max(0.0, seen.moment.wall - busy_since),
         "text_s": text.seconds if text else None,
         "picture_s": picture.seconds if picture else None,
         "first_token_s": picture.first_token_s if picture else None,

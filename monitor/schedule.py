@@ -20,12 +20,13 @@ GOOD, BAD = 0, 1
 BEGIN, END = "# >>> glm health_check >>>", "# <<< glm health_check <<<"
 UNIT = "glm-health-check"
 JITTER_S = 10
+NO_CRONTAB = "The crontab command is absent or refuses this user. Debian: apt-get install cron"
 
 
 def install(settings: Settings, how: str) -> int:
     way = choose(how)
     if not way:
-        print("Neither systemd nor cron is here. Run it in the background instead: nohup health_check.py loop &", file=sys.stderr)
+        print(f"Neither systemd nor cron is here. Run it in the background instead: {in_background()}", file=sys.stderr)
         return BAD
     return _install_systemd(settings) if way == "systemd" else _install_cron(settings)
 
@@ -41,9 +42,13 @@ def uninstall(settings: Settings, how: str) -> int:
 def choose(how: str) -> str:
     if how != "auto":
         return how
-    if Path("/run/systemd/system").is_dir() and os.geteuid() == 0:
+    if systemd_runs() and os.geteuid() == 0:
         return "systemd"
     return "cron" if shutil.which("crontab") else ""
+
+
+def systemd_runs() -> bool:
+    return Path("/run/systemd/system").is_dir()
 
 
 def installed(way: str) -> bool:
@@ -57,6 +62,10 @@ def command() -> str:
     words = [f"{name}={shlex.quote(os.environ[name])}" for name in ("CONDA_PREFIX", "CONDA_DEFAULT_ENV") if os.environ.get(name)]
     words += [shlex.quote(sys.executable), shlex.quote(str(ROOT / "health_check.py")), "run", "--quiet"]
     return " ".join(words)
+
+
+def in_background() -> str:
+    return f"nohup {shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'health_check.py'))} loop >/dev/null 2>&1 &"
 
 
 def jitter_s() -> int:
@@ -78,7 +87,9 @@ def cron_block(settings: Settings) -> str:
 
 
 def read_crontab() -> str | None:
-    """None if crontab itself fails; empty if there is none for this user."""
+    """None if crontab itself fails or is absent; empty if there is none for this user."""
+    if shutil.which("crontab") is None:
+        return None
     done = subprocess.run(["crontab", "-l"], capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return done.stdout
@@ -101,7 +112,7 @@ def without_block(text: str) -> str:
 def _install_cron(settings: Settings) -> int:
     old = read_crontab()
     if old is None:
-        print("crontab cannot be read", file=sys.stderr)
+        print(NO_CRONTAB, file=sys.stderr)
         return BAD
     rest = without_block(old)
     if rest and not rest.endswith("\n"):
@@ -111,7 +122,7 @@ def _install_cron(settings: Settings) -> int:
     settings.log_dir.mkdir(parents=True, exist_ok=True)
     print(f"cron runs it for {getpass.getuser()} from the next minute on: {command()}")
     if not cron_runs():
-        print("But no cron daemon runs here. Start one (service cron start), or use: health_check.py loop", file=sys.stderr)
+        print(f"But no cron daemon runs here. Start it (service cron start), or instead: {in_background()}", file=sys.stderr)
         return BAD
     return GOOD
 
@@ -119,6 +130,7 @@ def _install_cron(settings: Settings) -> int:
 def _uninstall_cron() -> int:
     old = read_crontab()
     if old is None:
+        print(NO_CRONTAB, file=sys.stderr)
         return BAD
     rest = without_block(old)
     if rest == old:
@@ -167,10 +179,9 @@ TimeoutStartSec=900
 Description=Health check of GLM-4.6V-Flash-WEB, every {settings.check_period_s:g} s
 
 [Timer]
-OnBootSec=30
+OnBootSec={30 + jitter_s()}
 OnUnitActiveSec={settings.check_period_s:g}
 AccuracySec=1s
-RandomizedDelaySec={JITTER_S}
 
 [Install]
 WantedBy=timers.target
@@ -183,8 +194,15 @@ def _unit_folder() -> Path:
 
 
 def _install_systemd(settings: Settings) -> int:
-    for name, text in units(settings).items():
-        (_unit_folder() / name).write_text(text, encoding="utf-8")
+    if not systemd_runs():
+        print("systemd is not in charge of this machine. Use: health_check.py install --with cron", file=sys.stderr)
+        return BAD
+    try:
+        for name, text in units(settings).items():
+            (_unit_folder() / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        print(f"{error.filename} cannot be written: {error.strerror}. Run it as root, or: install --with cron", file=sys.stderr)
+        return BAD
     for words in (["daemon-reload"], ["enable", "--now", f"{UNIT}.timer"]):
         done = subprocess.run(["systemctl", *words], capture_output=True, text=True, check=False)
         if done.returncode:
@@ -195,6 +213,9 @@ def _install_systemd(settings: Settings) -> int:
 
 
 def _uninstall_systemd() -> int:
+    if not installed("systemd"):
+        print("systemd: it was not installed.")
+        return GOOD
     subprocess.run(["systemctl", "disable", "--now", f"{UNIT}.timer"], capture_output=True, check=False)
     for name in (f"{UNIT}.service", f"{UNIT}.timer"):
         (_unit_folder() / name).unlink(missing_ok=True)

@@ -1,15 +1,21 @@
-"""The last report in words, from logs/health.json alone: it works while the service, the store and the checker are down."""
+"""The last report in words, from logs/health.json: it works while the service, the store and the checker are down.
+
+On a full disk the newest report is in memory only, and is taken from there.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import sqlite3
 import sys
 import time
 from datetime import datetime
 from typing import Any
 
 from monitor import report
+from monitor.store import Store, kept_path
 from settings import Settings
 
 GOOD, BAD = 0, 1
@@ -18,11 +24,29 @@ MARKS = {"healthy": "ok", "busy": "ok", "starting": "..", "degraded": " !", "unk
 
 def read(settings: Settings) -> tuple[dict[str, Any] | None, float]:
     """(report, its age in seconds)."""
-    try:
-        found = json.loads((settings.log_dir / report.FILE_NAME).read_text(encoding="utf-8"))
-        return found, time.time() - datetime.fromisoformat(found["timestamp"]).timestamp()
-    except (OSError, ValueError, KeyError, TypeError):
+    found = []
+    for last in (_from_file, _from_memory):
+        try:
+            known = last(settings)
+            if known is not None:
+                found.append((datetime.fromisoformat(known["timestamp"]).timestamp(), known))
+        except (OSError, ValueError, KeyError, TypeError, sqlite3.Error):
+            continue
+    if not found:
         return None, 0.0
+    at, newest = max(found, key=lambda pair: pair[0])
+    return newest, time.time() - at
+
+
+def _from_file(settings: Settings) -> dict[str, Any]:
+    return dict(json.loads((settings.log_dir / report.FILE_NAME).read_text(encoding="utf-8")))
+
+
+def _from_memory(settings: Settings) -> dict[str, Any] | None:
+    if not kept_path(settings.log_dir).exists():
+        return None
+    with contextlib.closing(Store.read_only(settings.log_dir)) as store:
+        return store.last_report()
 
 
 def show(settings: Settings, as_json: bool) -> int:
@@ -94,5 +118,5 @@ def _number(value: float | None, unit: str) -> str:
 
 def _ago(seconds: float) -> str:
     if seconds < 120:
-        return f"{seconds:.0f} s"
+        return f"{max(0.0, seconds):.0f} s"  # the clock may have been set back
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

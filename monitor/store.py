@@ -2,7 +2,8 @@
 
 Standard library only, so the page may import it. A reader opens it with `Store.read_only(log_dir)` and is never in
 the writer's way. What is committed survives a kill at any moment. On a full or read-only disk the writer goes on
-with a copy in memory (`store.lost` says why), and what was on disk stays as it was.
+with a copy in shared memory (`store.lost` says why), which later runs share, so that what was told once is not told
+every minute; what was on disk stays as it was, and takes the copy back when it can be written again.
 
 Tables (times are wall-clock seconds, JSON columns hold objects):
 
@@ -33,13 +34,19 @@ checker carries it out and writes what became of it. `kind` and what else counts
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import os
+import shutil
 import sqlite3
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 FILE_NAME = "state.db"
+SHARED_MEMORY = Path("/dev/shm")
+COPIED = "copied_from_disk"  # in the state of a store in memory
 REQUEST_KINDS = ("restart", "drain", "probe", "pause", "resume", "silence", "maintenance", "reset")
 SPANS = {"minute": (60, 86400), "hour": (3600, 30 * 86400), "day": (86400, 365 * 86400)}  # width and how long it is kept
 KEEP_RUNS_S = 86400
@@ -76,41 +83,61 @@ class Store:
 
     @classmethod
     def open(cls, log_dir: Path) -> Store:
-        """For the checker. Never raises for a disk that cannot be used or a file that is damaged."""
-        path = log_dir / FILE_NAME
+        """To write beside the checker. Never raises for a disk that cannot be used or a file that is damaged: what is then
+        written is forgotten, as `lost` says."""
         try:
-            log_dir.mkdir(parents=True, exist_ok=True)
-            connection = sqlite3.connect(path, timeout=5, isolation_level=None)
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute("PRAGMA synchronous=NORMAL")
-            connection.executescript(SCHEMA)
-            # A write that fails must fail here, not in the middle of a run.
-            connection.execute("INSERT OR REPLACE INTO state VALUES ('version', ?)", (json.dumps(VERSION),))
-            return cls(connection)
+            return cls(_writer(log_dir))
         except (sqlite3.Error, OSError) as error:
-            return cls.fallback(log_dir, f"{path} cannot be written ({error}); this run is kept in memory only")
+            return cls._forgetful(log_dir, f"{log_dir / FILE_NAME} cannot be written ({error})")
+
+    @classmethod
+    def open_for_run(cls, log_dir: Path) -> Store:
+        """For the checker, under its lock. The disk takes back what runs kept in memory meanwhile."""
+        try:
+            store = cls(_writer(log_dir))
+            if kept_path(log_dir).exists():
+                store._take_back(log_dir)
+            return store
+        except (sqlite3.Error, OSError) as error:
+            return cls.fallback(log_dir, f"{log_dir / FILE_NAME} cannot be written ({error})")
 
     @classmethod
     def fallback(cls, log_dir: Path, why: str) -> Store:
-        """A copy in memory of what the disk holds."""
-        path = log_dir / FILE_NAME
-        memory = sqlite3.connect(":memory:", isolation_level=None)
-        # What was known so far still counts. A reader of a WAL file makes a file beside it, which a full disk refuses;
-        # `immutable` needs none and sees all but what the last run left in the WAL.
-        for mode in ("mode=ro", "immutable=1"):
-            try:
-                with contextlib.closing(_reader(path, mode)) as disk:
-                    disk.backup(memory)
-                break
-            except (sqlite3.Error, OSError):
-                continue
-        memory.executescript(SCHEMA)
-        return cls(memory, why)
+        """For the checker: a copy of what the disk holds, in shared memory; where there is none, for this run alone."""
+        folder = kept_path(log_dir).parent
+        if not _is_ours(folder):
+            return cls._forgetful(log_dir, why)
+        try:
+            connection = sqlite3.connect(kept_path(log_dir), timeout=5, isolation_level=None)
+            return cls(_filled(connection, log_dir), f"{why}; it is kept in memory until that is mended")
+        except sqlite3.Error:
+            shutil.rmtree(folder, ignore_errors=True)  # damaged too, or shared memory is full
+            return cls._forgetful(log_dir, why)
+
+    @classmethod
+    def _forgetful(cls, log_dir: Path, why: str) -> Store:
+        return cls(_filled(sqlite3.connect(":memory:", isolation_level=None), log_dir), f"{why}; what is written now is forgotten")
 
     @classmethod
     def read_only(cls, log_dir: Path) -> Store:
         """For the page and the console. Raises sqlite3.Error if there is no store yet."""
-        return cls(_reader(log_dir / FILE_NAME))
+        kept = kept_path(log_dir)
+        return cls(_reader(kept if kept.exists() else log_dir / FILE_NAME))
+
+    def _take_back(self, log_dir: Path) -> None:
+        known = "SELECT made_at, actor, kind, target, arguments FROM requests"
+        with contextlib.closing(sqlite3.connect(kept_path(log_dir), timeout=5)) as memory:
+            begun_from_disk = memory.execute("SELECT 1 FROM state WHERE name = ?", (COPIED,)).fetchone()
+            if begun_from_disk or not self.execute("SELECT 1 FROM runs").fetchone():
+                # The page writes to the disk: what it asked for since the disk can be written again is not in memory.
+                asked = self.execute(f"{known} WHERE state = 'waiting'").fetchall()
+                memory.backup(self._connection)
+                already = {tuple(row) for row in self.execute(known)}
+                for row in asked:
+                    if tuple(row) not in already:
+                        self.execute("INSERT INTO requests (made_at, actor, kind, target, arguments) VALUES (?, ?, ?, ?, ?)", *row)
+        # A copy that began empty, because the disk could not be read either, never replaces what is there.
+        discard_kept(log_dir)
 
     def close(self) -> None:
         self._connection.close()
@@ -260,6 +287,58 @@ class Store:
             self.execute(f"DELETE FROM {table} WHERE {column} < ?", now - KEEP_EVENTS_S)
         self.execute("DELETE FROM incidents WHERE closed_at IS NOT NULL AND closed_at < ?", now - KEEP_EVENTS_S)
         self.execute("DELETE FROM flips WHERE id <= (SELECT MAX(id) FROM flips) - 50000")
+
+
+def _writer(log_dir: Path) -> sqlite3.Connection:
+    log_dir.mkdir(parents=True, exist_ok=True)
+    connection = sqlite3.connect(log_dir / FILE_NAME, timeout=5, isolation_level=None)
+    try:
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
+        connection.executescript(SCHEMA)
+        # A write that fails must fail here, not in the middle of a run.
+        connection.execute("INSERT OR REPLACE INTO state VALUES ('version', ?)", (json.dumps(VERSION),))
+        return connection
+    except sqlite3.Error:
+        connection.close()
+        raise
+
+
+def kept_path(log_dir: Path) -> Path:
+    """Where runs keep the store while the disk refuses it: one folder for each user and log folder."""
+    name = hashlib.sha256(str(log_dir.resolve()).encode()).hexdigest()[:16]
+    return SHARED_MEMORY / f"glm-{os.geteuid()}-{name}" / FILE_NAME
+
+
+def discard_kept(log_dir: Path) -> None:
+    shutil.rmtree(kept_path(log_dir).parent, ignore_errors=True)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Everybody may write to shared memory, so a folder that somebody else laid there is not used."""
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
+
+
+def _filled(memory: sqlite3.Connection, log_dir: Path) -> sqlite3.Connection:
+    """With what the disk held, unless an earlier run has done that and gone on."""
+    if not memory.execute("SELECT 1 FROM sqlite_master WHERE name = 'state'").fetchone():
+        # A reader of a WAL file makes a file beside it, which a full disk refuses; `immutable` needs none and sees
+        # all but what the last run left in the WAL.
+        for mode in ("mode=ro", "immutable=1"):
+            try:
+                with contextlib.closing(_reader(log_dir / FILE_NAME, mode)) as disk:
+                    disk.backup(memory)
+                    memory.execute("INSERT OR REPLACE INTO state VALUES (?, 'true')", (COPIED,))
+                break
+            except (sqlite3.Error, OSError):
+                continue
+    memory.executescript(SCHEMA)
+    return memory
 
 
 def _reader(path: Path, mode: str = "mode=ro") -> sqlite3.Connection:

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from api.engine.answer import Answer
 from api.engine.kv_cache import KvCache
@@ -108,6 +108,22 @@ class Engine:
         """0 while the request runs, its place in the queue while it waits."""
         with self._wake:
             return self._scheduler.position(request_id)
+
+    def in_flight(self) -> list[dict[str, Any]]:
+        """How far each request is, without a word of it. Takes no lock: it is asked when the engine may hang in one."""
+        now = time.monotonic()
+        return [
+            {
+                "id": sequence.request.id,
+                "age_s": round(now - sequence.submitted_at, 1),
+                "running": sequence.slot is not None,
+                "prompt_tokens": len(sequence.request.prompt_ids),
+                "pictures": len(sequence.request.pictures),
+                "computed_tokens": sequence.computed,
+                "answer_tokens": len(sequence.output_ids),
+            }
+            for sequence in self._scheduler.sequences()
+        ]
 
     def drain(self, deadline_s: float) -> bool:
         """Take nothing new, let the rest finish; what runs past the deadline fails. True if all finished."""

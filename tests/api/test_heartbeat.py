@@ -50,6 +50,10 @@ def test_work_without_a_step_past_its_deadline_is_stalled_and_a_step_makes_it_go
     stats = served.engine.stats()
 
     assert (early.status_code, early.json()["state"]) == (200, "busy")
+    wait_for(lambda: read(beat_file(served))["in_flight"])
+    text = beat_file(served).read_text()
+    (request,) = json.loads(text)["in_flight"]
+    assert request["running"] and request["prompt_tokens"] > 0 and "HANG" not in text, "how far it is, not what it says"
     heart._end.set()  # the observer must not look again in between
     heart._thread.join(WAIT_S)
     guess = Stats(**{**stats.__dict__, "phase_deadline_s": 0.5})

@@ -6,7 +6,11 @@ import base64
 import hashlib
 import http.server
 import json
+import os
+import shutil
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +18,50 @@ from pathlib import Path
 import pytest
 
 import settings as settings_module
+from monitor import store
 from settings import Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def shared_memory(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Each test has its own, so that no store of a full disk outlives it."""
+    folder = tmp_path_factory.mktemp("shm")
+    monkeypatch.setattr(store, "SHARED_MEMORY", folder)
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cron_project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path | None]:
+    """A project that the real cron checks each minute from now on. Cron counts in minutes, so it is started before the
+    other tests and looked at when its own test comes. It runs in a mount namespace whose spool holds this table only."""
+    if not any(item.name == "test_cron_runs_it_twice" for item in request.session.items):
+        yield None
+        return
+    folder = tmp_path_factory.mktemp("cron")
+    project, spool = folder / "project", folder / "spool"
+    for name in ("health_check.py", "settings.py", "monitor", "models/shapes/pictures.py", "models/__init__.py", "models/shapes/__init__.py"):
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy2)(ROOT / name, project / name)
+    (project / ".env").write_text("GLM_API_PORT=1\nGLM_WEB_PORT=2\n")
+    code = "from monitor import schedule; import settings; print(schedule.cron_block(settings.load()), end='')"
+    env = {k: v for k, v in os.environ.items() if not k.startswith("GLM_")} | {"PYTHONDONTWRITEBYTECODE": "1"}
+    block = subprocess.run([sys.executable, "-c", code], cwd=project, env=env, capture_output=True, text=True, check=True).stdout
+    for name in ("crontabs", "cron.d"):
+        (spool / name).mkdir(parents=True)
+    (spool / "crontab").write_text("")
+    (spool / "crontabs").chmod(0o1730)
+    (spool / "crontabs" / "root").write_text(block)
+    (spool / "crontabs" / "root").chmod(0o600)
+    script = (
+        f"mount --bind {spool}/crontabs /var/spool/cron/crontabs && mount --bind {spool}/cron.d /etc/cron.d && "
+        f"mount --bind {spool}/crontab /etc/crontab && mount -t tmpfs none /run && exec cron -f"
+    )
+    daemon = subprocess.Popen(["unshare", "-m", "sh", "-c", script], stdout=subprocess.DEVNULL)
+    yield project
+    daemon.kill()
+    daemon.wait()
 
 
 class Behaviour:

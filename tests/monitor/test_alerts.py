@@ -215,7 +215,8 @@ def test_no_more_in_an_hour_than_allowed(hook, make_settings, tmp_path):
     assert len(hook.received) == 3 and json.loads(hook.received[2][2])["text"].split() == [str(n) for n in range(2, 10)]
 
 
-def test_a_hanging_channel_does_not_hold_up_the_run_or_the_others(hung, hook, make_settings, tmp_path):
+def test_a_hanging_channel_does_not_hold_up_the_run_or_the_others(hung, hook, make_settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(channels, "LIMIT_S", 1.0)
     settings = settings_for(make_settings, "webhook", hook, slack_url=f"http://127.0.0.1:{hung}/x")
     store = Store.open(tmp_path)
     alerts.queue(store, [message()], settings, NOW)
@@ -277,14 +278,14 @@ def test_what_opens_together_is_one_message_and_names_rule_and_runbook(make_sett
 def test_reminders_come_at_growing_distances_and_stop_for_a_flapping_service(make_settings):
     incident = Incident("1-api-dead", "api", "dead", "process_gone", NOW, NOW, NOW, "gone", "没了")
     histories = {"api": History(word="dead", seen=3, incident=incident)}
-    times = []
+    settings, times = make_settings(1), []
     for minute in range(0, 60 * 60):
-        if alerts.compose([], [], {}, {}, histories, make_settings(1), NOW + 60 * minute):
+        if alerts.compose([], [], {}, {}, histories, settings, NOW + 60 * minute):
             times.append(minute)
 
     assert times == [30, 120, 360, 1440, 2880]
     flapping = {"api": History(word="dead", seen=1, incident=replace(incident, flaps=4))}
-    assert alerts.compose([], [], {}, {}, flapping, make_settings(1), NOW + 86400) == []
+    assert alerts.compose([], [], {}, {}, flapping, settings, NOW + 86400) == []
 
 
 def test_a_circuit_is_told(make_settings):
@@ -323,3 +324,31 @@ def test_flaps_in_shadow_send_at_most_two_messages(hook, make_settings, tmp_path
 
     kinds = [json.loads(body)["messages"][0]["kind"] for _, _, body in hook.received]
     assert kinds == ["fire", "resolve"]
+
+
+@pytest.mark.parametrize(
+    ("url", "good", "asked"),
+    [
+        ("https://hc.example/ping/abc/", True, "https://hc.example/ping/abc"),
+        ("https://hc.example/ping/abc", False, "https://hc.example/ping/abc/fail"),
+        ("https://hc.example/ping/abc?create=1", False, "https://hc.example/ping/abc/fail?create=1"),
+        ("https://kuma/api/push/T?status=up&msg=OK&ping=", True, "https://kuma/api/push/T?status=up&msg=dead+it+is+gone&ping="),
+        ("https://kuma/api/push/T?status=up&msg=OK&ping=", False, "https://kuma/api/push/T?status=down&msg=dead+it+is+gone&ping="),
+    ],
+)
+def test_the_ping_speaks_the_language_of_its_receiver(url, good, asked):
+    assert alerts.ping_address(url, good, "dead it is gone")[0] == asked
+
+
+def test_the_ping_says_good_and_bad_and_whether_it_was_taken(hook, make_settings):
+    settings = make_settings(1, ping_url=f"http://127.0.0.1:{hook.port}/ping/abc")
+
+    assert alerts.ping(settings, {"service_healthy": True, "verdict": "healthy", "reasons": []}) == ""
+    assert alerts.ping(settings, {"service_healthy": None, "verdict": "unknown", "reasons": []}) == "", "its checker is alive"
+    assert alerts.ping(settings, {"service_healthy": False, "verdict": "dead", "reasons": ["It is gone."]}) == ""
+    assert [(path, body) for path, _, body in hook.received] == [
+        ("/ping/abc", b"healthy"), ("/ping/abc", b"unknown"), ("/ping/abc/fail", b"dead\nIt is gone."),
+    ]  # fmt: skip
+    hook.default = (404, b"not found")
+    problem = alerts.ping(settings, {"service_healthy": True, "verdict": "healthy", "reasons": []})
+    assert problem == "the outward ping was not taken: HTTP 404"

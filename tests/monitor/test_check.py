@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
+import json
 import random
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from PIL import Image
 
 from models.shapes.pictures import COLORS
-from monitor import check
+from monitor import check, observe, status
+from monitor.observe import now
 from monitor.processes import ProcessRecord, boot_id, write_record
+from monitor.store import Store
 
 
 def run_check(settings, rng) -> dict:
     return check.run(settings, rng).report
 
 
-LOOKS_S = 2 + 5 + 4  # both looks at /health, and the page
+LOOKS_S = 2 + 2 + 4  # both looks at /health, and the page
 SIX_KEYS = ["timestamp", "gpu_load", "gpu_memory_used", "cpu_percent", "memory_used_percent", "service_healthy"]
 
 
@@ -85,8 +90,9 @@ def test_one_slip_of_the_model_is_no_alarm_but_two_are(service, behaviour, make_
 
 
 
-def test_hung_api_is_found_within_its_time_limit(hung, service, make_settings):
-    settings = make_settings(hung, web_port=service)
+def test_hung_api_is_found_within_its_time_limit(hung, service, make_settings, monkeypatch):
+    monkeypatch.setattr(observe, "SECOND_LOOK_LIMIT_S", 2.0)
+    settings = make_settings(hung, web_port=service, probe_timeout_s=2)
     started = time.monotonic()
 
     report = run_check(settings, random.Random(1))
@@ -96,8 +102,9 @@ def test_hung_api_is_found_within_its_time_limit(hung, service, make_settings):
     assert report["service_healthy"] is False
 
 
-def test_api_that_trickles_cannot_hold_the_check(trickling, service, make_settings):
-    settings = make_settings(trickling, web_port=service)
+def test_api_that_trickles_cannot_hold_the_check(trickling, service, make_settings, monkeypatch):
+    monkeypatch.setattr(observe, "SECOND_LOOK_LIMIT_S", 2.0)
+    settings = make_settings(trickling, web_port=service, probe_timeout_s=2)
     started = time.monotonic()
 
     report = run_check(settings, random.Random(1))
@@ -141,11 +148,27 @@ def test_slow_engine_that_makes_steps_is_busy_and_not_unhealthy(service, behavio
     behaviour.health = lambda: (200, {"state": "busy", "steps": next(steps), "running": 1, "waiting": 0, "no_progress_s": 1.0})
     behaviour.reply = lambda body: (released.wait(30), (200, completion("late")))[1]
 
-    report = run_check(make_settings(service), random.Random(1))
+    report = run_check(make_settings(service, probe_timeout_s=1), random.Random(1))
     released.set()
 
     assert report["verdict"] == "busy"
     assert report["service_healthy"] is True
+
+
+def test_a_service_that_is_busy_for_long_warns_and_nothing_more(service, behaviour, make_settings):
+    steps = iter(range(7, 1000))
+    behaviour.health = lambda: (200, {"state": "busy", "steps": next(steps), "running": 1, "waiting": 9, "no_progress_s": 1.0})
+    behaviour.reply = behaviour.text_reply = lambda body: (503, {"error": {"message": "The queue is full"}})
+    settings, began = make_settings(service), now()
+    reports = []
+    for after_s in (0, 200, 310):
+        moment = replace(began, wall=began.wall + after_s, monotonic=began.monotonic + after_s)
+        reports.append(check.run(settings, random.Random(1), clock=lambda moment=moment: moment).report)
+
+    assert [report["verdict"] for report in reports] == ["busy"] * 3
+    told = [[warning["en"] for warning in report["warnings"] if warning["name"] == "busy_s"] for report in reports]
+    assert told == [[], [], ["It has been too busy for the checker's question for 5 minutes or more."]]
+    assert all(report["service_healthy"] for report in reports)
 
 
 def test_refused_key_is_named_as_such(service, behaviour, make_settings):
@@ -197,3 +220,47 @@ def test_page_that_was_not_started_is_not_missed(service, behaviour, make_settin
 
     assert report["verdict"] == "healthy"
     assert report["evidence"]["page"] is None
+
+
+def test_a_users_answer_stands_in_for_the_question_but_not_for_ever(service, behaviour, make_settings):
+    behaviour.reply = lambda body: (200, completion(seen_color(body)))
+    behaviour.health = lambda: (200, {"state": "idle", "steps": 7, "success_age_s": {"text": 5.0, "picture": 5.0}})
+    settings = make_settings(service)
+    first, second = (run_check(settings, random.Random(seed)) for seed in range(2))
+
+    assert [answer["outcome"] for answer in first["evidence"]["api"]["answers"]] == ["right", "right"], "the first run asks"
+    assert [answer["outcome"] for answer in second["evidence"]["api"]["answers"]] == ["credited", "credited"]
+    assert second["verdict"] == "healthy" and len(behaviour.questions) == 1
+
+    late = replace(now(), wall=time.time() + check.ASK_AT_LEAST_EVERY_S, monotonic=time.monotonic() + check.ASK_AT_LEAST_EVERY_S)
+    check.run(settings, random.Random(3), clock=lambda: late)
+    assert len(behaviour.questions) == 2, "users' answers are not checked for truth"
+
+
+def test_the_way_through_the_reverse_proxy_is_looked_at_too(service, behaviour, make_settings):
+    behaviour.reply = lambda body: (200, completion(seen_color(body)))
+
+    good = run_check(make_settings(service, front_url=f"http://127.0.0.1:{service}/"), random.Random(1))
+    bad = run_check(make_settings(service, front_url="http://127.0.0.1:1"), random.Random(1))
+
+    assert good["verdict"] == "healthy" and good["evidence"]["page"]["front"]["status"] == 101
+    assert (bad["verdict"], bad["targets"]["page"]["rule"]) == ("degraded", "front")
+    assert bad["service_healthy"] is True
+
+
+def test_a_disk_that_refuses_the_store_is_no_reason_to_tell_the_same_every_minute(service, behaviour, make_settings):
+    """The runs share what they know in memory, so an incident is opened once."""
+    settings = make_settings(1, web_port=service, webhook_url=f"http://127.0.0.1:{service}/v1/chat/completions")
+    (settings.log_dir / "state.db").mkdir(parents=True)
+    write_record(settings.log_dir, "api", ProcessRecord(4_000_000, 1, 1, boot_id()))
+
+    reports = [run_check(settings, random.Random(seed)) for seed in range(3)]
+
+    assert "kept in memory" in reports[0]["check"]["store"]
+    assert len({report["targets"]["api"]["incident"] for report in reports}) == 1
+    assert [report["check"]["run"] for report in reports] == [1, 2, 3]
+    (settings.log_dir / "health.json").write_text(json.dumps({**reports[0], "timestamp": "2026-01-01T00:00:00+00:00"}))
+    assert status.read(settings)[0]["check"]["run"] == 3, "a report that the disk did not take is shown"
+    with contextlib.closing(Store.read_only(settings.log_dir)) as store:
+        assert len(store.incidents()) == 1
+        assert [row["kind"] for row in store.rows("SELECT kind FROM outbox")] == ["fire"]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import base64
+import http.server
 import json
 import random
 import re
 import shutil
 import subprocess
+import threading
 from datetime import datetime
 from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from pydantic import SecretStr
 
 from monitor import check, exports
 from monitor.verdict import WORDS
@@ -113,3 +117,72 @@ def test_every_metric_of_the_rules_is_exported(settings):
     used = set(re.findall(r"\bglm_\w+", RULES.read_text()))
 
     assert used and {name.removesuffix("_total") for name in used} <= declared
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    """A Pushgateway and an Elasticsearch in one: keeps what it gets, and answers as it is told."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            server.got.append((self.command, self.path, self.headers["Authorization"], body.decode()))
+            status, said = server.says
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(said)))
+            self.end_headers()
+            self.wfile.write(said)
+
+        do_PUT = do_POST = answer
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.got, server.says = [], (200, b'{"errors": false, "items": []}')
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_pushgateway_gets_the_textfile(elsewhere, settings, capsys):
+    sending = settings.model_copy(update={"pushgateway_url": SecretStr(f"http://127.0.0.1:{elsewhere.server_address[1]}")})
+    check.run(sending, random.Random(2))
+
+    (method, path, _, body), = elsewhere.got
+    assert method == "PUT" and path.startswith("/metrics/job/glm_health/instance/")
+    assert promtool("check", "metrics", text=body).returncode == 0 and "glm_target_state" in body
+
+    elsewhere.says = (503, b"full")
+    check.run(sending, random.Random(3))
+    assert "the Pushgateway took nothing: HTTP 503" in capsys.readouterr().err
+
+
+def test_elasticsearch_gets_each_document_once_and_late_ones_first(elsewhere, settings, capsys):
+    url = f"http://ann:secret@127.0.0.1:{elsewhere.server_address[1]}/health-2026"
+    sending = settings.model_copy(update={"elasticsearch_url": SecretStr(url)})
+    elsewhere.says = (502, b"away")
+    check.run(sending, random.Random(2))
+    assert "Elasticsearch took nothing: HTTP 502; 1 documents wait" in capsys.readouterr().err
+    elsewhere.says = (200, b'{"errors": false, "items": []}')
+    check.run(sending, random.Random(3))
+    check.run(sending, random.Random(4))
+
+    assert [(method, path) for method, path, _, _ in elsewhere.got] == [("POST", "/_bulk")] * 3
+    assert elsewhere.got[0][2] == "Basic " + base64.b64encode(b"ann:secret").decode()
+    sent = [[json.loads(line) for line in body.splitlines()] for *_, body in elsewhere.got]
+    assert sent[0][0]["index"]["_index"] == "health-2026" and sent[0][1]["event"]["action"] == "health_check"
+    assert sent[1][:2] == sent[0], "what waited goes first, under the same id"
+    assert [len(lines) for lines in sent] == [2, 4, 2]
+
+
+def test_a_document_that_is_refused_is_told_and_not_sent_for_ever(elsewhere, settings, capsys):
+    url = f"http://127.0.0.1:{elsewhere.server_address[1]}/i"
+    sending = settings.model_copy(update={"elasticsearch_url": SecretStr(url)})
+    elsewhere.says = (200, b'{"errors": true, "items": [{"index": {"error": {"type": "mapper_parsing_exception"}}}]}')
+    check.run(sending, random.Random(2))
+    check.run(sending, random.Random(3))
+
+    assert "Elasticsearch refused 1 of 1: {'type': 'mapper_parsing_exception'}" in capsys.readouterr().err
+    assert len(elsewhere.got[1][3].splitlines()) == 2

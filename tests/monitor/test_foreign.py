@@ -34,7 +34,7 @@ def engine(service, behaviour, make_settings):
     behaviour.other["/v1/models"] = (200, b'{"data": [{"id": "glm"}]}')
     behaviour.reply = lambda body: (200, completion(seen_color(body)))
     return make_settings(
-        1, engine_url=f"http://127.0.0.1:{service}", web_port=service, probe_timeout_s=2, check_period_s=1, cure="restart"
+        1, engine_url=f"http://127.0.0.1:{service}", web_port=service, probe_timeout_s=1, check_period_s=1, cure="restart"
     )
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 import venv
 from pathlib import Path
 
 import pytest
+
+from monitor import store
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -99,6 +103,15 @@ def test_python_without_the_packages_and_no_venv_says_what_to_do(copy, tmp_path)
     assert "./start.sh" in done.stderr
 
 
+def test_a_reader_that_has_seen_enough_is_no_accident(copy, tmp_path):
+    done = subprocess.run(
+        f"{sys.executable} {copy / 'health_check.py'} drill --list | true", shell=True, cwd=tmp_path, capture_output=True, text=True,
+        timeout=60,
+    )  # fmt: skip
+
+    assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
+
+
 def test_settings_that_cannot_be_used_give_an_unknown_verdict(copy, tmp_path):
     (copy / ".env").write_text("GLM_API_PROT=1\n")
 
@@ -113,17 +126,27 @@ def test_settings_that_cannot_be_used_give_an_unknown_verdict(copy, tmp_path):
 def test_unwritable_log_folder_does_not_hide_the_verdict(copy, tmp_path):
     (tmp_path / "file").touch()
 
-    done = run(sys.executable, copy / "health_check.py", {"GLM_LOG_DIR": str(tmp_path / "file" / "logs")}, tmp_path)
+    logs = tmp_path / "file" / "logs"
+    kept = Path("/dev/shm") / store.kept_path(logs).parent.name
 
+    done = run(sys.executable, copy / "health_check.py", {"GLM_LOG_DIR": str(logs)}, tmp_path)
+
+    assert kept.exists(), "the next run goes on from there"
+    shutil.rmtree(kept)
     assert json.loads(done.stdout)["verdict"] == "dead"
     assert "could not be written" in done.stderr
 
 
-def test_what_it_loads_stays_small(copy, tmp_path):
+def test_a_healthy_run_stays_below_60_mb_and_loads_nothing_large(copy, tmp_path, service, behaviour):
+    from test_check import completion, seen_color
+
+    behaviour.reply = lambda body: (200, completion(seen_color(body)))
+    (copy / ".env").write_text(f"GLM_API_PORT={service}\nGLM_WEB_PORT={service}\n")
     code = (
         "import runpy, sys\n"
-        "try: runpy.run_path(sys.argv[1], run_name='__main__')\n"
-        "except SystemExit: pass\n"
+        "del sys.argv[0]\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as end: assert end.code == 0\n"
         "assert not {'torch', 'transformers', 'streamlit'} & set(sys.modules)\n"
         # not getrusage: its peak counts what the parent held before the exec
         "peak = next(line for line in open('/proc/self/status') if line.startswith('VmHWM'))\n"
@@ -131,9 +154,31 @@ def test_what_it_loads_stays_small(copy, tmp_path):
     )
 
     done = subprocess.run(
-        [sys.executable, "-c", code, str(copy / "health_check.py")], env=dict(os.environ), cwd=tmp_path,
+        [sys.executable, "-c", code, str(copy / "health_check.py")], env={"PATH": os.environ["PATH"]}, cwd=tmp_path,
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
 
-    assert done.returncode == 0, done.stderr
-    assert int(done.stderr.split()[-1]) < 100 * 1024, "kilobytes of memory at the peak"
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(done.stderr.split()[-1]) * 1024 < 60e6, "bytes of memory at the peak"
+
+
+def test_loop_runs_period_by_period_where_there_is_no_cron(copy, tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(copy / "health_check.py"), "loop", "--times", "2"], env={"GLM_CHECK_PERIOD_S": "1"}, cwd=tmp_path,
+        capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert len((copy / "logs" / "health.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_run_that_finds_no_end_ends_itself(copy, tmp_path, hung):
+    (copy / ".env").write_text(f"GLM_API_PORT={hung}\nGLM_WEB_PORT={hung}\nGLM_CHECK_BUDGET_S=5\nGLM_PROBE_TIMEOUT_S=60\n")
+    started = time.monotonic()
+
+    done = run(sys.executable, copy / "health_check.py", {}, tmp_path)
+
+    assert (done.returncode, done.stdout) == (1, "") and time.monotonic() - started < 20
+    assert "ended: the run took longer than 5 s" in done.stderr
+    with (copy / "logs" / "health_check.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -62,6 +60,19 @@ def test_an_empty_crontab_is_removed_with_its_last_line(crontab, make_settings):
     assert not crontab.exists()
 
 
+def test_where_nothing_can_run_it_the_way_out_is_named(make_settings, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(schedule, "systemd_runs", lambda: False)
+    settings = make_settings(1)
+
+    assert [schedule.install(settings, how) for how in ("auto", "cron", "systemd")] == [1, 1, 1]
+    assert [schedule.uninstall(settings, how) for how in ("auto", "cron", "systemd")] == [0, 1, 0]
+
+    said = capsys.readouterr().err
+    assert f"nohup {sys.executable} {ROOT / 'health_check.py'} loop" in said
+    assert "apt-get install cron" in said and "systemd is not in charge of this machine" in said
+
+
 def test_a_block_without_its_end_eats_nothing():
     text = f"a\n{schedule.BEGIN}\nb\n"
 
@@ -78,56 +89,20 @@ def test_the_units_are_what_systemd_accepts(make_settings, tmp_path):
     for name, text in schedule.units(make_settings(1)).items():
         (tmp_path / name).write_text(text)
 
-    assert "OnUnitActiveSec=60" in (tmp_path / "glm-health-check.timer").read_text()
+    assert "OnUnitActiveSec=60\n" in (tmp_path / "glm-health-check.timer").read_text()
     done = subprocess.run(
         ["systemd-analyze", "verify", *map(str, tmp_path.iterdir())], capture_output=True, text=True, check=False
     )
     assert "Unknown" not in done.stderr and "Failed to parse" not in done.stderr, done.stderr
 
 
-@pytest.fixture
-def cron(tmp_path: Path) -> Iterator[Callable[[str], None]]:
-    """The real daemon, in the foreground, in a mount namespace whose spool is empty: it sees no other crontab."""
-    spool = tmp_path / "spool"
-    for name in ("crontabs", "cron.d"):
-        (spool / name).mkdir(parents=True)
-    (spool / "crontab").write_text("")
-    (spool / "crontabs").chmod(0o1730)
-    script = (
-        f"mount --bind {spool}/crontabs /var/spool/cron/crontabs && mount --bind {spool}/cron.d /etc/cron.d && "
-        f"mount --bind {spool}/crontab /etc/crontab && mount -t tmpfs none /run && exec cron -f"
-    )
-    daemons = []
-
-    def start(table: str) -> None:
-        (spool / "crontabs" / "root").write_text(table)
-        (spool / "crontabs" / "root").chmod(0o600)
-        daemons.append(subprocess.Popen(["unshare", "-m", "sh", "-c", script], stdout=subprocess.DEVNULL))
-
-    yield start
-    for daemon in daemons:
-        daemon.kill()
-        daemon.wait()
-
-
-def test_cron_runs_it_twice(cron, tmp_path):
+def test_cron_runs_it_twice(cron_project):
     """The block that install writes, in a scratch crontab, carried out by the real cron: two reports land."""
-    project = tmp_path / "project"
-    project.mkdir()
-    for name in ("health_check.py", "settings.py", "monitor", "models/shapes/pictures.py", "models/__init__.py", "models/shapes/__init__.py"):
-        (project / name).parent.mkdir(parents=True, exist_ok=True)
-        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy2)(ROOT / name, project / name)
-    (project / ".env").write_text("GLM_API_PORT=1\nGLM_WEB_PORT=2\n")
-    code = "from monitor import schedule; import settings; print(schedule.cron_block(settings.load()), end='')"
-    env = {k: v for k, v in os.environ.items() if not k.startswith("GLM_")}
-    block = subprocess.run([sys.executable, "-c", code], cwd=project, env=env, capture_output=True, text=True, check=True).stdout
-    cron(block)
-
-    lines = project / "logs" / "health.jsonl"
+    lines = cron_project / "logs" / "health.jsonl"
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and (not lines.exists() or len(lines.read_text().splitlines()) < 2):
         time.sleep(1)
 
-    assert len(lines.read_text().splitlines()) >= 2, (project / "logs" / "health_check.log").read_text()
-    assert (project / "logs" / "health.json").exists()
-    assert not list(project.rglob("__pycache__"))
+    assert len(lines.read_text().splitlines()) >= 2, (cron_project / "logs" / "health_check.log").read_text()
+    assert (cron_project / "logs" / "health.json").exists()
+    assert not list(cron_project.rglob("__pycache__"))

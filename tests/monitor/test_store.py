@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sqlite3
@@ -106,10 +107,102 @@ def test_a_full_disk_is_told_and_what_was_there_stays(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False)
 
     lines = done.stdout.splitlines()
-    assert "kept in memory only" in lines[0], done.stderr
+    assert "state.db cannot be written" in lines[0] and "what is written now is forgotten" in lines[0], done.stderr
     assert lines[1:] == [f"{{'restarts': [{NOW}]}}", "1-api-dead", "1"]
     after = Store.open(tmp_path)
     assert after.lost == "" and after.incidents()[0]["id"] == "1-api-dead" and after.get("new") is None
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A log folder on a disk of one megabyte that holds one incident; `fill` takes its last byte, `free` gives it back."""
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], check=True)
+    store = Store.open(folder)
+    with store.transaction():
+        store.put_incident(incident())
+        add(store, NOW)
+    store.close()
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def fill(folder: Path) -> None:
+    with contextlib.suppress(OSError), (folder / "filling").open("wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 1024)
+
+
+def test_runs_on_a_full_disk_share_what_they_know_and_the_disk_takes_it_back(small_disk, shared_memory):
+    fill(small_disk)
+    for number in range(2):
+        store = Store.open_for_run(small_disk)
+        assert "kept in memory" in store.lost
+        with store.transaction():
+            store.put("seen", store.get("seen", 0) + 1)
+            store.add_action(number, "api", "restart", "checker", "done")
+        store.close()
+    with contextlib.closing(Store.read_only(small_disk)) as reader:
+        assert len(reader.actions()) == 2, "the page and the history read it too"
+
+    (small_disk / "filling").unlink()
+    page = Store.open(small_disk)
+    page.ask(NOW, "ann", "pause")
+    page.close()
+    after = Store.open_for_run(small_disk)
+
+    assert after.lost == "" and after.get("seen") == 2 and len(after.actions()) == 2
+    assert after.incidents()[0]["id"] == "1-api-dead", "what was on disk is there as before"
+    assert [row["kind"] for row in after.requests()] == ["pause"], "asked for on the disk, after it could be written again"
+    assert after.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+    assert not list(shared_memory.iterdir())
+    after.close()
+
+
+def test_only_the_checker_keeps_a_copy(small_disk, shared_memory):
+    """The page's view of a moment, taken back later, would undo the runs in between."""
+    fill(small_disk)
+
+    page = Store.open(small_disk)
+
+    assert "what is written now is forgotten" in page.lost and page.incidents()[0]["id"] == "1-api-dead"
+    assert not list(shared_memory.iterdir())
+
+
+def test_what_began_empty_in_memory_never_replaces_what_is_on_disk(tmp_path, shared_memory):
+    store = Store.open(tmp_path)
+    with store.transaction():
+        store.put_incident(incident())
+        add(store, NOW)
+    store.close()
+    path, away = tmp_path / "state.db", tmp_path / "away"
+    path.rename(away)
+    path.mkdir()
+    blind = Store.open_for_run(tmp_path)
+    with blind.transaction():
+        blind.put("seen", 1)
+    blind.close()
+    path.rmdir()
+    away.rename(path)
+
+    after = Store.open_for_run(tmp_path)
+
+    assert after.incidents()[0]["id"] == "1-api-dead" and after.get("seen") is None
+    assert not list(shared_memory.iterdir())
+
+
+def test_a_folder_that_a_stranger_laid_into_shared_memory_is_not_used(tmp_path, shared_memory):
+    Store.fallback(tmp_path, "full").close()
+    (folder,) = shared_memory.iterdir()
+    folder.chmod(0o777)
+
+    store = Store.fallback(tmp_path, "full")
+
+    assert "what is written now is forgotten" in store.lost
+    with store.transaction():
+        store.put("seen", 1)
+    assert store.get("seen") == 1
 
 
 def test_a_damaged_file_is_told_and_does_not_stop_the_checker(tmp_path):

@@ -1,0 +1,10 @@
+"""What keeps a run from its work, for logs/health_check.log: with the time, because cron adds none."""
+
+from __future__ import annotations
+
+import sys
+from datetime import datetime
+
+
+def complain(text: str) -> None:
+    print(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {text}", file=sys.stderr, flush=True)
