@@ -21,6 +21,7 @@ from api.errors import ServingError, unknown_route
 from api.faults import Faults
 from api.fetch import Fetcher
 from api.heartbeat import Heartbeat
+from api.linger import LingerMiddleware
 from api.metrics import Metrics
 from api.middleware import RequestMiddleware
 from api.routes import chat, models, ops, tokens
@@ -56,12 +57,13 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
         app.include_router(routes.router)
     app.add_exception_handler(ServingError, _serving_error)
     app.add_exception_handler(HTTPException, _http_error)
-    # The last one added is the outermost: a refused request gets its id and its log line too.
+    # The last one added is the outermost: a refused request gets its id and its log line too, before the lingering.
     app.add_middleware(KeyMiddleware, keys=keys)
     if origins := [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]:
         # Before the key: a browser asks without one whether it may send one.
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(RequestMiddleware, metrics=metrics)
+    app.add_middleware(LingerMiddleware)
     return app
 
 

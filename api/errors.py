@@ -81,6 +81,11 @@ def too_many_bytes(limit: int) -> ServingError:
     return unavailable(f"Too many requests are on their way in: <= {limit} bytes together.", "queue_full", 2)
 
 
+def too_many_bytes_of_key(limit: int) -> ServingError:
+    message = f"This key's requests that are still on their way in may hold <= {limit} bytes together."
+    return ServingError(429, message, "rate_limit_error", "arriving_limit_exceeded", retry_after_s=2)
+
+
 def too_many_in_a_minute(limit: int, wait_s: float) -> ServingError:
     message = f"This key may ask <= {limit} times in a minute."
     return ServingError(
