@@ -17,7 +17,7 @@ from api import __version__
 from api.admission import Admission
 from api.auth import KeyMiddleware, KeyRing
 from api.engine.engine import Engine
-from api.errors import ServingError, unknown_route
+from api.errors import ServingError, unknown_route, wrong_method
 from api.faults import Faults
 from api.fetch import Fetcher
 from api.heartbeat import Heartbeat
@@ -51,7 +51,10 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
         pools.close()
 
     # FastAPI's own documentation routes know nothing of bodies that the routes parse themselves; /openapi.json does.
-    app = FastAPI(title="GLM-4.6V-Flash-WEB", version=__version__, lifespan=lifespan, openapi_url=None)
+    # A path with a slash too many is told so: after a redirect some clients send a POST as a GET.
+    app = FastAPI(
+        title="GLM-4.6V-Flash-WEB", version=__version__, lifespan=lifespan, openapi_url=None, redirect_slashes=False
+    )
     app.state.services = Services(settings, engine, admission, metrics, Fetcher.of(settings), pools, heartbeat)
     for routes in (chat, tokens, models, ops):
         app.include_router(routes.router)
@@ -80,6 +83,5 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     shaped = unknown_route(request.method, request.url.path)
     if error.status_code != 404:
-        shaped = ServingError(error.status_code, f"{request.method} {request.url.path}: {error.detail}.",
-                              "invalid_request_error", "method_not_allowed")  # fmt: skip
+        shaped = wrong_method(request.method, request.url.path, (error.headers or {}).get("Allow", "another method"))
     return JSONResponse(shaped.body(), shaped.status, error.headers)

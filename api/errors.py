@@ -56,7 +56,14 @@ def unauthorized() -> ServingError:
 
 
 def unknown_route(method: str, path: str) -> ServingError:
-    return ServingError(404, f"There is no {method} {path}.", "invalid_request_error", "unknown_url")
+    return ServingError(
+        404, f"There is no {method} {path}; see GET /openapi.json.", "invalid_request_error", "unknown_url"
+    )
+
+
+def wrong_method(method: str, path: str, allowed: str) -> ServingError:
+    message = f"{path} takes {allowed}. Given: {method}"
+    return ServingError(405, message, "invalid_request_error", "method_not_allowed")
 
 
 def unknown_model(given: str, served: str) -> ServingError:

@@ -180,7 +180,7 @@ async def start(request: Request, server: Services, chat: ChatRequest, place: Pl
     if chat.choices > 1:
         place.take(chat.choices - 1)
     began = time.monotonic()
-    loop, pool = asyncio.get_running_loop(), server.pools.preprocess
+    loop, pool = asyncio.get_running_loop(), server.pools.preprocess(place.caller)
     fetched = await while_connected(request, _fetch(server, chat))
     draft = await while_connected(
         request, loop.run_in_executor(pool, prompts.draft, chat, fetched, model, server.settings)

@@ -55,7 +55,7 @@ async def answered(
     body = await read_body(request, server)
     place = server.admission.enter(caller(request))
     try:
-        chat = await parsed(parse, body, server.pools.preprocess)
+        chat = await parsed(parse, body, server.pools.preprocess(place.caller))
         job = await start(request, server, chat, place, arrived_at)
     except BaseException:
         place.close()

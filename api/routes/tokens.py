@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -15,24 +15,24 @@ from api.engine.model import Model
 from api.errors import invalid, unknown_model
 from api.openapi import DETOKENIZE, TOKENIZE
 from api.services import caller, services
-from api.tokens_schema import DetokenizeRequest, TokenizeRequest
-from api.validation import Checked, check, parse_object
+from api.tokens_schema import DetokenizeRequest, TokenizeRequest, parse_detokenize, parse_tokenize
 
 router = APIRouter()
+Wanted = TypeVar("Wanted", TokenizeRequest, DetokenizeRequest)
 
 
 @router.post("/tokenize", **TOKENIZE)
 async def tokenize(request: Request) -> dict[str, Any]:
-    return await _answered(request, TokenizeRequest, _tokenized)
+    return await _answered(request, parse_tokenize, _tokenized)
 
 
 @router.post("/detokenize", **DETOKENIZE)
 async def detokenize(request: Request) -> dict[str, Any]:
-    return await _answered(request, DetokenizeRequest, _detokenized)
+    return await _answered(request, parse_detokenize, _detokenized)
 
 
 async def _answered(
-    request: Request, kind: type[Checked], answer: Callable[[Checked, Model], dict[str, Any]]
+    request: Request, parse: Callable[[bytes], Wanted], answer: Callable[[Wanted, Model], dict[str, Any]]
 ) -> dict[str, Any]:
     """Admitted as a question is, and worked out beside the event loop: a text may be long."""
     server = services(request)
@@ -40,12 +40,12 @@ async def _answered(
     server.admission.check(caller(request))
     body = await read_body(request, server)
     place = server.admission.enter(caller(request))
+    pool = server.pools.preprocess(place.caller)
     try:
-        wanted = await parsed(lambda body: check(kind, parse_object(body)), body, server.pools.preprocess)
-        asked = getattr(wanted, "model", None)
-        if asked is not None and asked != model.id:
-            raise unknown_model(asked, model.id)
-        work = asyncio.get_running_loop().run_in_executor(server.pools.preprocess, answer, wanted, model)
+        wanted = await parsed(parse, body, pool)
+        if wanted.model is not None and wanted.model != model.id:
+            raise unknown_model(wanted.model, model.id)
+        work = asyncio.get_running_loop().run_in_executor(pool, answer, wanted, model)
         return await while_connected(request, work)
     finally:
         place.close()
@@ -69,6 +69,7 @@ def _detokenized(wanted: DetokenizeRequest, model: Model) -> dict[str, Any]:
 def _ids(wanted: TokenizeRequest, model: Model) -> list[int]:
     """Special tokens in a plain text are text here as everywhere."""
     if wanted.prompt is not None:
+        prompts.check_characters(wanted.prompt, "prompt", model)
         return model.vocabulary.encode(model.vocabulary.protect(wanted.prompt))
     assert wanted.messages is not None
     return prompts.rendered_ids(wanted.messages, wanted.tools or [], _thinks(wanted), model)

@@ -51,8 +51,10 @@ def test_a_conversation_is_counted_as_the_engine_counts_it(serve) -> None:
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [
-        ("/tokenize", {}, ""),
-        ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "b"}]}, ""),
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "b"}]}, "prompt"),
+        ("/tokenize", {"prompt": "x" * 4_000_000}, "prompt"),
+        ("/tokenize", {"messages": [{"role": "user", "content": "x" * 4_000_000}]}, "messages"),
         ("/tokenize", {"prompt": 1}, "prompt"),
         ("/tokenize", {"prompt": "a", "add_special_tokens": True}, "add_special_tokens"),
         ("/detokenize", {"tokens": [99999]}, "tokens[0]"),
