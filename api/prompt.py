@@ -136,10 +136,6 @@ def finish(draft: Draft, model: Model) -> Prompt:
     return Prompt(tuple(expanded), tuple(pictures), tuple(sizes), draft.starts_thinking, draft.asked_picture)
 
 
-def build(chat: ChatRequest, model: Model, settings: Settings, fetched: Mapping[str, bytes] | None = None) -> Prompt:
-    return finish(draft(chat, fetched or {}, model, settings), model)
-
-
 def _with_key(picture: Picture, image: Image.Image) -> Picture:
     """A picture that the model's processing has not named gets its content's hash as its name."""
     if picture.key:

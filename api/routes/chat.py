@@ -17,6 +17,7 @@ from api.completion import Completion
 from api.errors import ServingError, not_accepting
 from api.job import start
 from api.openapi import CHAT, RESPONSE
+from api.response_words import ResponseWords
 from api.responses import Translation
 from api.schemas import ChatRequest, parse_chat
 from api.services import Services, caller, services
@@ -39,7 +40,7 @@ def _chat_words(chat: ChatRequest, completion: Completion) -> Words:
 async def create_response(request: Request) -> Response:
     translation = Translation()
     try:
-        return await answered(request, translation.parse, translation.words)
+        return await answered(request, translation.parse, lambda _, made: ResponseWords(translation.asked, made))
     except ServingError as error:
         raise translation.renamed(error) from None
 

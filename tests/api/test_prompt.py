@@ -14,7 +14,7 @@ from served import picture_part, text_part
 from api.engine.fake import fake_model
 from api.engine.model import Model
 from api.errors import ServingError
-from api.prompt import Prompt, build
+from api.prompt import Prompt, draft, finish
 from api.schemas import parse_chat
 from settings import Settings
 
@@ -40,7 +40,8 @@ def model() -> Model:
 
 
 def prompt_of(model: Model, messages: list[dict[str, Any]], **fields: Any) -> Prompt:
-    return build(parse_chat(json.dumps({"messages": messages, **fields}).encode()), model, Settings())
+    chat = parse_chat(json.dumps({"messages": messages, **fields}).encode())
+    return finish(draft(chat, {}, model, Settings()), model)
 
 
 def readable(model: Model, prompt: Prompt) -> str:

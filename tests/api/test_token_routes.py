@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from served import picture_part, text_part
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def samples(served: Any) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -171,3 +174,14 @@ def test_names_keep_to_the_customs(serve) -> None:
     own = {name for name in names if not name.startswith(("process_", "python_"))}
     assert own and all(re.fullmatch(r"glm_[a-z0-9_]+", name) for name in own)
     assert {"glm_prefix_cache_hits_total", "glm_mm_cache_hits_total", "glm_kv_cache_usage_perc"} <= own
+
+
+def test_the_page_lists_the_metrics_that_there_are(serve) -> None:
+    served = serve()
+    served.chat("hi")
+    text = served.client.get("/metrics").text
+    page = (ROOT / "docs" / "api.md").read_text("utf-8").split("## `GET /metrics`")[1].split("\n## ")[0]
+    rows = "\n".join(line for line in page.splitlines() if line.startswith("| `"))
+
+    there = set(re.findall(r"^# TYPE glm_(\S+) ", text, re.MULTILINE))
+    assert there == set(re.findall(r"`([a-z0-9_]+)(?:{[a-z_,]+})?`", rows))
