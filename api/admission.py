@@ -2,7 +2,8 @@
 
 Bounded by requests, by their tokens, and for one key by its rate and its number. The engine bounds its own queue
 too; this also covers the work before it. A body on its way in holds no place, so that slow senders keep nobody
-out; the bytes of all such bodies have a limit. Probes have a place of their own. Used in the event loop only.
+out; what has come of all such bodies has a limit, and of one key's a lower one, so that no key keeps out another.
+Probes have a place of their own. Used in the event loop only.
 """
 
 from __future__ import annotations
@@ -12,12 +13,20 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 
 from api.auth import Caller
-from api.errors import queue_full, too_many_at_once, too_many_bytes, too_many_in_a_minute, too_many_tokens
+from api.errors import (
+    queue_full,
+    too_many_at_once,
+    too_many_bytes,
+    too_many_bytes_of_key,
+    too_many_in_a_minute,
+    too_many_tokens,
+)
 from settings import Settings
 
 PROBES = 2  # at a time: one of the checker, and one by hand
 MINUTE_S = 60.0
-LARGEST_BODIES = 4  # so many of the largest size may arrive at once
+LARGEST_BODIES = 4  # so many of the largest size may be held while they arrive
+LARGEST_BODIES_OF_KEY = 2
 
 
 class Admission:
@@ -32,7 +41,8 @@ class Admission:
         self.active = 0
         self.probes = 0
         self.tokens = 0
-        self.arriving = 0  # bytes
+        self.arriving_bytes = 0
+        self._arriving_of_key: Counter[str] = Counter()
         self._of_key: Counter[str] = Counter()
         self._asked: defaultdict[str, deque[float]] = defaultdict(deque)
 
@@ -50,12 +60,8 @@ class Admission:
         place.take(1)
         return place
 
-    def arrive(self, size: int) -> None:
-        """Room for so many bytes of a body; negative gives them back. Raises the 503 error when full."""
-        limit = LARGEST_BODIES * self._settings.max_body_bytes
-        if size > 0 and self.arriving + size > limit:
-            raise too_many_bytes(limit)
-        self.arriving += size
+    def arriving(self, caller: Caller) -> ArrivingBody:
+        return ArrivingBody(self, caller)
 
     def _check_rate(self, key: str) -> deque[float] | None:
         """When this key has asked in the last minute, if that is limited."""
@@ -87,6 +93,21 @@ class Admission:
             raise too_many_at_once(own)
         if self.active + requests > self._settings.queue_size + self._slots():
             raise queue_full(self._settings.queue_size)
+
+    def _arrive(self, caller: Caller, size: int) -> None:
+        largest, own = self._settings.max_body_bytes, self._arriving_of_key[caller.name]
+        if not caller.probe:
+            if own + size > LARGEST_BODIES_OF_KEY * largest:
+                raise too_many_bytes_of_key(LARGEST_BODIES_OF_KEY * largest)
+            if self.arriving_bytes + size > LARGEST_BODIES * largest:
+                raise too_many_bytes(LARGEST_BODIES * largest)
+        self._count_arriving(caller, size)
+
+    def _count_arriving(self, caller: Caller, size: int) -> None:
+        self.arriving_bytes += size
+        self._arriving_of_key[caller.name] += size
+        if not self._arriving_of_key[caller.name]:
+            del self._arriving_of_key[caller.name]
 
     def _weigh(self, caller: Caller, tokens: int) -> None:
         limit = self._settings.queue_tokens
@@ -130,3 +151,23 @@ class Place:
         self._requests = self._tokens = 0
         if requests or tokens:
             self._admission._give_back(self.caller, requests, tokens)
+
+
+class ArrivingBody:
+    """What has come of one body; given back at the end of the `with` block."""
+
+    def __init__(self, admission: Admission, caller: Caller) -> None:
+        self._admission = admission
+        self._caller = caller
+        self._size = 0
+
+    def __enter__(self) -> ArrivingBody:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._admission._count_arriving(self._caller, -self._size)
+
+    def add(self, size: int) -> None:
+        """Room for more bytes. Raises the 429 error of a key's own limit, or the 503 error when full."""
+        self._admission._arrive(self._caller, size)
+        self._size += size

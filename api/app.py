@@ -17,10 +17,11 @@ from api import __version__
 from api.admission import Admission
 from api.auth import KeyMiddleware, KeyRing
 from api.engine.engine import Engine
-from api.errors import ServingError, unknown_route
+from api.errors import ServingError, unknown_route, wrong_method
 from api.faults import Faults
 from api.fetch import Fetcher
 from api.heartbeat import Heartbeat
+from api.linger import LingerMiddleware
 from api.metrics import Metrics
 from api.middleware import RequestMiddleware
 from api.routes import chat, models, ops, tokens
@@ -50,18 +51,22 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
         pools.close()
 
     # FastAPI's own documentation routes know nothing of bodies that the routes parse themselves; /openapi.json does.
-    app = FastAPI(title="GLM-4.6V-Flash-WEB", version=__version__, lifespan=lifespan, openapi_url=None)
+    # A path with a slash too many is told so: after a redirect some clients send a POST as a GET.
+    app = FastAPI(
+        title="GLM-4.6V-Flash-WEB", version=__version__, lifespan=lifespan, openapi_url=None, redirect_slashes=False
+    )
     app.state.services = Services(settings, engine, admission, metrics, Fetcher.of(settings), pools, heartbeat)
     for routes in (chat, tokens, models, ops):
         app.include_router(routes.router)
     app.add_exception_handler(ServingError, _serving_error)
     app.add_exception_handler(HTTPException, _http_error)
-    # The last one added is the outermost: a refused request gets its id and its log line too.
+    # The last one added is the outermost: a refused request gets its id and its log line too, before the lingering.
     app.add_middleware(KeyMiddleware, keys=keys)
     if origins := [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]:
         # Before the key: a browser asks without one whether it may send one.
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(RequestMiddleware, metrics=metrics)
+    app.add_middleware(LingerMiddleware)
     return app
 
 
@@ -78,6 +83,5 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     shaped = unknown_route(request.method, request.url.path)
     if error.status_code != 404:
-        shaped = ServingError(error.status_code, f"{request.method} {request.url.path}: {error.detail}.",
-                              "invalid_request_error", "method_not_allowed")  # fmt: skip
+        shaped = wrong_method(request.method, request.url.path, (error.headers or {}).get("Allow", "another method"))
     return JSONResponse(shaped.body(), shaped.status, error.headers)

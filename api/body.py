@@ -3,58 +3,55 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Executor
 from typing import TypeVar
 
 from starlette.requests import Request
 
-from api.admission import Admission
-from api.errors import ServingError, invalid, too_large, too_slow
+from api.errors import invalid, too_large, too_slow
+from api.services import Services, caller
 
 T = TypeVar("T")
 
-# A client that is refused early still sends; closing on it would replace the answer by a reset.
-LINGER_S = 10.0
-LINGER_BYTES = 256 * 2**20
 BODY_S = 60.0
+LARGE_BODY = 64 * 1024
 
 
 class ClientGone(Exception):
     """Nobody is there to be answered."""
 
 
-async def read_body(request: Request, limit: int, admission: Admission) -> bytes:
+async def read_body(request: Request, server: Services) -> bytes:
     """The body, which holds memory but no place while it comes in. Raises ServingError or ClientGone."""
+    limit = server.settings.max_body_bytes
     announced = request.headers.get("content-length", "")
     size = int(announced) if announced.isdigit() else 0
     body = bytearray()
     more = True
-    try:
-        async with asyncio.timeout(BODY_S):
-            while more and size <= limit:
-                chunk, more = await _next_chunk(request)
-                size = max(size, len(body) + len(chunk))
-                if size <= limit:
-                    admission.arrive(len(chunk))
-                    body += chunk
-    except TimeoutError:
-        raise too_slow(BODY_S) from None
-    except ServingError:  # there is no room for more
-        admission.arrive(-len(body))
-        body.clear()
-        await discard_body(request)
-        raise
-    finally:
-        admission.arrive(-len(body))
+    with server.admission.arriving(caller(request)) as arriving:
+        try:
+            async with asyncio.timeout(BODY_S):
+                while more and size <= limit:
+                    chunk, more = await _next_chunk(request)
+                    size = max(size, len(body) + len(chunk))
+                    if size <= limit:
+                        arriving.add(len(chunk))
+                        body += chunk
+        except TimeoutError:
+            raise too_slow(BODY_S) from None
     if size > limit:
-        body.clear()
-        if more:
-            await discard_body(request)
         raise too_large(f"The body must be <= {limit} bytes. Given: {size} or more", code="body_too_large")
     if not body:
         raise invalid("The body is empty; it must be a JSON object.", code="invalid_json")
     return bytes(body)
+
+
+async def parsed(parse: Callable[[bytes], T], body: bytes, pool: Executor) -> T:
+    """A large body beside the event loop."""
+    if len(body) <= LARGE_BODY:
+        return parse(body)
+    return await asyncio.get_running_loop().run_in_executor(pool, parse, body)
 
 
 async def _next_chunk(request: Request) -> tuple[bytes, bool]:
@@ -62,16 +59,6 @@ async def _next_chunk(request: Request) -> tuple[bytes, bool]:
     if message["type"] == "http.disconnect":
         raise ClientGone
     return message.get("body", b""), message.get("more_body", False)
-
-
-async def discard_body(request: Request) -> None:
-    """Read what is still to come, for a while, without keeping anything."""
-    left, more = LINGER_BYTES, True
-    with suppress(TimeoutError):
-        async with asyncio.timeout(LINGER_S):
-            while more and left > 0:
-                chunk, more = await _next_chunk(request)
-                left -= len(chunk)
 
 
 async def while_connected(request: Request, work: Awaitable[T]) -> T:

@@ -56,7 +56,14 @@ def unauthorized() -> ServingError:
 
 
 def unknown_route(method: str, path: str) -> ServingError:
-    return ServingError(404, f"There is no {method} {path}.", "invalid_request_error", "unknown_url")
+    return ServingError(
+        404, f"There is no {method} {path}; see GET /openapi.json.", "invalid_request_error", "unknown_url"
+    )
+
+
+def wrong_method(method: str, path: str, allowed: str) -> ServingError:
+    message = f"{path} takes {allowed}. Given: {method}"
+    return ServingError(405, message, "invalid_request_error", "method_not_allowed")
 
 
 def unknown_model(given: str, served: str) -> ServingError:
@@ -79,6 +86,11 @@ def too_many_tokens(limit: int, under_way: int, given: int) -> ServingError:
 
 def too_many_bytes(limit: int) -> ServingError:
     return unavailable(f"Too many requests are on their way in: <= {limit} bytes together.", "queue_full", 2)
+
+
+def too_many_bytes_of_key(limit: int) -> ServingError:
+    message = f"This key's requests that are still on their way in may hold <= {limit} bytes together."
+    return ServingError(429, message, "rate_limit_error", "arriving_limit_exceeded", retry_after_s=2)
 
 
 def too_many_in_a_minute(limit: int, wait_s: float) -> ServingError:

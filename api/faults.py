@@ -95,9 +95,6 @@ class _Haunted:
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._runner, name, value)
 
-    def is_fatal(self, error: BaseException) -> bool:
-        return isinstance(error, DeviceLost) or bool(self._runner.is_fatal(error))
-
     def failure(self, error: BaseException) -> Any:
         return "device" if isinstance(error, DeviceLost) else self._runner.failure(error)
 

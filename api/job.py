@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -61,6 +62,7 @@ class Job:
         self._log = log
         self._inbox = Inbox()
         self._grammars: list[MatcherGrammar | None] = []
+        self._wrote_at: dict[int, float] = {}  # when each choice had its last text
 
     def submit(self, samplings: list[Sampling], grammars: list[MatcherGrammar | None], salt: str) -> None:
         """Hand every choice to the engine, or none."""
@@ -78,13 +80,24 @@ class Job:
                 deadline_s=self._server.settings.request_timeout_s,
             )
             try:
-                self._server.engine.submit(request, lambda event, index=index: self._inbox.deliver(index, event))  # type: ignore[misc]
+                self._server.engine.submit(request, partial(self._deliver, index))
             except NotAccepting as error:
                 self.close()
                 raise not_accepting(error.state, self._server.engine.stats().progress, str(error)) from None
             except QueueFull:
                 self.close()
                 raise queue_full(self._server.settings.queue_size) from None
+
+        self._server.metrics.submitted(samplings[0].max_tokens, len(samplings), self._place.caller.probe)
+
+    def _deliver(self, index: int, event: Event) -> None:
+        """Called in the engine thread."""
+        if isinstance(event, Delta):
+            now, before = time.monotonic(), self._wrote_at.get(index)
+            self._wrote_at[index] = now
+            gap_s = None if before is None else now - before
+            self._server.metrics.wrote(event.tokens, self._server.engine.stats().steps, gap_s, self._place.caller.probe)
+        self._inbox.deliver(index, event)
 
     def close(self) -> None:
         """Free what the request holds, whatever became of it."""
@@ -167,7 +180,7 @@ async def start(request: Request, server: Services, chat: ChatRequest, place: Pl
     if chat.choices > 1:
         place.take(chat.choices - 1)
     began = time.monotonic()
-    loop, pool = asyncio.get_running_loop(), server.pools.preprocess
+    loop, pool = asyncio.get_running_loop(), server.pools.preprocess(place.caller)
     fetched = await while_connected(request, _fetch(server, chat))
     draft = await while_connected(
         request, loop.run_in_executor(pool, prompts.draft, chat, fetched, model, server.settings)

@@ -26,7 +26,7 @@ def set_up(level: str = "info") -> None:
     handler.setFormatter(LineFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(True)
-    for chatty in ("httpx", "httpcore", "PIL", "filelock", "torch", "uvicorn"):
+    for chatty in ("httpx", "httpcore", "urllib3", "PIL", "filelock", "torch", "uvicorn"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 

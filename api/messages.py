@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from api.validation import Strict, parse_json
@@ -35,7 +35,7 @@ Part = Annotated[
     ),
 ]
 Content = Annotated[
-    Annotated[str, Tag("#string")] | Annotated[list[Part], Tag("#list")],
+    Annotated[str, Tag("#string")] | Annotated[list[Part], Field(min_length=1), Tag("#list")],
     Discriminator(
         lambda content: {str: "#string", list: "#list"}.get(type(content)),
         custom_error_type="content",
@@ -48,11 +48,12 @@ class CalledFunction(Strict):
     name: str
     arguments: str
 
-    @model_validator(mode="after")
-    def _arguments_are_an_object(self) -> CalledFunction:
-        if not isinstance(parse_json(self.arguments), dict):
-            raise PydanticCustomError("arguments", "`arguments` must be a JSON object in a string")
-        return self
+    @field_validator("arguments")
+    @classmethod
+    def _is_an_object(cls, arguments: str) -> str:
+        if not isinstance(parse_json(arguments), dict):
+            raise PydanticCustomError("arguments", "must be a JSON object in a string")
+        return arguments
 
 
 class ToolCall(Strict):

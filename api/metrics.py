@@ -1,11 +1,13 @@
-"""What operators can measure, in Prometheus' form. Probe traffic is kept apart by the label `traffic`.
+"""What operators can measure, in Prometheus' form: vLLM's words after `glm_`. The label `traffic` keeps probes apart.
 
 Counters of the engine are read when they are asked for, so scraping costs the engine nothing.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
@@ -24,6 +26,8 @@ STATES = ("loading", "idle", "busy", "draining", "dead")
 _FIRST_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _TOKEN_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
 _WHOLE_S = (0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600)
+_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+_BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _STAGES = {
     "queue_s": ("request_queue_time_seconds", "Waiting for the engine."),
     "preprocess_s": (
@@ -45,14 +49,27 @@ class Metrics:
         self._tpot = self._histogram("request_time_per_output_token_seconds", "After the first one.", _TOKEN_S)
         self._e2e = self._histogram("e2e_request_latency_seconds", "From arrival to the last token.", _WHOLE_S)
         self._stages = {key: self._histogram(name, about, _FIRST_S) for key, (name, about) in _STAGES.items()}
+        self._inference = self._histogram(
+            "request_inference_time_seconds", "From the engine's start on a request to its last token.", _WHOLE_S
+        )
         self._vision = self._histogram(
             "request_vision_encode_time_seconds", "In the vision tower, where a picture was new.", _FIRST_S
         )
+        self._between = self._histogram(
+            "inter_token_latency_seconds", "Between one piece of an answer's text and the next.", _TOKEN_S
+        )
+        self._iteration = Histogram(
+            "glm_iteration_tokens_total", "Written in one step of the engine.", registry=self.registry, buckets=_BATCH
+        )
+        self._prompt_size = self._histogram("request_prompt_tokens", "Of one prompt, pictures included.", _TOKENS)
+        self._answer_size = self._histogram("request_generation_tokens", "Of one request's answers.", _TOKENS)
+        self._longest = self._histogram("request_params_max_tokens", "The longest answer allowed.", _TOKENS)
+        self._choices = self._histogram("request_params_n", "Answers asked for.", (1, 2, 4, 8))
         self._prompt = self._counter("prompt_tokens", "Tokens read, pictures included.", "traffic")
         self._cached = self._counter("prompt_tokens_cached", "Of those, found in the prefix cache.", "traffic")
         self._image_tokens = self._counter("image_tokens", "Of those, of pictures.", "traffic")
         self._images = self._counter("images", "Pictures taken.", "traffic")
-        self._generated = self._counter("generation_tokens", "Tokens written.", "traffic")
+        self._generated = self._counter("generation_tokens", "Tokens written, as they come.", "traffic")
         self._success = self._counter(
             "request_success", "Answers, by the reason of their end.", "finished_reason", "traffic"
         )
@@ -61,9 +78,25 @@ class Metrics:
             "admission_rejections", "Requests turned away before work.", "reason", "traffic"
         )
         self._http = self._counter("http_requests", "Every request.", "method", "route", "status")
+        self._step, self._written = 0, 0  # the last step that wrote, and its tokens
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
+
+    def submitted(self, longest: int, choices: int, probe: bool) -> None:
+        self._longest.labels(_traffic(probe)).observe(longest)
+        self._choices.labels(_traffic(probe)).observe(choices)
+
+    def wrote(self, tokens: int, step: int, gap_s: float | None, probe: bool) -> None:
+        """A piece of text came out of the engine's `step`; `gap_s` after the one before it. In the engine thread."""
+        self._generated.labels(_traffic(probe)).inc(tokens)
+        if gap_s is not None:
+            self._between.labels(_traffic(probe)).observe(gap_s)
+        if step != self._step and self._written:  # it is over: nothing more comes of it
+            self._iteration.observe(self._written)
+            self._written = 0
+        self._step = step
+        self._written += tokens
 
     def answered(self, body: dict[str, Any], images: int, probe: bool) -> None:
         """`body`: usage, timings and the reasons of the choices' ends."""
@@ -76,11 +109,13 @@ class Metrics:
             self._vision.labels(traffic).observe(timings["vision_s"])
         for key, histogram in self._stages.items():
             histogram.labels(traffic).observe(timings[key])
+        self._inference.labels(traffic).observe(timings["prefill_s"] + timings["decode_s"])
+        self._prompt_size.labels(traffic).observe(usage["prompt_tokens"])
+        self._answer_size.labels(traffic).observe(usage["completion_tokens"])
         self._prompt.labels(traffic).inc(usage["prompt_tokens"])
         self._cached.labels(traffic).inc(usage["prompt_tokens_details"]["cached_tokens"])
         self._image_tokens.labels(traffic).inc(usage["prompt_tokens_details"]["image_tokens"])
         self._images.labels(traffic).inc(images)
-        self._generated.labels(traffic).inc(usage["completion_tokens"])
         for reason in body["reasons"]:
             self._success.labels(reason, traffic).inc()
 
@@ -123,6 +158,11 @@ class _EngineCollector:
         build = GaugeMetricFamily("glm_build_info", "What runs.", labels=["version", "model_name"])
         build.add_metric([__version__, model.id if model else ""], 1)
         yield build
+        if model is not None:
+            sizes = {name: str(size) for name, size in asdict(model.capacity).items()}
+            cache = GaugeMetricFamily("glm_cache_config_info", "How the engine's memory is cut.", labels=list(sizes))
+            cache.add_metric(list(sizes.values()), 1)
+            yield cache
 
 
 def _gauges(stats: Stats, admission: Admission) -> list[tuple[str, str, float]]:
@@ -134,7 +174,7 @@ def _gauges(stats: Stats, admission: Admission) -> list[tuple[str, str, float]]:
         (
             "body_bytes_arriving",
             "Of request bodies on their way in, which hold no place yet.",
-            float(admission.arriving),
+            float(admission.arriving_bytes),
         ),
         ("num_tokens_admitted", "Of prompts and longest answers under way.", float(admission.tokens)),
         ("num_slots", "Requests the engine runs at once.", float(stats.slots)),
@@ -144,7 +184,8 @@ def _gauges(stats: Stats, admission: Admission) -> list[tuple[str, str, float]]:
         ("load_progress", "Of loading the model, 0 to 1.", stats.progress),
     ]
     if stats.last_step_age_s is not None:
-        gauges.append(("engine_last_step_age_seconds", "Since the last step ended.", stats.last_step_age_s))
+        ended_at = time.time() - stats.last_step_age_s
+        gauges.append(("engine_last_step_timestamp_seconds", "When the last step ended, in Unix time.", ended_at))
     return gauges
 
 

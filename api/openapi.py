@@ -28,7 +28,7 @@ _MEANINGS = {
 }
 
 
-def _responses(*statuses: int, **media: Any) -> dict[int | str, Any]:
+def _responses(*statuses: int) -> dict[int | str, Any]:
     error = {"application/json": {"schema": {"$ref": _REF.format(model="Error")}}}
     return {status: {"description": _MEANINGS[status], "content": error} for status in statuses}
 
@@ -61,8 +61,8 @@ _ids = {"type": "array", "items": _COUNT}
 CHAT = _route(ChatRequest, {**_COMPLETION, **_EVENTS}, 400, 404, 408, 413, 429, 503, 504)
 _RESPONSE = _json(id=_TEXT, object={"const": "response"}, status=_TEXT, output=_LIST)
 RESPONSE = _route(ResponseRequest, {**_RESPONSE, **_EVENTS}, 400, 404, 408, 413, 429, 503, 504)
-TOKENIZE = _route(TokenizeRequest, _json(tokens=_ids, count=_COUNT, max_model_len=_COUNT), 400, 404, 408, 413, 503)
-DETOKENIZE = _route(DetokenizeRequest, _json(prompt=_TEXT), 400, 404, 408, 413, 503)
+TOKENIZE = _route(TokenizeRequest, _json(tokens=_ids, count=_COUNT, max_model_len=_COUNT), 400, 404, 408, 413, 429, 503)
+DETOKENIZE = _route(DetokenizeRequest, _json(prompt=_TEXT), 400, 404, 408, 413, 429, 503)
 MODELS = _route(None, _json(object={"const": "list"}, data=_LIST), 503)
 MODEL = _route(None, _json(id=_TEXT, object={"const": "model"}), 404, 503)
 INFO = _route(None, {"application/json": {"schema": {"type": "object"}}}, 503)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from hashlib import sha256
 from typing import Any
 
@@ -16,6 +17,7 @@ from PIL import Image
 
 from api.engine.model import Model
 from api.engine.request import Picture
+from api.engine.tokens import Vocabulary
 from api.errors import ServingError, invalid
 from api.media import decode, is_remote, open_picture, read_data_url
 from api.mention import mentions
@@ -23,6 +25,8 @@ from api.messages import ImagePart, Message, TextPart, Tool
 from api.output import THINK, split_thinking
 from api.schemas import ChatRequest
 from settings import Settings
+
+SHORT_TOKEN = 8  # characters; texts of fewer for each token of the context are not looked at more closely
 
 
 @dataclass(frozen=True)
@@ -93,8 +97,12 @@ def _last_question(messages: list[Message]) -> str:
 def rendered_ids(messages: list[Message], tools: list[Tool], enable_thinking: bool, model: Model) -> list[int]:
     """The conversation in the chat template's words, one token for each picture."""
     vocabulary = model.vocabulary
-    shown = vocabulary.protect([_for_template(message) for message in messages])
-    callable_tools = vocabulary.protect([tool.model_dump(exclude_none=True) for tool in tools]) or None
+    said, callables = (
+        [_for_template(message) for message in messages],
+        [tool.model_dump(exclude_none=True) for tool in tools],
+    )
+    check_characters([_without_old_thoughts(said), callables], "messages", model)
+    shown, callable_tools = vocabulary.protect(said), vocabulary.protect(callables) or None
     try:
         rendered = model.template.render(shown, callable_tools, enable_thinking)
     except TemplateError as error:  # a template may refuse an order of roles
@@ -126,10 +134,6 @@ def finish(draft: Draft, model: Model) -> Prompt:
     if len(expanded) >= model.context_tokens:
         raise _too_long(len(expanded), model, "The prompt has")
     return Prompt(tuple(expanded), tuple(pictures), tuple(sizes), draft.starts_thinking, draft.asked_picture)
-
-
-def build(chat: ChatRequest, model: Model, settings: Settings, fetched: Mapping[str, bytes] | None = None) -> Prompt:
-    return finish(draft(chat, fetched or {}, model, settings), model)
 
 
 def _with_key(picture: Picture, image: Image.Image) -> Picture:
@@ -168,6 +172,38 @@ def _for_template(message: Message) -> dict[str, Any]:
     if message.tool_call_id:
         out["tool_call_id"] = message.tool_call_id
     return out
+
+
+def check_characters(value: Any, param: str, model: Model) -> None:
+    """Refuse at once what cannot fit the context even in the longest tokens; to count its tokens would take minutes."""
+    count = _characters(value)
+    if count <= SHORT_TOKEN * model.context_tokens:
+        return
+    most = longest_token(model.vocabulary) * model.context_tokens
+    if count > most:
+        message = (
+            f"`{param}` has {count} characters; <= {most} can fit {model.context_tokens} tokens, the context length."
+        )
+        raise invalid(message, param, "context_length_exceeded")
+
+
+def _without_old_thoughts(said: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A template may leave out what was thought before the last question."""
+    last = max((n for n, message in enumerate(said) if message["role"] == "user"), default=0)
+    return [{k: v for k, v in m.items() if n >= last or k != "reasoning_content"} for n, m in enumerate(said)]
+
+
+def _characters(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return sum(map(_characters, items))
+
+
+@lru_cache(maxsize=1)
+def longest_token(vocabulary: Vocabulary) -> int:
+    """Bytes of the longest token, and so the most characters that one can hold."""
+    return max(map(len, json.loads(vocabulary.definition())["model"]["vocab"]))
 
 
 def _too_long(tokens: int, model: Model, subject: str) -> ServingError:

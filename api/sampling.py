@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 
 from api.engine.grammar import GrammarCompiler, MatcherGrammar
 from api.engine.grammar_text import AnswerForm, CallableTool, GrammarError
@@ -16,6 +17,7 @@ from settings import Settings
 
 COMPILE_S = 10.0  # a large schema takes one second
 _SEEDS = 2**63
+_PLACE_IN_GRAMMAR = re.compile(r"^at \d+\(\d+\): failed to compile JSON schema: ")  # says nothing to a caller
 
 
 def answer_form(chat: ChatRequest, starts_thinking: bool) -> AnswerForm:
@@ -44,7 +46,8 @@ async def compile_grammars(server: Services, chat: ChatRequest, starts_thinking:
     try:
         return await asyncio.wait_for(work, COMPILE_S)
     except GrammarError as error:
-        raise invalid(f"`{param}` cannot be enforced: {error}", param, "unsupported_schema") from None
+        reason = _PLACE_IN_GRAMMAR.sub("", str(error))
+        raise invalid(f"`{param}` cannot be enforced: {reason}", param, "unsupported_schema") from None
     except TimeoutError:
         raise invalid(
             f"`{param}` is too complex: not compiled in {COMPILE_S:g} s.", param, "schema_too_complex"

@@ -29,12 +29,16 @@ class Pools:
     """Threads for what must not run on the event loop; apart, so that a slow stranger delays no picture at hand."""
 
     def __init__(self) -> None:
-        self.preprocess = ThreadPoolExecutor(PREPROCESS_THREADS, thread_name_prefix="preprocess")
+        self._preprocess = ThreadPoolExecutor(PREPROCESS_THREADS, thread_name_prefix="preprocess")
+        self._probe = ThreadPoolExecutor(1, thread_name_prefix="probe")  # it never queues behind users
         self.fetch = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="fetch")
         self.grammar = ThreadPoolExecutor(GRAMMAR_THREADS, thread_name_prefix="grammar")
 
+    def preprocess(self, caller: Caller) -> ThreadPoolExecutor:
+        return self._probe if caller.probe else self._preprocess
+
     def close(self) -> None:
-        for pool in (self.preprocess, self.fetch, self.grammar):
+        for pool in (self._preprocess, self._probe, self.fetch, self.grammar):
             pool.shutdown(wait=False, cancel_futures=True)
 
 

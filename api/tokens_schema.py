@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pydantic import Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 
+from api.errors import invalid
 from api.messages import Message, Tool
 from api.schemas import TemplateOptions
-from api.validation import Strict
+from api.validation import Strict, check, parse_object
 
 MAX_TOKENS = 1_000_000
 
@@ -22,13 +22,20 @@ class TokenizeRequest(Strict):
     chat_template_kwargs: TemplateOptions | None = None
     return_token_strs: bool = False
 
-    @model_validator(mode="after")
-    def _one_of_both(self) -> TokenizeRequest:
-        if (self.prompt is None) == (self.messages is None):
-            raise PydanticCustomError("prompt", "must be given, or `messages`, and not both")
-        return self
+
+def parse_tokenize(body: bytes) -> TokenizeRequest:
+    """Raises the 400 error that names the first field that is wrong."""
+    wanted = check(TokenizeRequest, parse_object(body))
+    if (wanted.prompt is None) == (wanted.messages is None):
+        raise invalid("`prompt` or `messages` must be given, and not both.", "prompt")
+    return wanted
 
 
 class DetokenizeRequest(Strict):
     model: str | None = None
     tokens: list[int] = Field(max_length=MAX_TOKENS)
+
+
+def parse_detokenize(body: bytes) -> DetokenizeRequest:
+    """Raises the 400 error that names the first field that is wrong."""
+    return check(DetokenizeRequest, parse_object(body))

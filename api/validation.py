@@ -22,25 +22,42 @@ class Strict(BaseModel):
 Checked = TypeVar("Checked", bound=BaseModel)
 
 
-def parse_object(body: bytes | str) -> dict[str, Any]:
+def parse_object(body: bytes) -> dict[str, Any]:
     """Raises the 400 error for anything but a JSON object."""
-    data = parse_json(body)
+    try:
+        data = json.loads(body)
+        _refuse_half_characters(body, data)
+    except json.JSONDecodeError as error:
+        raise _no_object(f"It is not JSON: {error.msg} at character {error.pos}.") from None
+    except UnicodeError:
+        raise _no_object("It is not whole Unicode characters in UTF-8.") from None
+    except (ValueError, RecursionError):  # a number of thousands of digits, thousands of brackets
+        raise _no_object("It is not JSON that can be read.") from None
     if not isinstance(data, dict):
-        raise invalid("The body must be a JSON object of whole Unicode characters.", code="invalid_json")
+        raise _no_object(f"Given: {shown(data)}")
     if (name := too_deep(data)) is not None:
         raise invalid(f"`{name}` must have <= {MAX_DEPTH} levels of lists and objects.", name, "too_deep")
     return data
 
 
-def parse_json(text: str | bytes) -> Any:
-    """The value, or None if it is not JSON or has half a character (a lone surrogate) in it."""
+def _no_object(why: str) -> ServingError:
+    return invalid(f"The body must be a JSON object. {why}", code="invalid_json")
+
+
+def parse_json(text: str) -> Any:
+    """The value, or None if it is not JSON or has half a character in it."""
     try:
         value = json.loads(text)
-        if "\\u" in text if isinstance(text, str) else b"\\u" in text:
-            json.dumps(value, ensure_ascii=False).encode()
+        _refuse_half_characters(text, value)
         return value
     except (ValueError, RecursionError):
         return None
+
+
+def _refuse_half_characters(text: str | bytes, value: Any) -> None:
+    """Raises UnicodeError: JSON can escape a lone surrogate, which no text may hold."""
+    if "\\u" in text if isinstance(text, str) else b"\\u" in text:
+        json.dumps(value, ensure_ascii=False).encode()
 
 
 def too_deep(data: dict[str, Any]) -> str | None:

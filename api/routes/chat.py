@@ -5,20 +5,19 @@ Every request that is accepted here ends in exactly one of: completion, error bo
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from api.body import discard_body, read_body, while_connected
+from api.body import ClientGone, parsed, read_body, while_connected
 from api.completion import Completion
 from api.errors import ServingError, not_accepting
 from api.job import start
 from api.openapi import CHAT, RESPONSE
+from api.response_words import ResponseWords
 from api.responses import Translation
 from api.schemas import ChatRequest, parse_chat
 from api.services import Services, caller, services
@@ -26,8 +25,6 @@ from api.sse import StreamedAnswer
 from api.words import ChatWords, Words
 
 router = APIRouter()
-
-LARGE_BODY = 64 * 1024  # parsed beside the event loop
 
 
 @router.post("/v1/chat/completions", **CHAT)
@@ -43,7 +40,7 @@ def _chat_words(chat: ChatRequest, completion: Completion) -> Words:
 async def create_response(request: Request) -> Response:
     translation = Translation()
     try:
-        return await answered(request, translation.parse, translation.words)
+        return await answered(request, translation.parse, lambda _, made: ResponseWords(translation.asked, made))
     except ServingError as error:
         raise translation.renamed(error) from None
 
@@ -54,16 +51,12 @@ async def answered(
     """The one path of every question; other wire formats bring their own `parse` and `words`."""
     arrived_at = time.monotonic()
     server = services(request)
-    try:
-        _check_open(server)
-        server.admission.check(caller(request))
-    except ServingError:
-        await discard_body(request)
-        raise
-    body = await read_body(request, server.settings.max_body_bytes, server.admission)
+    _check_open(server)
+    server.admission.check(caller(request))  # before the body: whoever is refused need not send it
+    body = await read_body(request, server)
     place = server.admission.enter(caller(request))
     try:
-        chat = await _parsed(parse, body, server.pools.preprocess)
+        chat = await parsed(parse, body, server.pools.preprocess(place.caller))
         job = await start(request, server, chat, place, arrived_at)
     except BaseException:
         place.close()
@@ -72,6 +65,9 @@ async def answered(
         return StreamedAnswer(request, job, words(chat, job.completion))
     try:
         return JSONResponse(await while_connected(request, job.whole(words(chat, job.completion))))
+    except ClientGone:
+        job.note("client_gone")
+        raise
     finally:
         job.close()
 
@@ -80,9 +76,3 @@ def _check_open(server: Services) -> None:
     stats = server.engine.stats()
     if stats.state in ("loading", "draining", "dead"):
         raise not_accepting(stats.state, stats.progress, stats.reason)
-
-
-async def _parsed(parse: Callable[[bytes], ChatRequest], body: bytes, pool: Executor) -> ChatRequest:
-    if len(body) <= LARGE_BODY:
-        return parse(body)
-    return await asyncio.get_running_loop().run_in_executor(pool, parse, body)

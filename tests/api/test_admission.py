@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import pytest
 
-from api.admission import LARGEST_BODIES, PROBES, Admission
+from api.admission import LARGEST_BODIES, LARGEST_BODIES_OF_KEY, PROBES, Admission
 from api.auth import Caller
 from api.errors import ServingError
 from settings import Settings
@@ -122,10 +124,32 @@ def test_looking_takes_no_place_and_counts_for_no_rate() -> None:
 
 def test_the_bytes_of_bodies_on_their_way_are_limited_together() -> None:
     admission = Admission(Settings(max_body_bytes=100))
-    admission.arrive(LARGEST_BODIES * 100)
+    with ExitStack() as stack:
+        for name in ("ann", "ben"):
+            stack.enter_context(admission.arriving(Caller(name))).add(LARGEST_BODIES * 50)
 
-    error = refusal(lambda: admission.arrive(1))
+        error = refusal(lambda: admission.arriving(Caller("cid")).add(1))
 
-    assert (error.status, error.code) == (503, "queue_full") and "<= 400 bytes" in error.message
-    admission.arrive(-100)
-    admission.arrive(100)
+        assert (error.status, error.code) == (503, "queue_full") and "<= 400 bytes" in error.message
+        with admission.arriving(PROBE) as probe:
+            probe.add(10)
+            assert admission.arriving_bytes == 410
+    assert admission.arriving_bytes == 0
+    with admission.arriving(ANN) as body:
+        body.add(100)
+
+
+def test_one_keys_arriving_bodies_keep_nobody_else_out() -> None:
+    admission = Admission(Settings(max_body_bytes=100))
+    with admission.arriving(ANN) as first, admission.arriving(ANN) as second:
+        first.add(LARGEST_BODIES_OF_KEY * 100 - 1)
+        second.add(1)
+
+        error = refusal(lambda: second.add(1))
+
+        assert (error.status, error.code) == (429, "arriving_limit_exceeded") and "<= 200 bytes" in error.message
+        with admission.arriving(BEN) as other:
+            other.add(100)
+    with admission.arriving(ANN) as again:
+        again.add(100)
+    assert admission.arriving_bytes == 0

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hmac
+import threading
 from hashlib import sha256
 
 import pytest
 from fastapi.routing import APIRoute
-from served import KEY, chat_body
+from served import KEY, chat_body, picture_part, text_part
 from starlette.datastructures import Headers
 
 from api.auth import OPEN_PATHS, Caller, KeyRing
@@ -149,6 +150,20 @@ def test_a_probe_is_answered_while_users_fill_the_queue(serve) -> None:
     assert (refused.status_code, answered.status_code) == (503, 200)
     for place in users:
         place.close()
+
+
+def test_a_probe_with_a_picture_is_answered_while_users_pictures_keep_the_threads_busy(serve) -> None:
+    served = serve(probe_token="pt")
+    users, done = served.app.state.services.pools.preprocess(Caller("ann")), threading.Event()
+    for _ in range(10):
+        users.submit(done.wait, 60)
+
+    question = chat_body([picture_part(), text_part("hi")])
+    answered = served.client.post("/v1/chat/completions", json=question, headers={"x-glm-probe": "pt"})
+
+    assert answered.json()["choices"][0]["message"]["content"] == "I see 1 pictures. hi"
+    assert users._work_queue.qsize() > 0  # they wait still
+    done.set()
 
 
 def test_pages_of_other_origins_may_call_only_if_configured(serve) -> None:

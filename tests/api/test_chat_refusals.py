@@ -40,6 +40,17 @@ def test_a_prompt_longer_than_the_context_says_both_numbers(serve) -> None:
     assert "205 tokens" in error["message"] and "100" in error["message"]
 
 
+def test_a_text_far_longer_than_the_context_is_refused_before_its_tokens_are_counted(serve) -> None:
+    served = serve(context_tokens=100)
+    encoded = []
+    served.model.vocabulary.encode = encoded.append
+
+    error = error_of(served.chat("x" * 1_000_000), 400)
+
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "messages") and encoded == []
+    assert "100000" in error["message"] and "100 tokens" in error["message"]
+
+
 def test_pictures_longer_than_the_context_are_refused_before_they_are_decoded(serve) -> None:
     served = serve(context_tokens=100)
     processed = []

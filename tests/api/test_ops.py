@@ -108,6 +108,9 @@ def test_an_unknown_route_and_a_wrong_method_have_the_shape_of_openai(serve) -> 
 
     assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "unknown_url")
     assert (wrong.status_code, wrong.json()["error"]["code"]) == (405, "method_not_allowed")
+    assert wrong.json()["error"]["message"] == "/v1/chat/completions takes POST. Given: GET"
+    for path in ("/v1/chat/completions/", "/health/"):  # no redirect: a POST would come back as a GET
+        assert client.post(path, json={}, follow_redirects=False).status_code == 404
 
 
 def test_every_answer_has_a_request_id_and_a_clients_own_is_kept(serve) -> None:

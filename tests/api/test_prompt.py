@@ -13,7 +13,8 @@ from served import picture_part, text_part
 
 from api.engine.fake import fake_model
 from api.engine.model import Model
-from api.prompt import Prompt, build
+from api.errors import ServingError
+from api.prompt import Prompt, draft, finish
 from api.schemas import parse_chat
 from settings import Settings
 
@@ -39,7 +40,8 @@ def model() -> Model:
 
 
 def prompt_of(model: Model, messages: list[dict[str, Any]], **fields: Any) -> Prompt:
-    return build(parse_chat(json.dumps({"messages": messages, **fields}).encode()), model, Settings())
+    chat = parse_chat(json.dumps({"messages": messages, **fields}).encode())
+    return finish(draft(chat, {}, model, Settings()), model)
 
 
 def readable(model: Model, prompt: Prompt) -> str:
@@ -99,6 +101,16 @@ def test_thoughts_of_earlier_turns_are_left_out_and_of_this_turn_kept(model: Mod
 
     assert "old" not in text and "«think»«/think»\nfirst" in text
     assert "«think»new«/think»" in text
+
+
+def test_old_thoughts_may_be_as_long_as_they_are_and_new_ones_must_fit(model: Model) -> None:
+    thoughts = {"role": "assistant", "content": "first", "reasoning_content": "x" * 1_000_000}
+    question = {"role": "user", "content": "two"}
+
+    assert len(prompt_of(model, [question, thoughts, question]).ids) < 60
+    with pytest.raises(ServingError, match=r"characters; <= .* can fit 4096 tokens") as caught:
+        prompt_of(model, [question, thoughts, {"role": "tool", "content": "3"}])
+    assert caught.value.code == "context_length_exceeded"
 
 
 def test_thinking_off_adds_the_empty_thought(model: Model) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 from served import KEY, chat_body, sse_data
-from server_process import ROOT, WAIT_S, Server
+from server_process import HEADERS, ROOT, WAIT_S, Server
 
 from api.server import DEVICE_LOST
 
@@ -45,6 +45,8 @@ def test_a_client_that_leaves_a_plain_request_stops_the_work_within_a_second(sta
 
     assert time.monotonic() - left < 5
     server.until_logged("status=499")
+    metrics = httpx.get(f"{server.url}/metrics", headers=HEADERS, timeout=WAIT_S).text
+    assert 'glm_request_failure_total{reason="client_gone",traffic="user"} 1.0' in metrics
 
 
 def test_a_client_that_leaves_while_it_waits_frees_its_place(start) -> None:

@@ -103,9 +103,10 @@ def content(*parts: Any) -> dict[str, Any]:
             {"messages": [{"role": "system", "content": [{"type": "image_url", "image_url": {"url": "u"}}]}]},
             "messages[0]", "pictures belong to",
         ),
+        ({"messages": [{"role": "user", "content": []}]}, "messages[0].content", ">= 1 items. Given: 0"),
         (
             {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[]"}}]}]},
-            "messages[0].tool_calls[0].function", "`arguments` must be a JSON object",
+            "messages[0].tool_calls[0].function.arguments", "must be a JSON object in a string",
         ),
     ],
 )  # fmt: skip
@@ -116,12 +117,18 @@ def test_a_wrong_field_is_named_with_what_is_allowed(fields: dict[str, Any], par
     assert message in error.message
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'"x"', b"[" * 100_000, b"\xff\xfe"])
-def test_what_is_no_json_object_is_refused(body: bytes) -> None:
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [(b"", "at character 0"), (b'{"a" 1}', "Expecting ':' delimiter at character 5"), (b"[]", "Given: []"),
+     (b"null", "Given: null"), (b'"x"', 'Given: "x"'), (b"[" * 100_000, "not JSON that can be read"),
+     (b'{"a": ' + b"9" * 5000 + b"}", "not JSON that can be read"), (b"{\xff\xfe}", "UTF-8")],
+)  # fmt: skip
+def test_what_is_no_json_object_is_refused_with_the_reason(body: bytes, words: str) -> None:
     with pytest.raises(ServingError) as caught:
         parse_chat(body)
 
     assert (caught.value.status, caught.value.code) == (400, "invalid_json")
+    assert words in caught.value.message and len(caught.value.message) < 150
 
 
 @pytest.mark.parametrize("shape", ["[%s]", '{"a": %s}'])
@@ -141,7 +148,7 @@ def test_half_a_character_is_refused() -> None:
     assert "whole Unicode characters" in caught.value.message
 
     arguments = {"function": {"name": "f", "arguments": '{"a": "\\ud83d"}'}}
-    assert "`arguments`" in refusal(messages=[{"role": "assistant", "tool_calls": [arguments]}]).message
+    assert "function.arguments`" in refusal(messages=[{"role": "assistant", "tool_calls": [arguments]}]).message
 
 
 def test_an_escaped_pair_is_one_character() -> None:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from api.completion import Choice, Completion
+from api.engine.detokenizer import Detokenizer
 from api.engine.fake import fake_model
 from api.engine.request import Delta, Done, FinishReason, TokenLogprob
+from api.engine.tokens import Vocabulary
 from api.output import OutputParser
 from api.prompt import Prompt
 
+ROOT = Path(__file__).resolve().parents[2]
 TOOLS = {
     "count": {"properties": {"color": {"type": "string"}, "limit": {"type": "integer"}, "deep": {"type": "object"}}},
     "look": {},
@@ -103,6 +109,24 @@ def test_every_cut_says_the_same(text: str, places: list[int], reason: FinishRea
         choice = run(pieces, reason, literal)[1]["choices"][0]
         assert choice["message"] == whole["message"]
         assert choice["finish_reason"] == whole["finish_reason"]
+
+
+@pytest.mark.parametrize("text", [*WHOLE, "红😀 <think>想</think>第二张图 <|begin_of_box|>蓝色<|end_of_box|>é"])
+def test_true_tokens_and_every_cut_of_the_bytes_say_the_same(text: str) -> None:
+    """As the demo model's own tokens bring it, and cut in two anywhere, in the midst of a character too."""
+    vocabulary = Vocabulary(Tokenizer.from_file(str(ROOT / "models" / "shapes" / "tokenizer.json")))
+    ids, data = vocabulary.encode(text), text.encode()
+    tokens = [vocabulary.token_bytes(token) for token in ids]
+    assert b"".join(tokens) == data and len(tokens) > 3
+    cuts = [tokens, [data[n : n + 1] for n in range(len(data))], *([data[:n], data[n:]] for n in range(len(data)))]
+    whole = run([text], FinishReason.STOP, literal=False)[1]["choices"][0]
+
+    for pieces in cuts:
+        detokenizer = Detokenizer(())
+        told_pieces = [detokenizer.feed(piece) for piece in pieces]
+        chunks, body = run([*told_pieces, detokenizer.finish()], FinishReason.STOP, literal=False)
+        assert body["choices"][0]["message"] == whole["message"]
+        assert told(joined(chunks)["message"]) == told(whole["message"])
 
 
 @FAST

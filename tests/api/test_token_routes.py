@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from served import picture_part, text_part
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def samples(served: Any) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -50,8 +54,10 @@ def test_a_conversation_is_counted_as_the_engine_counts_it(serve) -> None:
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [
-        ("/tokenize", {}, ""),
-        ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "b"}]}, ""),
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "b"}]}, "prompt"),
+        ("/tokenize", {"prompt": "x" * 4_000_000}, "prompt"),
+        ("/tokenize", {"messages": [{"role": "user", "content": "x" * 4_000_000}]}, "messages"),
         ("/tokenize", {"prompt": 1}, "prompt"),
         ("/tokenize", {"prompt": "a", "add_special_tokens": True}, "add_special_tokens"),
         ("/detokenize", {"tokens": [99999]}, "tokens[0]"),
@@ -83,12 +89,56 @@ def test_an_answer_is_counted_in_tokens_times_and_reasons(serve) -> None:
     assert of(found, "image_tokens_total", traffic="user") == usage["prompt_tokens_details"]["image_tokens"] > 0
     assert of(found, "images_total", traffic="user") == 1
     for name in ("time_to_first_token", "e2e_request_latency", "request_queue_time", "request_preprocess_time",
-                 "request_prefill_time", "request_decode_time"):  # fmt: skip
+                 "request_prefill_time", "request_decode_time", "request_inference_time"):  # fmt: skip
         assert of(found, f"{name}_seconds_count", traffic="user") == 2, name
     assert of(found, "request_time_per_output_token_seconds_count", traffic="user") == 2
     assert of(found, "engine_steps_total") > 2 and of(found, "engine_state", state="idle") == 1
     assert of(found, "build_info", version="0.1.0", model_name="fake") == 1
     assert of(found, "num_requests_running") == of(found, "num_requests_waiting") == 0
+
+
+def test_what_is_asked_and_written_is_measured_as_it_comes(serve) -> None:
+    served = serve(token_s=0.01)
+    answer = served.chat("hi", n=2, max_tokens=7).json()
+
+    found = samples(served)
+
+    assert answer["usage"]["completion_tokens"] == 14
+    for name, total in (("request_params_max_tokens", 7), ("request_params_n", 2), ("request_generation_tokens", 14),
+                        ("request_prompt_tokens", answer["usage"]["prompt_tokens"])):  # fmt: skip
+        assert (of(found, f"{name}_count", traffic="user"), of(found, f"{name}_sum", traffic="user")) == (1, total)
+    # One token is one piece of text here; the first of each choice comes after nothing.
+    assert of(found, "inter_token_latency_seconds_count", traffic="user") == 12
+    assert 12 * 0.01 <= of(found, "inter_token_latency_seconds_sum", traffic="user") < 30
+    assert of(found, "inter_token_latency_seconds_bucket", traffic="user", le="0.005") == 0
+    assert time.time() - 60 < of(found, "engine_last_step_timestamp_seconds") <= time.time()
+    assert of(found, "cache_config_info", slots="1", pages="512", page_tokens="16", chunk_tokens="4096",
+              picture_cache_bytes="1000") == 1  # fmt: skip
+
+
+def test_the_tokens_of_one_step_are_told(serve) -> None:
+    """One slot writes one token in a step, four slots four; the last step is known to be over when another comes."""
+    for slots in (1, 4):
+        served = serve(slots=slots)
+        served.chat("hi", n=slots, max_tokens=9)
+
+        found = samples(served)
+
+        steps, tokens = (of(found, f"iteration_tokens_total_{what}") for what in ("count", "sum"))
+        assert 9 * slots - slots <= tokens < 9 * slots
+        assert tokens / steps == pytest.approx(slots, rel=0.25)
+
+
+def test_an_answer_that_nobody_waits_for_is_counted_as_far_as_it_came(serve) -> None:
+    served = serve()
+    served.chat("FAIL")
+    served.chat("hi", max_tokens=2)
+
+    found = samples(served)
+
+    assert of(found, "generation_tokens_total", traffic="user") == 2
+    assert of(found, "request_params_n_count", traffic="user") == 2
+    assert of(found, "request_generation_tokens_count", traffic="user") == 1
 
 
 def test_probes_are_counted_apart(serve) -> None:
@@ -124,3 +174,14 @@ def test_names_keep_to_the_customs(serve) -> None:
     own = {name for name in names if not name.startswith(("process_", "python_"))}
     assert own and all(re.fullmatch(r"glm_[a-z0-9_]+", name) for name in own)
     assert {"glm_prefix_cache_hits_total", "glm_mm_cache_hits_total", "glm_kv_cache_usage_perc"} <= own
+
+
+def test_the_page_lists_the_metrics_that_there_are(serve) -> None:
+    served = serve()
+    served.chat("hi")
+    text = served.client.get("/metrics").text
+    page = (ROOT / "docs" / "api.md").read_text("utf-8").split("## `GET /metrics`")[1].split("\n## ")[0]
+    rows = "\n".join(line for line in page.splitlines() if line.startswith("| `"))
+
+    there = set(re.findall(r"^# TYPE glm_(\S+) ", text, re.MULTILINE))
+    assert there == set(re.findall(r"`([a-z0-9_]+)(?:{[a-z_,]+})?`", rows))
