@@ -96,7 +96,7 @@ class Job:
             now, before = time.monotonic(), self._wrote_at.get(index)
             self._wrote_at[index] = now
             gap_s = None if before is None else now - before
-            self._server.metrics.wrote(event.tokens, self._server.engine.stats().steps, gap_s, self._place.caller.probe)
+            self._server.metrics.wrote(event.tokens, self._server.engine.steps, gap_s, self._place.caller.probe)
         self._inbox.deliver(index, event)
 
     def close(self) -> None:

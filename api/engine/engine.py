@@ -73,6 +73,11 @@ class Engine:
         """The model once it is loaded."""
         return self._model
 
+    @property
+    def steps(self) -> int:
+        """How many it has made; one late does no harm."""
+        return self._steps
+
     def submit(self, request: Request, deliver: Callable[[Event], None]) -> None:
         """Queue a request. `deliver` is called in the engine thread, last with Done or Failed.
 
@@ -112,18 +117,7 @@ class Engine:
     def in_flight(self) -> list[dict[str, Any]]:
         """How far each request is, without a word of it. Takes no lock: it is asked when the engine may hang in one."""
         now = time.monotonic()
-        return [
-            {
-                "id": sequence.request.id,
-                "age_s": round(now - sequence.submitted_at, 1),
-                "running": sequence.slot is not None,
-                "prompt_tokens": len(sequence.request.prompt_ids),
-                "pictures": len(sequence.request.pictures),
-                "computed_tokens": sequence.computed,
-                "answer_tokens": len(sequence.output_ids),
-            }
-            for sequence in self._scheduler.sequences()
-        ]
+        return [sequence.facts(now) for sequence in self._scheduler.sequences()]
 
     def drain(self, deadline_s: float) -> bool:
         """Take nothing new, let the rest finish; what runs past the deadline fails. True if all finished."""

@@ -85,6 +85,18 @@ class Sequence:
         limit = self.request.deadline_s
         return limit is not None and now - self.submitted_at > limit
 
+    def facts(self, now: float) -> dict[str, Any]:
+        """How far it is, without a word of it."""
+        return {
+            "id": self.request.id,
+            "age_s": round(now - self.submitted_at, 1),
+            "running": self.slot is not None,
+            "prompt_tokens": len(self.request.prompt_ids),
+            "pictures": len(self.request.pictures),
+            "computed_tokens": self.computed,
+            "answer_tokens": len(self.output_ids),
+        }
+
     def done(self, reason: FinishReason) -> Done:
         now = time.monotonic()
         started = self.started_at or now
