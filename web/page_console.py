@@ -36,7 +36,7 @@ ICONS = {
     "starting": ":material/hourglass_top:", "down": ":material/error:", "unknown": ":material/help:",
     "none": ":material/sensors_off:",
 }  # fmt: skip
-FIGURES_IN_A_ROW = 5
+FIGURES_IN_A_ROW = 3
 SHOWN_INCIDENTS = 20
 EVIDENCE_BYTES = 64 * 1024
 
@@ -54,6 +54,9 @@ def show(client: ApiClient, settings: Settings, words: Words) -> None:
 @st.fragment(run_every=REFRESH_S)
 def _live(client: ApiClient, settings: Settings, words: Words, zone: tzinfo) -> None:
     now = time.time()
+    asked = st.session_state.pop("asked", None)
+    if asked:
+        _history.clear()  # so that who asked sees the request at once
     try:
         history = _history(str(settings.log_dir))
     except NoHistory:
@@ -62,7 +65,7 @@ def _live(client: ApiClient, settings: Settings, words: Words, zone: tzinfo) -> 
     info, metrics = _info(client.base_url, client), _metrics(client.base_url, client)
     what = console_history.present(history.runs, history.flips, now, settings.check_period_s)
     _show_sentence(what, {**info, **live}, history.report, words, zone, now)
-    if asked := st.session_state.pop("asked", None):
+    if asked:
         st.success(asked, icon=":material/outgoing_mail:")
     if not history.runs and not history.hours:
         st.info(words("console.no_history"), icon=":material/schedule:")

@@ -10,6 +10,7 @@ import json
 import re
 import time
 from contextlib import ExitStack, closing
+from pathlib import Path
 
 import pytest
 from browsing import KEY, PATIENCE_MS, TOKEN, add_picture, ask, last_answer, png
@@ -289,19 +290,26 @@ def test_a_pasted_picture_is_attached(fake_page: Page, fake_api: FakeApi) -> Non
     assert image["type"] == "image_url"
 
 
-def test_a_dropped_picture_reaches_the_model(demo_page: Page) -> None:
+def test_a_dropped_picture_reaches_the_model(demo_page: Page, tmp_path: Path) -> None:
+    file = tmp_path / "dropped.png"
+    file.write_bytes(png(("green", "star"), seed=SEED))
     box = demo_page.get_by_test_id("stChatInput")
     expect(box).to_be_visible(timeout=PATIENCE_MS)
-    held = demo_page.evaluate_handle(
-        "bytes => {const held = new DataTransfer();"
-        " held.items.add(new File([new Uint8Array(bytes)], 'dropped.png', {type: 'image/png'})); return held}",
-        list(png(("green", "star"), seed=SEED)),
-    )
-    for event in ("dragenter", "dragover"):
-        box.dispatch_event(event, {"dataTransfer": held})
-    cover = demo_page.get_by_text("Drag and drop files here")
-    expect(cover).to_be_visible(timeout=SOON_MS)
-    cover.dispatch_event("drop", {"dataTransfer": held})
+    box.scroll_into_view_if_needed()
+    place = box.bounding_box() or {}
+    devtools = demo_page.context.new_cdp_session(demo_page)
+
+    def drag(kind: str) -> None:
+        """As the operating system would: Chromium itself finds what lies under the pointer."""
+        where = {"x": place["x"] + place["width"] / 2, "y": place["y"] + place["height"] / 2}
+        data = {"items": [], "files": [str(file)], "dragOperationsMask": 1}
+        devtools.send("Input.dispatchDragEvent", {"type": kind, **where, "data": data})
+
+    drag("dragEnter")
+    drag("dragOver")
+    expect(demo_page.get_by_text("Drag and drop files here")).to_be_visible(timeout=SOON_MS)
+    drag("dragOver")
+    drag("drop")
     expect(box.get_by_text("dropped.png")).to_be_visible(timeout=SOON_MS)
     ask(demo_page, "What color is the star?")
 
@@ -313,7 +321,7 @@ def test_a_question_is_asked_and_stopped_with_the_keyboard_alone(fake_page: Page
     expect(fake_page.get_by_role("button", name="What color is the star?")).to_be_visible(timeout=PATIENCE_MS)
 
     def walk_to(name: str) -> None:
-        focused = "document.activeElement.innerText || document.activeElement.ariaLabel || ''"
+        focused = "document.activeElement.tagName === 'BUTTON' ? document.activeElement.innerText : ''"
         for _ in range(60):
             fake_page.keyboard.press("Tab")
             if name in fake_page.evaluate(focused):
