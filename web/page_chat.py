@@ -24,7 +24,7 @@ from web.client import ApiClient, ApiError, Info
 from web.controls import Wishes, show_language, show_wishes
 from web.conversation import Answer, Conversation, ToolResult, Turn
 from web.heading import show_heading
-from web.live_answer import LiveAnswer
+from web.live_answer import LiveAnswer, redraw_when_stopped
 from web.my_chats import MyChats
 from web.pictures import Picture, PictureError
 from web.safe_text import plain
@@ -34,7 +34,6 @@ from web.turns_view import MODEL, USER, show_answer, show_question
 
 SAMPLE_WIDTH = 164  # four beside each other on a desk, two on a phone
 INFO_FRESH_S = 20
-STOP_CHECK_S = 0.5  # how soon an answer that was stopped is shown so
 MAX_TURNS = 100  # in one chat: each is drawn again at every click
 AILING = ("down", "silent", "unavailable", "draining")  # failures whose cause the console shows
 
@@ -367,7 +366,7 @@ class _Page:
             live = LiveAnswer(turn.answer, self._words)
             # The input box has a stop button too, but not for a click on a sample, nor in the reader's language.
             st.button(self._words("live.stop"), icon=":material/stop_circle:", key="stop")
-        _notice_stop(turn, _FirstCall())
+        redraw_when_stopped(turn.answer)
         try:
             with AnswerStream(self._client, self._body(conversation, wishes)) as stream:
                 for batch in stream.batches():
@@ -398,20 +397,3 @@ class _Page:
             messages.insert(0, {"role": "system", "content": wishes.system})
         body: dict[str, Any] = {"messages": messages, **wishes.as_body()}
         return {"model": self._info.model, **body} if self._info.model else body
-
-
-@dataclass
-class _FirstCall:
-    value: bool = True
-
-
-@st.fragment(run_every=STOP_CHECK_S)
-def _notice_stop(turn: Turn, first: _FirstCall) -> None:
-    """Draw a stopped answer at rest. A stopped run cannot draw any more, and nothing runs after it: only this clock,
-    which does not tick while a run goes on. So if it ticks, the run has ended, and if it did not end by itself,
-    it was stopped."""
-    if first.value:
-        first.value = False
-    else:
-        turn.answer.stop(time.monotonic())
-        st.rerun()

@@ -13,7 +13,6 @@ from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import streamlit as st
-from pydantic import SecretStr
 
 from settings import Settings
 from web import api_metrics, console_history, console_store, log_tail, right_sizing
@@ -24,6 +23,7 @@ from web.console_history import Bar, Now, Point
 from web.console_store import DAY_S, History, NoHistory
 from web.operator_actions import show_actions
 from web.safe_text import plain
+from web.settings_view import show_settings
 from web.strings import TABLE, Words
 
 REFRESH_S = 10
@@ -48,7 +48,7 @@ def show(client: ApiClient, settings: Settings, words: Words) -> None:
     token = settings.operator_token.get_secret_value() if settings.operator_token else ""
     show_actions(token, settings.log_dir, _model(client), words)
     _show_log(settings, words)
-    _show_settings(client, settings, words)
+    show_settings(_info(client.base_url, client), settings, words)
 
 
 @st.fragment(run_every=REFRESH_S)
@@ -195,10 +195,9 @@ def _show_figures(history: History, live: dict[str, Any], metrics: ApiMetrics, w
         figures.append((words("figure.kv"), f"{100 * metrics.kv_used:.0f} %", reused))
     figures.append(_gpu_figure(history.report, words))
     figures.append((words("figure.failed"), str(console_history.failed_checks(history.runs, now - 3600)), None))
-    rows = -(-len(figures) // FIGURES_IN_A_ROW)
-    for row in range(rows):
-        with st.container(horizontal=True):  # on a phone two beside each other
-            for label, value, help in figures[row * len(figures) // rows : (row + 1) * len(figures) // rows]:
+    for left in range(0, len(figures), FIGURES_IN_A_ROW):
+        with st.container(horizontal=True):  # a phone breaks each row once more
+            for label, value, help in figures[left : left + FIGURES_IN_A_ROW]:
                 st.metric(label, value, border=True, help=help)
 
 
@@ -356,7 +355,7 @@ def _show_advice(history: History, info: dict[str, Any], words: Words, zone: tzi
     st.markdown("\n".join(f"- {words(each.key, **each.values)}" for each in advice))
 
 
-# Logs and settings.
+# The log.
 
 
 def _show_log(settings: Settings, words: Words) -> None:
@@ -375,32 +374,6 @@ def _show_log(settings: Settings, words: Words) -> None:
     with st.container(height=320, autoscroll=True):  # the newest line is what people look for
         st.code(text, language=None, wrap_lines=True)
     st.download_button(words("log.save"), text, name, "text/plain", on_click="ignore", icon=":material/download:")
-
-
-def _show_settings(client: ApiClient, settings: Settings, words: Words) -> None:
-    with st.expander(words("set.title"), icon=":material/settings:"):
-        info = _info(client.base_url, client)
-        choices = info.get("choices") or {}
-        if choices:
-            st.caption(words("set.chosen"))
-            lines = [f"| {plain(str(name))} | {plain(_chosen(info, name))} | {plain(str(why))} |" for name, why in choices.items()]
-            st.markdown("\n".join([f"| | {words('set.value')} | {words('set.why')} |", "|---|---|---|", *lines]))
-        st.caption(words("set.given"))
-        rows = [
-            f"| `GLM_{name.upper()}` | {plain(_value(getattr(settings, name)))} | {words('set.changed') if name in settings.model_fields_set else ''} |"
-            for name in sorted(type(settings).model_fields)
-        ]
-        st.markdown("\n".join([f"| | {words('set.value')} | |", "|---|---|---|", *rows]))
-
-
-def _chosen(info: dict[str, Any], name: str) -> str:
-    value = info.get(name, info.get(f"{name}_tokens", ""))
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
-def _value(value: object) -> str:
-    """Never a secret."""
-    return "•••" if isinstance(value, SecretStr) else "–" if value in (None, "") else str(value)
 
 
 def duration(seconds: float, words: Words) -> str:

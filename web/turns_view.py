@@ -22,7 +22,6 @@ USER = ":material/person:"
 MODEL = ":material/visibility:"
 ONLY_PLACES = re.compile(r"[\[\]\d\s,.]+")  # an answer that is nothing but rectangles
 ONE_WIDTH, MANY_WIDTH = 340, 200  # of shown pictures, in CSS pixels
-RAW_CUT = 20_000
 
 
 def show_question(turn: Turn, conversation: Conversation, mine: MyChats, words: Words) -> None:
