@@ -30,7 +30,7 @@ def main() -> None:
     mine = MyChats(_store(settings.log_dir / FILE_NAME, settings.chat_days), _visitor(settings))
 
     def chat() -> None:
-        page_chat.show(client, settings, words, mine)
+        page_chat.show(client, settings, words, mine, console_page)
 
     def console() -> None:
         st.set_page_config(layout="wide")
@@ -38,11 +38,9 @@ def main() -> None:
             controls.show_language(words)
         page_console.show(client, settings, words)
 
-    pages = [
-        st.Page(chat, title=words("nav.chat"), icon=":material/forum:", default=True),
-        st.Page(console, title=words("nav.console"), icon=":material/monitor_heart:", url_path="console"),
-    ]
-    st.navigation(pages, position="top").run()
+    chat_page = st.Page(chat, title=words("nav.chat"), icon=":material/forum:", default=True)
+    console_page = st.Page(console, title=words("nav.console"), icon=":material/monitor_heart:", url_path="console")
+    st.navigation([chat_page, console_page], position="top").run()
 
 
 def _language() -> str:

@@ -98,30 +98,38 @@ def uptime(rollups: Sequence[Mapping[str, Any]], target: str, width_s: float, sp
 
 @dataclass(frozen=True)
 class Bar:
-    """One stretch of `BAR_S`: the worst that was seen in it. `checks` is 0 where there is no data."""
+    """One stretch of `BAR_S`: the worst that was seen in it. `checks` is 0 where there is no data.
+
+    `answer_s`: mean time of the checker's picture questions in it, None where none was asked.
+    """
 
     start: float
     state: State
     word: str = ""
     checks: int = 0
+    answer_s: float | None = None
 
 
 def bars(minutes: Sequence[Mapping[str, Any]], target: str, now: float) -> list[Bar]:
     """The last 24 h, oldest first, from minute roll-ups."""
     end = (now // BAR_S + 1) * BAR_S
-    found: dict[float, dict[str, int]] = {end - (n + 1) * BAR_S: {} for n in reversed(range(BARS))}
+    found: dict[float, list[Mapping[str, Any]]] = {end - (n + 1) * BAR_S: [] for n in reversed(range(BARS))}
     for row in minutes:
-        counts = found.get(row["start"] // BAR_S * BAR_S)
-        if counts is None:
-            continue
+        if (within := found.get(row["start"] // BAR_S * BAR_S)) is not None:
+            within.append(row)
+    return [_bar(start, rows, target) for start, rows in found.items()]
+
+
+def _bar(start: float, rows: Sequence[Mapping[str, Any]], target: str) -> Bar:
+    counts: dict[str, int] = {}
+    for row in rows:
         for word, runs in ((row["words"] or {}).get(target) or {}).items():
             counts[word] = counts.get(word, 0) + runs
-    return [_bar(start, counts) for start, counts in found.items()]
-
-
-def _bar(start: float, counts: Mapping[str, int]) -> Bar:
-    word = max(counts, key=lambda each: WORST_LAST.index(state_of(each)), default="")
-    return Bar(start, state_of(word) if word else "none", word, sum(counts.values()))
+    asked = [(row["sums"] or {}).get("picture_s") or (0.0, 0, 0.0) for row in rows] if target == "api" else []
+    times = sum(count for _, count, _ in asked)
+    answer_s = sum(total for total, _, _ in asked) / times if times else None
+    worst_word = max(counts, key=lambda each: WORST_LAST.index(state_of(each)), default="")
+    return Bar(start, state_of(worst_word) if worst_word else "none", worst_word, sum(counts.values()), answer_s)
 
 
 @dataclass(frozen=True)
@@ -171,13 +179,14 @@ class Moment:
     """A line of an incident's timeline."""
 
     at: float
-    kind: str  # began | flip | action | recovered | closed
+    kind: str  # began | flip | action | alert_sent | alert_waits | recovered | closed
     text: Mapping[str, str]
 
 
 def timeline(
-    incident: Mapping[str, Any], flips: Sequence[Mapping[str, Any]], actions: Sequence[Mapping[str, Any]]
-) -> list[Moment]:
+    incident: Mapping[str, Any], flips: Sequence[Mapping[str, Any]], actions: Sequence[Mapping[str, Any]],
+    messages: Sequence[Mapping[str, Any]] = (),
+) -> list[Moment]:  # fmt: skip
     """What happened to the incident's target from the first sign to the end, oldest first."""
     begin = incident["first_seen_at"] or incident["opened_at"]
     end = incident["closed_at"] or float("inf")
@@ -190,6 +199,11 @@ def timeline(
         if action["incident"] == incident["id"]:
             said = f"{action['kind']} ({action['actor']}): {action['outcome']}. {action['detail']}".strip()
             moments.append(Moment(action["at"], "action", {"en": said, "zh": said}))
+    for message in messages:
+        if message["incident"] == incident["id"]:
+            kind = "alert_sent" if message["sent_at"] else "alert_waits"
+            by = {"en": message["channel"], "zh": message["channel"]}
+            moments.append(Moment(message["sent_at"] or message["made_at"], kind, by))
     for kind in ("recovered", "closed"):
         if at := incident[f"{kind}_at"]:
             moments.append(Moment(at, kind, {"en": "", "zh": ""}))

@@ -18,6 +18,7 @@ from monitor.store import Store
 DAY_S = 86400.0
 MONTH_S = 30 * DAY_S
 RUNS = 2000
+MESSAGES = "SELECT made_at, sent_at, channel, incident FROM outbox WHERE made_at >= ? ORDER BY id DESC LIMIT 500"
 
 
 class NoHistory(Exception):
@@ -26,7 +27,7 @@ class NoHistory(Exception):
 
 @dataclass(frozen=True)
 class History:
-    """Rows as the store's docstring describes them; runs, flips, incidents, actions and requests newest first."""
+    """Rows as the store's docstring describes them; all but the roll-ups newest first. `messages` are the alerts."""
 
     runs: list[dict[str, Any]] = field(default_factory=list)
     minutes: list[dict[str, Any]] = field(default_factory=list)
@@ -35,6 +36,7 @@ class History:
     incidents: list[dict[str, Any]] = field(default_factory=list)
     actions: list[dict[str, Any]] = field(default_factory=list)
     requests: list[dict[str, Any]] = field(default_factory=list)
+    messages: list[dict[str, Any]] = field(default_factory=list)
     report: dict[str, Any] = field(default_factory=dict)
 
 
@@ -50,6 +52,7 @@ def read(log_dir: Path, now: float) -> History:
                 store.incidents(now - MONTH_S),
                 store.actions(now - MONTH_S),
                 store.requests(),
+                store.rows(MESSAGES, now - MONTH_S),
                 store.last_report() or {},
             )
     except (sqlite3.Error, ValueError) as error:

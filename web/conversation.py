@@ -15,7 +15,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from web.client import ApiError
-from web.events import Box, CallPiece, Event, Finished, Loading, Queued, Text, Thought
+from web.events import CallPiece, Event, Finished, Loading, NoPlace, Place, Queued, Text, Thought
 from web.pictures import Picture
 
 State = Literal["waiting", "thinking", "writing", "done", "stopped", "failed"]
@@ -73,7 +73,8 @@ class Answer:
     question: str = ""
     text: str = ""
     reasoning: str = ""
-    boxes: list[Box] = field(default_factory=list)
+    boxes: list[Place] = field(default_factory=list)
+    no_places: int = 0  # whose numbers mean nothing in the picture
     calls: list[Call] = field(default_factory=list)
     sent: tuple[str, ...] = ()
     schema: dict[str, Any] | None = None
@@ -93,6 +94,12 @@ class Answer:
     @property
     def says_something(self) -> bool:
         return bool(self.text.strip() or self.boxes or self.calls)
+
+    @property
+    def was_cut_off(self) -> bool:
+        """It has words, and the model could go on from there: by its length, by Stop or by a broken connection."""
+        by_length = self.finish is not None and self.finish.reason == "length"
+        return bool(self.text.strip()) and (by_length or self.state in ("stopped", "failed"))
 
     @property
     def waits_for_tools(self) -> bool:
@@ -115,8 +122,10 @@ class Answer:
                 self._end_thinking(now)
                 self.state = "writing"
                 self.text += text
-            case Box():
+            case Place():
                 self.boxes.append(event)
+            case NoPlace():
+                self.no_places += 1
             case CallPiece():
                 self._end_thinking(now)
                 self.state = "writing"
@@ -154,7 +163,7 @@ class Turn:
     """A question, the pictures that it brought, and its answer. `sample` names the sample picture it came with.
 
     `earlier` keeps the answers that were asked for again, oldest first. `results` stand in place of a question: what
-    the tools gave that the answer before called.
+    the tools gave that the answer before called. `left_out`: its pictures are shown, but not sent any more.
     """
 
     question: str
@@ -163,7 +172,12 @@ class Turn:
     answer: Answer = field(default_factory=Answer)
     earlier: list[Answer] = field(default_factory=list)
     results: tuple[ToolResult, ...] = ()
+    left_out: bool = False
     asked_at: float = field(default_factory=time.time)
+
+    @property
+    def sends(self) -> tuple[str, ...]:
+        return () if self.left_out else self.pictures
 
 
 def new_id() -> str:
@@ -206,6 +220,10 @@ class Conversation:
         turn.answer = Answer(schema=turn.answer.schema)
         turn.answer.sent = self._to_send()
         return turn
+
+    def with_older_pictures(self) -> list[int]:
+        """The numbers of the turns whose pictures could be left out: all but the newest that brought some."""
+        return [number for number, turn in enumerate(self.turns) if turn.sends][:-1]
 
     def settle(self, now: float) -> None:
         """Mark what an interrupted run left unfinished as stopped."""
@@ -265,7 +283,7 @@ class Conversation:
         exchanges: list[tuple[Turn, tuple[str, ...]]] = []
         carried: tuple[str, ...] = ()
         for turn in turns:
-            shas = tuple(dict.fromkeys(carried + turn.pictures))
+            shas = tuple(dict.fromkeys(carried + turn.sends))
             said = turn.answer.text.strip() or self._went_on_with_tools(turn)
             if turn is not turns[-1] and not said:
                 refused = turn.answer.error is not None and turn.answer.error.kind in REFUSALS

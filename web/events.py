@@ -38,16 +38,22 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Box:
-    """A rectangle in 0-1000 of width and height; `image` counts the request's pictures from 0.
+class Place:
+    """Where something is, in 0-1000 of width and height; `image` counts the request's pictures from 0.
 
-    `pixels` are the API's own, in the picture as it was sent; empty if it told none.
+    `corners` are x, y pairs: one for a point, two for a rectangle, more for a polygon. `pixels` are the API's own,
+    in the picture as it was sent; empty if it told none.
     """
 
-    corners: tuple[float, float, float, float]
+    corners: tuple[float, ...]
     image: int = 0
     label: str = ""
     pixels: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class NoPlace:
+    """A place whose numbers lie outside 0-1000, so that it cannot be found in the picture."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ class Finished:
     request_id: str = ""
 
 
-Event = Queued | Loading | Thought | Text | Box | CallPiece | Finished
+Event = Queued | Loading | Thought | Text | Place | NoPlace | CallPiece | Finished
 
 
 @dataclass
@@ -119,7 +125,7 @@ class EventReader:
             if text := delta.get("content"):
                 yield Text(str(text))
             for box in delta.get("boxes") or []:
-                if read := _box(box):
+                if read := _place(box):
                     yield read
             for call in delta.get("tool_calls") or []:
                 if piece := _call_piece(call):
@@ -143,20 +149,31 @@ def _queue_position(comment: str) -> int | None:
     return int(value.strip()) if value.strip().isdigit() else None
 
 
-def _box(box: object) -> Box | None:
-    """None for anything that is no rectangle inside 0-1000: it must not be drawn."""
-    if not isinstance(box, dict):
+def _place(told: object) -> Place | NoPlace | None:
+    """None for what is no place at all."""
+    if not isinstance(told, dict):
         return None
-    corners, image, pixels = box.get("bbox_2d"), box.get("image", 0), box.get("bbox_pixels")
-    if not isinstance(corners, list) or len(corners) != 4 or not isinstance(image, int):
-        return None
-    if not all(isinstance(value, int | float) and 0 <= value <= 1000 for value in corners):
-        return None
-    x1, y1, x2, y2 = (float(value) for value in corners)
-    if x2 <= x1 or y2 <= y1:
-        return None
-    told = isinstance(pixels, list) and len(pixels) == 4 and all(isinstance(value, int) for value in pixels)
-    return Box((x1, y1, x2, y2), image, str(box.get("label") or ""), tuple(pixels) if told and pixels else ())
+    for kind in ("bbox", "point", "polygon"):
+        corners = _flat(told.get(f"{kind}_2d"))
+        count = len(corners)
+        if not (count == 4 if kind == "bbox" else count == 2 if kind == "point" else count >= 6 and count % 2 == 0):
+            continue
+        if not all(0 <= value <= 1000 for value in corners):
+            return NoPlace()
+        if kind == "bbox" and (corners[2] <= corners[0] or corners[3] <= corners[1]):
+            return None
+        image, pixels = told.get("image", 0), _flat(told.get(f"{kind}_pixels"))
+        same = tuple(round(value) for value in pixels) if len(pixels) == count else ()
+        return Place(corners, image, str(told.get("label") or ""), same) if isinstance(image, int) else None
+    return None
+
+
+def _flat(numbers: object) -> tuple[float, ...]:
+    """Empty unless it is a list of numbers, or of lists of them."""
+    if not isinstance(numbers, list):
+        return ()
+    flat = [each for item in numbers for each in (item if isinstance(item, list) else [item])]
+    return tuple(float(each) for each in flat) if all(isinstance(each, int | float) for each in flat) else ()
 
 
 def _call_piece(call: object) -> CallPiece | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
@@ -14,6 +15,7 @@ from web.strings import Words
 from web.turns_view import harmless, thought_label
 
 CURSOR = " ▍"
+STOP_CHECK_S = 0.5  # how soon an answer that was stopped is shown so
 
 
 class LiveAnswer:
@@ -67,3 +69,24 @@ def waiting_line(answer: Answer, words: Words, now: float) -> str:
     if answer.queue_position:
         return words("live.queued", position=answer.queue_position, seconds=seconds)
     return words("live.sent" if answer.queue_position is None else "live.looking", seconds=seconds)
+
+
+def redraw_when_stopped(answer: Answer) -> None:
+    """Draw a stopped answer at rest. A stopped run cannot draw any more, and nothing runs after it: only a clock,
+    which does not tick while a run goes on. So if it ticks, the run has ended, and if it did not end by itself,
+    it was stopped."""
+    _tick(answer, _FirstCall())
+
+
+@dataclass
+class _FirstCall:
+    value: bool = True
+
+
+@st.fragment(run_every=STOP_CHECK_S)
+def _tick(answer: Answer, first: _FirstCall) -> None:
+    if first.value:
+        first.value = False
+    else:
+        answer.stop(time.monotonic())
+        st.rerun()

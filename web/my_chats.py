@@ -39,6 +39,12 @@ class MyChats:
         self._saved_at = time.monotonic()
         self._try(lambda store: store.save(self._visitor, conversation))
 
+    def leave_out_older_pictures(self, conversation: Conversation) -> None:
+        """Stop sending all pictures but the newest question's; they stay where they are shown."""
+        for number in conversation.with_older_pictures():
+            conversation.turns[number].left_out = True
+            self._try(lambda store, number=number: store.save(self._visitor, conversation, number))  # type: ignore[misc]
+
     def save_now_and_then(self, conversation: Conversation) -> None:
         if time.monotonic() - self._saved_at >= SAVE_EVERY_S:
             self.save(conversation)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import streamlit as st
+from streamlit.navigation.page import StreamlitPage
 from streamlit.typing import ChatInputValue
 
 from settings import Settings
@@ -23,7 +24,7 @@ from web.client import ApiClient, ApiError, Info
 from web.controls import Wishes, show_language, show_wishes
 from web.conversation import Answer, Conversation, ToolResult, Turn
 from web.heading import show_heading
-from web.live_answer import LiveAnswer
+from web.live_answer import LiveAnswer, redraw_when_stopped
 from web.my_chats import MyChats
 from web.pictures import Picture, PictureError
 from web.safe_text import plain
@@ -33,8 +34,8 @@ from web.turns_view import MODEL, USER, show_answer, show_question
 
 SAMPLE_WIDTH = 164  # four beside each other on a desk, two on a phone
 INFO_FRESH_S = 20
-STOP_CHECK_S = 0.5  # how soon an answer that was stopped is shown so
 MAX_TURNS = 100  # in one chat: each is drawn again at every click
+AILING = ("down", "silent", "unavailable", "draining")  # failures whose cause the console shows
 
 
 @dataclass
@@ -63,11 +64,11 @@ class Chat:
     notices: list[str] = field(default_factory=list)
 
 
-def show(client: ApiClient, settings: Settings, words: Words, mine: MyChats) -> None:
+def show(client: ApiClient, settings: Settings, words: Words, mine: MyChats, console: StreamlitPage) -> None:
     chat = _chat(mine)
     chat.conversation.settle(time.monotonic())
     info, trouble = _info(client)
-    page = _Page(client, settings, words, chat, info, mine)
+    page = _Page(client, settings, words, chat, info, mine, console)
     with st.sidebar:
         show_chats(mine, chat.conversation, words, page.open_chat, page.new_chat)
         if chat.conversation.turns:
@@ -137,13 +138,15 @@ class _Page:
     """One run of the script for one visitor."""
 
     def __init__(
-        self, client: ApiClient, settings: Settings, words: Words, chat: Chat, info: Info | None, mine: MyChats
-    ) -> None:
+        self, client: ApiClient, settings: Settings, words: Words, chat: Chat, info: Info | None, mine: MyChats,
+        console: StreamlitPage,
+    ) -> None:  # fmt: skip
         self._client = client
         self._words = words
         self._chat = chat
         self._info = info or Info()
         self._mine = mine
+        self._console = console
         limits = self._info.limits
         self._by_link = bool(limits.get("fetch_images", True))  # another engine does not tell
         self._max_images = limits.get("max_images", settings.max_images)
@@ -231,6 +234,10 @@ class _Page:
     def _ask_again(self) -> None:
         self._chat.next_ask = Ask("", again=True)
 
+    def _ask_with_fewer_pictures(self) -> None:
+        self._mine.leave_out_older_pictures(self._chat.conversation)
+        self._ask_again()
+
     def _edit(self, editing: bool) -> None:
         self._chat.editing = editing
 
@@ -300,7 +307,14 @@ class _Page:
                     words("edit.edit"), icon=":material/edit:", key="edit", type="tertiary", on_click=self._edit,
                     args=(True,),
                 )  # fmt: skip
-            if last.finish and last.finish.reason == "length" and last.text.strip():
+            if last.error and last.error.kind == "too_long" and conversation.with_older_pictures():
+                st.button(
+                    words("answer.fewer"), icon=":material/hide_image:", key="fewer", type="tertiary",
+                    on_click=self._ask_with_fewer_pictures,
+                )  # fmt: skip
+            if last.error and last.error.kind in AILING:
+                st.page_link(self._console, label=words("nav.console"), icon=":material/monitor_heart:")
+            if last.was_cut_off:
                 st.button(
                     words("answer.go_on"), icon=":material/resume:", key="go-on", type="tertiary",
                     on_click=self._ask_on, args=(words("answer.go_on_question"),),
@@ -320,7 +334,9 @@ class _Page:
         words = self._words
         with st.form("tool-results"):
             for n, call in enumerate(answer.calls):
-                st.text_area(words("tool.result", name=plain(call.name)), key=f"result-{n}", height=80)
+                st.caption(words("tool.result", name=plain(call.name)))
+                # The name for screen readers is taken as it stands, not as Markdown.
+                st.text_area(words("tool.result", name=call.name), key=f"result-{n}", height=80, label_visibility="collapsed")
             st.form_submit_button(words("tool.send"), icon=":material/reply:", on_click=self._give_results)
 
     def _show_more_questions(self) -> None:
@@ -350,7 +366,7 @@ class _Page:
             live = LiveAnswer(turn.answer, self._words)
             # The input box has a stop button too, but not for a click on a sample, nor in the reader's language.
             st.button(self._words("live.stop"), icon=":material/stop_circle:", key="stop")
-        _notice_stop(turn, _FirstCall())
+        redraw_when_stopped(turn.answer)
         try:
             with AnswerStream(self._client, self._body(conversation, wishes)) as stream:
                 for batch in stream.batches():
@@ -381,20 +397,3 @@ class _Page:
             messages.insert(0, {"role": "system", "content": wishes.system})
         body: dict[str, Any] = {"messages": messages, **wishes.as_body()}
         return {"model": self._info.model, **body} if self._info.model else body
-
-
-@dataclass
-class _FirstCall:
-    value: bool = True
-
-
-@st.fragment(run_every=STOP_CHECK_S)
-def _notice_stop(turn: Turn, first: _FirstCall) -> None:
-    """Draw a stopped answer at rest. A stopped run cannot draw any more, and nothing runs after it: only this clock,
-    which does not tick while a run goes on. So if it ticks, the run has ended, and if it did not end by itself,
-    it was stopped."""
-    if first.value:
-        first.value = False
-    else:
-        turn.answer.stop(time.monotonic())
-        st.rerun()

@@ -13,7 +13,6 @@ from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import streamlit as st
-from pydantic import SecretStr
 
 from settings import Settings
 from web import api_metrics, console_history, console_store, log_tail, right_sizing
@@ -24,6 +23,7 @@ from web.console_history import Bar, Now, Point
 from web.console_store import DAY_S, History, NoHistory
 from web.operator_actions import show_actions
 from web.safe_text import plain
+from web.settings_view import show_settings
 from web.strings import TABLE, Words
 
 REFRESH_S = 10
@@ -36,6 +36,7 @@ ICONS = {
     "starting": ":material/hourglass_top:", "down": ":material/error:", "unknown": ":material/help:",
     "none": ":material/sensors_off:",
 }  # fmt: skip
+FIGURES_IN_A_ROW = 3
 SHOWN_INCIDENTS = 20
 EVIDENCE_BYTES = 64 * 1024
 
@@ -47,12 +48,15 @@ def show(client: ApiClient, settings: Settings, words: Words) -> None:
     token = settings.operator_token.get_secret_value() if settings.operator_token else ""
     show_actions(token, settings.log_dir, _model(client), words)
     _show_log(settings, words)
-    _show_settings(client, settings, words)
+    show_settings(_info(client.base_url, client), settings, words)
 
 
 @st.fragment(run_every=REFRESH_S)
 def _live(client: ApiClient, settings: Settings, words: Words, zone: tzinfo) -> None:
     now = time.time()
+    asked = st.session_state.pop("asked", None)
+    if asked:
+        _history.clear()  # so that who asked sees the request at once
     try:
         history = _history(str(settings.log_dir))
     except NoHistory:
@@ -60,8 +64,8 @@ def _live(client: ApiClient, settings: Settings, words: Words, zone: tzinfo) -> 
     live = _live_numbers(client.base_url, client)
     info, metrics = _info(client.base_url, client), _metrics(client.base_url, client)
     what = console_history.present(history.runs, history.flips, now, settings.check_period_s)
-    _show_sentence(what, live, words, zone, now)
-    if asked := st.session_state.pop("asked", None):
+    _show_sentence(what, {**info, **live}, history.report, words, zone, now)
+    if asked:
         st.success(asked, icon=":material/outgoing_mail:")
     if not history.runs and not history.hours:
         st.info(words("console.no_history"), icon=":material/schedule:")
@@ -109,7 +113,9 @@ def _zone() -> tzinfo:
 # The sentence on top.
 
 
-def _show_sentence(what: Now, live: dict[str, Any], words: Words, zone: tzinfo, now: float) -> None:
+def _show_sentence(
+    what: Now, live: dict[str, Any], report: dict[str, Any], words: Words, zone: tzinfo, now: float
+) -> None:
     box: Callable[..., Any] = {"up": st.success, "busy": st.success, "down": st.error, "none": st.info}.get(
         what.state, st.warning
     )
@@ -127,20 +133,32 @@ def _show_sentence(what: Now, live: dict[str, Any], words: Words, zone: tzinfo, 
     for reason in what.reasons:
         target, word = words(target_key(reason["target"])), _word(reason["word"], words)
         st.markdown(f"**{target}: {word}** — {plain(reason[words.language])}")
-    st.caption(_who(live, words))
+    st.caption(_who(live, report, words))
 
 
-def _who(live: dict[str, Any], words: Words) -> str:
+def _who(live: dict[str, Any], report: dict[str, Any], words: Words) -> str:
+    """The model, what it runs on and since when: of what `/info`, `/health` and the last check tell."""
     if not live:
         return words("console.api_silent")
     parts = [plain(str(live.get("model") or "?"))]
     if live.get("version"):
         parts.append(words("console.version", version=plain(str(live["version"]))))
+    parts += sorted({plain(str(card["name"])) for card in _cards(report) if card.get("name")}) or [plain(str(live.get("device") or ""))]
+    parts.append(plain(str(live.get("dtype") or "")))
+    if isinstance(live.get("context_tokens"), int):
+        parts.append(words("console.context", count=f"{live['context_tokens']:,}"))
+    if isinstance(live.get("slots"), int):
+        parts.append(words("console.slots", count=live["slots"]))
     if isinstance(live.get("uptime_s"), int | float):
         parts.append(words("console.runs_for", span=duration(live["uptime_s"], words)))
     if phase := live.get("phase"):
         parts.append(words("console.phase", phase=plain(str(phase))))
-    return " · ".join(parts)
+    return " · ".join(part for part in parts if part)
+
+
+def _cards(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The GPUs that the last check saw."""
+    return ((report.get("evidence") or {}).get("gpu") or {}).get("gpus") or []
 
 
 def _word(word: str, words: Words) -> str:
@@ -177,9 +195,10 @@ def _show_figures(history: History, live: dict[str, Any], metrics: ApiMetrics, w
         figures.append((words("figure.kv"), f"{100 * metrics.kv_used:.0f} %", reused))
     figures.append(_gpu_figure(history.report, words))
     figures.append((words("figure.failed"), str(console_history.failed_checks(history.runs, now - 3600)), None))
-    with st.container(horizontal=True):
-        for label, value, help in figures:
-            st.metric(label, value, border=True, help=help, width=158)
+    for left in range(0, len(figures), FIGURES_IN_A_ROW):
+        with st.container(horizontal=True):  # a phone breaks each row once more
+            for label, value, help in figures[left : left + FIGURES_IN_A_ROW]:
+                st.metric(label, value, border=True, help=help)
 
 
 def percent_down(share: float) -> str:
@@ -189,7 +208,7 @@ def percent_down(share: float) -> str:
 
 
 def _gpu_figure(report: dict[str, Any], words: Words) -> tuple[str, str, str | None]:
-    cards = ((report.get("evidence") or {}).get("gpu") or {}).get("gpus") or []
+    cards = _cards(report)
     if not cards:
         return words("figure.gpu"), words("figure.no_gpu"), None
     card = max(cards, key=lambda each: each.get("memory_used_mib") or 0)
@@ -203,7 +222,8 @@ def _show_bars(history: History, words: Words, now: float) -> None:
     st.subheader(words("bars.title"), anchor=False)
 
     def name(bar: Bar) -> str:
-        return words("bars.none") if bar.state == "none" else _word(bar.word, words)
+        word = words("bars.none") if bar.state == "none" else _word(bar.word, words)
+        return word if bar.answer_s is None else words("bars.answered", word=word, seconds=f"{bar.answer_s:.2f}")
 
     for target in ("api", "page"):
         bars = console_history.bars(history.minutes, target, now)
@@ -296,7 +316,7 @@ def _show_incident(
     st.markdown(f"{plain(incident[words.language])}  \n:small[{plain(incident[other])}]")
     st.caption(words("incident.facts", rule=plain(incident["rule"]), restarts=incident["restarts"] or 0, id=incident["id"]))
     lines = []
-    for moment in console_history.timeline(incident, history.flips, history.actions):
+    for moment in console_history.timeline(incident, history.flips, history.actions, history.messages):
         said = plain(moment.text[words.language])
         lines.append(f"- `{clock(moment.at, zone, now, seconds=True)}` {words(f'moment.{moment.kind}')} {said}")
     st.markdown("\n".join(lines))
@@ -329,14 +349,13 @@ def _show_requests(history: History, what: Now, words: Words, zone: tzinfo) -> N
 
 def _show_advice(history: History, info: dict[str, Any], words: Words, zone: tzinfo, now: float) -> None:
     st.subheader(words("size.title"), anchor=False)
-    cards = ((history.report.get("evidence") or {}).get("gpu") or {}).get("gpus") or []
-    total = max((card.get("memory_total_mib") or 0 for card in cards), default=0) or None
+    total = max((card.get("memory_total_mib") or 0 for card in _cards(history.report)), default=0) or None
     week = right_sizing.look_at(history.hours, now, int(info.get("slots") or 1), zone)
     advice = right_sizing.advise(week, total)
     st.markdown("\n".join(f"- {words(each.key, **each.values)}" for each in advice))
 
 
-# Logs and settings.
+# The log.
 
 
 def _show_log(settings: Settings, words: Words) -> None:
@@ -355,32 +374,6 @@ def _show_log(settings: Settings, words: Words) -> None:
     with st.container(height=320, autoscroll=True):  # the newest line is what people look for
         st.code(text, language=None, wrap_lines=True)
     st.download_button(words("log.save"), text, name, "text/plain", on_click="ignore", icon=":material/download:")
-
-
-def _show_settings(client: ApiClient, settings: Settings, words: Words) -> None:
-    with st.expander(words("set.title"), icon=":material/settings:"):
-        info = _info(client.base_url, client)
-        choices = info.get("choices") or {}
-        if choices:
-            st.caption(words("set.chosen"))
-            lines = [f"| {plain(str(name))} | {plain(_chosen(info, name))} | {plain(str(why))} |" for name, why in choices.items()]
-            st.markdown("\n".join([f"| | {words('set.value')} | {words('set.why')} |", "|---|---|---|", *lines]))
-        st.caption(words("set.given"))
-        rows = [
-            f"| `GLM_{name.upper()}` | {plain(_value(getattr(settings, name)))} | {words('set.changed') if name in settings.model_fields_set else ''} |"
-            for name in sorted(type(settings).model_fields)
-        ]
-        st.markdown("\n".join([f"| | {words('set.value')} | |", "|---|---|---|", *rows]))
-
-
-def _chosen(info: dict[str, Any], name: str) -> str:
-    value = info.get(name, info.get(f"{name}_tokens", ""))
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
-def _value(value: object) -> str:
-    """Never a secret."""
-    return "•••" if isinstance(value, SecretStr) else "–" if value in (None, "") else str(value)
 
 
 def duration(seconds: float, words: Words) -> str:

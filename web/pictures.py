@@ -1,6 +1,6 @@
 """A picture on its way to the model: decoded, turned upright, made a sane size, named by its content.
 
-Owns limits, encoding and the drawing of boxes. Knows nothing of Streamlit, HTTP or conversations.
+Owns limits, encoding and the drawing of places. Knows nothing of Streamlit, HTTP or conversations.
 Re-encoding also leaves out what a camera wrote into the file: the place, the owner's name.
 """
 
@@ -12,20 +12,21 @@ import io
 import warnings
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import cycle
 from pathlib import PurePosixPath
 from urllib.parse import urlsplit
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from web.events import Box
+from web.events import Place
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff")
 MAX_SENT_PIXELS = 3_200_000  # more than the model's eyes use for one picture, small enough to send with each question
 MAX_PNG_BYTES = 1_500_000
 JPEG_QUALITY = 92
-MAX_BOXES = 200
-BOX_COLORS = ("#e5484d", "#3e63dd", "#30a46c", "#f76b15", "#8e4ec6", "#0090ff", "#d6409f", "#978365")
+MAX_PLACES = 200
+PLACE_COLORS = ("#3e63dd", "#e5484d", "#30a46c", "#f76b15", "#8e4ec6", "#0090ff", "#d6409f", "#978365")
 
 
 class PictureError(Exception):
@@ -130,28 +131,35 @@ def _encode(image: Image.Image, lossless: bool) -> tuple[bytes, str]:
 
 
 @lru_cache(maxsize=16)
-def draw_boxes(data: bytes, boxes: tuple[Box, ...]) -> bytes:
-    """The picture with numbered rectangles, as PNG or JPEG like the original's bytes."""
+def draw_places(data: bytes, places: tuple[Place, ...]) -> tuple[bytes, str]:
+    """The picture with what is marked in it, numbered where there are several: (bytes, mime)."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     draw = ImageDraw.Draw(image)
     line = max(2, round(min(image.size) / 120))
-    for number, box in enumerate(boxes[:MAX_BOXES], start=1):
-        x1, y1, x2, y2 = box.corners
-        corners = (
-            x1 / 1000 * (image.width - 1),
-            y1 / 1000 * (image.height - 1),
-            x2 / 1000 * (image.width - 1),
-            y2 / 1000 * (image.height - 1),
-        )
-        color = BOX_COLORS[(number - 1) % len(BOX_COLORS)]
-        # A white rim keeps the line visible on a background of its own colour.
-        draw.rectangle(
-            [corners[0] - 1, corners[1] - 1, corners[2] + 1, corners[3] + 1], outline="white", width=line + 2
-        )
-        draw.rectangle(corners, outline=color, width=line)
-        if len(boxes) > 1:
-            _number(draw, corners[0], corners[1], str(number), color, line)
-    return _encode(image, lossless=True)[0]
+    for number, place in enumerate(places[:MAX_PLACES], start=1):
+        color = PLACE_COLORS[(number - 1) % len(PLACE_COLORS)]
+        scaled = [value / 1000 * (side - 1) for value, side in zip(place.corners, cycle(image.size), strict=False)]
+        _outline(draw, list(zip(scaled[::2], scaled[1::2], strict=True)), color, line)
+        if len(places) > 1:
+            _number(draw, scaled[0], scaled[1], str(number), color, line)
+    return _encode(image, lossless=True)
+
+
+def _outline(draw: ImageDraw.ImageDraw, points: list[tuple[float, float]], color: str, line: int) -> None:
+    """A coloured line between two white ones: to be seen on any background, also on one of its own colour."""
+    rim = max(1, line // 2)
+    if len(points) == 1:
+        (x, y), radius = points[0], 2 * line
+        draw.ellipse([x - radius - rim, y - radius - rim, x + radius + rim, y + radius + rim], fill="white")
+        draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=color)
+    elif len(points) == 2:
+        (left, top), (right, bottom) = points
+        draw.rectangle([left - rim, top - rim, right + rim, bottom + rim], outline="white", width=line + 2 * rim)
+        draw.rectangle([left, top, right, bottom], outline=color, width=line)
+    else:
+        around = [*points, points[0], points[1]]  # past the first corner, so that it is joined as well
+        draw.line(around, fill="white", width=line + 2 * rim, joint="curve")
+        draw.line(around, fill=color, width=line, joint="curve")
 
 
 def _number(draw: ImageDraw.ImageDraw, x: float, y: float, text: str, color: str, line: int) -> None:

@@ -204,6 +204,7 @@ TABLE: dict[str, dict[str, str]] = {
     "tool.gave": {"en": "Result of {name}", "zh": "{name} 的结果"},
     "answer.again": {"en": "Try again", "zh": "重试"},
     "answer.other": {"en": "Answer again", "zh": "重新回答"},
+    "answer.fewer": {"en": "Ask without the older pictures", "zh": "不带较早的图片重试"},
     "answer.go_on": {"en": "Go on", "zh": "继续"},
     "answer.go_on_question": {"en": "Go on where you stopped.", "zh": "请从中断处继续。"},
     "answer.copy": {"en": "Copy", "zh": "复制"},
@@ -222,9 +223,18 @@ TABLE: dict[str, dict[str, str]] = {
     "boxes.pixels": {"en": "Pixels", "zh": "像素坐标"},
     "boxes.picture": {"en": "Save the picture", "zh": "保存图片"},
     "boxes.json": {"en": "Save as JSON", "zh": "保存为 JSON"},
+    "boxes.not_drawn": {
+        "en": "Only the model server has this picture, so places are listed below and not drawn.",
+        "zh": "此图片仅模型服务持有，因此下方只列出位置，不作标注。",
+    },
+    "boxes.outside": {
+        "en": "{count} cannot be drawn: the numbers are not within 0-1000. Ask for places in 0-1000 of width and height.",
+        "zh": "有 {count} 处无法标出：坐标不在 0-1000 内。请要求按宽高的 0-1000 给出位置。",
+    },
     "picture.alt": {"en": "Picture: {name}", "zh": "图片：{name}"},
     "picture.boxes": {"en": "Where it is, drawn on {name}", "zh": "在 {name} 上标出的位置"},
     "picture.elsewhere": {"en": "{name}, fetched by the model server", "zh": "{name}（由模型服务获取）"},
+    "picture.left_out": {"en": "Not sent any more.", "zh": "不再发送。"},
     "picture.lost": {"en": "{name} is lost", "zh": "{name} 已丢失"},
     # What can go wrong with a picture.
     "picture.no_url": {

@@ -17,6 +17,8 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "console.version": {"en": "version {version}", "zh": "版本 {version}"},
     "console.runs_for": {"en": "running for {span}", "zh": "已运行 {span}"},
+    "console.context": {"en": "{count} tokens of context", "zh": "上下文 {count} token"},
+    "console.slots": {"en": "{count} answers at once", "zh": "并发 {count}"},
     "console.phase": {"en": "engine: {phase}", "zh": "引擎：{phase}"},
     # The sentence on top.
     "state.never": {"en": "No data: nothing has checked this service yet.", "zh": "无数据：尚未进行过检查。"},
@@ -98,6 +100,7 @@ TABLE: dict[str, dict[str, str]] = {
         "✕ down, ? unknown.",
         "zh": "每格 15 分钟，显示期间最差状态。灰色：无数据。! 降级，… 启动中，✕ 故障，? 未知。",
     },
+    "bars.answered": {"en": "{word}, picture question answered in {seconds} s", "zh": "{word}，图片提问用时 {seconds} 秒"},
     "bars.none": {"en": "no data", "zh": "无数据"},
     "trend.title": {"en": "Trends", "zh": "趋势"},
     "trend.span": {"en": "Time", "zh": "时间范围"},
@@ -135,6 +138,8 @@ TABLE: dict[str, dict[str, str]] = {
     "moment.began": {"en": "began:", "zh": "开始："},
     "moment.flip": {"en": "changed:", "zh": "变化："},
     "moment.action": {"en": "acted:", "zh": "操作："},
+    "moment.alert_sent": {"en": "alert sent:", "zh": "告警已发送："},
+    "moment.alert_waits": {"en": "alert not delivered yet:", "zh": "告警尚未送达："},
     "moment.recovered": {"en": "good again", "zh": "恢复正常"},
     "moment.closed": {"en": "closed", "zh": "已关闭"},
     # Requests of operators.

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict
+from itertools import cycle
 
 import streamlit as st
 
 from web import json_answer
 from web.client import ApiError
 from web.conversation import Answer, Call, Conversation, Failure, Turn
-from web.events import Box
+from web.events import Place
 from web.my_chats import MyChats
-from web.pictures import Picture, draw_boxes
+from web.pictures import Picture, draw_places
 from web.safe_text import links_named, plain, without_pictures
 from web.strings import TABLE, Words
 
@@ -21,12 +22,13 @@ USER = ":material/person:"
 MODEL = ":material/visibility:"
 ONLY_PLACES = re.compile(r"[\[\]\d\s,.]+")  # an answer that is nothing but rectangles
 ONE_WIDTH, MANY_WIDTH = 340, 200  # of shown pictures, in CSS pixels
-RAW_CUT = 20_000
 
 
 def show_question(turn: Turn, conversation: Conversation, mine: MyChats, words: Words) -> None:
     with st.chat_message("user", avatar=USER):
         _show_pictures([conversation.pictures[sha] for sha in turn.pictures], mine, words)
+        if turn.left_out:
+            st.caption(words("picture.left_out"))
         for result in turn.results:
             st.caption(words("tool.gave", name=plain(result.name)))
             st.code(result.text, language=None, wrap_lines=True)
@@ -66,7 +68,7 @@ def _show(answer: Answer, conversation: Conversation, mine: MyChats, words: Word
         _show_call(call, words)
     if answer.text.strip():
         _show_text(answer, words)
-    _show_boxes(answer, conversation, mine, words)
+    _show_places(answer, conversation, mine, words)
     if answer.state == "stopped":
         key = "answer.stopped" if answer.says_something else "answer.stopped_early"
         st.caption(f":material/stop_circle: {words(key)}")
@@ -81,8 +83,10 @@ def _show(answer: Answer, conversation: Conversation, mine: MyChats, words: Word
 def show_error(error: ApiError | Failure, words: Words) -> None:
     key = f"error.{error.kind}"
     sentence = words(key if key in TABLE else "error.broken", detail=plain(error.detail))
-    if error.request_id:
-        sentence += f"  \n:small[{words('error.request_id', id=plain(error.request_id))}]"
+    small = [plain(error.detail)] if error.kind == "too_long" and error.detail else []  # the tokens asked for, the limit
+    small += [words("error.request_id", id=plain(error.request_id))] if error.request_id else []
+    if small:
+        sentence += f"  \n:small[{' · '.join(small)}]"
     st.error(without_pictures(sentence), icon=":material/error:")
 
 
@@ -125,43 +129,50 @@ def _show_call(call: Call, words: Words) -> None:
             st.code(call.arguments, language=None)
 
 
-def _show_boxes(answer: Answer, conversation: Conversation, mine: MyChats, words: Words) -> None:
+def _show_places(answer: Answer, conversation: Conversation, mine: MyChats, words: Words) -> None:
     sent = [conversation.pictures[sha] for sha in answer.sent if sha in conversation.pictures]
     for index, picture in enumerate(sent):
-        boxes = tuple(box for box in answer.boxes if box.image == index)
-        if not boxes:
+        places = tuple(place for place in answer.boxes if place.image == index)
+        if not places:
             continue
-        data = mine.bytes_of(picture)
-        if data is not None:
+        drawn = None
+        if data := mine.bytes_of(picture):
+            drawn = draw_places(data, places)
             alt = words("picture.boxes", name=picture.name)
-            drawn = draw_boxes(data, boxes)
-            st.image(drawn, width=min(ONE_WIDTH, max(picture.width, 80)), alt=alt)
-        _list_boxes(boxes, picture, data, words, key=f"{conversation.id}-{id(answer)}-{index}")
+            st.image(drawn[0], width=min(ONE_WIDTH, max(picture.width, 80)), alt=alt)
+        elif picture.url:
+            st.caption(words("boxes.not_drawn"))
+        _list_places(places, picture, drawn, words, key=f"{conversation.id}-{id(answer)}-{index}")
+    if answer.no_places:
+        st.caption(f":material/wrong_location: {words('boxes.outside', count=answer.no_places)}")
 
 
-def _list_boxes(boxes: tuple[Box, ...], picture: Picture, data: bytes | None, words: Words, key: str) -> None:
-    with st.expander(words("boxes.title", count=len(boxes), name=plain(picture.name)), type="compact"):
+def _list_places(
+    places: tuple[Place, ...], picture: Picture, drawn: tuple[bytes, str] | None, words: Words, key: str
+) -> None:
+    with st.expander(words("boxes.title", count=len(places), name=plain(picture.name)), type="compact"):
         head = f"| # | {words('boxes.label')} | {words('boxes.pixels')} | 0-1000 |\n|---|---|---|---|\n"
         rows = [
-            f"| {n} | {plain(box.label) or '–'} | {_row(box.pixels or _pixels(box, picture))} | {_row(box.corners)} |"
-            for n, box in enumerate(boxes, start=1)
+            f"| {n} | {plain(place.label) or '–'} | {_row(place.pixels or _pixels(place, picture))} | {_row(place.corners)} |"
+            for n, place in enumerate(places, start=1)
         ]
         st.markdown(head + "\n".join(rows))
         with st.container(horizontal=True):
-            if data is not None:
+            if drawn is not None:
+                data, mime = drawn
+                name = f"boxes-{picture.name.rsplit('.', 1)[0]}.{'png' if mime == 'image/png' else 'jpg'}"
                 st.download_button(
-                    words("boxes.picture"), lambda: draw_boxes(data, boxes), f"boxes-{picture.name.rsplit('.', 1)[0]}.png",
-                    on_click="ignore", icon=":material/download:", key=f"boxes-{key}",
-                )  # fmt: skip
+                    words("boxes.picture"), lambda: data, name, mime, on_click="ignore", icon=":material/download:", key=f"boxes-{key}"
+                )
             st.download_button(
-                words("boxes.json"), json.dumps([asdict(box) for box in boxes], indent=2), "boxes.json",
+                words("boxes.json"), json.dumps([asdict(place) for place in places], indent=2), "boxes.json",
                 "application/json", on_click="ignore", icon=":material/download:", key=f"boxes-json-{key}",
             )  # fmt: skip
 
 
-def _pixels(box: Box, picture: Picture) -> tuple[int, ...]:
-    sides = (picture.width, picture.height) * 2
-    return tuple(round(v * side / 1000) for v, side in zip(box.corners, sides, strict=True)) if picture.width else ()
+def _pixels(place: Place, picture: Picture) -> tuple[int, ...]:
+    sides = cycle((picture.width, picture.height))
+    return tuple(round(v * side / 1000) for v, side in zip(place.corners, sides, strict=False)) if picture.width else ()
 
 
 def _row(numbers: tuple[float, ...] | tuple[int, ...]) -> str:

@@ -10,7 +10,7 @@ from models.shapes.pictures import draw_shapes
 
 TOKEN = "a-token-for-tests"
 KEY = "a-key-for-tests"
-PATIENCE_MS = 120_000
+PATIENCE_MS = 60_000
 
 
 def png(*wanted: tuple[str, str], seed: int) -> bytes:

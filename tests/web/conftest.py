@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from shutil import which
 from typing import Self
+from urllib.parse import urlsplit
 
 import pytest
 import requests
@@ -156,13 +157,23 @@ def chromium() -> Iterator[Browser]:
 
 @pytest.fixture
 def open_page(chromium: Browser) -> Iterator[OpenPage]:
-    """Opens a page of a server; the browser's own settings (locale, colours, size) may be given."""
+    """Opens a page of a server; the browser's own settings (locale, colours, size) may be given.
+
+    Whatever a test does, nothing may be asked of another machine.
+    """
     contexts = []
+    elsewhere: list[str] = []
+
+    def note(url: str) -> None:
+        if urlsplit(url).hostname not in (None, "127.0.0.1"):
+            elsewhere.append(url)
 
     def open_it(server: Server | None, query: str = f"?token={TOKEN}", url: str = "", **browser: object) -> Page:
         context = chromium.new_context(**{"locale": "en-US", **browser})  # type: ignore[arg-type]
         contexts.append(context)
+        context.on("request", lambda request: note(request.url))
         page = context.new_page()
+        page.on("websocket", lambda socket: note(socket.url))
         page.set_default_timeout(PATIENCE_MS)
         page.goto(url or f"{server.url}/{query}")  # type: ignore[union-attr]
         return page
@@ -170,6 +181,7 @@ def open_page(chromium: Browser) -> Iterator[OpenPage]:
     yield open_it
     for context in contexts:
         context.close()
+    assert elsewhere == []
 
 
 @pytest.fixture(scope="session")
@@ -193,6 +205,7 @@ def real_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("api")
     settings = {
         "GLM_API_KEY": KEY, "GLM_MODEL": str(ROOT / "models" / "shapes"), "GLM_DEVICE": "cpu", "GLM_LOG_DIR": str(folder),
+        "GLM_SLOTS": "2",  # few, so that a test can fill them and wait in line
     }  # fmt: skip
     with Server("api.server", "/health", folder / "api.log", **settings) as api:
         yield api

@@ -6,7 +6,7 @@ import json
 
 from web import chat_export
 from web.conversation import Conversation
-from web.events import Box, CallPiece, Finished, Text, Thought
+from web.events import CallPiece, Finished, Place, Text, Thought
 from web.pictures import Picture, data_url
 from web.strings import Words
 
@@ -19,7 +19,7 @@ def talk() -> Conversation:
     conversation = Conversation()
     picture = Picture("a", "my [cat].png", "image/png", 8, 6, data=b"cat")
     turn = conversation.ask("Where is it?", [picture])
-    for event in (Thought("I look\nclosely."), Text("Here."), Box((1, 2, 300, 400), 0, "cat"),
+    for event in (Thought("I look\nclosely."), Text("Here."), Place((1, 2, 300, 400), 0, "cat"),
                   CallPiece(0, "count", '{"n": 1}'), Finished("stop", 7)):  # fmt: skip
         turn.answer.take(event, 5.0)
     conversation.ask_again("Where is the cat?").answer.stop(6.0)

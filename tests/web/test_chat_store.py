@@ -15,7 +15,7 @@ from conftest import ROOT
 from web.chat_store import DAY_S, FILE_NAME, ChatStore, StoreError
 from web.client import ApiError
 from web.conversation import Conversation
-from web.events import Box, CallPiece, Finished, Text, Thought
+from web.events import CallPiece, Finished, Place, Text, Thought
 from web.my_chats import MyChats
 from web.pictures import Picture, elsewhere
 
@@ -32,7 +32,7 @@ def picture(sha: str = "a") -> Picture:
 def chat(question: str = "What is it?", *pictures: Picture) -> Conversation:
     conversation = Conversation()
     turn = conversation.ask(question, list(pictures))
-    for event in (Thought("I look."), Text("A circle."), Box((1, 2, 3, 4), 0, "circle", (1, 2, 3, 4)),
+    for event in (Thought("I look."), Text("A circle."), Place((1, 2, 3, 4), 0, "circle", (1, 2, 3, 4)),
                   CallPiece(0, "count", "{}"), Finished("stop", 7, request_id="r1")):  # fmt: skip
         turn.answer.take(event, 5.0)
     return conversation

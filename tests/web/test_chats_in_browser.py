@@ -145,6 +145,7 @@ def test_a_file_that_is_too_large_is_told_before_it_is_sent(fake_page: Page, fak
 
 
 def test_a_picture_by_link_is_fetched_by_nobody_but_the_api(fake_page: Page, fake_api: FakeApi) -> None:
+    fake_api.answer = Answer(text="[[100,200,500,600]]", boxes=[{"bbox_2d": [100, 200, 500, 600], "image": 0}])
     fake_page.get_by_role("button", name="Picture by link").click()
     fake_page.get_by_label("Address of the picture").fill(f"{fake_api.url}/cat.png")
     fake_page.get_by_role("button", name="Add", exact=True).click()
@@ -155,6 +156,7 @@ def test_a_picture_by_link_is_fetched_by_nobody_but_the_api(fake_page: Page, fak
     image, _ = fake_api.received[0].body["messages"][0]["content"]
     assert image["image_url"]["url"] == f"{fake_api.url}/cat.png"
     assert fake_api.other_hits == []
+    expect(fake_page.get_by_text("places are listed below and not drawn")).to_be_visible()
 
 
 def test_a_preset_fills_the_box_and_json_is_checked_against_its_schema(fake_page: Page, fake_api: FakeApi) -> None:

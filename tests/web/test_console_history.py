@@ -110,6 +110,9 @@ def test_the_bars_show_the_worst_of_each_quarter_and_grey_for_no_data(tmp_path: 
     assert bad[0].checks == 15
     assert all(bar.state == "none" and bar.checks == 0 for bar in bars[:78])
     assert sum(bar.state == "up" for bar in bars) == 16
+    assert all((bar.answer_s is None) is (bar.state == "none") for bar in bars)
+    assert all(0.8 <= (bar.answer_s or 0) <= 1.1 for bar in bars if bar.state == "up")
+    assert all(bar.answer_s is None for bar in console_history.bars(history.minutes, "page", NOW))
 
 
 def test_a_line_breaks_where_data_is_missing() -> None:

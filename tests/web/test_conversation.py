@@ -8,7 +8,7 @@ import pytest
 
 from web.client import ApiError
 from web.conversation import Answer, Call, Conversation, ToolResult, Turn
-from web.events import Box, CallPiece, Finished, Loading, Queued, Text, Thought
+from web.events import CallPiece, Finished, Loading, Place, Queued, Text, Thought
 from web.pictures import Picture
 
 
@@ -171,6 +171,23 @@ def test_a_chat_takes_its_name_from_the_first_question() -> None:
     assert len(conversation.title) <= 60
 
 
+def test_older_pictures_can_be_left_out_and_the_newest_stay() -> None:
+    conversation = Conversation()
+    for name in "abc":
+        turn = conversation.ask(f"About {name}", [Picture(name, f"{name}.png", data=b"x")] if name != "b" else [])
+        turn.answer.take(Text("Yes."), 1.0)
+        turn.answer.take(Finished("stop"), 1.0)
+
+    assert conversation.with_older_pictures() == [0]
+    conversation.turns[0].left_out = True
+
+    assert conversation.with_older_pictures() == []
+    sent = [part["image_url"]["url"] for message in conversation.messages(lambda picture: picture.sha)
+            if isinstance(message["content"], list) for part in message["content"] if part["type"] == "image_url"]  # fmt: skip
+    assert sent == ["c"]
+    assert conversation.picture_count() == 1
+
+
 def test_the_picture_count_is_that_of_the_next_request() -> None:
     conversation = Conversation()
     answered(conversation, "One", [picture("a"), picture("b")], "Fine.")
@@ -192,10 +209,10 @@ def test_boxes_are_kept_with_the_order_of_the_pictures_that_were_sent() -> None:
     answered(conversation, "One", [picture("a")], "Fine.")
     turn = conversation.ask("Where?", [picture("b")])
 
-    turn.answer.take(Box((1, 2, 3, 4), 1), 1.0)
+    turn.answer.take(Place((1, 2, 3, 4), 1), 1.0)
 
     assert turn.answer.sent == ("a", "b")
-    assert turn.answer.boxes == [Box((1, 2, 3, 4), 1)]
+    assert turn.answer.boxes == [Place((1, 2, 3, 4), 1)]
 
 
 def test_what_a_tool_gave_goes_back_with_the_call_that_asked_for_it() -> None:

@@ -185,6 +185,56 @@ def test_a_new_chat_forgets_everything(open_page: OpenPage, fake_api: FakeApi) -
     assert len(fake_api.received[1].body["messages"]) == 1
 
 
+def test_a_chat_too_long_tells_the_numbers_and_is_asked_again_without_the_older_pictures(
+    open_page: OpenPage, fake_api: FakeApi
+) -> None:
+    page = ask(open_page(), "What is it?", ("old.png", png()))
+    told = "The messages have 9000 tokens; it must be < 8192."
+    fake_api.answer = Answer(status=400, error={"code": "context_length_exceeded", "message": told})
+    page = ask(page, "And this?", ("new.png", png("blue")))
+    assert "have 9000 tokens; it must be < 8192." in page.error[0].value.replace("\\", "")
+
+    fake_api.answer = Answer(text="Blue.")
+    page = page.button(key="fewer").click().run()
+
+    assert not page.exception
+    assert "Blue." in said(page)
+    assert "Not sent any more." in said(page)
+    first, _, last = fake_api.received[2].body["messages"]
+    assert [part["type"] for part in first["content"]] == ["text"]
+    assert [part["type"] for part in last["content"]] == ["image_url", "text"]
+    assert "fewer" not in [button.key for button in page.button]
+
+
+@pytest.mark.parametrize(
+    ("answer", "can_go_on"),
+    [
+        (Answer(text="one two three", cut_after=2), True),
+        (Answer(text="one two three", finish_reason="length"), True),
+        (Answer(text="one two three"), False),
+        (Answer(status=500), False),
+    ],
+)
+def test_an_answer_that_was_cut_off_can_be_gone_on_with(
+    open_page: OpenPage, fake_api: FakeApi, answer: Answer, can_go_on: bool
+) -> None:
+    fake_api.answer = answer
+
+    page = ask(open_page(), "Count")
+
+    assert ("go-on" in [button.key for button in page.button]) is can_go_on
+
+
+def test_places_outside_the_picture_are_told_and_not_drawn(open_page: OpenPage, fake_api: FakeApi) -> None:
+    boxes = [{"bbox_2d": [100, 200, 500, 1600], "normalized": False, "image": 0}]
+    fake_api.answer = Answer(text="[[100,200,500,1600]]", boxes=boxes)
+
+    page = ask(open_page(), "Where is it?", ("mine.png", png()))
+
+    assert "1 cannot be drawn: the numbers are not within 0-1000." in said(page)
+    assert len(page.image) == 1
+
+
 @pytest.mark.parametrize(
     ("answer", "sentence"),
     [
@@ -231,6 +281,7 @@ def test_an_api_that_is_not_there_is_told_before_and_after_asking(open_page: Ope
 
     assert not page.exception
     assert "The model server does not answer. Wait a moment" in page.error[0].value
+    assert [link.proto.label for link in page.get("page_link")] == ["Console"]
 
 
 def test_a_wrong_key_is_told_at_once(open_page: OpenPage) -> None:

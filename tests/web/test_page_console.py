@@ -16,7 +16,9 @@ from streamlit.util import calc_hash
 from test_page import said
 from web_fake_api import FakeApi
 
+from monitor.alerts import queue
 from monitor.store import Store
+from settings import Settings
 from web.page_console import duration, percent_down
 from web.strings import Words
 
@@ -65,6 +67,7 @@ def test_a_healthy_service_is_one_sentence_and_its_figures(open_console: OpenCon
 
     assert not page.exception
     assert page.success[0].value.startswith("Operational since ")
+    assert "glm-shapes-demo · NVIDIA L40S · bfloat16 · 8,192 tokens of context · 16 answers at once" in said(page).replace("\\", "")
     assert figure(page, "Up, 24 h") == "100 %"
     assert figure(page, "GPU memory") == "20.5 GiB"
     assert figure(page, "Failed checks, 1 h") == "0"
@@ -77,6 +80,9 @@ def test_trouble_tells_its_reason_its_incident_and_its_timeline(open_console: Op
     with closing(Store.open(logs)) as store, store.transaction():
         store.put_incident(incident_of(now, 600, None))
         store.add_action(now - 60, "api", "restart", "checker", "failed", "the port is taken", "api-20261122-0310")
+        told = {"kind": "fire", "severity": "page", "incident": "api-20261122-0310", "en": "wedged", "zh": "卡死"}
+        queue(store, [told], Settings(webhook_url="http://127.0.0.1:9/secret", slack_url="http://127.0.0.1:9/x"), now)
+        store.execute("UPDATE outbox SET sent_at = ? WHERE channel = 'webhook'", now - 30)
 
     page = open_console()
 
@@ -84,6 +90,9 @@ def test_trouble_tells_its_reason_its_incident_and_its_timeline(open_console: Op
     assert "Model server: wedged" in said(page)
     assert "引擎 140 秒没有进展" in said(page)
     assert "the port is taken" in said(page)
+    assert "alert sent: webhook" in said(page)
+    assert "alert not delivered yet: slack" in said(page)
+    assert "/secret" not in said(page)
     assert any("open for" in expander.label for expander in page.expander)
     assert int(figure(page, "Failed checks, 1 h")) == 10
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import re
 import time
+from contextlib import ExitStack, closing
+from pathlib import Path
 
 import pytest
 from browsing import KEY, PATIENCE_MS, TOKEN, add_picture, ask, last_answer, png
@@ -17,6 +19,7 @@ from playwright.sync_api import Page, expect
 from web_fake_api import HEALTH, INFO, Answer, FakeApi
 
 from models.shapes.pictures import COLORS
+from models.shapes.talk import COUNT_TOOL
 from web import api_metrics
 from web.client import ApiClient
 
@@ -86,6 +89,53 @@ def test_json_by_schema_is_right_and_fits(demo_page: Page) -> None:
     expect(demo_page.get_by_text("Valid JSON that fits the schema")).to_be_visible(timeout=PATIENCE_MS)
     answer = demo_page.get_by_test_id("stCode").first.inner_text()
     assert json.loads(answer) == {"objects": [{"color": "red", "shape": "circle"}]}
+
+
+def test_the_demo_model_calls_a_tool_and_goes_on_with_its_result(demo_page: Page, real_api: Server) -> None:
+    add_picture(demo_page, "three.png", png(("red", "circle"), ("red", "circle"), ("blue", "star"), seed=SEED))
+    demo_page.get_by_text("JSON and tools").click()
+    tools = demo_page.get_by_role("textbox", name="Tools, as JSON")
+    tools.fill(json.dumps([COUNT_TOOL]))
+    tools.blur()
+    ask(demo_page, "Use the tool to count the red circles.")
+
+    call = demo_page.get_by_test_id("stChatMessage").last
+    expect(call).to_contain_text("asked for a tool", timeout=PATIENCE_MS)
+    expect(call).to_contain_text("Asks for the tool count_objects")
+    assert json.loads(call.get_by_test_id("stCode").inner_text()) == {"color": "red", "shape": "circle"}
+    result = demo_page.get_by_label("What the tool count_objects gave")
+    result.fill("7")
+    demo_page.get_by_role("button", name="Send to the model").click()
+
+    expect(demo_page.get_by_test_id("stChatMessage")).to_have_count(4, timeout=PATIENCE_MS)
+    assert re.search(r"\b(7|seven)\b", last_answer(demo_page)), "what the tool said, not what the picture shows"
+
+
+def test_stop_while_waiting_in_the_real_engine_s_line_gives_the_place_back(demo_page: Page, real_api: Server) -> None:
+    told = ApiClient(real_api.url, KEY)
+    endless = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 3000, "ignore_eos": True}
+    with ExitStack() as holders:
+        for _ in range(2):
+            holders.enter_context(closing(told.post_stream({**endless, "stream": True})))
+        wait_until(lambda: told.health_body()["running"] == 2, "both slots to be taken", 30)
+        ask(demo_page, "Hello")
+        waiting = demo_page.get_by_text("Waiting in line, place 1")
+        expect(waiting).to_be_visible(timeout=SOON_MS)
+        assert (told.health_body()["running"], told.health_body()["waiting"]) == (2, 1)
+
+        stopped_at = time.monotonic()
+        demo_page.get_by_role("button", name="Stop", exact=True).click()
+        wait_until(lambda: told.health_body()["waiting"] == 0, "the line to be empty", 10)
+        left_after_s = time.monotonic() - stopped_at
+        expect(demo_page.get_by_text("Stopped before the answer began.")).to_be_visible(timeout=SOON_MS)
+        expect(demo_page.get_by_test_id("stChatInputTextArea")).to_be_enabled()
+        free_after_s = time.monotonic() - stopped_at
+        assert told.health_body()["running"] == 2, "who was served is served still"
+
+    assert (left_after_s < 2, free_after_s < 2) == (True, True), (left_after_s, free_after_s)
+    wait_until(lambda: told.health_body()["running"] == 0, "the slots to be free again", 30)
+    demo_page.get_by_role("button", name="Try again").click()
+    assert last_answer(demo_page)
 
 
 def test_the_fake_api_tells_what_the_real_one_tells(real_api: Server) -> None:
@@ -238,6 +288,54 @@ def test_a_pasted_picture_is_attached(fake_page: Page, fake_api: FakeApi) -> Non
 
     image, _ = fake_api.received[0].body["messages"][0]["content"]
     assert image["type"] == "image_url"
+
+
+def test_a_dropped_picture_reaches_the_model(demo_page: Page, tmp_path: Path) -> None:
+    file = tmp_path / "dropped.png"
+    file.write_bytes(png(("green", "star"), seed=SEED))
+    box = demo_page.get_by_test_id("stChatInput")
+    expect(box).to_be_visible(timeout=PATIENCE_MS)
+    box.scroll_into_view_if_needed()
+    place = box.bounding_box() or {}
+    devtools = demo_page.context.new_cdp_session(demo_page)
+
+    def drag(kind: str) -> None:
+        """As the operating system would: Chromium itself finds what lies under the pointer."""
+        where = {"x": place["x"] + place["width"] / 2, "y": place["y"] + place["height"] / 2}
+        data = {"items": [], "files": [str(file)], "dragOperationsMask": 1}
+        devtools.send("Input.dispatchDragEvent", {"type": kind, **where, "data": data})
+
+    drag("dragEnter")
+    drag("dragOver")
+    expect(demo_page.get_by_text("Drag and drop files here")).to_be_visible(timeout=SOON_MS)
+    drag("dragOver")
+    drag("drop")
+    expect(box.get_by_text("dropped.png")).to_be_visible(timeout=SOON_MS)
+    ask(demo_page, "What color is the star?")
+
+    assert colors_in(last_answer(demo_page)) == {"green"}
+
+
+def test_a_question_is_asked_and_stopped_with_the_keyboard_alone(fake_page: Page, fake_api: FakeApi) -> None:
+    fake_api.answer = Answer(text="word " * 2000, pause_s=0.05)
+    expect(fake_page.get_by_role("button", name="What color is the star?")).to_be_visible(timeout=PATIENCE_MS)
+
+    def walk_to(name: str) -> None:
+        focused = "document.activeElement.tagName === 'BUTTON' ? document.activeElement.innerText : ''"
+        for _ in range(60):
+            fake_page.keyboard.press("Tab")
+            if name in fake_page.evaluate(focused):
+                return
+        pytest.fail(f"the Tab key does not reach {name!r}")
+
+    walk_to("What color is the star?")
+    fake_page.keyboard.press("Enter")
+    expect(fake_page.get_by_test_id("stChatMessage").last).to_contain_text("word word", timeout=PATIENCE_MS)
+    walk_to("Stop")
+    fake_page.keyboard.press("Enter")
+
+    expect(fake_page.get_by_text("Stopped. What had been written is kept.")).to_be_visible(timeout=PATIENCE_MS)
+    assert fake_api.received[0].left_at
 
 
 def test_a_picture_from_the_camera_goes_with_the_question(

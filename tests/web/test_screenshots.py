@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import closing
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from web_fake_api import Answer, FakeApi
 from monitor.store import Store
 from web.samples import sample_named
 
-DESK = {"width": 1200, "height": 900}
+DESK = {"width": 1280, "height": 900}
 PHONE = {"width": 390, "height": 844}
 HOUR_S = 3600
 
@@ -36,7 +37,7 @@ def really_opened(real_page_server: Server, open_page: OpenPage) -> Opened:
 
 @pytest.fixture
 def opened(page_server: Callable[..., Server], fake_api: FakeApi, open_page: OpenPage) -> Opened:
-    server = page_server(GLM_WEB_TOKEN=TOKEN, GLM_API_KEY=KEY, GLM_API_URL=fake_api.url, GLM_OPERATOR_TOKEN="operator")
+    server = page_server(GLM_WEB_TOKEN=TOKEN, GLM_API_KEY=KEY, GLM_API_URL=fake_api.url, GLM_OPERATOR_TOKEN="operator", GLM_GPU_MEMORY_LIMIT_MIB="40000")
 
     def open_it(path: str = "", **browser: object) -> Page:
         return open_page(server, f"{path}?token={TOKEN}", **{"viewport": DESK, **browser})
@@ -142,6 +143,25 @@ def test_console_healthy(opened: Opened, fake_api: FakeApi, tmp_path: Path) -> N
     take(page, "console", tmp_path)
 
 
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_console_s_figures_stand_in_full_rows(
+    opened: Opened, fake_api: FakeApi, tmp_path: Path, width: int
+) -> None:
+    record(tmp_path / "logs", time.time(), 2, lambda age: HEALTHY, 300)
+    page = opened("console", viewport={"width": width, "height": 900})
+    cards = page.get_by_test_id("stMetric")
+    expect(cards).to_have_count(9, timeout=PATIENCE_MS)
+    expect(page.get_by_test_id("stVegaLiteChart").first).to_be_visible(timeout=PATIENCE_MS)
+    boxes = [box for card in cards.all() if (box := card.bounding_box())]
+
+    rows = [list(row) for _, row in groupby(boxes, key=lambda box: round(box["y"]))]
+    assert [len(row) for row in rows] == ([3, 3, 3] if width == 1280 else [2, 1] * 3)
+    ends = {round(row[-1]["x"] + row[-1]["width"]) for row in rows}
+    assert max(ends) - min(ends) <= 2, "each row is as wide as the others"
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    page.screenshot(path=tmp_path / "console.png")
+
+
 def test_console_in_an_incident(opened: Opened, fake_api: FakeApi, tmp_path: Path) -> None:
     now, logs = time.time(), tmp_path / "logs"
     fake_api.health |= {"running": 1, "waiting": 3, "version": "0.1.0", "uptime_s": 18_300, "phase": "decode"}
@@ -155,15 +175,15 @@ def test_console_in_an_incident(opened: Opened, fake_api: FakeApi, tmp_path: Pat
     with closing(Store.open(logs)) as store, store.transaction():
         store.put_incident(incident_of(now, 15 * 60, None))
         store.put_incident({**incident_of(now, 5.5 * HOUR_S, 5 * HOUR_S), "id": "api-earlier"}, now - 4.8 * HOUR_S)
-        store.add_action(now - 60, "api", "restart", "checker", "done", "verified by a right answer", "api-20261122-0310", 34)
+        store.add_action(now - 60, "api", "restart", "checker", "failed", "no right answer within 90 s", "api-20261122-0310", 94)
     page = opened("console", viewport={"width": 1200, "height": 1500})
 
     expect(page.get_by_text("Down since")).to_be_visible(timeout=PATIENCE_MS)
-    expect(page.get_by_text("verified by a right answer")).to_be_attached(timeout=PATIENCE_MS)
+    expect(page.get_by_text("no right answer within 90 s")).to_be_attached(timeout=PATIENCE_MS)
     expect(page.get_by_test_id("stVegaLiteChart").first).to_be_visible(timeout=PATIENCE_MS)
     take(page, "console-incident", tmp_path)
     page.get_by_role("heading", name="Incidents").scroll_into_view_if_needed()
-    expect(page.get_by_text("verified by a right answer")).to_be_in_viewport()
+    expect(page.get_by_text("no right answer within 90 s")).to_be_in_viewport()
     expect(page.get_by_text("good again").first).to_be_attached()
     take(page, "console-incidents", tmp_path)
 

@@ -7,26 +7,33 @@ import json
 import pytest
 
 from web.client import ApiError
-from web.events import Box, EventReader, Finished, Text
+from web.events import Event, EventReader, Finished, NoPlace, Place, Text
 
 
 def lines(*chunks: object) -> list[str]:
     return [f"data: {json.dumps(chunk)}" for chunk in chunks]
 
 
-def test_boxes_outside_the_picture_are_not_taken() -> None:
-    boxes = [
-        {"bbox_2d": [10, 20, 300, 400], "image": 1},
-        {"bbox_2d": [10, 20, 1300, 400]},
-        {"bbox_2d": [300, 20, 10, 400]},
-        {"bbox_2d": [1, 2, 3]},
-        {"bbox_2d": "all"},
-        "nonsense",
-    ]
+def read(*boxes: object) -> list[Event]:
+    return list(EventReader().read(lines({"choices": [{"delta": {"boxes": boxes}}]})[0]))
 
-    events = list(EventReader().read(lines({"choices": [{"delta": {"boxes": boxes}}]})[0]))
 
-    assert events == [Box((10, 20, 300, 400), 1)]
+def test_what_is_no_place_is_not_taken() -> None:
+    nonsense = ({"bbox_2d": [300, 20, 10, 400]}, {"bbox_2d": [1, 2, 3]}, {"bbox_2d": "all"}, {"polygon_2d": [[1, 2]]},
+                {"bbox_2d": [1, 2, 3, 4], "image": "one"}, "nonsense")  # fmt: skip
+
+    assert read({"bbox_2d": [10, 20, 300, 400], "image": 1}, *nonsense) == [Place((10, 20, 300, 400), 1)]
+
+
+def test_points_and_polygons_are_places_too() -> None:
+    point = {"label": "nose", "point_2d": [500, 250], "image": 0, "point_pixels": [100, 25]}
+    polygon = {"polygon_2d": [[1, 2], [3, 4], [5, 0]]}
+
+    assert read(point, polygon) == [Place((500, 250), 0, "nose", (100, 25)), Place((1, 2, 3, 4, 5, 0))]
+
+
+def test_numbers_beyond_a_thousand_are_no_place_in_the_picture() -> None:
+    assert read({"bbox_2d": [10, 20, 1300, 400], "normalized": False}) == [NoPlace()]
 
 
 def test_a_line_that_is_no_json_is_an_error_and_not_a_crash() -> None:

@@ -20,6 +20,8 @@ INFO: dict[str, Any] = {
     "demo": True,
     "knows": {"en": "It knows coloured shapes and printed words.", "zh": "它认识彩色图形和印刷文字。"},
     "context_tokens": 8192,
+    "device": "cpu",
+    "dtype": "bfloat16",
     "limits": {"max_images": 4, "max_image_bytes": 2 * 2**20, "max_image_pixels": 50_000_000, "default_max_tokens": 256, "fetch_images": True},
     "generation": {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0},
     "slots": 16,
