@@ -10,14 +10,17 @@ import random
 import threading
 import time
 from dataclasses import replace
+from functools import cache
 
+import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 
-from models.shapes.pictures import COLORS
+from models.shapes.pictures import COLORS, draw_shapes
 from monitor import check, observe, status
 from monitor.observe import now
 from monitor.processes import ProcessRecord, boot_id, write_record
+from monitor.question import NAMES
 from monitor.store import Store
 
 
@@ -29,18 +32,32 @@ LOOKS_S = 2 + 2 + 4  # both looks at /health, and the page
 SIX_KEYS = ["timestamp", "gpu_load", "gpu_memory_used", "cpu_percent", "memory_used_percent", "service_healthy"]
 
 
-def seen_color(body: dict) -> str:
-    """Looks at the picture the way a model would have to: which of the named colours covers most of it?"""
+def seen(body: dict) -> str:
+    """Looks at the picture the way a model would have to: which named colour covers most of it, in which form?"""
     url = body["messages"][0]["content"][0]["image_url"]["url"]
     picture = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB")
-    counts = dict.fromkeys(COLORS, 0)
-    for count, pixel in picture.getcolors(picture.width * picture.height):
-        name, distance = min(
-            ((name, sum(abs(a - b) for a, b in zip(pixel, color, strict=True))) for name, color in COLORS.items()),
-            key=lambda pair: pair[1],
-        )
-        counts[name] += count if distance < 70 else 0
-    return max(counts, key=counts.get)
+    color = max(COLORS, key=lambda name: int(painted(picture, name).sum()))
+    form = outline(picture, color)
+    shape = max(NAMES, key=lambda name: max(float((form == known).mean()) for known in known_outlines(name)))
+    return f"{color} {shape}"
+
+
+def painted(picture: Image.Image, color: str) -> np.ndarray:
+    """Where a colour is the nearest of the named ones, and near: [height, width]."""
+    pixels = np.asarray(picture.convert("RGB"), dtype=int)[:, :, None]
+    distances = np.abs(pixels - np.array(list(COLORS.values()))).sum(axis=-1)
+    return (distances.argmin(axis=-1) == list(COLORS).index(color)) & (distances.min(axis=-1) < 70)
+
+
+def outline(picture: Image.Image, color: str) -> np.ndarray:
+    """What has the colour, filling a square: [24, 24]."""
+    where = Image.fromarray(painted(picture, color)).convert("L").filter(ImageFilter.MedianFilter(7))
+    return np.asarray(where.crop(where.getbbox()).resize((24, 24))) > 127
+
+
+@cache
+def known_outlines(shape: str) -> list[np.ndarray]:
+    return [outline(draw_shapes([("blue", shape)], size=(224, 224), seed=seed), "blue") for seed in range(30)]
 
 
 def completion(text: str) -> dict:
@@ -48,7 +65,7 @@ def completion(text: str) -> dict:
 
 
 def test_right_answer_about_the_drawn_picture_is_healthy(service, behaviour, make_settings):
-    behaviour.reply = lambda body: (200, completion(f"The shape is {seen_color(body)}."))
+    behaviour.reply = lambda body: (200, completion(f"The shape is {seen(body)}."))
 
     reports = [run_check(make_settings(service, api_key="secret", probe_token="mark"), random.Random(seed)) for seed in range(3)]
 
@@ -81,7 +98,7 @@ def test_wrong_answer_is_broken_and_shown(service, behaviour, make_settings, ans
 
 def test_one_slip_of_the_model_is_no_alarm_but_two_are(service, behaviour, make_settings):
     slips = iter([True, False, False, True, False, True])
-    behaviour.reply = lambda body: (200, completion("pink" if next(slips) else seen_color(body)))
+    behaviour.reply = lambda body: (200, completion("pink" if next(slips) else seen(body)))
 
     verdicts = [run_check(make_settings(service), random.Random(seed))["verdict"] for seed in range(2)]
 
@@ -200,7 +217,7 @@ def test_server_error_is_broken_with_its_message(service, behaviour, make_settin
 
 
 def test_page_that_does_not_answer_degrades_a_good_api(service, behaviour, make_settings):
-    behaviour.reply = lambda body: (200, completion(seen_color(body)))
+    behaviour.reply = lambda body: (200, completion(seen(body)))
     behaviour.page_status = 500
 
     report = run_check(make_settings(service), random.Random(1))
@@ -211,7 +228,7 @@ def test_page_that_does_not_answer_degrades_a_good_api(service, behaviour, make_
 
 
 def test_page_that_was_not_started_is_not_missed(service, behaviour, make_settings):
-    behaviour.reply = lambda body: (200, completion(seen_color(body)))
+    behaviour.reply = lambda body: (200, completion(seen(body)))
     settings = make_settings(service, web_port=1)
     settings.log_dir.mkdir()
     write_record(settings.log_dir, "api", ProcessRecord(1, 1, service, boot_id()))
@@ -223,7 +240,7 @@ def test_page_that_was_not_started_is_not_missed(service, behaviour, make_settin
 
 
 def test_a_users_answer_stands_in_for_the_question_but_not_for_ever(service, behaviour, make_settings):
-    behaviour.reply = lambda body: (200, completion(seen_color(body)))
+    behaviour.reply = lambda body: (200, completion(seen(body)))
     behaviour.health = lambda: (200, {"state": "idle", "steps": 7, "success_age_s": {"text": 5.0, "picture": 5.0}})
     settings = make_settings(service)
     first, second = (run_check(settings, random.Random(seed)) for seed in range(2))
@@ -238,7 +255,7 @@ def test_a_users_answer_stands_in_for_the_question_but_not_for_ever(service, beh
 
 
 def test_the_way_through_the_reverse_proxy_is_looked_at_too(service, behaviour, make_settings):
-    behaviour.reply = lambda body: (200, completion(seen_color(body)))
+    behaviour.reply = lambda body: (200, completion(seen(body)))
 
     good = run_check(make_settings(service, front_url=f"http://127.0.0.1:{service}/"), random.Random(1))
     bad = run_check(make_settings(service, front_url="http://127.0.0.1:1"), random.Random(1))

@@ -7,7 +7,7 @@ import time
 from dataclasses import replace
 
 import pytest
-from test_check import completion, seen_color
+from test_check import completion, seen
 
 from monitor import check, foreign
 from monitor.observe import now
@@ -32,7 +32,7 @@ def engine(service, behaviour, make_settings):
     behaviour.health = lambda: (200, {})
     behaviour.other["/health"] = (200, b"")
     behaviour.other["/v1/models"] = (200, b'{"data": [{"id": "glm"}]}')
-    behaviour.reply = lambda body: (200, completion(seen_color(body)))
+    behaviour.reply = lambda body: (200, completion(seen(body)))
     return make_settings(
         1, engine_url=f"http://127.0.0.1:{service}", web_port=service, probe_timeout_s=1, check_period_s=1, cure="restart"
     )

@@ -60,9 +60,9 @@ def test_runs_with_an_empty_environment_from_another_folder(copy, tmp_path):
 
 
 def test_healthy_service_exits_0(copy, tmp_path, service, behaviour):
-    from test_check import completion, seen_color
+    from test_check import completion, seen
 
-    behaviour.reply = lambda body: (200, completion(seen_color(body)))
+    behaviour.reply = lambda body: (200, completion(seen(body)))
     (copy / ".env").write_text(f"GLM_API_PORT={service}\nGLM_WEB_PORT={service}\n")
 
     done = run(sys.executable, copy / "health_check.py", {}, tmp_path)
@@ -138,9 +138,9 @@ def test_unwritable_log_folder_does_not_hide_the_verdict(copy, tmp_path):
 
 
 def test_a_healthy_run_stays_below_60_mb_and_loads_nothing_large(copy, tmp_path, service, behaviour):
-    from test_check import completion, seen_color
+    from test_check import completion, seen
 
-    behaviour.reply = lambda body: (200, completion(seen_color(body)))
+    behaviour.reply = lambda body: (200, completion(seen(body)))
     (copy / ".env").write_text(f"GLM_API_PORT={service}\nGLM_WEB_PORT={service}\n")
     code = (
         "import runpy, sys\n"
