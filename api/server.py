@@ -20,6 +20,7 @@ import uvicorn
 from api import __version__, logs
 from api.app import create_app
 from api.auth import KeyRing
+from api.connection import Connection
 from api.engine.engine import Engine, Progress
 from api.engine.model import Model
 from api.faults import Faults
@@ -70,6 +71,7 @@ def serve(settings: Settings, engine: Engine) -> int:
         log_config=None,
         access_log=False,
         server_header=False,
+        http=Connection,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=HANG_UP_S,
     )

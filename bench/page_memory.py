@@ -1,32 +1,32 @@
-"""How much memory the page takes: conversations with a picture in every turn, through the page's own script.
+"""How much memory the page takes: conversations with a picture in every turn, in a real browser.
 
     python -m bench.page_memory [--chats 10] [--turns 20]
 
-Each conversation is one visitor in a session of its own, driven by Streamlit's AppTest against a small API that
-answers at once; pictures are 640x480 photographs of noise, the worst to keep. Prints the process's memory after each
-conversation. Exit code 1 if the second half of the conversations added more than the limit.
+Each conversation is one visitor of the real web process in Chromium, who leaves after it; the API behind it is a small
+one that answers at once. Pictures are 640x480 photographs of noise, the worst to keep. Prints what is resident of the
+web process after each conversation. Exit code 1 if the second half of the conversations added more than the limit.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import io
 import json
-import logging
-import os
 import sys
-import tempfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from random import Random
+from shutil import which
 from typing import Any
 
 from PIL import Image
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-APP = Path(__file__).resolve().parents[1] / "web" / "app.py"
+from bench import servers
+
 LIMIT_MIB = 30.0
+PATIENCE_MS = 60_000
+SETTLE_MS = 500
 LIMITS = {"max_images": 64, "max_image_bytes": 2**21, "max_image_pixels": 4_000_000, "default_max_tokens": 256}
 CHUNKS: tuple[dict[str, Any], ...] = (
     {"choices": [{"index": 0, "delta": {"content": "It is noise."}, "finish_reason": None}]},
@@ -63,31 +63,36 @@ def photograph(seed: int) -> bytes:
     return buffer.getvalue()
 
 
-def memory_mib() -> float:
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-def talk(number: int, turns: int) -> None:
-    """One conversation from the empty page to its last answer."""
-    from streamlit.testing.v1 import AppTest
-
-    page = AppTest.from_file(str(APP), default_timeout=120).run()
+def talk(browser: Browser, url: str, number: int, turns: int) -> None:
+    """One visitor from the empty page to the last answer."""
+    visitor = browser.new_context(locale="en-US")
+    page = visitor.new_page()
+    page.set_default_timeout(PATIENCE_MS)
+    page.goto(url)
     for turn in range(turns):
-        page.chat_input[0].upload(f"{number}-{turn}.jpg", photograph(1000 * number + turn), "image/jpeg")
-        page.chat_input[0].set_value(f"Question {turn}").run()
-        assert not page.exception, page.exception
-    answers = sum("It is noise." in str(part.value) for part in page.markdown)
-    assert answers == turns, f"{answers} of {turns} questions were answered"
+        _ask(page, f"{number}-{turn}.jpg", photograph(1000 * number + turn), f"Question {turn}")
+        expect(page.get_by_text("It is noise.")).to_have_count(turn + 1, timeout=PATIENCE_MS)
+        expect(page.get_by_role("button", name="Answer again")).to_be_enabled(timeout=PATIENCE_MS)
+        page.wait_for_timeout(SETTLE_MS)  # the page draws itself anew; a person is slower
+    visitor.close()
 
 
-def measure(chats: int, turns: int) -> list[float]:
+def _ask(page: Page, name: str, picture: bytes, question: str) -> None:
+    box = page.get_by_test_id("stChatInput")
+    box.locator("input[type=file]").set_input_files({"name": name, "mimeType": "image/jpeg", "buffer": picture})
+    expect(box.get_by_text(name)).to_be_visible(timeout=PATIENCE_MS)
+    page.get_by_test_id("stChatInputTextArea").fill(question)
+    send = page.get_by_test_id("stChatInputSubmitButton")
+    expect(send).to_be_enabled(timeout=PATIENCE_MS)
+    send.click()
+
+
+def measure(web: servers.Server, browser: Browser, chats: int, turns: int) -> list[float]:
     """MiB before the first conversation and after each."""
-    found = [memory_mib()]
+    found = [(web.resident_bytes() or 0) / 2**20]
     for number in range(chats):
-        talk(number, turns)
-        gc.collect()
-        found.append(memory_mib())
+        talk(browser, f"{web.address.url}/?token={servers.PAGE_TOKEN}", number, turns)
+        found.append((web.resident_bytes() or 0) / 2**20)
         print(f"after {number + 1:2d} of {chats} conversations of {turns} turns: {found[-1]:.0f} MiB", flush=True)
     return found
 
@@ -97,15 +102,18 @@ def main() -> int:
     parser.add_argument("--chats", type=int, default=10)
     parser.add_argument("--turns", type=int, default=20)
     wanted = parser.parse_args()
-    logging.disable(logging.WARNING)  # Streamlit says at each run that it is not its server
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Api)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ |= {"GLM_API_URL": f"http://127.0.0.1:{server.server_address[1]}", "GLM_LOG_DIR": folder}
-        found = measure(wanted.chats, wanted.turns)
-    server.shutdown()
+    chromium = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := which(name))), None)
+    if chromium is None:
+        parser.error("no Chromium on PATH (Debian: apt install chromium)")
+    api = ThreadingHTTPServer(("127.0.0.1", 0), Api)
+    threading.Thread(target=api.serve_forever, daemon=True).start()
+    with servers.page(f"http://127.0.0.1:{api.server_address[1]}") as web, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        found = measure(web, browser, wanted.chats, wanted.turns)
+        browser.close()
+    api.shutdown()
     grown = found[-1] - found[len(found) // 2]
-    print(f"the second half added {grown:.1f} MiB (limit {LIMIT_MIB:g})")
+    print(f"before: {found[0]:.0f} MiB; the second half added {grown:.1f} MiB (limit {LIMIT_MIB:g})")
     return 0 if grown <= LIMIT_MIB else 1
 
 

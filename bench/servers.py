@@ -11,9 +11,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -24,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 START_LIMIT_S = 300.0
 STOP_LIMIT_S = 10.0
 PROBE_TOKEN = "bench-probe"
+PAGE_TOKEN = "bench-page"
 
 
 class StartError(RuntimeError):
@@ -81,6 +83,17 @@ def this(folder: Path, dtype: str, device: str, **settings: str) -> Iterator[Ser
 
 
 @contextmanager
+def page(api_url: str) -> Iterator[Server]:
+    """The web page in front of an API; PAGE_TOKEN opens it."""
+    port = _free_port()
+    with tempfile.TemporaryDirectory(prefix="glm-bench-") as logs:
+        environment = {"GLM_API_URL": api_url, "GLM_API_KEY": "none", "GLM_WEB_TOKEN": PAGE_TOKEN, "GLM_LOG_DIR": logs}
+        command = ["-m", "web.server", "--host", "127.0.0.1", "--port", str(port)]
+        with _started(command, environment, Address(f"http://127.0.0.1:{port}"), _wait_for_page) as server:
+            yield server
+
+
+@contextmanager
 def running(url: str, key: str, model: str | None) -> Iterator[Server]:
     """(c): any other server that speaks the OpenAI protocol."""
     server = Server(Address(url.rstrip("/").removesuffix("/v1"), model, key))
@@ -89,7 +102,12 @@ def running(url: str, key: str, model: str | None) -> Iterator[Server]:
 
 
 @contextmanager
-def _started(command: list[str], environment: dict[str, str], address: Address) -> Iterator[Server]:
+def _started(
+    command: list[str],
+    environment: dict[str, str],
+    address: Address,
+    wait: Callable[[Server, float], Coroutine[Any, Any, None]] | None = None,
+) -> Iterator[Server]:
     # A benchmark that is ended from outside must not leave a server behind: let `finally` run.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     clean = {name: value for name, value in os.environ.items() if not name.startswith("GLM_")}
@@ -99,7 +117,7 @@ def _started(command: list[str], environment: dict[str, str], address: Address) 
         )
         server = Server(address, process)
         try:
-            asyncio.run(_wait(server, START_LIMIT_S))
+            asyncio.run((wait or _wait)(server, START_LIMIT_S))
             yield server
         except StartError as error:
             log.seek(0)
@@ -134,6 +152,17 @@ async def _wait(server: Server, limit_s: float) -> None:
                 last = f"{type(error).__name__}: {error}"
             await asyncio.sleep(0.25)
     raise StartError(f"{server.address.url} gave no answer within {limit_s:g} s: {last}")
+
+
+async def _wait_for_page(server: Server, limit_s: float) -> None:
+    until = time.monotonic() + limit_s
+    async with server.address.client() as client:
+        while time.monotonic() < until:
+            with suppress(httpx.HTTPError):
+                if (await client.get("/_stcore/health")).status_code == 200:
+                    return
+            await asyncio.sleep(0.25)
+    raise StartError(f"{server.address.url} is not up within {limit_s:g} s")
 
 
 def _free_port() -> int:

@@ -22,7 +22,8 @@ from api.engine.scheduler import Batch, Chunk, PictureJob
 from api.engine.sequence import Sequence
 from api.engine.vision import VisionTower
 
-# Attention over stored tokens is computed in multiples of this, so that few shapes occur.
+# Attention over stored tokens is computed in multiples of this, so that few shapes occur. Only one new token for each
+# request on the CPU goes by pages: its kernel does not care about shapes, and what is padded is read in vain.
 LENGTH_STEP = 64
 
 
@@ -49,6 +50,7 @@ class Glm4vRunner:
             self._tower = VisionTower(network.model.visual)
         self._page_tokens = capacity.page_tokens
         self._device = self._decoder.device
+        self._single_step = capacity.page_tokens if self._device.type == "cpu" else LENGTH_STEP
         self._sampler = Sampler(capacity.slots + 1, self._decoder.vocabulary_size, self._device)
 
     @torch.inference_mode()
@@ -144,7 +146,7 @@ class Glm4vRunner:
 
     def _single_group(self, sequences: list[Sequence], start: int) -> Group:
         lengths = [sequence.computed + 1 for sequence in sequences]
-        pages = self._pages_for(max(lengths))
+        pages = self._pages_for(max(lengths), self._single_step)
         tables = np.zeros((len(sequences), pages), dtype=np.int64)
         for row, sequence in enumerate(sequences):
             assert sequence.lease is not None
@@ -158,15 +160,15 @@ class Glm4vRunner:
         if chunk.start == 0:
             return Group(row, end, None, None, False)
         assert chunk.sequence.lease is not None
-        pages = self._pages_for(chunk.end)
+        pages = self._pages_for(chunk.end, LENGTH_STEP)
         held = chunk.sequence.lease.table[:pages]
         table = np.zeros(pages, dtype=np.int64)
         table[: len(held)] = held
         later = np.arange(pages * self._page_tokens) > np.arange(chunk.start, chunk.end)[:, None]
         return Group(row, end, self._tensor(table), self._hide(later), False)
 
-    def _pages_for(self, tokens: int) -> int:
-        step = max(LENGTH_STEP // self._page_tokens, 1)
+    def _pages_for(self, tokens: int, multiple: int) -> int:
+        step = max(multiple // self._page_tokens, 1)
         return -(-tokens // (self._page_tokens * step)) * step
 
     def _hide(self, hidden: np.ndarray) -> torch.Tensor:
@@ -188,7 +190,7 @@ class Glm4vRunner:
         inputs = self._decoder.embeddings[start:end]
         if start == 0:
             return Pass(inputs, cos, sin, places, (Group(0, end, None, None, False),), None)
-        pages = self._tensor(np.zeros(self._pages_for(1), dtype=np.int64))
+        pages = self._tensor(np.zeros(self._pages_for(1, LENGTH_STEP), dtype=np.int64))
         mask = self._hide(np.zeros((end - start, len(pages) * self._page_tokens), dtype=bool))
         if end - start > 1:
             return Pass(inputs, cos, sin, places, (Group(0, end - start, pages, mask, False),), None)

@@ -187,6 +187,38 @@ def test_an_idle_connection_is_closed_after_five_seconds(start) -> None:
     assert 3 < time.monotonic() - began < 30
 
 
+def test_a_request_head_that_drips_in_is_not_waited_for(start) -> None:
+    server = start()
+    began = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        first, second = (
+            stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_S)) for _ in range(2)
+        )
+        second.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")  # one that knows how, and drips afterwards
+        assert second.recv(65536).startswith(b"HTTP/1.1 200")
+        dripping = [first, second]
+        while dripping and time.monotonic() - began < 30:
+            time.sleep(0.5)
+            dripping = [each for each in dripping if _takes(each, b"G")]
+
+    assert dripping == []
+    assert 9 < time.monotonic() - began < 20
+
+
+def _takes(connection: socket.socket, data: bytes) -> bool:
+    """Whether the other end still has the connection open."""
+    try:
+        connection.sendall(data)
+        connection.setblocking(False)
+        return connection.recv(1000) != b""
+    except BlockingIOError:
+        return True
+    except ConnectionError:
+        return False
+    finally:
+        connection.setblocking(True)
+
+
 def test_an_abort_by_reset_stops_the_work(start) -> None:
     server = start(FAKE_TOKEN_S="0.05")
     body = json.dumps(chat_body("x" * 1000, stream=True)).encode()
