@@ -6,6 +6,7 @@ Owns Streamlit's options. Who may see the page is `web/access.py`; what it shows
 from __future__ import annotations
 
 import argparse
+import ctypes
 import ipaddress
 import logging
 import math
@@ -97,9 +98,17 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     log.info("page address=http://%s:%d/ api=%s", settings.web_host, settings.web_port, settings.api_base_url)
     sys.argv = sys.argv[:1]
+    _share_freed_memory()
     token = settings.web_token.get_secret_value() if settings.web_token else ""
     create_app(token).run(config=streamlit_options(settings))
     return 0
+
+
+def _share_freed_memory() -> None:
+    """One heap for all threads: each visitor's thread would keep one of its own, full of freed pictures."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "gnu_get_libc_version"):
+        libc.mallopt(-8, 1)  # M_ARENA_MAX
 
 
 if __name__ == "__main__":
