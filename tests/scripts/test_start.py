@@ -176,8 +176,10 @@ def test_interrupted_start_takes_back_what_it_started(project, world, number):
     env = {**project.env, "STAND_IN_API": "deaf"}
     log = project.root / "logs" / "api.log"
     starting = subprocess.Popen(
-        ["./start.sh"], cwd=project.root, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+        ["./start.sh"], cwd=project.root, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        # Tests that run in the background of a shell ignore SIGINT, and what they start would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     world.until(lambda: log.exists() and "stand-in API starts" in log.read_text(), "the API runs")
     world.until((project.root / "logs" / "api.pid.json").exists, "it is recorded")
     pid = project.pid("api")
