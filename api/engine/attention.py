@@ -11,18 +11,15 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from api.engine.linear import has_onednn
+
 # Scores held at once; more queries are computed in blocks, so that a large picture needs no gigabytes.
 MOST_SCORES = 2**23
 
 
 def has_fast_products(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether batched products run on oneDNN's bfloat16 kernels."""
-    return (
-        device.type == "cpu"
-        and dtype == torch.bfloat16
-        and torch.backends.mkldnn.is_available()
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    return dtype == torch.bfloat16 and has_onednn(device.type, dtype)
 
 
 def attend(

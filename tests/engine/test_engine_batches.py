@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 
 import pytest
 from driving import WAIT_S, Driver, read
@@ -54,6 +55,24 @@ def test_a_picture_that_cannot_be_encoded_fails_its_own_request(drive) -> None:
 
     assert read(broken)[1].kind is Failure.ENGINE
     assert read(fine)[0] == "(1, 2, 3)"
+
+
+def test_pictures_and_prompts_that_wait_take_turns(drive, monkeypatch) -> None:
+    driver = drive(slots=3, answer=lambda p, i: "fine", queue_size=8, chunk_tokens=64)
+    blocker = driver.ask("HANG", "0")
+    driver.runner.hanging.wait(WAIT_S)
+    log: list[str] = []
+    encode, compute = driver.runner.encode, driver.runner.compute
+    monkeypatch.setattr(driver.runner, "encode", lambda job, limit_s: log.append("slice") or encode(job, limit_s))
+    monkeypatch.setattr(driver.runner, "compute", lambda batch: log.extend("chunk" for _ in batch.chunks) or compute(batch))
+    driver.runner.slices = 100
+    streams = [about(driver, (1, 2, 3), "picture"), driver.ask("q" * 640, "prompt")]
+    driver.runner.release.set()
+
+    assert [read(stream)[0] for stream in (blocker, *streams)] == ["fine"] * 3
+    slices = [place for place, what in enumerate(log[:12]) if what == "slice"]  # the prompt has ten chunks
+    assert len(slices) > 3  # the picture goes on meanwhile
+    assert all(after - before > 2 for before, after in pairwise(slices)), log[:12]
 
 
 def test_little_memory_makes_smaller_batches_and_nobody_fails(drive) -> None:
