@@ -2,8 +2,8 @@
 
 Torch's fused kernel is the right one on GPUs and in float32. In bfloat16 on a CPU its inner products do
 not use the processor's bfloat16 instructions, and two plain batched products with a softmax between
-them take less than half its time (2 cores AMD EPYC, torch 2.13: 576 patches 7.1 -> 2.7 ms, 512 tokens
-7.5 -> 3.1 ms). That is also how transformers computes `eager` attention.
+them take less than half its time (torch 2.13; docs/performance.md). That is also how transformers computes
+`eager` attention.
 """
 
 from __future__ import annotations
