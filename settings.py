@@ -66,6 +66,10 @@ class Settings(BaseSettings):
     prefill_chunk_tokens: int = Field(512, ge=16, description="longest part of a prompt computed in one step")
     picture_cache_bytes: int = Field(256 * 2**20, ge=0, description="memory for encoded pictures that may be asked about again")
 
+    kernels: Literal["auto", "torch"] = Field(
+        "auto", description="`auto` compiles some operations for the CPU where there is a C++ compiler; `torch` never"
+    )
+
     # The API.
     api_host: str = "0.0.0.0"
     api_port: int = Field(8080, ge=1, le=65535)

@@ -78,10 +78,14 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE)
     parser.add_argument("--model", type=Path, help="checkpoint folder; default: the mid shape")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--kernels", default="auto", choices=["auto", "torch"])
     given = parser.parse_args()
     folder = given.model or build_mid(given.cache)
-    model = load(Settings(model=str(folder), dtype=given.dtype, device="cpu"), lambda fraction: None)
+    model = load(Settings(model=str(folder), dtype=given.dtype, device="cpu", kernels=given.kernels), lambda fraction: None)
     model.runner.warm_up()
+    while model.facts["kernels"] == "compiling":
+        time.sleep(0.25)
+    print(f"kernels: {model.facts['kernels']}, {model.facts['choices']['kernels']}")
     with torch.inference_mode():
         products(model)
     steps = Steps(model)

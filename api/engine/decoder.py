@@ -15,23 +15,8 @@ import torch.nn.functional as F
 
 from api.engine.attention import attend
 from api.engine.linear import Linear
-from api.engine.rotary import Rotary, half_split_order, rotate
-
-
-@dataclass(frozen=True)
-class Group:
-    """Rows `start` to `end` of a pass that attend alike.
-
-    Either one new token for each of several requests (`pages` [rows, pages], `mask` hides what is
-    beyond a request's length), or several tokens of one request (`pages` [pages], `mask` hides what
-    comes later; None when the rows begin the request, so that plain causal attention does).
-    """
-
-    start: int
-    end: int
-    pages: torch.Tensor | None
-    mask: torch.Tensor | None
-    single: bool
+from api.engine.operations import Group, Operations, TorchOperations, read_pages
+from api.engine.rotary import Rotary, half_split_order
 
 
 @dataclass(frozen=True)
@@ -48,7 +33,6 @@ class Pass:
 
 @dataclass(frozen=True)
 class _Layer:
-    before_attention: torch.Tensor
     qkv: Linear
     out: Linear
     after_attention: torch.Tensor
@@ -56,6 +40,7 @@ class _Layer:
     gate_up: Linear
     down: Linear
     after_mlp: torch.Tensor
+    before_next: torch.Tensor  # of the next layer, or of the head
 
 
 class Decoder:
@@ -66,6 +51,7 @@ class Decoder:
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.page_tokens = page_tokens
+        self._operations: Operations = TorchOperations(page_tokens)
         self._eps = config.rms_norm_eps
         rope = text.rotary_emb
         order = half_split_order(self.head_dim, 2 * len(rope.inv_freq))
@@ -73,8 +59,9 @@ class Decoder:
             rope.inv_freq, rope.mrope_section, self.head_dim, positions, self.dtype, rope.attention_scaling
         )
         self.embeddings: torch.Tensor = text.embed_tokens.weight.detach()
-        self._layers = [self._layer(layer, order) for layer in text.layers]
-        self._norm = text.norm.weight.detach()
+        norms = [*(layer.input_layernorm for layer in text.layers), text.norm]
+        self._first_norm = norms[0].weight.detach()
+        self._layers = [self._layer(*pair, order) for pair in zip(text.layers, norms[1:], strict=True)]
         self._head = Linear(network.lm_head.weight)
         # One row holds the keys, then the values of a token. Zeros, because hidden places are read and multiplied by 0.
         shape = (pages * page_tokens, 2 * self.kv_heads, self.head_dim)
@@ -84,19 +71,24 @@ class Decoder:
     def vocabulary_size(self) -> int:
         return self._head.out_features
 
+    def use(self, operations: Operations) -> None:
+        """From now on, also in the middle of a pass: all operations compute the same."""
+        self._operations = operations
+
     def run(self, step: Pass) -> torch.Tensor:
         """Store the keys and values of all rows; returns the wanted logits [rows, vocabulary] in float32."""
-        x = step.inputs
+        do, x = self._operations, step.inputs
+        normed = F.rms_norm(x, self._first_norm.shape, self._first_norm, self._eps)
         for layer, kv in zip(self._layers, self.kv, strict=True):
-            attended = layer.out(self._attend(self._rms(x, layer.before_attention), layer, kv, step))
-            x = x + self._rms(attended, layer.after_attention)
-            gate, up = layer.gate_up(self._rms(x, layer.before_mlp)).chunk(2, dim=-1)
-            x = x + self._rms(layer.down(F.silu(gate).mul_(up)), layer.after_mlp)
+            attended = layer.out(self._attend(normed, layer, kv, step))
+            x, normed = do.add_norm(x, attended, layer.after_attention, layer.before_mlp, self._eps)
+            changed = layer.down(do.silu_mul(layer.gate_up(normed)))
+            x, normed = do.add_norm(x, changed, layer.after_mlp, layer.before_next, self._eps)
         if step.wanted is not None:
-            x = x.index_select(0, step.wanted)
-        if not len(x):  # part of a prompt: nobody wants a token yet
+            normed = normed.index_select(0, step.wanted)
+        if not len(normed):  # part of a prompt: nobody wants a token yet
             return torch.empty(0, self.vocabulary_size, device=self.device)
-        return self._head(self._rms(x, self._norm)).float()
+        return self._head(normed).float()
 
     def spread_over_heads(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotations [rows, head_dim] for every head of q and k, and none for those of v."""
@@ -108,48 +100,31 @@ class Decoder:
         )
 
     def _attend(self, x: torch.Tensor, layer: _Layer, kv: torch.Tensor, step: Pass) -> torch.Tensor:
-        heads = self.heads + 2 * self.kv_heads
-        qkv = rotate(layer.qkv(x).view(-1, heads, self.head_dim), step.cos, step.sin)
-        kv.index_copy_(0, step.places, qkv[:, self.heads :])
+        do, qkv = self._operations, layer.qkv(x).view(len(x), -1, self.head_dim)
+        qkv = do.rotate_store(qkv, step.cos, step.sin, kv, step.places)
         outs = [
-            self._attend_single(qkv, kv, group) if group.single else self._attend_chunk(qkv, kv, group)
+            do.attend_single(qkv[group.start : group.end], kv, group)
+            if group.single
+            else self._attend_chunk(qkv, kv, group)
             for group in step.groups
         ]
         return outs[0] if len(outs) == 1 else torch.cat(outs)
-
-    def _attend_single(self, qkv: torch.Tensor, kv: torch.Tensor, group: Group) -> torch.Tensor:
-        """One token of each request: its query heads that share a key head stand where tokens usually stand."""
-        assert group.pages is not None
-        rows = group.end - group.start
-        q = qkv[group.start : group.end, : self.heads].view(rows, self.kv_heads, -1, self.head_dim)
-        stored = self._read(kv, group.pages.flatten()).view(rows, -1, 2 * self.kv_heads, self.head_dim)
-        k, v = stored.transpose(1, 2).split(self.kv_heads, dim=1)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=group.mask).reshape(rows, -1)
 
     def _attend_chunk(self, qkv: torch.Tensor, kv: torch.Tensor, group: Group) -> torch.Tensor:
         """Several tokens of one request: query heads that share a key head form one batch."""
         rows, shared = group.end - group.start, self.heads // self.kv_heads
         q = qkv[group.start : group.end, : self.heads].view(rows, self.kv_heads, shared, self.head_dim)
-        stored = qkv[group.start : group.end, self.heads :] if group.pages is None else self._read(kv, group.pages)
+        stored = qkv[group.start : group.end, self.heads :] if group.pages is None else read_pages(kv, group.pages, self.page_tokens)
         k, v = stored.transpose(0, 1).split(self.kv_heads)
         out = attend(q.permute(1, 2, 0, 3), k, v, group.mask, causal=group.mask is None)
         return out.permute(2, 0, 1, 3).reshape(rows, -1)
 
-    def _read(self, kv: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
-        """Tokens of some pages, in order: [pages * page_tokens, 2 * kv_heads, head_dim]."""
-        in_pages = kv.view(-1, self.page_tokens * 2 * self.kv_heads * self.head_dim)
-        return in_pages.index_select(0, pages).view(-1, 2 * self.kv_heads, self.head_dim)
-
-    def _rms(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, (x.shape[-1],), weight, self._eps)
-
-    def _layer(self, layer: Any, order: list[int]) -> _Layer:
+    def _layer(self, layer: Any, before_next: Any, order: list[int]) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
         q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
         weight = [self._reorder(q.weight, order), self._reorder(k.weight, order), v.weight]
         bias = [self._reorder(q.bias, order), self._reorder(k.bias, order), v.bias]
         return _Layer(
-            before_attention=layer.input_layernorm.weight.detach(),
             qkv=Linear(torch.cat(weight), torch.cat(bias)),
             out=Linear(attention.o_proj.weight),
             after_attention=layer.post_self_attn_layernorm.weight.detach(),
@@ -157,6 +132,7 @@ class Decoder:
             gate_up=Linear(mlp.gate_up_proj.weight),
             down=Linear(mlp.down_proj.weight),
             after_mlp=layer.post_mlp_layernorm.weight.detach(),
+            before_next=before_next.weight.detach(),
         )
 
     def _reorder(self, rows: torch.Tensor, order: list[int]) -> torch.Tensor:

@@ -107,9 +107,32 @@ def _assemble(
     model_id = (demo or {}).get("id") or (local.name if local else chosen.value)
     generation = network.generation_config
     defaults = _sampling_defaults(generation)
+    facts: dict[str, Any] = {
+        "class": type(network).__name__,
+        "parameters": parameters,
+        "device": choices["device"].value,
+        "dtype": choices["dtype"].value,
+        "threads": int(choices["threads"].value),
+        "demo": demo is not None,
+        "knows": (demo or {}).get("knows"),
+        "slots": slots.number,
+        "kv_cache_tokens": capacity.pages * PAGE_TOKENS,
+        "choices": {name: choice.reason for name, choice in choices.items()}
+        | {"context_tokens": context_reason, "slots": slots.reason, "kv_cache": kv.reason},
+    }
+
+    def tell(choice: Choice) -> None:
+        facts["kernels"], facts["choices"]["kernels"] = choice.value, choice.reason
+        logger.info("event=choice name=kernels value=%s reason=%s", choice.value, json.dumps(choice.reason))
+
+    runner = Glm4vRunner(network, capacity, context_tokens)
+    if settings.kernels == "torch":
+        tell(Choice("torch", "set by GLM_KERNELS"))
+    else:
+        runner.speed_up(tell)
     return Model(
         id=model_id,
-        runner=Glm4vRunner(network, capacity, context_tokens),
+        runner=runner,
         vocabulary=vocabulary,
         template=_Template(tokenizer),
         pictures=_Pictures(transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")),
@@ -117,19 +140,7 @@ def _assemble(
         context_tokens=context_tokens,
         capacity=capacity,
         defaults=defaults,
-        facts={
-            "class": type(network).__name__,
-            "parameters": parameters,
-            "device": choices["device"].value,
-            "dtype": choices["dtype"].value,
-            "threads": int(choices["threads"].value),
-            "demo": demo is not None,
-            "knows": (demo or {}).get("knows"),
-            "slots": slots.number,
-            "kv_cache_tokens": capacity.pages * PAGE_TOKENS,
-            "choices": {name: choice.reason for name, choice in choices.items()}
-            | {"context_tokens": context_reason, "slots": slots.reason, "kv_cache": kv.reason},
-        },
+        facts=facts,
     )
 
 

@@ -6,6 +6,7 @@ are not needed any more. Knows sequences and pages, not queues or time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,9 +14,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from api.engine.decoder import Decoder, Group, Pass
+from api.engine import kernels, placement
+from api.engine.decoder import Decoder, Pass
 from api.engine.kv_cache import Copy
 from api.engine.model import Capacity, Choice
+from api.engine.operations import Group
 from api.engine.rotary import rope_positions
 from api.engine.sampling import Sampler
 from api.engine.scheduler import Batch, Chunk, PictureJob
@@ -58,6 +61,15 @@ class Glm4vRunner:
         if job.state is None:
             job.state = self._tower.begin(job.picture.patches, job.picture.grid)
         return self._tower.advance(job.state, limit_s)
+
+    def speed_up(self, tell: Callable[[placement.Choice], None]) -> None:
+        """Use compiled operations where they fit, as soon as they are there; `tell` says what is in use and why."""
+        decoder = self._decoder
+        obstacle = kernels.obstacle(decoder.device, decoder.dtype, self._page_tokens, decoder.head_dim)
+        if obstacle:
+            tell(placement.Choice("torch", obstacle))
+        else:
+            kernels.prepare(decoder.use, tell)
 
     def size_bytes(self, features: torch.Tensor) -> int:
         return features.nbytes
@@ -153,19 +165,20 @@ class Glm4vRunner:
             held = sequence.lease.table[:pages]
             tables[row, : len(held)] = held
         beyond = np.arange(pages * self._page_tokens) >= np.array(lengths)[:, None]
-        return Group(start, start + len(sequences), self._tensor(tables), self._hide(beyond)[:, None, None], True)
+        mask = self._hide(beyond)[:, None, None]
+        return Group(start, start + len(sequences), self._tensor(tables), mask, self._tensor(lengths))
 
     def _chunk_group(self, chunk: Chunk, row: int) -> Group:
         end = row + chunk.end - chunk.start
         if chunk.start == 0:
-            return Group(row, end, None, None, False)
+            return Group(row, end)
         assert chunk.sequence.lease is not None
         pages = self._pages_for(chunk.end, LENGTH_STEP)
         held = chunk.sequence.lease.table[:pages]
         table = np.zeros(pages, dtype=np.int64)
         table[: len(held)] = held
         later = np.arange(pages * self._page_tokens) > np.arange(chunk.start, chunk.end)[:, None]
-        return Group(row, end, self._tensor(table), self._hide(later), False)
+        return Group(row, end, self._tensor(table), self._hide(later))
 
     def _pages_for(self, tokens: int, multiple: int) -> int:
         step = max(multiple // self._page_tokens, 1)
@@ -189,12 +202,13 @@ class Glm4vRunner:
         cos, sin = self._decoder.spread_over_heads(*self._decoder.rotary.at_text(places))
         inputs = self._decoder.embeddings[start:end]
         if start == 0:
-            return Pass(inputs, cos, sin, places, (Group(0, end, None, None, False),), None)
+            return Pass(inputs, cos, sin, places, (Group(0, end),), None)
         pages = self._tensor(np.zeros(self._pages_for(1, LENGTH_STEP), dtype=np.int64))
         mask = self._hide(np.zeros((end - start, len(pages) * self._page_tokens), dtype=bool))
         if end - start > 1:
-            return Pass(inputs, cos, sin, places, (Group(0, end - start, pages, mask, False),), None)
-        return Pass(inputs, cos, sin, places, (Group(0, 1, pages[None], mask[:, None, None], True),), None)
+            return Pass(inputs, cos, sin, places, (Group(0, end - start, pages, mask),), None)
+        single = Group(0, 1, pages[None], mask[:, None, None], self._tensor([1]))
+        return Pass(inputs, cos, sin, places, (single,), None)
 
     def _tensor(self, values: Any) -> torch.Tensor:
         return torch.as_tensor(np.asarray(values, dtype=np.int64)).to(self._device)

@@ -1,0 +1,181 @@
+"""The operations of a decoder layer compiled for this machine's CPU, where there is a C++ compiler.
+
+kernels.cpp is compiled in the background while the server starts and answers with torch's operations, tried
+against those, and then used. What was compiled is kept for the next start under a name that says for which
+source, torch and processor it is. Nothing here can stop a server: where it fails, torch goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from api.engine.operations import Group, Operations, TorchOperations
+from api.engine.placement import Choice
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+# What kernels.cpp is written for.
+PAGE_TOKENS = 16
+HEAD_DIMS = (16, 32, 48, 64, 96, 128)
+FLAGS = ("-std=c++20", "-O3", "-ffast-math", "-fopenmp", "-fPIC", "-DAT_PARALLEL_OPENMP=1")
+COMPILE_LIMIT_S = 600.0
+TOLERANCE = 0.05  # of numbers about 1, in bfloat16
+
+
+class KernelError(RuntimeError):
+    """There will be no compiled operations; the message says why."""
+
+
+class CompiledOperations:
+    def add_norm(
+        self, x: torch.Tensor, part: torch.Tensor, after: torch.Tensor, before: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.ops.glm.add_norm(x, part, after, before, eps)
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return torch.ops.glm.silu_mul(gate_up)
+
+    def rotate_store(
+        self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kv: torch.Tensor, places: torch.Tensor
+    ) -> torch.Tensor:
+        torch.ops.glm.rotate_store(qkv, cos, sin, kv, places)
+        return qkv
+
+    def attend_single(self, qkv: torch.Tensor, kv: torch.Tensor, group: Group) -> torch.Tensor:
+        return torch.ops.glm.attend_pages(qkv, kv, group.pages, group.lengths)
+
+
+def obstacle(device: torch.device, dtype: torch.dtype, page_tokens: int, head_dim: int) -> str | None:
+    """Why the kernels cannot be used there, or None."""
+    if device.type != "cpu":
+        return "for the CPU only"
+    if dtype != torch.bfloat16:
+        return f"for bfloat16 only, and this is {str(dtype).removeprefix('torch.')}"
+    if head_dim not in HEAD_DIMS or page_tokens != PAGE_TOKENS:
+        return f"not for heads of {head_dim} in pages of {page_tokens}"
+    return None
+
+
+def prepare(use: Callable[[Operations], None], tell: Callable[[Choice], None], folder: Path | None = None) -> None:
+    """Compile in a thread of its own, then `use` the operations; `tell` says each time what is in use and why."""
+    tell(Choice("compiling", "torch computes meanwhile"))
+    threading.Thread(target=_prepare, args=(use, tell, folder or cache_folder()), name="compile", daemon=True).start()
+
+
+def _prepare(use: Callable[[Operations], None], tell: Callable[[Choice], None], folder: Path) -> None:
+    try:
+        library = compiled(folder)
+        torch.ops.load_library(str(library))
+        _try_out(CompiledOperations())
+    except (KernelError, OSError, RuntimeError) as error:
+        choice = Choice("torch", f"no compiled operations: {error}")
+    else:
+        use(CompiledOperations())
+        choice = Choice("compiled", str(library))
+    tell(choice)
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "glm-web"
+
+
+def compiled(folder: Path) -> Path:
+    """The library for this machine: the one that is there, or a new one. Raises KernelError, OSError."""
+    compiler = _compiler()
+    for_this_processor = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
+    flags = [*FLAGS, for_this_processor, *_vector_flags()]
+    library = folder / f"kernels-{_fingerprint(compiler, flags)}.so"
+    if library.is_file():
+        return library
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    torch_folder = Path(torch.__file__).parent
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        made = Path(work) / library.name
+        _run([compiler, *flags, f"-I{torch_folder / 'include'}", "-c", str(SOURCE), "-o", f"{made}.o"])
+        # Not linked with -fopenmp: torch brings the one OpenMP runtime whose threads both must share.
+        _run([compiler, "-shared", f"{made}.o", "-o", str(made), f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"])
+        made.replace(library)
+    return library
+
+
+def _compiler() -> str:
+    for name in (os.environ.get("CXX"), "g++", "clang++"):
+        if name and (found := shutil.which(name)):
+            return found
+    raise KernelError("there is no C++ compiler (install g++ for faster answers)")
+
+
+def _vector_flags() -> list[str]:
+    return ["-mprefer-vector-width=512"] if "avx512f" in _processor() else []
+
+
+def _processor() -> str:
+    """What this processor can do: a library for another one may end the process."""
+    with suppress(OSError):
+        found = re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text("ascii"), re.MULTILINE)
+        if found:
+            return found[1]
+    return platform.processor()
+
+
+def _fingerprint(compiler: str, flags: list[str]) -> str:
+    parts = (SOURCE.read_text("utf-8"), torch.__version__, compiler, " ".join(flags), _processor())
+    return hashlib.blake2b("\0".join(parts).encode(), digest_size=8).hexdigest()
+
+
+def _run(command: list[str]) -> None:
+    try:  # the answers of a server that has started already come first
+        done = subprocess.run(["nice", *command], capture_output=True, text=True, timeout=COMPILE_LIMIT_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise KernelError(f"{command[0]} took longer than {COMPILE_LIMIT_S:g} s") from None
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+        raise KernelError(f"{command[0]} ended with code {done.returncode}: {said[0] if said else 'no message'}")
+
+
+@torch.inference_mode()
+def _try_out(own: Operations) -> None:
+    """Compare with torch on a few numbers: a miscompiled library must not answer anybody."""
+    theirs = TorchOperations(PAGE_TOKENS)
+    numbers = torch.Generator().manual_seed(46)
+
+    def some(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=numbers).to(torch.bfloat16)
+
+    rows, kv_heads, shared, dim = 5, 2, 5, 64
+    x, part, after, before, gate_up = some(rows, 96), some(rows, 96), some(96), some(96), some(rows, 192)
+    qkv, kv = some(rows, kv_heads * (shared + 2), dim), some(8 * PAGE_TOKENS, 2 * kv_heads, dim)
+    cos, sin, places = some(*qkv.shape), some(*qkv.shape), torch.arange(rows) * 7
+    cos[:, -kv_heads:], sin[:, -kv_heads:] = 1, 0  # values are not turned
+    lengths = torch.tensor([1, 16, 17, 40, 48])
+    hidden = torch.where(torch.arange(48) < lengths[:, None], 0.0, -torch.inf).to(torch.bfloat16)
+    group = Group(0, rows, torch.arange(15).view(rows, 3) % 8, hidden[:, None, None], lengths)
+    for name in ("add_norm", "silu_mul", "rotate_store", "attend_single"):
+        found = []
+        for operations in (own, theirs):
+            stored = kv.clone()
+            arguments = {
+                "add_norm": (x, part, after, before, 1e-5),
+                "silu_mul": (gate_up,),
+                "rotate_store": (qkv.clone(), cos, sin, stored, places),
+                "attend_single": (qkv, stored, group),
+            }[name]
+            result = getattr(operations, name)(*arguments)
+            found.append([*(result if isinstance(result, tuple) else [result]), stored])
+        for ours, wanted in zip(*found, strict=True):
+            if not torch.allclose(ours.float(), wanted.float(), rtol=TOLERANCE, atol=TOLERANCE):
+                raise KernelError(f"{name} computes something else than torch")

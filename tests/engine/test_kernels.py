@@ -1,0 +1,192 @@
+"""The compiled operations against torch's, and what happens where they cannot be had."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from api.engine import kernels
+from api.engine.kernels import CompiledOperations
+from api.engine.operations import Group, Operations, TorchOperations
+from api.engine.placement import Choice
+
+PAGE = kernels.PAGE_TOKENS
+THEIRS = TorchOperations(PAGE)
+EPS = 1e-5
+COMPILE_S = 180.0
+
+
+@pytest.fixture(scope="module")
+def ours() -> Operations:
+    torch.ops.load_library(str(kernels.compiled(kernels.cache_folder())))
+    return CompiledOperations()
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(46)
+
+
+def some(*shape: int) -> torch.Tensor:
+    return torch.randn(shape).to(torch.bfloat16)
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Equal but for the last two of 8 bits: torch rounds between two steps, and so do these."""
+    return bool(torch.allclose(ours.float(), theirs.float(), rtol=2**-6, atol=2**-7))
+
+
+@pytest.mark.parametrize("size", [1, 33, 192, 1024])
+@pytest.mark.parametrize("rows", [1, 3, 4, 130])
+def test_add_norm(rows: int, size: int, ours: Operations) -> None:
+    x, part, after, before = some(rows, size), some(rows, size), some(size), some(size)
+
+    for mine, wanted in zip(
+        ours.add_norm(x, part, after, before, EPS), THEIRS.add_norm(x, part, after, before, EPS), strict=True
+    ):
+        assert close(mine, wanted)
+
+
+@pytest.mark.parametrize(("rows", "size"), [(1, 1), (3, 17), (9, 4096)])
+def test_silu_mul(rows: int, size: int, ours: Operations) -> None:
+    gate_up = some(rows, 2 * size) * 4
+
+    assert close(ours.silu_mul(gate_up), THEIRS.silu_mul(gate_up))
+
+
+@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize("dim", kernels.HEAD_DIMS)
+def test_rotate_store(dim: int, rows: int, ours: Operations) -> None:
+    heads, kv_heads = 6, 2
+    qkv, kv = some(rows, heads + 2 * kv_heads, dim), some(4 * PAGE, 2 * kv_heads, dim)
+    angles = torch.rand(rows, 1, dim) * 6
+    cos, sin = (turn.to(torch.bfloat16).repeat(1, heads + 2 * kv_heads, 1) for turn in (angles.cos(), angles.sin()))
+    cos[:, -kv_heads:], sin[:, -kv_heads:] = 1, 0
+    places = torch.randperm(len(kv))[:rows]
+    wanted_kv = kv.clone()
+    wanted = THEIRS.rotate_store(qkv, cos, sin, wanted_kv, places)
+
+    turned = ours.rotate_store(qkv, cos, sin, kv, places)
+
+    assert close(turned, wanted)
+    assert close(kv, wanted_kv)
+    untouched = torch.ones(len(kv), dtype=torch.bool).index_fill(0, places, False)
+    assert torch.equal(kv[untouched], wanted_kv[untouched])
+
+
+@pytest.mark.parametrize("lengths", [[1], [16, 17, 31, 32], [200, 3, 144, 33, 1, 90, 16, 15, 48]], ids=len)
+@pytest.mark.parametrize(("kv_heads", "shared"), [(1, 1), (2, 3), (2, 8), (1, 5)])
+@pytest.mark.parametrize("dim", kernels.HEAD_DIMS)
+def test_attend_single(dim: int, kv_heads: int, shared: int, lengths: list[int], ours: Operations) -> None:
+    held = -(-max(lengths) // PAGE)
+    kv = some(64 * PAGE, 2 * kv_heads, dim)
+    pages = torch.stack([torch.randperm(64)[:held] for _ in lengths])
+    hidden = torch.where(torch.arange(held * PAGE) < torch.tensor(lengths)[:, None], 0.0, -torch.inf)
+    mask = hidden.to(torch.bfloat16)[:, None, None]
+    group = Group(0, len(lengths), pages, mask, torch.tensor(lengths))
+    qkv = some(len(lengths), kv_heads * (shared + 2), dim) * 2
+
+    found = ours.attend_single(qkv, kv, group)
+
+    assert close(found, THEIRS.attend_single(qkv, kv, group))
+
+
+def test_what_lies_beyond_a_length_is_never_seen(ours: Operations) -> None:
+    kv = some(2 * PAGE, 2, 64)
+    kv[20:] = torch.inf
+    group = Group(0, 1, torch.tensor([[0, 1]]), None, torch.tensor([20]))
+
+    found = ours.attend_single(some(1, 3, 64), kv.nan_to_num(posinf=3e38), group)
+
+    assert found.isfinite().all() and found.abs().max() < 10
+
+
+def test_they_fit_bfloat16_on_the_cpu_only() -> None:
+    cpu = torch.device("cpu")
+
+    assert kernels.obstacle(cpu, torch.bfloat16, 16, 128) is None
+    assert "float32" in str(kernels.obstacle(cpu, torch.float32, 16, 128))
+    assert "CPU" in str(kernels.obstacle(torch.device("cuda"), torch.bfloat16, 16, 128))
+    assert "80" in str(kernels.obstacle(cpu, torch.bfloat16, 16, 80))
+    assert "32" in str(kernels.obstacle(cpu, torch.bfloat16, 32, 64))
+
+
+def test_they_are_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = kernels.compiled(tmp_path)
+    monkeypatch.setattr(kernels, "_run", lambda command: pytest.fail("compiled again"))
+
+    assert kernels.compiled(tmp_path) == first
+    assert [file.name for file in tmp_path.iterdir()] == [first.name]
+
+
+def test_without_a_compiler_torch_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    told, used = prepared(tmp_path)
+
+    assert [choice.value for choice in told] == ["compiling", "torch"]
+    assert "no C++ compiler" in told[-1].reason and "g++" in told[-1].reason
+    assert used == []
+
+
+def test_a_compiler_that_fails_is_named_with_what_it_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "c++broken"
+    broken.write_text("#!/bin/sh\necho 'warning: first' >&2\necho 'error: No space left on device' >&2\nexit 4\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+
+    told, used = prepared(tmp_path / "cache")
+
+    assert told[-1].value == "torch" and used == []
+    assert all(word in told[-1].reason for word in ("c++broken", "code 4", "No space left on device"))
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_library_that_computes_something_else_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong(CompiledOperations):
+        def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+            return super().silu_mul(gate_up) * 1.5
+
+    monkeypatch.setattr(kernels, "CompiledOperations", Wrong)
+
+    told, used = prepared(kernels.cache_folder())
+
+    assert told[-1].value == "torch" and "silu_mul" in told[-1].reason
+    assert used == []
+
+
+def test_a_file_that_is_no_library_is_no_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = tmp_path / "kernels.so"
+    library.write_text("cut off")
+    monkeypatch.setattr(kernels, "compiled", lambda folder: library)
+
+    told, used = prepared(tmp_path)
+
+    assert told[-1].value == "torch" and "kernels.so" in told[-1].reason
+    assert used == []
+
+
+def test_compiled_ones_are_used_and_said(tmp_path: Path) -> None:
+    told, used = prepared(kernels.cache_folder())
+
+    assert [choice.value for choice in told] == ["compiling", "compiled"]
+    assert isinstance(used[0], CompiledOperations) and len(used) == 1
+
+
+def prepared(folder: Path) -> tuple[list[Choice], list[Operations]]:
+    told: list[Choice] = []
+    used: list[Operations] = []
+    done = threading.Event()
+
+    def tell(choice: Choice) -> None:
+        told.append(choice)
+        if choice.value != "compiling":
+            done.set()
+
+    kernels.prepare(used.append, tell, folder)
+    assert done.wait(COMPILE_S)
+    return told, used
