@@ -19,6 +19,7 @@ install_debian_packages() {
     local lacking=()
     command -v chromium >/dev/null || lacking+=(chromium)
     command -v shellcheck >/dev/null || lacking+=(shellcheck)
+    command -v g++ >/dev/null || lacking+=(g++)
     command -v flock >/dev/null || lacking+=(util-linux)
     command -v cron >/dev/null || lacking+=(cron)
     command -v systemd-analyze >/dev/null || lacking+=(systemd)

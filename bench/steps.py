@@ -18,10 +18,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from api.engine.answer import Answer
+from api.engine.kernels import CompiledOperations
 from api.engine.kv_cache import KvCache
 from api.engine.linear import Linear
 from api.engine.loader import load
 from api.engine.model import Model
+from api.engine.operations import TorchOperations
 from api.engine.request import Request, Sampling
 from api.engine.scheduler import Batch, Chunk
 from api.engine.sequence import Sequence, make_sequence
@@ -93,6 +95,8 @@ def main() -> int:
         running = steps.prompts(rows, PROMPT)
         steps.prefill(running)
         show(f"decode, {rows} at once", lambda running=running: steps.decode(running), 15)  # type: ignore[misc]
+        if model.facts["kernels"] == "compiled":
+            compare(model, lambda running=running: steps.decode(running), 12)  # type: ignore[misc]
         steps.end(running)
     for count, tokens in ((1, PROMPT), (4, PROMPT), (3, 165)):
         waiting = iter([steps.prompts(count, tokens) for _ in range(5)])
@@ -114,6 +118,19 @@ def products(model: Model) -> None:
         took = _median(lambda inputs=inputs: [linear(inputs[linear.in_features]) for linear in linears], 5)  # type: ignore[misc]
         rate, read = 2 * weights * rows / took / 1e9, 2 * weights / took / 1e9
         print(f"products, {rows} rows: {took * 1000:.1f} ms, {rate:.0f} GFLOPS, {read:.1f} GB/s in bfloat16")
+
+
+def compare(model: Model, work: Callable[[], object], times: int) -> None:
+    """The same with the operations of torch and with the compiled ones, by turns: a machine's speed drifts."""
+    decoder = model.runner._decoder  # type: ignore[attr-defined]
+    found: dict[str, list[float]] = {"torch": [], "compiled": []}
+    for _ in range(times):
+        for name, operations in (("torch", TorchOperations(decoder.page_tokens)), ("compiled", CompiledOperations())):
+            decoder.use(operations)
+            work()  # what the other has left in the caches
+            found[name].append(_median(work, 3))
+    theirs, ours = median(found["torch"]), median(found["compiled"])
+    print(f"  with torch's operations {theirs * 1000:.1f} ms, compiled {ours * 1000:.1f} ms: {theirs / ours:.2f} times as fast")
 
 
 def show(name: str, work: Callable[[], object], times: int) -> None:

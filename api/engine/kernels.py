@@ -73,12 +73,12 @@ def obstacle(device: torch.device, dtype: torch.dtype, page_tokens: int, head_di
 def prepare(use: Callable[[Operations], None], tell: Callable[[Choice], None], folder: Path | None = None) -> None:
     """Compile in a thread of its own, then `use` the operations; `tell` says each time what is in use and why."""
     tell(Choice("compiling", "torch computes meanwhile"))
-    threading.Thread(target=_prepare, args=(use, tell, folder or cache_folder()), name="compile", daemon=True).start()
+    threading.Thread(target=_prepare, args=(use, tell, folder), name="compile", daemon=True).start()
 
 
-def _prepare(use: Callable[[Operations], None], tell: Callable[[Choice], None], folder: Path) -> None:
+def _prepare(use: Callable[[Operations], None], tell: Callable[[Choice], None], folder: Path | None) -> None:
     try:
-        library = compiled(folder)
+        library = compiled(folder or cache_folder())
         torch.ops.load_library(str(library))
         _try_out(CompiledOperations())
     except (KernelError, OSError, RuntimeError) as error:

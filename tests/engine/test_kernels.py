@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,13 @@ def ours() -> Operations:
 
 
 @pytest.fixture(autouse=True)
-def seed() -> None:
+def two_threads() -> Iterator[None]:
+    """Rows must be shared out without a gap or an overlap."""
     torch.manual_seed(46)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 def some(*shape: int) -> torch.Tensor:
