@@ -75,6 +75,9 @@ class Decoder:
         """From now on, also in the middle of a pass: all operations compute the same."""
         self._operations = operations
 
+    def prefers_single(self, rows: int, tokens: int) -> bool:
+        return self._operations.prefers_single(rows, tokens)
+
     def run(self, step: Pass) -> torch.Tensor:
         """Store the keys and values of all rows; returns the wanted logits [rows, vocabulary] in float32."""
         do, x = self._operations, step.inputs

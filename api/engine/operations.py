@@ -18,9 +18,10 @@ from api.engine.rotary import rotate
 class Group:
     """Rows `start` to `end` of a pass that attend alike.
 
-    Either one new token for each of several requests (`pages` [rows, pages] and `lengths` [rows] in tokens,
-    `mask` hides what is beyond a request's length), or several tokens of one request (`pages` [pages], `mask`
-    hides what comes later; None when the rows begin the request, so that plain causal attention does).
+    Either each row for itself, as one new token for each of several requests (`pages` [rows, pages] and `lengths`
+    [rows], the tokens that a row sees; torch's operations need `mask` to hide the rest), or several tokens of one
+    request (`pages` [pages], `mask` hides what comes later; None when the rows begin the request, so that plain
+    causal attention does).
     """
 
     start: int
@@ -50,6 +51,9 @@ class Operations(Protocol):
 
     def attend_single(self, qkv: torch.Tensor, kv: torch.Tensor, group: Group) -> torch.Tensor:
         """One token of each request in a group: its rows of qkv -> [rows, heads * head_dim]."""
+
+    def prefers_single(self, rows: int, tokens: int) -> bool:
+        """Whether so many rows of one request, that see up to so many tokens, are attended sooner one by one."""
 
 
 class TorchOperations:
@@ -81,6 +85,9 @@ class TorchOperations:
         stored = read_pages(kv, group.pages.flatten(), self._page_tokens).view(rows, -1, 2 * kv_heads, head_dim)
         k, v = stored.transpose(1, 2).split(kv_heads, dim=1)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=group.mask).reshape(rows, -1)
+
+    def prefers_single(self, rows: int, tokens: int) -> bool:
+        return False
 
 
 def read_pages(kv: torch.Tensor, pages: torch.Tensor, page_tokens: int) -> torch.Tensor:

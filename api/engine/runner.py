@@ -169,10 +169,14 @@ class Glm4vRunner:
         return Group(start, start + len(sequences), self._tensor(tables), mask, self._tensor(lengths))
 
     def _chunk_group(self, chunk: Chunk, row: int) -> Group:
-        end = row + chunk.end - chunk.start
+        rows, end = chunk.end - chunk.start, row + chunk.end - chunk.start
+        assert chunk.sequence.lease is not None
+        if self._decoder.prefers_single(rows, chunk.end):
+            held = chunk.sequence.lease.table[: self._pages_for(chunk.end, self._page_tokens)]
+            seen = np.arange(chunk.start + 1, chunk.end + 1)
+            return Group(row, end, self._tensor(np.tile(held, (rows, 1))), None, self._tensor(seen))
         if chunk.start == 0:
             return Group(row, end)
-        assert chunk.sequence.lease is not None
         pages = self._pages_for(chunk.end, LENGTH_STEP)
         held = chunk.sequence.lease.table[:pages]
         table = np.zeros(pages, dtype=np.int64)

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from api.engine import kernels
+from api.engine.attention import attend
 from api.engine.kernels import CompiledOperations
-from api.engine.operations import Group, Operations, TorchOperations
+from api.engine.operations import Group, Operations, TorchOperations, read_pages
 from api.engine.placement import Choice
 
 PAGE = kernels.PAGE_TOKENS
@@ -98,6 +99,20 @@ def test_attend_single(dim: int, kv_heads: int, shared: int, lengths: list[int],
     found = ours.attend_single(qkv, kv, group)
 
     assert close(found, THEIRS.attend_single(qkv, kv, group))
+
+
+def test_rows_of_a_prompt_one_by_one_are_what_they_are_together(ours: Operations) -> None:
+    rows, first, kv_heads, shared, dim = 20, 30, 2, 3, 32
+    kv, qkv = some(8 * PAGE, 2 * kv_heads, dim), some(rows, kv_heads * (shared + 2), dim)
+    pages, seen = torch.tensor([5, 2, 7, 1]), torch.arange(first + 1, first + rows + 1)
+    q = qkv[:, : kv_heads * shared].view(rows, kv_heads, shared, dim).permute(1, 2, 0, 3)
+    k, v = read_pages(kv, pages, PAGE).transpose(0, 1).split(kv_heads)
+    later = torch.where(torch.arange(4 * PAGE) < seen[:, None], 0.0, -torch.inf).to(torch.bfloat16)
+    together = attend(q, k, v, later).permute(2, 0, 1, 3).reshape(rows, -1)
+
+    one_by_one = ours.attend_single(qkv, kv, Group(0, rows, pages.repeat(rows, 1), None, seen))
+
+    assert close(one_by_one, together)
 
 
 def test_what_lies_beyond_a_length_is_never_seen(ours: Operations) -> None:
