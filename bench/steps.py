@@ -49,10 +49,16 @@ class Steps:
     def prefill(self, sequences: list[Sequence]) -> None:
         self._compute(sequences, Batch((), tuple(Chunk(s, 0, len(s.keys)) for s in sequences)))
 
-    def decode(self, sequences: list[Sequence]) -> None:
+    def decode(self, sequences: list[Sequence], chunks: tuple[Chunk, ...] = ()) -> None:
         for sequence in sequences:
             assert sequence.lease is not None and self._kv.grow(sequence.lease, len(sequence.keys))
-        self._compute(sequences, Batch(tuple(sequences)))
+        self._compute(sequences, Batch(tuple(sequences), chunks))
+
+    def mixed(self, sequences: list[Sequence]) -> None:
+        """With the second 16 tokens of somebody's prompt."""
+        new = self._sequence(len(sequences), PROMPT)
+        self.decode(sequences, (Chunk(new, 16, 32),))
+        self.end([new])
 
     def end(self, sequences: list[Sequence]) -> None:
         for sequence in sequences:
@@ -94,9 +100,9 @@ def main() -> int:
     for rows in (1, 4, 16):
         running = steps.prompts(rows, PROMPT)
         steps.prefill(running)
-        show(f"decode, {rows} at once", lambda running=running: steps.decode(running), 15)  # type: ignore[misc]
-        if model.facts["kernels"] == "compiled":
-            compare(model, lambda running=running: steps.decode(running), 12)  # type: ignore[misc]
+        both(model, f"decode, {rows} at once", lambda running=running: steps.decode(running))  # type: ignore[misc]
+        if rows == 16:
+            both(model, "decode, 16 at once and 16 tokens of a prompt", lambda running=running: steps.mixed(running))  # type: ignore[misc]
         steps.end(running)
     for count, tokens in ((1, PROMPT), (4, PROMPT), (3, 165)):
         waiting = iter([steps.prompts(count, tokens) for _ in range(5)])
@@ -118,6 +124,12 @@ def products(model: Model) -> None:
         took = _median(lambda inputs=inputs: [linear(inputs[linear.in_features]) for linear in linears], 5)  # type: ignore[misc]
         rate, read = 2 * weights * rows / took / 1e9, 2 * weights / took / 1e9
         print(f"products, {rows} rows: {took * 1000:.1f} ms, {rate:.0f} GFLOPS, {read:.1f} GB/s in bfloat16")
+
+
+def both(model: Model, name: str, work: Callable[[], object]) -> None:
+    show(name, work, 15)
+    if model.facts["kernels"] == "compiled":
+        compare(model, work, 12)
 
 
 def compare(model: Model, work: Callable[[], object], times: int) -> None:
