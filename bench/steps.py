@@ -10,7 +10,7 @@ import argparse
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -20,7 +20,6 @@ from torch.profiler import ProfilerActivity, profile
 from api.engine.answer import Answer
 from api.engine.kernels import CompiledOperations
 from api.engine.kv_cache import KvCache
-from api.engine.linear import Linear
 from api.engine.loader import load
 from api.engine.model import Model
 from api.engine.operations import TorchOperations
@@ -116,7 +115,7 @@ def main() -> int:
 
 def products(model: Model) -> None:
     """Every matrix product of a pass, and nothing else."""
-    linears = list(_linears(model.runner._decoder))  # type: ignore[attr-defined]
+    linears = list(model.runner._decoder.linears())  # type: ignore[attr-defined]
     weights = sum(linear.in_features * linear.out_features for linear in linears)
     for rows in (1, 4, 16, 128, 512):
         dtype = model.runner._decoder.dtype  # type: ignore[attr-defined]
@@ -154,12 +153,6 @@ def show(name: str, work: Callable[[], object], times: int) -> None:
     whole = sum(event.self_cpu_time_total for event in events)
     most = ", ".join(f"{e.key.split('::')[-1]} {e.self_cpu_time_total / whole:.0%}" for e in events[:6])
     print(f"{name}: {took * 1000:.1f} ms; {most}")
-
-
-def _linears(decoder: object) -> Iterator[Linear]:
-    for layer in decoder._layers:  # type: ignore[attr-defined]
-        yield from (layer.qkv, layer.out, layer.gate_up, layer.down)
-    yield decoder._head  # type: ignore[attr-defined]
 
 
 def _median(work: Callable[[], object], times: int) -> float:

@@ -24,4 +24,11 @@ def _keep_freed_memory() -> None:
     libc.mallopt(trim_threshold, 256 * 2**20)
 
 
+def give_back_freed_memory() -> None:
+    """What was kept after all: for when much has been freed that will not be needed again."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 _keep_freed_memory()

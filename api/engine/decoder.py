@@ -7,6 +7,7 @@ query, key and value in one product, packed weights. Knows pages and positions, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +76,11 @@ class Decoder:
         """From now on, also in the middle of a pass: all operations compute the same."""
         self._operations = operations
 
+    def linears(self) -> Iterator[Linear]:
+        for layer in self._layers:
+            yield from (layer.qkv, layer.out, layer.gate_up, layer.down)
+        yield self._head
+
     def prefers_single(self, rows: int, tokens: int) -> bool:
         return self._operations.prefers_single(rows, tokens)
 
@@ -85,7 +91,7 @@ class Decoder:
         for layer, kv in zip(self._layers, self.kv, strict=True):
             attended = layer.out(self._attend(normed, layer, kv, step))
             x, normed = do.add_norm(x, attended, layer.after_attention, layer.before_mlp, self._eps)
-            changed = layer.down(do.silu_mul(layer.gate_up(normed)))
+            changed = layer.down(layer.gate_up(normed))
             x, normed = do.add_norm(x, changed, layer.after_mlp, layer.before_next, self._eps)
         if step.wanted is not None:
             normed = normed.index_select(0, step.wanted)
@@ -132,7 +138,7 @@ class Decoder:
             out=Linear(attention.o_proj.weight),
             after_attention=layer.post_self_attn_layernorm.weight.detach(),
             before_mlp=layer.post_attention_layernorm.weight.detach(),
-            gate_up=Linear(mlp.gate_up_proj.weight),
+            gate_up=Linear(mlp.gate_up_proj.weight, gated=True),
             down=Linear(mlp.down_proj.weight),
             after_mlp=layer.post_mlp_layernorm.weight.detach(),
             before_next=before_next.weight.detach(),

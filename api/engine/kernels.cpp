@@ -17,6 +17,8 @@
 #include <tuple>
 #include <vector>
 
+#include "products.h"
+
 namespace {
 
 using at::Tensor;
@@ -67,25 +69,6 @@ std::tuple<Tensor, Tensor> add_norm(const Tensor& x, const Tensor& part, const T
     }
   });
   return {sum, normed};
-}
-
-// silu(gate) * up for gate_up [rows, gate and then up].
-Tensor silu_mul(const Tensor& gate_up) {
-  const int64_t rows = gate_up.size(0), size = gate_up.size(1) / 2;
-  Tensor out = at::empty({rows, size}, gate_up.options());
-  const bf16* from = gate_up.const_data_ptr<bf16>();
-  bf16* to = out.data_ptr<bf16>();
-  at::parallel_for(0, rows, ROWS_EACH, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const bf16 *__restrict gate = from + 2 * row * size, *__restrict up = gate + size;
-      bf16* __restrict o = to + row * size;
-      for (int64_t i = 0; i < size; ++i) {
-        const float g = wide(gate[i]);
-        o[i] = narrow(rounded(g / (1 + std::exp(-g))) * wide(up[i]));
-      }
-    }
-  });
-  return out;
 }
 
 // Turn queries and keys of qkv [rows, heads + 2 * kv_heads, dim] where they are, and copy keys and values to `places`
@@ -238,14 +221,22 @@ Tensor attend_pages(const Tensor& qkv, const Tensor& kv, const Tensor& pages, co
 
 TORCH_LIBRARY(glm, library) {
   library.def("add_norm(Tensor x, Tensor part, Tensor after, Tensor before, float eps) -> (Tensor, Tensor)");
-  library.def("silu_mul(Tensor gate_up) -> Tensor");
   library.def("rotate_store(Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor(b!) kv, Tensor places) -> ()");
   library.def("attend_pages(Tensor qkv, Tensor kv, Tensor pages, Tensor lengths) -> Tensor");
+#ifdef __AVX512BF16__
+  library.def("pack(Tensor weight, bool gated) -> Tensor");
+  library.def("product(Tensor x, Tensor packed, Tensor? bias) -> Tensor");
+  library.def("gated_product(Tensor x, Tensor packed) -> Tensor");
+#endif
 }
 
 TORCH_LIBRARY_IMPL(glm, CPU, library) {
   library.impl("add_norm", add_norm);
-  library.impl("silu_mul", silu_mul);
   library.impl("rotate_store", rotate_store);
   library.impl("attend_pages", attend_pages);
+#ifdef __AVX512BF16__
+  library.impl("pack", glm::pack);
+  library.impl("product", glm::product);
+  library.impl("gated_product", glm::gated_product);
+#endif
 }

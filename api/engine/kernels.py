@@ -22,12 +22,13 @@ from pathlib import Path
 
 import torch
 
+from api.engine.linear import Linear
 from api.engine.operations import Group, Operations, TorchOperations
 from api.engine.placement import Choice
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCE, *HEADERS = (Path(__file__).with_name(name) for name in ("kernels.cpp", "products.h"))
 # What kernels.cpp is written for.
 PAGE_TOKENS = 16
 HEAD_DIMS = (16, 32, 48, 64, 96, 128)
@@ -48,9 +49,6 @@ class CompiledOperations:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.ops.glm.add_norm(x, part, after, before, eps)
 
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        return torch.ops.glm.silu_mul(gate_up)
-
     def rotate_store(
         self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kv: torch.Tensor, places: torch.Tensor
     ) -> torch.Tensor:
@@ -62,6 +60,11 @@ class CompiledOperations:
 
     def prefers_single(self, rows: int, tokens: int) -> bool:
         return rows * tokens <= MOST_SEEN_ONE_BY_ONE
+
+
+def multiplies() -> bool:
+    """Whether the library has products that are faster than oneDNN's: with AMX nothing is."""
+    return hasattr(torch.ops.glm, "product") and "amx_bf16" not in _processor()
 
 
 def obstacle(device: torch.device, dtype: torch.dtype, page_tokens: int, head_dim: int) -> str | None:
@@ -138,7 +141,8 @@ def _processor() -> str:
 
 
 def _fingerprint(compiler: str, flags: list[str]) -> str:
-    parts = (SOURCE.read_text("utf-8"), torch.__version__, compiler, " ".join(flags), _processor())
+    sources = (file.read_text("utf-8") for file in (SOURCE, *HEADERS))
+    parts = (*sources, torch.__version__, compiler, " ".join(flags), _processor())
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=8).hexdigest()
 
 
@@ -162,25 +166,34 @@ def _try_out(own: Operations) -> None:
         return torch.randn(shape, generator=numbers).to(torch.bfloat16)
 
     rows, kv_heads, shared, dim = 5, 2, 5, 64
-    x, part, after, before, gate_up = some(rows, 96), some(rows, 96), some(96), some(96), some(rows, 192)
+    x, part, after, before = some(rows, 96), some(rows, 96), some(96), some(96)
     qkv, kv = some(rows, kv_heads * (shared + 2), dim), some(8 * PAGE_TOKENS, 2 * kv_heads, dim)
     cos, sin, places = some(*qkv.shape), some(*qkv.shape), torch.arange(rows) * 7
     cos[:, -kv_heads:], sin[:, -kv_heads:] = 1, 0  # values are not turned
     lengths = torch.tensor([1, 16, 17, 40, 48])
     hidden = torch.where(torch.arange(48) < lengths[:, None], 0.0, -torch.inf).to(torch.bfloat16)
     group = Group(0, rows, torch.arange(15).view(rows, 3) % 8, hidden[:, None, None], lengths)
-    for name in ("add_norm", "silu_mul", "rotate_store", "attend_single"):
+    for name in ("add_norm", "rotate_store", "attend_single"):
         found = []
         for operations in (own, theirs):
             stored = kv.clone()
             arguments = {
                 "add_norm": (x, part, after, before, 1e-5),
-                "silu_mul": (gate_up,),
                 "rotate_store": (qkv.clone(), cos, sin, stored, places),
                 "attend_single": (qkv, stored, group),
             }[name]
             result = getattr(operations, name)(*arguments)
             found.append([*(result if isinstance(result, tuple) else [result]), stored])
-        for ours, wanted in zip(*found, strict=True):
-            if not torch.allclose(ours.float(), wanted.float(), rtol=TOLERANCE, atol=TOLERANCE):
-                raise KernelError(f"{name} computes something else than torch")
+        _compare(name, *found)
+    if multiplies():
+        for gated in (False, True):
+            linear = Linear(some(64, 96), None if gated else some(64), gated)
+            wanted = linear(x)
+            linear.pack()
+            _compare("product", [linear(x)], [wanted])
+
+
+def _compare(name: str, found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
+    for ours, theirs in zip(found, wanted, strict=True):
+        if not torch.allclose(ours.float(), theirs.float(), rtol=TOLERANCE, atol=TOLERANCE):
+            raise KernelError(f"{name} computes something else than torch")

@@ -7,24 +7,47 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
+# What a panel of api/engine/products.h is made of: features, and inputs multiplied at once.
+PANEL, PAIR = 32, 2
+
 
 class Linear:
-    """y = x W^T + b. On the CPU the weights are packed once for oneDNN, which `F.linear` would do at every call.
+    """y = x W^T + b; `gated`: silu(first half of y) * second half.
 
-    Measured on 2 cores, 8192 x 1024, bf16: 2.8 times as fast for one row, 1.9 times for 16.
+    On the CPU the weights are packed once for oneDNN, which `F.linear` would do at every call (measured on 2 cores,
+    8192 x 1024, bf16: 2.8 times as fast for one row, 1.9 times for 16), or for the compiled products.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, gated: bool = False) -> None:
         self.out_features, self.in_features = weight.shape
         self._bias = None if bias is None else bias.detach().contiguous()
-        self._packed = _pack(weight.detach().contiguous())
-        self._weight = None if self._packed is not None else weight.detach().contiguous()
+        self._gated = gated
+        weight = weight.detach().contiguous()
+        self._weight: torch.Tensor | None = _reordered(weight)
+        self._panels: torch.Tensor | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self._packed is None:
-            assert self._weight is not None
-            return F.linear(x, self._weight, self._bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+        weight = self._weight  # read first: it goes when the panels are there
+        if weight is None:
+            if self._gated:
+                return torch.ops.glm.gated_product(x, self._panels)
+            return torch.ops.glm.product(x, self._panels, self._bias)
+        if weight.is_mkldnn:
+            y = torch.ops.mkldnn._linear_pointwise(x, weight, self._bias, "none", [], "")
+        else:
+            y = F.linear(x, weight, self._bias)
+        if not self._gated:
+            return y
+        gate, up = y.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    def pack(self) -> None:
+        """Use the compiled products from now on, also while another thread multiplies."""
+        if self._weight is None or self.out_features % PANEL or self.in_features % PAIR:
+            return
+        plain = self._weight.to_dense() if self._weight.is_mkldnn else self._weight
+        self._panels = torch.ops.glm.pack(plain, self._gated)
+        self._weight = None
 
 
 @cache
@@ -37,7 +60,7 @@ def has_onednn(device_type: str, dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
-def _pack(weight: torch.Tensor) -> torch.Tensor | None:
+def _reordered(weight: torch.Tensor) -> torch.Tensor:
     if not has_onednn(weight.device.type, weight.dtype):
-        return None
+        return weight
     return torch.ops.mkldnn._reorder_linear_weight(weight)

@@ -41,9 +41,6 @@ class Operations(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """x + norm(part) [rows, hidden], and the norm of that: the end of one block and the start of the next."""
 
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """[rows, 2 * size] -> [rows, size]"""
-
     def rotate_store(
         self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kv: torch.Tensor, places: torch.Tensor
     ) -> torch.Tensor:
@@ -65,10 +62,6 @@ class TorchOperations:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         x = x + F.rms_norm(part, after.shape, after, eps)
         return x, F.rms_norm(x, before.shape, before, eps)
-
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
 
     def rotate_store(
         self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kv: torch.Tensor, places: torch.Tensor

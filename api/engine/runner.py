@@ -14,11 +14,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from api.engine import kernels, placement
+from api.engine import give_back_freed_memory, kernels, placement
 from api.engine.decoder import Decoder, Pass
 from api.engine.kv_cache import Copy
 from api.engine.model import Capacity, Choice
-from api.engine.operations import Group
+from api.engine.operations import Group, Operations
 from api.engine.rotary import rope_positions
 from api.engine.sampling import Sampler
 from api.engine.scheduler import Batch, Chunk, PictureJob
@@ -69,7 +69,14 @@ class Glm4vRunner:
         if obstacle:
             tell(placement.Choice("torch", obstacle))
         else:
-            kernels.prepare(decoder.use, tell)
+            kernels.prepare(self._use, tell)
+
+    def _use(self, operations: Operations) -> None:
+        self._decoder.use(operations)
+        if kernels.multiplies():
+            for linear in (*self._decoder.linears(), *self._tower.linears()):
+                linear.pack()
+                give_back_freed_memory()  # one by one, or the weights would be there twice
 
     def size_bytes(self, features: torch.Tensor) -> int:
         return features.nbytes

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +28,7 @@ class _Block:
     qkv: Linear
     out: Linear
     norm2: torch.Tensor
-    gate: Linear
-    up: Linear
+    gate_up: Linear
     down: Linear
 
 
@@ -61,9 +61,15 @@ class VisionTower:
         self._downsample = Linear(down.weight.permute(0, 2, 3, 1).flatten(1), down.bias)
         merger = visual.merger
         self._merge_in, self._merge_norm = Linear(merger.proj.weight, merger.proj.bias), merger.post_projection_norm
-        self._merge_gate, self._merge_up = Linear(merger.gate_proj.weight), Linear(merger.up_proj.weight)
+        self._merge_gate_up = _gated(merger)
         self._merge_down = Linear(merger.down_proj.weight)
         self._tables: OrderedDict[Grid, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = OrderedDict()
+
+    def linears(self) -> Iterator[Linear]:
+        yield self._embed
+        for block in self._blocks:
+            yield from (block.qkv, block.out, block.gate_up, block.down)
+        yield from (self._downsample, self._merge_in, self._merge_gate_up, self._merge_down)
 
     def begin(self, patches: Any, grid: Grid) -> Progress:
         """Patches [patches, channels * frames * height * width] in the processor's order."""
@@ -97,14 +103,14 @@ class VisionTower:
         attended = attended.transpose(1, 2).reshape(patches, -1)
         x = x + block.out(attended)
         hidden = F.rms_norm(x, block.norm2.shape, block.norm2, self._eps)
-        return x + block.down(F.silu(block.gate(hidden)).mul_(block.up(hidden)))
+        return x + block.down(block.gate_up(hidden))
 
     def _merge(self, x: torch.Tensor) -> torch.Tensor:
         """Four neighbouring patches become one token."""
         x = F.rms_norm(x, self._norm.shape, self._norm, self._eps)
         x = self._merge_in(self._downsample(x.view(-1, self.merge**2 * x.shape[-1])))
         x = F.gelu(self._merge_norm(x))
-        return self._merge_down(F.silu(self._merge_gate(x)).mul_(self._merge_up(x)))
+        return self._merge_down(self._merge_gate_up(x))
 
     def _table(self, grid: Grid) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if grid not in self._tables:
@@ -141,10 +147,13 @@ class VisionTower:
             qkv=Linear(block.attn.qkv.weight, block.attn.qkv.bias),
             out=Linear(block.attn.proj.weight),
             norm2=block.norm2.weight.detach(),
-            gate=Linear(block.mlp.gate_proj.weight),
-            up=Linear(block.mlp.up_proj.weight),
+            gate_up=_gated(block.mlp),
             down=Linear(block.mlp.down_proj.weight),
         )
+
+
+def _gated(mlp: Any) -> Linear:
+    return Linear(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]), gated=True)
 
 
 def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 from api.engine import kernels
 from api.engine.attention import attend
 from api.engine.kernels import CompiledOperations
+from api.engine.linear import Linear
 from api.engine.operations import Group, Operations, TorchOperations, read_pages
 from api.engine.placement import Choice
 
@@ -57,11 +58,31 @@ def test_add_norm(rows: int, size: int, ours: Operations) -> None:
         assert close(mine, wanted)
 
 
-@pytest.mark.parametrize(("rows", "size"), [(1, 1), (3, 17), (9, 4096)])
-def test_silu_mul(rows: int, size: int, ours: Operations) -> None:
-    gate_up = some(rows, 2 * size) * 4
+# Tiles of 12 rows and what is left of them, more rows than are taken at once, more inputs than are.
+@pytest.mark.parametrize("rows", [*range(1, 14), 24, 31, 530])
+@pytest.mark.parametrize(("features", "inputs"), [(32, 2), (96, 1176), (64, 9000)])
+def test_products(features: int, inputs: int, rows: int, ours: Operations) -> None:
+    assert hasattr(torch.ops.glm, "product") == ("avx512_bf16" in kernels._processor())
+    if not hasattr(torch.ops.glm, "product"):
+        return  # compiled for a processor without the instruction: Linear stays with torch
+    weight, x = (some(features, inputs).float() / inputs**0.5).bfloat16(), some(rows, inputs)
+    for bias, gated in ((None, False), (some(features), False), (None, True)):
+        linear = Linear(weight, bias, gated)
+        wanted = linear(x)
 
-    assert close(ours.silu_mul(gate_up), THEIRS.silu_mul(gate_up))
+        linear.pack()
+
+        assert linear._panels is not None and linear._weight is None
+        assert close(linear(x), wanted)
+
+
+def test_a_product_that_does_not_fit_the_panels_stays_as_it_is(ours: Operations) -> None:
+    x = some(3, 64)
+    for linear in (Linear(some(40, 64)), Linear(some(32, 63))):
+        linear.pack()
+
+        assert linear._panels is None
+        assert linear(x[:, : linear.in_features].contiguous()).shape == (3, linear.out_features)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 40])
@@ -169,14 +190,14 @@ def test_a_compiler_that_fails_is_named_with_what_it_said(tmp_path: Path, monkey
 
 def test_a_library_that_computes_something_else_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Wrong(CompiledOperations):
-        def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-            return super().silu_mul(gate_up) * 1.5
+        def attend_single(self, qkv: torch.Tensor, kv: torch.Tensor, group: Group) -> torch.Tensor:
+            return super().attend_single(qkv, kv, group) * 1.5
 
     monkeypatch.setattr(kernels, "CompiledOperations", Wrong)
 
     told, used = prepared(kernels.cache_folder())
 
-    assert told[-1].value == "torch" and "silu_mul" in told[-1].reason
+    assert told[-1].value == "torch" and "attend_single" in told[-1].reason
     assert used == []
 
 
