@@ -14,9 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from api.engine.attention import attend
 from api.engine.linear import Linear
-from api.engine.operations import Group, Operations, TorchOperations, read_pages
+from api.engine.operations import Group, Operations
 from api.engine.rotary import Rotary, half_split_order
 
 
@@ -45,14 +44,14 @@ class _Layer:
 
 
 class Decoder:
-    def __init__(self, network: Any, positions: int, pages: int, page_tokens: int) -> None:
+    def __init__(self, network: Any, positions: int, pages: int, page_tokens: int, operations: Operations) -> None:
         text, config = network.model.language_model, network.config.get_text_config()
         self.dtype, self.device = text.embed_tokens.weight.dtype, text.embed_tokens.weight.device
         self.hidden_size = config.hidden_size
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.page_tokens = page_tokens
-        self._operations: Operations = TorchOperations(page_tokens)
+        self._operations = operations
         self._eps = config.rms_norm_eps
         rope = text.rotary_emb
         order = half_split_order(self.head_dim, 2 * len(rope.inv_freq))
@@ -81,22 +80,23 @@ class Decoder:
             yield from (layer.qkv, layer.out, layer.gate_up, layer.down)
         yield self._head
 
-    def prefers_single(self, rows: int, tokens: int) -> bool:
-        return self._operations.prefers_single(rows, tokens)
+    @property
+    def needs_masks(self) -> bool:
+        return self._operations.needs_masks
 
     def run(self, step: Pass) -> torch.Tensor:
         """Store the keys and values of all rows; returns the wanted logits [rows, vocabulary] in float32."""
         do, x = self._operations, step.inputs
         normed = F.rms_norm(x, self._first_norm.shape, self._first_norm, self._eps)
         for layer, kv in zip(self._layers, self.kv, strict=True):
-            attended = layer.out(self._attend(normed, layer, kv, step))
-            x, normed = do.add_norm(x, attended, layer.after_attention, layer.before_mlp, self._eps)
+            attended = self._attend(normed, layer, kv, step)
+            if step.wanted is not None and layer is self._layers[-1]:  # of all other rows the keys and values were needed
+                if not len(step.wanted):
+                    return torch.empty(0, self.vocabulary_size, device=self.device)
+                x, attended = x.index_select(0, step.wanted), attended.index_select(0, step.wanted)
+            x, normed = do.add_norm(x, layer.out(attended), layer.after_attention, layer.before_mlp, self._eps)
             changed = layer.down(layer.gate_up(normed))
             x, normed = do.add_norm(x, changed, layer.after_mlp, layer.before_next, self._eps)
-        if step.wanted is not None:
-            normed = normed.index_select(0, step.wanted)
-        if not len(normed):  # part of a prompt: nobody wants a token yet
-            return torch.empty(0, self.vocabulary_size, device=self.device)
         return self._head(normed).float()
 
     def spread_over_heads(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,21 +112,10 @@ class Decoder:
         do, qkv = self._operations, layer.qkv(x).view(len(x), -1, self.head_dim)
         qkv = do.rotate_store(qkv, step.cos, step.sin, kv, step.places)
         outs = [
-            do.attend_single(qkv[group.start : group.end], kv, group)
-            if group.single
-            else self._attend_chunk(qkv, kv, group)
+            (do.attend_single if group.single else do.attend_chunk)(qkv[group.start : group.end], kv, group)
             for group in step.groups
         ]
         return outs[0] if len(outs) == 1 else torch.cat(outs)
-
-    def _attend_chunk(self, qkv: torch.Tensor, kv: torch.Tensor, group: Group) -> torch.Tensor:
-        """Several tokens of one request: query heads that share a key head form one batch."""
-        rows, shared = group.end - group.start, self.heads // self.kv_heads
-        q = qkv[group.start : group.end, : self.heads].view(rows, self.kv_heads, shared, self.head_dim)
-        stored = qkv[group.start : group.end, self.heads :] if group.pages is None else read_pages(kv, group.pages, self.page_tokens)
-        k, v = stored.transpose(0, 1).split(self.kv_heads)
-        out = attend(q.permute(1, 2, 0, 3), k, v, group.mask, causal=group.mask is None)
-        return out.permute(2, 0, 1, 3).reshape(rows, -1)
 
     def _layer(self, layer: Any, before_next: Any, order: list[int]) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp

@@ -28,13 +28,11 @@ from api.engine.placement import Choice
 
 logger = logging.getLogger(__name__)
 
-SOURCE, *HEADERS = (Path(__file__).with_name(name) for name in ("kernels.cpp", "products.h"))
+SOURCE, *HEADERS = (Path(__file__).with_name(name) for name in ("kernels.cpp", "attention.h", "products.h"))
 # What kernels.cpp is written for.
 PAGE_TOKENS = 16
-HEAD_DIMS = (16, 32, 48, 64, 96, 128)
+HEAD_DIMS = range(16, 257, 16)
 FLAGS = ("-std=c++20", "-O3", "-ffast-math", "-fopenmp", "-fPIC", "-DAT_PARALLEL_OPENMP=1")
-# Keys that the rows of a prompt chunk see together; with more, batched products are faster (measured on 2 cores).
-MOST_SEEN_ONE_BY_ONE = 4096
 COMPILE_LIMIT_S = 600.0
 TOLERANCE = 0.05  # of numbers about 1, in bfloat16
 
@@ -44,6 +42,8 @@ class KernelError(RuntimeError):
 
 
 class CompiledOperations:
+    needs_masks = False
+
     def add_norm(
         self, x: torch.Tensor, part: torch.Tensor, after: torch.Tensor, before: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,23 +58,34 @@ class CompiledOperations:
     def attend_single(self, qkv: torch.Tensor, kv: torch.Tensor, group: Group) -> torch.Tensor:
         return torch.ops.glm.attend_pages(qkv, kv, group.pages, group.lengths)
 
-    def prefers_single(self, rows: int, tokens: int) -> bool:
-        return rows * tokens <= MOST_SEEN_ONE_BY_ONE
+    def attend_chunk(self, qkv: torch.Tensor, kv: torch.Tensor, group: Group) -> torch.Tensor:
+        return torch.ops.glm.attend_chunk(qkv, kv, group.pages, group.first)
+
+    def attend_picture(
+        self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, frames: int, heads: int
+    ) -> torch.Tensor:
+        return torch.ops.glm.attend_picture(qkv, cos, sin, frames, heads)
+
+
+def fit_processor() -> bool:
+    return "avx512_bf16" in _processor()
 
 
 def multiplies() -> bool:
-    """Whether the library has products that are faster than oneDNN's: with AMX nothing is."""
-    return hasattr(torch.ops.glm, "product") and "amx_bf16" not in _processor()
+    """Whether the products are faster than oneDNN's: not with AMX, which only that knows."""
+    return "amx_bf16" not in _processor()
 
 
-def obstacle(device: torch.device, dtype: torch.dtype, page_tokens: int, head_dim: int) -> str | None:
+def obstacle(device: torch.device, dtype: torch.dtype, page_tokens: int, head_dims: tuple[int, ...]) -> str | None:
     """Why the kernels cannot be used there, or None."""
     if device.type != "cpu":
         return "for the CPU only"
     if dtype != torch.bfloat16:
         return f"for bfloat16 only, and this is {str(dtype).removeprefix('torch.')}"
-    if head_dim not in HEAD_DIMS or page_tokens != PAGE_TOKENS:
-        return f"not for heads of {head_dim} in pages of {page_tokens}"
+    if page_tokens != PAGE_TOKENS or any(dim not in HEAD_DIMS for dim in head_dims):
+        return f"not for heads of {' and '.join(map(str, head_dims))} in pages of {page_tokens}"
+    if not fit_processor():
+        return "for processors with AVX512_BF16 only"
     return None
 
 
@@ -104,8 +115,7 @@ def cache_folder() -> Path:
 def compiled(folder: Path) -> Path:
     """The library for this machine: the one that is there, or a new one. Raises KernelError, OSError."""
     compiler = _compiler()
-    for_this_processor = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
-    flags = [*FLAGS, for_this_processor, *_vector_flags()]
+    flags = [*FLAGS, "-march=native", "-mprefer-vector-width=512"]
     library = folder / f"kernels-{_fingerprint(compiler, flags)}.so"
     if library.is_file():
         return library
@@ -125,10 +135,6 @@ def _compiler() -> str:
         if name and (found := shutil.which(name)):
             return found
     raise KernelError("there is no C++ compiler (install g++ for faster answers)")
-
-
-def _vector_flags() -> list[str]:
-    return ["-mprefer-vector-width=512"] if "avx512f" in _processor() else []
 
 
 def _processor() -> str:
@@ -168,19 +174,25 @@ def _try_out(own: Operations) -> None:
     rows, kv_heads, shared, dim = 5, 2, 5, 64
     x, part, after, before = some(rows, 96), some(rows, 96), some(96), some(96)
     qkv, kv = some(rows, kv_heads * (shared + 2), dim), some(8 * PAGE_TOKENS, 2 * kv_heads, dim)
+    patches = some(10, 96)
     cos, sin, places = some(*qkv.shape), some(*qkv.shape), torch.arange(rows) * 7
     cos[:, -kv_heads:], sin[:, -kv_heads:] = 1, 0  # values are not turned
     lengths = torch.tensor([1, 16, 17, 40, 48])
     hidden = torch.where(torch.arange(48) < lengths[:, None], 0.0, -torch.inf).to(torch.bfloat16)
-    group = Group(0, rows, torch.arange(15).view(rows, 3) % 8, hidden[:, None, None], lengths)
-    for name in ("add_norm", "rotate_store", "attend_single"):
+    singles = Group(0, rows, torch.arange(15).view(rows, 3) % 8, hidden[:, None, None], lengths)
+    later = torch.where(torch.arange(48) <= torch.arange(40, 40 + rows)[:, None], 0.0, -torch.inf).to(torch.bfloat16)
+    chunk = Group(0, rows, torch.tensor([5, 0, 3]), later, first=40)
+    turns = some(10, 16).float(), some(10, 16).float()
+    for name in ("add_norm", "rotate_store", "attend_single", "attend_chunk", "attend_picture"):
         found = []
         for operations in (own, theirs):
             stored = kv.clone()
             arguments = {
                 "add_norm": (x, part, after, before, 1e-5),
                 "rotate_store": (qkv.clone(), cos, sin, stored, places),
-                "attend_single": (qkv, stored, group),
+                "attend_single": (qkv, stored, singles),
+                "attend_chunk": (qkv, stored, chunk),
+                "attend_picture": (patches, *turns, 2, 2),
             }[name]
             result = getattr(operations, name)(*arguments)
             found.append([*(result if isinstance(result, tuple) else [result]), stored])

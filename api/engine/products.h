@@ -16,8 +16,12 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
+#include <cmath>
 #include <cstring>
+#include <limits>
+#include <new>
 #include <optional>
 #include <vector>
 
@@ -35,6 +39,16 @@ constexpr int64_t HUGE_PAGE = int64_t{2} << 20;
 
 extern "C" int omp_get_thread_num();
 extern "C" int omp_get_num_threads();
+
+// Memory that a register can be loaded from in one go.
+template <class T>
+struct Aligned {
+  using value_type = T;
+  T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t{64})); }
+  void deallocate(T* from, size_t) { ::operator delete(from, std::align_val_t{64}); }
+  template <class U>
+  bool operator==(const Aligned<U>&) const { return true; }
+};
 
 // Runs work(number, of) in every thread.
 template <class Work>
@@ -82,8 +96,6 @@ struct Ahead {
   const char* at;
   int64_t step;  // bytes for each pair of inputs: 0, 64 or 128
 };
-
-#ifdef __AVX512BF16__
 
 // The instruction for 16 times x / (1 + exp(-x)).
 inline __m512 exponential(__m512 x) {
@@ -133,18 +145,22 @@ struct Work {
 };
 
 // ROWS rows by one panel. x [pairs][ROWS][2], w [pairs][PANEL][2]; `sums` keeps them from one depth to the next.
-template <int ROWS, class End>
+template <int ROWS, class End, class Out>
 void multiply(const bf16* w, const bf16* x, int64_t pairs, float* sums, bool first, bool last, Ahead ahead,
-              const End& end, int64_t panel, bf16* out, int64_t width) {
-  __m512 sum[ROWS][2];
-  for (int r = 0; r < ROWS; ++r)
-    for (int i = 0; i < 2; ++i) sum[r][i] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + (2 * r + i) * LANES);
+              const End& end, int64_t panel, Out* out, int64_t width) {
+  __m512 sum[ROWS][2];  // in registers, as long as the compiler unrolls every loop over it
+#pragma GCC unroll 12
+  for (int r = 0; r < ROWS; ++r) {
+    sum[r][0] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + 2 * r * LANES);
+    sum[r][1] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + (2 * r + 1) * LANES);
+  }
   for (int64_t k = 0; k < pairs; ++k) {
     const __m512bh low = (__m512bh)_mm512_load_si512(w + k * 2 * PANEL);
     const __m512bh high = (__m512bh)_mm512_load_si512(w + k * 2 * PANEL + PANEL);
     _mm_prefetch(ahead.at, _MM_HINT_T1);
     if (ahead.step > 64) _mm_prefetch(ahead.at + 64, _MM_HINT_T1);
     ahead.at += ahead.step;
+#pragma GCC unroll 12
     for (int r = 0; r < ROWS; ++r) {
       int32_t pair;
       std::memcpy(&pair, x + (k * ROWS + r) * 2, sizeof pair);
@@ -154,16 +170,20 @@ void multiply(const bf16* w, const bf16* x, int64_t pairs, float* sums, bool fir
     }
   }
   if (last) {
+#pragma GCC unroll 12
     for (int r = 0; r < ROWS; ++r) end(sum[r][0], sum[r][1], panel, out + r * width);
   } else {
-    for (int r = 0; r < ROWS; ++r)
-      for (int i = 0; i < 2; ++i) _mm512_storeu_ps(sums + (2 * r + i) * LANES, sum[r][i]);
+#pragma GCC unroll 12
+    for (int r = 0; r < ROWS; ++r) {
+      _mm512_storeu_ps(sums + 2 * r * LANES, sum[r][0]);
+      _mm512_storeu_ps(sums + (2 * r + 1) * LANES, sum[r][1]);
+    }
   }
 }
 
-template <class End, int... ROWS>
+template <class End, class Out, int... ROWS>
 constexpr auto by_rows(std::integer_sequence<int, ROWS...>) {
-  return std::array<decltype(&multiply<1, End>), sizeof...(ROWS)>{&multiply<ROWS + 1, End>...};
+  return std::array<decltype(&multiply<1, End, Out>), sizeof...(ROWS)>{&multiply<ROWS + 1, End, Out>...};
 }
 
 // x [rows, inputs] -> for each tile [inputs / 2][rows of the tile][2]; tiles from `tile` on in steps of `of`.
@@ -181,7 +201,7 @@ inline void pack_rows(const bf16* x, int64_t rows, int64_t inputs, int64_t tile,
 // One thread's part of a product: panel after panel, as long as there are any.
 template <class End>
 void multiply_panels(const Work& work, const End& end, std::atomic<int64_t>& next, std::vector<float>& sums) {
-  static constexpr auto kernels = by_rows<End>(std::make_integer_sequence<int, TILE>());
+  static constexpr auto kernels = by_rows<End, bf16>(std::make_integer_sequence<int, TILE>());
   const int64_t pairs = work.inputs / 2, tiles = (work.rows + TILE - 1) / TILE;
   // The sums of several depths must be kept meanwhile.
   const int64_t depths = (work.inputs + MOST_DEPTH - 1) / MOST_DEPTH, depth = (pairs + depths - 1) / depths;
@@ -238,7 +258,5 @@ inline Tensor product(const Tensor& x, const Tensor& packed, const std::optional
 inline Tensor gated_product(const Tensor& x, const Tensor& packed) {
   return product_of(x, packed, packed.size(0) * LANES, Gated{});
 }
-
-#endif  // __AVX512BF16__
 
 }  // namespace glm

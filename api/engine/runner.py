@@ -18,7 +18,7 @@ from api.engine import give_back_freed_memory, kernels, placement
 from api.engine.decoder import Decoder, Pass
 from api.engine.kv_cache import Copy
 from api.engine.model import Capacity, Choice
-from api.engine.operations import Group, Operations
+from api.engine.operations import Group, Operations, TorchOperations
 from api.engine.rotary import rope_positions
 from api.engine.sampling import Sampler
 from api.engine.scheduler import Batch, Chunk, PictureJob
@@ -49,8 +49,9 @@ class _Rows:
 class Glm4vRunner:
     def __init__(self, network: Any, capacity: Capacity, context_tokens: int) -> None:
         with torch.inference_mode():
-            self._decoder = Decoder(network, context_tokens, capacity.pages, capacity.page_tokens)
-            self._tower = VisionTower(network.model.visual)
+            operations = TorchOperations(capacity.page_tokens)
+            self._decoder = Decoder(network, context_tokens, capacity.pages, capacity.page_tokens, operations)
+            self._tower = VisionTower(network.model.visual, operations)
         self._page_tokens = capacity.page_tokens
         self._device = self._decoder.device
         self._single_step = capacity.page_tokens if self._device.type == "cpu" else LENGTH_STEP
@@ -65,7 +66,8 @@ class Glm4vRunner:
     def speed_up(self, tell: Callable[[placement.Choice], None]) -> None:
         """Use compiled operations where they fit, as soon as they are there; `tell` says what is in use and why."""
         decoder = self._decoder
-        obstacle = kernels.obstacle(decoder.device, decoder.dtype, self._page_tokens, decoder.head_dim)
+        heads = (decoder.head_dim, self._tower.head_dim)
+        obstacle = kernels.obstacle(decoder.device, decoder.dtype, self._page_tokens, heads)
         if obstacle:
             tell(placement.Choice("torch", obstacle))
         else:
@@ -73,6 +75,7 @@ class Glm4vRunner:
 
     def _use(self, operations: Operations) -> None:
         self._decoder.use(operations)
+        self._tower.use(operations)
         if kernels.multiplies():
             for linear in (*self._decoder.linears(), *self._tower.linears()):
                 linear.pack()
@@ -171,25 +174,22 @@ class Glm4vRunner:
             assert sequence.lease is not None
             held = sequence.lease.table[:pages]
             tables[row, : len(held)] = held
-        beyond = np.arange(pages * self._page_tokens) >= np.array(lengths)[:, None]
-        mask = self._hide(beyond)[:, None, None]
+        mask = None
+        if self._decoder.needs_masks:
+            beyond = np.arange(pages * self._page_tokens) >= np.array(lengths)[:, None]
+            mask = self._hide(beyond)[:, None, None]
         return Group(start, start + len(sequences), self._tensor(tables), mask, self._tensor(lengths))
 
     def _chunk_group(self, chunk: Chunk, row: int) -> Group:
-        rows, end = chunk.end - chunk.start, row + chunk.end - chunk.start
         assert chunk.sequence.lease is not None
-        if self._decoder.prefers_single(rows, chunk.end):
-            held = chunk.sequence.lease.table[: self._pages_for(chunk.end, self._page_tokens)]
-            seen = np.arange(chunk.start + 1, chunk.end + 1)
-            return Group(row, end, self._tensor(np.tile(held, (rows, 1))), None, self._tensor(seen))
-        if chunk.start == 0:
-            return Group(row, end)
         pages = self._pages_for(chunk.end, LENGTH_STEP)
         held = chunk.sequence.lease.table[:pages]
         table = np.zeros(pages, dtype=np.int64)
         table[: len(held)] = held
-        later = np.arange(pages * self._page_tokens) > np.arange(chunk.start, chunk.end)[:, None]
-        return Group(row, end, self._tensor(table), self._hide(later))
+        mask = None
+        if chunk.start and self._decoder.needs_masks:
+            mask = self._hide(np.arange(pages * self._page_tokens) > np.arange(chunk.start, chunk.end)[:, None])
+        return Group(row, row + chunk.end - chunk.start, self._tensor(table), mask, first=chunk.start)
 
     def _pages_for(self, tokens: int, multiple: int) -> int:
         step = max(multiple // self._page_tokens, 1)
@@ -212,12 +212,12 @@ class Glm4vRunner:
         places = self._tensor(np.arange(start, end) % self._page_tokens)
         cos, sin = self._decoder.spread_over_heads(*self._decoder.rotary.at_text(places))
         inputs = self._decoder.embeddings[start:end]
-        if start == 0:
-            return Pass(inputs, cos, sin, places, (Group(0, end),), None)
         pages = self._tensor(np.zeros(self._pages_for(1, LENGTH_STEP), dtype=np.int64))
+        if start == 0:
+            return Pass(inputs, cos, sin, places, (Group(0, end, pages),), None)
         mask = self._hide(np.zeros((end - start, len(pages) * self._page_tokens), dtype=bool))
         if end - start > 1:
-            return Pass(inputs, cos, sin, places, (Group(0, end - start, pages, mask),), None)
+            return Pass(inputs, cos, sin, places, (Group(0, end - start, pages, mask, first=start),), None)
         single = Group(0, 1, pages[None], mask[:, None, None], self._tensor([1]))
         return Pass(inputs, cos, sin, places, (single,), None)
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from api.engine.attention import attend
 from api.engine.linear import Linear
+from api.engine.operations import Operations
 
 Grid = tuple[int, int, int]  # frames, rows, columns, in patches
 KEPT_GRIDS = 8  # position tables of the last picture sizes
@@ -37,15 +37,16 @@ class Progress:
     """How far one picture has come."""
 
     x: torch.Tensor  # [patches, hidden]
-    cos: torch.Tensor  # [patches, 1, head_dim], float32
+    cos: torch.Tensor  # [patches, head_dim], float32
     sin: torch.Tensor
     frames: int
     block: int = 0
 
 
 class VisionTower:
-    def __init__(self, visual: Any) -> None:
+    def __init__(self, visual: Any, operations: Operations) -> None:
         config = visual.config
+        self._operations = operations
         self.dtype, self.device = visual.patch_embed.proj.weight.dtype, visual.patch_embed.proj.weight.device
         self.merge = config.spatial_merge_size
         self.patch_size = config.in_channels * config.temporal_patch_size * config.patch_size**2
@@ -64,6 +65,14 @@ class VisionTower:
         self._merge_gate_up = _gated(merger)
         self._merge_down = Linear(merger.down_proj.weight)
         self._tables: OrderedDict[Grid, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = OrderedDict()
+
+    @property
+    def head_dim(self) -> int:
+        return self._positions.shape[1] // self._heads
+
+    def use(self, operations: Operations) -> None:
+        """From now on: all operations compute the same."""
+        self._operations = operations
 
     def linears(self) -> Iterator[Linear]:
         yield self._embed
@@ -93,14 +102,8 @@ class VisionTower:
 
     def _run(self, block: _Block, at: Progress) -> torch.Tensor:
         x = at.x
-        patches = len(x)
         qkv = block.qkv(F.rms_norm(x, block.norm1.shape, block.norm1, self._eps))
-        q, k, v = qkv.view(patches, 3, self._heads, -1).unbind(1)
-        q, k = _turn(q, at.cos, at.sin), _turn(k, at.cos, at.sin)
-        # Attention stays within a frame and a head.
-        q, k, v = (t.view(at.frames, -1, *t.shape[1:]).transpose(1, 2).flatten(0, 1) for t in (q, k, v))
-        attended = attend(q[:, None], k, v).view(at.frames, self._heads, -1, q.shape[-1])
-        attended = attended.transpose(1, 2).reshape(patches, -1)
+        attended = self._operations.attend_picture(qkv, at.cos, at.sin, at.frames, self._heads)
         x = x + block.out(attended)
         hidden = F.rms_norm(x, block.norm2.shape, block.norm2, self._eps)
         return x + block.down(block.gate_up(hidden))
@@ -121,7 +124,7 @@ class VisionTower:
         return self._tables[grid]
 
     def _make_table(self, grid: Grid) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Learned positions resized to the grid [patches, hidden], and rotations [patches, 1, head_dim]."""
+        """Learned positions resized to the grid [patches, hidden], and rotations [patches, head_dim]."""
         frames, rows, columns = grid
         # Patches come in squares of `merge` x `merge`, row by row of squares.
         squares = (rows // self.merge, self.merge, columns // self.merge, self.merge)
@@ -131,7 +134,7 @@ class VisionTower:
         angles = torch.cat([y[:, None] * self._inverse_frequencies, x[:, None] * self._inverse_frequencies], dim=-1)
         cos, sin = angles.cos(), angles.sin()
         cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
-        return learned.repeat(frames, 1), cos.repeat(frames, 1)[:, None], sin.repeat(frames, 1)[:, None]
+        return learned.repeat(frames, 1), cos.repeat(frames, 1), sin.repeat(frames, 1)
 
     def _resized(self, y: torch.Tensor, x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
         side = int(len(self._positions) ** 0.5)
@@ -154,9 +157,3 @@ class VisionTower:
 
 def _gated(mlp: Any) -> Linear:
     return Linear(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]), gated=True)
-
-
-def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate x [patches, heads, head_dim]; in float32, as the module does."""
-    exact = x.float()
-    return torch.addcmul(exact * cos, exact.roll(exact.shape[-1] // 2, -1), sin).to(x.dtype)

@@ -10,11 +10,14 @@ import pytest
 from served import KEY, Served, wait_for
 from server_process import WAIT_S, Server, free_port
 
+from api.engine import kernels
 from api.engine.engine import Engine
 from api.engine.fake import fake_model
 from api.engine.model import Model
 from settings import Settings
 
+# Nothing is compiled for a processor that does not fit.
+collect_ignore = [] if kernels.fit_processor() else ["test_compiled_server.py"]
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Callable[..., Served]]:

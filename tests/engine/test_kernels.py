@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from api.engine import kernels
-from api.engine.attention import attend
 from api.engine.kernels import CompiledOperations
 from api.engine.linear import Linear
-from api.engine.operations import Group, Operations, TorchOperations, read_pages
+from api.engine.operations import Group, Operations, TorchOperations
 from api.engine.placement import Choice
 
 PAGE = kernels.PAGE_TOKENS
@@ -62,9 +62,6 @@ def test_add_norm(rows: int, size: int, ours: Operations) -> None:
 @pytest.mark.parametrize("rows", [*range(1, 14), 24, 31, 530])
 @pytest.mark.parametrize(("features", "inputs"), [(32, 2), (96, 1176), (64, 9000)])
 def test_products(features: int, inputs: int, rows: int, ours: Operations) -> None:
-    assert hasattr(torch.ops.glm, "product") == ("avx512_bf16" in kernels._processor())
-    if not hasattr(torch.ops.glm, "product"):
-        return  # compiled for a processor without the instruction: Linear stays with torch
     weight, x = (some(features, inputs).float() / inputs**0.5).bfloat16(), some(rows, inputs)
     for bias, gated in ((None, False), (some(features), False), (None, True)):
         linear = Linear(weight, bias, gated)
@@ -119,41 +116,67 @@ def test_attend_single(dim: int, kv_heads: int, shared: int, lengths: list[int],
 
     found = ours.attend_single(qkv, kv, group)
 
-    assert close(found, THEIRS.attend_single(qkv, kv, group))
+    exact = replace(group, mask=mask.float())
+    assert close(found, THEIRS.attend_single(qkv.float(), kv.float(), exact))
 
 
-def test_rows_of_a_prompt_one_by_one_are_what_they_are_together(ours: Operations) -> None:
-    rows, first, kv_heads, shared, dim = 20, 30, 2, 3, 32
-    kv, qkv = some(8 * PAGE, 2 * kv_heads, dim), some(rows, kv_heads * (shared + 2), dim)
-    pages, seen = torch.tensor([5, 2, 7, 1]), torch.arange(first + 1, first + rows + 1)
-    q = qkv[:, : kv_heads * shared].view(rows, kv_heads, shared, dim).permute(1, 2, 0, 3)
-    k, v = read_pages(kv, pages, PAGE).transpose(0, 1).split(kv_heads)
-    later = torch.where(torch.arange(4 * PAGE) < seen[:, None], 0.0, -torch.inf).to(torch.bfloat16)
-    together = attend(q, k, v, later).permute(2, 0, 1, 3).reshape(rows, -1)
+@pytest.mark.parametrize(("rows", "first"), [(1, 0), (20, 0), (20, 30), (75, 100)])
+@pytest.mark.parametrize(("kv_heads", "shared"), [(1, 1), (2, 3), (2, 16)])
+@pytest.mark.parametrize("dim", kernels.HEAD_DIMS)
+def test_attend_chunk(dim: int, kv_heads: int, shared: int, rows: int, first: int, ours: Operations) -> None:
+    held = -(-(first + rows) // PAGE)
+    kv, qkv = some(16 * PAGE, 2 * kv_heads, dim), some(rows, kv_heads * (shared + 2), dim)
+    pages, seen = torch.randperm(16)[:held], torch.arange(first + 1, first + rows + 1)
+    later = torch.where(torch.arange(held * PAGE) < seen[:, None], 0.0, -torch.inf).to(torch.bfloat16)
+    places = (pages[:, None] * PAGE + torch.arange(PAGE)).flatten()[first : first + rows]
+    kv[places] = qkv[:, -2 * kv_heads :]  # as they are once rotate_store has been there
+    group = Group(0, rows, pages, later if first else None, first=first)
 
-    one_by_one = ours.attend_single(qkv, kv, Group(0, rows, pages.repeat(rows, 1), None, seen))
+    found = ours.attend_chunk(qkv, kv, group)
 
-    assert close(one_by_one, together)
+    exact = replace(group, mask=None if group.mask is None else group.mask.float())
+    assert close(found, THEIRS.attend_chunk(qkv.float(), kv.float(), exact))
+
+
+@pytest.mark.parametrize(("frames", "patches"), [(1, 4), (1, 256), (2, 36), (3, 100)])
+@pytest.mark.parametrize(("heads", "dim"), [(1, 16), (3, 64), (2, 80), (2, 128)])
+def test_attend_picture(heads: int, dim: int, frames: int, patches: int, ours: Operations) -> None:
+    qkv, angles = some(frames * patches, 3 * heads * dim), torch.rand(frames * patches, dim) * 6
+    turns = angles.cos(), angles.sin()
+
+    found = ours.attend_picture(qkv, *turns, frames, heads)
+
+    assert close(found, THEIRS.attend_picture(qkv.float(), *turns, frames, heads))
 
 
 def test_what_lies_beyond_a_length_is_never_seen(ours: Operations) -> None:
     kv = some(2 * PAGE, 2, 64)
     kv[20:] = torch.inf
-    group = Group(0, 1, torch.tensor([[0, 1]]), None, torch.tensor([20]))
+    qkv = some(1, 3, 64)
+    single = Group(0, 1, torch.tensor([[0, 1]]), None, torch.tensor([20]))
+    chunk = Group(0, 1, torch.tensor([0, 1]), None, first=19)
 
-    found = ours.attend_single(some(1, 3, 64), kv.nan_to_num(posinf=3e38), group)
+    for found in (ours.attend_single(qkv, kv, single), ours.attend_chunk(qkv, kv, chunk)):
+        assert found.isfinite().all() and found.abs().max() < 10
 
-    assert found.isfinite().all() and found.abs().max() < 10
 
-
-def test_they_fit_bfloat16_on_the_cpu_only() -> None:
+def test_they_fit_bfloat16_on_a_cpu_that_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
 
-    assert kernels.obstacle(cpu, torch.bfloat16, 16, 128) is None
-    assert "float32" in str(kernels.obstacle(cpu, torch.float32, 16, 128))
-    assert "CPU" in str(kernels.obstacle(torch.device("cuda"), torch.bfloat16, 16, 128))
-    assert "80" in str(kernels.obstacle(cpu, torch.bfloat16, 16, 80))
-    assert "32" in str(kernels.obstacle(cpu, torch.bfloat16, 32, 64))
+    assert kernels.obstacle(cpu, torch.bfloat16, 16, (128, 80)) is None
+    assert "float32" in str(kernels.obstacle(cpu, torch.float32, 16, (128, 64)))
+    assert "CPU" in str(kernels.obstacle(torch.device("cuda"), torch.bfloat16, 16, (128, 64)))
+    assert "88" in str(kernels.obstacle(cpu, torch.bfloat16, 16, (128, 88)))
+    assert "32" in str(kernels.obstacle(cpu, torch.bfloat16, 32, (64, 64)))
+    monkeypatch.setattr(kernels, "_processor", lambda: "avx2 avx512f")
+    assert "AVX512_BF16" in str(kernels.obstacle(cpu, torch.bfloat16, 16, (128, 64)))
+
+
+def test_where_the_processor_has_amx_onednn_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_processor", lambda: "avx512f avx512_bf16")
+    assert kernels.multiplies()
+    monkeypatch.setattr(kernels, "_processor", lambda: "avx512_bf16 amx_tile amx_bf16")
+    assert not kernels.multiplies()
 
 
 def test_they_are_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from prompts import STEPS, Steps, ask, generate, next_logits, picture, request_for
 
+from api.engine import kernels
 from api.engine.loader import load
 from api.engine.model import Model
 from api.engine.request import Request, Sampling
@@ -170,7 +171,7 @@ NEAR_TIE = 0.15
 COMPILE_LIMIT_S = 180.0
 
 
-@pytest.mark.parametrize("computed_by", ["torch", "compiled"])
+@pytest.mark.parametrize("computed_by", ["torch", *(["compiled"] if kernels.fit_processor() else [])])
 def test_in_bf16_tokens_differ_from_generate_at_near_ties_only(computed_by: str, tiny_checkpoint: Path) -> None:
     from transformers import Glm4vForConditionalGeneration
 
@@ -185,7 +186,7 @@ def test_in_bf16_tokens_differ_from_generate_at_near_ties_only(computed_by: str,
     assert half.facts["kernels"] == computed_by, half.facts["choices"]["kernels"]
     reference = Glm4vForConditionalGeneration.from_pretrained(tiny_checkpoint, dtype=torch.bfloat16).eval()
     exact_reference = Glm4vForConditionalGeneration.from_pretrained(tiny_checkpoint, dtype=torch.float32).eval()
-    equal = different = 0
+    off = {"ours": 0, "generate's": 0}  # tokens that float32 would not have chosen
     for name, prompt in PROMPTS.items():
         request = request_for(half, *prompt, name=name)
         expected = generate(reference, half, request)
@@ -195,9 +196,10 @@ def test_in_bf16_tokens_differ_from_generate_at_near_ties_only(computed_by: str,
             for said in range(STEPS)
         ]
         for part, wanted, (token,) in zip(parts, expected, Steps(half, 40).run(*parts), strict=True):
-            equal += token == wanted
+            exact = next_logits(exact_reference, half, part)
+            off["ours"] += token != int(exact.argmax())
+            off["generate's"] += wanted != int(exact.argmax())
             if token != wanted:
-                different += 1
-                scores, exact = next_logits(reference, half, part), next_logits(exact_reference, half, part)
+                scores = next_logits(reference, half, part)
                 assert min(scores[wanted] - scores[token], exact[wanted] - exact[token]) < NEAR_TIE
-    assert different <= 0.1 * equal
+    assert off["ours"] <= off["generate's"] + 1, off

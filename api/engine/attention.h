@@ -1,0 +1,278 @@
+// Attention in bfloat16 with the products of products.h: the keys of a head are the weights that queries are multiplied
+// with, its values the weights that the chances are multiplied with.
+
+#pragma once
+
+#include "products.h"
+
+namespace glm {
+
+constexpr int64_t PAGE = 16;           // tokens in a page of the KV cache
+constexpr int64_t MOST_DIM = 256;      // of a head
+constexpr int64_t QUERIES_EACH = 240;  // of one head that a thread takes at once
+
+struct Scores {
+  void operator()(__m512 low, __m512 high, int64_t panel, float* row) const {
+    _mm512_storeu_ps(row + panel * PANEL, low);
+    _mm512_storeu_ps(row + panel * PANEL + LANES, high);
+  }
+};
+
+struct Mixture {
+  int64_t dim;  // a head may end in the middle of a panel
+  void operator()(__m512 low, __m512 high, int64_t panel, bf16* row) const {
+    store(row + panel * PANEL, low);
+    if (panel * PANEL + LANES < dim) store(row + panel * PANEL + LANES, high);
+  }
+};
+
+// 16 rows of 16 numbers, `stride` numbers apart -> columns, PANEL numbers apart.
+inline void turn_over(const bf16* const* rows, int64_t offset, uint32_t* to) {
+  __m512i r[16], t[16];
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(rows[i] + offset);
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 16; i += 8) {
+    for (int j = 0; j < 4; ++j) {
+      t[i + j] = _mm512_shuffle_i32x4(r[i + j], r[i + j + 4], 0x88);
+      t[i + j + 4] = _mm512_shuffle_i32x4(r[i + j], r[i + j + 4], 0xDD);
+    }
+  }
+  for (int j = 0; j < 8; ++j) {
+    _mm512_storeu_si512(to + j * PANEL, _mm512_shuffle_i32x4(t[j], t[j + 8], 0x88));
+    _mm512_storeu_si512(to + (j + 8) * PANEL, _mm512_shuffle_i32x4(t[j], t[j + 8], 0xDD));
+  }
+}
+
+// What one thread needs for the keys and values of one head, and for a tile of queries.
+class Head {
+ public:
+  explicit Head(int64_t dim) : dim_(dim), value_panels_((dim + PANEL - 1) / PANEL), scale_(1 / std::sqrt(float(dim))) {}
+
+  int64_t dim() const { return dim_; }
+
+  // key(t) and value(t) are [dim] each, for t from 0 to length.
+  template <class Key, class Value>
+  void read(int64_t length, const Key& key, const Value& value) {
+    length_ = length, room_ = (length + PANEL - 1) / PANEL * PANEL;
+    if (scores_.size() < static_cast<size_t>(TILE * room_)) {
+      keys_.resize(room_ * dim_);
+      values_.resize(room_ * value_panels_ * PANEL);
+      scores_.resize(TILE * room_);
+      chances_.resize(TILE * room_);
+    }
+    alignas(64) static const bf16 nothing[MOST_DIM] = {};
+    for (int64_t t = 0; t < room_; t += LANES) {
+      const bf16* rows[LANES];
+      for (int64_t i = 0; i < LANES; ++i) rows[i] = t + i < length ? key(t + i) : nothing;
+      uint32_t* to = reinterpret_cast<uint32_t*>(keys_.data()) + t / PANEL * PANEL * dim_ / 2 + t % PANEL;
+      const int64_t pairs = dim_ / 2;
+      if (pairs % LANES == 0) {
+        for (int64_t i = 0; i < pairs; i += LANES) turn_over(rows, 2 * i, to + i * PANEL);
+      } else {
+        for (int64_t i = 0; i < pairs; ++i)
+          for (int64_t j = 0; j < LANES; ++j) std::memcpy(to + i * PANEL + j, rows[j] + 2 * i, sizeof(uint32_t));
+      }
+      for (int64_t i = 0; i < LANES; i += 2)
+        put_values(t + i, t + i < length ? value(t + i) : nothing, t + i + 1 < length ? value(t + i + 1) : nothing);
+    }
+  }
+
+  // queries [rows][dim], at most TILE of them; row r sees the first seen[r] tokens -> out[r] [dim].
+  void attend(const bf16* queries, int64_t rows, const int64_t* seen, bf16* out, int64_t width) {
+    static constexpr auto score = by_rows<Scores, float>(std::make_integer_sequence<int, TILE>());
+    static constexpr auto mix = by_rows<Mixture, bf16>(std::make_integer_sequence<int, TILE>());
+    alignas(64) bf16 ordered[TILE * MOST_DIM];
+    pack_rows(queries, rows, dim_, 0, 1, ordered);
+    const int64_t panels = (*std::max_element(seen, seen + rows) + PANEL - 1) / PANEL;
+    const Ahead nothing{reinterpret_cast<const char*>(ordered), 0};
+    for (int64_t panel = 0; panel < panels; ++panel)
+      score[rows - 1](keys_.data() + panel * PANEL * dim_, ordered, dim_ / 2, nullptr, true, true, nothing, Scores{},
+                      panel, scores_.data(), room_);
+    for (int64_t r = 0; r < rows; ++r) softmax(scores_.data() + r * room_, seen[r], panels * PANEL, r, rows);
+    for (int64_t panel = 0; panel < value_panels_; ++panel)
+      mix[rows - 1](values_.data() + panel * PANEL * room_, chances_.data(), panels * PANEL / 2, nullptr, true, true,
+                    nothing, Mixture{dim_}, panel, out, width);
+  }
+
+ private:
+  // Two tokens' values become pairs: [value_panels][room / 2][PANEL][2]
+  void put_values(int64_t t, const bf16* even, const bf16* odd) {
+    for (int64_t panel = 0; panel < value_panels_; ++panel) {
+      uint32_t* to = reinterpret_cast<uint32_t*>(values_.data()) + (panel * room_ + t) * PANEL / 2;
+      for (int64_t i = 0; i < PANEL; i += LANES) {
+        const int64_t at = panel * PANEL + i;
+        if (at >= dim_) {
+          _mm512_storeu_si512(to + i, _mm512_setzero_si512());
+          continue;
+        }
+        const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(even + at));
+        const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd + at));
+        const __m512i pairs = _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+        _mm512_storeu_si512(to + i, pairs);
+      }
+    }
+  }
+
+  // Row r of the scores becomes row r of the chances: [room / 2][rows][2]
+  void softmax(float* scores, int64_t seen, int64_t room, int64_t r, int64_t rows) {
+    const __m512 none = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+    auto mask = [&](int64_t t) { return seen - t >= LANES ? __mmask16(-1) : __mmask16((1 << std::max<int64_t>(seen - t, 0)) - 1); };
+    __m512 most = none;
+    for (int64_t t = 0; t < seen; t += LANES) most = _mm512_max_ps(most, _mm512_mask_loadu_ps(none, mask(t), scores + t));
+    const __m512 scale = _mm512_set1_ps(scale_), least = _mm512_set1_ps(_mm512_reduce_max_ps(most) * scale_);
+    __m512 total = _mm512_setzero_ps();
+    for (int64_t t = 0; t < seen; t += LANES) {
+      const __m512 e = exponential(_mm512_fmsub_ps(_mm512_loadu_ps(scores + t), scale, least));
+      total = _mm512_mask_add_ps(total, mask(t), total, e);
+      _mm512_storeu_ps(scores + t, e);
+    }
+    const __m512 share = _mm512_set1_ps(1 / _mm512_reduce_add_ps(total));
+    uint32_t* to = reinterpret_cast<uint32_t*>(chances_.data());
+    for (int64_t t = 0; t < room; t += LANES) {
+      alignas(32) uint32_t pairs[LANES / 2];
+      const __m512 e = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask(t), scores + t), share);
+      _mm256_store_si256(reinterpret_cast<__m256i*>(pairs), narrowed(e));
+      for (int64_t i = 0; i < LANES / 2; ++i) to[(t / 2 + i) * rows + r] = pairs[i];
+    }
+  }
+
+  int64_t dim_, value_panels_, length_ = 0, room_ = 0;
+  float scale_;
+  std::vector<bf16, Aligned<bf16>> keys_, values_, chances_;
+  std::vector<float> scores_;
+};
+
+// Each thread's own, so that its memory is taken only once.
+inline Head& head_of(int64_t dim) {
+  thread_local std::optional<Head> head;
+  if (!head || head->dim() != dim) head.emplace(dim);
+  return *head;
+}
+
+inline void check_head(int64_t dim) { TORCH_CHECK(dim % LANES == 0 && dim <= MOST_DIM, "attention: no heads of ", dim); }
+
+// One new token for each of several requests: qkv [rows, heads + 2 * kv_heads, dim], kv [tokens, 2 * kv_heads, dim],
+// pages [rows, pages], lengths [rows] in tokens -> [rows, heads * dim].
+inline Tensor attend_pages(const Tensor& qkv, const Tensor& kv, const Tensor& pages, const Tensor& lengths) {
+  const int64_t rows = qkv.size(0), all = qkv.size(1), dim = qkv.size(2), stored = kv.size(1), kv_heads = stored / 2;
+  const int64_t heads = all - stored, shared = heads / kv_heads;
+  check_head(dim);
+  Tensor out = at::empty({rows, heads * dim}, qkv.options());
+  const bf16 *q = qkv.const_data_ptr<bf16>(), *pool = kv.const_data_ptr<bf16>();
+  const int64_t *tables = pages.const_data_ptr<int64_t>(), *length = lengths.const_data_ptr<int64_t>();
+  bf16* to = out.data_ptr<bf16>();
+  std::atomic<int64_t> next{0};
+  together([&](int64_t, int64_t) {
+    Head& head = head_of(dim);
+    for (int64_t item; (item = next.fetch_add(1)) < rows * kv_heads;) {
+      const int64_t row = item / kv_heads, number = item % kv_heads, *table = tables + row * pages.size(1);
+      auto key = [&](int64_t t) { return pool + ((table[t / PAGE] * PAGE + t % PAGE) * stored + number) * dim; };
+      head.read(length[row], key, [&](int64_t t) { return key(t) + kv_heads * dim; });
+      int64_t seen[TILE];
+      std::fill_n(seen, TILE, length[row]);
+      for (int64_t first = 0; first < shared; first += TILE) {
+        const int64_t at = number * shared + first;
+        head.attend(q + (row * all + at) * dim, std::min(TILE, shared - first), seen, to + (row * heads + at) * dim, dim);
+      }
+    }
+  });
+  return out;
+}
+
+// Tokens of one request that follow each other, as rows of qkv [rows, heads + 2 * kv_heads, dim]; the first sees
+// `first` + 1 tokens of kv [tokens, 2 * kv_heads, dim] in pages [pages] -> [rows, heads * dim].
+inline Tensor attend_chunk(const Tensor& qkv, const Tensor& kv, const Tensor& pages, int64_t first) {
+  const int64_t rows = qkv.size(0), all = qkv.size(1), dim = qkv.size(2), stored = kv.size(1), kv_heads = stored / 2;
+  const int64_t heads = all - stored, shared = heads / kv_heads;
+  check_head(dim);
+  Tensor out = at::empty({rows, heads * dim}, qkv.options());
+  const bf16 *q = qkv.const_data_ptr<bf16>(), *pool = kv.const_data_ptr<bf16>();
+  const int64_t* table = pages.const_data_ptr<int64_t>();
+  bf16* to = out.data_ptr<bf16>();
+  const int64_t queries = rows * shared, blocks = (queries + QUERIES_EACH - 1) / QUERIES_EACH;
+  std::atomic<int64_t> next{0};
+  together([&](int64_t, int64_t) {
+    Head& head = head_of(dim);
+    alignas(64) bf16 some[TILE * MOST_DIM], found[TILE * MOST_DIM];
+    for (int64_t item; (item = next.fetch_add(1)) < blocks * kv_heads;) {
+      const int64_t number = item % kv_heads, begin = item / kv_heads * QUERIES_EACH;
+      const int64_t end = std::min(begin + QUERIES_EACH, queries);
+      auto key = [&](int64_t t) { return pool + ((table[t / PAGE] * PAGE + t % PAGE) * stored + number) * dim; };
+      head.read(first + (end - 1) / shared + 1, key, [&](int64_t t) { return key(t) + kv_heads * dim; });
+      for (int64_t start = begin; start < end; start += TILE) {
+        const int64_t count = std::min(TILE, end - start);
+        int64_t seen[TILE];
+        auto place = [&](int64_t i) { return std::pair{(start + i) / shared, number * shared + (start + i) % shared}; };
+        for (int64_t i = 0; i < count; ++i) {
+          const auto [row, query_head] = place(i);
+          std::copy_n(q + (row * all + query_head) * dim, dim, some + i * dim);
+          seen[i] = first + row + 1;
+        }
+        head.attend(some, count, seen, found, dim);
+        for (int64_t i = 0; i < count; ++i) {
+          const auto [row, query_head] = place(i);
+          std::copy_n(found + i * dim, dim, to + (row * heads + query_head) * dim);
+        }
+      }
+    }
+  });
+  return out;
+}
+
+// x * cos + (x with its halves swapped) * sin, in float32; the sign of the swapped half is in sin.
+inline void turn(const bf16* x, const float* cos, const float* sin, int64_t dim, bf16* to) {
+  float wide[3 * MOST_DIM / 2];  // the first half once more behind the second
+  for (int64_t i = 0; i < dim; i += LANES) _mm512_storeu_ps(wide + i, load(x + i));
+  for (int64_t i = 0; i < dim / 2; ++i) wide[dim + i] = wide[i];
+  for (int64_t i = 0; i < dim; i += LANES) {
+    const __m512 swapped = _mm512_mul_ps(_mm512_loadu_ps(wide + dim / 2 + i), _mm512_loadu_ps(sin + i));
+    store(to + i, _mm512_fmadd_ps(_mm512_loadu_ps(wide + i), _mm512_loadu_ps(cos + i), swapped));
+  }
+}
+
+// Patches of a picture, each seeing all of its frame: qkv [patches, 3 * heads * dim], cos and sin [patches, dim] in
+// float32 -> [patches, heads * dim].
+inline Tensor attend_picture(const Tensor& qkv, const Tensor& cos, const Tensor& sin, int64_t frames, int64_t heads) {
+  const int64_t patches = qkv.size(0), width = qkv.size(1) / 3, dim = width / heads, each = patches / frames;
+  check_head(dim);
+  Tensor out = at::empty({patches, width}, qkv.options());
+  const bf16* from = qkv.const_data_ptr<bf16>();
+  const float *c = cos.const_data_ptr<float>(), *s = sin.const_data_ptr<float>();
+  bf16* to = out.data_ptr<bf16>();
+  const int64_t blocks = (each + QUERIES_EACH - 1) / QUERIES_EACH;
+  std::atomic<int64_t> next{0};
+  together([&](int64_t, int64_t) {
+    Head& head = head_of(dim);
+    std::vector<bf16> keys(each * dim);
+    alignas(64) bf16 queries[TILE * MOST_DIM];
+    int64_t seen[TILE];
+    std::fill_n(seen, TILE, each);
+    for (int64_t item; (item = next.fetch_add(1)) < frames * heads * blocks;) {
+      const int64_t block = item % blocks, number = item / blocks % heads, start = item / blocks / heads * each;
+      auto row = [&](int64_t t, int64_t part) { return from + ((start + t) * 3 + part) * width + number * dim; };
+      for (int64_t t = 0; t < each; ++t) turn(row(t, 1), c + (start + t) * dim, s + (start + t) * dim, dim, keys.data() + t * dim);
+      head.read(each, [&](int64_t t) { return keys.data() + t * dim; }, [&](int64_t t) { return row(t, 2); });
+      const int64_t end = std::min((block + 1) * QUERIES_EACH, each);
+      for (int64_t first = block * QUERIES_EACH; first < end; first += TILE) {
+        const int64_t count = std::min(TILE, end - first);
+        for (int64_t i = 0; i < count; ++i) {
+          const int64_t patch = start + first + i;
+          turn(row(first + i, 0), c + patch * dim, s + patch * dim, dim, queries + i * dim);
+        }
+        head.attend(queries, count, seen, to + (start + first) * width + number * dim, width);
+      }
+    }
+  });
+  return out;
+}
+
+}  // namespace glm
