@@ -1,7 +1,8 @@
 """python -m bench.steps: what one forward pass costs in this process, without HTTP, and on what its time goes.
 
-Prints for the mid shape: the matrix products alone by rows, a decode step by batch size, prompts, a picture; and the
-operations that take most of each, by torch.profiler. Nothing else should run on the machine.
+Prints for the mid shape: the matrix products alone by rows, a decode step by batch size, prompts, a picture; each
+computed by torch and by the compiled kernels by turns, because a machine's speed drifts; and the operations that take
+most of it, by torch.profiler. Nothing else should run on the machine.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import random
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -18,11 +20,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from api.engine.answer import Answer
-from api.engine.kernels import CompiledOperations
 from api.engine.kv_cache import KvCache
 from api.engine.loader import load
 from api.engine.model import Model
-from api.engine.operations import TorchOperations
 from api.engine.request import Request, Sampling
 from api.engine.scheduler import Batch, Chunk
 from api.engine.sequence import Sequence, make_sequence
@@ -59,6 +59,12 @@ class Steps:
         self.decode(sequences, (Chunk(new, 16, 32),))
         self.end([new])
 
+    def read(self, count: int, tokens: int) -> None:
+        """New prompts, and away with them."""
+        sequences = self.prompts(count, tokens)
+        self.prefill(sequences)
+        self.end(sequences)
+
     def end(self, sequences: list[Sequence]) -> None:
         for sequence in sequences:
             assert sequence.lease is not None
@@ -85,83 +91,87 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE)
     parser.add_argument("--model", type=Path, help="checkpoint folder; default: the mid shape")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--kernels", default="auto", choices=["auto", "torch"])
+    parser.add_argument("--times", type=int, default=10, help="how often each is measured")
     given = parser.parse_args()
     folder = given.model or build_mid(given.cache)
-    model = load(Settings(model=str(folder), dtype=given.dtype, device="cpu", kernels=given.kernels), lambda fraction: None)
-    model.runner.warm_up()
-    while model.facts["kernels"] == "compiling":
-        time.sleep(0.25)
+    models = {}
+    for kernels in ("torch", "auto"):
+        settings = Settings(model=str(folder), dtype=given.dtype, device="cpu", kernels=kernels, kv_cache_bytes=2**29)
+        model = load(settings, lambda fraction: None)
+        model.runner.warm_up()
+        while model.facts["kernels"] == "compiling":
+            time.sleep(0.25)
+        models[model.facts["kernels"]] = model
     print(f"kernels: {model.facts['kernels']}, {model.facts['choices']['kernels']}")
-    with torch.inference_mode():
-        products(model)
-    steps = Steps(model)
+    for rows in (1, 4, 16, 32, 128, 512):
+        by_turns(f"products, {rows} rows", {name: products(model, rows) for name, model in models.items()}, given.times)
+    running = {name: Steps(model) for name, model in models.items()}
     for rows in (1, 4, 16):
-        running = steps.prompts(rows, PROMPT)
-        steps.prefill(running)
-        both(model, f"decode, {rows} at once", lambda running=running: steps.decode(running))  # type: ignore[misc]
+        batches = {name: steps.prompts(rows, PROMPT) for name, steps in running.items()}
+        for name, steps in running.items():
+            steps.prefill(batches[name])
+        decode = {name: partial(steps.decode, batches[name]) for name, steps in running.items()}
+        by_turns(f"decode, {rows} at once", decode, given.times)
         if rows == 16:
-            both(model, "decode, 16 at once and 16 tokens of a prompt", lambda running=running: steps.mixed(running))  # type: ignore[misc]
-        steps.end(running)
+            mixed = {name: partial(steps.mixed, batches[name]) for name, steps in running.items()}
+            by_turns("decode, 16 at once and 16 tokens of a prompt", mixed, given.times)
+        for name, steps in running.items():
+            steps.end(batches[name])
     for count, tokens in ((1, PROMPT), (4, PROMPT), (3, 165)):
-        waiting = iter([steps.prompts(count, tokens) for _ in range(5)])
-        show(f"prefill, {count} x {tokens} tokens", lambda waiting=waiting: steps.prefill(next(waiting)), 3)  # type: ignore[misc]
-    tower: VisionTower = model.runner._tower  # type: ignore[attr-defined]
-    patches = torch.randn(PICTURE[1] * PICTURE[2], tower.patch_size)
-    with torch.inference_mode():
-        show("a picture of 576 patches", lambda: tower.advance(tower.begin(patches, PICTURE), float("inf")), 5)
+        works = {name: partial(steps.read, count, tokens) for name, steps in running.items()}
+        by_turns(f"prefill, {count} x {tokens} tokens", works, given.times // 2)
+    by_turns("a picture of 576 patches", {name: picture(model) for name, model in models.items()}, given.times)
     return 0
 
 
-def products(model: Model) -> None:
+def products(model: Model, rows: int) -> Callable[[], None]:
     """Every matrix product of a pass, and nothing else."""
-    linears = list(model.runner._decoder.linears())  # type: ignore[attr-defined]
-    weights = sum(linear.in_features * linear.out_features for linear in linears)
-    for rows in (1, 4, 16, 128, 512):
-        dtype = model.runner._decoder.dtype  # type: ignore[attr-defined]
-        inputs = {size: torch.randn(rows, size, dtype=dtype) for size in {linear.in_features for linear in linears}}
-        took = _median(lambda inputs=inputs: [linear(inputs[linear.in_features]) for linear in linears], 5)  # type: ignore[misc]
-        rate, read = 2 * weights * rows / took / 1e9, 2 * weights / took / 1e9
-        print(f"products, {rows} rows: {took * 1000:.1f} ms, {rate:.0f} GFLOPS, {read:.1f} GB/s in bfloat16")
-
-
-def both(model: Model, name: str, work: Callable[[], object]) -> None:
-    show(name, work, 15)
-    if model.facts["kernels"] == "compiled":
-        compare(model, work, 12)
-
-
-def compare(model: Model, work: Callable[[], object], times: int) -> None:
-    """The same with the operations of torch and with the compiled ones, by turns: a machine's speed drifts."""
     decoder = model.runner._decoder  # type: ignore[attr-defined]
-    found: dict[str, list[float]] = {"torch": [], "compiled": []}
+    linears = list(decoder.linears())
+    inputs = {size: torch.randn(rows, size, dtype=decoder.dtype) for size in {linear.in_features for linear in linears}}
+
+    @torch.inference_mode()
+    def work() -> None:
+        for linear in linears:
+            linear(inputs[linear.in_features])
+
+    return work
+
+
+def picture(model: Model) -> Callable[[], None]:
+    tower: VisionTower = model.runner._tower  # type: ignore[attr-defined]
+    patches = torch.randn(PICTURE[1] * PICTURE[2], tower.patch_size)
+
+    @torch.inference_mode()
+    def work() -> None:
+        tower.advance(tower.begin(patches, PICTURE), float("inf"))
+
+    return work
+
+
+def by_turns(name: str, works: dict[str, Callable[[], None]], times: int) -> None:
+    found: dict[str, list[float]] = {kernels: [] for kernels in works}
     for _ in range(times):
-        for name, operations in (("torch", TorchOperations(decoder.page_tokens)), ("compiled", CompiledOperations())):
-            decoder.use(operations)
+        for kernels, work in works.items():
             work()  # what the other has left in the caches
-            found[name].append(_median(work, 3))
-    theirs, ours = median(found["torch"]), median(found["compiled"])
-    print(f"  with torch's operations {theirs * 1000:.1f} ms, compiled {ours * 1000:.1f} ms: {theirs / ours:.2f} times as fast")
+            began = time.perf_counter()
+            work()
+            found[kernels].append(time.perf_counter() - began)
+    took = {kernels: median(seconds) for kernels, seconds in found.items()}
+    figures = ", ".join(f"{kernels} {seconds * 1000:.1f} ms" for kernels, seconds in took.items())
+    ratios = [theirs / ours for theirs, ours in zip(*found.values(), strict=True)] if len(found) == 2 else []
+    print(f"{name}: {figures}" + (f": {median(ratios):.2f} times as fast" if ratios else ""))
+    for kernels, work in works.items():
+        print(f"  {kernels}: {most(work)}")
 
 
-def show(name: str, work: Callable[[], object], times: int) -> None:
-    work()
-    took = _median(work, times)
+def most(work: Callable[[], None]) -> str:
+    """The operations that take most of the time."""
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         work()
     events = sorted(seen.key_averages(), key=lambda e: -e.self_cpu_time_total)
     whole = sum(event.self_cpu_time_total for event in events)
-    most = ", ".join(f"{e.key.split('::')[-1]} {e.self_cpu_time_total / whole:.0%}" for e in events[:6])
-    print(f"{name}: {took * 1000:.1f} ms; {most}")
-
-
-def _median(work: Callable[[], object], times: int) -> float:
-    found = []
-    for _ in range(times):
-        began = time.perf_counter()
-        work()
-        found.append(time.perf_counter() - began)
-    return median(found)
+    return ", ".join(f"{e.key.split('::')[-1]} {e.self_cpu_time_total / whole:.0%}" for e in events[:5])
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ namespace glm {
 
 constexpr int64_t PAGE = 16;           // tokens in a page of the KV cache
 constexpr int64_t MOST_DIM = 256;      // of a head
+constexpr int64_t AHEAD = 32;          // tokens whose keys and values are fetched: they lie too far apart to be foreseen
 constexpr int64_t QUERIES_EACH = 240;  // of one head that a thread takes at once
 
 struct Scores {
@@ -71,6 +72,12 @@ class Head {
     }
     alignas(64) static const bf16 nothing[MOST_DIM] = {};
     for (int64_t t = 0; t < room_; t += LANES) {
+      for (int64_t i = t + AHEAD; i < std::min(t + AHEAD + LANES, length); ++i) {
+        for (int64_t at = 0; at < dim_; at += 64 / sizeof(bf16)) {
+          _mm_prefetch(key(i) + at, _MM_HINT_T0);
+          _mm_prefetch(value(i) + at, _MM_HINT_T0);
+        }
+      }
       const bf16* rows[LANES];
       for (int64_t i = 0; i < LANES; ++i) rows[i] = t + i < length ? key(t + i) : nothing;
       uint32_t* to = reinterpret_cast<uint32_t*>(keys_.data()) + t / PANEL * PANEL * dim_ / 2 + t % PANEL;

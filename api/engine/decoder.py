@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from api.engine import give_back_freed_memory
 from api.engine.linear import Linear
 from api.engine.operations import Group, Operations
 from api.engine.rotary import Rotary, half_split_order
@@ -42,6 +43,13 @@ class _Layer:
     after_mlp: torch.Tensor
     before_next: torch.Tensor  # of the next layer, or of the head
 
+    def packed(self) -> tuple[torch.Tensor | None, ...]:
+        """In the order of run_layers in kernels.cpp; None where something does not fit the compiled products."""
+        return (
+            self.qkv.panels, self.qkv.bias, self.out.panels, self.after_attention, self.before_mlp,
+            self.gate_up.panels, self.down.panels, self.after_mlp, self.before_next,
+        )  # fmt: skip
+
 
 class Decoder:
     def __init__(self, network: Any, positions: int, pages: int, page_tokens: int, operations: Operations) -> None:
@@ -52,6 +60,7 @@ class Decoder:
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.page_tokens = page_tokens
         self._operations = operations
+        self._packed: list[torch.Tensor | None] | None = None
         self._eps = config.rms_norm_eps
         rope = text.rotary_emb
         order = half_split_order(self.head_dim, 2 * len(rope.inv_freq))
@@ -75,6 +84,15 @@ class Decoder:
         """From now on, also in the middle of a pass: all operations compute the same."""
         self._operations = operations
 
+    def pack(self) -> None:
+        """From now on all layers go through the compiled products, and so in one call."""
+        for linear in self.linears():
+            linear.pack()
+            give_back_freed_memory()  # one by one, or the weights would be there twice
+        weights = [tensor for layer in self._layers for tensor in layer.packed()]
+        if all(tensor is not None for tensor in weights):
+            self._packed = weights
+
     def linears(self) -> Iterator[Linear]:
         for layer in self._layers:
             yield from (layer.qkv, layer.out, layer.gate_up, layer.down)
@@ -86,18 +104,35 @@ class Decoder:
 
     def run(self, step: Pass) -> torch.Tensor:
         """Store the keys and values of all rows; returns the wanted logits [rows, vocabulary] in float32."""
+        normed = self._run_packed(step, self._packed) if self._packed else self._run_layers(step)
+        if not len(normed):  # part of a prompt: nobody wants a token yet
+            return torch.empty(0, self.vocabulary_size, device=self.device)
+        return self._head(normed).float()
+
+    def _run_packed(self, step: Pass, weights: list[torch.Tensor | None]) -> torch.Tensor:
+        groups = step.groups
+        return torch.ops.glm.run_layers(
+            step.inputs, self._first_norm, weights, self.kv, step.cos, step.sin, step.places,
+            [group.end for group in groups],
+            [group.pages for group in groups],
+            [step.places[:0] if group.lengths is None else group.lengths for group in groups],
+            [group.first for group in groups],
+            step.wanted, self._eps,
+        )  # fmt: skip
+
+    def _run_layers(self, step: Pass) -> torch.Tensor:
         do, x = self._operations, step.inputs
         normed = F.rms_norm(x, self._first_norm.shape, self._first_norm, self._eps)
         for layer, kv in zip(self._layers, self.kv, strict=True):
             attended = self._attend(normed, layer, kv, step)
             if step.wanted is not None and layer is self._layers[-1]:  # of all other rows the keys and values were needed
                 if not len(step.wanted):
-                    return torch.empty(0, self.vocabulary_size, device=self.device)
+                    return x[:0]
                 x, attended = x.index_select(0, step.wanted), attended.index_select(0, step.wanted)
             x, normed = do.add_norm(x, layer.out(attended), layer.after_attention, layer.before_mlp, self._eps)
             changed = layer.down(layer.gate_up(normed))
             x, normed = do.add_norm(x, changed, layer.after_mlp, layer.before_next, self._eps)
-        return self._head(normed).float()
+        return normed
 
     def spread_over_heads(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotations [rows, head_dim] for every head of q and k, and none for those of v."""

@@ -6,8 +6,11 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/add.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/rms_norm.h>
 #include <c10/util/BFloat16.h>
 #include <torch/library.h>
 
@@ -94,6 +97,46 @@ void rotate_store(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const
   });
 }
 
+// All layers of the text model at once: what Decoder.run does, without Python in between, which the threads that serve
+// HTTP would make wait. `weights` are nine for each layer, in the order of their use; groups of rows end at `ends`, and
+// those without `lengths` are parts of prompts. -> the normed rows that are `wanted` [rows, hidden].
+Tensor run_layers(const Tensor& inputs, const Tensor& first_norm, at::TensorList weights, at::TensorList kv,
+                  const Tensor& cos, const Tensor& sin, const Tensor& places, at::IntArrayRef ends, at::TensorList pages,
+                  at::TensorList lengths, at::IntArrayRef firsts, const std::optional<Tensor>& wanted, double eps) {
+  Tensor x = inputs, normed = at::rms_norm(x, first_norm.sizes(), first_norm, eps);
+  for (size_t layer = 0; layer < kv.size(); ++layer) {
+    const Tensor* w = &weights[9 * layer];
+    Tensor qkv = glm::product(normed, w[0], w[1]).view_as(cos);
+    rotate_store(qkv, cos, sin, kv[layer], places);
+    std::vector<Tensor> groups;
+    for (size_t i = 0; i < ends.size(); ++i) {
+      const Tensor rows = qkv.slice(0, i ? ends[i - 1] : 0, ends[i]);
+      groups.push_back(lengths[i].numel() ? glm::attend_pages(rows, kv[layer], pages[i], lengths[i])
+                                          : glm::attend_chunk(rows, kv[layer], pages[i], firsts[i]));
+    }
+    Tensor attended = groups.size() == 1 ? groups[0] : at::cat(groups);
+    if (wanted && layer + 1 == kv.size()) {
+      if (!wanted->numel()) return at::empty({0, x.size(1)}, x.options());
+      x = x.index_select(0, *wanted), attended = attended.index_select(0, *wanted);
+    }
+    std::tie(x, normed) = add_norm(x, glm::product(attended, w[2], std::nullopt), w[3], w[4], eps);
+    const Tensor changed = glm::product(glm::gated_product(normed, w[5]), w[6], std::nullopt);
+    std::tie(x, normed) = add_norm(x, changed, w[7], w[8], eps);
+  }
+  return normed;
+}
+
+// One block of the vision tower: what VisionTower._run does.
+Tensor run_block(const Tensor& inputs, const Tensor& norm1, const Tensor& qkv, const std::optional<Tensor>& bias,
+                 const Tensor& out, const Tensor& norm2, const Tensor& gate_up, const Tensor& down, const Tensor& cos,
+                 const Tensor& sin, int64_t frames, int64_t heads, double eps) {
+  const Tensor parts = glm::product(at::rms_norm(inputs, norm1.sizes(), norm1, eps), qkv, bias);
+  const Tensor attended = glm::attend_picture(parts, cos, sin, frames, heads);
+  const Tensor x = at::add(inputs, glm::product(attended, out, std::nullopt));
+  const Tensor passed = glm::gated_product(at::rms_norm(x, norm2.sizes(), norm2, eps), gate_up);
+  return at::add(x, glm::product(passed, down, std::nullopt));
+}
+
 }  // namespace
 
 TORCH_LIBRARY(glm, library) {
@@ -105,6 +148,12 @@ TORCH_LIBRARY(glm, library) {
   library.def("pack(Tensor weight, bool gated) -> Tensor");
   library.def("product(Tensor x, Tensor packed, Tensor? bias) -> Tensor");
   library.def("gated_product(Tensor x, Tensor packed) -> Tensor");
+  library.def(
+      "run_layers(Tensor inputs, Tensor first_norm, Tensor[] weights, Tensor(a!)[] kv, Tensor cos, Tensor sin, "
+      "Tensor places, int[] ends, Tensor[] pages, Tensor[] lengths, int[] firsts, Tensor? wanted, float eps) -> Tensor");
+  library.def(
+      "run_block(Tensor inputs, Tensor norm1, Tensor qkv, Tensor? bias, Tensor out, Tensor norm2, Tensor gate_up, "
+      "Tensor down, Tensor cos, Tensor sin, int frames, int heads, float eps) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(glm, CPU, library) {
@@ -116,4 +165,6 @@ TORCH_LIBRARY_IMPL(glm, CPU, library) {
   library.impl("pack", glm::pack);
   library.impl("product", glm::product);
   library.impl("gated_product", glm::gated_product);
+  library.impl("run_layers", run_layers);
+  library.impl("run_block", run_block);
 }

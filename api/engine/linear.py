@@ -20,22 +20,22 @@ class Linear:
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, gated: bool = False) -> None:
         self.out_features, self.in_features = weight.shape
-        self._bias = None if bias is None else bias.detach().contiguous()
+        self.bias = None if bias is None else bias.detach().contiguous()
         self._gated = gated
         weight = weight.detach().contiguous()
         self._weight: torch.Tensor | None = _reordered(weight)
-        self._panels: torch.Tensor | None = None
+        self.panels: torch.Tensor | None = None  # once it is packed
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         weight = self._weight  # read first: it goes when the panels are there
         if weight is None:
             if self._gated:
-                return torch.ops.glm.gated_product(x, self._panels)
-            return torch.ops.glm.product(x, self._panels, self._bias)
+                return torch.ops.glm.gated_product(x, self.panels)
+            return torch.ops.glm.product(x, self.panels, self.bias)
         if weight.is_mkldnn:
-            y = torch.ops.mkldnn._linear_pointwise(x, weight, self._bias, "none", [], "")
+            y = torch.ops.mkldnn._linear_pointwise(x, weight, self.bias, "none", [], "")
         else:
-            y = F.linear(x, weight, self._bias)
+            y = F.linear(x, weight, self.bias)
         if not self._gated:
             return y
         gate, up = y.chunk(2, dim=-1)
@@ -46,7 +46,7 @@ class Linear:
         if self._weight is None or self.out_features % PANEL or self.in_features % PAIR:
             return
         plain = self._weight.to_dense() if self._weight.is_mkldnn else self._weight
-        self._panels = torch.ops.glm.pack(plain, self._gated)
+        self.panels = torch.ops.glm.pack(plain, self._gated)
         self._weight = None
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 # A step with new work in it may take so many times what the running answers alone would need.
-PATIENCE = 2.8
+PATIENCE = 3.0
 # With nobody waiting for a token: short enough to notice aborts and new requests.
 IDLE_STEP_S = 0.6
 # No prompt waits for ever: a step without a picture in it reads at least so many tokens.

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from api.engine import give_back_freed_memory, kernels, placement
+from api.engine import kernels, placement
 from api.engine.decoder import Decoder, Pass
 from api.engine.kv_cache import Copy
 from api.engine.model import Capacity, Choice
@@ -77,9 +77,8 @@ class Glm4vRunner:
         self._decoder.use(operations)
         self._tower.use(operations)
         if kernels.multiplies():
-            for linear in (*self._decoder.linears(), *self._tower.linears()):
-                linear.pack()
-                give_back_freed_memory()  # one by one, or the weights would be there twice
+            self._decoder.pack()
+            self._tower.pack()
 
     def size_bytes(self, features: torch.Tensor) -> int:
         return features.nbytes

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from api.engine import give_back_freed_memory
 from api.engine.linear import Linear
 from api.engine.operations import Operations
 
@@ -30,6 +31,10 @@ class _Block:
     norm2: torch.Tensor
     gate_up: Linear
     down: Linear
+
+    @property
+    def packed(self) -> bool:
+        return all(linear.panels is not None for linear in (self.qkv, self.out, self.gate_up, self.down))
 
 
 @dataclass
@@ -74,6 +79,12 @@ class VisionTower:
         """From now on: all operations compute the same."""
         self._operations = operations
 
+    def pack(self) -> None:
+        """From now on every block goes through the compiled products, and so in one call."""
+        for linear in self.linears():
+            linear.pack()
+            give_back_freed_memory()  # one by one, or the weights would be there twice
+
     def linears(self) -> Iterator[Linear]:
         yield self._embed
         for block in self._blocks:
@@ -102,6 +113,11 @@ class VisionTower:
 
     def _run(self, block: _Block, at: Progress) -> torch.Tensor:
         x = at.x
+        if block.packed:
+            return torch.ops.glm.run_block(
+                x, block.norm1, block.qkv.panels, block.qkv.bias, block.out.panels, block.norm2, block.gate_up.panels,
+                block.down.panels, at.cos, at.sin, at.frames, self._heads, self._eps,
+            )  # fmt: skip
         qkv = block.qkv(F.rms_norm(x, block.norm1.shape, block.norm1, self._eps))
         attended = self._operations.attend_picture(qkv, at.cos, at.sin, at.frames, self._heads)
         x = x + block.out(attended)

@@ -69,7 +69,7 @@ def test_products(features: int, inputs: int, rows: int, ours: Operations) -> No
 
         linear.pack()
 
-        assert linear._panels is not None and linear._weight is None
+        assert linear.panels is not None and linear._weight is None
         assert close(linear(x), wanted)
 
 
@@ -78,7 +78,7 @@ def test_a_product_that_does_not_fit_the_panels_stays_as_it_is(ours: Operations)
     for linear in (Linear(some(40, 64)), Linear(some(32, 63))):
         linear.pack()
 
-        assert linear._panels is None
+        assert linear.panels is None
         assert linear(x[:, : linear.in_features].contiguous()).shape == (3, linear.out_features)
 
 
