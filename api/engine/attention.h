@@ -27,7 +27,7 @@ struct Mixture {
   }
 };
 
-// 16 rows of 16 numbers, `stride` numbers apart -> columns, PANEL numbers apart.
+// 16 pairs of each of 16 rows, from `offset` on -> a line of 16 for each pair, PANEL apart.
 inline void turn_over(const bf16* const* rows, int64_t offset, uint32_t* to) {
   __m512i r[16], t[16];
   for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(rows[i] + offset);
@@ -63,7 +63,7 @@ class Head {
   // key(t) and value(t) are [dim] each, for t from 0 to length.
   template <class Key, class Value>
   void read(int64_t length, const Key& key, const Value& value) {
-    length_ = length, room_ = (length + PANEL - 1) / PANEL * PANEL;
+    room_ = (length + PANEL - 1) / PANEL * PANEL;
     if (scores_.size() < static_cast<size_t>(TILE * room_)) {
       keys_.resize(room_ * dim_);
       values_.resize(room_ * value_panels_ * PANEL);
@@ -152,10 +152,12 @@ class Head {
     }
   }
 
-  int64_t dim_, value_panels_, length_ = 0, room_ = 0;
+  int64_t dim_, value_panels_, room_ = 0;  // tokens in whole panels
   float scale_;
-  std::vector<bf16, Aligned<bf16>> keys_, values_, chances_;
-  std::vector<float> scores_;
+  std::vector<bf16, Aligned<bf16>> keys_;     // as packed weights: [room / PANEL][dim / 2][PANEL][2]
+  std::vector<bf16, Aligned<bf16>> values_;   // [value_panels][room / 2][PANEL][2]
+  std::vector<float> scores_;                 // [TILE][room]
+  std::vector<bf16, Aligned<bf16>> chances_;  // as pack_rows would leave them: [room / 2][rows][2]
 };
 
 // Each thread's own, so that its memory is taken only once.

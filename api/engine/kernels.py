@@ -1,4 +1,4 @@
-"""The operations of a decoder layer compiled for this machine's CPU, where there is a C++ compiler.
+"""Matrix products, attention and the operations between them compiled for this machine's CPU, where there is a compiler.
 
 kernels.cpp is compiled in the background while the server starts and answers with torch's operations, tried
 against those, and then used. What was compiled is kept for the next start under a name that says for which
@@ -32,7 +32,10 @@ SOURCE, *HEADERS = (Path(__file__).with_name(name) for name in ("kernels.cpp", "
 # What kernels.cpp is written for.
 PAGE_TOKENS = 16
 HEAD_DIMS = range(16, 257, 16)
-FLAGS = ("-std=c++20", "-O3", "-ffast-math", "-fopenmp", "-fPIC", "-DAT_PARALLEL_OPENMP=1")
+FLAGS = (
+    "-std=c++20", "-O3", "-march=native", "-mprefer-vector-width=512", "-ffast-math", "-fopenmp", "-fPIC",
+    "-DAT_PARALLEL_OPENMP=1",
+)  # fmt: skip
 COMPILE_LIMIT_S = 600.0
 TOLERANCE = 0.05  # of numbers about 1, in bfloat16
 
@@ -68,12 +71,13 @@ class CompiledOperations:
 
 
 def fit_processor() -> bool:
+    """Whether anything is compiled for this processor."""
     return "avx512_bf16" in _processor()
 
 
 def multiplies() -> bool:
     """Whether the products are faster than oneDNN's: not with AMX, which only that knows."""
-    return "amx_bf16" not in _processor()
+    return fit_processor() and "amx_bf16" not in _processor()
 
 
 def obstacle(device: torch.device, dtype: torch.dtype, page_tokens: int, head_dims: tuple[int, ...]) -> str | None:
@@ -100,10 +104,10 @@ def _prepare(use: Callable[[Operations], None], tell: Callable[[Choice], None], 
         library = compiled(folder or cache_folder())
         torch.ops.load_library(str(library))
         _try_out(CompiledOperations())
-    except (KernelError, OSError, RuntimeError) as error:
+        use(CompiledOperations())  # may fail for want of memory; what is in use by then goes on
+    except (KernelError, OSError, RuntimeError, MemoryError) as error:
         choice = Choice("torch", f"no compiled operations: {error}")
     else:
-        use(CompiledOperations())
         choice = Choice("compiled", str(library))
     tell(choice)
 
@@ -115,15 +119,14 @@ def cache_folder() -> Path:
 def compiled(folder: Path) -> Path:
     """The library for this machine: the one that is there, or a new one. Raises KernelError, OSError."""
     compiler = _compiler()
-    flags = [*FLAGS, "-march=native", "-mprefer-vector-width=512"]
-    library = folder / f"kernels-{_fingerprint(compiler, flags)}.so"
+    library = folder / f"kernels-{_fingerprint(compiler)}.so"
     if library.is_file():
         return library
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     torch_folder = Path(torch.__file__).parent
     with tempfile.TemporaryDirectory(dir=folder) as work:
         made = Path(work) / library.name
-        _run([compiler, *flags, f"-I{torch_folder / 'include'}", "-c", str(SOURCE), "-o", f"{made}.o"])
+        _run([compiler, *FLAGS, f"-I{torch_folder / 'include'}", "-c", str(SOURCE), "-o", f"{made}.o"])
         # Not linked with -fopenmp: torch brings the one OpenMP runtime whose threads both must share.
         _run([compiler, "-shared", f"{made}.o", "-o", str(made), f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"])
         made.replace(library)
@@ -146,9 +149,9 @@ def _processor() -> str:
     return platform.processor()
 
 
-def _fingerprint(compiler: str, flags: list[str]) -> str:
+def _fingerprint(compiler: str) -> str:
     sources = (file.read_text("utf-8") for file in (SOURCE, *HEADERS))
-    parts = (*sources, torch.__version__, compiler, " ".join(flags), _processor())
+    parts = (*sources, torch.__version__, compiler, " ".join(FLAGS), _processor())
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=8).hexdigest()
 
 

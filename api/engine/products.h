@@ -97,9 +97,8 @@ struct Ahead {
   int64_t step;  // bytes for each pair of inputs: 0, 64 or 128
 };
 
-// The instruction for 16 times x / (1 + exp(-x)).
+// 2^n times a polynomial of the rest (its coefficients are those of Cephes' expf): exact to the last bits of a float32.
 inline __m512 exponential(__m512 x) {
-  // 2^n times a polynomial of the rest; exact to the last bits of a float32 in the range that matters.
   x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.3f)), _mm512_set1_ps(88.3f));
   const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
   __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
@@ -186,11 +185,17 @@ constexpr auto by_rows(std::integer_sequence<int, ROWS...>) {
   return std::array<decltype(&multiply<1, End, Out>), sizeof...(ROWS)>{&multiply<ROWS + 1, End, Out>...};
 }
 
+// Rows of each tile, the last excepted: a tile of one or two rows would take as long as one of three.
+inline int64_t tile_rows(int64_t rows) {
+  const int64_t tiles = (rows + TILE - 1) / TILE;
+  return (rows + tiles - 1) / tiles;
+}
+
 // x [rows, inputs] -> for each tile [inputs / 2][rows of the tile][2]; tiles from `tile` on in steps of `of`.
 inline void pack_rows(const bf16* x, int64_t rows, int64_t inputs, int64_t tile, int64_t of, bf16* packed) {
-  const int64_t pairs = inputs / 2;
-  for (int64_t start = tile * TILE; start < rows; start += of * TILE) {
-    const int64_t some = std::min(TILE, rows - start);
+  const int64_t pairs = inputs / 2, each = tile_rows(rows);
+  for (int64_t start = tile * each; start < rows; start += of * each) {
+    const int64_t some = std::min(each, rows - start);
     const uint32_t* from = reinterpret_cast<const uint32_t*>(x + start * inputs);
     uint32_t* to = reinterpret_cast<uint32_t*>(packed + start * inputs);
     for (int64_t r = 0; r < some; ++r)
@@ -202,7 +207,7 @@ inline void pack_rows(const bf16* x, int64_t rows, int64_t inputs, int64_t tile,
 template <class End>
 void multiply_panels(const Work& work, const End& end, std::atomic<int64_t>& next, std::vector<float>& sums) {
   static constexpr auto kernels = by_rows<End, bf16>(std::make_integer_sequence<int, TILE>());
-  const int64_t pairs = work.inputs / 2, tiles = (work.rows + TILE - 1) / TILE;
+  const int64_t pairs = work.inputs / 2, each = tile_rows(work.rows);
   // The sums of several depths must be kept meanwhile.
   const int64_t depths = (work.inputs + MOST_DEPTH - 1) / MOST_DEPTH, depth = (pairs + depths - 1) / depths;
   if (depths > 1) sums.resize(work.rows * PANEL);
@@ -213,11 +218,11 @@ void multiply_panels(const Work& work, const End& end, std::atomic<int64_t>& nex
     const char* fetch = reinterpret_cast<const char*>(work.weights + std::min(after, work.panels - 1) * pairs * 2 * PANEL);
     for (int64_t k = 0; k < pairs; k += depth) {
       const int64_t some = std::min(depth, pairs - k);
-      for (int64_t row = 0; row < work.rows; row += TILE) {
+      for (int64_t row = 0; row < work.rows; row += each) {
         // With two tiles or more each of the first two brings a half of the next panel.
         Ahead ahead{fetch + k * 128, 128};
-        if (tiles > 1) ahead = {fetch + k * 128 + (row ? some * 64 : 0), row <= TILE ? 64 : 0};
-        const int64_t rows = std::min(TILE, work.rows - row);
+        if (each < work.rows) ahead = {fetch + k * 128 + (row ? some * 64 : 0), row <= each ? 64 : 0};
+        const int64_t rows = std::min(each, work.rows - row);
         kernels[rows - 1](weights + k * 2 * PANEL, work.x + row * work.inputs + k * rows * 2, some,
                           sums.data() + row * PANEL, k == 0, k + some == pairs, ahead, end, panel,
                           work.out + row * work.width, work.width);

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -242,7 +242,16 @@ def test_compiled_ones_are_used_and_said(tmp_path: Path) -> None:
     assert isinstance(used[0], CompiledOperations) and len(used) == 1
 
 
-def prepared(folder: Path) -> tuple[list[Choice], list[Operations]]:
+def test_without_memory_for_the_weights_torch_goes_on() -> None:
+    def use(operations: Operations) -> None:
+        raise RuntimeError("there is no memory for 4096 bytes of weights")
+
+    told, _ = prepared(kernels.cache_folder(), use)
+
+    assert told[-1].value == "torch" and "no memory" in told[-1].reason
+
+
+def prepared(folder: Path, use: Callable[[Operations], None] | None = None) -> tuple[list[Choice], list[Operations]]:
     told: list[Choice] = []
     used: list[Operations] = []
     done = threading.Event()
@@ -252,6 +261,6 @@ def prepared(folder: Path) -> tuple[list[Choice], list[Operations]]:
         if choice.value != "compiling":
             done.set()
 
-    kernels.prepare(used.append, tell, folder)
+    kernels.prepare(use or used.append, tell, folder)
     assert done.wait(COMPILE_S)
     return told, used

@@ -9,7 +9,7 @@ import pytest
 import torch
 from prompts import STEPS, Steps, ask, generate, next_logits, picture, request_for
 
-from api.engine import kernels
+from api.engine import kernels, vision
 from api.engine.loader import load
 from api.engine.model import Model
 from api.engine.request import Request, Sampling
@@ -175,14 +175,7 @@ COMPILE_LIMIT_S = 180.0
 def test_in_bf16_tokens_differ_from_generate_at_near_ties_only(computed_by: str, tiny_checkpoint: Path) -> None:
     from transformers import Glm4vForConditionalGeneration
 
-    wanted_kernels = "torch" if computed_by == "torch" else "auto"
-    settings = Settings(
-        model=str(tiny_checkpoint), threads=1, device="cpu", slots=6, dtype="bfloat16", kernels=wanted_kernels
-    )
-    half = load(settings, lambda fraction: None)
-    until = time.monotonic() + COMPILE_LIMIT_S
-    while half.facts["kernels"] == "compiling" and time.monotonic() < until:
-        time.sleep(0.1)
+    half = load_half(tiny_checkpoint, "torch" if computed_by == "torch" else "auto")
     assert half.facts["kernels"] == computed_by, half.facts["choices"]["kernels"]
     reference = Glm4vForConditionalGeneration.from_pretrained(tiny_checkpoint, dtype=torch.bfloat16).eval()
     exact_reference = Glm4vForConditionalGeneration.from_pretrained(tiny_checkpoint, dtype=torch.float32).eval()
@@ -203,3 +196,29 @@ def test_in_bf16_tokens_differ_from_generate_at_near_ties_only(computed_by: str,
                 scores = next_logits(reference, half, part)
                 assert min(scores[wanted] - scores[token], exact[wanted] - exact[token]) < NEAR_TIE
     assert off["ours"] <= off["generate's"] + 1, off
+
+
+def test_all_layers_in_one_call_compute_what_they_do_one_by_one(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not kernels.multiplies():
+        return  # every product is oneDNN's, and called from here anyway
+    half = load_half(tiny_checkpoint, "auto")
+    requests = [request_for(half, *prompt, name=name) for name, prompt in PROMPTS.items()]
+    assert half.runner._decoder._packed and all(block.packed for block in half.runner._tower._blocks)
+    in_one_call = Steps(half, 40).run(*requests)
+
+    monkeypatch.setattr(half.runner._decoder, "_packed", None)
+    monkeypatch.setattr(vision._Block, "packed", False)
+
+    assert Steps(half, 40).run(*requests) == in_one_call
+
+
+def load_half(checkpoint: Path, wanted: str) -> Model:
+    """In bfloat16, when its kernels are there."""
+    settings = Settings(model=str(checkpoint), threads=1, device="cpu", slots=6, dtype="bfloat16", kernels=wanted)
+    model = load(settings, lambda fraction: None)
+    until = time.monotonic() + COMPILE_LIMIT_S
+    while model.facts["kernels"] == "compiling" and time.monotonic() < until:
+        time.sleep(0.1)
+    return model
