@@ -67,7 +67,7 @@ class Settings(BaseSettings):
     picture_cache_bytes: int = Field(256 * 2**20, ge=0, description="memory for encoded pictures that may be asked about again")
 
     kernels: Literal["auto", "torch"] = Field(
-        "auto", description="`auto` compiles some operations for the CPU where there is a C++ compiler; `torch` never"
+        "auto", description="`auto` compiles what the model computes for a CPU with AVX512_BF16; `torch` never"
     )
 
     # The API.

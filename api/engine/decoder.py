@@ -14,8 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from api.engine import give_back_freed_memory
-from api.engine.linear import Linear
+from api.engine.linear import Linear, pack_all
 from api.engine.operations import Group, Operations
 from api.engine.rotary import Rotary, half_split_order
 
@@ -86,9 +85,7 @@ class Decoder:
 
     def pack(self) -> None:
         """From now on all layers go through the compiled products, and so in one call."""
-        for linear in self.linears():
-            linear.pack()
-            give_back_freed_memory()  # one by one, or the weights would be there twice
+        pack_all(self.linears())
         weights = [tensor for layer in self._layers for tensor in layer.packed()]
         if all(tensor is not None for tensor in weights):
             self._packed = weights

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 
 import torch
 import torch.nn.functional as F
+
+from api.engine import give_back_freed_memory
 
 # What a panel of api/engine/products.h is made of: features, and inputs multiplied at once.
 PANEL, PAIR = 32, 2
@@ -48,6 +51,13 @@ class Linear:
         plain = self._weight.to_dense() if self._weight.is_mkldnn else self._weight
         self.panels = torch.ops.glm.pack(plain, self._gated)
         self._weight = None
+
+
+def pack_all(linears: Iterable[Linear]) -> None:
+    """One by one, and what each had before is given back, or all weights would be there twice."""
+    for linear in linears:
+        linear.pack()
+        give_back_freed_memory()
 
 
 @cache

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from api.engine import give_back_freed_memory
-from api.engine.linear import Linear
+from api.engine.linear import Linear, pack_all
 from api.engine.operations import Operations
 
 Grid = tuple[int, int, int]  # frames, rows, columns, in patches
@@ -81,9 +80,7 @@ class VisionTower:
 
     def pack(self) -> None:
         """From now on every block goes through the compiled products, and so in one call."""
-        for linear in self.linears():
-            linear.pack()
-            give_back_freed_memory()  # one by one, or the weights would be there twice
+        pack_all(self.linears())
 
     def linears(self) -> Iterator[Linear]:
         yield self._embed
