@@ -103,7 +103,7 @@ def main() -> int:
             time.sleep(0.25)
         models[model.facts["kernels"]] = model
     print(f"kernels: {model.facts['kernels']}, {model.facts['choices']['kernels']}")
-    for rows in (1, 4, 16, 32, 128, 512):
+    for rows in (1, 4, 13, 16, 32, 512):
         by_turns(f"products, {rows} rows", {name: products(model, rows) for name, model in models.items()}, given.times)
     running = {name: Steps(model) for name, model in models.items()}
     for rows in (1, 4, 16):
