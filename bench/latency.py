@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import random
 import sys
 import time
@@ -22,7 +23,7 @@ from bench import servers
 from bench.checkpoint import DEFAULT_CACHE, build_mid
 from bench.client import Address, Sample, ask
 from bench.report import percentile
-from bench.workloads import WORKLOADS, converse, question
+from bench.workloads import WORKLOADS, converse, question, turns
 from models.shapes.checkpoint import FOLDER as DEMO
 
 STREAM_TOKENS = 200  # then the stream asks anew
@@ -69,16 +70,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 async def interrupt(address: Address, streams: int, arrivals: int, seconds: float) -> int:
     samples: list[Sample] = []
+    asked = [turns(WORKLOADS["B"], f"picture {number}") for number in range(arrivals)]
     async with address.client() as client:
-        await converse(client, address, WORKLOADS["B"], random.Random("warm-up"), 8)
+        await converse(client, address, turns(WORKLOADS["B"], "warm-up"), 8)
         tasks = [asyncio.create_task(_stream(client, address, number, samples)) for number in range(streams)]
         await asyncio.sleep(seconds / 4)  # the prompts are through
         alone = Window(time.perf_counter(), time.perf_counter() + seconds)
         await asyncio.sleep(seconds)
         began = time.perf_counter()
-        arrived = await asyncio.gather(
-            *(converse(client, address, WORKLOADS["B"], random.Random(f"picture {n}")) for n in range(arrivals))
-        )
+        arrived = await asyncio.gather(*(converse(client, address, conversation) for conversation in asked))
         loaded = Window(began, time.perf_counter())
         for task in tasks:
             task.cancel()
@@ -132,11 +132,11 @@ async def saturate(address: Address, parallel: int, seconds: float) -> int:
     refused: list[Sample] = []
 
     async def crowd(number: int) -> None:
-        rng = random.Random(f"crowd {number}")
+        workload = WORKLOADS["B" if number % 2 else "A"]
         async with address.client() as client:
-            while time.perf_counter() < until:
-                workload = WORKLOADS["B" if number % 2 else "A"]
-                refused.extend(s for s in await converse(client, address, workload, rng, STREAM_TOKENS) if s.error)
+            for turn in itertools.takewhile(lambda _: time.perf_counter() < until, itertools.count()):
+                asked = turns(workload, f"crowd {number} {turn}")
+                refused.extend(s for s in await converse(client, address, asked, STREAM_TOKENS) if s.error)
 
     async def health() -> list[float]:
         times = []
@@ -150,11 +150,11 @@ async def saturate(address: Address, parallel: int, seconds: float) -> int:
 
     async def probes() -> list[Sample]:
         await asyncio.sleep(2.0)
-        rng, found = random.Random("probe"), []
+        found: list[Sample] = []
         probing = Address(address.url, address.model, servers.PROBE_TOKEN, {"X-GLM-Probe": servers.PROBE_TOKEN})
         async with probing.client() as client:
             while time.perf_counter() < until:
-                found += await converse(client, probing, WORKLOADS["B"], rng, 8)
+                found += await converse(client, probing, turns(WORKLOADS["B"], f"probe {len(found)}"), 8)
                 await asyncio.sleep(PROBE_EVERY_S)
         return found
 

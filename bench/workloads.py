@@ -6,7 +6,6 @@ import asyncio
 import base64
 import io
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ from bench.client import Address, Sample, ask
 
 ANSWER_TOKENS = 64
 WORDS = tuple(words())
+Content = list[dict[str, Any]]  # of one message
 
 
 @dataclass(frozen=True)
@@ -47,26 +47,26 @@ def question(rng: random.Random, count: int) -> str:
     return "".join(f" {rng.choice(WORDS)}" for _ in range(count))
 
 
-def turns(workload: Workload, rng: random.Random) -> Iterator[list[dict[str, Any]]]:
-    """The user's message of each turn."""
+def turns(workload: Workload, seed: str) -> list[Content]:
+    """The user's message of each turn. To be made before the clock runs: drawing takes time of the server's cores."""
+    rng = random.Random(seed)
+    messages: list[Content] = []
     for turn in range(workload.turns):
-        text = question(rng, workload.question_words)
+        text = {"type": "text", "text": question(rng, workload.question_words)}
         if turn == 0 and workload.picture:
-            yield [
-                {"type": "image_url", "image_url": {"url": picture_url(rng)}},
-                {"type": "text", "text": text},
-            ]
+            messages.append([{"type": "image_url", "image_url": {"url": picture_url(rng)}}, text])
         else:
-            yield [{"type": "text", "text": text}]
+            messages.append([text])
+    return messages
 
 
 async def converse(
-    client: Any, address: Address, workload: Workload, rng: random.Random, tokens: int = ANSWER_TOKENS
+    client: Any, address: Address, asked: list[Content], tokens: int = ANSWER_TOKENS
 ) -> list[Sample]:
     """One conversation, turn by turn; a failed turn ends it."""
     messages: list[dict[str, Any]] = []
     samples = []
-    for turn, content in enumerate(turns(workload, rng), start=1):
+    for turn, content in enumerate(asked, start=1):
         messages.append({"role": "user", "content": content})
         sample = await ask(client, address, messages, tokens)
         sample.turn = turn
@@ -81,15 +81,14 @@ async def drive(
     address: Address, workload: Workload, parallel: int, conversations: int, seed: str, tokens: int = ANSWER_TOKENS
 ) -> list[Sample]:
     """So many conversations, `parallel` at a time: when one ends, the next begins."""
-    numbers = iter(range(conversations))
+    asked = iter([turns(workload, f"{seed} {number}") for number in range(conversations)])
     samples: list[Sample] = []
 
     async with address.client() as client:
 
         async def worker() -> None:
-            for number in numbers:
-                rng = random.Random(f"{seed} {number}")
-                samples.extend(await converse(client, address, workload, rng, tokens))
+            for conversation in asked:
+                samples.extend(await converse(client, address, conversation, tokens))
 
         await asyncio.gather(*(worker() for _ in range(parallel)))
     return samples
