@@ -15,6 +15,8 @@ PATIENCE = 3.0
 IDLE_STEP_S = 0.6
 # No prompt waits for ever: a step without a picture in it reads at least so many tokens.
 LEAST_TOKENS = 16
+# A pass takes hardly longer for so many rows than for one: it is the weights that take the time.
+FREE_ROWS = 12
 # A step is called stuck when it takes this many times longer than it should, and at least MIN_DEADLINE_S.
 STUCK = 20.0
 MIN_DEADLINE_S = 30.0
@@ -65,8 +67,9 @@ class Pace:
         """Prompt tokens for the next batch, when `spent_s` of the step went into a picture already."""
         if not self._pass.passes:
             return self.max_chunk_tokens
-        left_s = self._new_work_s(decoding) - spent_s - (0 if decoding else self._pass.base_s)
-        tokens = int(left_s / self._pass.slope_s) if self._pass.slope_s else self.max_chunk_tokens
+        left_s = max(self._new_work_s(decoding) - spent_s - (0 if decoding else self._pass.base_s), 0.0)
+        free = _free_tokens(decoding)
+        tokens = free + int(left_s / self._pass.slope_s) if self._pass.slope_s else self.max_chunk_tokens
         least = 0 if spent_s else LEAST_TOKENS
         return min(max(least, tokens), self.max_chunk_tokens)
 
@@ -76,7 +79,7 @@ class Pace:
 
     def deadline_s(self, decoding: int, tokens: int) -> float:
         """How long a batch may take before it must be called stuck."""
-        return max(MIN_DEADLINE_S, STUCK * self._pass.at(decoding + tokens))
+        return max(MIN_DEADLINE_S, STUCK * self._pass.at(_rows(decoding, tokens)))
 
     def picture_deadline_s(self) -> float:
         return max(MIN_DEADLINE_S, STUCK * (self._slice_s + IDLE_STEP_S))
@@ -89,7 +92,7 @@ class Pace:
             self.max_rows = min(self.max_rows, rows // 2)
 
     def saw_batch(self, decoding: int, tokens: int, took_s: float) -> None:
-        self._pass.learn(decoding + tokens, took_s)
+        self._pass.learn(_rows(decoding, tokens), took_s)
 
     def saw_slice(self, took_s: float) -> None:
         self._slice_s = max(took_s, 0.8 * self._slice_s)
@@ -100,3 +103,12 @@ class Pace:
         alone = self._pass.at(decoding)
         # Measured against the pace of one answer: those that joined must not stretch everybody's patience.
         return max(PATIENCE * self._pass.at(1) - alone, (PATIENCE - 1) * alone / 2)
+
+
+def _free_tokens(decoding: int) -> int:
+    return max(FREE_ROWS - decoding, 0)
+
+
+def _rows(decoding: int, tokens: int) -> int:
+    """Rows that a pass takes longer for."""
+    return max(decoding + max(tokens - _free_tokens(decoding), 0), 1)

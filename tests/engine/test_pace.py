@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from api.engine.pace import IDLE_STEP_S, LEAST_TOKENS, MIN_DEADLINE_S, PATIENCE, Pace
+from api.engine.pace import FREE_ROWS, IDLE_STEP_S, LEAST_TOKENS, MIN_DEADLINE_S, PATIENCE, Pace
 
 
 def taught(base_s: float = 0.046, row_s: float = 0.001) -> Pace:
     pace = Pace(max_chunk_tokens=512)
     for _ in range(50):
-        for decoding, tokens in ((4, 0), (0, 100), (4, 30)):
-            pace.saw_batch(decoding, tokens, base_s + row_s * (decoding + tokens))
+        for decoding, tokens in ((4, 0), (4, FREE_ROWS - 4), (0, 100), (4, 30)):
+            rows = decoding + max(tokens - (FREE_ROWS - decoding), 0)
+            pace.saw_batch(decoding, tokens, base_s + row_s * rows)
     return pace
 
 
@@ -18,20 +19,31 @@ def test_before_anything_is_known_chunks_are_whole() -> None:
 
 
 def test_running_answers_slow_down_by_a_known_factor() -> None:
-    tokens = taught().chunk_tokens(decoding=4)
+    tokens = taught().chunk_tokens(decoding=4) - (FREE_ROWS - 4)
 
     assert 0.050 + tokens * 0.001 <= PATIENCE * 0.047 < 0.050 + (tokens + 2) * 0.001
 
 
 def test_with_nobody_waiting_a_chunk_may_be_longer() -> None:
-    assert abs(taught(row_s=0.003).chunk_tokens(decoding=0) - (IDLE_STEP_S - 0.046) / 0.003) <= 1
+    assert abs(taught(row_s=0.003).chunk_tokens(decoding=0) - FREE_ROWS - (IDLE_STEP_S - 0.046) / 0.003) <= 1
 
 
 def test_time_spent_on_a_picture_is_taken_from_the_prompt() -> None:
     pace = taught()
 
     assert abs(pace.chunk_tokens(4, spent_s=0.03) - (pace.chunk_tokens(4) - 30)) <= 1
-    assert pace.chunk_tokens(4, spent_s=5.0) == 0
+
+
+def test_after_a_picture_as_many_prompt_tokens_are_read_as_cost_nothing() -> None:
+    assert taught().chunk_tokens(4, spent_s=5.0) == FREE_ROWS - 4
+    assert taught().chunk_tokens(FREE_ROWS, spent_s=5.0) == 0
+
+
+def test_the_first_pass_may_be_of_very_few_tokens() -> None:
+    pace = Pace(512)
+    pace.saw_batch(0, 1, 0.05)
+
+    assert pace.chunk_tokens(1) >= LEAST_TOKENS
 
 
 def test_a_busy_engine_still_reads_prompts() -> None:
