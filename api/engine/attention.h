@@ -10,20 +10,22 @@ namespace glm {
 constexpr int64_t PAGE = 16;           // tokens in a page of the KV cache
 constexpr int64_t MOST_DIM = 256;      // of a head
 constexpr int64_t AHEAD = 32;          // tokens whose keys and values are fetched: they lie too far apart to be foreseen
-constexpr int64_t QUERIES_EACH = 240;  // of one head that a thread takes at once
+constexpr int64_t QUERIES_EACH = 576;  // of one head that a thread takes at once
 
 struct Scores {
-  void operator()(__m512 low, __m512 high, int64_t panel, float* row) const {
+  void operator()(__m512 low, __m512 high, int64_t panel, int, float* row) const {
     _mm512_storeu_ps(row + panel * PANEL, low);
     _mm512_storeu_ps(row + panel * PANEL + LANES, high);
   }
 };
 
 struct Mixture {
-  int64_t dim;  // a head may end in the middle of a panel
-  void operator()(__m512 low, __m512 high, int64_t panel, bf16* row) const {
-    store(row + panel * PANEL, low);
-    if (panel * PANEL + LANES < dim) store(row + panel * PANEL + LANES, high);
+  int64_t dim;          // a head may end in the middle of a panel
+  const float* totals;  // of the chances of each row
+  void operator()(__m512 low, __m512 high, int64_t panel, int r, bf16* row) const {
+    const __m512 share = _mm512_set1_ps(1 / totals[r]);
+    store(row + panel * PANEL, _mm512_mul_ps(low, share));
+    if (panel * PANEL + LANES < dim) store(row + panel * PANEL + LANES, _mm512_mul_ps(high, share));
   }
 };
 
@@ -104,10 +106,11 @@ class Head {
     for (int64_t panel = 0; panel < panels; ++panel)
       score[rows - 1](keys_.data() + panel * PANEL * dim_, ordered, dim_ / 2, nullptr, true, true, nothing, Scores{},
                       panel, scores_.data(), room_);
-    for (int64_t r = 0; r < rows; ++r) softmax(scores_.data() + r * room_, seen[r], panels * PANEL, r, rows);
+    float totals[TILE];
+    for (int64_t r = 0; r < rows; ++r) totals[r] = softmax(scores_.data() + r * room_, seen[r], panels * PANEL, r, rows);
     for (int64_t panel = 0; panel < value_panels_; ++panel)
       mix[rows - 1](values_.data() + panel * PANEL * room_, chances_.data(), panels * PANEL / 2, nullptr, true, true,
-                    nothing, Mixture{dim_}, panel, out, width);
+                    nothing, Mixture{dim_, totals}, panel, out, width);
   }
 
  private:
@@ -129,27 +132,24 @@ class Head {
     }
   }
 
-  // Row r of the scores becomes row r of the chances: [room / 2][rows][2]
-  void softmax(float* scores, int64_t seen, int64_t room, int64_t r, int64_t rows) {
+  // Row r of the scores becomes row r of the chances [room / 2][rows][2], not yet divided by their sum, which is returned.
+  float softmax(const float* scores, int64_t seen, int64_t room, int64_t r, int64_t rows) {
     const __m512 none = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
     auto mask = [&](int64_t t) { return seen - t >= LANES ? __mmask16(-1) : __mmask16((1 << std::max<int64_t>(seen - t, 0)) - 1); };
     __m512 most = none;
     for (int64_t t = 0; t < seen; t += LANES) most = _mm512_max_ps(most, _mm512_mask_loadu_ps(none, mask(t), scores + t));
     const __m512 scale = _mm512_set1_ps(scale_), least = _mm512_set1_ps(_mm512_reduce_max_ps(most) * scale_);
     __m512 total = _mm512_setzero_ps();
-    for (int64_t t = 0; t < seen; t += LANES) {
-      const __m512 e = exponential(_mm512_fmsub_ps(_mm512_loadu_ps(scores + t), scale, least));
-      total = _mm512_mask_add_ps(total, mask(t), total, e);
-      _mm512_storeu_ps(scores + t, e);
-    }
-    const __m512 share = _mm512_set1_ps(1 / _mm512_reduce_add_ps(total));
-    uint32_t* to = reinterpret_cast<uint32_t*>(chances_.data());
+    uint32_t* to = reinterpret_cast<uint32_t*>(chances_.data()) + r;
     for (int64_t t = 0; t < room; t += LANES) {
+      const __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(scores + t), scale, least);
+      const __m512 e = _mm512_maskz_mov_ps(mask(t), exponential(x));
+      total = _mm512_add_ps(total, e);
       alignas(32) uint32_t pairs[LANES / 2];
-      const __m512 e = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask(t), scores + t), share);
       _mm256_store_si256(reinterpret_cast<__m256i*>(pairs), narrowed(e));
-      for (int64_t i = 0; i < LANES / 2; ++i) to[(t / 2 + i) * rows + r] = pairs[i];
+      for (int64_t i = 0; i < LANES / 2; ++i, to += rows) *to = pairs[i];
     }
+    return _mm512_reduce_add_ps(total);
   }
 
   int64_t dim_, value_panels_, room_ = 0;  // tokens in whole panels
@@ -239,12 +239,13 @@ inline Tensor attend_chunk(const Tensor& qkv, const Tensor& kv, const Tensor& pa
 
 // x * cos + (x with its halves swapped) * sin, in float32; the sign of the swapped half is in sin.
 inline void turn(const bf16* x, const float* cos, const float* sin, int64_t dim, bf16* to) {
-  float wide[3 * MOST_DIM / 2];  // the first half once more behind the second
-  for (int64_t i = 0; i < dim; i += LANES) _mm512_storeu_ps(wide + i, load(x + i));
-  for (int64_t i = 0; i < dim / 2; ++i) wide[dim + i] = wide[i];
+  alignas(64) bf16 swapped[MOST_DIM];
+  const int64_t half = dim / 2;
+  std::memcpy(swapped, x + half, half * sizeof(bf16));
+  std::memcpy(swapped + half, x, half * sizeof(bf16));
   for (int64_t i = 0; i < dim; i += LANES) {
-    const __m512 swapped = _mm512_mul_ps(_mm512_loadu_ps(wide + dim / 2 + i), _mm512_loadu_ps(sin + i));
-    store(to + i, _mm512_fmadd_ps(_mm512_loadu_ps(wide + i), _mm512_loadu_ps(cos + i), swapped));
+    const __m512 turned = _mm512_mul_ps(load(swapped + i), _mm512_loadu_ps(sin + i));
+    store(to + i, _mm512_fmadd_ps(load(x + i), _mm512_loadu_ps(cos + i), turned));
   }
 }
 

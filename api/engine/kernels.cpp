@@ -10,7 +10,6 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/rms_norm.h>
 #include <c10/util/BFloat16.h>
 #include <torch/library.h>
 
@@ -47,6 +46,29 @@ inline bf16 narrow(float number) {  // to nearest, ties to even; nothing here is
 
 inline float rounded(float number) { return wide(narrow(number)); }
 
+inline float norm_scale(float squares, int64_t size, double eps) {
+  return 1 / std::sqrt(squares / size + static_cast<float>(eps));
+}
+
+// rms_norm(x, weight) of x [rows, size]: what torch needs several sweeps for.
+Tensor norm(const Tensor& x, const Tensor& weight, double eps) {
+  const int64_t size = x.size(1);
+  Tensor normed = at::empty_like(x);
+  const bf16 *from = x.const_data_ptr<bf16>(), *weights = weight.const_data_ptr<bf16>();
+  bf16* to = normed.data_ptr<bf16>();
+  at::parallel_for(0, x.size(0), ROWS_EACH, [&](int64_t begin, int64_t end) {
+    for (int64_t at = begin * size; at < end * size; at += size) {
+      const bf16* __restrict r = from + at;
+      bf16* __restrict n = to + at;
+      float squares = 0;
+      for (int64_t i = 0; i < size; ++i) squares += wide(r[i]) * wide(r[i]);
+      const float scale = norm_scale(squares, size, eps);
+      for (int64_t i = 0; i < size; ++i) n[i] = narrow(wide(r[i]) * scale * wide(weights[i]));
+    }
+  });
+  return normed;
+}
+
 // sum = x + rms_norm(part, after), normed = rms_norm(sum, before); x and part [rows, size].
 std::tuple<Tensor, Tensor> add_norm(const Tensor& x, const Tensor& part, const Tensor& after, const Tensor& before,
                                     double eps) {
@@ -61,13 +83,13 @@ std::tuple<Tensor, Tensor> add_norm(const Tensor& x, const Tensor& part, const T
       bf16 *__restrict s = sums + at, *__restrict n = norms + at;
       float squares = 0;
       for (int64_t i = 0; i < size; ++i) squares += wide(p[i]) * wide(p[i]);
-      const float after_scale = 1 / std::sqrt(squares / size + static_cast<float>(eps));
+      const float after_scale = norm_scale(squares, size, eps);
       squares = 0;
       for (int64_t i = 0; i < size; ++i) {
         s[i] = narrow(wide(r[i]) + rounded(wide(p[i]) * after_scale * wide(after_weight[i])));
         squares += wide(s[i]) * wide(s[i]);
       }
-      const float before_scale = 1 / std::sqrt(squares / size + static_cast<float>(eps));
+      const float before_scale = norm_scale(squares, size, eps);
       for (int64_t i = 0; i < size; ++i) n[i] = narrow(wide(s[i]) * before_scale * wide(before_weight[i]));
     }
   });
@@ -103,7 +125,7 @@ void rotate_store(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const
 Tensor run_layers(const Tensor& inputs, const Tensor& first_norm, at::TensorList weights, at::TensorList kv,
                   const Tensor& cos, const Tensor& sin, const Tensor& places, at::IntArrayRef ends, at::TensorList pages,
                   at::TensorList lengths, at::IntArrayRef firsts, const std::optional<Tensor>& wanted, double eps) {
-  Tensor x = inputs, normed = at::rms_norm(x, first_norm.sizes(), first_norm, eps);
+  Tensor x = inputs, normed = norm(x, first_norm, eps);
   for (size_t layer = 0; layer < kv.size(); ++layer) {
     const Tensor* w = &weights[9 * layer];
     Tensor qkv = glm::product(normed, w[0], w[1]).view_as(cos);
@@ -130,10 +152,10 @@ Tensor run_layers(const Tensor& inputs, const Tensor& first_norm, at::TensorList
 Tensor run_block(const Tensor& inputs, const Tensor& norm1, const Tensor& qkv, const std::optional<Tensor>& bias,
                  const Tensor& out, const Tensor& norm2, const Tensor& gate_up, const Tensor& down, const Tensor& cos,
                  const Tensor& sin, int64_t frames, int64_t heads, double eps) {
-  const Tensor parts = glm::product(at::rms_norm(inputs, norm1.sizes(), norm1, eps), qkv, bias);
+  const Tensor parts = glm::product(norm(inputs, norm1, eps), qkv, bias);
   const Tensor attended = glm::attend_picture(parts, cos, sin, frames, heads);
   const Tensor x = at::add(inputs, glm::product(attended, out, std::nullopt));
-  const Tensor passed = glm::gated_product(at::rms_norm(x, norm2.sizes(), norm2, eps), gate_up);
+  const Tensor passed = glm::gated_product(norm(x, norm2, eps), gate_up);
   return at::add(x, glm::product(passed, down, std::nullopt));
 }
 

@@ -119,7 +119,7 @@ inline __m512 load(const bf16* from) { return widened(_mm256_loadu_si256(reinter
 // What becomes of the sums of a tile: features as they are, with a bias; or a gate and what passes through it.
 struct Plain {
   const bf16* bias;
-  void operator()(__m512 low, __m512 high, int64_t panel, bf16* row) const {
+  void operator()(__m512 low, __m512 high, int64_t panel, int, bf16* row) const {
     const int64_t at = panel * PANEL;
     if (bias) low = _mm512_add_ps(low, load(bias + at)), high = _mm512_add_ps(high, load(bias + at + LANES));
     store(row + at, low);
@@ -128,7 +128,7 @@ struct Plain {
 };
 
 struct Gated {
-  void operator()(__m512 gate, __m512 up, int64_t panel, bf16* row) const {  // rounded where torch rounds
+  void operator()(__m512 gate, __m512 up, int64_t panel, int, bf16* row) const {  // rounded where torch rounds
     gate = as_bf16(gate);
     const __m512 open = _mm512_add_ps(_mm512_set1_ps(1), exponential(_mm512_sub_ps(_mm512_setzero_ps(), gate)));
     store(row + panel * LANES, _mm512_mul_ps(as_bf16(_mm512_div_ps(gate, open)), as_bf16(up)));
@@ -170,7 +170,7 @@ void multiply(const bf16* w, const bf16* x, int64_t pairs, float* sums, bool fir
   }
   if (last) {
 #pragma GCC unroll 12
-    for (int r = 0; r < ROWS; ++r) end(sum[r][0], sum[r][1], panel, out + r * width);
+    for (int r = 0; r < ROWS; ++r) end(sum[r][0], sum[r][1], panel, r, out + r * width);
   } else {
 #pragma GCC unroll 12
     for (int r = 0; r < ROWS; ++r) {
