@@ -10,7 +10,7 @@ namespace glm {
 constexpr int64_t PAGE = 16;           // tokens in a page of the KV cache
 constexpr int64_t MOST_DIM = 256;      // of a head
 constexpr int64_t AHEAD = 32;          // tokens whose keys and values are fetched: they lie too far apart to be foreseen
-constexpr int64_t QUERIES_EACH = 576;  // of one head that a thread takes at once
+constexpr int64_t QUERIES_EACH = 240;  // of one head that a thread takes at once
 
 struct Scores {
   void operator()(__m512 low, __m512 high, int64_t panel, int, float* row) const {

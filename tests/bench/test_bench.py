@@ -85,7 +85,6 @@ def test_the_server_is_driven_over_the_protocol(tmp_path):
 
 
 def test_the_naive_server_answers_with_text_and_usage():
-
     from bench.naive import Answerer
     from bench.workloads import WORKLOADS, turns
 
