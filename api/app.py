@@ -14,18 +14,18 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from api import __version__
-from api.admission import Admission
-from api.auth import KeyMiddleware, KeyRing
 from api.engine.engine import Engine
 from api.errors import ServingError, unknown_route, wrong_method
-from api.faults import Faults
-from api.fetch import Fetcher
-from api.heartbeat import Heartbeat
-from api.linger import LingerMiddleware
-from api.metrics import Metrics
-from api.middleware import RequestMiddleware
+from api.health.faults import Faults
+from api.health.heartbeat import Heartbeat
+from api.health.metrics import Metrics
+from api.http.auth import KeyMiddleware, KeyRing
+from api.http.linger import LingerMiddleware
+from api.http.middleware import RequestMiddleware
+from api.images.fetch import Fetcher
+from api.requests.admission import Admission
 from api.routes import chat, models, ops, tokens
-from api.services import Pools, Services
+from api.state import Pools, Services
 from settings import Settings
 
 logger = logging.getLogger(__name__)

@@ -17,13 +17,14 @@ from types import FrameType
 
 import uvicorn
 
-from api import __version__, logs
+from api import __version__
 from api.app import create_app
-from api.auth import KeyRing
-from api.connection import Connection
 from api.engine.engine import Engine, Progress
-from api.engine.model import Model
-from api.faults import Faults
+from api.engine.loaded_model import Model
+from api.health.faults import Faults
+from api.http import logging as logs
+from api.http.auth import KeyRing
+from api.http.connection import Connection
 from settings import Settings, SettingsError, load
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def load_model(progress: Progress) -> Model:
         # torch takes seconds to import; the port is open before that.
-        from api.engine.loader import load as load_checkpoint
+        from api.engine.loading.loader import load as load_checkpoint
 
         if not settings.test_faults:
             return load_checkpoint(settings, progress)

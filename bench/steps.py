@@ -19,14 +19,14 @@ from statistics import median
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from api.engine.answer import Answer
 from api.engine.kv_cache import KvCache
-from api.engine.loader import load
-from api.engine.model import Model
+from api.engine.loaded_model import Model
+from api.engine.loading.loader import load
+from api.engine.model.vision_encoder import VisionTower
 from api.engine.request import Request, Sampling
 from api.engine.scheduler import Batch, Chunk
 from api.engine.sequence import Sequence, make_sequence
-from api.engine.vision import VisionTower
+from api.engine.text.output import Answer
 from bench.checkpoint import DEFAULT_CACHE, build_mid
 from settings import Settings
 

@@ -19,8 +19,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from monitor import ports, processes
-from monitor.processes import ProcessRecord
+from monitor.observe import ports, processes
+from monitor.observe.processes import ProcessRecord
 
 ROOT = Path(__file__).resolve().parent.parent
 HEALTH = {"api": "/health", "web": "/_stcore/health"}

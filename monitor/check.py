@@ -15,18 +15,22 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from monitor import alerts, cure, exports, history, limiter, nightly, operator_requests, report, thresholds
-from monitor.complaint import complain
-from monitor.history import Change
-from monitor.limiter import Allowance, Decision
-from monitor.lock import Lock
-from monitor.memory import Memory, remember, save
-from monitor.observe import Due, Observation, observe
-from monitor.observe import now as current_moment
-from monitor.page_verdict import judge_page
-from monitor.readings import settings_thresholds, values_of
-from monitor.store import Store
-from monitor.verdict import Limits, Verdict, judge_api
+from monitor.act import nightly
+from monitor.act import restart as cure
+from monitor.judge import history, limiter, report, thresholds
+from monitor.judge.history import Change
+from monitor.judge.limiter import Allowance, Decision
+from monitor.judge.page_verdict import judge_page
+from monitor.judge.readings import settings_thresholds, values_of
+from monitor.judge.verdict import Limits, Verdict, judge_api
+from monitor.log import complain
+from monitor.observe.observe import Due, Observation, observe
+from monitor.observe.observe import now as current_moment
+from monitor.store import operator_requests
+from monitor.store.lock import Lock
+from monitor.store.memory import Memory, remember, save
+from monitor.store.store import Store
+from monitor.tell import alerts, exports
 from settings import Settings
 
 SCRIPT_EVERY_RUNS = 2

@@ -14,8 +14,8 @@ from types import FrameType
 from typing import Any
 
 import settings as settings_module
-from monitor import report
-from monitor.complaint import complain
+from monitor.judge import report
+from monitor.log import complain
 from settings import Settings, SettingsError
 
 GOOD, BAD, WRONG_USE, TAKEN, INTERRUPTED = 0, 1, 2, 3, 130
@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(settings: Settings, given: argparse.Namespace) -> int:
     from monitor import check
-    from monitor.lock import Lock
+    from monitor.store.lock import Lock
 
     lock = Lock(settings.log_dir)
     taken = lock.take(settings.check_budget_s, "checking")
@@ -110,7 +110,7 @@ def _clock(settings: Settings) -> Any:
     """The true clock; the drill may shift it, where the drill is allowed at all."""
     from dataclasses import replace
 
-    from monitor.observe import now
+    from monitor.observe.observe import now
 
     shift_s = float(os.environ.get("DRILL_CLOCK_S", "0")) if settings.test_faults else 0.0
     return lambda: replace(now(), wall=now().wall + shift_s) if shift_s else now()
@@ -149,25 +149,25 @@ def _loop(settings: Settings, given: argparse.Namespace) -> int:
 
 
 def _status(settings: Settings, given: argparse.Namespace) -> int:
-    from monitor import status
+    from monitor.tell import status
 
     return status.show(settings, as_json=given.json)
 
 
 def _watch(settings: Settings, given: argparse.Namespace) -> int:
-    from monitor import status
+    from monitor.tell import status
 
     return status.watch(settings, given.every, given.times)
 
 
 def _history(settings: Settings, given: argparse.Namespace) -> int:
-    from monitor import chronicle
+    from monitor.tell import chronicle
 
     return chronicle.show(settings, given.hours, given.json)
 
 
 def _report(settings: Settings, given: argparse.Namespace) -> int:
-    from monitor import chronicle
+    from monitor.tell import chronicle
 
     return chronicle.tell(settings, given.incident)
 
@@ -179,7 +179,7 @@ def _doctor(settings: Settings, given: argparse.Namespace) -> int:
 
 
 def _drill(settings: Settings, given: argparse.Namespace) -> int:
-    from monitor import drill
+    from monitor.drill import drill
 
     return drill.main(settings, given)
 
@@ -197,7 +197,7 @@ def _uninstall(settings: Settings, given: argparse.Namespace) -> int:
 
 
 def _hold(settings: Settings, given: argparse.Namespace) -> int:
-    from monitor import operator_requests
+    from monitor.store import operator_requests
 
     now = time.time()
     minutes = getattr(given, "minutes", None)

@@ -11,10 +11,12 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
-from monitor import alerts, channels, gpu, ports, processes, schedule, status
-from monitor.observe import now
-from monitor.store import FILE_NAME as STORE_NAME
-from monitor.store import Store
+from monitor import schedule
+from monitor.observe import gpu, ports, processes
+from monitor.observe.observe import now
+from monitor.store.store import FILE_NAME as STORE_NAME
+from monitor.store.store import Store
+from monitor.tell import alerts, channels, status
 from settings import ENV_FILE, ROOT, Settings
 
 GOOD, BAD = 0, 1
@@ -112,7 +114,7 @@ def _store(settings: Settings) -> Iterator[Finding]:
 
 
 def _lock(settings: Settings) -> Iterator[Finding]:
-    from monitor.lock import Lock
+    from monitor.store.lock import Lock
 
     lock = Lock(settings.log_dir)
     taken = lock.take(5, "doctor")
@@ -151,7 +153,7 @@ def _parts(settings: Settings) -> Iterator[Finding]:
             continue
         mine = {owner.pid for owner in ports.listeners(record.port)} & set(processes.members(record))
         yield (FINE, f"{part}: process {record.pid} holds port {record.port}", "") if mine else (WARN, f"{part}: process {record.pid} runs but does not hold port {record.port}", "")
-        beat = settings.log_dir / "api.heartbeat.json"
+        beat = settings.log_dir / "api.health.heartbeat.json"
         if part == "api" and not beat.exists():
             yield WARN, f"api: it writes no {beat.name}; a blocked server is found later without it", ""
     if not moment.boot_id:

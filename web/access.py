@@ -20,7 +20,7 @@ from urllib.parse import parse_qsl, quote, urlencode
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from web.strings import Words, language_for
+from web.i18n.strings import Words, language_for
 
 COOKIE = "glm_visitor"
 COOKIE_AGE_S = 90 * 86400

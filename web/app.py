@@ -9,11 +9,14 @@ import streamlit as st
 
 import settings as settings_module
 from settings import Settings
-from web import access, controls, page_chat, page_console
-from web.chat_store import FILE_NAME, ChatStore, StoreError
-from web.client import ApiClient
-from web.my_chats import MyChats
-from web.strings import LANGUAGES, Words, language_for
+from web import access
+from web.api_client.client import ApiClient
+from web.chat import controls
+from web.chat import page as page_chat
+from web.console import page as page_console
+from web.history.chat_store import FILE_NAME, ChatStore, StoreError
+from web.history.my_chats import MyChats
+from web.i18n.strings import LANGUAGES, Words, language_for
 
 ICON = Path(__file__).resolve().parent / "icon.png"
 

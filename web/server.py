@@ -20,7 +20,7 @@ from starlette.middleware import Middleware
 import settings as settings_module
 from settings import Settings, SettingsError
 from web.access import Access
-from web.strings import Words
+from web.i18n.strings import Words
 
 APP = Path(__file__).resolve().parent / "app.py"
 

@@ -13,15 +13,15 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from api.engine.answer import Answer
+from api.engine.encoder_cache import PictureCache
 from api.engine.kv_cache import KvCache
-from api.engine.model import Choice, LoadError, Model
-from api.engine.pace import Pace
-from api.engine.picture_cache import PictureCache
+from api.engine.loaded_model import Choice, LoadError, Model
 from api.engine.request import Delta, Done, Event, Failed, Failure, Request
 from api.engine.scheduler import Batch, PictureJob, Scheduler
 from api.engine.sequence import Sequence, make_sequence
 from api.engine.stats import Phase, State, Stats
+from api.engine.text.output import Answer
+from api.engine.token_budget import Pace
 
 logger = logging.getLogger(__name__)
 

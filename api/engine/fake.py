@@ -16,11 +16,11 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from api.engine.kv_cache import Copy
-from api.engine.model import Capacity, Choice, Model, SamplingDefaults
+from api.engine.loaded_model import Capacity, Choice, Model, SamplingDefaults
 from api.engine.request import Picture
 from api.engine.scheduler import Batch, PictureJob
 from api.engine.sequence import Sequence
-from api.engine.tokens import MARKUP, Vocabulary
+from api.engine.text.tokenizer import MARKUP, Vocabulary
 
 SPECIAL = (
     "<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>",

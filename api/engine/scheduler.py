@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+from api.engine.encoder_cache import PictureCache, PictureKey
 from api.engine.kv_cache import KvCache
-from api.engine.picture_cache import PictureCache, PictureKey
 from api.engine.request import Picture
 from api.engine.sequence import Sequence
 

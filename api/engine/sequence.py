@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from api.engine.encoder_cache import PictureKey
 from api.engine.kv_cache import Key, Lease
-from api.engine.picture_cache import PictureKey
 from api.engine.request import Done, Event, FinishReason, Picture, Request, TokenLogprob
 
 

@@ -12,17 +12,17 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from api.body import ClientGone, parsed, read_body, while_connected
-from api.completion import Completion
 from api.errors import ServingError, not_accepting
-from api.job import start
-from api.openapi import CHAT, RESPONSE
-from api.response_words import ResponseWords
-from api.responses import Translation
-from api.schemas import ChatRequest, parse_chat
-from api.services import Services, caller, services
-from api.sse import StreamedAnswer
-from api.words import ChatWords, Words
+from api.http.body import ClientGone, parsed, read_body, while_connected
+from api.protocol.completion import Completion
+from api.protocol.formatter import ChatWords, Words
+from api.protocol.responses import Translation
+from api.protocol.responses_stream import ResponseWords
+from api.protocol.schemas import ChatRequest, parse_chat
+from api.requests.handler import start
+from api.routes.openapi import CHAT, RESPONSE
+from api.routes.sse import StreamedAnswer
+from api.state import Services, caller, services
 
 router = APIRouter()
 

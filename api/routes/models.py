@@ -7,10 +7,10 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.requests import Request
 
-from api.engine.model import Model
+from api.engine.loaded_model import Model
 from api.errors import unknown_model
-from api.openapi import MODEL, MODELS
-from api.services import services
+from api.routes.openapi import MODEL, MODELS
+from api.state import services
 
 router = APIRouter()
 

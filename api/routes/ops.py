@@ -12,9 +12,9 @@ from starlette.responses import JSONResponse, Response
 
 from api import __version__
 from api.errors import not_accepting
-from api.metrics import CONTENT_TYPE
-from api.openapi import DOCUMENT, INFO, METRICS, document
-from api.services import services
+from api.health.metrics import CONTENT_TYPE
+from api.routes.openapi import DOCUMENT, INFO, METRICS, document
+from api.state import services
 
 router = APIRouter()
 

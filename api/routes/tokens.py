@@ -9,13 +9,13 @@ from typing import Any, TypeVar
 from fastapi import APIRouter
 from starlette.requests import Request
 
-from api import prompt as prompts
-from api.body import parsed, read_body, while_connected
-from api.engine.model import Model
+from api.engine.loaded_model import Model
 from api.errors import invalid, unknown_model
-from api.openapi import DETOKENIZE, TOKENIZE
-from api.services import caller, services
-from api.tokens_schema import DetokenizeRequest, TokenizeRequest, parse_detokenize, parse_tokenize
+from api.http.body import parsed, read_body, while_connected
+from api.protocol.tokens import DetokenizeRequest, TokenizeRequest, parse_detokenize, parse_tokenize
+from api.requests import prompt as prompts
+from api.routes.openapi import DETOKENIZE, TOKENIZE
+from api.state import caller, services
 
 router = APIRouter()
 Wanted = TypeVar("Wanted", TokenizeRequest, DetokenizeRequest)

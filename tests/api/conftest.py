@@ -10,10 +10,10 @@ import pytest
 from served import KEY, Served, wait_for
 from server_process import WAIT_S, Server, free_port
 
-from api.engine import kernels
 from api.engine.engine import Engine
 from api.engine.fake import fake_model
-from api.engine.model import Model
+from api.engine.kernels import build as kernels
+from api.engine.loaded_model import Model
 from settings import Settings
 
 # Nothing is compiled for a processor that does not fit.

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from api.schemas import EFFORT_TOKENS, HARMLESS, MAX_BIASES, MAX_STOP, WITHOUT_EFFECT, ChatRequest
+from api.protocol.schemas import EFFORT_TOKENS, HARMLESS, MAX_BIASES, MAX_STOP, WITHOUT_EFFECT, ChatRequest
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "api.md"
 _PLACE = re.compile(r"(<!-- fields: .*? -->\n).*?(<!-- end of fields -->)", re.DOTALL)

@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 from api.app import create_app
 from api.engine.engine import Engine
 from api.engine.fake import FakeRunner
-from api.engine.model import Model
+from api.engine.loaded_model import Model
 from settings import Settings
 
 KEY = "sk-test-0123456789"

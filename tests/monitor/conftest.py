@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 import settings as settings_module
-from monitor import store
+from monitor.store import store
 from settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,11 +17,13 @@ import pytest
 from PIL import Image, ImageFilter
 
 from models.shapes.pictures import COLORS, draw_shapes
-from monitor import check, observe, status
-from monitor.observe import now
-from monitor.processes import ProcessRecord, boot_id, write_record
-from monitor.question import NAMES
-from monitor.store import Store
+from monitor import check
+from monitor.observe import observe
+from monitor.observe.observe import now
+from monitor.observe.processes import ProcessRecord, boot_id, write_record
+from monitor.observe.question import NAMES
+from monitor.store.store import Store
+from monitor.tell import status
 
 
 def run_check(settings, rng) -> dict:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from monitor import store
+from monitor.store import store
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
-from monitor import history, limiter
-from monitor.evidence import Answer, ApiEvidence, Beat, Look, Moment, Process
-from monitor.history import History
-from monitor.limiter import Allowance, Decision, Limiter
-from monitor.verdict import Limits, Verdict, judge_api
+from monitor.judge import history, limiter
+from monitor.judge.evidence import Answer, ApiEvidence, Beat, Look, Moment, Process
+from monitor.judge.history import History
+from monitor.judge.limiter import Allowance, Decision, Limiter
+from monitor.judge.verdict import Limits, Verdict, judge_api
 
 URL = "http://127.0.0.1:8080"
 RUNS = Process("runs", 4711, 9000.0, "ours")

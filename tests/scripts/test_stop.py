@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 
-from monitor.processes import ProcessRecord, boot_id, read_stat, write_record
+from monitor.observe.processes import ProcessRecord, boot_id, read_stat, write_record
 
 
 def test_everything_is_gone_afterwards_and_a_second_stop_changes_nothing(project, world):

@@ -7,7 +7,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from monitor.store import Store
+from monitor.store.store import Store
 
 HEALTHY = {"word": "healthy", "rule": "answers_right", "en": "It answered rightly.", "zh": "回答正确。"}
 WEDGED = {

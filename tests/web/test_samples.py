@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from PIL import Image
 
+from web.i18n.strings import LANGUAGES
 from web.samples import FOLDER, Sample, sample_named, samples
-from web.strings import LANGUAGES
 
 
 @pytest.mark.parametrize("sample", samples(), ids=lambda sample: sample.file)

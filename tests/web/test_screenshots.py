@@ -19,7 +19,7 @@ from console_record import HEALTHY, STARTING, WEDGED, incident_of, record
 from playwright.sync_api import Page, expect
 from web_fake_api import Answer, FakeApi
 
-from monitor.store import Store
+from monitor.store.store import Store
 from web.samples import sample_named
 
 DESK = {"width": 1280, "height": 900}

@@ -1,0 +1,55 @@
+"""Fetches a model from its hub, Hugging Face (or a mirror given by HF_ENDPOINT) or ModelScope."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from api.engine.loaded_model import LoadError
+from api.engine.loading.progress import Progress
+
+FILES = ["*.json", "*.jinja", "*.txt", "*.safetensors"]
+
+
+def download(model: str, hub: str, progress: Progress) -> Path:
+    fetch = _from_modelscope if hub == "modelscope" else _from_huggingface
+    try:
+        return fetch(model, progress)
+    except LoadError:
+        raise
+    except Exception as error:  # the hubs' clients raise many kinds; the operator needs one sentence
+        raise LoadError(
+            f"{model} is no folder here and cannot be downloaded from {hub}: {type(error).__name__}: {str(error).splitlines()[0][:200]}. "
+            "Set GLM_MODEL to a folder, GLM_HUB to another hub, or HF_ENDPOINT to a mirror."
+        ) from error
+
+
+def _from_huggingface(model: str, progress: Progress) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import tqdm
+
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+
+        class Bar(tqdm):
+            """Reports the bytes that have come, prints nothing."""
+
+            def __init__(self, *args: Any, **kwargs: Any) -> None:
+                super().__init__(*args, **{**kwargs, "file": nowhere, "disable": False})
+
+            def update(self, n: float | None = 1) -> bool | None:
+                shown = super().update(n)
+                if self.unit == "B" and self.total:
+                    progress(self.n / self.total)
+                return shown
+
+        return Path(snapshot_download(model, allow_patterns=FILES, tqdm_class=Bar))
+
+
+def _from_modelscope(model: str, progress: Progress) -> Path:
+    try:
+        from modelscope import snapshot_download
+    except ImportError:
+        raise LoadError("GLM_HUB=modelscope needs the package modelscope: pip install modelscope") from None
+    progress(0.0)
+    return Path(snapshot_download(model, allow_patterns=FILES))

@@ -1,0 +1,230 @@
+"""Model id or folder -> a loaded model: weights on their device, tokens, template, picture processing.
+
+Works without torchvision: pictures go through the processor's PIL backend. Knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+
+from api.engine.loaded_model import Capacity, LoadError, Model, SamplingDefaults
+from api.engine.loading.download import download
+from api.engine.loading.placement import (
+    PAGE_TOKENS,
+    Choice,
+    choose_device,
+    choose_dtype,
+    choose_kv_cache,
+    choose_model,
+    choose_slots,
+    choose_threads,
+    free_gpu_bytes,
+)
+from api.engine.loading.progress import Progress, part, weights_progress
+from api.engine.model.runner import Glm4vRunner
+from api.engine.request import Picture
+from api.engine.text.tokenizer import UnsupportedTokenizer, Vocabulary
+from settings import ROOT, Settings
+
+logger = logging.getLogger(__name__)
+
+CLASSES = {"glm4v": "Glm4vForConditionalGeneration", "glm46v": "Glm46VForConditionalGeneration"}
+LONGEST_CONTEXT = 8192  # when nobody asks for more: memory for the KV cache stays modest
+
+
+def load(settings: Settings, progress: Progress) -> Model:
+    """Choose, fetch, load. Runs in the engine thread, whose torch thread count it sets."""
+    progress(0.02)  # torch and transformers are imported
+    # 1. Choose what to run and where.
+    device = choose_device(settings)
+    if device.value == "cuda" and not torch.cuda.is_available():
+        raise LoadError("GLM_DEVICE is cuda, but torch finds no CUDA GPU.")
+    chosen = choose_model(settings, device.value, free_gpu_bytes(device.value))
+    # 2. Have its files here.
+    local = _local_folder(chosen.value)
+    folder = local or download(chosen.value, settings.hub, part(progress, 0.01, 0.5))
+    config = _read_json(folder / "config.json")
+    class_name = CLASSES.get(config.get("model_type", ""))
+    if class_name is None:
+        raise LoadError(f"{folder}: model_type must be one of {sorted(CLASSES)}. Given: {config.get('model_type')!r}")
+    weights_bytes = _weights_bytes(folder)
+    dtype, threads = choose_dtype(settings, device.value, weights_bytes), choose_threads(settings, weights_bytes)
+    torch.set_num_threads(int(threads.value))
+    choices = {"model": chosen, "device": device, "dtype": dtype, "threads": threads}
+    for name, choice in choices.items():
+        logger.info("event=choice name=%s value=%s reason=%s", name, choice.value, json.dumps(choice.reason))
+    # 3. Load and try it.
+    progress(0.05)
+    with weights_progress(part(progress, 0.05 if local else 0.5, 0.95)):
+        network = getattr(transformers, class_name).from_pretrained(folder, dtype=getattr(torch, dtype.value))
+    network = network.to(device.value).eval()
+    progress(0.95)
+    return _assemble(settings, chosen, folder if local else None, folder, network, choices)
+
+
+def _assemble(
+    settings: Settings,
+    chosen: Choice,
+    local: Path | None,
+    folder: Path,
+    network: Any,
+    choices: dict[str, Choice],
+) -> Model:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    if not getattr(tokenizer, "chat_template", None):
+        raise LoadError(f"{folder}: there is no chat template (chat_template.jinja).")
+    try:
+        vocabulary = Vocabulary(tokenizer.backend_tokenizer)
+    except (AttributeError, UnsupportedTokenizer) as error:
+        raise LoadError(f"{folder}: the tokenizer is not a byte-level fast tokenizer: {error}") from None
+    context_tokens, context_reason = _context(settings, network.config.get_text_config().max_position_embeddings)
+    slots = choose_slots(settings, choices["device"].value)
+    kv = choose_kv_cache(settings, choices["device"].value, kv_token_bytes(network), context_tokens, slots.number)
+    if kv.number < context_tokens:
+        if settings.context_tokens:
+            raise LoadError(
+                f"GLM_CONTEXT_TOKENS must be <= {kv.number}, what the KV cache holds. Given: {context_tokens}"
+            )
+        context_tokens, context_reason = kv.number, f"all that the KV cache holds; {context_reason}"
+    capacity = Capacity(
+        slots=slots.number,
+        pages=kv.number // PAGE_TOKENS,
+        page_tokens=PAGE_TOKENS,
+        chunk_tokens=settings.prefill_chunk_tokens,
+        picture_cache_bytes=settings.picture_cache_bytes,
+    )
+    parameters = sum(p.numel() for p in network.parameters())
+    demo = _read_json(folder / "demo.json") if (folder / "demo.json").is_file() else None
+    model_id = (demo or {}).get("id") or (local.name if local else chosen.value)
+    generation = network.generation_config
+    defaults = _sampling_defaults(generation)
+    facts: dict[str, Any] = {
+        "class": type(network).__name__,
+        "parameters": parameters,
+        "device": choices["device"].value,
+        "dtype": choices["dtype"].value,
+        "threads": int(choices["threads"].value),
+        "demo": demo is not None,
+        "knows": (demo or {}).get("knows"),
+        "slots": slots.number,
+        "kv_cache_tokens": capacity.pages * PAGE_TOKENS,
+        "choices": {name: choice.reason for name, choice in choices.items()}
+        | {"context_tokens": context_reason, "slots": slots.reason, "kv_cache": kv.reason},
+    }
+
+    def tell(choice: Choice) -> None:
+        facts["kernels"], facts["choices"]["kernels"] = choice.value, choice.reason
+        logger.info("event=choice name=kernels value=%s reason=%s", choice.value, json.dumps(choice.reason))
+
+    runner = Glm4vRunner(network, capacity, context_tokens)
+    if settings.kernels == "torch":
+        tell(Choice("torch", "set by GLM_KERNELS"))
+    else:
+        runner.speed_up(tell)
+    return Model(
+        id=model_id,
+        runner=runner,
+        vocabulary=vocabulary,
+        template=_Template(tokenizer),
+        pictures=_Pictures(transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")),
+        end_ids=_end_ids(generation.eos_token_id, vocabulary),
+        context_tokens=context_tokens,
+        capacity=capacity,
+        defaults=defaults,
+        facts=facts,
+    )
+
+
+class _Template:
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def render(self, messages: list[dict[str, Any]], tools: list[Any] | None, enable_thinking: bool) -> str:
+        return self._tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=False, add_generation_prompt=True, enable_thinking=enable_thinking
+        )
+
+
+class _Pictures:
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+
+    def count_tokens(self, width: int, height: int) -> int:
+        return self._processor.get_number_of_image_patches(height, width) // self._processor.merge_size**2
+
+    def process(self, image: Image.Image) -> Picture:
+        output = self._processor(images=[image], return_tensors="np")
+        frames, rows, columns = (int(n) for n in output["image_grid_thw"][0])
+        tokens = frames * rows * columns // self._processor.merge_size**2
+        patches = np.ascontiguousarray(output["pixel_values"])
+        # What the model sees is hashed, so pixels, size and every setting of the processor are in it.
+        key = hashlib.blake2b(repr((frames, rows, columns, patches.dtype.str)).encode(), digest_size=16)
+        key.update(patches.data)
+        return Picture(patches=patches, grid=(frames, rows, columns), tokens=tokens, key=key.digest())
+
+
+def _local_folder(model: str) -> Path | None:
+    """The folder a model name stands for, seen from here or from the project; None for a hub id."""
+    for folder in (Path(model), ROOT / model):
+        if folder.is_dir():
+            if not (folder / "config.json").is_file() or not _weights_bytes(folder):
+                raise LoadError(f"{folder}: a model folder needs config.json and *.safetensors.")
+            return folder.resolve()
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise LoadError(f"GLM_MODEL: {model} is neither a folder nor a hub id (owner/name).")
+    return None
+
+
+def _weights_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{file}: cannot be read: {error}") from None
+
+
+def _context(settings: Settings, allowed: int) -> tuple[int, str]:
+    asked = settings.context_tokens
+    if asked > allowed:
+        raise LoadError(f"GLM_CONTEXT_TOKENS must be <= {allowed}, the longest this model allows. Given: {asked}")
+    if asked:
+        return asked, "set by GLM_CONTEXT_TOKENS"
+    return min(allowed, LONGEST_CONTEXT), f"the model allows {allowed}; at most {LONGEST_CONTEXT} unless set"
+
+
+def kv_token_bytes(network: Any) -> int:
+    """Keys and values of one token in all layers."""
+    text = network.config.get_text_config()
+    head_dim = text.hidden_size // text.num_attention_heads
+    return 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * network.dtype.itemsize
+
+
+def _end_ids(configured: int | list[int] | None, vocabulary: Vocabulary) -> frozenset[int]:
+    """The generation config's end tokens; without them, the ones every GLM model has."""
+    if configured is None:
+        names = ("<|endoftext|>", "<|user|>", "<|observation|>")
+        return frozenset(vocabulary.special[name] for name in names if name in vocabulary.special)
+    return frozenset([configured] if isinstance(configured, int) else configured)
+
+
+def _sampling_defaults(generation: Any) -> SamplingDefaults:
+    if not generation.do_sample:
+        return SamplingDefaults(repetition_penalty=float(generation.repetition_penalty or 1.0))
+    return SamplingDefaults(
+        temperature=float(1.0 if generation.temperature is None else generation.temperature),
+        top_p=float(1.0 if generation.top_p is None else generation.top_p),
+        top_k=int(generation.top_k or 0),
+        repetition_penalty=float(generation.repetition_penalty or 1.0),
+    )

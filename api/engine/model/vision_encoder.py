@@ -1,0 +1,172 @@
+"""The vision tower of glm4v and glm46v, one picture at a time, in slices of a few blocks.
+
+The same arithmetic as the transformers module. A slice ends when its time is up, so that a large
+picture never makes running answers wait for the whole tower.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from api.engine.model.linear import Linear, pack_all
+from api.engine.model.operations import Operations
+
+Grid = tuple[int, int, int]  # frames, rows, columns, in patches
+KEPT_GRIDS = 8  # position tables of the last picture sizes
+
+
+@dataclass(frozen=True)
+class _Block:
+    norm1: torch.Tensor
+    qkv: Linear
+    out: Linear
+    norm2: torch.Tensor
+    gate_up: Linear
+    down: Linear
+
+    @property
+    def packed(self) -> bool:
+        return all(linear.panels is not None for linear in (self.qkv, self.out, self.gate_up, self.down))
+
+
+@dataclass
+class Progress:
+    """How far one picture has come."""
+
+    x: torch.Tensor  # [patches, hidden]
+    cos: torch.Tensor  # [patches, head_dim], float32
+    sin: torch.Tensor
+    frames: int
+    block: int = 0
+
+
+class VisionTower:
+    def __init__(self, visual: Any, operations: Operations) -> None:
+        config = visual.config
+        self._operations = operations
+        self.dtype, self.device = visual.patch_embed.proj.weight.dtype, visual.patch_embed.proj.weight.device
+        self.merge = config.spatial_merge_size
+        self.patch_size = config.in_channels * config.temporal_patch_size * config.patch_size**2
+        self._heads, self._eps = config.num_heads, config.rms_norm_eps
+        embed = visual.patch_embed.proj
+        self._embed = Linear(embed.weight.flatten(1), embed.bias)  # strides are as large as the kernel
+        self._embed_norm = visual.post_conv_layernorm.weight.detach()
+        self._positions = visual.embeddings.position_embedding.weight.detach()
+        self._inverse_frequencies = visual.rotary_pos_emb.inv_freq.float()
+        self._blocks = [self._block(block) for block in visual.blocks]
+        self._norm = visual.post_layernorm.weight.detach()
+        down = visual.downsample
+        self._downsample = Linear(down.weight.permute(0, 2, 3, 1).flatten(1), down.bias)
+        merger = visual.merger
+        self._merge_in, self._merge_norm = Linear(merger.proj.weight, merger.proj.bias), merger.post_projection_norm
+        self._merge_gate_up = _gated(merger)
+        self._merge_down = Linear(merger.down_proj.weight)
+        self._tables: OrderedDict[Grid, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = OrderedDict()
+
+    @property
+    def head_dim(self) -> int:
+        return self._positions.shape[1] // self._heads
+
+    def use(self, operations: Operations) -> None:
+        """From now on: all operations compute the same."""
+        self._operations = operations
+
+    def pack(self) -> None:
+        """From now on every block goes through the compiled products, and so in one call."""
+        pack_all(self.linears())
+
+    def linears(self) -> Iterator[Linear]:
+        yield self._embed
+        for block in self._blocks:
+            yield from (block.qkv, block.out, block.gate_up, block.down)
+        yield from (self._downsample, self._merge_in, self._merge_gate_up, self._merge_down)
+
+    def begin(self, patches: Any, grid: Grid) -> Progress:
+        """Patches [patches, channels * frames * height * width] in the processor's order."""
+        pixels = torch.as_tensor(patches).to(self.device, self.dtype)
+        places, cos, sin = self._table(grid)
+        x = F.rms_norm(self._embed(pixels), self._embed_norm.shape, self._embed_norm, self._eps)
+        return Progress(x + places, cos, sin, grid[0])
+
+    def advance(self, progress: Progress, limit_s: float) -> torch.Tensor | None:
+        """Compute as many blocks as fit into the time, at least one; features [tokens, hidden] if all are done."""
+        now = time.monotonic()
+        until = now + limit_s
+        while progress.block < len(self._blocks):
+            began = now
+            progress.x = self._run(self._blocks[progress.block], progress)
+            progress.block += 1
+            now = time.monotonic()
+            if now + (now - began) > until:  # merging patches takes about as long as a block
+                return None
+        return self._merge(progress.x)
+
+    def _run(self, block: _Block, at: Progress) -> torch.Tensor:
+        x = at.x
+        if block.packed:
+            return torch.ops.glm.run_block(
+                x, block.norm1, block.qkv.panels, block.qkv.bias, block.out.panels, block.norm2, block.gate_up.panels,
+                block.down.panels, at.cos, at.sin, at.frames, self._heads, self._eps,
+            )  # fmt: skip
+        qkv = block.qkv(F.rms_norm(x, block.norm1.shape, block.norm1, self._eps))
+        attended = self._operations.attend_picture(qkv, at.cos, at.sin, at.frames, self._heads)
+        x = x + block.out(attended)
+        hidden = F.rms_norm(x, block.norm2.shape, block.norm2, self._eps)
+        return x + block.down(block.gate_up(hidden))
+
+    def _merge(self, x: torch.Tensor) -> torch.Tensor:
+        """Four neighbouring patches become one token."""
+        x = F.rms_norm(x, self._norm.shape, self._norm, self._eps)
+        x = self._merge_in(self._downsample(x.view(-1, self.merge**2 * x.shape[-1])))
+        x = F.gelu(self._merge_norm(x))
+        return self._merge_down(self._merge_gate_up(x))
+
+    def _table(self, grid: Grid) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if grid not in self._tables:
+            self._tables[grid] = self._make_table(grid)
+            if len(self._tables) > KEPT_GRIDS:
+                self._tables.popitem(last=False)
+        self._tables.move_to_end(grid)
+        return self._tables[grid]
+
+    def _make_table(self, grid: Grid) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Learned positions resized to the grid [patches, hidden], and rotations [patches, head_dim]."""
+        frames, rows, columns = grid
+        # Patches come in squares of `merge` x `merge`, row by row of squares.
+        squares = (rows // self.merge, self.merge, columns // self.merge, self.merge)
+        y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+        y, x = (t.reshape(squares).transpose(1, 2).flatten().to(self.device).float() for t in (y, x))
+        learned = self._resized(y, x, rows, columns)
+        angles = torch.cat([y[:, None] * self._inverse_frequencies, x[:, None] * self._inverse_frequencies], dim=-1)
+        cos, sin = angles.cos(), angles.sin()
+        cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+        return learned.repeat(frames, 1), cos.repeat(frames, 1), sin.repeat(frames, 1)
+
+    def _resized(self, y: torch.Tensor, x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+        side = int(len(self._positions) ** 0.5)
+        learned = self._positions.float().view(side, side, -1).permute(2, 0, 1)[None]
+        at = torch.stack([(x + 0.5) / columns * 2 - 1, (y + 0.5) / rows * 2 - 1], dim=-1)[None, :, None]
+        resized = F.grid_sample(learned, at, mode="bicubic", align_corners=False, padding_mode="border")
+        return resized[0, :, :, 0].T.to(self.dtype).contiguous()
+
+    @staticmethod
+    def _block(block: Any) -> _Block:
+        return _Block(
+            norm1=block.norm1.weight.detach(),
+            qkv=Linear(block.attn.qkv.weight, block.attn.qkv.bias),
+            out=Linear(block.attn.proj.weight),
+            norm2=block.norm2.weight.detach(),
+            gate_up=_gated(block.mlp),
+            down=Linear(block.mlp.down_proj.weight),
+        )
+
+
+def _gated(mlp: Any) -> Linear:
+    return Linear(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]), gated=True)

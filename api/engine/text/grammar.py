@@ -1,0 +1,74 @@
+"""Grammars that bind an answer token by token, compiled by llguidance for one model's tokens.
+
+Owns the compiler and the state of one answer. What an answer may look like is written in `grammar_text`.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterable
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from api.engine.text.grammar_text import AnswerForm, GrammarError, write
+from api.engine.text.tokenizer import Vocabulary
+
+# What one caller's grammar may cost; past it, compiling ends with an error.
+_LIMITS = LLParserLimits(max_grammar_size=100_000, max_lexer_states=50_000, verbose_errors=False)
+MAX_FORM_CHARACTERS = 200_000
+
+
+class GrammarCompiler:
+    """Thread-safe. The token table is built at the first use: it takes a second for a large vocabulary."""
+
+    def __init__(self, vocabulary: Vocabulary, end_ids: Iterable[int]) -> None:
+        self._vocabulary = vocabulary
+        self._end_ids = sorted(end_ids)
+        self._lock = threading.Lock()
+        self._tokenizer: LLTokenizer | None = None
+
+    def compile(self, form: AnswerForm) -> MatcherGrammar:
+        """Raises GrammarError. Spends its time outside Python's lock."""
+        text = write(form, self._vocabulary.special)
+        if len(text) > MAX_FORM_CHARACTERS:
+            raise GrammarError(f"it must have <= {MAX_FORM_CHARACTERS} characters as a grammar. Given: {len(text)}")
+        matcher = LLMatcher(self._table(), text, log_level=0, limits=_LIMITS)
+        if matcher.is_error():
+            raise GrammarError(matcher.get_error().strip().splitlines()[0][:300])
+        return MatcherGrammar(matcher)
+
+    def _table(self) -> LLTokenizer:
+        with self._lock:
+            if self._tokenizer is None:
+                definition = json.loads(self._vocabulary.definition())
+                # Special tokens stay out of text, so that no string can hold a token of the markup.
+                for token in definition["added_tokens"]:
+                    token["special"] = True
+                self._tokenizer = LLTokenizer(json.dumps(definition), eos_token=self._end_ids)
+            return self._tokenizer
+
+
+class MatcherGrammar:
+    """The `Grammar` of one answer. `failed` says why it could not go on, if it could not."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+
+    def allowed(self) -> np.ndarray:
+        """int32[ceil(vocabulary / 32)]: one bit for each token that may come next, lowest bit first.
+
+        Only end tokens are left where the answer is complete, or where the grammar failed.
+        """
+        return np.frombuffer(self._matcher.compute_bitmask(), dtype=np.int32)
+
+    def accept(self, token: int) -> bool:
+        return self._matcher.consume_token(token)
+
+    def finished(self) -> bool:
+        return self._matcher.is_stopped()
+
+    @property
+    def failed(self) -> str:
+        return self._matcher.get_error().strip()

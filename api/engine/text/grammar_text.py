@@ -1,0 +1,164 @@
+"""What an answer may look like, written as a grammar: free text, JSON of a schema, tool calls in GLM's tags.
+
+Plain data in, text in llguidance's dialect of Lark out. The thinking part belongs to the grammar, so that the
+answer is bound whether the model thinks first or not.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from api.engine.text.argument_types import is_raw_string
+
+# Enough to indent by, too little to go on for ever.
+_SPACE = r"[ \n]{0,16}"
+# Said of a string in JSON, but not of a raw one.
+_UNBOUND = ("pattern", "format", "minLength", "maxLength")
+_TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
+
+
+class GrammarError(ValueError):
+    """What was asked for cannot be made into a grammar; the message is for the caller."""
+
+
+@dataclass(frozen=True)
+class CallableTool:
+    name: str
+    parameters: dict[str, Any] | None = None
+    strict: bool = False
+
+
+@dataclass(frozen=True)
+class AnswerForm:
+    """`schema`: the answer is JSON of this schema. With tools, calls may come in its place, or must."""
+
+    schema: dict[str, Any] | None = None
+    tools: tuple[CallableTool, ...] = ()
+    must_call: bool = False
+    many_calls: bool = True
+    may_think: bool = True
+    starts_thinking: bool = False  # the prompt itself has opened the thinking part
+
+    @property
+    def is_free(self) -> bool:
+        """Whether there is nothing to bind."""
+        bound = self.must_call or not self.many_calls or any(tool.strict for tool in self.tools)
+        return self.schema is None and not (self.tools and bound)
+
+
+def write(form: AnswerForm, special: Mapping[str, int]) -> str:
+    """`special` gives the ids of the tags. Raises GrammarError."""
+    return _Writer({tag: special[tag] for tag in _TAGS if tag in special}).write(form)
+
+
+@dataclass
+class _Writer:
+    tags: Mapping[str, int]
+    rules: list[str] = field(default_factory=list)
+
+    def write(self, form: AnswerForm) -> str:
+        head = self._head(form)
+        answer = self._answer(form)
+        terminals = [
+            "WS: /[ \\n]{1,16}/",
+            "TEXT: /(?s:.+)/",
+            # Tags written out letter by letter would be read as tags.
+            r"VALUE: /(?s:.+)/ & ~/(?s:.*)<\/?(arg|tool)_(?s:.*)/",
+        ]
+        return "\n".join([f"start: {head}{answer}", *self.rules, *terminals])
+
+    def _head(self, form: AnswerForm) -> str:
+        if "<think>" not in self.tags or "</think>" not in self.tags:
+            return "WS? "
+        thoughts = f"TEXT? {self._tag('</think>')} WS? "
+        if form.starts_thinking:
+            return thoughts
+        return f"WS? ({self._tag('<think>')} {thoughts})? " if form.may_think else "WS? "
+
+    def _answer(self, form: AnswerForm) -> str:
+        said = "json" if form.schema is not None else "TEXT"
+        if form.schema is not None:
+            self.rules.append(f"json: %json {json.dumps(_spaced(form.schema))}")
+        if not form.tools:
+            return said
+        self._calls(form)
+        if form.must_call:
+            return "calls"
+        return f"({said} | calls)" if form.schema is not None else f"{said}? calls?"
+
+    def _calls(self, form: AnswerForm) -> None:
+        missing = [tag for tag in _TAGS[2:] if tag not in self.tags]
+        if missing:
+            raise GrammarError(f"this model has no token for {missing[0]}")
+        names = [self._tool(place, tool) for place, tool in enumerate(form.tools)]
+        self.rules.append("calls: call" + (" (WS? call)*" if form.many_calls else "") + " WS?")
+        self.rules.append(f"call: {self._tag('<tool_call>')} ({' | '.join(names)}) {self._tag('</tool_call>')}")
+
+    def _tool(self, place: int, tool: CallableTool) -> str:
+        parameters = tool.parameters or {}
+        known = parameters.get("properties")
+        properties = known if isinstance(known, dict) else {}
+        if not properties and not tool.strict and (tool.parameters is None or parameters.get("additionalProperties")):
+            pairs = [f"({self._pair('KEY', 'VALUE?')})*"]
+            self._once("KEY: /[^<\\n]{1,64}/")
+        else:
+            required = parameters.get("required")
+            needed = set(required) if isinstance(required, list) else set()
+            if missing := needed - set(properties):
+                raise GrammarError(f"{tool.name}: `required` names {sorted(missing)[0]!r}, which is no property")
+            pairs = [
+                self._argument(f"{place}_{number}", key, schema, tool, key in needed)
+                for number, (key, schema) in enumerate(properties.items())
+            ]
+        rule = f"tool_{place}"
+        self.rules.append(f"{rule}: {_literal(tool.name)} WS? {' '.join(pairs)}")
+        return rule
+
+    def _argument(self, rule: str, key: str, schema: Any, tool: CallableTool, needed: bool) -> str:
+        if "<" in key or not key.strip():
+            raise GrammarError(f"{tool.name}: the name of a parameter must not be empty or have '<' in it: {key!r}")
+        pair = self._pair(_literal(key), self._value(f"value_{rule}", key, schema, tool))
+        return pair if needed else f"({pair})?"
+
+    def _value(self, rule: str, key: str, schema: Any, tool: CallableTool) -> str:
+        root = tool.parameters or {}
+        if schema in ({}, True):
+            return "VALUE?"
+        if not is_raw_string(schema, root):
+            around: dict[str, Any] = {word: root[word] for word in ("$defs", "definitions") if word in root}
+            self.rules.append(f"{rule}: %json {json.dumps(_spaced({**around, **_object(schema)}))}")
+            return rule
+        listed = schema.get("enum", [schema["const"]] if "const" in schema else None)
+        if listed and all(isinstance(item, str) and item and "<" not in item for item in listed):
+            return "(" + " | ".join(_literal(item) for item in listed) + ")"
+        unbound = next((word for word in _UNBOUND if word in schema), None)
+        if tool.strict and (unbound or listed):
+            raise GrammarError(f"{tool.name}: `{unbound or 'enum'}` of {key!r} cannot be enforced with `strict`")
+        return "VALUE?"
+
+    def _pair(self, key: str, value: str) -> str:
+        opened, closed = f"{self._tag('<arg_key>')} {key} {self._tag('</arg_key>')}", self._tag("</arg_value>")
+        return f"{opened} WS? {self._tag('<arg_value>')} {value} {closed} WS?"
+
+    def _tag(self, tag: str) -> str:
+        return f"<[{self.tags[tag]}]>"
+
+    def _once(self, rule: str) -> None:
+        if rule not in self.rules:
+            self.rules.append(rule)
+
+
+def _object(schema: Any) -> dict[str, Any]:
+    return schema if isinstance(schema, dict) else {}
+
+
+def _spaced(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema with bounded white space, so that a model cannot go on with nothing else."""
+    return {**schema, "x-guidance": {"whitespace_pattern": _SPACE}}
+
+
+def _literal(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)

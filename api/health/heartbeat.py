@@ -1,0 +1,190 @@
+"""Signs of life that need nobody's help: the loop's beat and the engine's progress, written out by a thread.
+
+The event loop stamps a beat, the engine counts its steps, and the observer thread here compares both with the
+clock and writes `api.health.heartbeat.json` each second. A reader judges a server that answers no HTTP by that file:
+`beat_at` old while `written_at` is fresh means that the loop stands still, both old that the whole process does.
+Stamps are seconds of CLOCK_MONOTONIC, which all processes of a machine share and which no clock change moves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import faulthandler
+import json
+import logging
+import os
+import signal
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from api.engine.engine import Engine, Stats
+
+logger = logging.getLogger(__name__)
+
+FILE_NAME = "api.health.heartbeat.json"
+STACKS_NAME = "api.stacks.txt"
+BEAT_EVERY_S = 0.5
+WRITE_EVERY_S = 1.0
+IN_FLIGHT_KEPT = 64
+CHECK_FILE = "health.json"  # what health_check.py writes at every run
+
+
+@dataclass(frozen=True)
+class Checker:
+    """What the server knows of the program that watches it. `state`: watching, silent, never seen."""
+
+    state: str
+    last_run_age_s: float | None
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """One look of the observer. Ages are seconds; `no_progress_s` counts only while work is pending."""
+
+    loop_lag_s: float
+    no_progress_s: float
+    deadline_s: float
+    checker: Checker
+
+
+class Heartbeat:
+    def __init__(self, engine: Engine, log_dir: Path, stall_s: float, check_silent_s: float) -> None:
+        self._engine = engine
+        self._log_dir = log_dir
+        self._stall_s = stall_s
+        self._check_silent_s = check_silent_s
+        now = time.monotonic()
+        self._beat_at = now
+        self._progress_at = now
+        self._mark: tuple[Any, ...] = ()
+        self._successes: dict[str, float] = {}
+        self._write_error = ""
+        self._stacks: TextIO | None = None
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._observe, name="heartbeat", daemon=True)
+        self._pulse = Pulse(0.0, 0.0, stall_s, Checker("never seen", None))
+        self._identity = {"pid": os.getpid(), "start_time": _start_time(), "boot_id": _boot_id()}
+
+    def start(self) -> None:
+        """Call in the running event loop. SIGUSR1 writes every thread's stack from here on."""
+        with contextlib.suppress(OSError):  # a full or read-only disk must not keep the server from serving
+            self._log_dir.mkdir(parents=True, exist_ok=True)
+            self._stacks = (self._log_dir / STACKS_NAME).open("w", encoding="utf-8")
+            # faulthandler works from the signal itself: no bytecode needs to run, so a blocked loop is no matter.
+            faulthandler.register(signal.SIGUSR1, file=self._stacks, all_threads=True)
+        self._beat(asyncio.get_running_loop())
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._end.set()
+        self._thread.join(2 * WRITE_EVERY_S)
+        if self._stacks is not None:
+            faulthandler.unregister(signal.SIGUSR1)
+            self._stacks.close()
+
+    @property
+    def pulse(self) -> Pulse:
+        return self._pulse
+
+    def succeeded(self, pictures: bool) -> None:
+        """A user's question was answered to its end; the checker may take it in place of its own."""
+        self._successes["text"] = time.monotonic()
+        if pictures:
+            self._successes["picture"] = time.monotonic()
+
+    def state(self, stats: Stats) -> str:
+        """loading, idle, busy, stalled, draining or dead. Busy and stalled differ by progress, never by latency."""
+        if stats.state == "busy" and self._pulse.no_progress_s > self._pulse.deadline_s:
+            return "stalled"
+        return stats.state
+
+    def _beat(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._beat_at = time.monotonic()
+        if not self._end.is_set():
+            loop.call_later(BEAT_EVERY_S, self._beat, loop)
+
+    def _observe(self) -> None:
+        while not self._end.wait(WRITE_EVERY_S):
+            try:
+                stats = self._engine.stats()
+                self._pulse = self._look(stats)
+                self._write(stats)
+            except Exception:  # the observer outlives whatever it observes
+                logger.exception("event=heartbeat_failed")
+
+    def _look(self, stats: Stats) -> Pulse:
+        now = time.monotonic()
+        pending = stats.running + stats.waiting
+        mark = (stats.steps, stats.phase, stats.progress)
+        if not pending or mark != self._mark:
+            self._mark, self._progress_at = mark, now
+        return Pulse(
+            loop_lag_s=round(max(0.0, now - self._beat_at - BEAT_EVERY_S), 3),
+            no_progress_s=round(now - self._progress_at, 3),
+            # The engine's own guess lengthens the limit and never shortens it: a batch on a machine that swaps or is
+            # shared may take far longer than the batches before it, and comes to its end.
+            deadline_s=max(stats.phase_deadline_s or 0.0, self._stall_s),
+            checker=self._look_at_checker(),
+        )
+
+    def _look_at_checker(self) -> Checker:
+        try:
+            written = (self._log_dir / CHECK_FILE).stat().st_mtime
+        except OSError:
+            return Checker("never seen", None)
+        age_s = max(0.0, time.time() - written)
+        return Checker("silent" if age_s > self._check_silent_s else "watching", round(age_s, 1))
+
+    def _write(self, stats: Stats) -> None:
+        now = time.monotonic()
+        record = {
+            **self._identity,
+            "written_at": now,
+            "written_time": time.time(),
+            "beat_at": self._beat_at,
+            "state": self.state(stats),
+            **{k: v for k, v in asdict(stats).items() if k != "state"},
+            **{k: v for k, v in asdict(self._pulse).items() if k != "checker"},
+            "success_age_s": self.success_age_s,
+            "in_flight": self._engine.in_flight()[:IN_FLIGHT_KEPT],
+        }
+        path = self._log_dir / FILE_NAME
+        temporary = path.with_suffix(".tmp")
+        try:
+            # No fsync: a heartbeat that waits for a slow disk is none.
+            temporary.write_text(json.dumps(record, default=str), encoding="utf-8")
+            temporary.replace(path)
+            self._write_error = ""
+        except OSError as error:
+            if not self._write_error:
+                logger.error("event=heartbeat_not_written path=%s error=%s", path, error.strerror)
+            self._write_error = str(error.strerror)
+
+    @property
+    def write_error(self) -> str | None:
+        """Why the file cannot be written, for /health to tell."""
+        return self._write_error or None
+
+    @property
+    def success_age_s(self) -> dict[str, float]:
+        now = time.monotonic()
+        return {kind: round(now - at, 1) for kind, at in self._successes.items()}
+
+
+def _start_time() -> int:
+    """Clock ticks since boot, as in the pid file: pid and start time together name a process for good."""
+    try:
+        return int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""

@@ -1,0 +1,204 @@
+"""What operators can measure, in Prometheus' form: vLLM's words after `glm_`. The label `traffic` keeps probes apart.
+
+Counters of the engine are read when they are asked for, so scraping costs the engine nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.gc_collector import GCCollector
+from prometheus_client.process_collector import ProcessCollector
+
+from api import __version__
+from api.engine.engine import Engine, Stats
+from api.health.heartbeat import Heartbeat
+from api.requests.admission import Admission
+
+disable_created_metrics()  # they double the page, and say only when this process began to count
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+STATES = ("loading", "idle", "busy", "draining", "dead")
+_FIRST_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_TOKEN_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
+_WHOLE_S = (0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600)
+_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+_BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_STAGES = {
+    "queue_s": ("request_queue_time_seconds", "Waiting for the engine."),
+    "preprocess_s": (
+        "request_preprocess_time_seconds",
+        "Fetching, decoding and processing pictures, and the template.",
+    ),
+    "prefill_s": ("request_prefill_time_seconds", "From the engine's start on a request to its first token."),
+    "decode_s": ("request_decode_time_seconds", "From the first token to the last."),
+}
+
+
+class Metrics:
+    def __init__(self, engine: Engine, admission: Admission, heartbeat: Heartbeat) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        GCCollector(registry=self.registry)
+        self.registry.register(_EngineCollector(engine, admission, heartbeat))
+        self._ttft = self._histogram("time_to_first_token_seconds", "From arrival to the first token.", _FIRST_S)
+        self._tpot = self._histogram("request_time_per_output_token_seconds", "After the first one.", _TOKEN_S)
+        self._e2e = self._histogram("e2e_request_latency_seconds", "From arrival to the last token.", _WHOLE_S)
+        self._stages = {key: self._histogram(name, about, _FIRST_S) for key, (name, about) in _STAGES.items()}
+        self._inference = self._histogram(
+            "request_inference_time_seconds", "From the engine's start on a request to its last token.", _WHOLE_S
+        )
+        self._vision = self._histogram(
+            "request_vision_encode_time_seconds", "In the vision tower, where a picture was new.", _FIRST_S
+        )
+        self._between = self._histogram(
+            "inter_token_latency_seconds", "Between one piece of an answer's text and the next.", _TOKEN_S
+        )
+        self._iteration = Histogram(
+            "glm_iteration_tokens_total", "Written in one step of the engine.", registry=self.registry, buckets=_BATCH
+        )
+        self._prompt_size = self._histogram("request_prompt_tokens", "Of one prompt, pictures included.", _TOKENS)
+        self._answer_size = self._histogram("request_generation_tokens", "Of one request's answers.", _TOKENS)
+        self._longest = self._histogram("request_params_max_tokens", "The longest answer allowed.", _TOKENS)
+        self._choices = self._histogram("request_params_n", "Answers asked for.", (1, 2, 4, 8))
+        self._prompt = self._counter("prompt_tokens", "Tokens read, pictures included.", "traffic")
+        self._cached = self._counter("prompt_tokens_cached", "Of those, found in the prefix cache.", "traffic")
+        self._image_tokens = self._counter("image_tokens", "Of those, of pictures.", "traffic")
+        self._images = self._counter("images", "Pictures taken.", "traffic")
+        self._generated = self._counter("generation_tokens", "Tokens written, as they come.", "traffic")
+        self._success = self._counter(
+            "request_success", "Answers, by the reason of their end.", "finished_reason", "traffic"
+        )
+        self._failure = self._counter("request_failure", "Accepted requests without an answer.", "reason", "traffic")
+        self._rejections = self._counter(
+            "admission_rejections", "Requests turned away before work.", "reason", "traffic"
+        )
+        self._http = self._counter("http_requests", "Every request.", "method", "route", "status")
+        self._step, self._written = 0, 0  # the last step that wrote, and its tokens
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
+
+    def submitted(self, longest: int, choices: int, probe: bool) -> None:
+        self._longest.labels(_traffic(probe)).observe(longest)
+        self._choices.labels(_traffic(probe)).observe(choices)
+
+    def wrote(self, tokens: int, step: int, gap_s: float | None, probe: bool) -> None:
+        """A piece of text came out of the engine's `step`; `gap_s` after the one before it. In the engine thread."""
+        self._generated.labels(_traffic(probe)).inc(tokens)
+        if gap_s is not None:
+            self._between.labels(_traffic(probe)).observe(gap_s)
+        if step != self._step and self._written:  # it is over: nothing more comes of it
+            self._iteration.observe(self._written)
+            self._written = 0
+        self._step = step
+        self._written += tokens
+
+    def answered(self, body: dict[str, Any], images: int, probe: bool) -> None:
+        """`body`: usage, timings and the reasons of the choices' ends."""
+        traffic, usage, timings = _traffic(probe), body["usage"], body["timings"]
+        self._ttft.labels(traffic).observe(timings["ttft_s"])
+        self._e2e.labels(traffic).observe(timings["total_s"])
+        if timings["tpot_s"]:
+            self._tpot.labels(traffic).observe(timings["tpot_s"])
+        if timings["vision_s"]:
+            self._vision.labels(traffic).observe(timings["vision_s"])
+        for key, histogram in self._stages.items():
+            histogram.labels(traffic).observe(timings[key])
+        self._inference.labels(traffic).observe(timings["prefill_s"] + timings["decode_s"])
+        self._prompt_size.labels(traffic).observe(usage["prompt_tokens"])
+        self._answer_size.labels(traffic).observe(usage["completion_tokens"])
+        self._prompt.labels(traffic).inc(usage["prompt_tokens"])
+        self._cached.labels(traffic).inc(usage["prompt_tokens_details"]["cached_tokens"])
+        self._image_tokens.labels(traffic).inc(usage["prompt_tokens_details"]["image_tokens"])
+        self._images.labels(traffic).inc(images)
+        for reason in body["reasons"]:
+            self._success.labels(reason, traffic).inc()
+
+    def failed(self, reason: str, probe: bool) -> None:
+        self._failure.labels(reason, _traffic(probe)).inc()
+
+    def rejected(self, reason: str, probe: bool) -> None:
+        self._rejections.labels(reason, _traffic(probe)).inc()
+
+    def http(self, method: str, route: str, status: int) -> None:
+        self._http.labels(method, route, str(status)).inc()
+
+    def _histogram(self, name: str, about: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"glm_{name}", about, ["traffic"], registry=self.registry, buckets=buckets)
+
+    def _counter(self, name: str, about: str, *labels: str) -> Counter:
+        return Counter(f"glm_{name}", about, labels, registry=self.registry)
+
+
+class _EngineCollector:
+    """Reads the engine's own counters at each scrape."""
+
+    def __init__(self, engine: Engine, admission: Admission, heartbeat: Heartbeat) -> None:
+        self._engine = engine
+        self._admission = admission
+        self._heartbeat = heartbeat
+
+    def collect(self) -> Iterator[Any]:
+        stats, model = self._engine.stats(), self._engine.model
+        for name, about, value in _gauges(stats, self._admission):
+            yield GaugeMetricFamily(f"glm_{name}", about, value=value)
+        lag_s = self._heartbeat.pulse.loop_lag_s
+        yield GaugeMetricFamily("glm_event_loop_lag_seconds", "How late the event loop beats.", value=lag_s)
+        for name, about, count in _counts(stats):
+            yield CounterMetricFamily(f"glm_{name}", about, value=count)
+        state = GaugeMetricFamily("glm_engine_state", "1 for the state that the engine is in.", labels=["state"])
+        for name in STATES:
+            state.add_metric([name], float(stats.state == name))
+        yield state
+        build = GaugeMetricFamily("glm_build_info", "What runs.", labels=["version", "model_name"])
+        build.add_metric([__version__, model.id if model else ""], 1)
+        yield build
+        if model is not None:
+            sizes = {name: str(size) for name, size in asdict(model.capacity).items()}
+            cache = GaugeMetricFamily("glm_cache_config_info", "How the engine's memory is cut.", labels=list(sizes))
+            cache.add_metric(list(sizes.values()), 1)
+            yield cache
+
+
+def _gauges(stats: Stats, admission: Admission) -> list[tuple[str, str, float]]:
+    used = stats.kv_used_tokens / stats.kv_total_tokens if stats.kv_total_tokens else 0.0
+    gauges = [
+        ("num_requests_running", "In the engine's slots.", float(stats.running)),
+        ("num_requests_waiting", "In the engine's queue.", float(stats.waiting)),
+        ("num_requests_admitted", "Under way, from before their pictures are decoded.", float(admission.active)),
+        (
+            "body_bytes_arriving",
+            "Of request bodies on their way in, which hold no place yet.",
+            float(admission.arriving_bytes),
+        ),
+        ("num_tokens_admitted", "Of prompts and longest answers under way.", float(admission.tokens)),
+        ("num_slots", "Requests the engine runs at once.", float(stats.slots)),
+        ("kv_cache_usage_perc", "Part of the KV cache in use, 0 to 1.", used),
+        ("kv_cache_used_tokens", "Tokens with keys and values in memory.", float(stats.kv_used_tokens)),
+        ("engine_phase_age_seconds", "How long the present phase has lasted.", stats.phase_age_s),
+        ("load_progress", "Of loading the model, 0 to 1.", stats.progress),
+    ]
+    if stats.last_step_age_s is not None:
+        ended_at = time.time() - stats.last_step_age_s
+        gauges.append(("engine_last_step_timestamp_seconds", "When the last step ended, in Unix time.", ended_at))
+    return gauges
+
+
+def _counts(stats: Stats) -> list[tuple[str, str, int]]:
+    return [
+        ("engine_steps", "Units of work done.", stats.steps),
+        ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_queries),
+        ("prefix_cache_hits", "Prompt tokens found there.", stats.prefix_hits),
+        ("mm_cache_queries", "Pictures looked up in the picture cache.", stats.picture_queries),
+        ("mm_cache_hits", "Pictures found there.", stats.picture_hits),
+        ("num_preemptions", "Requests put back to make room.", stats.preemptions),
+    ]
+
+
+def _traffic(probe: bool) -> str:
+    return "probe" if probe else "user"

@@ -1,0 +1,218 @@
+"""The model's text, sorted as it streams: reasoning, content, boxes, tool calls.
+
+The result is the same however the text is cut into pieces. Nothing the model wrote is lost: what does
+not parse comes out as content.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from api.engine.text.argument_types import read_value
+from api.engine.text.detokenizer import held_back
+from api.parsing.boxes import Grounding, read_named, read_wrapped
+from api.parsing.image_references import mentions
+
+THINK, END_THINK = "<think>", "</think>"
+BOX, END_BOX = "<|begin_of_box|>", "<|end_of_box|>"
+CALL, END_CALL = "<tool_call>", "</tool_call>"
+_ARGUMENT = re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>\s*", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Reasoning:
+    text: str
+
+
+@dataclass(frozen=True)
+class Content:
+    text: str
+
+
+@dataclass(frozen=True)
+class Boxes:
+    places: tuple[Grounding, ...]
+
+
+@dataclass(frozen=True)
+class Call:
+    name: str
+    arguments: str  # JSON
+
+
+Piece = Reasoning | Content | Boxes | Call
+
+
+class OutputParser:
+    """`tools` maps each tool's name to its parameter schema; without tools a tool call is plain text.
+
+    `literal`: the answer proper is JSON, in which nothing is markup. `pictures`: how many the places may be in.
+    """
+
+    def __init__(
+        self,
+        tools: Mapping[str, dict[str, Any]] | None = None,
+        starts_thinking: bool = False,
+        literal: bool = False,
+        pictures: int = 0,
+    ) -> None:
+        self._tools = tools or {}
+        self._literal = literal
+        self._pictures = pictures
+        self._state = "thinking" if starts_thinking else "content"
+        self._buffer = ""
+        self._reasoning = _Trim()
+        self._content = _Trim()
+        self._thoughts = ""
+        self._unwrapped = ""  # content outside of box tags
+
+    @property
+    def thinking(self) -> bool:
+        return self._state == "thinking"
+
+    def feed(self, text: str) -> list[Piece]:
+        self._buffer += text
+        pieces: list[Piece] = []
+        while (more := self._advance()) is not None:
+            pieces += more
+        return pieces
+
+    def finish(self, stopped: bool) -> list[Piece]:
+        """The rest. `stopped`: the model ended by itself, not at a length limit."""
+        rest, self._buffer = self._buffer, ""
+        if self._state == "thinking":
+            pieces = self._think(rest)
+            if stopped:
+                # A model that never closes its thinking part has put its answer there.
+                pieces += self._say(self._thoughts)
+        else:
+            pieces = self._say(CALL + rest if self._state == "call" else rest)
+        places = read_named(self._unwrapped, self._pictures, self._spoken_of(self._thoughts))
+        return [*pieces, *([Boxes(places)] if places else [])]
+
+    def _advance(self) -> list[Piece] | None:
+        """One move: what came out of it, or None when more text is needed."""
+        if self._state == "thinking":
+            return self._to_tag((END_THINK,), self._think)
+        if self._state == "box":
+            return self._box()
+        if self._state == "call":
+            return self._call()
+        if self._state == "literal":
+            text, self._buffer = self._buffer, ""
+            return self._say(text) if text else None
+        if self._literal:
+            return self._before_literal()
+        # A closing tag alone has no meaning; it is dropped.
+        tags = (THINK, END_THINK, BOX, END_BOX, *((CALL,) if self._tools else ()))
+        return self._to_tag(tags, self._say)
+
+    def _before_literal(self) -> list[Piece] | None:
+        """Only in front of the answer may there be thoughts, or calls in its place."""
+        bare = self._buffer.lstrip()
+        tags = (THINK, *((CALL,) if self._tools else ()))
+        if bare.startswith(tags):
+            return self._to_tag(tags, self._say)
+        if any(tag.startswith(bare) for tag in tags):
+            return None
+        self._state = "literal"
+        return []
+
+    def _to_tag(self, tags: tuple[str, ...], emit: Any) -> list[Piece] | None:
+        found = [(place, tag) for tag in tags if (place := self._buffer.find(tag)) >= 0]
+        if not found:
+            free = len(self._buffer) - held_back(self._buffer, tags)
+            text, self._buffer = self._buffer[:free], self._buffer[free:]
+            return emit(text) if text else None
+        place, tag = min(found)
+        text, self._buffer = self._buffer[:place], self._buffer[place + len(tag) :]
+        pieces = emit(text)
+        self._state = {THINK: "thinking", BOX: "box", CALL: "call"}.get(tag, "content")
+        if tag == THINK:
+            self._thoughts = ""
+        return pieces
+
+    def _box(self) -> list[Piece] | None:
+        inside = self._buffer.lstrip()
+        end = self._buffer.find(END_BOX)
+        if inside and inside[0] not in "[({<":
+            self._state = "content"  # a short answer in a box, no place
+            return []
+        if end < 0:
+            return None
+        text, self._buffer = self._buffer[:end], self._buffer[end + len(END_BOX) :]
+        self._state = "content"
+        places = read_wrapped(text, self._spoken_of(f"{self._thoughts}\n{self._unwrapped}"))
+        pieces = self._say(text, wrapped=bool(places))
+        return [*pieces, *([Boxes(places)] if places else [])]
+
+    def _spoken_of(self, text: str) -> int | None:
+        """The picture that a text spoke of last."""
+        named = mentions(text, self._pictures)
+        return named[-1][1] if named else None
+
+    def _call(self) -> list[Piece] | None:
+        end = self._buffer.find(END_CALL)
+        if end < 0:
+            return None
+        text, self._buffer = self._buffer[:end], self._buffer[end + len(END_CALL) :]
+        self._state = "content"
+        call = self._parse_call(text)
+        return [call] if call else self._say(CALL + text + END_CALL)
+
+    def _parse_call(self, text: str) -> Call | None:
+        name, tag, rest = text.partition("<arg_key>")
+        name, rest = name.strip(), tag + rest
+        arguments: dict[str, Any] = {}
+        schema = self._tools.get(name, {})
+        while rest.strip():
+            match = _ARGUMENT.match(rest)
+            if match is None:
+                return None
+            key = match[1].strip()
+            properties = schema.get("properties")
+            known = properties.get(key) if isinstance(properties, dict) else None
+            arguments[key] = read_value(match[2], known, schema)
+            rest = rest[match.end() :]
+        return Call(name, json.dumps(arguments, ensure_ascii=False)) if name and "<" not in name else None
+
+    def _think(self, text: str) -> list[Piece]:
+        self._thoughts += text
+        out = self._reasoning.feed(text)
+        return [Reasoning(out)] if out else []
+
+    def _say(self, text: str, wrapped: bool = False) -> list[Piece]:
+        if not wrapped:
+            self._unwrapped += text
+        out = self._content.feed(text)
+        return [Content(out)] if out else []
+
+
+class _Trim:
+    """Drops white space at both ends of a stream."""
+
+    def __init__(self) -> None:
+        self._begun = False
+        self._space = ""
+
+    def feed(self, text: str) -> str:
+        text = self._space + text
+        if not self._begun:
+            text = text.lstrip()
+        out = text.rstrip()
+        self._space = text[len(out) :]
+        self._begun = self._begun or bool(out)
+        return out
+
+
+def split_thinking(text: str) -> tuple[str, str]:
+    """Reasoning and the rest of an answer that was kept whole, `<think>` and all."""
+    bare = text.lstrip()
+    if not bare.startswith(THINK) or END_THINK not in bare:
+        return "", text
+    thoughts, _, answer = bare.removeprefix(THINK).partition(END_THINK)
+    return thoughts.strip(), answer.lstrip()

@@ -1,0 +1,205 @@
+"""OpenAI's newer words for the same questions (POST /v1/responses), translated onto chat completions.
+
+Nothing is stored, so a conversation is sent whole each time: `previous_response_id` is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag
+
+from api.errors import ServingError, invalid
+from api.protocol.schemas import HARMLESS, ChatRequest, check_agreement, known_fields
+from api.protocol.validation import Strict, check, parse_object, shown
+
+
+class Part(Strict):
+    type: Literal["input_text", "output_text", "input_image"]
+    text: str | None = None
+    image_url: str | None = None
+    detail: str | None = None  # harmless, as in chat completions
+    annotations: Any = None
+    logprobs: Any = None
+
+
+class ReasoningPart(Strict):
+    type: Literal["reasoning_text"]
+    text: str
+
+
+class Item(Strict):
+    """A message, a call, its result, or thoughts; answers can be sent back as they came."""
+
+    type: Literal["message", "function_call", "function_call_output", "reasoning"] = "message"
+    id: str | None = None
+    status: str | None = None
+    role: Literal["user", "assistant", "system", "developer"] | None = None
+    content: str | list[Part | ReasoningPart] | None = None
+    call_id: str | None = None
+    name: str | None = None
+    arguments: str | None = None
+    output: str | list[Part] | None = None
+    summary: list[Any] | None = None
+    encrypted_content: None = None
+
+
+class FunctionTool(Strict):
+    type: Literal["function"]
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ReasoningOptions(Strict):
+    effort: str | None = None
+    summary: str | None = None  # harmless: thoughts are told whole
+
+
+class TextOptions(Strict):
+    format: dict[str, Any] | None = None
+
+
+class ResponseRequest(Strict):
+    input: Annotated[
+        Annotated[str, Tag("#string")] | Annotated[list[Item], Tag("#list")],
+        Discriminator(
+            lambda given: {str: "#string", list: "#list"}.get(type(given)),
+            custom_error_type="input",
+            custom_error_message="must be a string or a list of items",
+        ),
+    ]
+    model: str | None = None
+    instructions: str | None = None
+    max_output_tokens: Annotated[int | None, Field(ge=1)] = None
+    temperature: float | None = None
+    top_p: float | None = None
+    stream: bool | None = None
+    reasoning: ReasoningOptions | None = None
+    text: TextOptions | None = None
+    tools: list[FunctionTool] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+
+
+# How a field of the chat is called here.
+_NAMES = (
+    (r"max_tokens", "max_output_tokens"),
+    (r"response_format\.json_schema", "text.format"),
+    (r"response_format", "text.format"),
+    (r"reasoning_effort", "reasoning.effort"),
+    (r"tools\[(\d+)\]\.function", r"tools[\1]"),
+    (r"image_url\.url", "image_url"),
+)
+
+
+class Translation:
+    """One request's way into a chat, and the names under which its mistakes are told."""
+
+    def __init__(self) -> None:
+        self.asked = ResponseRequest(input="")
+        self._origins: list[str] = []  # of each message: the field it came from
+
+    def parse(self, body: bytes) -> ChatRequest:
+        """Raises the 400 error that names the field of this request."""
+        data = {name: value for name, value in parse_object(body).items() if name not in HARMLESS}
+        for name, value in data.items():
+            if name not in ResponseRequest.model_fields and value is not None:
+                raise invalid(f"`{name}` is not supported.", name, "unsupported_parameter")
+        self.asked = check(ResponseRequest, {k: v for k, v in data.items() if k in ResponseRequest.model_fields})
+        chat = check(ChatRequest, known_fields(self._fields()))
+        check_agreement(chat)
+        return chat
+
+    def renamed(self, error: ServingError) -> ServingError:
+        message, param = error.message, error.param or ""
+        if origin := re.match(r"messages\[(\d+)\]", param):
+            names = [(re.escape(origin[0]), self._origins[int(origin[1])]), *_NAMES]
+        else:
+            names = [(r"^messages$", "input"), (r"`messages`", "`input`"), *_NAMES]
+        for old, new in names:
+            message, param = re.sub(old, new, message), re.sub(old, new, param)
+        return ServingError(error.status, message, error.type, error.code, param or None, error.retry_after_s)
+
+    def _fields(self) -> dict[str, Any]:
+        asked = self.asked
+        fields: dict[str, Any] = {"messages": self._messages(), "max_tokens": asked.max_output_tokens}
+        for name in ("model", "temperature", "top_p", "stream", "parallel_tool_calls"):
+            fields[name] = getattr(asked, name)
+        if asked.reasoning:
+            fields["reasoning_effort"] = asked.reasoning.effort
+        if asked.text and asked.text.format:
+            fields["response_format"] = _format(asked.text.format)
+        if asked.tools is not None:
+            fields["tools"] = [{"type": "function", "function": t.model_dump(exclude={"type"})} for t in asked.tools]
+        fields["tool_choice"] = asked.tool_choice
+        if isinstance(asked.tool_choice, dict) and "name" in asked.tool_choice:
+            kind = {k: v for k, v in asked.tool_choice.items() if k != "name"}
+            fields["tool_choice"] = {**kind, "function": {"name": asked.tool_choice["name"]}}
+        return {name: value for name, value in fields.items() if value is not None}
+
+    def _messages(self) -> list[dict[str, Any]]:
+        """One message for each turn: thoughts, text and calls of an assistant that follow each other are one."""
+        messages: list[dict[str, Any]] = []
+        if self.asked.instructions:
+            self._origins.append("instructions")
+            messages.append({"role": "system", "content": self.asked.instructions})
+        items = self.asked.input
+        for number, item in enumerate([Item(role="user", content=items)] if isinstance(items, str) else items):
+            field = "input" if isinstance(items, str) else f"input[{number}]"
+            message = _message(item, field)
+            last = messages[-1] if messages else {}
+            if message["role"] == last.get("role") == "assistant" and not (message["content"] and last["content"]):
+                last["content"] = last["content"] or message["content"]
+                for name in ("reasoning_content", "tool_calls"):
+                    if name in message:
+                        last[name] = last[name] + message[name] if name in last else message[name]
+                continue
+            self._origins.append(field)
+            messages.append(message)
+        return messages
+
+
+def _message(item: Item, field: str) -> dict[str, Any]:
+    needed = {"message": ("role", "content"), "function_call": ("name", "arguments"),
+              "function_call_output": ("call_id", "output"), "reasoning": ()}  # fmt: skip
+    for name in needed[item.type]:
+        if getattr(item, name) is None:
+            raise invalid(f"`{field}.{name}` is required.", f"{field}.{name}", "missing_required_parameter")
+    if item.type == "function_call":
+        function = {"name": item.name, "arguments": item.arguments}
+        return {"role": "assistant", "content": "", "tool_calls": [{"id": item.call_id, "function": function}]}
+    if item.type == "function_call_output":
+        return {"role": "tool", "tool_call_id": item.call_id, "content": _content(item.output, f"{field}.output")}
+    if item.type == "reasoning":
+        parts = item.content if isinstance(item.content, list) else []
+        return {"role": "assistant", "content": "", "reasoning_content": "\n".join(part.text or "" for part in parts)}
+    return {"role": item.role, "content": _content(item.content, f"{field}.content")}
+
+
+def _content(content: Any, field: str) -> Any:
+    if not isinstance(content, list):
+        return content
+    parts: list[dict[str, Any]] = []
+    for number, part in enumerate(content):
+        wanted = "image_url" if part.type == "input_image" else "text"
+        if getattr(part, wanted, None) is None:
+            name = f"{field}[{number}].{wanted}"
+            raise invalid(f"`{name}` is required.", name, "missing_required_parameter")
+        image = {"type": "image_url", "image_url": {"url": getattr(part, "image_url", None)}}
+        parts.append(image if wanted == "image_url" else {"type": "text", "text": part.text})
+    if all(part["type"] == "text" for part in parts):
+        return "\n".join(part["text"] for part in parts)
+    return parts
+
+
+def _format(asked: dict[str, Any]) -> dict[str, Any]:
+    if asked.get("type") != "json_schema":
+        if asked.get("type") not in ("text", "json_object"):
+            words = "'text', 'json_object', 'json_schema'"
+            message = f"`text.format.type` must be one of {words}. Given: {shown(asked.get('type'))}"
+            raise invalid(message, "text.format.type")
+        return asked
+    return {"type": "json_schema", "json_schema": {name: value for name, value in asked.items() if name != "type"}}

@@ -1,0 +1,151 @@
+"""An answer in the words of /v1/responses, whole or as events."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from api.errors import ServingError
+from api.protocol.completion import Chunk, Completion
+from api.protocol.formatter import Said
+from api.protocol.responses import ResponseRequest
+
+
+class ResponseWords:
+    """Items of the output, each opened, filled and closed in its turn."""
+
+    def __init__(self, asked: ResponseRequest, completion: Completion) -> None:
+        self._asked = asked
+        self._completion = completion
+        self._output: list[dict[str, Any]] = []
+        self._boxes: list[dict[str, Any]] = []
+        self._open: dict[str, Any] | None = None
+        self._sent = 0
+
+    def opening(self) -> list[Said]:
+        return [self._event("created", response=self.body()), self._event("in_progress", response=self.body())]
+
+    def say(self, chunk: Chunk) -> list[Said]:
+        delta = chunk["choices"][0]["delta"]
+        said: list[Said] = []
+        if text := delta.get("reasoning"):
+            said += self._text("reasoning", text)
+        if text := delta.get("content"):
+            said += self._text("message", text)
+        self._boxes += delta.get("boxes", [])
+        for call in delta.get("tool_calls", []):
+            said += self._call(call)
+        return said
+
+    def closing(self) -> list[Said]:
+        said = self._close()
+        if not any(item["type"] != "reasoning" for item in self._output):
+            said += [*self._text("message", ""), *self._close()]
+        return [*said, self._event("completed" if self._status == "completed" else "incomplete", response=self.body())]
+
+    def failed(self, error: ServingError) -> Said:
+        words = error.body()["error"]
+        # OpenAI's client raises on `error`; others read the fields beside it.
+        return "error", {**words, "type": "error", "error": words, "sequence_number": self._sent}
+
+    def body(self) -> dict[str, Any]:
+        completion, asked = self._completion, self._asked
+        done = completion.finished
+        tokens = completion.usage() if done else None
+        incomplete = None
+        if self._status == "incomplete":
+            reason = completion.choices[0].finish_reason
+            incomplete = {"reason": "max_output_tokens" if reason == "length" else reason}
+        return {
+            "id": f"resp_{completion.id}", "object": "response", "created_at": completion.created,
+            "status": self._status, "model": completion.model, "request_id": completion.request_id,
+            "error": None, "incomplete_details": incomplete, "instructions": asked.instructions, "metadata": {},
+            "max_output_tokens": asked.max_output_tokens, "temperature": asked.temperature, "top_p": asked.top_p,
+            "parallel_tool_calls": asked.parallel_tool_calls is not False, "tool_choice": asked.tool_choice or "auto",
+            "tools": [tool.model_dump() for tool in asked.tools or []], "store": False,
+            "output": list(self._output),
+            **({"boxes": self._boxes} if self._boxes else {}),
+            "usage": tokens and {
+                "input_tokens": tokens["prompt_tokens"],
+                "input_tokens_details": tokens["prompt_tokens_details"],
+                "output_tokens": tokens["completion_tokens"],
+                "output_tokens_details": tokens["completion_tokens_details"],
+                "total_tokens": tokens["total_tokens"],
+            },
+            **({"timings": completion.timings()} if done else {}),
+        }  # fmt: skip
+
+    @property
+    def _status(self) -> str:
+        if not self._completion.finished:
+            return "in_progress"
+        return "completed" if self._completion.choices[0].finish_reason in ("stop", "tool_calls") else "incomplete"
+
+    def _text(self, kind: str, text: str) -> Iterator[Said]:
+        if self._open is None or self._open["type"] != kind:
+            yield from self._close()
+            part = _part(kind, "")
+            item: dict[str, Any] = {"type": kind, "id": self._id(kind), "status": "in_progress", "content": [part]}
+            name, value = ("role", "assistant") if kind == "message" else ("summary", [])
+            item[name] = value
+            self._open = item
+            self._output.append(item)
+            yield self._of_item("output_item.added", item={**item, "content": []})
+            yield self._of_part("content_part.added", part=dict(part))
+        self._open["content"][0]["text"] += text
+        if text:
+            logprobs: dict[str, Any] = {"logprobs": []} if kind == "message" else {}
+            yield self._of_part(f"{_part(kind, '')['type']}.delta", delta=text, **logprobs)
+
+    def _call(self, call: dict[str, Any]) -> Iterator[Said]:
+        yield from self._close()
+        function = call["function"]
+        item = {
+            "type": "function_call",
+            "id": self._id("call"),
+            "status": "in_progress",
+            "call_id": call["id"],
+            **function,
+        }
+        self._output.append(item)
+        arguments, place = function["arguments"], {"item_id": item["id"]}
+        yield self._of_item("output_item.added", item={**item, "arguments": ""})
+        yield self._of_item("function_call_arguments.delta", **place, delta=arguments)
+        yield self._of_item("function_call_arguments.done", **place, name=function["name"], arguments=arguments)
+        item["status"] = "completed"
+        yield self._of_item("output_item.done", item=dict(item))
+
+    def _close(self) -> list[Said]:
+        item = self._open
+        if item is None:
+            return []
+        item["status"] = "completed" if self._status == "in_progress" else self._status
+        part = item["content"][0]
+        logprobs: dict[str, Any] = {"logprobs": []} if item["type"] == "message" else {}
+        said = [
+            self._of_part(f"{part['type']}.done", text=part["text"], **logprobs),
+            self._of_part("content_part.done", part=dict(part)),
+            self._of_item("output_item.done", item=dict(item)),
+        ]
+        self._open = None
+        return said
+
+    def _id(self, kind: str) -> str:
+        head = {"message": "msg", "reasoning": "rs", "call": "fc"}[kind]
+        return f"{head}_{self._completion.id}_{len(self._output)}"
+
+    def _of_part(self, name: str, /, **data: Any) -> Said:
+        return self._of_item(name, item_id=self._output[-1]["id"], content_index=0, **data)
+
+    def _of_item(self, name: str, /, **data: Any) -> Said:
+        return self._event(name, output_index=len(self._output) - 1, **data)
+
+    def _event(self, name: str, /, **data: Any) -> Said:
+        self._sent += 1
+        return f"response.{name}", {"type": f"response.{name}", "sequence_number": self._sent - 1, **data}
+
+
+def _part(kind: str, text: str) -> dict[str, Any]:
+    if kind == "reasoning":
+        return {"type": "reasoning_text", "text": text}
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}

@@ -1,0 +1,241 @@
+"""The chat request: which fields there are and what they may be.
+
+A field is honoured or refused; only the harmless ones listed here are accepted without effect.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag
+
+from api.errors import ServingError, invalid
+from api.protocol.messages import Message, NamedTool, Tool, ToolChoice
+from api.protocol.validation import Strict, check, parse_object, shown
+
+# Notes for the caller's own books; they ask nothing of the model.
+HARMLESS = {
+    "user": "a note of the caller's",
+    "metadata": "a note of the caller's",
+    "store": "nothing is stored here",
+    "safety_identifier": "a note of the caller's",
+    "prompt_cache_key": "prompts are found again by their content",
+    "prompt_cache_retention": "prompts stay as long as there is memory",
+    "service_tier": "there is one tier",
+}
+# Fields of other servers, accepted when they ask for what happens anyway.
+WITHOUT_EFFECT: dict[str, Any] = {
+    "modalities": ["text"],
+    "best_of": 1,
+    "length_penalty": 1,
+    "skip_special_tokens": True,
+    "add_generation_prompt": True,
+    "echo": False,
+}
+MAX_STOP = 4
+MAX_CHOICES = 8
+MAX_TOP_LOGPROBS = 20
+MAX_BIASES = 1024
+# How long a model that thinks may do so, in tokens. None: as long as it likes.
+EFFORT_TOKENS: dict[str, int | None] = {"minimal": 64, "low": 512, "medium": 2048, "high": None, "xhigh": None}
+
+
+class StreamOptions(Strict):
+    include_usage: bool = False
+    include_obfuscation: bool | None = None  # harmless: padding against listeners, which TLS in front has to keep out
+
+
+class TemplateOptions(Strict):
+    enable_thinking: bool | None = None
+
+
+class TextFormat(Strict):
+    type: Literal["text"]
+
+
+class JsonObjectFormat(Strict):
+    type: Literal["json_object"]
+
+
+class JsonSchema(Strict):
+    name: str = Field("answer", min_length=1, max_length=64)
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None  # a schema is enforced either way
+
+
+class JsonSchemaFormat(Strict):
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+ResponseFormat = Annotated[
+    Annotated[TextFormat, Tag("#text")]
+    | Annotated[JsonObjectFormat, Tag("#json_object")]
+    | Annotated[JsonSchemaFormat, Tag("#json_schema")],
+    Discriminator(
+        lambda given: f"#{given.get('type')}" if isinstance(given, dict) else f"#{getattr(given, 'type', None)}",
+        custom_error_type="response_format",
+        custom_error_message="must be an object whose `type` is one of 'text', 'json_object', 'json_schema'",
+    ),
+]
+
+
+class ChatRequest(Strict):
+    messages: list[Message] = Field(min_length=1)
+    model: str | None = None
+    # How long, and how many.
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    min_tokens: int | None = Field(None, ge=0)
+    ignore_eos: bool | None = None
+    stop: str | list[str] | None = None
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    loop_window: int | None = Field(None, ge=0, le=4096, description="tokens that repeat one pattern; 0: go on")
+    # Which tokens.
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_k: int | None = Field(None, ge=-1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: dict[str, float] | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    # What comes back.
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    response_format: ResponseFormat | None = None
+    tools: list[Tool] | None = Field(None, max_length=128)
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    # Thinking.
+    chat_template_kwargs: TemplateOptions | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    thinking_token_budget: int | None = Field(None, ge=0)
+    # Whose cache.
+    cache_salt: str | None = Field(None, min_length=1, max_length=256)
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def choices(self) -> int:
+        return self.n or 1
+
+    @property
+    def enable_thinking(self) -> bool:
+        asked = self.chat_template_kwargs.enable_thinking if self.chat_template_kwargs else None
+        return self.reasoning_effort != "none" if asked is None else asked
+
+    @property
+    def thinking_tokens(self) -> int | None:
+        if self.thinking_token_budget is not None:
+            return self.thinking_token_budget
+        return EFFORT_TOKENS.get(self.reasoning_effort or "high")
+
+    @property
+    def active_tools(self) -> list[Tool]:
+        """What the model may call: with a named choice only that one."""
+        if self.tool_choice == "none":
+            return []
+        if isinstance(self.tool_choice, NamedTool):
+            return [t for t in self.tools or [] if t.function.name == self.tool_choice.function.name]
+        return self.tools or []
+
+    @property
+    def must_call(self) -> bool:
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
+
+    @property
+    def answer_schema(self) -> dict[str, Any] | None:
+        """The JSON schema that the answer must fit; None for free text."""
+        match self.response_format:
+            case JsonObjectFormat():
+                return {"type": "object"}
+            case JsonSchemaFormat(json_schema=wanted):
+                return wanted.schema_
+        return None
+
+    @property
+    def asked_max_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+
+def parse_chat(body: bytes) -> ChatRequest:
+    """Raises the 400 error that names the first field that is wrong."""
+    chat = check(ChatRequest, known_fields(parse_object(body)))
+    check_agreement(chat)
+    return chat
+
+
+def known_fields(data: dict[str, Any]) -> dict[str, Any]:
+    """The fields that mean something here; raises the error for one that would be dropped."""
+    known: dict[str, Any] = {}
+    for name, value in data.items():
+        if name in ChatRequest.model_fields:
+            known[name] = value
+        elif name not in HARMLESS and value is not None and value != WITHOUT_EFFECT.get(name):
+            raise _unsupported(name, value)
+    _check_stop(known.get("stop"))
+    return known
+
+
+def _unsupported(name: str, value: Any) -> ServingError:
+    if name in WITHOUT_EFFECT:
+        return invalid(
+            f"`{name}` must be {shown(WITHOUT_EFFECT[name])}. Given: {shown(value)}", name, "unsupported_value"
+        )
+    return invalid(f"`{name}` is not supported.", name, "unsupported_parameter")
+
+
+def _check_stop(stop: Any) -> None:
+    strings = [stop] if isinstance(stop, str) else stop
+    if strings is None:
+        return
+    if not isinstance(strings, list) or not all(isinstance(s, str) and s for s in strings):
+        raise invalid(f"`stop` must be a string or a list of strings, none empty. Given: {shown(stop)}", "stop")
+    if len(strings) > MAX_STOP:
+        raise invalid(f"`stop` must have <= {MAX_STOP} strings. Given: {len(strings)}", "stop")
+
+
+def check_agreement(chat: ChatRequest) -> None:
+    """What one field says must not make another one meaningless."""
+    names = [tool.function.name for tool in chat.tools or []]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise _conflict("tools", f"two functions have the name '{twice}'")
+    if chat.must_call and not names:
+        raise _conflict("tool_choice", "there are no `tools` to choose from")
+    if chat.must_call and not chat.active_tools:
+        raise _conflict("tool_choice", "it names a function that is not among `tools`")
+    if chat.top_logprobs and not chat.logprobs:
+        raise _conflict("top_logprobs", "needs `logprobs` to be true")
+    if chat.stream_options is not None and not chat.stream:
+        raise _conflict("stream_options", "needs `stream` to be true")
+    asked = chat.chat_template_kwargs.enable_thinking if chat.chat_template_kwargs else None
+    if asked is not None and chat.reasoning_effort is not None and asked != (chat.reasoning_effort != "none"):
+        raise _conflict("reasoning_effort", "contradicts `chat_template_kwargs.enable_thinking`")
+    if chat.max_tokens and chat.max_completion_tokens and chat.max_tokens != chat.max_completion_tokens:
+        raise _conflict("max_tokens", "differs from `max_completion_tokens`; give one of them")
+    longest = chat.asked_max_tokens
+    if longest is not None and (chat.min_tokens or 0) > longest:
+        raise _conflict("min_tokens", f"must be <= {longest}, the longest answer. Given: {chat.min_tokens}")
+    bound = "response_format" if chat.answer_schema is not None else "tool_choice" if chat.must_call else None
+    endless = "ignore_eos" if chat.ignore_eos else "min_tokens" if chat.min_tokens else None
+    if bound and endless:
+        raise _conflict(endless, f"cannot go on past the end that `{bound}` sets")
+    for token, bias in (chat.logit_bias or {}).items():
+        if not (token.isascii() and token.isdigit() and len(token) < 10):
+            raise _conflict("logit_bias", f"its names must be token ids. Given: {shown(token)}")
+        if not -100 <= bias <= 100:
+            raise _conflict("logit_bias", f"its values must be from -100 to 100. Given: {bias:g}")
+    if len(chat.logit_bias or {}) > MAX_BIASES:
+        raise _conflict("logit_bias", f"must have <= {MAX_BIASES} tokens. Given: {len(chat.logit_bias or {})}")
+
+
+def _conflict(param: str, message: str) -> ServingError:
+    return invalid(f"`{param}`: {message}.", param)

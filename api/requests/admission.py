@@ -1,0 +1,173 @@
+"""How much may be under way at once, from before pictures are decoded to the last token.
+
+Bounded by requests, by their tokens, and for one key by its rate and its number. The engine bounds its own queue
+too; this also covers the work before it. A body on its way in holds no place, so that slow senders keep nobody
+out; what has come of all such bodies has a limit, and of one key's a lower one, so that no key keeps out another.
+Probes have a place of their own. Used in the event loop only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable
+
+from api.errors import (
+    queue_full,
+    too_many_at_once,
+    too_many_bytes,
+    too_many_bytes_of_key,
+    too_many_in_a_minute,
+    too_many_tokens,
+)
+from api.http.auth import Caller
+from settings import Settings
+
+PROBES = 2  # at a time: one of the checker, and one by hand
+MINUTE_S = 60.0
+LARGEST_BODIES = 4  # so many of the largest size may be held while they arrive
+LARGEST_BODIES_OF_KEY = 2
+
+
+class Admission:
+    """`slots` tells how many requests the engine runs at once."""
+
+    def __init__(
+        self, settings: Settings, slots: Callable[[], int] = lambda: 1, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._settings = settings
+        self._slots = slots
+        self._clock = clock
+        self.active = 0
+        self.probes = 0
+        self.tokens = 0
+        self.arriving_bytes = 0
+        self._arriving_of_key: Counter[str] = Counter()
+        self._of_key: Counter[str] = Counter()
+        self._asked: defaultdict[str, deque[float]] = defaultdict(deque)
+
+    def check(self, caller: Caller) -> None:
+        """Raises what `enter` would raise now; takes nothing."""
+        if not caller.probe:
+            self._check_rate(caller.name)
+        self._check_room(caller, 1)
+
+    def enter(self, caller: Caller) -> Place:
+        """Raises the 429 error of a key's own limits, or the 503 error when full."""
+        place = Place(self, caller)
+        if not caller.probe and (asked := self._check_rate(caller.name)) is not None:
+            asked.append(self._clock())
+        place.take(1)
+        return place
+
+    def arriving(self, caller: Caller) -> ArrivingBody:
+        return ArrivingBody(self, caller)
+
+    def _check_rate(self, key: str) -> deque[float] | None:
+        """When this key has asked in the last minute, if that is limited."""
+        limit = self._settings.key_requests_per_minute
+        if not limit:
+            return None
+        now, asked = self._clock(), self._asked[key]
+        while asked and now - asked[0] >= MINUTE_S:
+            asked.popleft()
+        if len(asked) >= limit:
+            raise too_many_in_a_minute(limit, MINUTE_S - (now - asked[0]))
+        return asked
+
+    def _take(self, caller: Caller, requests: int) -> None:
+        self._check_room(caller, requests)
+        if caller.probe:
+            self.probes += requests
+            return
+        self.active += requests
+        self._of_key[caller.name] += requests
+
+    def _check_room(self, caller: Caller, requests: int) -> None:
+        if caller.probe:
+            if self.probes + requests > PROBES:
+                raise queue_full(PROBES)
+            return
+        own = self._settings.key_concurrency
+        if own and self._of_key[caller.name] + requests > own:
+            raise too_many_at_once(own)
+        if self.active + requests > self._settings.queue_size + self._slots():
+            raise queue_full(self._settings.queue_size)
+
+    def _arrive(self, caller: Caller, size: int) -> None:
+        largest, own = self._settings.max_body_bytes, self._arriving_of_key[caller.name]
+        if not caller.probe:
+            if own + size > LARGEST_BODIES_OF_KEY * largest:
+                raise too_many_bytes_of_key(LARGEST_BODIES_OF_KEY * largest)
+            if self.arriving_bytes + size > LARGEST_BODIES * largest:
+                raise too_many_bytes(LARGEST_BODIES * largest)
+        self._count_arriving(caller, size)
+
+    def _count_arriving(self, caller: Caller, size: int) -> None:
+        self.arriving_bytes += size
+        self._arriving_of_key[caller.name] += size
+        if not self._arriving_of_key[caller.name]:
+            del self._arriving_of_key[caller.name]
+
+    def _weigh(self, caller: Caller, tokens: int) -> None:
+        limit = self._settings.queue_tokens
+        # One that is larger than the limit is let in alone.
+        if not caller.probe and self.tokens and self.tokens + tokens > limit:
+            raise too_many_tokens(limit, self.tokens, tokens)
+        self.tokens += tokens
+
+    def _give_back(self, caller: Caller, requests: int, tokens: int) -> None:
+        self.tokens -= tokens
+        if caller.probe:
+            self.probes -= requests
+            return
+        self.active -= requests
+        self._of_key[caller.name] -= requests
+        if not self._of_key[caller.name]:
+            del self._of_key[caller.name]
+
+
+class Place:
+    """What one request holds. Given back once, however often `close` is called."""
+
+    def __init__(self, admission: Admission, caller: Caller) -> None:
+        self._admission = admission
+        self.caller = caller
+        self._requests = 0
+        self._tokens = 0
+
+    def take(self, requests: int) -> None:
+        """Room for more of the engine's requests: one for each choice."""
+        self._admission._take(self.caller, requests)
+        self._requests += requests
+
+    def weigh(self, tokens: int) -> None:
+        """Room for the tokens of the prompt, pictures included, and of the longest answer."""
+        self._admission._weigh(self.caller, tokens)
+        self._tokens += tokens
+
+    def close(self) -> None:
+        requests, tokens = self._requests, self._tokens
+        self._requests = self._tokens = 0
+        if requests or tokens:
+            self._admission._give_back(self.caller, requests, tokens)
+
+
+class ArrivingBody:
+    """What has come of one body; given back at the end of the `with` block."""
+
+    def __init__(self, admission: Admission, caller: Caller) -> None:
+        self._admission = admission
+        self._caller = caller
+        self._size = 0
+
+    def __enter__(self) -> ArrivingBody:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._admission._count_arriving(self._caller, -self._size)
+
+    def add(self, size: int) -> None:
+        """Room for more bytes. Raises the 429 error of a key's own limit, or the 503 error when full."""
+        self._admission._arrive(self._caller, size)
+        self._size += size

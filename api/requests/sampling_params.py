@@ -1,0 +1,101 @@
+"""A request's wishes in the engine's words: how tokens are chosen, what binds the answer, when it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+
+from api.engine.loaded_model import Model
+from api.engine.request import Sampling
+from api.engine.text.grammar import GrammarCompiler, MatcherGrammar
+from api.engine.text.grammar_text import AnswerForm, CallableTool, GrammarError
+from api.errors import invalid
+from api.parsing.output import END_THINK, THINK
+from api.protocol.schemas import ChatRequest
+from api.state import Services
+from settings import Settings
+
+COMPILE_S = 10.0  # a large schema takes one second
+_SEEDS = 2**63
+_PLACE_IN_GRAMMAR = re.compile(r"^at \d+\(\d+\): failed to compile JSON schema: ")  # says nothing to a caller
+
+
+def answer_form(chat: ChatRequest, starts_thinking: bool) -> AnswerForm:
+    return AnswerForm(
+        schema=chat.answer_schema,
+        tools=tuple(
+            CallableTool(tool.function.name, tool.function.parameters, bool(tool.function.strict))
+            for tool in chat.active_tools
+        ),
+        must_call=chat.must_call,
+        many_calls=chat.parallel_tool_calls is not False,
+        may_think=chat.enable_thinking,
+        starts_thinking=starts_thinking,
+    )
+
+
+async def compile_grammars(server: Services, chat: ChatRequest, starts_thinking: bool) -> list[MatcherGrammar | None]:
+    """One for each choice, or nothing to bind. Raises the 400 error for a schema that cannot be enforced."""
+    form = answer_form(chat, starts_thinking)
+    if form.is_free:
+        return [None] * chat.choices
+    param = "response_format" if form.schema is not None else "tools"
+    work = asyncio.get_running_loop().run_in_executor(
+        server.pools.grammar, _compile_all, server.grammars(), form, chat.choices
+    )
+    try:
+        return await asyncio.wait_for(work, COMPILE_S)
+    except GrammarError as error:
+        reason = _PLACE_IN_GRAMMAR.sub("", str(error))
+        raise invalid(f"`{param}` cannot be enforced: {reason}", param, "unsupported_schema") from None
+    except TimeoutError:
+        raise invalid(
+            f"`{param}` is too complex: not compiled in {COMPILE_S:g} s.", param, "schema_too_complex"
+        ) from None
+
+
+def _compile_all(compiler: GrammarCompiler, form: AnswerForm, count: int) -> list[MatcherGrammar | None]:
+    return [compiler.compile(form) for _ in range(count)]
+
+
+def longest_answer(chat: ChatRequest, model: Model, prompt_tokens: int, settings: Settings) -> int:
+    return min(chat.asked_max_tokens or settings.default_max_tokens, model.context_tokens - prompt_tokens)
+
+
+def sampling(
+    chat: ChatRequest, model: Model, prompt_tokens: int, settings: Settings, choice: int, grammar: MatcherGrammar | None
+) -> Sampling:
+    defaults = model.defaults
+    thinking_tokens = chat.thinking_tokens if chat.enable_thinking and END_THINK in model.vocabulary.special else None
+    loop_window = settings.loop_window if chat.loop_window is None else chat.loop_window
+    if chat.loop_window is None and chat.ignore_eos:
+        loop_window = 0  # a benchmark asks for so many tokens, whatever they are
+    return Sampling(
+        max_tokens=longest_answer(chat, model, prompt_tokens, settings),
+        temperature=defaults.temperature if chat.temperature is None else chat.temperature,
+        top_p=defaults.top_p if chat.top_p is None else chat.top_p,
+        top_k=defaults.top_k if chat.top_k is None else max(chat.top_k, 0),
+        min_p=chat.min_p or 0.0,
+        repetition_penalty=chat.repetition_penalty or defaults.repetition_penalty,
+        presence_penalty=chat.presence_penalty or 0.0,
+        frequency_penalty=chat.frequency_penalty or 0.0,
+        logit_bias=tuple((int(token), bias) for token, bias in (chat.logit_bias or {}).items()),
+        logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
+        # Choices of one seed must differ from each other, and be the same each time.
+        seed=None if chat.seed is None else (chat.seed + choice + _SEEDS) % (2 * _SEEDS) - _SEEDS,
+        stop=chat.stop_strings,
+        stop_skips=(THINK, END_THINK),
+        min_tokens=chat.min_tokens or 0,
+        ignore_eos=bool(chat.ignore_eos),
+        grammar=grammar,
+        thinking_tokens=thinking_tokens,
+        thinking_end_ids=(model.vocabulary.special[END_THINK],) if thinking_tokens is not None else (),
+        loop_window=loop_window,
+    )
+
+
+def check_bias(chat: ChatRequest, model: Model) -> None:
+    """Raises the 400 error for a token that the model does not have."""
+    for token in chat.logit_bias or {}:
+        if not model.vocabulary.has(int(token)):
+            raise invalid(f"`logit_bias`: the model has no token {token}.", "logit_bias")

@@ -1,0 +1,85 @@
+"""The planned restart at night: off by default, at a quiet hour, skipped with a reason when busy or not needed."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import TYPE_CHECKING
+from zoneinfo import ZoneInfo
+
+from monitor.judge.limiter import Decision
+from monitor.judge.verdict import Verdict
+from monitor.observe.observe import Observation
+from monitor.store.memory import Memory, save
+from monitor.store.store import Store
+from settings import Settings
+
+if TYPE_CHECKING:
+    from monitor.act.restart import Surgeon
+
+DEFAULT_HOUR = 4
+NEEDED_HOURS = 24
+YOUNG_S = 20 * 3600.0
+GROWN = 1.2  # resident memory against that of the first day
+
+
+def run(
+    settings: Settings, store: Store, memory: Memory, surgeon: Surgeon, verdicts: dict[str, Verdict], seen: Observation,
+    now: float,
+) -> str:  # fmt: skip
+    """At most once a day, in the chosen hour. Returns what was done or why not; empty outside that hour."""
+    if settings.nightly_restart == "off" or seen.api.process.state != "runs":
+        return ""
+    zone = ZoneInfo(settings.timezone) if settings.timezone else None
+    local = datetime.fromtimestamp(now, zone)
+    hour = quiet_hour(store, settings, now)
+    day = local.date().isoformat()
+    if local.hour != hour or memory.last.get("nightly", "").startswith(day):
+        return ""
+    reason = why_skip(verdicts["api"], seen, store, now)
+    last_chance = local.minute >= 50
+    if reason == "busy" and not last_chance:
+        return ""  # the hour is not over
+    memory.last["nightly"] = f"{day} {reason or 'restarted'}"
+    with store.transaction():
+        save(store, memory)
+        if reason:
+            store.add_action(now, "api", "nightly", "checker", "skipped", reason)
+    if reason:
+        return reason
+    return surgeon.restart("api", verdicts["api"], Decision("restart", "planned, nightly"), "nightly") or "restarted"
+
+
+def quiet_hour(store: Store, settings: Settings, now: float) -> int:
+    """The hour with the least pending work over the last two weeks; four o'clock until a day is known."""
+    if settings.nightly_restart != "auto":
+        return int(settings.nightly_restart)
+    zone = ZoneInfo(settings.timezone) if settings.timezone else None
+    sums: dict[int, list[float]] = {}
+    for row in store.rollups("hour", now - 14 * 86400):
+        total, count, _ = (row["sums"] or {}).get("pending", (0.0, 0, 0.0))
+        if count:
+            sums.setdefault(datetime.fromtimestamp(row["start"], zone).hour, []).append(total / count)
+    if len(sums) < NEEDED_HOURS:
+        return DEFAULT_HOUR
+    return min(sums, key=lambda hour: (sum(sums[hour]) / len(sums[hour]), abs(hour - DEFAULT_HOUR)))
+
+
+def why_skip(verdict: Verdict, seen: Observation, store: Store, now: float) -> str:
+    look = seen.api.last or seen.api.first
+    if verdict.word != "healthy" or look.pending:
+        return "busy" if verdict.serving else f"not in order: {verdict.word}"
+    age_s = seen.api.process.age_s
+    if age_s is not None and age_s < YOUNG_S:
+        return f"not needed: the process is only {age_s / 3600:.1f} h old"
+    first, latest = _memory_of(store, now - (age_s or 0)), (seen.machine.get("process") or {}).get("rss_mib")
+    if first and latest and latest < GROWN * first:
+        return f"not needed: memory grew from {first:.0f} to {latest:.0f} MiB only"
+    return ""
+
+
+def _memory_of(store: Store, started_at: float) -> float | None:
+    for row in store.rollups("hour", started_at + 3600):
+        total, count, _ = (row["sums"] or {}).get("api_rss_mib", (0.0, 0, 0.0))
+        if count:
+            return total / count
+    return None

@@ -1,0 +1,153 @@
+"""Restarting one half of the service: pre-flight, evidence, drain, end by identity, wait, start.sh.
+
+Whether to is decided elsewhere; that it worked is seen by the next look. The restart is counted on disk before the
+new process is started, so a checker that is killed here does not forget it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from monitor.act import evidence_bundle as bundle
+from monitor.act import preflight
+from monitor.judge import history, limiter
+from monitor.judge.limiter import Decision
+from monitor.judge.verdict import Verdict
+from monitor.observe import gpu, ports, processes
+from monitor.observe.observe import Observation, now
+from monitor.store.lock import Lock
+from monitor.store.memory import PARTS, Memory, save
+from monitor.store.store import Store
+from settings import ROOT, Settings
+
+BUNDLE_S, PORT_WAIT_S, GPU_WAIT_S, MARGIN_S = 10.0, 10.0, 20.0, 60.0
+HOPELESS_GRACE_S = 5.0  # a process that does not run its event loop cannot drain
+
+
+class Surgeon:
+    def __init__(
+        self, settings: Settings, store: Store, memory: Memory, seen: Observation, lock: Lock | None = None, root: Path = ROOT
+    ) -> None:
+        self._settings = settings
+        self._store = store
+        self._memory = memory
+        self._seen = seen
+        self._lock = lock
+        self._root = root
+        self.restarted: list[str] = []
+
+    def restart(self, target: str, verdict: Verdict, decision: Decision, actor: str = "checker") -> str:
+        """Empty if the process was started anew; otherwise why not. Writes the audit log either way."""
+        began = time.monotonic()
+        futile = preflight.why_futile(verdict, self._seen, int(self._store.get("cards_expected", 0)))
+        incident = self._memory.histories[target].incident
+        name = incident.id if incident else f"{int(time.time())}-{target}-{actor}"
+        if futile:
+            self._note(target, "restart", actor, "refused", f"a restart would not help: {futile}", name, began)
+            return futile
+        part = PARTS[target]
+        if self._lock is not None:
+            longest_s = self._settings.drain_s + self._settings.start_timeout_s + GPU_WAIT_S + PORT_WAIT_S + BUNDLE_S
+            self._lock.extend(longest_s + MARGIN_S, f"restarting {target}")
+        saved = bundle.save(self._settings, name, part, self._seen.api.to_dict() | {"verdict": vars(verdict)},
+                            self._store.runs(time.time() - 3600, 30))  # fmt: skip
+        problem = self._stop(part, verdict)
+        if problem:
+            self._note(target, "restart", actor, "failed", problem, name, began)
+            return problem
+        self._count(target)
+        problem = self._start(part)
+        detail = problem or f"{decision.reason}; evidence in {saved or 'none: the disk took nothing'}"
+        self._note(target, "restart", actor, "failed" if problem else "done", detail, name, began)
+        if not problem:
+            self.restarted.append(target)
+        return problem
+
+    def drain(self, target: str, actor: str) -> str:
+        """Stop and leave it stopped: without a record, no check will start it again."""
+        began = time.monotonic()
+        part = PARTS[target]
+        record = processes.read_record(self._settings.log_dir, part)
+        if record is None:
+            return f"the {target} was not started here"
+        if self._lock is not None:
+            self._lock.extend(self._settings.drain_s + MARGIN_S, f"draining {target}")
+        left = processes.end(record, self._settings.drain_s + HOPELESS_GRACE_S)
+        if left:
+            return f"processes {left} cannot be ended"
+        processes.record_path(self._settings.log_dir, part).unlink(missing_ok=True)
+        self._note(target, "drain", actor, "done", "stopped on request", "", began)
+        return ""
+
+    def _stop(self, part: str, verdict: Verdict) -> str:
+        record = processes.read_record(self._settings.log_dir, part)
+        if record is None:
+            return ""
+        held_mib = gpu.highest(self._seen.gpu.get("gpus") or [], "memory_used_mib")
+        if processes.members(record):
+            hopeless = verdict.word in ("zombie", "wedged")
+            grace_s = HOPELESS_GRACE_S if hopeless else self._settings.drain_s + HOPELESS_GRACE_S
+            left = processes.end(record, grace_s)
+            if left:
+                return f"processes {left} cannot be ended (uninterruptible sleep); restart the machine"
+        deadline = time.monotonic() + PORT_WAIT_S
+        while ports.listeners(record.port) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        others = ports.listeners(record.port)
+        if others:
+            return f"port {record.port} is held by {', '.join(other.describe() for other in others)}"
+        if part == "api" and held_mib:
+            self._wait_for_gpu(held_mib)
+        return ""
+
+    def _wait_for_gpu(self, held_mib: float) -> None:
+        """The driver gives memory back a moment after the process is gone; a start before that runs out of it."""
+        deadline = time.monotonic() + GPU_WAIT_S
+        while time.monotonic() < deadline:
+            used = gpu.highest(gpu.read()["gpus"], "memory_used_mib")
+            if used is None or used < held_mib:
+                return
+            time.sleep(1.0)
+
+    def _count(self, target: str) -> None:
+        moment = now()
+        self._memory.limiters[target] = limiter.restarted(self._memory.limiters[target], moment.wall)
+        self._memory.histories[target] = history.after_restart(self._memory.histories[target], moment)
+        with self._store.transaction():
+            save(self._store, self._memory)
+
+    def _start(self, part: str) -> str:
+        record = processes.read_record(self._settings.log_dir, part)
+        limit_s = self._settings.start_timeout_s + MARGIN_S
+        # start.sh chooses its own Python; that of a cron job may be another one.
+        env = {**os.environ, "PATH": f"{os.environ.get('PATH', '/usr/bin:/bin')}:/usr/local/bin:/usr/sbin"}
+        if "CONDA_PREFIX" not in env and (Path(sys.prefix) / "conda-meta").is_dir():
+            env |= {"CONDA_PREFIX": sys.prefix, "CONDA_DEFAULT_ENV": Path(sys.prefix).name}
+        try:
+            done = subprocess.run(
+                ["bash", str(self._root / "start.sh"), part], cwd=self._root, env=env, stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=limit_s, start_new_session=True,
+            )  # fmt: skip
+            problem = "" if done.returncode == 0 else _last_lines(done.stdout, done.returncode)
+        except subprocess.TimeoutExpired:
+            problem = f"start.sh {part} did not end within {limit_s:.0f} s"
+        except OSError as error:
+            problem = f"start.sh cannot be run: {error}"
+        if problem and record is not None and processes.read_record(self._settings.log_dir, part) is None:
+            # start.sh takes back what did not come up; the wish that it should run stays.
+            processes.write_record(self._settings.log_dir, part, record)
+        return problem
+
+    def _note(self, target: str, kind: str, actor: str, outcome: str, detail: str, incident: str, began: float) -> None:
+        spent_s = round(time.monotonic() - began, 2)
+        with self._store.transaction():
+            self._store.add_action(time.time(), target, kind, actor, outcome, detail, incident, spent_s)
+
+
+def _last_lines(output: bytes, code: int) -> str:
+    lines = [line for line in output.decode("utf-8", "replace").splitlines() if line.strip()]
+    return f"start.sh ended with code {code}: " + " | ".join(lines[-6:])

@@ -1,0 +1,115 @@
+"""Whether a restart may be done now: back-off, limits for the hour and the day, and a circuit. Pure functions.
+
+One restart too many opens the circuit; it stays open until an operator resets it, because a service that
+needs a seventh restart needs a person. Times are wall-clock seconds and are kept on disk by the caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from monitor.judge.history import History
+from monitor.judge.verdict import Verdict
+
+HOUR_S, DAY_S = 3600.0, 86400.0
+BACKOFF_S = (0.0, 30.0, 60.0, 120.0, 300.0, 900.0)
+APART_S = 60.0  # API and page are never restarted in the same minute
+
+
+@dataclass(frozen=True)
+class Allowance:
+    per_hour: int = 3
+    per_day: int = 6
+
+
+@dataclass(frozen=True)
+class Limiter:
+    """`restarts` of the last day, oldest first. `step` counts those since all was last stable."""
+
+    restarts: tuple[float, ...] = ()
+    step: int = 0
+    open_since: float | None = None
+    open_reason: str = ""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """`kind`: none, restart, shadow (would restart), hold (wants to, may not). `opens`: the circuit opens now."""
+
+    kind: str
+    reason: str
+    opens: bool = False
+
+
+NONE = Decision("none", "")
+
+
+def decide(
+    verdict: Verdict, history: History, limiter: Limiter, allowance: Allowance, now: float, mode: str, hold: str = "",
+    other_restart_at: float | None = None,
+) -> Decision:  # fmt: skip
+    """`history` is the one after this run. `hold` is the operator's reason: paused, maintenance."""
+    if not verdict.bad or not verdict.cure or history.seen < verdict.needed:
+        return NONE
+    if mode == "off":
+        return Decision("hold", "GLM_CURE=off")
+    if hold:
+        return Decision("hold", hold)
+    incident = history.incident
+    if verdict.attempts is not None and incident is not None and incident.restarts >= verdict.attempts:
+        return Decision("hold", f"{incident.restarts} restart(s) did not cure {verdict.rule}; a person is needed")
+    if limiter.open_since is not None:
+        return Decision("hold", f"the circuit is open: {limiter.open_reason}. Run health_check.py reset when mended")
+    full = _full(limiter, allowance, now)
+    if full:
+        return Decision("hold", full, opens=True)
+    if limiter.restarts:
+        wait_s = BACKOFF_S[min(limiter.step, len(BACKOFF_S) - 1)]
+        since_s = abs(now - limiter.restarts[-1])
+        if since_s < wait_s:
+            return Decision("hold", f"backing off: {since_s:.0f} s of {wait_s:.0f} s since the last restart")
+    if other_restart_at is not None and abs(now - other_restart_at) < APART_S:
+        return Decision("hold", "the other half was restarted less than a minute ago")
+    return Decision("shadow" if mode == "shadow" else "restart", f"{verdict.word}: {verdict.rule}")
+
+
+def restarted(limiter: Limiter, now: float) -> Limiter:
+    return replace(limiter, restarts=(*_recent(limiter, now, DAY_S), now), step=limiter.step + 1)
+
+
+def opened(limiter: Limiter, now: float, reason: str) -> Limiter:
+    return replace(limiter, open_since=now, open_reason=reason)
+
+
+def stable(limiter: Limiter) -> Limiter:
+    """An incident was closed: the back-off starts from the beginning. The hour and the day still count."""
+    return replace(limiter, step=0)
+
+
+def reset() -> Limiter:
+    return Limiter()
+
+
+def _full(limiter: Limiter, allowance: Allowance, now: float) -> str:
+    for name, limit, window_s in (("hour", allowance.per_hour, HOUR_S), ("day", allowance.per_day, DAY_S)):
+        count = len(_recent(limiter, now, window_s))
+        if count >= limit:
+            return f"{count} restarts in the last {name}, {limit} allowed"
+    return ""
+
+
+def _recent(limiter: Limiter, now: float, window_s: float) -> tuple[float, ...]:
+    # abs: after the clock was set back, restarts seem to lie in the future; they still count.
+    return tuple(at for at in limiter.restarts if abs(now - at) < window_s)
+
+
+def to_dict(limiter: Limiter) -> dict[str, Any]:
+    return asdict(limiter)
+
+
+def from_dict(raw: Mapping[str, Any]) -> Limiter:
+    known = {name: raw[name] for name in Limiter.__dataclass_fields__ if name in raw}
+    known["restarts"] = tuple(known.get("restarts") or ())
+    return Limiter(**known)

@@ -1,0 +1,81 @@
+"""Which readings have a limit, and what the warning says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from monitor.judge.thresholds import Threshold
+from monitor.observe.observe import Observation
+from settings import Settings
+
+HYSTERESIS = 10.0
+BUSY_WARN_S = 300.0
+
+
+def settings_thresholds(settings: Settings) -> list[Threshold]:
+    window_s = settings.limit_window_s
+    percent = settings.gpu_memory_limit_mib == 0
+    memory_limit = settings.gpu_memory_limit_percent if percent else settings.gpu_memory_limit_mib
+    memory_unit = "%" if percent else "MiB"
+    memory_name = "gpu_memory_used_percent" if percent else "gpu_memory_used"
+    disk = settings.disk_free_limit_mib
+    return [
+        _above("gpu_load", settings.gpu_load_limit_percent, window_s, "GPU load", "显卡负载", "%"),
+        Threshold(
+            memory_name, memory_limit, memory_limit * 0.9, window_s,
+            f"GPU memory is above {memory_limit:g} {memory_unit}.", f"显存占用超过 {memory_limit:g} {memory_unit}。",
+        ),
+        _above("cpu_percent", settings.cpu_limit_percent, window_s, "Processor load", "处理器负载", "%"),
+        _above("memory_used_percent", settings.memory_limit_percent, window_s, "Memory use", "内存占用", "%"),
+        # A disk does not recover by waiting: no window.
+        Threshold(
+            "disk_free_mib", disk, disk * 1.1 + 1, 0.0, f"Less than {disk:g} MiB of disk is free.", f"磁盘剩余不足 {disk:g} MiB。"
+        ),
+        Threshold(
+            "open_files_percent", 80.0, 70.0, 0.0, "The API holds more than 80 % of the files it may open.",
+            "接口打开的文件数超过上限的 80%。",
+        ),
+        Threshold(
+            "busy_s", BUSY_WARN_S, BUSY_WARN_S - 1, 0.0, f"It has been too busy for the checker's question for {BUSY_WARN_S / 60:.0f} minutes "
+            "or more.", f"服务繁忙，无法回答检查提问已达 {BUSY_WARN_S / 60:.0f} 分钟以上。",
+        ),
+    ]  # fmt: skip
+
+
+def _above(name: str, limit: float, window_s: float, en: str, zh: str, unit: str) -> Threshold:
+    minutes = f" over {window_s / 60:.0f} min" if window_s >= 60 else ""
+    return Threshold(
+        name, limit, max(0.0, limit - HYSTERESIS), window_s, f"{en} is above {limit:g} {unit} on average{minutes}.",
+        f"{zh}平均超过 {limit:g}{unit}。",
+    )  # fmt: skip
+
+
+def values_of(seen: Observation, busy_since: float | None) -> dict[str, float | None]:
+    """The readings that are rolled up and compared, flat; None where one is not known. `busy_since`: wall clock."""
+    process = seen.machine.get("process") or {}
+    free = [disk["free_mib"] for disk in seen.machine.get("disks") or () if disk.get("free_mib") is not None]
+    files, most = process.get("open_files"), process.get("open_files_limit")
+    answers = {answer.kind: answer for answer in seen.api.answers if answer.outcome not in ("credited", "skipped")}
+    picture, text = answers.get("picture"), answers.get("text")
+    shares = [
+        100 * card["memory_used_mib"] / card["memory_total_mib"]
+        for card in seen.gpu.get("gpus") or ()
+        if card.get("memory_used_mib") is not None and card.get("memory_total_mib")
+    ]
+    look: Any = seen.api.last or seen.api.first
+    return {
+        "gpu_load": seen.gpu.get("load_percent"),
+        "gpu_memory_used": seen.gpu.get("memory_used_mib"),
+        "gpu_memory_used_percent": max(shares, default=None),
+        "cpu_percent": seen.machine.get("cpu_percent"),
+        "memory_used_percent": seen.machine.get("memory_used_percent"),
+        "disk_free_mib": min(free, default=None),
+        "api_rss_mib": process.get("rss_mib"),
+        "open_files_percent": round(100 * files / most, 1) if files is not None and most else None,
+        "pending": look.pending,
+        "busy_s": 0.0 if busy_since is None else max(0.0, seen.moment.wall - busy_since),
+        "text_s": text.seconds if text else None,
+        "picture_s": picture.seconds if picture else None,
+        "first_token_s": picture.first_token_s if picture else None,
+        "page_s": seen.page.health.seconds if seen.page else None,
+    }

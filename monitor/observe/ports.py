@@ -1,0 +1,100 @@
+"""Who listens on a TCP port, according to the kernel. Knows nothing of what is said over it. Standard library only."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pwd
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from monitor.observe.processes import PROC, command_of
+
+LISTEN = "0A"
+
+
+@dataclass(frozen=True)
+class Listener:
+    """A process that listens. `pid` is None where it belongs to another user and may not be looked up."""
+
+    pid: int | None
+    uid: int
+
+    def describe(self) -> str:
+        if self.pid is None:
+            return f"a process of user {_user_name(self.uid)} (not visible from here)"
+        return f"pid {self.pid} ({command_of(self.pid) or 'command not readable'})"
+
+
+def listeners(port: int) -> list[Listener]:
+    """Every process that listens on the port, on whatever address."""
+    inodes = _listening_inodes(port)
+    owners = _socket_owners(set(inodes))
+    found = {Listener(owners.get(inode), uid) for inode, uid in inodes.items()}
+    return sorted(found, key=lambda listener: listener.pid or 0)
+
+
+def why_taken(host: str, port: int) -> str:
+    """Empty if a server may listen there; otherwise who holds the port, or why the system refuses."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            probe.listen(1)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            return f"cannot listen on {host}:{port}: {error.strerror or error}"
+        holders = ", ".join(listener.describe() for listener in listeners(port))
+        return f"port {port} is held by {holders or 'a process that is not visible from here'}"
+    return ""
+
+
+def _listening_inodes(port: int) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for table in ("tcp", "tcp6"):
+        try:
+            lines = (PROC / "net" / table).read_text(encoding="ascii").splitlines()[1:]
+        except OSError:
+            continue
+        for line in lines:
+            fields = line.split()
+            if fields[3] == LISTEN and int(fields[1].rpartition(":")[2], 16) == port:
+                found[fields[9]] = int(fields[7])
+    return found
+
+
+def _socket_owners(inodes: set[str]) -> dict[str, int]:
+    wanted = {f"socket:[{inode}]": inode for inode in inodes}
+    owners: dict[str, int] = {}
+    for entry in os.listdir(PROC) if wanted else ():
+        if not entry.isdigit():
+            continue
+        folder = PROC / entry / "fd"
+        for link in _links_in(folder):
+            if link in wanted:
+                owners.setdefault(wanted[link], int(entry))
+    return owners
+
+
+def _links_in(folder: Path) -> list[str]:
+    links = []
+    try:
+        for name in os.listdir(folder):
+            try:
+                links.append(os.readlink(folder / name))
+            except OSError:
+                continue
+    except OSError:
+        pass
+    return links
+
+
+def _user_name(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)

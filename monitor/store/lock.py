@@ -1,0 +1,136 @@
+"""One check at a time. A run that outlives its declared time is ended by the next one.
+
+The lock is taken with fcntl in Python, whose descriptors no child inherits: with a shell's `flock`, a server started
+under the lock would hold it for its whole life. The holder writes down who it is and until when it may take.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import time
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+
+from monitor.observe import processes
+
+FILE_NAME = "health_check.lock"
+END_WAIT_S = 3.0
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Whoever holds the lock. `until` is CLOCK_MONOTONIC; `what` is what it is doing."""
+
+    pid: int
+    start_time: int
+    until: float
+    what: str
+
+    def still_there(self) -> bool:
+        stat = processes.read_stat(self.pid)
+        return stat is not None and stat.running and stat.start_time == self.start_time
+
+
+class Lock:
+    """`with` is not enough: a run may extend its time, and children must not inherit anything."""
+
+    def __init__(self, log_dir: Path) -> None:
+        self._path = log_dir / FILE_NAME
+        self._file: FileIO | None = None
+        self._until = 0.0
+
+    def take(self, for_s: float, what: str) -> str:
+        """Empty if the lock is ours now; otherwise who has it. Ends a holder whose time is over."""
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            # Unbuffered: on a full disk only the note fails, never the lock or its release.
+            file = FileIO(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+")
+        except OSError:
+            return ""  # without a folder to lock in, a check is better than none
+        if not _try(file):
+            holder = _read(file)
+            if holder is None or holder.until > time.monotonic() or not holder.still_there():
+                if not _try(file):
+                    file.close()
+                    return _describe(holder)
+            else:
+                _end(holder)
+                if not _wait(file):
+                    file.close()
+                    return f"{_describe(holder)}, which is over its time and cannot be ended"
+        self._file = file
+        self.extend(for_s, what)
+        return ""
+
+    def extend(self, for_s: float, what: str) -> None:
+        """Declare what takes longer, such as a cure, before it does."""
+        self._until = time.monotonic() + for_s
+        if self._file is None:
+            return
+        stat = processes.read_stat(os.getpid())
+        record = {
+            "pid": os.getpid(), "start_time": stat.start_time if stat else 0, "until": self._until,
+            "what": what,
+        }  # fmt: skip
+        with contextlib.suppress(OSError):  # a full disk: the lock itself holds without the note
+            self._file.seek(0)
+            self._file.truncate()
+            self._file.write(json.dumps(record).encode())
+
+    def over(self) -> bool:
+        """Whether the declared time is up."""
+        return time.monotonic() >= self._until
+
+    def release(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _try(file: FileIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _wait(file: FileIO) -> bool:
+    deadline = time.monotonic() + END_WAIT_S
+    while not _try(file):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def _read(file: FileIO) -> Holder | None:
+    try:
+        file.seek(0)
+        raw = json.loads(file.read())
+        return Holder(int(raw["pid"]), int(raw["start_time"]), float(raw["until"]), str(raw["what"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _end(holder: Holder) -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if not holder.still_there():
+            return
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(holder.pid, number)
+        deadline = time.monotonic() + END_WAIT_S / 2
+        while holder.still_there() and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+
+def _describe(holder: Holder | None) -> str:
+    if holder is None:
+        return "another run is at work"
+    left_s = holder.until - time.monotonic()
+    return f"another run is at work (pid {holder.pid}, {holder.what}, {max(0, left_s):.0f} s of its time left)"

@@ -1,0 +1,207 @@
+"""Where messages go: DingTalk, Feishu, WeCom, a signed webhook, Slack, e-mail. Each says whether it was really taken.
+
+Several of them answer 200 and put the refusal into the body, so the body decides. Nothing here raises for what a
+channel does, and no error text holds an address: addresses are secrets.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import json
+import smtplib
+import ssl
+import time
+from abc import abstractmethod
+from collections.abc import Mapping
+from email.message import EmailMessage
+from typing import Any, Protocol
+from urllib.parse import parse_qs, quote_plus, unquote, urlsplit
+
+from monitor.observe.exchange import Reply, exchange
+from settings import Settings
+
+LIMIT_S = 5.0
+TEXT_LIMIT_BYTES = 3800  # WeCom takes 4096, DingTalk 20000
+TITLE = "GLM-4.6V-Flash-WEB"
+
+
+class Channel(Protocol):
+    name: str
+
+    @abstractmethod
+    def send(self, text: str, severity: str, messages: list[Mapping[str, Any]]) -> str:
+        """Empty if the message was taken, otherwise why not."""
+
+
+def configured(settings: Settings) -> list[Channel]:
+    def value(name: str) -> str:
+        secret = getattr(settings, name)
+        return secret.get_secret_value() if secret is not None else ""
+
+    found: list[Channel] = []
+    if value("dingtalk_url"):
+        found.append(DingTalk(value("dingtalk_url"), value("dingtalk_secret")))
+    if value("feishu_url"):
+        found.append(Feishu(value("feishu_url"), value("feishu_secret")))
+    if value("wecom_url"):
+        found.append(WeCom(value("wecom_url")))
+    if value("webhook_url"):
+        found.append(Webhook(value("webhook_url"), value("webhook_secret")))
+    if value("slack_url"):
+        found.append(Slack(value("slack_url")))
+    if value("smtp_url"):
+        found.append(Mail(value("smtp_url")))
+    return found
+
+
+class DingTalk:
+    """Signature: base64(HMAC-SHA256(secret, "<ms>\\n<secret>")), url-encoded. Everybody is named only when it burns."""
+
+    name = "dingtalk"
+
+    def __init__(self, url: str, secret: str) -> None:
+        self._url, self._secret = url, secret
+
+    def send(self, text: str, severity: str, messages: list[Mapping[str, Any]]) -> str:
+        url = self._url
+        if self._secret:
+            stamp = str(round(time.time() * 1000))
+            digest = hmac.new(self._secret.encode(), f"{stamp}\n{self._secret}".encode(), hashlib.sha256).digest()
+            url += f"{'&' if '?' in url else '?'}timestamp={stamp}&sign={quote_plus(base64.b64encode(digest))}"
+        body = {
+            "msgtype": "markdown",
+            "markdown": {"title": TITLE, "text": f"#### {TITLE}\n\n" + _cut(text).replace("\n", "\n\n")},
+            "at": {"isAtAll": severity == "page"},
+        }
+        return _taken(_post(url, body), "errcode", "errmsg")
+
+
+class Feishu:
+    """Signature: base64(HMAC-SHA256("<s>\\n<secret>", "")), in the body beside the timestamp."""
+
+    name = "feishu"
+
+    def __init__(self, url: str, secret: str) -> None:
+        self._url, self._secret = url, secret
+
+    def send(self, text: str, severity: str, messages: list[Mapping[str, Any]]) -> str:
+        body: dict[str, Any] = {"msg_type": "text", "content": {"text": f"{TITLE}\n{_cut(text)}"}}
+        if self._secret:
+            stamp = str(int(time.time()))
+            digest = hmac.new(f"{stamp}\n{self._secret}".encode(), b"", hashlib.sha256).digest()
+            body |= {"timestamp": stamp, "sign": base64.b64encode(digest).decode()}
+        return _taken(_post(self._url, body), "code", "msg")
+
+
+class WeCom:
+    name = "wecom"
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    def send(self, text: str, severity: str, messages: list[Mapping[str, Any]]) -> str:
+        body = {"msgtype": "markdown", "markdown": {"content": f"**{TITLE}**\n{_cut(text)}"}}
+        return _taken(_post(self._url, body), "errcode", "errmsg")
+
+
+class Webhook:
+    """X-GLM-Signature: sha256=HMAC(secret, "<timestamp>.<body>"), so a receiver can refuse forgeries and replays."""
+
+    name = "webhook"
+
+    def __init__(self, url: str, secret: str) -> None:
+        self._url, self._secret = url, secret
+
+    def send(self, text: str, severity: str, messages: list[Mapping[str, Any]]) -> str:
+        body = {"service": TITLE, "severity": severity, "text": _cut(text), "messages": list(messages)}
+        data = json.dumps(body, ensure_ascii=False).encode()
+        stamp = str(int(time.time()))
+        headers = {"Content-Type": "application/json", "X-GLM-Timestamp": stamp}
+        if self._secret:
+            digest = hmac.new(self._secret.encode(), stamp.encode() + b"." + data, hashlib.sha256).hexdigest()
+            headers["X-GLM-Signature"] = f"sha256={digest}"
+        return _taken(exchange(self._url, LIMIT_S, "POST", data, headers, connect_s=3.0), "", "")
+
+
+class Slack:
+    """Also whatever else takes {"text": ...}."""
+
+    name = "slack"
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    def send(self, text: str, severity: str, messages: list[Mapping[str, Any]]) -> str:
+        mention = "<!channel> " if severity == "page" else ""
+        return _taken(_post(self._url, {"text": f"{mention}*{TITLE}*\n{_cut(text)}"}), "", "")
+
+
+class Mail:
+    """smtps://user:password@host:465/?from=a@b.c&to=d@e.f,g@h.i; smtp:// speaks STARTTLS where the server offers it."""
+
+    name = "email"
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    def send(self, text: str, severity: str, messages: list[Mapping[str, Any]]) -> str:
+        parts = urlsplit(self._url)
+        query = parse_qs(parts.query)
+        mail = EmailMessage()
+        mail["Subject"] = f"[{severity}] {TITLE}: {text.splitlines()[0][:120] if text else ''}"
+        mail["From"] = query.get("from", ["health_check@localhost"])[0]
+        mail["To"] = ", ".join(query.get("to", []))
+        mail.set_content(text)
+        try:
+            with self._connect(parts.scheme, parts.hostname or "localhost", parts.port) as server:
+                if parts.username:
+                    server.login(unquote(parts.username), unquote(parts.password or ""))
+                server.send_message(mail)
+        except (OSError, smtplib.SMTPException) as error:
+            return f"{type(error).__name__}: {error}"
+        return ""
+
+    @staticmethod
+    def _connect(scheme: str, host: str, port: int | None) -> smtplib.SMTP:
+        if scheme == "smtps":
+            return smtplib.SMTP_SSL(host, port or 465, timeout=LIMIT_S, context=ssl.create_default_context())
+        server = smtplib.SMTP(host, port or 25, timeout=LIMIT_S)
+        server.ehlo()
+        if server.has_extn("starttls"):
+            server.starttls(context=ssl.create_default_context())
+            server.ehlo()
+        return server
+
+
+def _post(url: str, body: Mapping[str, Any]) -> Reply:
+    data = json.dumps(body, ensure_ascii=False).encode()
+    return exchange(url, LIMIT_S, "POST", data, {"Content-Type": "application/json"}, connect_s=3.0)
+
+
+def _taken(reply: Reply, code_name: str, message_name: str) -> str:
+    """`code_name`: the field that must be there and be 0. Without one, any field that speaks of an error counts."""
+    if reply.outcome != "answered":
+        return f"{reply.outcome}: {reply.detail}"
+    body = reply.json()
+    if not 200 <= reply.status < 300:
+        return f"HTTP {reply.status}: {reply.body[:150].decode('utf-8', 'replace')}"
+    if code_name:
+        if body is None or body.get(code_name) != 0:
+            said = (body or {}).get(message_name) or reply.body[:150].decode("utf-8", "replace")
+            return f"refused with {code_name} {(body or {}).get(code_name)}: {said}"
+        return ""
+    if body is None:
+        return ""
+    for name in ("errcode", "code", "error_code", "StatusCode"):
+        if isinstance(body.get(name), int) and body[name] not in (0, 200):
+            return f"refused with {name} {body[name]}"
+    if body.get("ok") is False or body.get("success") is False or body.get("error"):
+        return f"refused: {body.get('error') or 'not ok'}"
+    return ""
+
+
+def _cut(text: str) -> str:
+    data = text.encode()
+    return text if len(data) <= TEXT_LIMIT_BYTES else data[:TEXT_LIMIT_BYTES].decode("utf-8", "ignore") + " ..."

@@ -1,0 +1,131 @@
+"""What happened: flips, incidents, actions and availability from the store, as text for people or JSON for programs."""
+
+from __future__ import annotations
+
+import sqlite3
+import sys
+import time
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from monitor.judge.report import to_json
+from monitor.judge.verdict import SERVING
+from monitor.store.store import Store
+from settings import Settings
+
+GOOD, BAD = 0, 1
+
+
+def show(settings: Settings, hours: float, as_json: bool) -> int:
+    store = _open(settings)
+    if store is None:
+        return BAD
+    now = time.time()
+    since = now - 3600 * hours
+    found: dict[str, Any] = {
+        "hours": hours,
+        "availability": availability(store, since, now, settings.check_period_s),
+        "incidents": store.incidents(since),
+        "flips": store.flips(since),
+        "actions": store.actions(since),
+        "requests": store.requests(),
+    }
+    store.close()
+    if as_json:
+        print(to_json(found))
+        return GOOD
+    for target, share in found["availability"].items():
+        print(f"{target}: {share['text']}")
+    for title, rows, line in (
+        ("Incidents", found["incidents"], _incident_line),
+        ("Flips", found["flips"], lambda r: f"{_when(r['at'])}  {r['target']:5} {r['before']} -> {r['after']}  {r['en']}"),
+        ("Actions", found["actions"], lambda r: f"{_when(r['at'])}  {r['target']:5} {r['kind']} by {r['actor']}: {r['outcome']}. {r['detail']}"),
+    ):  # fmt: skip
+        print(f"\n{title} of the last {hours:g} h: {len(rows) or 'none'}")
+        for row in rows[:50]:
+            print("  " + line(row))
+    return GOOD
+
+
+def availability(store: Store, since: float, now: float, period_s: float) -> dict[str, dict[str, Any]]:
+    """Share of looks that served, for each target. Time without a look is unknown and counted apart, never as good."""
+    span = "minute" if now - since <= 86400 else "hour"
+    counts: dict[str, dict[str, int]] = {}
+    seen = 0
+    for row in store.rollups(span, since):
+        seen += row["runs"]
+        for target, words in row["words"].items():
+            kept = counts.setdefault(target, {})
+            for word, number in words.items():
+                kept[word] = kept.get(word, 0) + number
+    first = store.execute("SELECT MIN(start) FROM rollups WHERE span = ? AND start >= ?", span, since).fetchone()[0]
+    expected = max(1.0, (now - (first if first is not None else now)) / period_s)
+    found: dict[str, dict[str, Any]] = {}
+    for target, words in counts.items():
+        judged = sum(number for word, number in words.items() if word != "unknown")
+        served = sum(words.get(word, 0) for word in SERVING)
+        share = served / judged if judged else None
+        looked = min(1.0, seen / expected)
+        busy = words.get("busy", 0)
+        text = f"{100 * share:.2f} % served" if share is not None else "nothing known"
+        text += f" in {judged} looks ({busy} busy); looked at {100 * looked:.0f} % of the time since {_when(first or now)}"
+        found[target] = {"share": share, "looks": judged, "busy": busy, "words": words, "looked_share": looked, "text": text}
+    return found
+
+
+def tell(settings: Settings, name: str | None) -> int:
+    """One incident from the first sign to the end, as a text that can be sent on."""
+    store = _open(settings)
+    if store is None:
+        return BAD
+    rows = store.rows("SELECT * FROM incidents WHERE id = ?", name) if name else store.incidents(limit=1)
+    if not rows:
+        print(f"There is no incident {name!r}." if name else "There has been no incident.", file=sys.stderr)
+        store.close()
+        return BAD
+    print("\n".join(story(store, rows[0], settings)))
+    store.close()
+    return GOOD
+
+
+def story(store: Store, row: Mapping[str, Any], settings: Settings) -> list[str]:
+    end = row["recovered_at"]
+    out = [
+        f"Incident {row['id']}", "", row["en"], row["zh"], "",
+        f"  target           {row['target']}", f"  verdict          {row['word']} (rule {row['rule']})",
+        f"  first seen       {_when(row['first_seen_at'])}", f"  believed         {_when(row['opened_at'])}",
+        f"  recovered        {_when(end) if end else 'not yet'}" + (f"  ({end - row['first_seen_at']:.0f} s after the first sign)" if end else ""),
+        f"  closed (stable)  {_when(row['closed_at']) if row['closed_at'] else 'not yet'}",
+        f"  restarts         {row['restarts']}", f"  symptoms         {', '.join(row['symptoms'] or [])}", "", "Timeline",
+    ]  # fmt: skip
+    until = (row["closed_at"] or time.time()) + 1
+    events = [(f["at"], f"{f['before']} -> {f['after']}: {f['en']}") for f in store.flips(row["first_seen_at"] - 1) if f["target"] == row["target"] and f["at"] <= until]
+    events += [
+        (a["at"], f"{a['kind']} by {a['actor']}: {a['outcome']} in {a['duration_s']:.1f} s. {a['detail']}")
+        for a in store.actions(row["first_seen_at"] - 1) if a["incident"] == row["id"]
+    ]  # fmt: skip
+    out += [f"  {_when(at)}  {what}" for at, what in sorted(events)]
+    folder = settings.log_dir / "incidents" / row["id"]
+    if folder.is_dir():
+        out += ["", f"Evidence: {folder}"]
+    return out
+
+
+def _incident_line(row: Mapping[str, Any]) -> str:
+    state = "open" if row["closed_at"] is None and row["recovered_at"] is None else "recovered" if row["closed_at"] is None else "closed"
+    return f"{_when(row['opened_at'])}  {row['target']:5} {row['word']:9} {state:9} restarts {row['restarts']}  {row['id']}"
+
+
+def _open(settings: Settings) -> Store | None:
+    try:
+        store = Store.read_only(settings.log_dir)
+        store.get("version")
+        return store
+    except sqlite3.Error as error:
+        print(f"There is no history yet: {error}. Run health_check.py once.", file=sys.stderr)
+        return None
+
+
+def _when(at: float) -> str:
+    return datetime.fromtimestamp(at).astimezone().isoformat(sep=" ", timespec="seconds")

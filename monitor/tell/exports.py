@@ -1,0 +1,217 @@
+"""The report for other systems: health.jsonl (ECS fields), health.prom (textfile collector), Pushgateway, Elasticsearch.
+
+What leaves the machine is sent under a time limit and never holds up a run; what a file cannot take is said by the caller.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import platform
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client.exposition import generate_latest
+
+from monitor.judge import report as reports
+from monitor.judge.verdict import WORDS
+from monitor.observe.exchange import exchange
+from monitor.store.store import Store
+from settings import Settings
+
+ECS_VERSION = "8.17.0"
+JSONL = "health.jsonl"
+PROM = "health.prom"
+ROTATE_BYTES = 10 * 2**20
+ROTATE_KEEP = 5
+RAW_LOGS = ("api.log", "web.log", "health_check.log")
+RAW_LIMIT_BYTES = 200 * 2**20
+SEND_LIMIT_S = 4.0
+OUTCOMES = {True: "success", False: "failure", None: "unknown"}
+
+
+def write(report: Mapping[str, Any], settings: Settings, store: Store) -> None:
+    """Raises OSError for a file that cannot be written."""
+    _append(settings.log_dir / JSONL, json.dumps(to_ecs(report), ensure_ascii=False, allow_nan=False) + "\n")
+    for name in RAW_LOGS:
+        _cap(settings.log_dir / name)
+    reports.replace_file(settings.log_dir / PROM, generate_latest(to_metrics(report, store)).decode())
+
+
+def send(report: Mapping[str, Any], settings: Settings, store: Store) -> list[str]:
+    """Over the network, where that is wanted. Returns what was not taken; addresses are secrets and are not in it."""
+    problems = []
+    if settings.pushgateway_url is not None:
+        exposition = generate_latest(to_metrics(report, store))
+        problems.append(_push(settings.pushgateway_url.get_secret_value(), exposition))
+    if settings.elasticsearch_url is not None:
+        problems.append(_bulk(settings.elasticsearch_url.get_secret_value(), to_ecs(report), settings.log_dir))
+    return [problem for problem in problems if problem]
+
+
+def to_ecs(report: Mapping[str, Any]) -> dict[str, Any]:
+    """One line for each run. Own fields are under `glm`; no text of a question or an answer of a user is in it."""
+    healthy = report["service_healthy"]
+    when = datetime.fromisoformat(report["timestamp"]).astimezone(UTC)
+    return {
+        "@timestamp": when.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        "ecs": {"version": ECS_VERSION},
+        "message": "; ".join(report["reasons"]) or f"service is {report['verdict']}",
+        "log": {"level": "info" if healthy else "error" if healthy is False else "warn", "logger": "health_check"},
+        "service": {"name": "glm-4.6v-flash-web", "state": report["verdict"]},
+        "host": {"name": platform.node()},
+        "event": {
+            "kind": "metric",
+            "category": ["process"],
+            "type": ["info"],
+            "action": "health_check",
+            "dataset": "glm.health",
+            "outcome": OUTCOMES[healthy],
+            "duration": int(report["duration_s"] * 1e9),
+        },
+        "glm": {
+            **{name: report[name] for name in ("gpu_load", "gpu_memory_used", "cpu_percent", "memory_used_percent")},
+            "service_healthy": healthy,
+            "schema_version": report["schema_version"],
+            "targets": {
+                name: {key: target.get(key) for key in ("word", "rule", "incident", "seen", "restarts_last_day")}
+                for name, target in report.get("targets", {}).items()
+            },
+            "warnings": [warning["name"] for warning in report.get("warnings", ())],
+        },
+    }
+
+
+def to_metrics(report: Mapping[str, Any], store: Store) -> CollectorRegistry:
+    registry = CollectorRegistry()
+
+    def gauge(name: str, what: str, value: Any) -> None:
+        if isinstance(value, int | float):  # what is not known has no sample
+            Gauge(name, what, registry=registry).set(value)
+
+    machine, gpu = report["evidence"]["machine"], report["evidence"]["gpu"]
+    state = Gauge("glm_target_state", "1 for the verdict in force.", ["target", "state"], registry=registry)
+    circuit = Gauge("glm_circuit_open", "1 if restarts were given up.", ["target"], registry=registry)
+    open_now = Gauge("glm_incident_open", "1 while an incident is open.", ["target"], registry=registry)
+    for name, target in report.get("targets", {}).items():
+        for word in WORDS:
+            state.labels(name, word).set(word == target["word"])
+        circuit.labels(name).set(bool(target["circuit_open"]))
+        open_now.labels(name).set(bool(target["incident"]))
+    gauge("glm_service_healthy", "1 if people are served.", _as_number(report["service_healthy"]))
+    gauge("glm_check_last_run_timestamp_seconds", "When health_check.py last ran.",
+          datetime.fromisoformat(report["timestamp"]).timestamp())  # fmt: skip
+    gauge("glm_check_duration_seconds", "How long that run took.", report["duration_s"])
+    gauge("glm_check_store_ok", "0 if the store could not be written.", float(report.get("check", {}).get("store") == "ok"))
+    gauge("glm_cpu_used_ratio", "Share of the processors that may be used.", _ratio(machine.get("cpu_percent")))
+    gauge("glm_memory_used_bytes", "Memory used, within the tightest limit.", machine.get("memory_used_bytes"))
+    gauge("glm_memory_limit_bytes", "That limit.", machine.get("memory_limit_bytes"))
+    gauge("glm_oom_kills", "Kills for memory in this control group.", machine.get("oom_kills"))
+    _cards(registry, gpu.get("gpus") or ())
+    seconds = Gauge("glm_probe_duration_seconds", "How long the question took.", ["probe"], registry=registry)
+    for answer in report["evidence"]["api"]["answers"] if report["evidence"].get("api") else ():
+        if answer["outcome"] not in ("credited", "skipped"):
+            seconds.labels(answer["kind"]).set(answer["seconds"])
+    warning = Gauge("glm_warning", "1 while a limit is passed.", ["name"], registry=registry)
+    for item in report.get("warnings", ()):
+        warning.labels(item["name"]).set(1)
+    restarts = Counter("glm_restarts", "Restarts by the checker and operators.", ["target", "outcome"], registry=registry)
+    for row in store.rows("SELECT target, outcome, COUNT(*) AS n FROM actions WHERE kind = 'restart' GROUP BY target, outcome"):
+        restarts.labels(row["target"], row["outcome"]).inc(row["n"])
+    alerts = Counter("glm_alert_delivery", "Messages by channel.", ["channel", "outcome"], registry=registry)
+    for row in store.rows("SELECT channel, COUNT(sent_at) AS sent, SUM(tries) AS tries FROM outbox GROUP BY channel"):
+        alerts.labels(row["channel"], "sent").inc(row["sent"])
+        alerts.labels(row["channel"], "failed").inc(max(0, (row["tries"] or 0) - row["sent"]))
+    return registry
+
+
+def _cards(registry: CollectorRegistry, cards: Any) -> None:
+    names = {
+        "load_percent": ("glm_gpu_load_ratio", "Share of time with a kernel on the card.", 0.01),
+        "memory_used_mib": ("glm_gpu_memory_used_bytes", "Memory in use on the card.", 2**20),
+        "memory_total_mib": ("glm_gpu_memory_total_bytes", "Memory of the card.", 2**20),
+        "temperature_c": ("glm_gpu_temperature_celsius", "Temperature.", 1),
+        "power_w": ("glm_gpu_power_watts", "Power drawn.", 1),
+    }
+    for key, (name, what, factor) in names.items():
+        gauge = Gauge(name, what, ["gpu"], registry=registry)
+        for card in cards:
+            if card.get(key) is not None:
+                gauge.labels(str(card["index"])).set(card[key] * factor)
+
+
+def _append(path: Path, line: str) -> None:
+    """Rotated by renaming, never by cutting: a shipper that has the file open reads it to its end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and path.stat().st_size > ROTATE_BYTES:
+        for number in range(ROTATE_KEEP - 1, 0, -1):
+            older = path.with_name(f"{path.name}.{number}")
+            if older.exists():
+                older.replace(path.with_name(f"{path.name}.{number + 1}"))
+        path.replace(path.with_name(f"{path.name}.1"))
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line)
+
+
+def _cap(path: Path) -> None:
+    """The servers' own output is kept open for append by them, so it is copied and cut where logrotate is absent."""
+    if not path.exists() or path.stat().st_size <= RAW_LIMIT_BYTES:
+        return
+    old = path.with_name(f"{path.name}.1")
+    with path.open("rb") as source, old.open("wb") as target:
+        source.seek(-RAW_LIMIT_BYTES // 4, 2)
+        target.write(source.read())
+    with path.open("r+b") as file:
+        file.truncate(0)
+
+
+def _push(url: str, exposition: bytes) -> str:
+    reply = exchange(
+        f"{url.rstrip('/')}/metrics/job/glm_health/instance/{platform.node() or 'unknown'}", SEND_LIMIT_S, "PUT", exposition,
+        {"Content-Type": "text/plain; version=0.0.4"},
+    )  # fmt: skip
+    return "" if reply.status in (200, 202) else f"the Pushgateway took nothing: {reply.detail or f'HTTP {reply.status}'}"
+
+
+def _bulk(url: str, document: Mapping[str, Any], log_dir: Path) -> str:
+    """The last path part is the index. A bulk answer is 200 even when documents were refused: its items tell.
+
+    Documents that could not be sent wait in a small file beside the log and go first the next time.
+    """
+    parts = urlsplit(url)
+    index = parts.path.strip("/") or "glm-health"
+    pending = log_dir / ".elasticsearch.pending"
+    lines = pending.read_text(encoding="utf-8").splitlines()[-998:] if pending.exists() else []
+    # The same id twice is the same document: sending again after a lost answer does no harm.
+    name = f"{platform.node()}-{document['@timestamp']}"
+    lines += [json.dumps({"index": {"_index": index, "_id": name}}), json.dumps(document, ensure_ascii=False)]
+    headers = {"Content-Type": "application/x-ndjson"}
+    if parts.username:
+        pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}".encode()
+        headers["Authorization"] = "Basic " + base64.b64encode(pair).decode()
+    port = f":{parts.port}" if parts.port else ""
+    target = f"{parts.scheme}://{parts.hostname}{port}/_bulk"
+    reply = exchange(target, SEND_LIMIT_S, "POST", ("\n".join(lines) + "\n").encode(), headers, connect_s=2.0)
+    body = reply.json() or {}
+    # A document that is refused for what it is would be refused for ever, and must not hold up those behind it.
+    if reply.status == 200:
+        pending.unlink(missing_ok=True)
+        refused = [item for row in body.get("items", ()) for item in row.values() if item.get("error")]
+        return f"Elasticsearch refused {len(refused)} of {len(lines) // 2}: {refused[0]['error']}"[:300] if refused else ""
+    try:
+        reports.replace_file(pending, "\n".join(lines))
+    except OSError:
+        return "Elasticsearch cannot be reached, and the disk takes nothing that could be sent later"
+    return f"Elasticsearch took nothing: {reply.detail or f'HTTP {reply.status}'}; {len(lines) // 2} documents wait"
+
+
+def _as_number(value: bool | None) -> float | None:
+    return None if value is None else float(value)
+
+
+def _ratio(percent: Any) -> float | None:
+    return percent / 100 if isinstance(percent, int | float) else None

@@ -1,0 +1,122 @@
+"""The last report in words, from logs/health.json: it works while the service, the store and the checker are down.
+
+On a full disk the newest report is in memory only, and is taken from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import sqlite3
+import sys
+import time
+from datetime import datetime
+from typing import Any
+
+from monitor.judge import report
+from monitor.store.store import Store, kept_path
+from settings import Settings
+
+GOOD, BAD = 0, 1
+MARKS = {"healthy": "ok", "busy": "ok", "starting": "..", "degraded": " !", "unknown": " ?"}
+
+
+def read(settings: Settings) -> tuple[dict[str, Any] | None, float]:
+    """(report, its age in seconds)."""
+    found = []
+    for last in (_from_file, _from_memory):
+        try:
+            known = last(settings)
+            if known is not None:
+                found.append((datetime.fromisoformat(known["timestamp"]).timestamp(), known))
+        except (OSError, ValueError, KeyError, TypeError, sqlite3.Error):
+            continue
+    if not found:
+        return None, 0.0
+    at, newest = max(found, key=lambda pair: pair[0])
+    return newest, time.time() - at
+
+
+def _from_file(settings: Settings) -> dict[str, Any]:
+    return dict(json.loads((settings.log_dir / report.FILE_NAME).read_text(encoding="utf-8")))
+
+
+def _from_memory(settings: Settings) -> dict[str, Any] | None:
+    if not kept_path(settings.log_dir).exists():
+        return None
+    with contextlib.closing(Store.read_only(settings.log_dir)) as store:
+        return store.last_report()
+
+
+def show(settings: Settings, as_json: bool) -> int:
+    found, age_s = read(settings)
+    if found is None:
+        print(f"No report at {settings.log_dir / report.FILE_NAME}. Run health_check.py once, or health_check.py install.", file=sys.stderr)
+        return BAD
+    stale = age_s > settings.check_silent_s
+    if as_json:
+        print(report.to_json({**found, "age_s": round(age_s, 1), "stale": stale}))
+    else:
+        print("\n".join(lines(found, age_s, settings)))
+    # An old report is no answer, however good it was.
+    return GOOD if found["service_healthy"] and not stale else BAD
+
+
+def lines(found: dict[str, Any], age_s: float, settings: Settings) -> list[str]:
+    out = [f"{found['verdict'].upper()}   {found['timestamp']}   {_ago(age_s)} ago, took {found['duration_s']} s"]
+    if age_s > settings.check_silent_s:
+        out.append(f"STALE: the checker has been silent for {_ago(age_s)}. What follows may no longer hold. Try: health_check.py doctor")
+    for name, target in found.get("targets", {}).items():
+        seen = f" (seen {target['seen']} of {target['needed']})" if target["seen"] and target["seen"] < target["needed"] else ""
+        out.append(f" {MARKS.get(target['word'], 'XX')} {name:5} {target['word']:9}{seen} {target['en']}")
+        decision = target.get("decision") or {}
+        if decision.get("kind") not in (None, "none"):
+            out.append(f"          action: {decision['kind']} ({decision['reason']})")
+        if target.get("circuit_open"):
+            out.append(f"          circuit open: {target['circuit_open']}; health_check.py reset --reason WHY")
+    for warning in found.get("warnings", ()):
+        out.append(f"  ! {warning['en']} Now {warning['mean']}.")
+    check = found.get("check", {})
+    if check.get("hold"):
+        out.append(f"    no cure: {check['hold']}")
+    if check.get("store") not in (None, "ok"):
+        out.append(f"  ! {check['store']}")
+    gpu = found["evidence"]["gpu"]
+    reason = f"   (GPU: {gpu['reason']})" if gpu.get("reason") else ""
+    out.append(
+        f"    GPU {_number(found['gpu_load'], '%')}, {_number(found['gpu_memory_used'], ' MiB')}   "
+        f"CPU {_number(found['cpu_percent'], '%')}   memory {_number(found['memory_used_percent'], '%')}{reason}"
+    )
+    return out
+
+
+def watch(settings: Settings, every_s: float, times: int) -> int:
+    """Until Ctrl-C, or so many times."""
+    done = 0
+    code = BAD
+    try:
+        while not times or done < times:
+            found, age_s = read(settings)
+            width = shutil.get_terminal_size().columns
+            text = lines(found, age_s, settings) if found else ["No report yet."]
+            if sys.stdout.isatty():
+                print("\033[H\033[J", end="")
+            print("\n".join(line[:width] if sys.stdout.isatty() else line for line in text), flush=True)
+            code = GOOD if found and found["service_healthy"] and age_s <= settings.check_silent_s else BAD
+            done += 1
+            if not times or done < times:
+                time.sleep(every_s)
+    except KeyboardInterrupt:
+        print()
+    return code
+
+
+def _number(value: float | None, unit: str) -> str:
+    return "-" if value is None else f"{value:g}{unit}"
+
+
+def _ago(seconds: float) -> str:
+    if seconds < 120:
+        return f"{max(0.0, seconds):.0f} s"  # the clock may have been set back
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

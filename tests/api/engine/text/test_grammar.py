@@ -1,0 +1,226 @@
+"""Grammars: what they let through, what they refuse, and that thinking belongs to them."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from api.engine.fake import END, fake_model
+from api.engine.text.grammar import GrammarCompiler, MatcherGrammar
+from api.engine.text.grammar_text import AnswerForm, CallableTool, GrammarError
+from api.engine.text.tokenizer import Vocabulary
+
+SHAPES = Path(__file__).resolve().parents[4] / "models" / "shapes" / "tokenizer.json"
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+COUNT = CallableTool(
+    "count",
+    {
+        "type": "object",
+        "properties": {"color": {"type": "string"}, "limit": {"type": "integer"}, "size": {"enum": ["big", "small"]}},
+        "required": ["color"],
+    },
+)
+LOOK = CallableTool("look", {"type": "object", "properties": {}})
+CALL = "<tool_call>count\n<arg_key>color</arg_key>\n<arg_value>dark red</arg_value>\n</tool_call>"
+LOOK_CALL = "<tool_call>look\n</tool_call>"
+
+
+@pytest.fixture(scope="module", params=["shapes", "fake"])
+def vocabulary(request) -> Vocabulary:
+    return Vocabulary(Tokenizer.from_file(str(SHAPES))) if request.param == "shapes" else fake_model().vocabulary
+
+
+@pytest.fixture(scope="module")
+def compiler(vocabulary: Vocabulary) -> GrammarCompiler:
+    return GrammarCompiler(vocabulary, [vocabulary.special[text] for text in END])
+
+
+def allows(grammar: MatcherGrammar, token: int) -> bool:
+    mask = grammar.allowed()
+    return token // 32 < len(mask) and bool((int(np.uint32(mask[token // 32])) >> (token % 32)) & 1)
+
+
+def takes(compiler: GrammarCompiler, vocabulary: Vocabulary, form: AnswerForm, text: str) -> bool:
+    """Whether every token of the answer, and its end, is allowed and accepted."""
+    grammar = compiler.compile(form)
+    for token in vocabulary.encode(text):
+        if not allows(grammar, token) or not grammar.accept(token):
+            return False
+    return allows(grammar, vocabulary.special["<|user|>"])
+
+
+ASKED = AnswerForm(tools=(COUNT, LOOK), must_call=True)
+GOOD: list[tuple[AnswerForm, str]] = [
+    (AnswerForm(PERSON), '{"name": "Ann", "age": 7}'),
+    (AnswerForm(PERSON), '\n{"name":"<b>","age":7}'),
+    (AnswerForm(PERSON), '\n<think>a {b} "c" < d</think>\n{\n  "name": "Ann",\n  "age": 7\n}'),
+    (AnswerForm(PERSON), '<think></think>\n{"name": "", "age": -1}'),
+    (AnswerForm(PERSON, starts_thinking=True), 'so</think>\n{"name": "Ann", "age": 7}'),
+    (AnswerForm(PERSON, may_think=False), '\n{"name": "Ann", "age": 7}'),
+    (AnswerForm({"type": "object"}), '{"any": [1, {"b": null}]}'),
+    (ASKED, "\n" + CALL),
+    (ASKED, "<think>hm</think>\n" + CALL + "\n" + LOOK_CALL),
+    (AnswerForm(tools=(COUNT,), must_call=True, many_calls=False), CALL),
+    (AnswerForm(tools=(COUNT,), many_calls=False), "Let me see.\n" + CALL),
+    (AnswerForm(tools=(COUNT,), many_calls=False), "No call at all."),
+    (AnswerForm(PERSON, (LOOK,)), LOOK_CALL),
+    (AnswerForm(PERSON, (LOOK,)), '{"name": "Ann", "age": 7}'),
+    (
+        ASKED,
+        CALL.replace(
+            "\n</tool_call>",
+            "\n<arg_key>limit</arg_key>\n<arg_value>3</arg_value>"
+            "\n<arg_key>size</arg_key>\n<arg_value>big</arg_value>\n</tool_call>",
+        ),
+    ),
+    (AnswerForm(tools=(CallableTool("any"),), must_call=True),
+     "<tool_call>any\n<arg_key>what</arg_key>\n<arg_value>{1}</arg_value>\n</tool_call>"),
+]  # fmt: skip
+BAD: list[tuple[AnswerForm, str]] = [
+    (AnswerForm(PERSON), "Ann is 7."),
+    (AnswerForm(PERSON), '{"name": "Ann"}'),
+    (AnswerForm(PERSON), '{"name": "Ann", "age": "7"}'),
+    (AnswerForm(PERSON), '{"name": "Ann", "age": 7, "more": 1}'),
+    (AnswerForm(PERSON), '{"name": "Ann", "age": 7'),
+    (AnswerForm(PERSON), "{" + " " * 100 + '"name": "Ann", "age": 7}'),
+    (AnswerForm(PERSON), "<think>only thoughts</think>"),
+    (AnswerForm(PERSON, may_think=False), '<think>x</think>{"name": "Ann", "age": 7}'),
+    (AnswerForm(PERSON, starts_thinking=True), '{"name": "Ann", "age": 7}'),
+    (ASKED, "I would rather talk."),
+    (ASKED, "<tool_call>other\n</tool_call>"),
+    (ASKED, "<tool_call>count\n</tool_call>"),  # the colour is required
+    (ASKED, CALL.replace("color", "colour")),
+    (ASKED, CALL.replace("dark red", "a</arg_value>b")),
+    (ASKED, CALL.replace("\n</tool_call>", "<arg_key>limit</arg_key><arg_value>many</arg_value></tool_call>")),
+    (ASKED, CALL.replace("\n</tool_call>", "<arg_key>size</arg_key><arg_value>huge</arg_value></tool_call>")),
+    (AnswerForm(tools=(COUNT, LOOK), must_call=True, many_calls=False), CALL + LOOK_CALL),
+]
+
+
+@pytest.mark.parametrize(("form", "text"), GOOD)
+def test_what_fits_is_let_through(form: AnswerForm, text: str, compiler, vocabulary) -> None:
+    assert takes(compiler, vocabulary, form, text)
+
+
+@pytest.mark.parametrize(("form", "text"), BAD)
+def test_what_does_not_fit_is_stopped(form: AnswerForm, text: str, compiler, vocabulary) -> None:
+    assert not takes(compiler, vocabulary, form, text)
+
+
+def test_a_token_of_the_markup_cannot_stand_in_a_string(compiler, vocabulary) -> None:
+    grammar = compiler.compile(AnswerForm(PERSON))
+    for token in vocabulary.encode('{"name": "'):
+        assert grammar.accept(token)
+
+    for tag in ("<tool_call>", "</think>", "<|begin_of_box|>", "<|image|>", "<|user|>"):
+        assert not allows(grammar, vocabulary.special[tag]), tag
+
+
+def test_a_complete_answer_leaves_only_the_end(compiler, vocabulary) -> None:
+    grammar = compiler.compile(AnswerForm({"const": 1}))
+    for token in vocabulary.encode("1"):
+        assert grammar.accept(token)
+    ends = {vocabulary.special[text] for text in END}
+    size = 32 * len(grammar.allowed())
+
+    assert {token for token in range(size) if allows(grammar, token)} == ends
+    assert not grammar.finished() or not grammar.failed
+    assert grammar.accept(min(ends)) and grammar.finished()
+
+
+def test_a_wrong_token_is_told_and_leaves_only_the_end(compiler, vocabulary) -> None:
+    grammar = compiler.compile(AnswerForm(PERSON))
+
+    assert not grammar.accept(vocabulary.encode("x")[0])
+    assert grammar.failed
+    assert {t for t in range(32 * len(grammar.allowed())) if allows(grammar, t)} == {
+        vocabulary.special[text] for text in END
+    }
+
+
+def test_two_answers_do_not_share_their_state(compiler, vocabulary) -> None:
+    first, second = compiler.compile(AnswerForm(PERSON)), compiler.compile(AnswerForm(PERSON))
+    for token in vocabulary.encode('{"name": "A'):
+        first.accept(token)
+
+    assert allows(second, vocabulary.encode("{")[0]) and second.accept(vocabulary.encode("{")[0])
+
+
+@pytest.mark.parametrize(
+    ("form", "said"),
+    [
+        (AnswerForm({"type": "strange"}), "strange"),
+        (AnswerForm({"$ref": "#/$defs/none"}), "none"),
+        (AnswerForm({"$ref": "http://127.0.0.1/schema.json"}), "does not fetch"),
+        (AnswerForm(tools=(CallableTool("f", {"properties": {"a<b": {}}}),), must_call=True), "a<b"),
+        (AnswerForm(tools=(CallableTool("f", {"required": ["x"], "properties": {"a": {}}}),), must_call=True), "'x'"),
+        (
+            AnswerForm(tools=(CallableTool("f", {"properties": {"a": {"type": "string", "pattern": "x"}}}, True),)),
+            "pattern",
+        ),
+        (AnswerForm({"enum": ["x" * 300_000]}), "characters"),
+    ],
+)
+def test_what_cannot_be_enforced_is_refused(form: AnswerForm, said: str, compiler) -> None:
+    with pytest.raises(GrammarError, match=re.escape(said)):
+        compiler.compile(form)
+
+
+def deep(levels: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(levels):
+        schema = {"type": "object", "properties": {"a": schema, "b": schema}, "required": ["a"]}
+    return schema
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string", "pattern": "(((a+)+)+)+b"},
+        {"type": "string", "pattern": "(a{1,1000}){1,1000}"},
+        {"type": "array", "items": {"type": "integer"}, "minItems": 100_000},
+        {"anyOf": [{"type": "string", "maxLength": 100 + n} for n in range(200)]},
+        deep(8),
+    ],
+)
+def test_a_hostile_schema_ends_soon(schema: dict[str, Any], compiler, vocabulary) -> None:
+    began = time.monotonic()
+    try:
+        grammar = compiler.compile(AnswerForm(schema))
+        grammar.allowed()
+    except GrammarError:
+        pass
+
+    assert time.monotonic() - began < 20
+
+
+def test_free_forms_need_no_grammar() -> None:
+    assert AnswerForm().is_free and AnswerForm(tools=(COUNT,)).is_free
+    assert not ASKED.is_free and not AnswerForm(PERSON).is_free
+    assert not AnswerForm(tools=(CallableTool("f", {}, True),)).is_free
+    assert not AnswerForm(tools=(COUNT,), many_calls=False).is_free
+
+
+def test_references_inside_a_tools_schema_are_followed(compiler, vocabulary) -> None:
+    parameters = {
+        "$defs": {"Point": {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}},
+        "properties": {"at": {"$ref": "#/$defs/Point"}},
+        "required": ["at"],
+    }
+    form = AnswerForm(tools=(CallableTool("go", parameters),), must_call=True)
+    call = "<tool_call>go\n<arg_key>at</arg_key>\n<arg_value>{}</arg_value>\n</tool_call>"
+
+    assert takes(compiler, vocabulary, form, call.replace("{}", json.dumps({"x": 1})))
+    assert not takes(compiler, vocabulary, form, call)

@@ -1,0 +1,78 @@
+"""What an answer must, may and must not say next, and when its thinking has lasted long enough."""
+
+from __future__ import annotations
+
+import pytest
+
+from api.engine.fake import END, byte_tokenizer
+from api.engine.request import FinishReason, Request, Sampling
+from api.engine.text.output import Answer, smallest_period
+from api.engine.text.tokenizer import Vocabulary
+
+VOCABULARY = Vocabulary(byte_tokenizer())
+ENDS = frozenset(VOCABULARY.special[name] for name in END)
+CLOSE = tuple(VOCABULARY.encode("\n</think>"))
+
+
+def answer(prompt: str = "q<|assistant|>", **sampling) -> Answer:
+    request = Request("r", tuple(VOCABULARY.encode(prompt)), Sampling(**{"max_tokens": 100, **sampling}))
+    return Answer(request, VOCABULARY, ENDS, context_tokens=1000)
+
+
+def say(one: Answer, text: str) -> tuple[str, FinishReason | None]:
+    """What a model would say that wants to say `text`, but says what it must."""
+    out, wanted = "", VOCABULARY.encode(text)
+    while wanted or one.forced is not None:
+        token = wanted.pop(0) if one.forced is None else one.forced
+        piece, reason = one.feed(token)
+        out += piece
+        if reason:
+            return out, reason
+    return out, None
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "expected"),
+    [
+        ("<|assistant|>", "<think>abcdef", "<think>abc\n</think>def"),
+        ("<|assistant|>", "\n<think>abcdef", "\n<think>abc\n</think>def"),
+        ("<|assistant|><think>", "abcdef", "abc\n</think>def"),
+        ("<|assistant|><think>", "ab</think>cdef", "ab</think>cdef"),
+        ("<|assistant|>\n<think></think>", "abcdef", "abcdef"),
+        ("<|assistant|>", "abcdef<think>ghijkl", "abcdef<think>ghijkl"),
+        ("<think></think>x<|user|>\n<|assistant|>", "<think>abcdef", "<think>abc\n</think>def"),
+    ],
+)
+def test_thinking_ends_when_its_budget_is_spent(prompt: str, text: str, expected: str) -> None:
+    assert say(answer(prompt, thinking_tokens=3, thinking_end_ids=CLOSE), text)[0] == expected
+
+
+def test_without_a_budget_nothing_is_forced() -> None:
+    assert say(answer("<|assistant|><think>"), "x" * 50)[0] == "x" * 50
+
+
+def test_end_tokens_are_barred_until_the_answer_is_long_enough() -> None:
+    one = answer(min_tokens=2)
+    barred = []
+    for letter in "abc":
+        barred.append(bool(one.barred_ids))
+        say(one, letter)
+
+    assert barred == [True, True, False]
+
+
+def test_an_end_token_has_no_text_and_ends() -> None:
+    assert say(answer(), "ab<|user|>") == ("ab", FinishReason.STOP)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "period"), [("aaaa", 1), ("abab", 2), ("abcab", 3), ("abcd", 4), ("aab", 3), ("", 0)]
+)
+def test_the_smallest_period(tokens: str, period: int) -> None:
+    assert smallest_period([ord(c) for c in tokens]) == period
+
+
+def test_varied_text_is_no_repetition() -> None:
+    text = " ".join(str(number) for number in range(200))
+
+    assert say(answer(max_tokens=2000, loop_window=64), text)[1] is None

@@ -1,0 +1,149 @@
+"""The signs of life: written while the loop works, hangs or serves, and honest about the checker."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from served import wait_for
+
+from api.engine.engine import Stats
+from api.health.heartbeat import Heartbeat
+
+WAIT_S = 30.0
+
+
+def beat_file(served) -> Path:
+    return served.app.state.services.settings.log_dir / "api.health.heartbeat.json"
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def test_the_file_names_the_process_and_goes_on_by_itself(serve) -> None:
+    path = beat_file(serve())
+    wait_for(path.exists)
+    first = read(path)
+    wait_for(lambda: read(path)["written_at"] > first["written_at"])
+
+    record = read(path)
+    assert record["pid"] == os.getpid() and record["start_time"] > 0 and record["boot_id"]
+    assert record["state"] == "idle" and record["phase"] == "idle" and record["steps"] == 0
+    assert record["beat_at"] > first["beat_at"], "the loop beats"
+    assert 0 <= time.monotonic() - record["written_at"] < WAIT_S
+
+
+def test_work_without_a_step_past_its_deadline_is_stalled_and_a_step_makes_it_good_again(serve) -> None:
+    served = serve()
+    heart = served.app.state.services.heartbeat
+    asking = threading.Thread(target=lambda: served.chat("HANG"))
+    asking.start()
+    assert served.runner.hanging.wait(WAIT_S)
+    early = served.client.get("/health")
+    wait_for(lambda: heart.pulse.no_progress_s > 1)
+    stats = served.engine.stats()
+
+    assert (early.status_code, early.json()["state"]) == (200, "busy")
+    wait_for(lambda: read(beat_file(served))["in_flight"])
+    text = beat_file(served).read_text()
+    (request,) = json.loads(text)["in_flight"]
+    assert request["running"] and request["prompt_tokens"] > 0 and "HANG" not in text, "how far it is, not what it says"
+    heart._end.set()  # the observer must not look again in between
+    heart._thread.join(WAIT_S)
+    guess = Stats(**{**stats.__dict__, "phase_deadline_s": 0.5})
+    heart._pulse = heart._look(guess)
+    assert served.client.get("/health").json()["state"] == "busy", "the engine's guess does not shorten the limit"
+    heart._stall_s = 0.5
+    heart._pulse = heart._look(guess)
+    stalled = served.client.get("/health")
+    assert (stalled.status_code, stalled.json()["state"]) == (503, "stalled")
+    assert int(stalled.headers["Retry-After"]) > 0
+    served.runner.release.set()
+    asking.join(WAIT_S)
+    wait_for(lambda: served.client.get("/health").json()["state"] == "idle")
+
+
+def test_a_blocked_loop_shows_in_the_file_and_the_stacks_name_the_line(serve) -> None:
+    served = serve()
+    path = beat_file(served)
+    go = threading.Event()
+
+    @served.app.get("/block", include_in_schema=False)
+    async def block() -> None:
+        go.wait(WAIT_S)
+
+    blocked = threading.Thread(target=lambda: served.client.get("/block"))
+    blocked.start()
+    wait_for(lambda: path.exists() and read(path)["loop_lag_s"] > 1)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    stacks = path.with_name("api.stacks.txt").read_text()
+    go.set()
+    blocked.join(WAIT_S)
+
+    assert "in block" in stacks and "test_heartbeat.py" in stacks
+    assert "in _observe" in stacks, "every thread is there"
+
+
+def test_a_checker_that_falls_silent_is_told(serve) -> None:
+    served = serve(check_silent_s=60)
+    report = served.app.state.services.settings.log_dir / "health.json"
+    ask = lambda: served.client.get("/health").json()["checker"]["state"]  # noqa: E731
+
+    assert ask() == "never seen"
+    wait_for(report.parent.exists)
+    report.write_text("{}")
+    wait_for(lambda: ask() == "watching")
+    old = time.time() - 61
+    os.utime(report, (old, old))
+    wait_for(lambda: ask() == "silent")
+
+
+def test_a_users_answer_is_remembered_by_kind(serve) -> None:
+    heart = serve().app.state.services.heartbeat
+
+    assert heart.success_age_s == {}
+    heart.succeeded(pictures=False)
+    assert set(heart.success_age_s) == {"text"}
+    heart.succeeded(pictures=True)
+    assert set(heart.success_age_s) == {"text", "picture"}
+
+
+def test_a_disk_that_takes_nothing_is_told_and_does_not_stop_the_server(serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Path, *_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    served = serve()
+
+    wait_for(lambda: served.client.get("/health").json()["heartbeat_error"] == "No space left on device")
+    assert served.chat("hello").status_code == 200
+
+
+def test_waiting_work_after_a_long_idle_time_is_not_stalled(tmp_path: Path) -> None:
+    heart = Heartbeat(engine=None, log_dir=tmp_path, stall_s=5, check_silent_s=60)  # type: ignore[arg-type]
+    idle = Stats("idle", 1.0, "idle", 0, 0, 7, 900.0, 0.1, None)
+    heart._progress_at -= 900
+    heart._pulse = heart._look(idle)
+
+    busy = Stats("busy", 1.0, "idle", 0, 1, 7, 900.0, 0.1, None)
+    heart._pulse = heart._look(busy)
+
+    assert heart.state(busy) == "busy"
+
+
+def test_a_users_answer_counts_as_a_success_and_a_probes_does_not(serve) -> None:
+    served = serve(probe_token="pt")
+
+    served.client.headers["x-glm-probe"] = "pt"
+    assert served.chat("hi").status_code == 200
+    assert served.client.get("/health").json()["success_age_s"] == {}
+    del served.client.headers["x-glm-probe"]
+    assert served.chat("hi").status_code == 200
+
+    assert set(served.client.get("/health").json()["success_age_s"]) == {"text"}

@@ -1,0 +1,155 @@
+"""How much is let in: by requests, by tokens, by key; and that all of it comes back."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import pytest
+
+from api.errors import ServingError
+from api.http.auth import Caller
+from api.requests.admission import LARGEST_BODIES, LARGEST_BODIES_OF_KEY, PROBES, Admission
+from settings import Settings
+
+ANN, BEN, PROBE = Caller("ann"), Caller("ben"), Caller("probe", probe=True)
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def refusal(act) -> ServingError:
+    with pytest.raises(ServingError) as caught:
+        act()
+    assert caught.value.retry_after_s and caught.value.retry_after_s > 0
+    return caught.value
+
+
+def test_the_queue_and_the_slots_are_the_limit() -> None:
+    admission = Admission(Settings(queue_size=2), lambda: 3)
+    places = [admission.enter(ANN) for _ in range(5)]
+
+    error = refusal(lambda: admission.enter(BEN))
+
+    assert (error.status, error.code) == (503, "queue_full")
+    places[0].close()
+    admission.enter(BEN)
+
+
+def test_probes_have_a_place_of_their_own() -> None:
+    admission = Admission(Settings(queue_size=1))
+    for _ in range(2):
+        admission.enter(ANN)
+
+    probes = [admission.enter(PROBE) for _ in range(PROBES)]
+    for probe in probes:
+        probe.weigh(10**9)
+
+    assert admission.active == 2
+    assert refusal(lambda: admission.enter(PROBE)).code == "queue_full"
+
+
+def test_tokens_are_a_limit_of_their_own_but_one_request_is_always_let_in() -> None:
+    admission = Admission(Settings(queue_tokens=100))
+    large, small = admission.enter(ANN), admission.enter(ANN)
+    large.weigh(5_000)
+
+    error = refusal(lambda: small.weigh(1))
+
+    assert error.status == 503 and "<= 100 tokens" in error.message and "5000 are. Given: 1" in error.message
+    large.close()
+    small.weigh(60)
+    assert admission.tokens == 60
+
+
+def test_a_key_may_ask_so_often_in_a_minute() -> None:
+    clock = Clock()
+    admission = Admission(Settings(key_requests_per_minute=2), clock=clock)
+    admission.enter(ANN).close()
+    clock.now += 20
+    admission.enter(ANN).close()
+
+    error = refusal(lambda: admission.enter(ANN))
+
+    assert (error.status, error.code, error.retry_after_s) == (429, "rate_limit_exceeded", 40)
+    admission.enter(BEN).close()
+    admission.enter(PROBE).close()
+    clock.now += 40
+    admission.enter(ANN).close()
+
+
+def test_a_key_may_have_so_many_at_a_time_counting_choices() -> None:
+    admission = Admission(Settings(key_concurrency=3))
+    place = admission.enter(ANN)
+    place.take(2)
+
+    error = refusal(lambda: admission.enter(ANN))
+
+    assert (error.status, error.code) == (429, "concurrency_limit_exceeded")
+    admission.enter(BEN)
+    place.close()
+    admission.enter(ANN).take(2)
+
+
+def test_a_place_is_given_back_once_and_completely() -> None:
+    admission = Admission(Settings())
+    place = admission.enter(ANN)
+    place.take(3)
+    place.weigh(70)
+    probe = admission.enter(PROBE)
+    assert (admission.active, admission.tokens, admission.probes) == (4, 70, 1)
+
+    for _ in range(3):
+        place.close()
+        probe.close()
+
+    assert (admission.active, admission.tokens, admission.probes) == (0, 0, 0)
+
+
+def test_looking_takes_no_place_and_counts_for_no_rate() -> None:
+    clock = Clock()
+    admission = Admission(Settings(queue_size=1, key_requests_per_minute=2), clock=clock)
+    for _ in range(5):
+        admission.check(ANN)
+    assert admission.active == 0
+    admission.enter(ANN)
+    admission.enter(ANN)
+
+    assert refusal(lambda: admission.check(ANN)).code == "rate_limit_exceeded"
+    assert refusal(lambda: admission.check(BEN)).code == "queue_full"
+
+
+def test_the_bytes_of_bodies_on_their_way_are_limited_together() -> None:
+    admission = Admission(Settings(max_body_bytes=100))
+    with ExitStack() as stack:
+        for name in ("ann", "ben"):
+            stack.enter_context(admission.arriving(Caller(name))).add(LARGEST_BODIES * 50)
+
+        error = refusal(lambda: admission.arriving(Caller("cid")).add(1))
+
+        assert (error.status, error.code) == (503, "queue_full") and "<= 400 bytes" in error.message
+        with admission.arriving(PROBE) as probe:
+            probe.add(10)
+            assert admission.arriving_bytes == 410
+    assert admission.arriving_bytes == 0
+    with admission.arriving(ANN) as body:
+        body.add(100)
+
+
+def test_one_keys_arriving_bodies_keep_nobody_else_out() -> None:
+    admission = Admission(Settings(max_body_bytes=100))
+    with admission.arriving(ANN) as first, admission.arriving(ANN) as second:
+        first.add(LARGEST_BODIES_OF_KEY * 100 - 1)
+        second.add(1)
+
+        error = refusal(lambda: second.add(1))
+
+        assert (error.status, error.code) == (429, "arriving_limit_exceeded") and "<= 200 bytes" in error.message
+        with admission.arriving(BEN) as other:
+            other.add(100)
+    with admission.arriving(ANN) as again:
+        again.add(100)
+    assert admission.arriving_bytes == 0

@@ -1,0 +1,187 @@
+"""/tokenize and /detokenize, and /metrics: what operators and clients read besides answers."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from served import picture_part, text_part
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def samples(served: Any) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    answer = served.client.get("/metrics")
+    assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(answer.text)
+        for sample in family.samples
+    }
+
+
+def of(found: dict, name: str, **labels: str) -> float:
+    return found[(f"glm_{name}", tuple(sorted(labels.items())))]
+
+
+def test_text_becomes_tokens_and_tokens_become_text(serve) -> None:
+    client = serve().client
+
+    there = client.post("/tokenize", json={"prompt": "héllo <|user|>", "return_token_strs": True}).json()
+    back = client.post("/detokenize", json={"tokens": there["tokens"]}).json()
+
+    assert there["count"] == len(there["tokens"]) == len("héllo <|user|>".encode())
+    assert there["max_model_len"] == 4096 and len(there["token_strs"]) == there["count"]
+    assert back == {"prompt": "héllo <|user|>"}
+
+
+def test_a_conversation_is_counted_as_the_engine_counts_it(serve) -> None:
+    served = serve()
+    messages = [{"role": "user", "content": "hello"}]
+
+    counted = served.client.post("/tokenize", json={"messages": messages}).json()["count"]
+    without = served.client.post(
+        "/tokenize", json={"messages": messages, "chat_template_kwargs": {"enable_thinking": False}}
+    ).json()["count"]
+
+    assert counted == served.chat("hello").json()["usage"]["prompt_tokens"] and without == counted + 3
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "b"}]}, "prompt"),
+        ("/tokenize", {"prompt": "x" * 4_000_000}, "prompt"),
+        ("/tokenize", {"messages": [{"role": "user", "content": "x" * 4_000_000}]}, "messages"),
+        ("/tokenize", {"prompt": 1}, "prompt"),
+        ("/tokenize", {"prompt": "a", "add_special_tokens": True}, "add_special_tokens"),
+        ("/detokenize", {"tokens": [99999]}, "tokens[0]"),
+        ("/detokenize", {"tokens": [1, -1]}, "tokens[1]"),
+        ("/detokenize", {"tokens": [2**70]}, "tokens[0]"),
+        ("/detokenize", {"tokens": "x"}, "tokens"),
+        ("/detokenize", {"model": "other", "tokens": []}, "model"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(path: str, body: dict[str, Any], param: str, serve) -> None:
+    answer = serve().client.post(path, json=body)
+
+    assert answer.status_code in (400, 404), answer.text
+    assert answer.json()["error"]["param"] == param
+
+
+def test_an_answer_is_counted_in_tokens_times_and_reasons(serve) -> None:
+    served = serve()
+    usage = served.chat([picture_part(), text_part("hi")]).json()["usage"]
+    served.chat("hi", max_tokens=2)
+    served.chat("FAIL")
+
+    found = samples(served)
+
+    assert of(found, "request_success_total", finished_reason="stop", traffic="user") == 1
+    assert of(found, "request_success_total", finished_reason="length", traffic="user") == 1
+    assert of(found, "request_failure_total", reason="engine", traffic="user") == 1
+    assert of(found, "generation_tokens_total", traffic="user") == usage["completion_tokens"] + 2
+    assert of(found, "image_tokens_total", traffic="user") == usage["prompt_tokens_details"]["image_tokens"] > 0
+    assert of(found, "images_total", traffic="user") == 1
+    for name in ("time_to_first_token", "e2e_request_latency", "request_queue_time", "request_preprocess_time",
+                 "request_prefill_time", "request_decode_time", "request_inference_time"):  # fmt: skip
+        assert of(found, f"{name}_seconds_count", traffic="user") == 2, name
+    assert of(found, "request_time_per_output_token_seconds_count", traffic="user") == 2
+    assert of(found, "engine_steps_total") > 2 and of(found, "engine_state", state="idle") == 1
+    assert of(found, "build_info", version="0.1.0", model_name="fake") == 1
+    assert of(found, "num_requests_running") == of(found, "num_requests_waiting") == 0
+
+
+def test_what_is_asked_and_written_is_measured_as_it_comes(serve) -> None:
+    served = serve(token_s=0.01)
+    answer = served.chat("hi", n=2, max_tokens=7).json()
+
+    found = samples(served)
+
+    assert answer["usage"]["completion_tokens"] == 14
+    for name, total in (("request_params_max_tokens", 7), ("request_params_n", 2), ("request_generation_tokens", 14),
+                        ("request_prompt_tokens", answer["usage"]["prompt_tokens"])):  # fmt: skip
+        assert (of(found, f"{name}_count", traffic="user"), of(found, f"{name}_sum", traffic="user")) == (1, total)
+    # One token is one piece of text here; the first of each choice comes after nothing.
+    assert of(found, "inter_token_latency_seconds_count", traffic="user") == 12
+    assert 12 * 0.01 <= of(found, "inter_token_latency_seconds_sum", traffic="user") < 30
+    assert of(found, "inter_token_latency_seconds_bucket", traffic="user", le="0.005") == 0
+    assert time.time() - 60 < of(found, "engine_last_step_timestamp_seconds") <= time.time()
+    assert of(found, "cache_config_info", slots="1", pages="512", page_tokens="16", chunk_tokens="4096",
+              picture_cache_bytes="1000") == 1  # fmt: skip
+
+
+def test_the_tokens_of_one_step_are_told(serve) -> None:
+    """One slot writes one token in a step, four slots four; the last step is known to be over when another comes."""
+    for slots in (1, 4):
+        served = serve(slots=slots)
+        served.chat("hi", n=slots, max_tokens=9)
+
+        found = samples(served)
+
+        steps, tokens = (of(found, f"iteration_tokens_total_{what}") for what in ("count", "sum"))
+        assert 9 * slots - slots <= tokens < 9 * slots
+        assert tokens / steps == pytest.approx(slots, rel=0.25)
+
+
+def test_an_answer_that_nobody_waits_for_is_counted_as_far_as_it_came(serve) -> None:
+    served = serve()
+    served.chat("FAIL")
+    served.chat("hi", max_tokens=2)
+
+    found = samples(served)
+
+    assert of(found, "generation_tokens_total", traffic="user") == 2
+    assert of(found, "request_params_n_count", traffic="user") == 2
+    assert of(found, "request_generation_tokens_count", traffic="user") == 1
+
+
+def test_probes_are_counted_apart(serve) -> None:
+    served = serve(probe_token="pt")
+    served.client.headers["x-glm-probe"] = "pt"
+    served.chat("hi")
+
+    found = samples(served)
+
+    assert of(found, "request_success_total", finished_reason="stop", traffic="probe") == 1
+    assert ("glm_request_success_total", (("finished_reason", "stop"), ("traffic", "user"))) not in found
+
+
+def test_who_is_turned_away_is_counted_by_reason(serve) -> None:
+    served = serve(key_requests_per_minute=1)
+    statuses = [served.chat("hi").status_code for _ in range(3)]
+    served.client.get("/nothing", headers={"Authorization": "none"})
+
+    found = samples(served)
+
+    assert statuses == [200, 429, 429]
+    assert of(found, "admission_rejections_total", reason="rate_limit_exceeded", traffic="user") == 2
+    assert of(found, "http_requests_total", method="POST", route="/v1/chat/completions", status="429") == 2
+    assert of(found, "http_requests_total", method="other", route="other", status="401") == 1
+
+
+def test_names_keep_to_the_customs(serve) -> None:
+    served = serve()
+    served.chat("hi")
+
+    names = {name for name, _ in samples(served)}
+
+    own = {name for name in names if not name.startswith(("process_", "python_"))}
+    assert own and all(re.fullmatch(r"glm_[a-z0-9_]+", name) for name in own)
+    assert {"glm_prefix_cache_hits_total", "glm_mm_cache_hits_total", "glm_kv_cache_usage_perc"} <= own
+
+
+def test_the_page_lists_the_metrics_that_there_are(serve) -> None:
+    served = serve()
+    served.chat("hi")
+    text = served.client.get("/metrics").text
+    page = (ROOT / "docs" / "api.md").read_text("utf-8").split("## `GET /metrics`")[1].split("\n## ")[0]
+    rows = "\n".join(line for line in page.splitlines() if line.startswith("| `"))
+
+    there = set(re.findall(r"^# TYPE glm_(\S+) ", text, re.MULTILINE))
+    assert there == set(re.findall(r"`([a-z0-9_]+)(?:{[a-z_,]+})?`", rows))

@@ -1,0 +1,107 @@
+"""The planned restart at night: when it comes, and every reason for which it does not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from traces import IDLE, RIGHT, RUNS, api, busy
+
+from monitor.act import nightly
+from monitor.judge.evidence import Moment
+from monitor.judge.verdict import Limits, judge_api
+from monitor.observe.observe import Observation
+from monitor.store.memory import remember
+from monitor.store.store import Store
+
+NIGHT = datetime(2026, 11, 22, 4, 10, tzinfo=UTC).timestamp()
+DAY_S = 86400.0
+
+
+class Surgeon:
+    def __init__(self) -> None:
+        self.restarts: list[tuple[str, str]] = []
+
+    def restart(self, target, verdict, decision, actor="checker") -> str:
+        self.restarts.append((target, actor))
+        return ""
+
+
+@pytest.fixture
+def store(tmp_path):
+    found = Store.open(tmp_path)
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def night(store, make_settings):
+    """Runs the nightly part at a moment; returns what it says and the restarts that it made."""
+
+    def run(at: float = NIGHT, first=IDLE, answers=RIGHT, age_s: float = 3 * DAY_S, rss_mib: float = 3000.0, **changes):
+        settings = make_settings(1, **{"nightly_restart": "4", "timezone": "UTC", **changes})
+        evidence = api(first=first, answers=answers, process=replace(RUNS, age_s=age_s))
+        seen = Observation(Moment(at, 1.0), evidence, None, {"process": {"rss_mib": rss_mib}}, {})
+        surgeon = Surgeon()
+        said = nightly.run(settings, store, remember(store, ""), surgeon, {"api": judge_api(evidence, Limits())}, seen, at)
+        return said, surgeon.restarts
+
+    return run
+
+
+def test_off_means_off(night):
+    assert night(nightly_restart="off") == ("", [])
+
+
+def test_once_in_its_hour_and_not_again_that_day(night):
+    assert night(NIGHT - 3600) == ("", [])
+    assert night() == ("restarted", [("api", "nightly")])
+    assert night(NIGHT + 60) == ("", []), "remembered on disk"
+    assert night(NIGHT + DAY_S) == ("restarted", [("api", "nightly")])
+
+
+def test_the_hour_is_that_of_the_settings_zone(night):
+    assert night(NIGHT - 8 * 3600, timezone="Asia/Shanghai") == ("restarted", [("api", "nightly")])
+
+
+def test_a_busy_service_is_waited_for_and_then_left_alone_with_the_reason(night, store):
+    look = busy(1)
+
+    assert night(first=look) == ("", [])
+    assert night(NIGHT + 45 * 60, first=look) == ("busy", []), "the hour is over"
+    assert [(row["kind"], row["outcome"], row["detail"]) for row in store.actions()] == [("nightly", "skipped", "busy")]
+
+
+def test_a_young_process_and_one_that_did_not_grow_are_spared(night, store):
+    assert "5.0 h old" in night(age_s=5 * 3600)[0]
+    store.execute(
+        "INSERT INTO rollups (span, start, runs, words, sums) VALUES ('hour', ?, 60, '{}', '{\"api_rss_mib\": [60000.0, 60, 1000.0]}')",
+        NIGHT + DAY_S - 2 * DAY_S,
+    )  # fmt: skip
+
+    said, restarts = night(NIGHT + DAY_S, rss_mib=1100.0)
+
+    assert said == "not needed: memory grew from 1000 to 1100 MiB only" and restarts == []
+    assert night(NIGHT + 2 * DAY_S, rss_mib=1300.0)[0] == "restarted"
+
+
+def test_trouble_is_left_to_the_rules_for_trouble(night):
+    said, restarts = night(answers=(replace(RIGHT[0], outcome="wrong"), RIGHT[1]))
+
+    assert said == "not in order: broken" and restarts == []
+
+
+def test_the_quiet_hour_is_that_with_the_least_waiting_and_four_until_a_day_is_known(store, make_settings):
+    settings = make_settings(1, nightly_restart="auto", timezone="UTC")
+    start = datetime(2026, 11, 20, tzinfo=UTC)
+    assert nightly.quiet_hour(store, settings, NIGHT) == 4
+
+    for hour in range(24):
+        load = 0.5 if hour == 14 else 7.0
+        at = (start + timedelta(hours=hour)).timestamp()
+        store.execute(
+            "INSERT INTO rollups (span, start, runs, words, sums) VALUES ('hour', ?, 60, '{}', ?)", at, f'{{"pending": [{load * 60}, 60, 9]}}'
+        )  # fmt: skip
+
+    assert nightly.quiet_hour(store, settings, NIGHT) == 14

@@ -1,0 +1,88 @@
+"""A few faults of the drill on the real service; the whole drill takes half an hour and is in docs/operations.md."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from monitor.drill import faults
+from monitor.drill import table as drill_table
+
+ROOT = Path(__file__).resolve().parents[3]
+DRILLED = ("engine-dead", "clock-jump", "saturated")
+ORDER = ["first", "second", "third"]
+
+
+def test_a_short_drill_of_the_real_service_passes(tmp_path, monkeypatch):
+    """start.sh, the demo model, real faults, real runs of the checker: found, cured, and left alone where it must be."""
+    root = tmp_path / "project"
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in listed.stdout.splitlines():
+        if not name.startswith(("tests/", "docs/", "bench/")) and (ROOT / name).is_file():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, root / name)
+    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
+    ports = [one.getsockname()[1] for one in held]
+    for one in held:
+        one.close()
+    env = {k: v for k, v in os.environ.items() if not k.startswith("GLM_")} | {
+        "GLM_API_HOST": "127.0.0.1", "GLM_WEB_HOST": "127.0.0.1", "GLM_API_PORT": str(ports[0]), "GLM_WEB_PORT": str(ports[1]),
+        "GLM_MODEL": "models/shapes", "GLM_THREADS": "1", "GLM_TEST_FAULTS": "true", "CONDA_PREFIX": sys.prefix,
+        "CONDA_DEFAULT_ENV": "tests", "GLM_START_TIMEOUT_S": "240", "GLM_QUEUE_SIZE": "8",
+    }  # fmt: skip
+    started = subprocess.run(["bash", "start.sh"], cwd=root, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    try:
+        assert started.returncode == 0, started.stdout + started.stderr
+        done = subprocess.run(
+            [sys.executable, "health_check.py", "drill", "--yes", "--period", "3", "--quick", "--out", "table.md", *DRILLED], cwd=root, env=env,
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=500,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        for name in DRILLED:
+            assert f"pass  {name}" in done.stdout
+        trace = json.loads((root / "logs" / "drill" / "engine-dead.json").read_text())
+        assert [step["word"] for step in trace["runs"]][:2] == ["dead", "healthy"] and trace["restarts"] == 1
+        rows = [line for line in (root / "table.md").read_text().splitlines() if line.startswith("| ")][1:]
+        assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in DRILLED]
+        assert "unknown, dead, healthy" in rows[1] or "dead, unknown, healthy" in rows[1], "the jump is not held against it"
+        assert "questions turned away" in rows[2] and "dead" not in rows[2]
+    finally:
+        subprocess.run(["bash", "stop.sh"], cwd=root, env=env, stdin=subprocess.DEVNULL, capture_output=True)
+
+
+def test_a_queue_with_room_is_not_passed_off_as_full(make_settings):
+    bench = faults.Bench(make_settings(1), asked_until=time.monotonic())
+    assert "nobody was turned away" in faults.queue_was_full(bench)
+
+    bench.turned_away.append(time.monotonic())
+    assert faults.queue_was_full(bench) == ""
+    assert "nobody was turned away" in faults.queue_was_full(bench), "what was seen before says nothing about now"
+
+
+def test_parts_of_the_drill_join_in_one_table_within_other_text(tmp_path):
+    document = tmp_path / "operations.md"
+    document.write_text(f"# Before\n{drill_table.BEGIN}\n{drill_table.END}\n# After\n")
+
+    drill_table.renew(document, {"third": "| third | old |"}, ORDER)
+    drill_table.renew(document, {"first": "| first | new |", "third": "| third | new |"}, ORDER)
+
+    assert document.read_text().splitlines() == [
+        "# Before", drill_table.BEGIN, *drill_table.HEAD, "| first | new |", "| third | new |", drill_table.END, "# After",
+    ]  # fmt: skip
+
+
+def test_a_file_without_a_place_for_the_table_is_refused_before_the_drill(tmp_path):
+    (tmp_path / "notes.md").write_text("my own words\n")
+
+    with pytest.raises(drill_table.NoPlace, match="has no place for the table"):
+        drill_table.check(tmp_path / "notes.md")
+    drill_table.check(tmp_path / "new.md")
+    assert (tmp_path / "notes.md").read_text() == "my own words\n"

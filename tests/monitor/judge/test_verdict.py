@@ -1,0 +1,117 @@
+"""Each rule, with evidence just inside and just outside its threshold."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from traces import FULL, GONE, IDLE, NO_HTTP, RIGHT, RUNS, SILENT, WEDGED, api, beat, busy, zombie
+
+from monitor.judge.evidence import Answer, Exchange, Look, PageEvidence, Process, api_from_dict
+from monitor.judge.page_verdict import judge_page
+from monitor.judge.verdict import SERVING, WORDS, Limits, judge_api
+
+LIMITS = Limits()
+CASES = {
+    "right answers": (api(), "healthy", "answers_right", False),
+    "a credit from users": (api(answers=(Answer("text", "credited"), Answer("picture", "credited"))), "healthy", "answers_right", False),
+    "process gone": (GONE, "dead", "process_gone", True),
+    "port stolen": (replace(GONE, process=Process("gone", 1, None, "stranger", "pid 9 (nc)")), "dead", "port_taken", False),
+    "never started": (api(process=Process(), first=Look("refused"), answers=(), beat=None), "dead", "not_started", False),
+    "port closed": (api(first=Look("refused"), answers=()), "dead", "port_closed", True),
+    "port not yet open": (api(process=replace(RUNS, age_s=5.0), first=Look("refused"), answers=()), "starting", "process_fresh", False),
+    "engine dead": (api(first=Look("answered", 0, 503, "dead", reason="CUDA error"), answers=()), "dead", "engine_dead", True),
+    "loading": (api(first=Look("answered", 0, 503, "loading", progress=0.4), answers=(), process=replace(RUNS, age_s=800)), "starting", "loading", False),
+    "loading too long": (api(first=Look("answered", 0, 503, "loading"), answers=(), process=replace(RUNS, age_s=901)), "broken", "loading_too_long", True),
+    "loop blocked for a minute": (zombie(61), "zombie", "loop_stands_still", True),
+    "loop blocked a moment": (zombie(30), "zombie", "loop_stands_still", False),
+    "stopped by a signal": (api(process=replace(RUNS, state="stopped"), beat=beat(61), first=NO_HTTP, answers=SILENT, last=NO_HTTP), "zombie", "frozen", True),
+    "silent, beating, idle": (api(first=NO_HTTP, answers=SILENT, last=NO_HTTP), "zombie", "silent_but_beating", True),
+    "silent, beating, working": (api(first=NO_HTTP, answers=SILENT, last=NO_HTTP, beat=beat(pending=2)), "busy", "slow_http", False),
+    "silent, but the file shows a hung step": (api(first=NO_HTTP, answers=SILENT, last=NO_HTTP, beat=beat(2, pending=2, no_progress_s=130)), "wedged", "no_progress", True),
+    "hung step": (WEDGED, "wedged", "no_progress", True),
+    "long step within its deadline": (api(first=busy(50), answers=SILENT, last=busy(60)), "busy", "busy", False),
+    "past the deadline, but it moved": (api(first=busy(130, 70), answers=SILENT, last=busy(121, 71)), "busy", "busy", False),
+    "queue full and moving": (api(first=busy(1, 70), answers=FULL, last=busy(1, 90)), "busy", "busy", False),
+    "question lost by an idle engine": (api(answers=SILENT, last=IDLE), "broken", "lost_question", True),
+    "wrong answer": (api(answers=(RIGHT[0], Answer("picture", "wrong", 3, 200, "red circle", "blue")), last=IDLE), "broken", "picture_wrong", True),
+    "pictures fail": (api(answers=(RIGHT[0], Answer("picture", "rejected", 1, 500, detail="boom")), last=IDLE), "broken", "picture_rejected", True),
+    "stream without end": (api(answers=(Answer("text", "cut", 1, 200, detail="no end"),), last=IDLE), "broken", "text_cut", True),
+    "refused as a mistake": (api(answers=(Answer("text", "rejected", 1, 400, detail="bad"),), last=IDLE), "broken", "text_rejected", False),
+    "wrong key": (api(answers=(Answer("text", "rejected", 1, 401),), last=IDLE), "broken", "key_refused", False),
+    "draining": (api(first=Look("answered", 0, 503, "draining"), answers=()), "degraded", "draining", False),
+    "fatal GPU error": (api(first=NO_HTTP, answers=SILENT, last=NO_HTTP, hardware=("GPU 0: XID 79",)), "hardware", "hardware_fault", False),
+    "GPU error but it answers": (api(hardware=("GPU 0: XID 79",)), "degraded", "hardware_warns", False),
+    "uninterruptible": (api(process=replace(RUNS, state="stuck"), first=NO_HTTP, answers=SILENT, last=NO_HTTP), "hardware", "hardware_fault", False),
+    "in a debugger": (api(process=replace(RUNS, state="traced"), first=NO_HTTP, answers=SILENT, last=NO_HTTP), "unknown", "held_by_debugger", False),
+    "blind checker": (replace(GONE, blind="no loopback"), "unknown", "checker_blind", False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("guess_s", "held_s", "word"), [(30, 100, "busy"), (30, 130, "wedged"), (600, 500, "busy"), (600, 610, "wedged")])
+@pytest.mark.parametrize("phase", ["vision", "prefill", "decode"])
+def test_the_engines_guess_lengthens_the_limit_and_never_shortens_it(phase, guess_s, held_s, word) -> None:
+    look = busy(held_s, deadline_s=guess_s, phase=phase)
+
+    verdict = judge_api(api(first=look, answers=SILENT, last=look), LIMITS)
+
+    assert verdict.word == word
+    assert phase in verdict.en or word == "busy"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_rule_that_decides(name: str) -> None:
+    seen, word, rule, cure = CASES[name]
+
+    verdict = judge_api(seen, LIMITS)
+
+    assert (verdict.word, verdict.rule, verdict.cure) == (word, rule, cure)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_verdict_explains_itself_in_both_languages(name: str) -> None:
+    verdict = judge_api(CASES[name][0], LIMITS)
+
+    assert verdict.word in WORDS
+    assert verdict.en.endswith((".", "error")) and len(verdict.en) > 20
+    assert any("\u4e00" <= char <= "\u9fff" for char in verdict.zh)
+    assert not verdict.cure or verdict.threshold, "what may restart must show its threshold"
+    assert not (verdict.cure and verdict.word in SERVING)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_evidence_survives_being_written_down(name: str) -> None:
+    seen = CASES[name][0]
+
+    assert judge_api(api_from_dict(seen.to_dict()), LIMITS) == judge_api(seen, LIMITS)
+
+
+def test_an_oom_kill_is_named() -> None:
+    seen = replace(GONE, process=replace(GONE.process, oom_killed=True))
+
+    assert "killed it for memory" in judge_api(seen, LIMITS).en
+
+
+GOOD = Exchange("answered", 0.1, 200)
+PAGES = {
+    "all good": ({}, "healthy", False),
+    "no script route": ({"script": Exchange("answered", 0, 404)}, "healthy", False),
+    "script broken": ({"script": Exchange("answered", 0, 503, "NameError")}, "broken", True),
+    "websocket refused": ({"websocket": Exchange("answered", 0, 403, "HTTP 403 instead of 101")}, "broken", True),
+    "front broken": ({"front": Exchange("answered", 0, 502)}, "degraded", False),
+    "silent": ({"health": Exchange("silent")}, "zombie", True),
+    "gone": ({"process": Process("gone", 5)}, "dead", True),
+    "port stolen": ({"process": Process("gone", 5, None, "stranger", "pid 9")}, "dead", False),
+    "not started": ({"process": Process(), "health": Exchange("refused")}, "dead", False),
+    "blind": ({"blind": "no loopback", "health": Exchange("silent")}, "unknown", False),
+}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_page(name: str) -> None:
+    changes, word, cure = PAGES[name]
+    good = PageEvidence("http://x", Process("runs", 5, 900.0, "ours"), GOOD, Exchange("answered", 0.1, 101), GOOD)
+
+    verdict = judge_page(replace(good, **changes), LIMITS)
+
+    assert (verdict.word, verdict.cure) == (word, cure)

@@ -1,0 +1,189 @@
+"""What other systems read: the ECS lines, the textfile for Prometheus, the rules over it. Judged by promtool itself."""
+
+from __future__ import annotations
+
+import base64
+import http.server
+import json
+import random
+import re
+import shutil
+import subprocess
+import threading
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from pydantic import SecretStr
+
+from monitor import check
+from monitor.judge.verdict import WORDS
+from monitor.tell import exports
+
+ROOT = Path(__file__).resolve().parents[3]
+RULES = ROOT / "deploy" / "prometheus" / "rules.yml"
+
+
+def promtool(*words: str, text: str = "") -> subprocess.CompletedProcess[str]:
+    tool = shutil.which("promtool")
+    assert tool, "promtool is needed: apt-get install prometheus (test.sh does)"
+    return subprocess.run([tool, *words], input=text, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.fixture
+def settings(service, behaviour, make_settings):
+    """After one run that found the model answering wrongly."""
+    behaviour.reply = lambda body: (200, {"choices": [{"message": {"content": "I see nothing."}}]})
+    found = make_settings(service, memory_limit_percent=0.1, limit_window_s=0)
+    check.run(found, random.Random(1))
+    return found
+
+
+def samples(settings) -> dict[tuple[str, ...], float]:
+    text = (settings.log_dir / exports.PROM).read_text()
+    return {
+        (sample.name, *sorted(sample.labels.values())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_promtool_finds_nothing_to_say_about_the_textfile(settings):
+    done = promtool("check", "metrics", text=(settings.log_dir / exports.PROM).read_text())
+
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_textfile_says_what_the_report_says(settings):
+    report = json.loads((settings.log_dir / "health.json").read_text())
+    found = samples(settings)
+
+    states = {word: found["glm_target_state", *sorted(("api", word))] for word in WORDS}
+    assert states == {word: float(word == report["targets"]["api"]["word"]) for word in WORDS}
+    assert found["glm_cpu_used_ratio",] == report["cpu_percent"] / 100
+    assert found["glm_check_last_run_timestamp_seconds",] == datetime.fromisoformat(report["timestamp"]).timestamp()
+    assert found["glm_warning", "memory_used_percent"] == 1
+    assert found["glm_probe_duration_seconds", "picture"] > 0
+    assert ("glm_gpu_load_ratio", "0") not in found, "what is not known has no sample"
+
+
+def test_a_line_for_each_run_in_fields_of_ecs(settings):
+    check.run(settings, random.Random(2))
+
+    lines = [json.loads(line) for line in (settings.log_dir / exports.JSONL).read_text().splitlines()]
+    report = json.loads((settings.log_dir / "health.json").read_text())
+    assert len(lines) == 2
+    line = lines[-1]
+    assert {"@timestamp", "ecs", "message", "log", "service", "host", "event", "glm"} == set(line)
+    assert datetime.fromisoformat(line["@timestamp"]) == datetime.fromisoformat(report["timestamp"]).replace(
+        microsecond=datetime.fromisoformat(line["@timestamp"]).microsecond
+    )
+    assert (line["event"]["outcome"], line["log"]["level"]) == ("failure", "error")
+    assert line["event"]["duration"] == int(report["duration_s"] * 1e9), "nanoseconds"
+    assert line["service"]["state"] == line["glm"]["targets"]["api"]["word"] == "broken"
+    assert line["glm"]["gpu_load"] == report["gpu_load"] and "memory_used_percent" in line["glm"]["warnings"]
+
+
+def test_the_lines_are_rotated_by_renaming(settings, monkeypatch):
+    monkeypatch.setattr(exports, "ROTATE_BYTES", 100)
+    path = settings.log_dir / exports.JSONL
+    reader = path.open()
+    first = path.read_text()
+
+    check.run(settings, random.Random(2))
+    check.run(settings, random.Random(3))
+
+    assert reader.read() == first, "a shipper reads its file to the end"
+    reader.close()
+    assert [len(p.read_text().splitlines()) for p in (path, path.with_name("health.jsonl.1"), path.with_name("health.jsonl.2"))] == [1, 1, 1]
+
+
+def test_promtool_accepts_the_rules():
+    done = promtool("check", "rules", str(RULES))
+
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_rules_fire_when_they_should():
+    done = promtool("test", "rules", str(Path(__file__).with_name("rules_test.yml")))
+
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_metric_of_the_rules_is_exported(settings):
+    """A rule over a name that nobody exports never fires."""
+    text = (settings.log_dir / exports.PROM).read_text()
+    declared = {family.name for family in text_string_to_metric_families(text)}
+    used = set(re.findall(r"\bglm_\w+", RULES.read_text()))
+
+    assert used and {name.removesuffix("_total") for name in used} <= declared
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    """A Pushgateway and an Elasticsearch in one: keeps what it gets, and answers as it is told."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            server.got.append((self.command, self.path, self.headers["Authorization"], body.decode()))
+            status, said = server.says
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(said)))
+            self.end_headers()
+            self.wfile.write(said)
+
+        do_PUT = do_POST = answer
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.got, server.says = [], (200, b'{"errors": false, "items": []}')
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_pushgateway_gets_the_textfile(elsewhere, settings, capsys):
+    sending = settings.model_copy(update={"pushgateway_url": SecretStr(f"http://127.0.0.1:{elsewhere.server_address[1]}")})
+    check.run(sending, random.Random(2))
+
+    (method, path, _, body), = elsewhere.got
+    assert method == "PUT" and path.startswith("/metrics/job/glm_health/instance/")
+    assert promtool("check", "metrics", text=body).returncode == 0 and "glm_target_state" in body
+
+    elsewhere.says = (503, b"full")
+    check.run(sending, random.Random(3))
+    assert "the Pushgateway took nothing: HTTP 503" in capsys.readouterr().err
+
+
+def test_elasticsearch_gets_each_document_once_and_late_ones_first(elsewhere, settings, capsys):
+    url = f"http://ann:secret@127.0.0.1:{elsewhere.server_address[1]}/health-2026"
+    sending = settings.model_copy(update={"elasticsearch_url": SecretStr(url)})
+    elsewhere.says = (502, b"away")
+    check.run(sending, random.Random(2))
+    assert "Elasticsearch took nothing: HTTP 502; 1 documents wait" in capsys.readouterr().err
+    elsewhere.says = (200, b'{"errors": false, "items": []}')
+    check.run(sending, random.Random(3))
+    check.run(sending, random.Random(4))
+
+    assert [(method, path) for method, path, _, _ in elsewhere.got] == [("POST", "/_bulk")] * 3
+    assert elsewhere.got[0][2] == "Basic " + base64.b64encode(b"ann:secret").decode()
+    sent = [[json.loads(line) for line in body.splitlines()] for *_, body in elsewhere.got]
+    assert sent[0][0]["index"]["_index"] == "health-2026" and sent[0][1]["event"]["action"] == "health_check"
+    assert sent[1][:2] == sent[0], "what waited goes first, under the same id"
+    assert [len(lines) for lines in sent] == [2, 4, 2]
+
+
+def test_a_document_that_is_refused_is_told_and_not_sent_for_ever(elsewhere, settings, capsys):
+    url = f"http://127.0.0.1:{elsewhere.server_address[1]}/i"
+    sending = settings.model_copy(update={"elasticsearch_url": SecretStr(url)})
+    elsewhere.says = (200, b'{"errors": true, "items": [{"index": {"error": {"type": "mapper_parsing_exception"}}}]}')
+    check.run(sending, random.Random(2))
+    check.run(sending, random.Random(3))
+
+    assert "Elasticsearch refused 1 of 1: {'type': 'mapper_parsing_exception'}" in capsys.readouterr().err
+    assert len(elsewhere.got[1][3].splitlines()) == 2

@@ -1,0 +1,79 @@
+"""The page's HTTP client: what it learns from the API, and how it names what fails."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import free_port
+from web_fake_api import FakeApi
+
+from web.api_client.client import ApiClient, ApiError, named_failure
+
+
+def test_health_tells_the_state_and_the_loading_progress(fake_api: FakeApi) -> None:
+    fake_api.health = {"state": "loading", "progress": 0.4, "model": "glm-shapes-demo"}
+
+    health = ApiClient(fake_api.url).health()
+
+    assert (health.state, health.progress, health.ready) == ("loading", 0.4, False)
+
+
+@pytest.mark.parametrize("state", ["idle", "busy"])
+def test_an_api_that_works_is_ready(fake_api: FakeApi, state: str) -> None:
+    fake_api.health["state"] = state
+
+    assert ApiClient(fake_api.url).health().ready
+
+
+def test_an_api_that_is_not_there_is_down() -> None:
+    assert ApiClient(f"http://127.0.0.1:{free_port()}").health().state == "down"
+
+
+def test_info_names_the_model_and_what_the_demo_knows(fake_api: FakeApi) -> None:
+    info = ApiClient(fake_api.url).info()
+
+    assert info.model == "glm-shapes-demo"
+    assert info.demo
+    assert info.knows["zh"] == "它认识彩色图形和印刷文字。"
+    assert info.limits["max_images"] == 4
+
+
+def test_a_proxy_in_the_environment_never_sees_a_call(fake_api: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
+
+    assert ApiClient(fake_api.url).info().model == "glm-shapes-demo"
+
+
+def test_a_wrong_key_is_named() -> None:
+    with FakeApi(key="right") as fake, pytest.raises(ApiError) as caught:
+        ApiClient(fake.url, "wrong").info()
+
+    assert caught.value.kind == "bad_key"
+
+
+def test_the_right_key_opens_the_api() -> None:
+    with FakeApi(key="right") as fake:
+        assert ApiClient(fake.url, "right").info().model == "glm-shapes-demo"
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "kind"),
+    [
+        (401, {"code": "invalid_api_key"}, "bad_key"),
+        (413, {"message": "too many bytes"}, "too_large"),
+        (400, {"message": "`temperature` must be <= 2. Given: 9"}, "refused"),
+        (400, {"code": "context_length_exceeded"}, "too_long"),
+        (404, {"code": "model_not_found"}, "refused"),
+        (429, {}, "queue_full"),
+        (503, {"code": "queue_full", "message": "The queue is full: 32 requests are waiting."}, "queue_full"),
+        (503, {"code": "loading"}, "loading"),
+        (503, {"code": "draining"}, "draining"),
+        (503, {"code": "dead", "message": "The model is not running: loading failed"}, "unavailable"),
+        (503, {}, "unavailable"),
+        (500, {"message": "oops"}, "broken"),
+        (0, {"code": "draining"}, "draining"),
+        (0, {"code": "internal_error"}, "broken"),
+    ],
+)
+def test_each_failure_of_the_api_has_a_name(status: int, error: dict[str, str], kind: str) -> None:
+    assert named_failure(status, error).kind == kind

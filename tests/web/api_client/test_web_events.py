@@ -1,0 +1,55 @@
+"""What the lines of a stream mean."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from web.api_client.client import ApiError
+from web.api_client.events import Event, EventReader, Finished, NoPlace, Place, Text
+
+
+def lines(*chunks: object) -> list[str]:
+    return [f"data: {json.dumps(chunk)}" for chunk in chunks]
+
+
+def read(*boxes: object) -> list[Event]:
+    return list(EventReader().read(lines({"choices": [{"delta": {"boxes": boxes}}]})[0]))
+
+
+def test_what_is_no_place_is_not_taken() -> None:
+    nonsense = ({"bbox_2d": [300, 20, 10, 400]}, {"bbox_2d": [1, 2, 3]}, {"bbox_2d": "all"}, {"polygon_2d": [[1, 2]]},
+                {"bbox_2d": [1, 2, 3, 4], "image": "one"}, "nonsense")  # fmt: skip
+
+    assert read({"bbox_2d": [10, 20, 300, 400], "image": 1}, *nonsense) == [Place((10, 20, 300, 400), 1)]
+
+
+def test_points_and_polygons_are_places_too() -> None:
+    point = {"label": "nose", "point_2d": [500, 250], "image": 0, "point_pixels": [100, 25]}
+    polygon = {"polygon_2d": [[1, 2], [3, 4], [5, 0]]}
+
+    assert read(point, polygon) == [Place((500, 250), 0, "nose", (100, 25)), Place((1, 2, 3, 4, 5, 0))]
+
+
+def test_numbers_beyond_a_thousand_are_no_place_in_the_picture() -> None:
+    assert read({"bbox_2d": [10, 20, 1300, 400], "normalized": False}) == [NoPlace()]
+
+
+def test_a_line_that_is_no_json_is_an_error_and_not_a_crash() -> None:
+    with pytest.raises(ApiError) as caught:
+        list(EventReader("r7").read("data: {broken"))
+
+    assert (caught.value.kind, caught.value.request_id) == ("broken", "r7")
+
+
+def test_another_engine_without_usage_or_timings_still_ends() -> None:
+    reader = EventReader()
+    events = [
+        event
+        for line in [*lines({"choices": [{"delta": {"content": "Hi"}, "finish_reason": "length"}]}), "data: [DONE]"]
+        for event in reader.read(line)
+    ]
+
+    assert events == [Text("Hi"), Finished("length")]
+    assert reader.done

@@ -1,0 +1,353 @@
+"""The page's behaviour without a browser: Streamlit's own test driver against a fake API."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import streamlit as st
+from conftest import free_port
+from PIL import Image
+from streamlit.testing.v1 import AppTest
+from web_fake_api import Answer, FakeApi
+
+from models.shapes.pictures import draw_shapes
+
+APP = Path(__file__).resolve().parents[3] / "web" / "app.py"
+
+OpenPage = Callable[..., AppTest]
+
+
+@pytest.fixture
+def open_page(fake_api: FakeApi, own_settings: None, monkeypatch: pytest.MonkeyPatch) -> OpenPage:
+    """Opens the page with the given GLM_ settings; it asks the fake API unless told otherwise."""
+
+    def open_it(query: dict[str, str] | None = None, **settings: str) -> AppTest:
+        st.cache_data.clear()
+        for name, value in {"GLM_API_URL": fake_api.url, **settings}.items():
+            monkeypatch.setenv(name, value)
+        page = AppTest.from_file(str(APP), default_timeout=60)
+        for name, value in (query or {}).items():
+            page.query_params[name] = value
+        return page.run()
+
+    return open_it
+
+
+def png(color: str = "red", shape: str = "circle") -> bytes:
+    buffer = io.BytesIO()
+    draw_shapes([(color, shape)], seed=3).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def ask(page: AppTest, question: str, *pictures: tuple[str, bytes]) -> AppTest:
+    box = page.chat_input[0]
+    for name, data in pictures:
+        box.upload(name, data, "image/png")
+    return box.set_value(question).run()
+
+
+def said(page: AppTest) -> str:
+    """Everything that the page shows as text."""
+    parts = [
+        *page.markdown,
+        *page.caption,
+        *page.text,
+        *page.header,
+        *page.error,
+        *page.warning,
+        *page.info,
+        *page.code,
+    ]
+    return "\n".join(str(part.value) for part in parts)
+
+
+def test_the_empty_page_says_who_answers_and_what_it_knows(open_page: OpenPage) -> None:
+    page = open_page()
+
+    assert not page.exception
+    assert "glm-shapes-demo" in said(page)
+    assert "It knows coloured shapes and printed words." in said(page)
+    assert "up to 4 pictures, 2 MB each" in said(page)
+
+
+def test_a_full_model_is_not_called_a_demo(open_page: OpenPage, fake_api: FakeApi) -> None:
+    fake_api.info |= {"model": "zai-org/GLM-4.6V-Flash", "demo": False, "knows": None}
+
+    page = open_page()
+
+    assert "GLM-4.6V-Flash" in said(page)
+    assert "demo" not in said(page)
+
+
+def test_a_chinese_link_opens_a_chinese_page(open_page: OpenPage) -> None:
+    page = open_page(query={"lang": "zh"})
+
+    assert page.header[0].value == "看图问答"
+    assert "它认识彩色图形和印刷文字。" in said(page)
+    assert "星形是什么颜色？" in [button.label for button in page.button]
+
+
+def test_a_question_with_a_picture_is_sent_and_its_answer_shown(open_page: OpenPage, fake_api: FakeApi) -> None:
+    fake_api.answer = Answer(text="The circle is red.", reasoning="I look at the circle.")
+
+    page = ask(open_page(), "What color is it?", ("mine.png", png()))
+
+    assert not page.exception
+    assert "The circle is red." in said(page)
+    assert "I look at the circle." in said(page)
+    assert "7 tokens · first word after 0.25 s · 40 tokens/s · complete" in said(page)
+    body = fake_api.received[0].body
+    image, text = body["messages"][0]["content"]
+    assert image["image_url"]["url"].startswith("data:image/png;base64,")
+    assert text["text"] == "What color is it?"
+    assert body["model"] == "glm-shapes-demo"
+    assert body["chat_template_kwargs"] == {"enable_thinking": True}
+    assert body["max_tokens"] == 256
+    assert "temperature" not in body
+
+
+def test_a_second_question_is_about_the_same_picture_and_without_the_thoughts(
+    open_page: OpenPage, fake_api: FakeApi
+) -> None:
+    fake_api.answer = Answer(text="Red.", reasoning="secret thoughts")
+    page = ask(open_page(), "What color is it?", ("mine.png", png()))
+
+    page = ask(page, "And what shape?")
+
+    first, answer, second = fake_api.received[1].body["messages"]
+    assert [part["type"] for part in first["content"]] == ["image_url", "text"]
+    assert answer == {"role": "assistant", "content": "Red. "}
+    assert second["content"] == [{"type": "text", "text": "And what shape?"}]
+    assert "secret thoughts" not in str(fake_api.received[1].body)
+    assert len(page.chat_message) == 4
+
+
+def test_a_picture_without_words_is_described(open_page: OpenPage, fake_api: FakeApi) -> None:
+    ask(open_page(), "", ("a.png", png()), ("b.png", png("blue")))
+
+    *images, text = fake_api.received[0].body["messages"][0]["content"]
+    assert len(images) == 2
+    assert text["text"] == "Describe the pictures."
+
+
+def test_a_click_on_a_sample_asks_about_it_and_offers_more_questions(open_page: OpenPage, fake_api: FakeApi) -> None:
+    page = open_page()
+
+    page = page.button(key="sample-shapes.png").click().run()
+
+    image, text = fake_api.received[0].body["messages"][0]["content"]
+    assert image["type"] == "image_url"
+    assert text["text"] == "What color is the star?"
+    assert "It is a red circle." in said(page)
+    page = page.button(key="more-Describe the picture.").click().run()
+    assert fake_api.received[1].body["messages"][-1]["content"][0]["text"] == "Describe the picture."
+
+
+def test_thinking_and_temperature_go_with_the_question(open_page: OpenPage, fake_api: FakeApi) -> None:
+    page = open_page()
+    page.toggle(key="thinking").set_value(False)
+    page.slider(key="temperature").set_value(0.7)
+    page.number_input(key="max-tokens").set_value(64)
+
+    ask(page, "Hello")
+
+    body = fake_api.received[0].body
+    assert body["chat_template_kwargs"] == {"enable_thinking": False}
+    assert (body["temperature"], body["max_tokens"]) == (0.7, 64)
+
+
+def test_boxes_are_drawn_on_the_picture(open_page: OpenPage, fake_api: FakeApi) -> None:
+    fake_api.answer = Answer(text="[[100,200,500,600]]", boxes=[{"bbox_2d": [100, 200, 500, 600], "image": 0}])
+
+    page = ask(open_page(), "Where is it?", ("mine.png", png()))
+
+    assert "Marked in the picture: `[[100,200,500,600]]`" in said(page)
+    assert len(page.image) == 2
+
+
+def test_an_answer_that_is_json_is_shown_as_code(open_page: OpenPage, fake_api: FakeApi) -> None:
+    fake_api.answer = Answer(text='{"objects": [{"color": "red"}]}')
+
+    page = ask(open_page(), "As JSON")
+
+    assert '"color": "red"' in page.code[0].value
+
+
+def test_a_new_chat_forgets_everything(open_page: OpenPage, fake_api: FakeApi) -> None:
+    page = ask(open_page(), "What color is it?", ("mine.png", png()))
+
+    page = page.button(key="new-chat").click().run()
+    ask(page, "Hello")
+
+    assert len(fake_api.received[1].body["messages"]) == 1
+
+
+def test_a_chat_too_long_tells_the_numbers_and_is_asked_again_without_the_older_pictures(
+    open_page: OpenPage, fake_api: FakeApi
+) -> None:
+    page = ask(open_page(), "What is it?", ("old.png", png()))
+    told = "The messages have 9000 tokens; it must be < 8192."
+    fake_api.answer = Answer(status=400, error={"code": "context_length_exceeded", "message": told})
+    page = ask(page, "And this?", ("new.png", png("blue")))
+    assert "have 9000 tokens; it must be < 8192." in page.error[0].value.replace("\\", "")
+
+    fake_api.answer = Answer(text="Blue.")
+    page = page.button(key="fewer").click().run()
+
+    assert not page.exception
+    assert "Blue." in said(page)
+    assert "Not sent any more." in said(page)
+    first, _, last = fake_api.received[2].body["messages"]
+    assert [part["type"] for part in first["content"]] == ["text"]
+    assert [part["type"] for part in last["content"]] == ["image_url", "text"]
+    assert "fewer" not in [button.key for button in page.button]
+
+
+@pytest.mark.parametrize(
+    ("answer", "can_go_on"),
+    [
+        (Answer(text="one two three", cut_after=2), True),
+        (Answer(text="one two three", finish_reason="length"), True),
+        (Answer(text="one two three"), False),
+        (Answer(status=500), False),
+    ],
+)
+def test_an_answer_that_was_cut_off_can_be_gone_on_with(
+    open_page: OpenPage, fake_api: FakeApi, answer: Answer, can_go_on: bool
+) -> None:
+    fake_api.answer = answer
+
+    page = ask(open_page(), "Count")
+
+    assert ("go-on" in [button.key for button in page.button]) is can_go_on
+
+
+def test_places_outside_the_picture_are_told_and_not_drawn(open_page: OpenPage, fake_api: FakeApi) -> None:
+    boxes = [{"bbox_2d": [100, 200, 500, 1600], "normalized": False, "image": 0}]
+    fake_api.answer = Answer(text="[[100,200,500,1600]]", boxes=boxes)
+
+    page = ask(open_page(), "Where is it?", ("mine.png", png()))
+
+    assert "1 cannot be drawn: the numbers are not within 0-1000." in said(page)
+    assert len(page.image) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        (Answer(status=503, error={"code": "queue_full"}), "Too many people are asking right now."),
+        (Answer(status=401, error={"code": "invalid_api_key"}), "its key is wrong or missing"),
+        (Answer(status=413, error={"message": "too large"}), "too large for the model server"),
+        (Answer(status=400, error={"message": "`seed` must be >= 0."}), "did not accept the question: `seed` must"),
+        (Answer(status=400, error={"code": "context_length_exceeded"}), "longer than the model can read"),
+        (Answer(status=500, error={}), "Something went wrong inside the model server"),
+        (Answer(text="one two three", cut_after=1), "The connection broke before the answer was complete."),
+    ],
+)
+def test_each_failure_is_one_sentence_with_the_request_id(
+    open_page: OpenPage, fake_api: FakeApi, answer: Answer, sentence: str
+) -> None:
+    fake_api.answer = answer
+
+    page = ask(open_page(), "Hello")
+
+    assert not page.exception
+    assert len(page.error) == 1
+    assert sentence in page.error[0].value.replace("\\", "")
+    assert "req-42" in page.error[0].value
+
+
+def test_a_broken_answer_keeps_its_words_and_can_be_asked_again(open_page: OpenPage, fake_api: FakeApi) -> None:
+    fake_api.answer = Answer(text="one two three", cut_after=2, pause_s=0.02)
+    page = ask(open_page(), "Count", ("mine.png", png()))
+    assert "one two" in said(page)
+
+    fake_api.answer = Answer(text="All good.")
+    page = page.button(key="again").click().run()
+
+    assert "All good." in said(page)
+    assert len(page.chat_message) == 2
+    assert fake_api.received[1].body["messages"] == fake_api.received[0].body["messages"]
+
+
+def test_an_api_that_is_not_there_is_told_before_and_after_asking(open_page: OpenPage) -> None:
+    page = open_page(GLM_API_URL=f"http://127.0.0.1:{free_port()}")
+    assert "The model server does not answer right now." in page.warning[0].value
+
+    page = ask(page, "Hello")
+
+    assert not page.exception
+    assert "The model server does not answer. Wait a moment" in page.error[0].value
+    assert [link.proto.label for link in page.get("page_link")] == ["Console"]
+
+
+def test_a_wrong_key_is_told_at_once(open_page: OpenPage) -> None:
+    with FakeApi(key="right") as closed:
+        page = open_page(GLM_API_URL=closed.url, GLM_API_KEY="wrong")
+
+    assert "its key is wrong or missing" in page.error[0].value
+    assert "wrong" not in said(page).replace("is wrong or", "")
+
+
+def test_a_model_that_loads_is_told_with_its_progress(open_page: OpenPage, fake_api: FakeApi) -> None:
+    fake_api.health = {"state": "loading", "progress": 0.4}
+
+    page = open_page()
+
+    assert "still loading (40 %)" in page.info[0].value
+
+
+def test_a_file_that_is_no_picture_is_named_and_the_question_kept(open_page: OpenPage, fake_api: FakeApi) -> None:
+    page = ask(open_page(), "What is it?", ("notes_*1*.png", b"not a picture"))
+
+    assert not page.exception
+    assert "is not a picture that can be read here" in page.warning[0].value
+    assert page.chat_input[0].value is None or page.chat_input[0].value == "What is it?"
+    assert fake_api.received == []
+
+
+def test_a_picture_with_too_many_pixels_is_told_with_the_limit(open_page: OpenPage, fake_api: FakeApi) -> None:
+    fake_api.info["limits"]["max_image_pixels"] = 4_000_000
+    buffer = io.BytesIO()
+    Image.new("1", (2500, 2000)).save(buffer, "PNG")
+
+    page = ask(open_page(), "What is it?", ("large.png", buffer.getvalue()))
+
+    assert "large.png has more than 4 million pixels." in page.warning[0].value.replace("\\", "")
+    assert fake_api.received == []
+
+
+def test_more_pictures_than_allowed_are_told_before_anything_is_sent(open_page: OpenPage, fake_api: FakeApi) -> None:
+    page = ask(open_page(), "Compare", *[(f"{n}.png", png()) for n in range(5)])
+
+    assert "would hold 5 pictures; 4 are allowed" in page.warning[0].value
+    assert fake_api.received == []
+
+
+def test_a_picture_by_link_is_offered_only_where_the_api_fetches_pictures(open_page: OpenPage, fake_api: FakeApi) -> None:
+    assert "add-url" in [button.key for button in open_page().button]
+
+    fake_api.info["limits"]["fetch_images"] = False
+
+    assert "add-url" not in [button.key for button in open_page().button]
+
+
+def test_what_a_tool_gave_is_entered_and_goes_back_to_the_model(open_page: OpenPage, fake_api: FakeApi) -> None:
+    fake_api.answer = Answer(text="", call=("count_objects", '{"color": "red"}'), finish_reason="tool_calls")
+    page = ask(open_page(), "How many are red?", ("mine.png", png()))
+    fake_api.answer = Answer(text="There are three.")
+
+    page.text_area(key="result-0").set_value('{"count": 3}')
+    next(button for button in page.button if button.label == "Send to the model").click()
+    page.run()
+
+    assert not page.exception
+    assert "There are three." in said(page)
+    assert "Result of count" in said(page)
+    question, call, result = fake_api.received[1].body["messages"]
+    assert [part["type"] for part in question["content"]] == ["image_url", "text"]
+    assert call["tool_calls"][0]["function"] == {"name": "count_objects", "arguments": '{"color": "red"}'}
+    assert result == {"role": "tool", "tool_call_id": "call-7", "content": '{"count": 3}'}

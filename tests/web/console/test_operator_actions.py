@@ -1,0 +1,56 @@
+"""Requests of operators: what is written into the store, and that nothing is written without the token."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from monitor.store.store import REQUEST_KINDS, Store
+from web.console import store as console_store
+from web.console.operator_actions import ACTS, Act, arguments_of
+
+
+def test_every_act_is_one_that_the_checker_knows_and_none_is_missing() -> None:
+    assert {act.kind for act in ACTS} == set(REQUEST_KINDS)
+
+
+def test_what_loses_answers_must_be_typed() -> None:
+    assert {act.kind for act in ACTS if act.typed} == {"restart", "drain"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [("pause", {"until": 7300.0}), ("silence", {"until": 7300.0}), ("maintenance", {"from": 100.0, "until": 7300.0}),
+     ("probe", {}), ("reset", {"reason": "asked by Ann on the console"})],
+)  # fmt: skip
+def test_a_request_says_until_when(kind: str, expected: dict[str, object]) -> None:
+    assert arguments_of(Act(kind, ""), 2, "Ann", 100.0) == expected
+
+
+def test_a_request_is_a_row_that_the_checker_takes(tmp_path: Path) -> None:
+    number = console_store.ask(tmp_path, "console: Ann", "restart", "api", {})
+
+    with closing(Store.open(tmp_path)) as store:
+        taken = store.take_request(1.0)
+    assert taken is not None
+    assert (taken["id"], taken["kind"], taken["target"], taken["actor"]) == (number, "restart", "api", "console: Ann")
+
+
+def test_a_folder_that_takes_nothing_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(console_store.NoHistory):
+        console_store.ask(tmp_path / "file", "Ann", "probe", "", {})
+
+
+def test_evidence_is_only_what_lies_in_the_incident_s_own_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "incidents" / "api-1" / "1"
+    folder.mkdir(parents=True)
+    (folder / "stacks.txt").write_text("x")
+    (tmp_path / "secret").write_text("y")
+    (folder / "link").symlink_to(tmp_path / "secret")
+
+    assert [path.name for path in console_store.evidence_files(tmp_path, "api-1")] == ["stacks.txt"]
+    assert console_store.evidence_files(tmp_path, "../../") == []

@@ -1,0 +1,77 @@
+"""Advice about the instance, from a week of hourly roll-ups."""
+
+from __future__ import annotations
+
+from datetime import UTC
+from typing import Any
+
+import pytest
+
+from web.console.right_sizing import advise, busiest_hour, look_at, quiet_hours
+
+NOW = 1_800_000_000.0 // 86400 * 86400  # midnight, UTC
+GIB = 1024.0
+
+
+def hours(count: int, load_at: Any = lambda hour: 40.0, peak_gib: float = 20.0, pending: float = 0, **more: float) -> list[dict]:
+    rows = []
+    for n in range(count):
+        start = NOW - (n + 1) * 3600
+        values = {"gpu_load": load_at(int(start // 3600 % 24)), "gpu_memory_used": peak_gib * GIB, "pending": pending, **more}
+        rows.append({"start": start, "words": {}, "sums": {name: [v * 60, 60, v] for name, v in values.items()}})
+    return rows
+
+
+def keys(rows: list[dict], total_gib: float | None = 48, slots: int = 4) -> list[str]:
+    return [each.key for each in advise(look_at(rows, NOW, slots, UTC), total_gib and total_gib * GIB)]
+
+
+def test_a_few_hours_are_too_early() -> None:
+    (only,) = advise(look_at(hours(23), NOW, 4, UTC), 48 * GIB)
+
+    assert (only.key, only.values["hours"]) == ("size.too_early", 23)
+
+
+def test_a_half_empty_card_names_the_smaller_one_that_would_do() -> None:
+    found = {each.key: each.values for each in advise(look_at(hours(48, peak_gib=18), NOW, 4, UTC), 80 * GIB)}
+
+    assert found["size.memory_loose"] == {"peak": "18.0", "total": "80", "smaller": 24}
+
+
+@pytest.mark.parametrize(("peak", "key"), [(47, "size.memory_tight"), (30, "size.memory_fits"), (10, "size.memory_loose")])
+def test_memory_is_judged_by_its_peak(peak: float, key: str) -> None:
+    assert key in keys(hours(48, peak_gib=peak))
+
+
+@pytest.mark.parametrize(("load", "key"), [(5, "size.idle"), (40, "size.load_fits"), (90, "size.loaded")])
+def test_load_is_judged_by_its_mean(load: float, key: str) -> None:
+    assert key in keys(hours(48, load_at=lambda hour: load))
+
+
+def test_waiting_counts_only_beyond_the_slots() -> None:
+    assert "size.waiting" not in keys(hours(48, pending=4), slots=4)
+    assert "size.waiting" in keys(hours(48, pending=5), slots=4)
+
+
+def test_without_a_gpu_the_machine_s_own_memory_counts() -> None:
+    rows = [
+        {"start": NOW - n * 3600, "words": {}, "sums": {"cpu_percent": [600.0, 60, 30], "memory_used_percent": [6000, 60, 55]}}
+        for n in range(1, 30)
+    ]
+
+    assert keys(rows, total_gib=None) == ["size.no_gpu", "size.idle", "size.busiest"]
+
+
+def test_quiet_hours_are_found_over_midnight() -> None:
+    week = look_at(hours(168, load_at=lambda hour: 60.0 if 8 <= hour < 22 else 3.0), NOW, 4, UTC)
+
+    assert quiet_hours(week.by_hour) == (22, 7)
+    assert busiest_hour(week.by_hour) in range(8, 22)
+
+
+def test_an_even_load_has_no_quiet_hours() -> None:
+    assert quiet_hours(look_at(hours(168), NOW, 4, UTC).by_hour) is None
+
+
+def test_hours_before_the_week_do_not_count() -> None:
+    assert look_at(hours(400), NOW, 4, UTC).hours == 168

@@ -1,0 +1,50 @@
+"""A chat as a file: nothing that the page shows is missing from it."""
+
+from __future__ import annotations
+
+import json
+
+from web.api_client.events import CallPiece, Finished, Place, Text, Thought
+from web.history import chat_export
+from web.history.conversation import Conversation
+from web.i18n.strings import Words
+from web.images.pictures import Picture, data_url
+
+
+def url_of(picture: Picture) -> str:
+    return picture.url or data_url(picture.mime, picture.data)
+
+
+def talk() -> Conversation:
+    conversation = Conversation()
+    picture = Picture("a", "my [cat].png", "image/png", 8, 6, data=b"cat")
+    turn = conversation.ask("Where is it?", [picture])
+    for event in (Thought("I look\nclosely."), Text("Here."), Place((1, 2, 300, 400), 0, "cat"),
+                  CallPiece(0, "count", '{"n": 1}'), Finished("stop", 7)):  # fmt: skip
+        turn.answer.take(event, 5.0)
+    conversation.ask_again("Where is the cat?").answer.stop(6.0)
+    return conversation
+
+
+def test_json_holds_questions_answers_boxes_calls_and_the_pictures_themselves() -> None:
+    whole = json.loads(chat_export.to_json(talk(), url_of))
+
+    turn = whole["turns"][0]
+    first = turn["earlier_answers"][0]
+    assert turn["question"] == "Where is the cat?"
+    assert (first["text"], first["reasoning"]) == ("Here.", "I look\nclosely.")
+    assert first["boxes"][0]["corners"] == [1, 2, 300, 400]
+    assert first["tool_calls"] == [{"name": "count", "arguments": '{"n": 1}', "id": "call_0"}]
+    assert turn["answer"]["state"] == "stopped"
+    assert whole["pictures"]["a"]["url"] == "data:image/png;base64,Y2F0"
+
+
+def test_markdown_reads_well_and_shows_the_pictures() -> None:
+    text = chat_export.to_markdown(talk(), url_of, Words("en"))
+
+    assert text.startswith("# Where is it?\n\n## Question")
+    assert "](data:image/png;base64,Y2F0)" in text
+    assert "> I look\n> closely." in text
+    assert "`count` `{\"n\": 1}`" in text
+    assert "1, 2, 300, 400" in text
+    assert text.rstrip().endswith("*(stopped)*")

@@ -1,0 +1,182 @@
+"""Chats in SQLite: they survive, they belong to one visitor, and nothing that was deleted stays."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from web.api_client.client import ApiError
+from web.api_client.events import CallPiece, Finished, Place, Text, Thought
+from web.history.chat_store import DAY_S, FILE_NAME, ChatStore, StoreError
+from web.history.conversation import Conversation
+from web.history.my_chats import MyChats
+from web.images.pictures import Picture, elsewhere
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ChatStore:
+    return ChatStore(tmp_path / FILE_NAME, keep_days=30)
+
+
+def picture(sha: str = "a") -> Picture:
+    return Picture(sha, f"{sha}.png", "image/png", 8, 6, data=f"bytes of {sha}".encode())
+
+
+def chat(question: str = "What is it?", *pictures: Picture) -> Conversation:
+    conversation = Conversation()
+    turn = conversation.ask(question, list(pictures))
+    for event in (Thought("I look."), Text("A circle."), Place((1, 2, 3, 4), 0, "circle", (1, 2, 3, 4)),
+                  CallPiece(0, "count", "{}"), Finished("stop", 7, request_id="r1")):  # fmt: skip
+        turn.answer.take(event, 5.0)
+    return conversation
+
+
+def rows(path: Path, table: str) -> int:
+    with sqlite3.connect(path) as db:
+        return int(db.execute(f"SELECT COUNT(*) FROM {table}").fetchone()[0])
+
+
+def test_a_chat_comes_back_as_it_was(store: ChatStore) -> None:
+    conversation = chat("What is it?", picture(), elsewhere("https://example.org/b.png"))
+    conversation.turns[0].earlier.append(Conversation().ask("x", []).answer)
+    conversation.turns[0].answer.fail(ApiError("lost", "gone", "r2"), 6.0)
+    store.save("me", conversation)
+
+    found = store.load("me", conversation.id)
+
+    assert found == conversation
+    assert found is not None
+    assert store.picture_bytes(found.pictures["a"]) == b"bytes of a"
+
+
+def test_a_saved_chat_lets_go_of_its_pictures_bytes(store: ChatStore) -> None:
+    conversation = chat("What is it?", picture())
+
+    store.save("me", conversation)
+
+    assert conversation.pictures["a"].data == b""
+
+
+def test_nobody_reads_renames_or_deletes_another_s_chat(store: ChatStore) -> None:
+    conversation = chat("secret", picture())
+    store.save("me", conversation)
+
+    store.rename("you", conversation.id, "stolen")
+    store.delete("you", conversation.id)
+
+    assert store.load("you", conversation.id) is None
+    assert store.heads("you") == []
+    assert [head.title for head in store.heads("me")] == ["secret"]
+
+
+def test_the_list_begins_with_the_chat_used_last(store: ChatStore) -> None:
+    first, second = chat("first"), chat("second")
+    for each in (first, second, first):
+        store.save("me", each)
+
+    assert [head.title for head in store.heads("me")] == ["first", "second"]
+
+
+def test_a_new_name_stays_when_the_chat_goes_on(store: ChatStore) -> None:
+    conversation = chat("first")
+    store.save("me", conversation)
+
+    store.rename("me", conversation.id, "My name")
+    conversation.ask("second", [])
+    store.save("me", conversation)
+
+    assert store.heads("me")[0].title == "My name"
+
+
+def test_a_deleted_chat_takes_its_pictures_along_but_not_those_of_others(store: ChatStore, tmp_path: Path) -> None:
+    mine, yours = chat("mine", picture("a"), picture("b")), chat("yours", picture("b"))
+    store.save("me", mine)
+    store.save("you", yours)
+
+    store.delete("me", mine.id)
+
+    assert rows(tmp_path / FILE_NAME, "turns") == 1
+    assert store.picture_bytes(picture("b").without_bytes()) == b"bytes of b"
+    with pytest.raises(StoreError):
+        store.picture_bytes(picture("a").without_bytes())
+
+
+def test_a_deleted_picture_is_not_left_in_the_file(store: ChatStore, tmp_path: Path) -> None:
+    secret = b"a secret that must go" * 1000
+    conversation = chat("mine", Picture("s", "s.png", "image/png", 8, 8, data=secret))
+    store.save("me", conversation)
+
+    store.delete("me", conversation.id)
+    with sqlite3.connect(tmp_path / FILE_NAME) as db:
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    assert b"a secret that must go" not in (tmp_path / FILE_NAME).read_bytes()
+
+
+def test_chats_that_nobody_used_are_forgotten(store: ChatStore, tmp_path: Path) -> None:
+    store.save("me", chat("old", picture()))
+
+    store.forget_old(time.time() + 29 * DAY_S)
+    assert len(store.heads("me")) == 1
+    store.forget_old(time.time() + 31 * DAY_S)
+
+    assert store.heads("me") == []
+    assert rows(tmp_path / FILE_NAME, "picture_bytes") == 0
+
+
+def test_the_file_is_for_its_owner_only(store: ChatStore, tmp_path: Path) -> None:
+    store.save("me", chat())
+
+    assert {oct(path.stat().st_mode & 0o777) for path in tmp_path.glob(f"{FILE_NAME}*")} == {"0o600"}
+
+
+def test_a_killed_process_loses_nothing_that_was_saved(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from pathlib import Path; from web.chat_store import ChatStore;"
+        "from web.conversation import Conversation; c = Conversation('an-id'); c.ask('kept?', []);"
+        "ChatStore(Path(sys.argv[1]), 30).save('me', c); os.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / FILE_NAME)], cwd=ROOT, timeout=120)
+
+    found = ChatStore(tmp_path / FILE_NAME, 30).load("me", "an-id")
+
+    assert done.returncode == -9
+    assert found is not None
+    assert found.turns[0].question == "kept?"
+
+
+def test_a_damaged_row_is_told_and_does_not_crash(store: ChatStore, tmp_path: Path) -> None:
+    conversation = chat()
+    store.save("me", conversation)
+    with sqlite3.connect(tmp_path / FILE_NAME) as db:
+        db.execute("UPDATE turns SET body = '{\"question\": 7}'")
+
+    with pytest.raises(StoreError, match="cannot be read"):
+        store.load("me", conversation.id)
+
+
+def test_a_disk_that_takes_nothing_costs_no_answer(tmp_path: Path) -> None:
+    store = ChatStore(tmp_path / FILE_NAME, 30)
+    mine, conversation = MyChats(store, "me"), chat("What is it?", picture())
+    os.truncate(tmp_path / FILE_NAME, 0)
+    (tmp_path / FILE_NAME).write_bytes(b"no database at all, but rubbish" * 100)
+
+    mine.save(conversation)
+
+    assert mine.failed
+    assert mine.bytes_of(conversation.pictures["a"]) == b"bytes of a"
+    assert mine.heads() == []
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(StoreError):
+        ChatStore(tmp_path / "file" / FILE_NAME, 30)

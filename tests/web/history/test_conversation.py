@@ -1,0 +1,242 @@
+"""What a chat holds and what of it goes with the next question."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from web.api_client.client import ApiError
+from web.api_client.events import CallPiece, Finished, Loading, Place, Queued, Text, Thought
+from web.history.conversation import Answer, Call, Conversation, ToolResult, Turn
+from web.images.pictures import Picture
+
+
+def picture(sha: str) -> Picture:
+    return Picture(sha, f"{sha}.png", "image/png", 8, 8, data=sha.encode())
+
+
+def url_of(picture: Picture) -> str:
+    return f"url of {picture.name}"
+
+
+def answered(conversation: Conversation, question: str, pictures: list[Picture], text: str) -> Turn:
+    turn = conversation.ask(question, pictures)
+    turn.answer.take(Text(text), 1.0)
+    turn.answer.take(Finished("stop"), 2.0)
+    return turn
+
+
+def kinds(message: dict[str, Any]) -> list[str]:
+    return [part["type"] for part in message["content"]]
+
+
+def test_pictures_are_resent_in_the_turn_that_brought_them() -> None:
+    conversation = Conversation()
+    answered(conversation, "What is it?", [picture("a")], "A circle.")
+
+    conversation.ask("What color?", [])
+
+    first, answer, second = conversation.messages(url_of)
+    assert kinds(first) == ["image_url", "text"]
+    assert first["content"][0]["image_url"]["url"] == "url of a.png"
+    assert answer == {"role": "assistant", "content": "A circle."}
+    assert kinds(second) == ["text"]
+
+
+def test_reasoning_is_never_resent() -> None:
+    conversation = Conversation()
+    turn = conversation.ask("What is it?", [])
+    turn.answer.take(Thought("secret thoughts"), 1.0)
+    turn.answer.take(Text("A circle."), 2.0)
+    turn.answer.take(Finished("stop"), 3.0)
+
+    conversation.ask("Sure?", [])
+
+    assert "secret thoughts" not in str(conversation.messages(url_of))
+
+
+def test_a_failed_question_is_left_out_but_its_picture_goes_with_the_next() -> None:
+    conversation = Conversation()
+    conversation.ask("What is it?", [picture("a")]).answer.fail(ApiError("down"), 1.0)
+
+    turn = conversation.ask("And now?", [picture("b")])
+
+    (message,) = conversation.messages(url_of)
+    assert kinds(message) == ["image_url", "image_url", "text"]
+    assert message["content"][-1]["text"] == "And now?"
+    assert turn.answer.sent == ("a", "b")
+
+
+@pytest.mark.parametrize("kind", ["refused", "too_large", "too_long"])
+def test_a_picture_that_was_refused_is_not_sent_again(kind: str) -> None:
+    conversation = Conversation()
+    conversation.ask("What is it?", [picture("a")]).answer.fail(ApiError(kind), 1.0)
+
+    conversation.ask("Hello?", [])
+
+    assert kinds(conversation.messages(url_of)[0]) == ["text"]
+
+
+def test_a_stopped_answer_stays_in_the_chat_with_what_it_said() -> None:
+    conversation = Conversation()
+    turn = conversation.ask("Tell me", [])
+    turn.answer.take(Text("Once upon"), 1.0)
+
+    conversation.settle(2.0)
+    turn.answer.take(Text(" a time"), 3.0)
+    conversation.ask("Go on", [])
+
+    assert (turn.answer.state, turn.answer.text) == ("stopped", "Once upon")
+    assert conversation.messages(url_of)[1]["content"] == "Once upon"
+
+
+def test_thinking_is_timed_from_its_first_word_to_the_answer_s_first() -> None:
+    answer = Conversation().ask("Why?", []).answer
+
+    answer.take(Queued(1), 10.0)
+    answer.take(Thought("hm"), 11.0)
+    answer.take(Thought("m"), 12.0)
+    answer.take(Text("So."), 14.5)
+    answer.take(Text(" Yes."), 20.0)
+
+    assert answer.thinking_s == 3.5
+
+
+def test_a_stop_while_thinking_ends_the_thinking() -> None:
+    answer = Conversation().ask("Why?", []).answer
+    answer.take(Thought("hm"), 1.0)
+
+    answer.stop(3.0)
+
+    assert (answer.state, answer.thinking_s) == ("stopped", 2.0)
+
+
+def test_waiting_states_follow_what_the_api_says_last() -> None:
+    answer = Conversation().ask("Why?", []).answer
+
+    answer.take(Loading(0.5), 1.0)
+    assert (answer.loading, answer.loading_progress) == (True, 0.5)
+
+    answer.take(Queued(3), 2.0)
+    assert (answer.loading, answer.queue_position, answer.state) == (False, 3, "waiting")
+
+
+def test_asking_again_keeps_the_earlier_answer_and_sends_the_same_pictures() -> None:
+    conversation = Conversation()
+    answered(conversation, "What is it?", [picture("a")], "A circle.")
+
+    turn = conversation.ask_again()
+
+    assert len(conversation.turns) == 1
+    assert [answer.text for answer in turn.earlier] == ["A circle."]
+    assert (turn.answer.state, turn.answer.text, turn.answer.sent) == ("waiting", "", ("a",))
+    assert "A circle." not in str(conversation.messages(url_of))
+
+
+def test_asking_again_after_a_failure_keeps_no_empty_answer() -> None:
+    conversation = Conversation()
+    conversation.ask("What is it?", [picture("a")]).answer.fail(ApiError("down"), 1.0)
+
+    assert conversation.ask_again().earlier == []
+
+
+def test_a_changed_question_takes_the_old_one_s_place_and_its_answer_remembers_what_it_answered() -> None:
+    conversation = Conversation()
+    answered(conversation, "What is it?", [picture("a")], "A circle.")
+
+    turn = conversation.ask_again("What color is it?")
+
+    assert turn.question == "What color is it?"
+    assert turn.earlier[0].question == "What is it?"
+    assert conversation.messages(url_of)[0]["content"][1]["text"] == "What color is it?"
+
+
+def test_the_pieces_of_tool_calls_are_put_together() -> None:
+    answer = Answer()
+
+    for piece in (CallPiece(0, "count", '{"col'), CallPiece(1, "draw", "{}"), CallPiece(0, "", 'or": "red"}')):
+        answer.take(piece, 1.0)
+
+    assert answer.calls == [Call("count", '{"color": "red"}', "call_0"), Call("draw", "{}", "call_1")]
+
+
+def test_a_chat_takes_its_name_from_the_first_question() -> None:
+    conversation = Conversation()
+
+    conversation.ask("word " * 40, [])
+    conversation.ask("Another question", [])
+
+    assert conversation.title.startswith("word word")
+    assert len(conversation.title) <= 60
+
+
+def test_older_pictures_can_be_left_out_and_the_newest_stay() -> None:
+    conversation = Conversation()
+    for name in "abc":
+        turn = conversation.ask(f"About {name}", [Picture(name, f"{name}.png", data=b"x")] if name != "b" else [])
+        turn.answer.take(Text("Yes."), 1.0)
+        turn.answer.take(Finished("stop"), 1.0)
+
+    assert conversation.with_older_pictures() == [0]
+    conversation.turns[0].left_out = True
+
+    assert conversation.with_older_pictures() == []
+    sent = [part["image_url"]["url"] for message in conversation.messages(lambda picture: picture.sha)
+            if isinstance(message["content"], list) for part in message["content"] if part["type"] == "image_url"]  # fmt: skip
+    assert sent == ["c"]
+    assert conversation.picture_count() == 1
+
+
+def test_the_picture_count_is_that_of_the_next_request() -> None:
+    conversation = Conversation()
+    answered(conversation, "One", [picture("a"), picture("b")], "Fine.")
+    conversation.ask("Two", [picture("c")]).answer.fail(ApiError("too_large"), 1.0)
+
+    assert conversation.picture_count(new=1) == 3
+
+
+def test_the_same_picture_twice_in_one_question_is_kept_and_sent_once() -> None:
+    conversation = Conversation()
+
+    turn = conversation.ask("Same?", [picture("a"), picture("a")])
+
+    assert turn.pictures == ("a",)
+
+
+def test_boxes_are_kept_with_the_order_of_the_pictures_that_were_sent() -> None:
+    conversation = Conversation()
+    answered(conversation, "One", [picture("a")], "Fine.")
+    turn = conversation.ask("Where?", [picture("b")])
+
+    turn.answer.take(Place((1, 2, 3, 4), 1), 1.0)
+
+    assert turn.answer.sent == ("a", "b")
+    assert turn.answer.boxes == [Place((1, 2, 3, 4), 1)]
+
+
+def test_what_a_tool_gave_goes_back_with_the_call_that_asked_for_it() -> None:
+    conversation = Conversation()
+    turn = conversation.ask("How many?", [picture("a")])
+    turn.answer.take(CallPiece(0, "count", '{"color": "red"}', "call-7"), 1.0)
+    turn.answer.take(Finished("tool_calls"), 2.0)
+    assert turn.answer.waits_for_tools
+
+    given = conversation.give_results((ToolResult("call-7", "count", "3"),))
+
+    question, call, result = conversation.messages(url_of)
+    assert kinds(question) == ["image_url", "text"]
+    function = {"name": "count", "arguments": '{"color": "red"}'}
+    assert call == {
+        "role": "assistant", "content": None, "tool_calls": [{"id": "call-7", "type": "function", "function": function}],
+    }  # fmt: skip
+    assert result == {"role": "tool", "tool_call_id": "call-7", "content": "3"}
+    assert given.answer.sent == ("a",)
+
+
+def test_a_call_that_was_cut_off_takes_no_result() -> None:
+    turn = Conversation().ask("How many?", [])
+    turn.answer.take(CallPiece(0, "count", '{"color": "re'), 1.0)
+    turn.answer.take(Finished("length"), 2.0)
+
+    assert not turn.answer.waits_for_tools

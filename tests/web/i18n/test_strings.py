@@ -1,0 +1,74 @@
+"""The page's words: complete in both languages, used, and true to each other."""
+
+from __future__ import annotations
+
+import re
+import string
+from pathlib import Path
+
+import pytest
+
+from web.i18n.strings import LANGUAGES, TABLE, Words, language_for
+
+WEB = Path(__file__).resolve().parents[3] / "web"
+# Keys that the code puts together from a part: error.<kind>, picture.<kind>, finish.<reason>, preset.<name> and the console's words.
+BUILT = (
+    "error.", "picture.", "finish.", "preset.", "state.", "word.", "target.", "figure.uptime_", "trend.", "span.", "moment.",
+    "request.", "act.", "size.", "unit.",
+)  # fmt: skip
+
+
+def placeholders(text: str) -> set[str]:
+    return {name for _, name, _, _ in string.Formatter().parse(text) if name}
+
+
+@pytest.mark.parametrize("key", TABLE)
+def test_every_text_exists_in_every_language_with_the_same_placeholders(key: str) -> None:
+    texts = TABLE[key]
+
+    assert set(texts) == set(LANGUAGES)
+    assert all(text.strip() for text in texts.values())
+    assert len({frozenset(placeholders(text)) for text in texts.values()}) == 1
+
+
+@pytest.mark.parametrize("key", TABLE)
+def test_chinese_texts_are_chinese_and_english_ones_are_not(key: str) -> None:
+    chinese = re.compile(r"[\u4e00-\u9fff]")
+
+    assert chinese.search(TABLE[key]["zh"])
+    assert not chinese.search(TABLE[key]["en"])
+
+
+def test_every_text_is_used_and_every_used_text_exists() -> None:
+    code = "\n".join(path.read_text(encoding="utf-8") for path in WEB.rglob("*.py") if not path.name.startswith("strings"))
+    quoted = set(re.findall(r"[\"']([a-z]+(?:\.[a-z_0-9]+)?)[\"']", code))
+
+    unused = {key for key in TABLE if key not in quoted and not key.startswith(BUILT)}
+    asked_for = set(re.findall(r"words\(\s*[\"']([a-z_.]+)[\"']", code))
+
+    assert unused == set()
+    assert asked_for <= set(TABLE)
+
+
+def test_every_failure_that_the_client_can_name_has_a_sentence() -> None:
+    code = "".join((WEB / f"{name}.py").read_text(encoding="utf-8") for name in ("client", "answer_stream", "events"))
+    kinds = set(re.findall(r"ApiError\(\"([a-z_]+)\"", code)) | {
+        "bad_key", "too_large", "too_long", "refused", "queue_full", "loading", "draining", "unavailable", "broken",
+        "silent", "lost",
+    }  # fmt: skip
+
+    assert {f"error.{kind}" for kind in kinds} <= set(TABLE)
+
+
+def test_a_sentence_is_told_in_the_chosen_language() -> None:
+    assert Words("zh")("side.new") == "新对话"
+    assert Words("en")("answer.tokens", count=3) == "3 tokens"
+    assert Words("xx").language == "en"
+
+
+@pytest.mark.parametrize(
+    ("locale", "language"),
+    [("zh-CN", "zh"), ("zh", "zh"), ("ZH-tw", "zh"), ("en-GB", "en"), ("de", "en"), (None, "en")],
+)
+def test_the_browser_s_locale_chooses_the_language(locale: str | None, language: str) -> None:
+    assert language_for(locale) == language

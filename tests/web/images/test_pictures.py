@@ -1,0 +1,209 @@
+"""Pictures on their way to the model."""
+
+from __future__ import annotations
+
+import base64
+import io
+import struct
+import zlib
+from itertools import groupby
+
+import pytest
+from PIL import Image, ImageColor
+
+from models.shapes.pictures import draw_shapes
+from web.api_client.events import Place
+from web.images import pictures
+from web.images.pictures import PLACE_COLORS, PictureError, data_url, draw_places, elsewhere, prepare
+
+MANY = 50_000_000
+LARGE = 20 * 2**20
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def opened(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data))
+
+
+def test_a_drawn_picture_keeps_every_pixel() -> None:
+    drawn = draw_shapes([("red", "circle")], (320, 240), seed=5)
+
+    ready = prepare("drawn.png", encoded(drawn), LARGE, MANY)
+
+    assert (ready.mime, ready.width, ready.height) == ("image/png", 320, 240)
+    assert opened(ready.data).convert("RGB").tobytes() == drawn.convert("RGB").tobytes()
+
+
+def test_the_same_picture_has_the_same_name_and_another_has_another() -> None:
+    red = encoded(draw_shapes([("red", "circle")], seed=5))
+    blue = encoded(draw_shapes([("blue", "circle")], seed=5))
+
+    assert prepare("a.png", red, LARGE, MANY).sha == prepare("b.png", red, LARGE, MANY).sha
+    assert prepare("a.png", red, LARGE, MANY).sha != prepare("a.png", blue, LARGE, MANY).sha
+
+
+def test_a_photo_taken_sideways_stands_upright_and_forgets_where_it_was_taken() -> None:
+    photo = Image.new("RGB", (60, 40), "white")
+    photo.paste((255, 0, 0), (0, 0, 20, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees to the right
+    exif[0x010E] = "my secret garden"
+
+    ready = prepare("photo.jpg", encoded(photo, "JPEG", exif=exif, quality=95), LARGE, MANY)
+
+    assert (ready.width, ready.height, ready.mime) == (40, 60, "image/jpeg")
+    red, green, _ = opened(ready.data).convert("RGB").getpixel((35, 5))  # type: ignore[misc]
+    assert red > 200 and green < 60
+    assert b"secret" not in ready.data
+
+
+def test_transparency_becomes_white_paper() -> None:
+    clear = Image.new("RGBA", (10, 10), (255, 0, 0, 0))
+
+    ready = prepare("clear.png", encoded(clear), LARGE, MANY)
+
+    assert opened(ready.data).convert("RGB").getpixel((5, 5)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "I;16", "CMYK"])
+def test_every_kind_of_pixel_can_be_read(mode: str) -> None:
+    image = Image.new(mode, (12, 8))
+    format = "JPEG" if mode == "CMYK" else "PNG"
+
+    ready = prepare("x", encoded(image, format), LARGE, MANY)
+
+    assert opened(ready.data).mode == "RGB"
+
+
+def test_a_large_photo_is_made_smaller_in_its_own_shape() -> None:
+    photo = Image.new("RGB", (4000, 2000), "green")
+
+    ready = prepare("large.jpg", encoded(photo, "JPEG"), LARGE, MANY)
+
+    assert ready.width * ready.height <= pictures.MAX_SENT_PIXELS
+    assert abs(ready.width / ready.height - 2) < 0.01
+
+
+def test_a_noisy_picture_is_not_sent_as_a_huge_png() -> None:
+    noise = Image.effect_noise((1600, 1200), 90).convert("RGB")
+
+    ready = prepare("noise.png", encoded(noise), LARGE, MANY)
+
+    assert ready.mime == "image/jpeg"
+
+
+def test_a_file_over_the_limit_is_told_with_the_limit() -> None:
+    with pytest.raises(PictureError) as caught:
+        prepare("big.png", b"x" * (2 * 2**20 + 1), 2 * 2**20, MANY)
+
+    assert (caught.value.kind, caught.value.name, caught.value.limit) == ("too_big", "big.png", 2)
+
+
+def test_a_small_file_that_would_unpack_to_gigabytes_is_refused_by_its_header() -> None:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+
+    with pytest.raises(PictureError) as caught:
+        prepare("bomb.png", bomb, LARGE, MANY)
+
+    assert (caught.value.kind, caught.value.limit) == ("too_many_pixels", 50)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"hello", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%PDF-1.4", b"\x89PNG\r\n\x1a\n" + b"\0" * 40],
+)
+def test_what_is_no_picture_is_unreadable(data: bytes) -> None:
+    with pytest.raises(PictureError) as caught:
+        prepare("notes.png", data, LARGE, MANY)
+
+    assert caught.value.kind == "unreadable"
+
+
+def test_a_picture_that_was_cut_off_is_unreadable() -> None:
+    whole = encoded(Image.effect_noise((200, 200), 90).convert("RGB"))
+
+    with pytest.raises(PictureError) as caught:
+        prepare("half.png", whole[: len(whole) // 2], LARGE, MANY)
+
+    assert caught.value.kind == "unreadable"
+
+
+def test_the_data_url_holds_the_very_bytes() -> None:
+    ready = prepare("a.png", encoded(Image.new("RGB", (4, 4), "red")), LARGE, MANY)
+
+    head, _, body = data_url(ready.mime, ready.data).partition(",")
+
+    assert head == "data:image/png;base64"
+    assert base64.b64decode(body) == ready.data
+
+
+def test_a_picture_elsewhere_is_known_by_its_address_and_never_fetched() -> None:
+    picture = elsewhere(" https://example.org/a/cat.jpg?size=9 ")
+
+    assert (picture.url, picture.name) == ("https://example.org/a/cat.jpg?size=9", "cat.jpg (example.org)")
+    assert picture.data == b""
+
+
+@pytest.mark.parametrize(
+    "url", ["", "cat.jpg", "file:///etc/passwd", "ftp://example.org/a.png", "https://", "https://a b/c.png", "http://[::1"]
+)
+def test_an_address_that_is_none_is_refused(url: str) -> None:
+    with pytest.raises(PictureError) as caught:
+        elsewhere(url)
+
+    assert caught.value.kind == "no_url"
+
+
+def test_a_box_is_drawn_where_it_says_and_nowhere_else() -> None:
+    white = encoded(Image.new("RGB", (200, 100), "white"))
+
+    drawn = opened(draw_places(white, (Place((250, 200, 750, 800)),))[0]).convert("RGB")
+
+    assert drawn.size == (200, 100)
+    on_the_edge = drawn.getpixel((50, 50))
+    assert on_the_edge != (255, 255, 255)
+    assert drawn.getpixel((100, 50)) == (255, 255, 255)
+    assert drawn.getpixel((10, 50)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("paper", ["white", "black", *PLACE_COLORS])
+def test_a_box_is_seen_on_a_background_of_any_colour_from_both_sides(paper: str) -> None:
+    flat = encoded(Image.new("RGB", (240, 240), paper))
+
+    drawn = opened(draw_places(flat, (Place((250, 250, 750, 750)),))[0]).convert("RGB")
+
+    line = [drawn.getpixel((x, 120)) for x in range(52, 68)]
+    assert line[0] == line[-1] == ImageColor.getrgb(paper)
+    strokes = [color for color, _ in groupby(line)]
+    inks = {ImageColor.getrgb("white"), ImageColor.getrgb(PLACE_COLORS[0])} - {ImageColor.getrgb(paper)}
+    assert inks <= set(strokes)
+    assert len(strokes) == (3 if paper == "white" else 5), strokes
+
+
+def test_a_point_and_a_polygon_are_drawn_where_they_are() -> None:
+    white = encoded(Image.new("RGB", (200, 100), "white"))
+
+    drawn = opened(draw_places(white, (Place((500, 500)), Place((50, 100, 300, 100, 50, 900))))[0]).convert("RGB")
+
+    assert drawn.getpixel((101, 51)) != (255, 255, 255)
+    row = [x for x in range(80) if drawn.getpixel((x, 50)) != (255, 255, 255)]
+    assert row
+    assert all(8 <= x <= 12 or 32 <= x <= 37 for x in row), "the upright side and the slanting one"
+    assert len({x < 20 for x in row}) == 2
+
+
+def test_a_box_over_the_whole_picture_stays_inside_it() -> None:
+    white = encoded(Image.new("RGB", (40, 30), "white"))
+
+    drawn = opened(draw_places(white, (Place((0, 0, 1000, 1000)), Place((0, 0, 1, 1))))[0]).convert("RGB")
+
+    assert drawn.getpixel((39, 15)) != (255, 255, 255)

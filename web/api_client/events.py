@@ -1,0 +1,183 @@
+"""What the API says while it answers: server-sent event lines, turned into typed events.
+
+Pure: no socket, no thread, no Streamlit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from web.api_client.client import ApiError, named_failure
+
+
+@dataclass(frozen=True)
+class Queued:
+    """The API is alive and the answer has not begun. `position` is the place in the line, if it was told."""
+
+    position: int | None
+
+
+@dataclass(frozen=True)
+class Loading:
+    """The model is not there yet; the question will be sent again."""
+
+    progress: float | None
+
+
+@dataclass(frozen=True)
+class Thought:
+    text: str
+
+
+@dataclass(frozen=True)
+class Text:
+    text: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where something is, in 0-1000 of width and height; `image` counts the request's pictures from 0.
+
+    `corners` are x, y pairs: one for a point, two for a rectangle, more for a polygon. `pixels` are the API's own,
+    in the picture as it was sent; empty if it told none.
+    """
+
+    corners: tuple[float, ...]
+    image: int = 0
+    label: str = ""
+    pixels: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class NoPlace:
+    """A place whose numbers lie outside 0-1000, so that it cannot be found in the picture."""
+
+
+@dataclass(frozen=True)
+class CallPiece:
+    """A piece of the `index`-th tool call: the first brings name and id, all together the arguments."""
+
+    index: int
+    name: str = ""
+    arguments: str = ""
+    id: str = ""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The end of an answer. Times are the API's own, in seconds; None where it told none."""
+
+    reason: str | None
+    completion_tokens: int | None = None
+    prompt_tokens: int | None = None
+    ttft_s: float | None = None
+    tokens_per_s: float | None = None
+    cached_tokens: int | None = None
+    request_id: str = ""
+
+
+Event = Queued | Loading | Thought | Text | Place | NoPlace | CallPiece | Finished
+
+
+@dataclass
+class EventReader:
+    """Turns lines of the stream into events. Pure: no socket, no thread."""
+
+    request_id: str = ""
+    done: bool = False
+    _reason: str | None = None
+    _usage: dict[str, Any] = field(default_factory=dict)
+    _timings: dict[str, Any] = field(default_factory=dict)
+
+    def read(self, line: str) -> Iterator[Event]:
+        """Raises ApiError for an error event or a line that is no JSON."""
+        if self.done:
+            return
+        if line.startswith(":"):
+            yield Queued(_queue_position(line))
+            return
+        if not line.startswith("data:"):
+            return
+        data = line.removeprefix("data:").strip()
+        if data == "[DONE]":
+            self.done = True
+            yield self._finished()
+            return
+        try:
+            chunk = json.loads(data)
+        except ValueError:
+            raise ApiError("broken", request_id=self.request_id) from None
+        if isinstance(chunk, dict):
+            yield from self._chunk(chunk)
+
+    def _chunk(self, chunk: dict[str, Any]) -> Iterator[Event]:
+        if isinstance(chunk.get("error"), dict):
+            raise named_failure(0, chunk["error"], self.request_id)
+        self._usage = chunk.get("usage") or self._usage
+        self._timings = chunk.get("timings") or self._timings
+        for choice in chunk.get("choices") or []:
+            delta = choice.get("delta") or {}
+            if thought := delta.get("reasoning_content") or delta.get("reasoning"):
+                yield Thought(str(thought))
+            if text := delta.get("content"):
+                yield Text(str(text))
+            for box in delta.get("boxes") or []:
+                if read := _place(box):
+                    yield read
+            for call in delta.get("tool_calls") or []:
+                if piece := _call_piece(call):
+                    yield piece
+            self._reason = choice.get("finish_reason") or self._reason
+
+    def _finished(self) -> Finished:
+        return Finished(
+            reason=self._reason,
+            completion_tokens=self._usage.get("completion_tokens"),
+            prompt_tokens=self._usage.get("prompt_tokens"),
+            ttft_s=self._timings.get("ttft_s"),
+            tokens_per_s=self._timings.get("tokens_per_s"),
+            cached_tokens=(self._usage.get("prompt_tokens_details") or {}).get("cached_tokens"),
+            request_id=self.request_id,
+        )
+
+
+def _queue_position(comment: str) -> int | None:
+    _, _, value = comment.partition("queue_position=")
+    return int(value.strip()) if value.strip().isdigit() else None
+
+
+def _place(told: object) -> Place | NoPlace | None:
+    """None for what is no place at all."""
+    if not isinstance(told, dict):
+        return None
+    for kind in ("bbox", "point", "polygon"):
+        corners = _flat(told.get(f"{kind}_2d"))
+        count = len(corners)
+        if not (count == 4 if kind == "bbox" else count == 2 if kind == "point" else count >= 6 and count % 2 == 0):
+            continue
+        if not all(0 <= value <= 1000 for value in corners):
+            return NoPlace()
+        if kind == "bbox" and (corners[2] <= corners[0] or corners[3] <= corners[1]):
+            return None
+        image, pixels = told.get("image", 0), _flat(told.get(f"{kind}_pixels"))
+        same = tuple(round(value) for value in pixels) if len(pixels) == count else ()
+        return Place(corners, image, str(told.get("label") or ""), same) if isinstance(image, int) else None
+    return None
+
+
+def _flat(numbers: object) -> tuple[float, ...]:
+    """Empty unless it is a list of numbers, or of lists of them."""
+    if not isinstance(numbers, list):
+        return ()
+    flat = [each for item in numbers for each in (item if isinstance(item, list) else [item])]
+    return tuple(float(each) for each in flat) if all(isinstance(each, int | float) for each in flat) else ()
+
+
+def _call_piece(call: object) -> CallPiece | None:
+    if not isinstance(call, dict) or not isinstance(call.get("function"), dict):
+        return None
+    index, function = call.get("index") or 0, call["function"]
+    return CallPiece(int(index), str(function.get("name") or ""), str(function.get("arguments") or ""), str(call.get("id") or ""))

@@ -1,0 +1,80 @@
+"""The console's way to the checker's store: read what it found, leave it a request. Knows nothing of Streamlit.
+
+The page has no power of its own: a request is a row that the checker carries out and writes into its audit log.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from monitor.store.store import Store
+
+DAY_S = 86400.0
+MONTH_S = 30 * DAY_S
+RUNS = 2000
+MESSAGES = "SELECT made_at, sent_at, channel, incident FROM outbox WHERE made_at >= ? ORDER BY id DESC LIMIT 500"
+
+
+class NoHistory(Exception):
+    """There is no store to read: the checker has never run here, or its file cannot be read."""
+
+
+@dataclass(frozen=True)
+class History:
+    """Rows as the store's docstring describes them; all but the roll-ups newest first. `messages` are the alerts."""
+
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    minutes: list[dict[str, Any]] = field(default_factory=list)
+    hours: list[dict[str, Any]] = field(default_factory=list)
+    flips: list[dict[str, Any]] = field(default_factory=list)
+    incidents: list[dict[str, Any]] = field(default_factory=list)
+    actions: list[dict[str, Any]] = field(default_factory=list)
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+def read(log_dir: Path, now: float) -> History:
+    """Raises NoHistory."""
+    try:
+        with closing(Store.read_only(log_dir)) as store:
+            return History(
+                store.runs(now - DAY_S, RUNS),
+                store.rollups("minute", now - DAY_S),
+                store.rollups("hour", now - MONTH_S),
+                store.flips(now - MONTH_S),
+                store.incidents(now - MONTH_S),
+                store.actions(now - MONTH_S),
+                store.requests(),
+                store.rows(MESSAGES, now - MONTH_S),
+                store.last_report() or {},
+            )
+    except (sqlite3.Error, ValueError) as error:
+        raise NoHistory(str(error)) from None
+
+
+def ask(log_dir: Path, actor: str, kind: str, target: str, arguments: Mapping[str, Any]) -> int:
+    """Leave a request; returns its number. Raises NoHistory if it cannot be written."""
+    try:
+        with closing(Store.open(log_dir)) as store:
+            if store.lost:
+                raise NoHistory(store.lost)
+            with store.transaction():
+                return store.ask(time.time(), actor, kind, target, arguments)
+    except sqlite3.Error as error:
+        raise NoHistory(str(error)) from None
+
+
+def evidence_files(log_dir: Path, incident: str) -> list[Path]:
+    """What the checker saved of an incident before it acted, oldest first."""
+    root = log_dir / "incidents"
+    folder = root / incident
+    if folder.resolve().parent != root.resolve():
+        return []
+    return sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()) if folder.is_dir() else []

@@ -1,0 +1,103 @@
+"""A chat as a file to keep: Markdown for people, JSON for programs; the pictures are inside.
+
+Pure: no Streamlit, no SQLite. Both hold everything that the page shows, so nothing is lost with the chat.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any
+
+from web.history.conversation import Answer, Conversation, UrlOf
+from web.i18n.strings import Words
+
+FORMAT = "glm-4.6v-flash-web chat"
+VERSION = 1
+
+
+def to_json(conversation: Conversation, url_of: UrlOf) -> str:
+    turns = [
+        {
+            "asked_at": _time(turn.asked_at),
+            "question": turn.question,
+            "tool_results": [asdict(result) for result in turn.results],
+            "pictures": list(turn.pictures),
+            "answer": _answer(turn.answer),
+            "earlier_answers": [_answer(answer) for answer in turn.earlier],
+        }
+        for turn in conversation.turns
+    ]
+    pictures = {
+        sha: {"name": p.name, "width": p.width, "height": p.height, "url": url_of(p)}
+        for sha, p in conversation.pictures.items()
+    }
+    whole = {"format": FORMAT, "version": VERSION, "title": conversation.title, "turns": turns, "pictures": pictures}
+    return json.dumps(whole, ensure_ascii=False, indent=2)
+
+
+def to_markdown(conversation: Conversation, url_of: UrlOf, words: Words) -> str:
+    parts = [f"# {conversation.title}"]
+    for turn in conversation.turns:
+        parts.append(f"## {words('export.question')} · {_time(turn.asked_at)}")
+        for sha in turn.pictures:
+            picture = conversation.pictures[sha]
+            parts.append(f"![{_inside_brackets(picture.name)}]({url_of(picture)})")
+        parts += [f"`{result.name}`\n\n{_fenced(result.text)}" for result in turn.results] or [turn.question]
+        for answer in [*turn.earlier, turn.answer]:
+            parts += _markdown_answer(answer, words)
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown_answer(answer: Answer, words: Words) -> list[str]:
+    parts = [f"### {words('export.answer')}"]
+    if thought := answer.reasoning.strip():
+        parts.append("\n".join(f"> {line}".rstrip() for line in thought.splitlines()))
+    parts += [f"`{call.name}` `{call.arguments}`" for call in answer.calls]
+    if text := answer.text.strip():
+        parts.append(text)
+    if answer.boxes:
+        rows = [f"| {n} | {box.label} | {box.image + 1} | {_corners(box.corners)} |" for n, box in _counted(answer)]
+        parts.append("\n".join(["| | | | 0-1000 |", "|---|---|---|---|", *rows]))
+    if answer.error is not None or not answer.says_something:
+        parts.append(f"*({answer.error.kind if answer.error else answer.state})*")
+    return parts
+
+
+def _fenced(text: str) -> str:
+    """As a block of code, whatever stands in it."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}\n{text}\n{fence}"
+
+
+def _answer(answer: Answer) -> dict[str, Any]:
+    return {
+        "state": answer.state,
+        "text": answer.text,
+        "reasoning": answer.reasoning,
+        "thinking_s": answer.thinking_s,
+        "boxes": [asdict(box) for box in answer.boxes],
+        "tool_calls": [asdict(call) for call in answer.calls],
+        "pictures_sent": list(answer.sent),
+        "finish": asdict(answer.finish) if answer.finish else None,
+        "error": asdict(answer.error) if answer.error else None,
+    }
+
+
+def _counted(answer: Answer) -> Any:
+    return enumerate(answer.boxes, start=1)
+
+
+def _corners(corners: tuple[float, ...]) -> str:
+    return ", ".join(f"{value:g}" for value in corners)
+
+
+def _inside_brackets(name: str) -> str:
+    return re.sub(r"[\[\]\\\n]", " ", name)
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")

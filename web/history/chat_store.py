@@ -1,0 +1,179 @@
+"""Where chats live: one SQLite file, each row belonging to one visitor.
+
+Owns the tables, the pictures' bytes (once each, by content) and what is removed when. Knows nothing of Streamlit.
+A chat is only ever read or changed together with the visitor's id, so that an address that was passed on shows
+nothing. Every change is one transaction: a killed process loses at most the words of the last second.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from web.history.conversation import Conversation, Turn
+from web.images.pictures import Picture
+
+FILE_NAME = "chats.db"
+LIST_LENGTH = 100
+DAY_S = 86400
+BUSY_S = 5.0
+VERSION = 1
+
+TABLES = """
+CREATE TABLE IF NOT EXISTS chats (
+    id TEXT PRIMARY KEY, visitor TEXT NOT NULL, title TEXT NOT NULL, updated REAL NOT NULL
+);
+CREATE INDEX IF NOT EXISTS chats_of_a_visitor ON chats (visitor, updated DESC);
+CREATE TABLE IF NOT EXISTS turns (
+    chat TEXT NOT NULL REFERENCES chats (id) ON DELETE CASCADE, number INTEGER NOT NULL, body TEXT NOT NULL,
+    PRIMARY KEY (chat, number)
+);
+CREATE TABLE IF NOT EXISTS chat_pictures (
+    chat TEXT NOT NULL REFERENCES chats (id) ON DELETE CASCADE, sha TEXT NOT NULL, body TEXT NOT NULL,
+    PRIMARY KEY (chat, sha)
+);
+CREATE INDEX IF NOT EXISTS chats_of_a_picture ON chat_pictures (sha);
+CREATE TABLE IF NOT EXISTS picture_bytes (sha TEXT PRIMARY KEY, data BLOB NOT NULL);
+"""
+
+_TURN = TypeAdapter(Turn)
+_PICTURE = TypeAdapter(Picture)
+
+
+class StoreError(Exception):
+    """The chat could not be kept or read: a full disk, a folder without rights, a damaged file."""
+
+
+@dataclass(frozen=True)
+class ChatHead:
+    """A line of the list. `updated` is in seconds since 1970."""
+
+    id: str
+    title: str
+    updated: float
+
+
+class ChatStore:
+    """Safe for use from several threads and processes: every call opens its own connection."""
+
+    def __init__(self, path: Path, keep_days: int) -> None:
+        """Makes the file. Raises StoreError."""
+        self._path = path
+        self._keep_days = keep_days
+        with _told():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Made before SQLite opens it, so that it and its journal are readable by this user only.
+            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+        with self._connection() as db:
+            db.execute("PRAGMA journal_mode = WAL")
+            db.executescript(TABLES)
+            db.execute(f"PRAGMA user_version = {VERSION}")
+        self.forget_old(time.time())
+
+    def heads(self, visitor: str) -> list[ChatHead]:
+        """The visitor's chats, the last used first."""
+        with self._connection() as db:
+            rows = db.execute(
+                "SELECT id, title, updated FROM chats WHERE visitor = ? ORDER BY updated DESC LIMIT ?",
+                (visitor, LIST_LENGTH),
+            ).fetchall()
+        return [ChatHead(*row) for row in rows]
+
+    def load(self, visitor: str, chat: str) -> Conversation | None:
+        """None if the visitor has no such chat."""
+        with self._connection() as db:
+            head = db.execute("SELECT title FROM chats WHERE id = ? AND visitor = ?", (chat, visitor)).fetchone()
+            if head is None:
+                return None
+            turns = db.execute("SELECT body FROM turns WHERE chat = ? ORDER BY number", (chat,)).fetchall()
+            pictures = db.execute("SELECT body FROM chat_pictures WHERE chat = ?", (chat,)).fetchall()
+        try:
+            known = [_PICTURE.validate_json(body) for (body,) in pictures]
+            found = [_TURN.validate_json(body) for (body,) in turns]
+        except ValidationError as error:
+            raise StoreError(f"{len(error.errors())} fields of the chat cannot be read") from None
+        return Conversation(chat, head[0], found, {picture.sha: picture for picture in known})
+
+    def save(self, visitor: str, conversation: Conversation, number: int | None = None) -> None:
+        """Keep one turn (the last) and what is new of pictures and title; the conversation lets go of their bytes."""
+        number = len(conversation.turns) - 1 if number is None else number
+        turn = conversation.turns[number]
+        fresh = {sha: conversation.pictures[sha] for sha in turn.pictures}
+        with self._connection() as db:
+            db.execute(
+                "INSERT INTO chats (id, visitor, title, updated) VALUES (?, ?, ?, ?)"
+                " ON CONFLICT (id) DO UPDATE SET updated = excluded.updated WHERE visitor = excluded.visitor",
+                (conversation.id, visitor, conversation.title, time.time()),
+            )
+            db.execute(
+                "INSERT OR REPLACE INTO turns (chat, number, body) VALUES (?, ?, ?)",
+                (conversation.id, number, _TURN.dump_json(turn).decode()),
+            )
+            for sha, picture in fresh.items():
+                body = _PICTURE.dump_json(picture.without_bytes()).decode()
+                db.execute(
+                    "INSERT OR IGNORE INTO chat_pictures (chat, sha, body) VALUES (?, ?, ?)",
+                    (conversation.id, sha, body),
+                )
+                if picture.data:
+                    db.execute("INSERT OR IGNORE INTO picture_bytes (sha, data) VALUES (?, ?)", (sha, picture.data))
+        conversation.without_bytes(set(fresh))
+
+    def rename(self, visitor: str, chat: str, title: str) -> None:
+        with self._connection() as db:
+            db.execute("UPDATE chats SET title = ? WHERE id = ? AND visitor = ?", (title, chat, visitor))
+
+    def delete(self, visitor: str, chat: str) -> None:
+        with self._connection() as db:
+            db.execute("DELETE FROM chats WHERE id = ? AND visitor = ?", (chat, visitor))
+            _drop_unused_pictures(db)
+
+    def picture_bytes(self, picture: Picture) -> bytes:
+        """Raises StoreError if they are gone."""
+        if picture.data:
+            return picture.data
+        with self._connection() as db:
+            row = db.execute("SELECT data FROM picture_bytes WHERE sha = ?", (picture.sha,)).fetchone()
+        if row is None:
+            raise StoreError(f"the bytes of {picture.name} are gone")
+        return bytes(row[0])
+
+    def forget_old(self, now: float) -> None:
+        """Remove chats that nobody used for `keep_days`."""
+        with self._connection() as db:
+            gone = db.execute("DELETE FROM chats WHERE updated < ?", (now - self._keep_days * DAY_S,)).rowcount
+            if gone:
+                _drop_unused_pictures(db)
+
+    @contextmanager
+    def _connection(self) -> Iterator[sqlite3.Connection]:
+        """One transaction. Raises StoreError for whatever SQLite cannot do."""
+        with _told():
+            db = sqlite3.connect(self._path, timeout=BUSY_S)
+            try:
+                db.execute("PRAGMA foreign_keys = ON")
+                db.execute("PRAGMA synchronous = NORMAL")  # enough, with WAL, for a killed process
+                db.execute("PRAGMA secure_delete = ON")  # a deleted picture is overwritten, not only forgotten
+                with db:
+                    yield db
+            finally:
+                db.close()
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except (sqlite3.Error, OSError) as error:
+        raise StoreError(str(error)) from None
+
+
+def _drop_unused_pictures(db: sqlite3.Connection) -> None:
+    db.execute("DELETE FROM picture_bytes WHERE sha NOT IN (SELECT sha FROM chat_pictures)")

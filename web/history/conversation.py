@@ -1,0 +1,299 @@
+"""What was asked and answered in one chat, and what of it is sent with the next question.
+
+Owns turns, the pictures they brought and the rule of what is resent. Knows nothing of Streamlit, HTTP or SQLite.
+A turn is changed in place while its answer arrives: whatever interrupts the page, what had come stays.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any, Literal
+
+from web.api_client.client import ApiError
+from web.api_client.events import CallPiece, Event, Finished, Loading, NoPlace, Place, Queued, Text, Thought
+from web.images.pictures import Picture
+
+State = Literal["waiting", "thinking", "writing", "done", "stopped", "failed"]
+UNFINISHED: tuple[State, ...] = ("waiting", "thinking", "writing")
+# After these the same pictures would fail again, so they are not carried into the next question.
+REFUSALS = ("refused", "too_large", "too_long")
+TITLE_LENGTH = 60
+
+UrlOf = Callable[[Picture], str]  # the address to send: a data: URL, or where the API shall fetch it
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why an answer failed: what of an ApiError is worth keeping."""
+
+    kind: str
+    detail: str = ""
+    request_id: str = ""
+
+
+@dataclass
+class Call:
+    """A tool that the model asked for; `arguments` is JSON as the model wrote it."""
+
+    name: str
+    arguments: str = ""
+    id: str = ""
+
+    @property
+    def is_whole(self) -> bool:
+        """Its arguments are a JSON object; one that was cut off could not be sent back."""
+        try:
+            return isinstance(json.loads(self.arguments), dict)
+        except ValueError:
+            return False
+
+
+@dataclass(frozen=True)
+class ToolResult:
+    """What a tool gave for the call of that id."""
+
+    id: str
+    name: str
+    text: str
+
+
+@dataclass
+class Answer:
+    """One answer. `sent` lists the pictures of the request, in order: boxes count from its first.
+
+    `question` is what it answered, where the turn's question was changed later. `schema` is the JSON schema that it was asked to fit ({}: any JSON; None: free text).
+    """
+
+    state: State = "waiting"
+    question: str = ""
+    text: str = ""
+    reasoning: str = ""
+    boxes: list[Place] = field(default_factory=list)
+    no_places: int = 0  # whose numbers mean nothing in the picture
+    calls: list[Call] = field(default_factory=list)
+    sent: tuple[str, ...] = ()
+    schema: dict[str, Any] | None = None
+    queue_position: int | None = None
+    loading: bool = False
+    loading_progress: float | None = None
+    begun: float = field(default_factory=time.monotonic)
+    thinking_began: float | None = None
+    thinking_s: float | None = None
+    finish: Finished | None = None
+    error: Failure | None = None
+
+    @property
+    def unfinished(self) -> bool:
+        return self.state in UNFINISHED
+
+    @property
+    def says_something(self) -> bool:
+        return bool(self.text.strip() or self.boxes or self.calls)
+
+    @property
+    def was_cut_off(self) -> bool:
+        """It has words, and the model could go on from there: by its length, by Stop or by a broken connection."""
+        by_length = self.finish is not None and self.finish.reason == "length"
+        return bool(self.text.strip()) and (by_length or self.state in ("stopped", "failed"))
+
+    @property
+    def waits_for_tools(self) -> bool:
+        return self.state == "done" and bool(self.calls) and all(call.is_whole for call in self.calls)
+
+    def take(self, event: Event, now: float) -> None:
+        if not self.unfinished:
+            return  # stopped in another thread; what still trickles in is no longer wanted
+        self.loading = isinstance(event, Loading)
+        match event:
+            case Queued(position):
+                self.queue_position = position
+            case Loading(progress):
+                self.loading_progress = progress
+            case Thought(text):
+                self.state = "thinking"
+                self.thinking_began = self.thinking_began or now
+                self.reasoning += text
+            case Text(text):
+                self._end_thinking(now)
+                self.state = "writing"
+                self.text += text
+            case Place():
+                self.boxes.append(event)
+            case NoPlace():
+                self.no_places += 1
+            case CallPiece():
+                self._end_thinking(now)
+                self.state = "writing"
+                self._take_call(event)
+            case Finished():
+                self._end_thinking(now)
+                self.state = "done"
+                self.finish = event
+
+    def fail(self, error: ApiError, now: float) -> None:
+        self._end_thinking(now)
+        self.state = "failed"
+        self.error = Failure(error.kind, error.detail, error.request_id)
+
+    def stop(self, now: float) -> None:
+        if self.unfinished:
+            self._end_thinking(now)
+            self.state = "stopped"
+
+    def _take_call(self, piece: CallPiece) -> None:
+        while len(self.calls) <= piece.index < 64:
+            self.calls.append(Call(""))
+        if piece.index < len(self.calls):
+            call = self.calls[piece.index]
+            call.name, call.arguments = call.name or piece.name, call.arguments + piece.arguments
+            call.id = call.id or piece.id or f"call_{piece.index}"
+
+    def _end_thinking(self, now: float) -> None:
+        if self.thinking_began is not None and self.thinking_s is None:
+            self.thinking_s = now - self.thinking_began
+
+
+@dataclass
+class Turn:
+    """A question, the pictures that it brought, and its answer. `sample` names the sample picture it came with.
+
+    `earlier` keeps the answers that were asked for again, oldest first. `results` stand in place of a question: what
+    the tools gave that the answer before called. `left_out`: its pictures are shown, but not sent any more.
+    """
+
+    question: str
+    pictures: tuple[str, ...] = ()
+    sample: str | None = None
+    answer: Answer = field(default_factory=Answer)
+    earlier: list[Answer] = field(default_factory=list)
+    results: tuple[ToolResult, ...] = ()
+    left_out: bool = False
+    asked_at: float = field(default_factory=time.time)
+
+    @property
+    def sends(self) -> tuple[str, ...]:
+        return () if self.left_out else self.pictures
+
+
+def new_id() -> str:
+    """Stands in the page's address; whoever guessed it would still need the visitor's cookie."""
+    return secrets.token_urlsafe(12)
+
+
+@dataclass
+class Conversation:
+    """`pictures` holds what is known of each picture by its sha; their bytes are the store's."""
+
+    id: str = field(default_factory=new_id)
+    title: str = ""
+    turns: list[Turn] = field(default_factory=list)
+    pictures: dict[str, Picture] = field(default_factory=dict)
+
+    def ask(self, question: str, pictures: list[Picture], sample: str | None = None) -> Turn:
+        """Add a turn whose answer is still to come."""
+        self.pictures.update({picture.sha: picture for picture in pictures})
+        turn = Turn(question, tuple(dict.fromkeys(picture.sha for picture in pictures)), sample)
+        self.turns.append(turn)
+        self.title = self.title or _short(question)
+        turn.answer.sent = self._to_send()
+        return turn
+
+    def give_results(self, results: tuple[ToolResult, ...]) -> Turn:
+        """Go on with what the tools gave that the last answer called."""
+        turn = Turn("", results=results)
+        self.turns.append(turn)
+        turn.answer.sent = self._to_send()
+        return turn
+
+    def ask_again(self, question: str = "") -> Turn:
+        """The last question once more, or another in its place; the answer that it had is kept."""
+        turn = self.turns[-1]
+        if question and question != turn.question:
+            turn.answer.question, turn.question = turn.question, question
+        if turn.answer.says_something or turn.answer.reasoning:
+            turn.earlier.append(turn.answer)
+        turn.answer = Answer(schema=turn.answer.schema)
+        turn.answer.sent = self._to_send()
+        return turn
+
+    def with_older_pictures(self) -> list[int]:
+        """The numbers of the turns whose pictures could be left out: all but the newest that brought some."""
+        return [number for number, turn in enumerate(self.turns) if turn.sends][:-1]
+
+    def settle(self, now: float) -> None:
+        """Mark what an interrupted run left unfinished as stopped."""
+        for turn in self.turns:
+            turn.answer.stop(now)
+
+    def last_sample(self) -> str | None:
+        """The sample picture that the talk is about, if its newest picture is one."""
+        return next((turn.sample for turn in reversed(self.turns) if turn.pictures), None)
+
+    def picture_count(self, new: int = 0) -> int:
+        """How many pictures the next request would carry with `new` more."""
+        carried = [sha for _, shas in self._exchanges(extra=True) for sha in shas]
+        return len(carried) + new
+
+    def messages(self, url_of: UrlOf) -> list[dict[str, Any]]:
+        """The chat for the API. Pictures stay in the turn that brought them; reasoning is never sent back."""
+        messages: list[dict[str, Any]] = []
+        for turn, shas in self._exchanges():
+            messages += [{"role": "tool", "tool_call_id": each.id, "content": each.text} for each in turn.results]
+            parts: list[dict[str, Any]] = [
+                {"type": "image_url", "image_url": {"url": url_of(self.pictures[sha])}} for sha in shas
+            ]
+            if not turn.results:
+                messages.append({"role": "user", "content": [*parts, {"type": "text", "text": turn.question}]})
+            if turn is not self.turns[-1]:
+                messages.append(self._answered(turn))
+        return messages
+
+    def _answered(self, turn: Turn) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": turn.answer.text or None}
+        if self._went_on_with_tools(turn):
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in turn.answer.calls
+            ]
+        return message
+
+    def _went_on_with_tools(self, turn: Turn) -> bool:
+        following = next((after for before, after in pairwise(self.turns) if before is turn), None)
+        return following is not None and bool(following.results)
+
+    def without_bytes(self, shas: set[str]) -> None:
+        """Let go of bytes that the store holds now."""
+        self.pictures.update({sha: replace(self.pictures[sha], data=b"") for sha in shas if sha in self.pictures})
+
+    def _to_send(self) -> tuple[str, ...]:
+        return tuple(sha for _, shas in self._exchanges() for sha in shas)
+
+    def _exchanges(self, extra: bool = False) -> list[tuple[Turn, tuple[str, ...]]]:
+        """(turn, pictures) of every turn that counts; the last one's answer is still to come.
+
+        A turn without an answer is left out, but its pictures move to the next one: whoever asks again after
+        a failure still means the picture that is on the screen. `extra` appends an empty turn to come.
+        """
+        turns = [*self.turns, Turn("")] if extra else self.turns
+        exchanges: list[tuple[Turn, tuple[str, ...]]] = []
+        carried: tuple[str, ...] = ()
+        for turn in turns:
+            shas = tuple(dict.fromkeys(carried + turn.sends))
+            said = turn.answer.text.strip() or self._went_on_with_tools(turn)
+            if turn is not turns[-1] and not said:
+                refused = turn.answer.error is not None and turn.answer.error.kind in REFUSALS
+                carried = () if refused else shas
+                continue
+            exchanges.append((turn, shas))
+            carried = ()
+        return exchanges
+
+
+def _short(question: str) -> str:
+    words = " ".join(question.split())
+    return words if len(words) <= TITLE_LENGTH else words[: TITLE_LENGTH - 1].rstrip() + "…"
