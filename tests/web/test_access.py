@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import requests
-from conftest import Server
+from page_process import Server
 
 from web.access import COOKIE, Access, Visitors
 

@@ -10,7 +10,7 @@ from shutil import which
 import pytest
 import requests
 from browsing import KEY, PATIENCE_MS, TOKEN, add_picture, ask, last_answer, png
-from conftest import ROOT, OpenPage, Server, free_port, wait_until
+from page_process import ROOT, OpenPage, Server, free_port, wait_until
 from playwright.sync_api import expect
 from web_fake_api import FakeApi
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 from browsing import KEY, PATIENCE_MS, TOKEN, add_picture, ask, last_answer
-from conftest import OpenPage, Server
 from console_record import HEALTHY, STARTING, WEDGED, incident_of, record
+from page_process import OpenPage, Server
 from playwright.sync_api import Page, expect
 from web_fake_api import Answer, FakeApi
 

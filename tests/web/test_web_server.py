@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import requests
-from conftest import Server
+from page_process import Server
 
 import settings as settings_module
 from web import server

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import free_port
+from page_process import free_port
 from web_fake_api import FakeApi
 
 from web.api_client.client import ApiClient, ApiError, named_failure

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from conftest import free_port, wait_until
+from page_process import free_port, wait_until
 from web_fake_api import Answer, FakeApi
 
 from web.api_client.client import ApiClient, ApiError

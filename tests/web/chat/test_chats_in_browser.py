@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from browsing import PATIENCE_MS, add_picture, ask, last_answer, png
-from conftest import OpenPage, Server, wait_until
+from page_process import OpenPage, Server, wait_until
 from playwright.sync_api import Page, expect
 from web_fake_api import Answer, FakeApi
 

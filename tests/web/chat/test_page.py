@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import streamlit as st
-from conftest import free_port
+from app_driver import ask, png, said
+from page_process import free_port
 from PIL import Image
 from streamlit.testing.v1 import AppTest
 from web_fake_api import Answer, FakeApi
-
-from models.shapes.pictures import draw_shapes
 
 APP = Path(__file__).resolve().parents[3] / "web" / "app.py"
 
@@ -35,33 +34,6 @@ def open_page(fake_api: FakeApi, own_settings: None, monkeypatch: pytest.MonkeyP
 
     return open_it
 
-
-def png(color: str = "red", shape: str = "circle") -> bytes:
-    buffer = io.BytesIO()
-    draw_shapes([(color, shape)], seed=3).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def ask(page: AppTest, question: str, *pictures: tuple[str, bytes]) -> AppTest:
-    box = page.chat_input[0]
-    for name, data in pictures:
-        box.upload(name, data, "image/png")
-    return box.set_value(question).run()
-
-
-def said(page: AppTest) -> str:
-    """Everything that the page shows as text."""
-    parts = [
-        *page.markdown,
-        *page.caption,
-        *page.text,
-        *page.header,
-        *page.error,
-        *page.warning,
-        *page.info,
-        *page.code,
-    ]
-    return "\n".join(str(part.value) for part in parts)
 
 
 def test_the_empty_page_says_who_answers_and_what_it_knows(open_page: OpenPage) -> None:

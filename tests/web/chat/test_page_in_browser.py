@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from browsing import KEY, PATIENCE_MS, TOKEN, add_picture, ask, last_answer, png
-from conftest import OpenPage, Server, wait_until
+from page_process import OpenPage, Server, wait_until
 from playwright.sync_api import Page, expect
 from web_fake_api import HEALTH, INFO, Answer, FakeApi
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import streamlit as st
-from conftest import free_port
+from app_driver import said
 from console_record import HEALTHY, WEDGED, incident_of, record
+from page_process import free_port
 from streamlit.testing.v1 import AppTest
 from streamlit.util import calc_hash
-from test_page import said
 from web_fake_api import FakeApi
 
 from monitor.store.store import Store

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from page_process import ROOT
 
 from web.api_client.client import ApiError
 from web.api_client.events import CallPiece, Finished, Place, Text, Thought

@@ -1,0 +1,37 @@
+"""What Streamlit's own test driver is told to do, and what the page then says."""
+
+from __future__ import annotations
+
+import io
+
+from streamlit.testing.v1 import AppTest
+
+from models.shapes.pictures import draw_shapes
+
+
+def png(color: str = "red", shape: str = "circle") -> bytes:
+    buffer = io.BytesIO()
+    draw_shapes([(color, shape)], seed=3).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def ask(page: AppTest, question: str, *pictures: tuple[str, bytes]) -> AppTest:
+    box = page.chat_input[0]
+    for name, data in pictures:
+        box.upload(name, data, "image/png")
+    return box.set_value(question).run()
+
+
+def said(page: AppTest) -> str:
+    """Everything that the page shows as text."""
+    parts = [
+        *page.markdown,
+        *page.caption,
+        *page.text,
+        *page.header,
+        *page.error,
+        *page.warning,
+        *page.info,
+        *page.code,
+    ]
+    return "\n".join(str(part.value) for part in parts)
