@@ -12,7 +12,7 @@ from driving import WAIT_S, Driver
 from api.engine.kernels import build as kernels
 
 # Nothing is compiled for a processor that does not fit; that it then stays with torch is tested everywhere.
-collect_ignore = [] if kernels.fit_processor() else ["test_kernels.py"]
+collect_ignore = [] if kernels.fit_processor() else ["kernels/test_kernels.py"]
 SHAPES = Path(__file__).resolve().parents[3] / "models" / "shapes"
 SENTENCES = ["Hello, what is in the picture?", "The red circle is left of the blue square.", "你好，图里有什么？"]
 
