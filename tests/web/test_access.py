@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from http.cookies import SimpleCookie
 from typing import Any
 
@@ -70,7 +71,9 @@ class Door:
             "type": type, "path": path, "query_string": query.encode(), "method": method, "scheme": "http", "client": (client, 40000), "server": ("10.0.0.5", 8081),
             "headers": [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()],
         }  # fmt: skip
-        asyncio.run(self._access(scope, receive, send))
+        # In a thread of its own: the browser tests leave an event loop running in this one.
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(asyncio.run, self._access(scope, receive, send)).result()
         return sent
 
     def header(self, sent: list[dict[str, Any]], name: str) -> str:

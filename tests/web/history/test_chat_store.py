@@ -139,8 +139,8 @@ def test_the_file_is_for_its_owner_only(store: ChatStore, tmp_path: Path) -> Non
 
 def test_a_killed_process_loses_nothing_that_was_saved(tmp_path: Path) -> None:
     code = (
-        "import os, sys; from pathlib import Path; from web.chat_store import ChatStore;"
-        "from web.conversation import Conversation; c = Conversation('an-id'); c.ask('kept?', []);"
+        "import os, sys; from pathlib import Path; from web.history.chat_store import ChatStore;"
+        "from web.history.conversation import Conversation; c = Conversation('an-id'); c.ask('kept?', []);"
         "ChatStore(Path(sys.argv[1]), 30).save('me', c); os.kill(os.getpid(), 9)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / FILE_NAME)], cwd=ROOT, timeout=120)
