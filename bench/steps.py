@@ -22,11 +22,11 @@ from torch.profiler import ProfilerActivity, profile
 from api.engine.kv_cache import KvCache
 from api.engine.loaded_model import Model
 from api.engine.loading.loader import load
-from api.engine.model.vision_encoder import VisionTower
-from api.engine.request import Request, Sampling
+from api.engine.model.vision_encoder import VisionEncoder
+from api.engine.request import Request, SamplingParams
 from api.engine.scheduler import Batch, Chunk
 from api.engine.sequence import Sequence, make_sequence
-from api.engine.text.output import Answer
+from api.engine.text.output import OutputState
 from bench.checkpoint import DEFAULT_CACHE, build_mid
 from settings import Settings
 
@@ -50,7 +50,7 @@ class Steps:
 
     def decode(self, sequences: list[Sequence], chunks: tuple[Chunk, ...] = ()) -> None:
         for sequence in sequences:
-            assert sequence.lease is not None and self._kv.grow(sequence.lease, len(sequence.keys))
+            assert sequence.block_table is not None and self._kv.append(sequence.block_table, len(sequence.keys))
         self._compute(sequences, Batch(tuple(sequences), chunks))
 
     def mixed(self, sequences: list[Sequence]) -> None:
@@ -67,16 +67,16 @@ class Steps:
 
     def end(self, sequences: list[Sequence]) -> None:
         for sequence in sequences:
-            assert sequence.lease is not None
-            self._kv.close(sequence.lease, sequence.keys, keep=False)
+            assert sequence.block_table is not None
+            self._kv.free(sequence.block_table, sequence.keys, keep=False)
 
     def _sequence(self, slot: int, tokens: int) -> Sequence:
         model = self._model
         ids = tuple(self._random.randrange(300, 1000) for _ in range(tokens))
-        request = Request(f"{slot} {self._random.random()}", ids, Sampling(max_tokens=1000))
+        request = Request(f"{slot} {self._random.random()}", ids, SamplingParams(max_tokens=1000))
         sequence = make_sequence(request, lambda event: None, model.vocabulary.special[model.image_token])
-        sequence.answer = Answer(request, model.vocabulary, model.end_ids, model.context_tokens)
-        sequence.slot, sequence.lease = slot, self._kv.open("", sequence.keys)
+        sequence.output = OutputState(request, model.vocabulary, model.end_ids, model.context_tokens)
+        sequence.slot, sequence.block_table = slot, self._kv.allocate("", sequence.keys)
         model.runner.begin(sequence)
         return sequence
 
@@ -139,7 +139,7 @@ def products(model: Model, rows: int) -> Callable[[], None]:
 
 
 def picture(model: Model) -> Callable[[], None]:
-    tower: VisionTower = model.runner._tower  # type: ignore[attr-defined]
+    tower: VisionEncoder = model.runner._vision_encoder  # type: ignore[attr-defined]
     patches = torch.randn(PICTURE[1] * PICTURE[2], tower.patch_size)
 
     @torch.inference_mode()

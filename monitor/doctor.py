@@ -153,7 +153,7 @@ def _parts(settings: Settings) -> Iterator[Finding]:
             continue
         mine = {owner.pid for owner in ports.listeners(record.port)} & set(processes.members(record))
         yield (FINE, f"{part}: process {record.pid} holds port {record.port}", "") if mine else (WARN, f"{part}: process {record.pid} runs but does not hold port {record.port}", "")
-        beat = settings.log_dir / "api.health.heartbeat.json"
+        beat = settings.log_dir / "api.heartbeat.json"
         if part == "api" and not beat.exists():
             yield WARN, f"api: it writes no {beat.name}; a blocked server is found later without it", ""
     if not moment.boot_id:

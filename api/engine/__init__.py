@@ -12,7 +12,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 def _keep_freed_memory() -> None:
     """Let glibc reuse the megabytes of one layer for the next, instead of giving them back and faulting them in again.
 
-    Measured on 2 cores: a picture of 576 patches takes 150 ms instead of 540. All threads share one
+    Measured on 2 cores: an image of 576 patches takes 150 ms instead of 540. All threads share one
     arena, so that what one of them frees does not lie idle beside another's.
     """
     libc = ctypes.CDLL(None)

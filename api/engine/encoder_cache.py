@@ -1,4 +1,4 @@
-"""Encoded pictures, kept by content within a byte budget; the least recently used go first.
+"""Encoded images, kept by content within a byte budget; the least recently used go first.
 
 Opaque values: no tensors here. A key holds the tenant too, so nobody learns from the speed of an
 answer what somebody else has shown.
@@ -9,18 +9,18 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any
 
-PictureKey = tuple[str, bytes]  # salt, content
+ImageKey = tuple[str, bytes]  # salt, content
 
 
-class PictureCache:
+class EncoderCache:
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
         self.used_bytes = 0
         self.hits = 0
         self.queries = 0
-        self._items: OrderedDict[PictureKey, tuple[Any, int]] = OrderedDict()
+        self._items: OrderedDict[ImageKey, tuple[Any, int]] = OrderedDict()
 
-    def get(self, key: PictureKey) -> Any | None:
+    def get(self, key: ImageKey) -> Any | None:
         self.queries += 1
         found = self._items.get(key)
         if found is None:
@@ -29,7 +29,7 @@ class PictureCache:
         self.hits += 1
         return found[0]
 
-    def put(self, key: PictureKey, value: Any, size_bytes: int) -> None:
+    def put(self, key: ImageKey, value: Any, size_bytes: int) -> None:
         """Keep a value, if it fits at all."""
         if key in self._items or size_bytes > self.budget_bytes:
             return

@@ -13,15 +13,15 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from api.engine.encoder_cache import PictureCache
+from api.engine.encoder_cache import EncoderCache
 from api.engine.kv_cache import KvCache
-from api.engine.loaded_model import Choice, LoadError, Model
+from api.engine.loaded_model import LoadError, Model, SampledToken
 from api.engine.request import Delta, Done, Event, Failed, Failure, Request
-from api.engine.scheduler import Batch, PictureJob, Scheduler
+from api.engine.scheduler import Batch, EncodeTask, Scheduler
 from api.engine.sequence import Sequence, make_sequence
 from api.engine.stats import Phase, State, Stats
-from api.engine.text.output import Answer
-from api.engine.token_budget import Pace
+from api.engine.text.output import OutputState
+from api.engine.token_budget import TokenBudget
 
 logger = logging.getLogger(__name__)
 
@@ -46,14 +46,14 @@ class Engine:
 
     def __init__(self, load: Callable[[Progress], Model], queue_size: int) -> None:
         self._load = load
-        self._scheduler = Scheduler(queue_size, 1, KvCache(0, 1), PictureCache(0))  # until the model is there
+        self._scheduler = Scheduler(queue_size, 1, KvCache(0, 1), EncoderCache(0))  # until the model is there
         self._wake = threading.Condition()  # guards the scheduler and the two flags below
         self._draining = False
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._model: Model | None = None
         self._image_token_id = -1
-        self._pace = Pace()
+        self._budget = TokenBudget()
         self._reason: str | None = None  # set once, when the engine dies
         self._progress = 0.0
         self._phase: tuple[Phase, float, float | None] = ("loading", time.monotonic(), None)
@@ -61,7 +61,7 @@ class Engine:
         self._last_step_at: float | None = None
         self._last_step_s: float | None = None
         self._checked_at = 0.0
-        self._picture_went = False  # in the step before
+        self._encoded_last_step = False  # in the step before
 
     # Called from any thread.
 
@@ -81,7 +81,7 @@ class Engine:
     def submit(self, request: Request, deliver: Callable[[Event], None]) -> None:
         """Queue a request. `deliver` is called in the engine thread, last with Done or Failed.
 
-        Raises NotAccepting or QueueFull, and ValueError for a prompt that does not fit its pictures or
+        Raises NotAccepting or QueueFull, and ValueError for a prompt that does not fit its images or
         the context; then it delivers nothing.
         """
         self.check_accepting()
@@ -90,7 +90,7 @@ class Engine:
         if len(request.prompt_ids) >= model.context_tokens:
             raise ValueError(f"the prompt must be < {model.context_tokens} tokens. Given: {len(request.prompt_ids)}")
         sequence = make_sequence(request, deliver, self._image_token_id)
-        sequence.answer = Answer(request, model.vocabulary, model.end_ids, model.context_tokens)
+        sequence.output = OutputState(request, model.vocabulary, model.end_ids, model.context_tokens)
         with self._wake:
             self.check_accepting()
             self._scheduler.add(sequence)
@@ -163,10 +163,10 @@ class Engine:
             slots=scheduler.slots,
             kv_used_tokens=scheduler.kv.used_tokens,
             kv_total_tokens=scheduler.kv.total_tokens,
-            prefix_hits=scheduler.kv.hit_tokens,
-            prefix_queries=scheduler.kv.asked_tokens,
-            picture_hits=scheduler.pictures.hits,
-            picture_queries=scheduler.pictures.queries,
+            prefix_cache_hits=scheduler.kv.hit_tokens,
+            prefix_cache_queries=scheduler.kv.asked_tokens,
+            encoder_cache_hits=scheduler.encoder_cache.hits,
+            encoder_cache_queries=scheduler.encoder_cache.queries,
             preemptions=scheduler.preemptions,
         )
 
@@ -196,12 +196,12 @@ class Engine:
         model.runner.warm_up()
         capacity = model.capacity
         self._image_token_id = model.vocabulary.special[model.image_token]
-        self._pace = Pace(capacity.chunk_tokens)
+        self._budget = TokenBudget(capacity.chunk_tokens)
         self._scheduler = Scheduler(
             self._scheduler.queue_size,
             capacity.slots,
             KvCache(capacity.pages, capacity.page_tokens),
-            PictureCache(capacity.picture_cache_bytes),
+            EncoderCache(capacity.encoder_cache_bytes),
         )
         self._enter("idle")
         self._progress, self._model = 1.0, model
@@ -233,14 +233,14 @@ class Engine:
             logger.error("event=integrity_lost reason=%s", json.dumps(str(error)))
             old = self._scheduler
             kv = KvCache(old.kv.pages, old.kv.page_tokens)
-            self._scheduler = Scheduler(old.queue_size, old.slots, kv, PictureCache(old.pictures.budget_bytes))
+            self._scheduler = Scheduler(old.queue_size, old.slots, kv, EncoderCache(old.encoder_cache.budget_bytes))
 
     def _step(self) -> None:
-        """Drop what has ended, admit, go on with one picture, compute one batch, hand out its tokens."""
+        """Drop what has ended, admit, go on with one image, compute one batch, hand out its tokens."""
         began = time.monotonic()
         self._drop_ended(began)
         self._admit()
-        spent_s = self._encode(self._picture_in_turn())
+        spent_s = self._encode(self._next_encode_task())
         self._compute(spent_s)
         self._steps += 1
         self._last_step_at = time.monotonic()
@@ -262,61 +262,61 @@ class Engine:
         for sequence in started:
             sequence.started_at = sequence.started_at or time.monotonic()
             try:
-                assert self._model is not None and sequence.lease is not None
-                self._model.runner.copy_pages([sequence.lease.copy] if sequence.lease.copy else [])
+                assert self._model is not None and sequence.block_table is not None
+                self._model.runner.copy_pages([sequence.block_table.copy] if sequence.block_table.copy else [])
                 self._model.runner.begin(sequence)
             except Exception as error:
                 self._give_up((sequence,), "begin", error)
 
-    def _picture_in_turn(self) -> PictureJob | None:
-        """Pictures and prompts that wait take turns: a step with both would hold up the answers twice."""
-        job = self._scheduler.picture()
-        if self._picture_went and self._scheduler.has_prompt:
+    def _next_encode_task(self) -> EncodeTask | None:
+        """Images and prompts that wait take turns: a step with both would hold up the answers twice."""
+        job = self._scheduler.next_encode_task()
+        if self._encoded_last_step and self._scheduler.has_prompt:
             job = None
-        self._picture_went = job is not None
+        self._encoded_last_step = job is not None
         return job
 
-    def _encode(self, job: PictureJob | None) -> float:
-        """Go on with a picture for as long as the running answers can wait; returns the time it took."""
+    def _encode(self, job: EncodeTask | None) -> float:
+        """Go on with an image for as long as the running answers can wait; returns the time it took."""
         if job is None:
             return 0.0
         assert self._model is not None
         runner = self._model.runner
-        self._enter("vision", self._pace.picture_deadline_s())
+        self._enter("vision", self._budget.encode_deadline_s())
         began = time.monotonic()
         try:
-            features = runner.encode(job, self._pace.slice_s(self._scheduler.decoding))
-        except Exception as error:  # it must not end the requests that wait for other pictures
+            features = runner.encode(job, self._budget.slice_s(self._scheduler.decoding))
+        except Exception as error:  # it must not end the requests that wait for other images
             with self._wake:
-                waiting = self._scheduler.picture_failed(job)
+                waiting = self._scheduler.encode_failed(job)
             self._give_up(tuple(waiting), "vision", error)
             return 0.0
         took_s = time.monotonic() - began
-        self._pace.saw_slice(took_s)
+        self._budget.saw_slice(took_s)
         for sequence in self._scheduler.waiting_for(job):
             sequence.vision_s += took_s
         if features is not None:
             with self._wake:
-                self._scheduler.picture_done(job, features, runner.size_bytes(features))
+                self._scheduler.encode_done(job, features, runner.size_bytes(features))
         return took_s
 
     def _compute(self, spent_s: float) -> None:
         with self._wake:
             decoding = self._scheduler.decoding
-            batch = self._scheduler.batch(self._pace.chunk_tokens(decoding, spent_s))
+            batch = self._scheduler.batch(self._budget.chunk_tokens(decoding, spent_s))
         if not batch.sequences:
             return
-        deadline_s = self._pace.deadline_s(decoding, batch.chunk_tokens)
+        deadline_s = self._budget.deadline_s(decoding, batch.chunk_tokens)
         self._enter("prefill" if batch.chunks else "decode", deadline_s)
         began = time.monotonic()
         if self._forward(batch):
-            self._pace.saw_batch(len(batch.decode), batch.chunk_tokens, time.monotonic() - began)
+            self._budget.saw_batch(len(batch.decode), batch.chunk_tokens, time.monotonic() - began)
 
     def _forward(self, batch: Batch) -> bool:
         """Compute a batch. What cannot be computed together is computed apart, down to whose fault it is."""
         assert self._model is not None
-        choosing = batch.choosing
-        if len(batch.sequences) > self._pace.max_rows and (halves := batch.halves(cut_chunks=False)):
+        choosing = batch.sampled
+        if len(batch.sequences) > self._budget.max_rows and (halves := batch.halves(cut_chunks=False)):
             return all([self._forward(half) for half in halves])
         try:
             choices = self._model.runner.compute(batch)
@@ -324,7 +324,7 @@ class Engine:
             kind = self._model.runner.failure(error)
             halves = batch.halves(cut_chunks=kind == "memory") if kind != "device" else ()
             if kind == "memory":
-                self._pace.ran_out_of_memory(len(batch.sequences), batch.chunk_tokens)
+                self._budget.ran_out_of_memory(len(batch.sequences), batch.chunk_tokens)
             if not halves:
                 self._give_up(batch.sequences, "compute", error)
             for half in halves:
@@ -336,13 +336,13 @@ class Engine:
             self._accept(sequence, choice)
         return True
 
-    def _accept(self, sequence: Sequence, choice: Choice) -> None:
+    def _accept(self, sequence: Sequence, choice: SampledToken) -> None:
         """Take one new token: deliver its text, and the end if this was the last."""
         if sequence.aborted or sequence.closed:
             return  # nobody waits for it any more
         sequence.first_token_at = sequence.first_token_at or time.monotonic()
         try:
-            text, reason = sequence.answer.feed(choice.token)
+            text, reason = sequence.output.feed(choice.token)
         except Exception as error:  # a grammar is foreign code
             self._give_up((sequence,), "answer", error)
             return

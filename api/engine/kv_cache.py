@@ -3,8 +3,8 @@
 Bookkeeping only: page numbers, no tensors. A page stores the keys and values of `page_tokens`
 consecutive tokens. Pages whose content is known hang in a tree, one tree for each tenant: the way
 from the root to a page spells the tokens that lead to it, so the same page serves everybody who
-asks for the same beginning. A picture's tokens are spelled by the picture's content key, never by
-the placeholder id that all pictures share. Keys are compared whole; no hash can collide.
+asks for the same beginning. An image's tokens are spelled by the image's content key, never by
+the placeholder id that all images share. Keys are compared whole; no hash can collide.
 
 Pages that nobody uses stay until their room is needed; the least recently used go first.
 """
@@ -16,7 +16,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count, islice
 
-Key = Hashable  # a token id, or a picture's content key for each of its tokens
+Key = Hashable  # a token id, or an image's content key for each of its tokens
 
 LOOK_AT = 64  # siblings compared to find the longest common part of a page
 
@@ -43,12 +43,12 @@ class Copy:
 
 
 @dataclass(eq=False)
-class Lease:
-    """The pages of one request, in order. `table` is what the attention reads."""
+class BlockTable:
+    """The pages of one request, in order. The attention reads `pages`."""
 
     root: Node
-    table: list[int]
-    cached_tokens: int  # already stored when the lease began
+    pages: list[int]
+    cached_tokens: int  # already stored when the table was allocated
     copy: Copy | None
     shared: list[Node]  # the first pages of the table, as far as they are in the tree
     tokens: int  # known to be stored; the copied ones count once `store` has been called
@@ -63,7 +63,7 @@ class KvCache:
         self._idle = 0  # pages in trees that nobody uses
         self._by_age: list[tuple[int, int, Node]] = []  # heap of idle leaves by last use; entries may be outdated
         self._clock = count(1)
-        self._leases: set[Lease] = set()
+        self._block_tables: set[BlockTable] = set()
         self.hit_tokens = 0
         self.asked_tokens = 0
 
@@ -80,7 +80,7 @@ class KvCache:
     def cached_tokens(self) -> int:
         return self._idle * self.page_tokens
 
-    def open(self, salt: str, keys: Sequence[Key], spare: int = 0) -> Lease | None:
+    def allocate(self, salt: str, keys: Sequence[Key], spare: int = 0) -> BlockTable | None:
         """Pages for all of `keys`, sharing what is there already.
 
         At least the last token is left to compute, because its logits are wanted. None if there is no
@@ -99,41 +99,41 @@ class KvCache:
         cached = len(shared) * self.page_tokens + matched
         copy = Copy(partial.page, fresh[0], matched) if partial else None
         table = [node.page for node in shared] + fresh
-        lease = Lease(root, table, cached, copy, shared, len(shared) * self.page_tokens)
-        self._leases.add(lease)
+        block_table = BlockTable(root, table, cached, copy, shared, len(shared) * self.page_tokens)
+        self._block_tables.add(block_table)
         self.asked_tokens += len(keys)
         self.hit_tokens += cached
-        return lease
+        return block_table
 
-    def grow(self, lease: Lease, tokens: int) -> bool:
+    def append(self, block_table: BlockTable, tokens: int) -> bool:
         """Make room for `tokens` in all. False if there is none."""
-        missing = self._pages_for(tokens) - len(lease.table)
+        missing = self._pages_for(tokens) - len(block_table.pages)
         if missing > len(self._free) + self._idle:
             return False
-        lease.table += [self._take() for _ in range(missing)]
+        block_table.pages += [self._take() for _ in range(missing)]
         return True
 
-    def store(self, lease: Lease, keys: Sequence[Key], tokens: int) -> None:
+    def store(self, block_table: BlockTable, keys: Sequence[Key], tokens: int) -> None:
         """The first `tokens` of `keys` are computed now: offer their full pages to everybody."""
-        lease.tokens = tokens
+        block_table.tokens = tokens
         size = self.page_tokens
-        while (len(lease.shared) + 1) * size <= tokens:
-            place = len(lease.shared)
-            self._offer(lease, place, tuple(keys[place * size : (place + 1) * size]))
+        while (len(block_table.shared) + 1) * size <= tokens:
+            place = len(block_table.shared)
+            self._offer(block_table, place, tuple(keys[place * size : (place + 1) * size]))
 
-    def close(self, lease: Lease, keys: Sequence[Key], keep: bool = True) -> None:
+    def free(self, block_table: BlockTable, keys: Sequence[Key], keep: bool = True) -> None:
         """Give all pages back. What they hold stays findable, unless its computation went wrong."""
-        if lease not in self._leases:
+        if block_table not in self._block_tables:
             return
-        self._leases.remove(lease)
-        rest = tuple(keys[len(lease.shared) * self.page_tokens : lease.tokens])
-        if keep and rest and rest not in self._parent(lease).children:
-            self._offer(lease, len(lease.shared), rest)
-        self._free += lease.table[len(lease.shared) :]
-        for node in reversed(lease.shared):  # leaves first: the beginnings of prompts live longest
+        self._block_tables.remove(block_table)
+        rest = tuple(keys[len(block_table.shared) * self.page_tokens : block_table.tokens])
+        if keep and rest and rest not in self._parent(block_table).children:
+            self._offer(block_table, len(block_table.shared), rest)
+        self._free += block_table.pages[len(block_table.shared) :]
+        for node in reversed(block_table.shared):  # leaves first: the beginnings of prompts live longest
             self._release(node)
-        lease.root.users -= 1
-        self._prune(lease.root)
+        block_table.root.users -= 1
+        self._prune(block_table.root)
 
     def forget(self) -> None:
         """Give up every idle prefix."""
@@ -143,14 +143,14 @@ class KvCache:
     def check(self) -> None:
         """Raise AssertionError unless every page is in exactly one place and every count is right."""
         nodes = [node for root in self._roots.values() for node in _below(root)]
-        private = [page for lease in self._leases for page in lease.table[len(lease.shared) :]]
+        private = [page for block_table in self._block_tables for page in block_table.pages[len(block_table.shared) :]]
         places = [*self._free, *(node.page for node in nodes), *private]
         assert sorted(places) == list(range(self.pages)), "a page is lost or held twice"
         assert self._idle == sum(node.users == 0 for node in nodes), "the count of idle pages is wrong"
         users = {id(node): 0 for node in nodes}
-        for lease in self._leases:
-            assert [node.page for node in lease.shared] == lease.table[: len(lease.shared)], "table and tree differ"
-            for node in lease.shared:
+        for block_table in self._block_tables:
+            assert [node.page for node in block_table.shared] == block_table.pages[: len(block_table.shared)], "table and tree differ"
+            for node in block_table.shared:
                 users[id(node)] += 1
         assert all(users[id(node)] == node.users for node in nodes), "a count of users is wrong"
 
@@ -176,21 +176,21 @@ class KvCache:
                 best, longest = child, common
         return shared, best, longest
 
-    def _offer(self, lease: Lease, place: int, keys: tuple[Key, ...]) -> None:
-        parent = self._parent(lease)
+    def _offer(self, block_table: BlockTable, place: int, keys: tuple[Key, ...]) -> None:
+        parent = self._parent(block_table)
         known = parent.children.get(keys)
         if known is None:
-            known = Node(lease.table[place], keys, parent)
+            known = Node(block_table.pages[place], keys, parent)
             parent.children[keys] = known
             self._idle += 1  # until it is used, in the next line but two
         else:  # somebody else was first: use that page and give ours back
-            self._free.append(lease.table[place])
-            lease.table[place] = known.page
+            self._free.append(block_table.pages[place])
+            block_table.pages[place] = known.page
         self._use(known)
-        lease.shared.append(known)
+        block_table.shared.append(known)
 
-    def _parent(self, lease: Lease) -> Node:
-        return lease.shared[-1] if lease.shared else lease.root
+    def _parent(self, block_table: BlockTable) -> Node:
+        return block_table.shared[-1] if block_table.shared else block_table.root
 
     def _use(self, node: Node) -> None:
         self._idle -= node.users == 0

@@ -1,4 +1,4 @@
-"""What a loaded model offers: its runner, its tokens, its template, its picture processing.
+"""What a loaded model offers: its runner, its tokens, its template, its image processing.
 
 Only the shape of it. `loader` fills it from a checkpoint, `fake` from nothing.
 """
@@ -12,8 +12,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 from PIL import Image
 
 from api.engine.kv_cache import Copy
-from api.engine.request import Picture, TokenLogprob
-from api.engine.scheduler import Batch, PictureJob
+from api.engine.request import ImageInput, TokenLogprob
+from api.engine.scheduler import Batch, EncodeTask
 from api.engine.sequence import Sequence
 from api.engine.text.tokenizer import Vocabulary
 
@@ -31,8 +31,8 @@ class Runner(Protocol):
     def warm_up(self) -> None:
         """Try every kind of step once: the first request pays for no set-up, a broken model shows now."""
 
-    def encode(self, job: PictureJob, limit_s: float) -> Any | None:
-        """Go on with a picture for about `limit_s`; its features once they are complete."""
+    def encode(self, job: EncodeTask, limit_s: float) -> Any | None:
+        """Go on with an image for about `limit_s`; its features once they are complete."""
 
     def size_bytes(self, features: Any) -> int:
         """Memory that features take."""
@@ -40,7 +40,7 @@ class Runner(Protocol):
     def copy_pages(self, copies: Items[Copy]) -> None:
         """Copy beginnings of KV pages, in this order."""
 
-    def compute(self, batch: Batch) -> list[Choice]:
+    def compute(self, batch: Batch) -> list[SampledToken]:
         """One forward pass: the next token of each decoding sequence, then of each chunk that ends its prompt."""
 
     def begin(self, sequence: Sequence) -> None:
@@ -54,15 +54,15 @@ class Template(Protocol):
     def render(self, messages: list[dict[str, Any]], tools: list[Any] | None, enable_thinking: bool) -> str: ...
 
 
-class PictureProcessor(Protocol):
+class ImageProcessor(Protocol):
     """Called from the preprocessing threads."""
 
     def count_tokens(self, width: int, height: int) -> int: ...
 
-    def process(self, image: Image.Image) -> Picture: ...
+    def process(self, image: Image.Image) -> ImageInput: ...
 
 
-class Choice(NamedTuple):
+class SampledToken(NamedTuple):
     """A token, and what the model thought of it if the request wants to know."""
 
     token: int
@@ -77,7 +77,7 @@ class Capacity:
     pages: int  # of the KV cache
     page_tokens: int
     chunk_tokens: int  # longest part of a prompt in one step
-    picture_cache_bytes: int
+    encoder_cache_bytes: int
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Model:
     runner: Runner
     vocabulary: Vocabulary
     template: Template
-    pictures: PictureProcessor
+    image_processor: ImageProcessor
     end_ids: frozenset[int]
     context_tokens: int
     capacity: Capacity

@@ -1,6 +1,6 @@
 """What travels between the engine and its callers: a request in, events out.
 
-Owns the plain data types. Knows no tensor library: pictures are opaque here.
+Owns the plain data types. Knows no tensor library: images are opaque here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
-    REPETITION = "repetition"  # the model said the same again and again; see Sampling.loop_window
+    REPETITION = "repetition"  # the model said the same again and again; see SamplingParams.loop_window
 
 
 class Failure(StrEnum):
@@ -28,8 +28,8 @@ class Failure(StrEnum):
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture as the model takes it: flattened patches and their grid (frames, rows, columns)."""
+class ImageInput:
+    """One image as the model takes it: flattened patches and their grid (frames, rows, columns)."""
 
     patches: Any
     grid: tuple[int, int, int]
@@ -52,7 +52,7 @@ class Grammar(Protocol):
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How tokens are chosen and when to stop. Temperature 0 is greedy; top_k 0, top_p 1, min_p 0 cut nothing."""
 
     max_tokens: int
@@ -82,8 +82,8 @@ class Sampling:
 class Request:
     id: str
     prompt_ids: tuple[int, ...]
-    sampling: Sampling
-    pictures: tuple[Picture, ...] = ()
+    sampling: SamplingParams
+    images: tuple[ImageInput, ...] = ()
     salt: str = ""  # the tenant: nothing is shared between requests of different salt
     probe: bool = False  # a health probe: it may use the reserved slot
     deadline_s: float | None = None  # from submit; past it the request fails
@@ -116,7 +116,7 @@ class Done:
     prefill_s: float
     decode_s: float
     cached_tokens: int = 0  # prompt tokens whose keys and values were still there
-    vision_s: float = 0.0  # of prefill_s, while its pictures went through the vision tower; 0 if they were known
+    vision_s: float = 0.0  # of prefill_s, while its images went through the vision encoder; 0 if they were known
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Who is computed next: first come, first served, from a bounded queue, as far as slots and KV pages go.
 
-A request waits, then has a slot: its pictures are encoded, its prompt is prefilled in chunks, and then
+A request waits, then has a slot: its images are encoded, its prompt is prefilled in chunks, and then
 it decodes in every batch until it ends. Pure bookkeeping: no tensors, no clock, and not thread-safe by
 itself (the engine holds a lock around every call).
 """
@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from api.engine.encoder_cache import PictureCache, PictureKey
+from api.engine.encoder_cache import EncoderCache, ImageKey
 from api.engine.kv_cache import KvCache
-from api.engine.request import Picture
+from api.engine.request import ImageInput
 from api.engine.sequence import Sequence
 
 # A request that begins like one now being prefilled waits for it, if at least so many tokens can be shared.
@@ -30,11 +30,11 @@ class QueueFull(Exception):
 
 
 @dataclass(eq=False)
-class PictureJob:
-    """One picture on its way through the vision tower, in as many slices as the engine likes."""
+class EncodeTask:
+    """One image on its way through the vision encoder, in as many slices as the engine likes."""
 
-    key: PictureKey
-    picture: Picture
+    key: ImageKey
+    image: ImageInput
     state: Any = None  # the runner's own
 
 
@@ -64,7 +64,7 @@ class Batch:
         return (*self.decode, *(chunk.sequence for chunk in self.chunks))
 
     @property
-    def choosing(self) -> tuple[Sequence, ...]:
+    def sampled(self) -> tuple[Sequence, ...]:
         """Those that get their next token from this batch."""
         return (*self.decode, *(chunk.sequence for chunk in self.chunks if chunk.is_last))
 
@@ -99,12 +99,12 @@ class Scheduler:
     queue_size: int
     slots: int
     kv: KvCache
-    pictures: PictureCache
+    encoder_cache: EncoderCache
     preemptions: int = 0
     _waiting: deque[Sequence] = field(default_factory=deque)
     _running: list[Sequence] = field(default_factory=list)  # in order of admission
     _free_slots: list[int] = field(default_factory=list)
-    _job: PictureJob | None = None
+    _job: EncodeTask | None = None
 
     def __post_init__(self) -> None:
         self._free_slots = list(range(self.slots))
@@ -125,7 +125,7 @@ class Scheduler:
     @property
     def has_prompt(self) -> bool:
         """Whether a part of a prompt could be computed now."""
-        return any(not s.decoding and s.missing_picture() is None for s in self._running)
+        return any(not s.decoding and s.missing_image() is None for s in self._running)
 
     @property
     def has_work(self) -> bool:
@@ -166,41 +166,41 @@ class Scheduler:
     def sequences(self) -> list[Sequence]:
         return [*self._running, *self._waiting]
 
-    # One step: admit, then one picture, then one batch.
+    # One step: admit, then one image, then one batch.
 
     def admit(self) -> list[Sequence]:
-        """Give slots and pages to those whose turn it is. The copies in their leases come before all else."""
+        """Give slots and pages to those whose turn it is. The copies in their block tables come before all else."""
         started = []
         while (sequence := self._next()) is not None and self._start(sequence):
             started.append(sequence)
-        return [s for s in started if s.lease]  # a probe may have thrown somebody out again
+        return [s for s in started if s.block_table]  # a probe may have thrown somebody out again
 
-    def picture(self) -> PictureJob | None:
-        """The picture to go on with: the one begun, else the first that somebody needs."""
+    def next_encode_task(self) -> EncodeTask | None:
+        """The image to go on with: the one begun, else the first that somebody needs."""
         if self._job and not any(self._lacks(s, self._job.key) for s in self._running):
             self._job = None  # nobody waits for it any more
         for sequence in self._by_urgency():
             if self._job:
                 break
-            place = sequence.missing_picture()
+            place = sequence.missing_image()
             if place is not None:
-                self._job = PictureJob(sequence.spans[place].key, sequence.spans[place].picture)
+                self._job = EncodeTask(sequence.spans[place].key, sequence.spans[place].image)
         return self._job
 
-    def picture_done(self, job: PictureJob, features: Any, size_bytes: int) -> None:
+    def encode_done(self, job: EncodeTask, features: Any, size_bytes: int) -> None:
         self._job = None
-        self.pictures.put(job.key, features, size_bytes)
+        self.encoder_cache.put(job.key, features, size_bytes)
         for sequence in self._running:
             for place, span in enumerate(sequence.spans):
                 if span.key == job.key and span.end > sequence.computed:
                     sequence.features[place] = features
 
-    def picture_failed(self, job: PictureJob) -> list[Sequence]:
+    def encode_failed(self, job: EncodeTask) -> list[Sequence]:
         """Forget the job; returns those who waited for it."""
         self._job = None
         return self.waiting_for(job)
 
-    def waiting_for(self, job: PictureJob) -> list[Sequence]:
+    def waiting_for(self, job: EncodeTask) -> list[Sequence]:
         return [s for s in self._running if self._lacks(s, job.key)]
 
     def batch(self, chunk_tokens: int) -> Batch:
@@ -209,7 +209,7 @@ class Scheduler:
         decode = tuple(s for s in self._running if s.decoding)
         chunks: list[Chunk] = []
         for sequence in self._by_urgency():
-            if sequence.decoding or sequence.missing_picture() is not None:
+            if sequence.decoding or sequence.missing_image() is not None:
                 continue
             left = len(sequence.keys) - sequence.computed
             if chunk_tokens <= 0 or (chunks and chunk_tokens < min(left, SMALLEST_CHUNK_TOKENS)):
@@ -227,15 +227,15 @@ class Scheduler:
             self._store(chunk.sequence, chunk.end)
 
     def check(self) -> None:
-        """Raise AssertionError unless slots, pages and pictures are all accounted for."""
+        """Raise AssertionError unless slots, pages and images are all accounted for."""
         self.kv.check()
-        self.pictures.check()
+        self.encoder_cache.check()
         taken = [-1 if s.slot is None else s.slot for s in self._running]
         reserved = [] if self._reserved_slot is None else [self._reserved_slot]
         assert sorted([*taken, *self._free_slots, *reserved]) == list(range(self.slots + 1)), "a slot is lost"
         for sequence in self._running:
-            assert sequence.lease is not None and sequence.computed < len(sequence.keys)
-        assert all(s.lease is None and s.slot is None for s in self._waiting), "a waiting request holds something"
+            assert sequence.block_table is not None and sequence.computed < len(sequence.keys)
+        assert all(s.block_table is None and s.slot is None for s in self._waiting), "a waiting request holds something"
         if not self._running:
             assert self.kv.used_tokens == 0, "pages are held by nobody"
 
@@ -251,11 +251,11 @@ class Scheduler:
             return False
         # Leave a page for everyone who decodes, or the next step would throw somebody out again.
         spare = sum(s.decoding for s in self._running)
-        lease = self.kv.open(sequence.request.salt, sequence.keys, spare)
-        while lease is None and probe and (victims := self._ordinary()):
+        block_table = self.kv.allocate(sequence.request.salt, sequence.keys, spare)
+        while block_table is None and probe and (victims := self._ordinary()):
             self._preempt(victims[-1])
-            lease = self.kv.open(sequence.request.salt, sequence.keys)
-        if lease is None:
+            block_table = self.kv.allocate(sequence.request.salt, sequence.keys)
+        if block_table is None:
             return False
         if probe and self._reserved_slot is not None:
             sequence.slot, self._reserved_slot = self._reserved_slot, None
@@ -263,23 +263,23 @@ class Scheduler:
             sequence.slot = heapq.heappop(self._free_slots)
         self._waiting.remove(sequence)
         self._running.append(sequence)
-        sequence.lease, sequence.computed = lease, lease.cached_tokens
+        sequence.block_table, sequence.computed = block_table, block_table.cached_tokens
         if not sequence.output_ids:
-            sequence.cached_tokens = lease.cached_tokens
+            sequence.cached_tokens = block_table.cached_tokens
         for place, span in enumerate(sequence.spans):
-            if span.end > sequence.computed and (features := self.pictures.get(span.key)) is not None:
+            if span.end > sequence.computed and (features := self.encoder_cache.get(span.key)) is not None:
                 sequence.features[place] = features
         return True
 
     def _stop(self, sequence: Sequence, keep: bool) -> None:
-        assert sequence.lease is not None and sequence.slot is not None
+        assert sequence.block_table is not None and sequence.slot is not None
         self._running.remove(sequence)
-        self.kv.close(sequence.lease, sequence.keys, keep)
+        self.kv.free(sequence.block_table, sequence.keys, keep)
         if sequence.slot == self.slots:
             self._reserved_slot = sequence.slot
         else:
             heapq.heappush(self._free_slots, sequence.slot)
-        sequence.slot = sequence.lease = None
+        sequence.slot = sequence.block_table = None
         sequence.computed = 0
         sequence.features.clear()
 
@@ -292,13 +292,13 @@ class Scheduler:
     def _make_room(self) -> None:
         """A page for the next token of everyone who decodes; the youngest gives way if there is none."""
         for sequence in list(self._running):
-            while sequence.lease and sequence.decoding and not self.kv.grow(sequence.lease, len(sequence.keys)):
+            while sequence.block_table and sequence.decoding and not self.kv.append(sequence.block_table, len(sequence.keys)):
                 self._preempt((self._ordinary() or self._running)[-1])
 
     def _store(self, sequence: Sequence, tokens: int) -> None:
-        assert sequence.lease is not None
+        assert sequence.block_table is not None
         sequence.computed = tokens
-        self.kv.store(sequence.lease, sequence.keys, tokens)
+        self.kv.store(sequence.block_table, sequence.keys, tokens)
         for place in [p for p in sequence.features if sequence.spans[p].end <= tokens]:
             del sequence.features[place]
 
@@ -322,7 +322,7 @@ class Scheduler:
         )
 
     @staticmethod
-    def _lacks(sequence: Sequence, key: PictureKey) -> bool:
+    def _lacks(sequence: Sequence, key: ImageKey) -> bool:
         return any(
             span.key == key and span.end > sequence.computed and place not in sequence.features
             for place, span in enumerate(sequence.spans)

@@ -11,34 +11,34 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from api.engine.encoder_cache import PictureKey
-from api.engine.kv_cache import Key, Lease
-from api.engine.request import Done, Event, FinishReason, Picture, Request, TokenLogprob
+from api.engine.encoder_cache import ImageKey
+from api.engine.kv_cache import BlockTable, Key
+from api.engine.request import Done, Event, FinishReason, ImageInput, Request, TokenLogprob
 
 
 @dataclass(frozen=True)
-class Span:
-    """The tokens of the prompt that stand for one picture."""
+class ImageSpan:
+    """The tokens of the prompt that stand for one image."""
 
     start: int
     end: int
-    picture: Picture
-    key: PictureKey
+    image: ImageInput
+    key: ImageKey
 
 
 @dataclass(eq=False)
 class Sequence:
     request: Request
     deliver: Callable[[Event], None]
-    spans: tuple[Span, ...] = ()
+    spans: tuple[ImageSpan, ...] = ()
     keys: list[Key] = field(default_factory=list)  # of every token so far; see kv_cache
     output_ids: list[int] = field(default_factory=list)
 
     # While it has a slot.
     slot: int | None = None
-    lease: Lease | None = None
+    block_table: BlockTable | None = None
     computed: int = 0  # tokens whose keys and values are stored
-    features: dict[int, Any] = field(default_factory=dict)  # encoded pictures by span, until their tokens are computed
+    features: dict[int, Any] = field(default_factory=dict)  # encoded images by span, until their tokens are computed
 
     state: Any = None  # the runner's own, for as long as the request lives
     random_seed: int = 0  # drawn once, if the request names none
@@ -46,7 +46,7 @@ class Sequence:
     # How it ends.
     aborted: bool = False  # somebody wants it to end
     closed: bool = False  # its last event has been delivered
-    answer: Any = None  # text, stop strings, grammar: see answer.py
+    output: Any = None  # text, stop strings, grammar: text.output.OutputState
 
     # For the people who ask.
     undelivered_tokens: int = 0
@@ -74,7 +74,7 @@ class Sequence:
         self.output_ids.append(token)
         self.keys.append(token)
 
-    def missing_picture(self) -> int | None:
+    def missing_image(self) -> int | None:
         """The first span whose features are needed and not here."""
         for place, span in enumerate(self.spans):
             if span.end > self.computed and place not in self.features:
@@ -92,7 +92,7 @@ class Sequence:
             "age_s": round(now - self.submitted_at, 1),
             "running": self.slot is not None,
             "prompt_tokens": len(self.request.prompt_ids),
-            "pictures": len(self.request.pictures),
+            "pictures": len(self.request.images),
             "computed_tokens": self.computed,
             "answer_tokens": len(self.output_ids),
         }
@@ -114,25 +114,25 @@ class Sequence:
 
 
 def make_sequence(request: Request, deliver: Callable[[Event], None], image_token_id: int) -> Sequence:
-    """Find the pictures' tokens in the prompt.
+    """Find the images' tokens in the prompt.
 
-    Raises ValueError if the prompt has not exactly the tokens that its pictures need.
+    Raises ValueError if the prompt has not exactly the tokens that its images need.
     """
     keys: list[Key] = list(request.prompt_ids)
     spans = []
     place = 0
-    for number, picture in enumerate(request.pictures):
-        # Without a content key a picture is like no other, not even like itself in another request.
-        content = picture.key or os.urandom(16)
+    for number, image in enumerate(request.images):
+        # Without a content key an image is like no other, not even like itself in another request.
+        content = image.key or os.urandom(16)
         try:
             start = request.prompt_ids.index(image_token_id, place)
         except ValueError:
-            raise ValueError(f"picture {number} has no tokens in the prompt") from None
-        place = start + picture.tokens
-        if request.prompt_ids[start:place] != (image_token_id,) * picture.tokens:
-            raise ValueError(f"picture {number} must have {picture.tokens} tokens in a row in the prompt")
-        keys[start:place] = [content] * picture.tokens
-        spans.append(Span(start, place, picture, (request.salt, content)))
+            raise ValueError(f"image {number} has no tokens in the prompt") from None
+        place = start + image.tokens
+        if request.prompt_ids[start:place] != (image_token_id,) * image.tokens:
+            raise ValueError(f"image {number} must have {image.tokens} tokens in a row in the prompt")
+        keys[start:place] = [content] * image.tokens
+        spans.append(ImageSpan(start, place, image, (request.salt, content)))
     if image_token_id in request.prompt_ids[place:]:
-        raise ValueError(f"the prompt has picture tokens for more than its {len(request.pictures)} pictures")
+        raise ValueError(f"the prompt has image tokens for more than its {len(request.images)} images")
     return Sequence(request, deliver, tuple(spans), keys)

@@ -25,8 +25,8 @@ class Stats:
     slots: int = 1
     kv_used_tokens: int = 0
     kv_total_tokens: int = 0
-    prefix_hits: int = 0  # prompt tokens found in the prefix cache
-    prefix_queries: int = 0  # prompt tokens looked up
-    picture_hits: int = 0
-    picture_queries: int = 0
+    prefix_cache_hits: int = 0  # prompt tokens found in the prefix cache
+    prefix_cache_queries: int = 0  # prompt tokens looked up
+    encoder_cache_hits: int = 0
+    encoder_cache_queries: int = 0
     preemptions: int = 0

@@ -1,7 +1,7 @@
 """How much new work a step may carry so that running answers keep their pace.
 
 Learns from measured steps what a forward pass costs on this machine: so much for the weights, so much
-for every row. A prompt chunk or a slice of the vision tower makes everyone who decodes wait; with nobody
+for every row. A prompt chunk or a slice of the vision encoder makes everyone who decodes wait; with nobody
 decoding, a step is only kept short enough for an abort to be noticed. Knows seconds and counts, no tensors.
 """
 
@@ -10,19 +10,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 # A step with new work in it may take so many times what the running answers alone would need.
-PATIENCE = 3.0
+MAX_STEP_STRETCH = 3.0
 # With nobody waiting for a token: short enough to notice aborts and new requests.
 IDLE_STEP_S = 0.6
-# No prompt waits for ever: a step without a picture in it reads at least so many tokens.
-LEAST_TOKENS = 16
+# No prompt waits for ever: a step without an image in it reads at least so many tokens.
+MIN_CHUNK_TOKENS = 16
 # A pass takes hardly longer for so many rows than for one: it is the weights that take the time.
 FREE_ROWS = 12
 # A step is called stuck when it takes this many times longer than it should, and at least MIN_DEADLINE_S.
-STUCK = 20.0
+STUCK_FACTOR = 20.0
 MIN_DEADLINE_S = 30.0
-MEMORY = 0.95  # weight of the past in the running means
-CONTRAST = 0.2  # passes of like size say nothing about what a row costs
-OUTLIER = 2.0  # a step so many times slower than expected was disturbed, and counts as no slower than that
+SMOOTHING = 0.95  # weight of the past in the running means
+MIN_RELATIVE_VARIANCE = 0.2  # passes of like size say nothing about what a row costs
+MAX_OUTLIER_FACTOR = 2.0  # a step so many times slower than expected was disturbed, and counts as no slower than that
 
 
 @dataclass
@@ -43,50 +43,50 @@ class Line:
     def learn(self, rows: int, took_s: float) -> None:
         self.passes += 1
         if self.passes > 2:
-            took_s = min(took_s, OUTLIER * self.at(rows))
-        new = max(1 / self.passes, 1 - MEMORY)
+            took_s = min(took_s, MAX_OUTLIER_FACTOR * self.at(rows))
+        new = max(1 / self.passes, 1 - SMOOTHING)
         self._rows += new * (rows - self._rows)
         self._seconds += new * (took_s - self._seconds)
         self._rows_rows += new * (rows * rows - self._rows_rows)
         self._rows_seconds += new * (rows * took_s - self._rows_seconds)
         spread = self._rows_rows - self._rows**2
-        if spread > CONTRAST * self._rows_rows:
+        if spread > MIN_RELATIVE_VARIANCE * self._rows_rows:
             self.slope_s = max((self._rows_seconds - self._rows * self._seconds) / spread, 0.0)
         self.slope_s = min(self.slope_s or self._seconds / self._rows, self._seconds / self._rows)
         self.base_s = self._seconds - self.slope_s * self._rows
 
 
 @dataclass
-class Pace:
+class TokenBudget:
     max_chunk_tokens: int = 512
     max_rows: float = float("inf")  # requests in one forward pass
     _pass: Line = field(default_factory=Line)
-    _slice_s: float = 0.0  # longest slice of the vision tower lately
+    _slice_s: float = 0.0  # longest slice of the vision encoder lately
 
     def chunk_tokens(self, decoding: int, spent_s: float = 0.0) -> int:
-        """Prompt tokens for the next batch, when `spent_s` of the step went into a picture already."""
+        """Prompt tokens for the next batch, when `spent_s` of the step went into an image already."""
         if not self._pass.passes:
             return self.max_chunk_tokens
         left_s = max(self._new_work_s(decoding) - spent_s - (0 if decoding else self._pass.base_s), 0.0)
         free = _free_tokens(decoding)
         tokens = free + int(left_s / self._pass.slope_s) if self._pass.slope_s else self.max_chunk_tokens
-        least = 0 if spent_s else LEAST_TOKENS
+        least = 0 if spent_s else MIN_CHUNK_TOKENS
         return min(max(least, tokens), self.max_chunk_tokens)
 
     def slice_s(self, decoding: int) -> float:
-        """Seconds that a picture may take in the next step."""
+        """Seconds that an image may take in the next step."""
         return self._new_work_s(decoding)
 
     def deadline_s(self, decoding: int, tokens: int) -> float:
         """How long a batch may take before it must be called stuck."""
-        return max(MIN_DEADLINE_S, STUCK * self._pass.at(_rows(decoding, tokens)))
+        return max(MIN_DEADLINE_S, STUCK_FACTOR * self._pass.at(_rows(decoding, tokens)))
 
-    def picture_deadline_s(self) -> float:
-        return max(MIN_DEADLINE_S, STUCK * (self._slice_s + IDLE_STEP_S))
+    def encode_deadline_s(self) -> float:
+        return max(MIN_DEADLINE_S, STUCK_FACTOR * (self._slice_s + IDLE_STEP_S))
 
     def ran_out_of_memory(self, rows: int, tokens: int) -> None:
         """Ask for less from now on; what the memory holds does not grow again while the server runs."""
-        if tokens > LEAST_TOKENS:
+        if tokens > MIN_CHUNK_TOKENS:
             self.max_chunk_tokens = min(self.max_chunk_tokens, tokens // 2)
         elif rows > 1:
             self.max_rows = min(self.max_rows, rows // 2)
@@ -102,7 +102,7 @@ class Pace:
             return IDLE_STEP_S
         alone = self._pass.at(decoding)
         # Measured against the pace of one answer: those that joined must not stretch everybody's patience.
-        return max(PATIENCE * self._pass.at(1) - alone, (PATIENCE - 1) * alone / 2)
+        return max(MAX_STEP_STRETCH * self._pass.at(1) - alone, (MAX_STEP_STRETCH - 1) * alone / 2)
 
 
 def _free_tokens(decoding: int) -> int:

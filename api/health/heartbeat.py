@@ -1,7 +1,7 @@
 """Signs of life that need nobody's help: the loop's beat and the engine's progress, written out by a thread.
 
 The event loop stamps a beat, the engine counts its steps, and the observer thread here compares both with the
-clock and writes `api.health.heartbeat.json` each second. A reader judges a server that answers no HTTP by that file:
+clock and writes `api.heartbeat.json` each second. A reader judges a server that answers no HTTP by that file:
 `beat_at` old while `written_at` is fresh means that the loop stands still, both old that the whole process does.
 Stamps are seconds of CLOCK_MONOTONIC, which all processes of a machine share and which no clock change moves.
 """
@@ -25,11 +25,18 @@ from api.engine.engine import Engine, Stats
 
 logger = logging.getLogger(__name__)
 
-FILE_NAME = "api.health.heartbeat.json"
+FILE_NAME = "api.heartbeat.json"
 STACKS_NAME = "api.stacks.txt"
 BEAT_EVERY_S = 0.5
 WRITE_EVERY_S = 1.0
 IN_FLIGHT_KEPT = 64
+# Keys of the file that are not called as in Stats.
+STATS_KEYS = {
+    "prefix_cache_hits": "prefix_hits",
+    "prefix_cache_queries": "prefix_queries",
+    "encoder_cache_hits": "picture_hits",
+    "encoder_cache_queries": "picture_queries",
+}
 CHECK_FILE = "health.json"  # what health_check.py writes at every run
 
 
@@ -147,7 +154,7 @@ class Heartbeat:
             "written_time": time.time(),
             "beat_at": self._beat_at,
             "state": self.state(stats),
-            **{k: v for k, v in asdict(stats).items() if k != "state"},
+            **{STATS_KEYS.get(k, k): v for k, v in asdict(stats).items() if k != "state"},
             **{k: v for k, v in asdict(self._pulse).items() if k != "checker"},
             "success_age_s": self.success_age_s,
             "in_flight": self._engine.in_flight()[:IN_FLIGHT_KEPT],

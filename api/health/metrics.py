@@ -27,6 +27,7 @@ _FIRST_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _TOKEN_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
 _WHOLE_S = (0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600)
 _TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+CAPACITY_LABELS = {"encoder_cache_bytes": "picture_cache_bytes"}  # that are not called as in Capacity
 _BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _STAGES = {
     "queue_s": ("request_queue_time_seconds", "Waiting for the engine."),
@@ -159,7 +160,7 @@ class _EngineCollector:
         build.add_metric([__version__, model.id if model else ""], 1)
         yield build
         if model is not None:
-            sizes = {name: str(size) for name, size in asdict(model.capacity).items()}
+            sizes = {CAPACITY_LABELS.get(k, k): str(size) for k, size in asdict(model.capacity).items()}
             cache = GaugeMetricFamily("glm_cache_config_info", "How the engine's memory is cut.", labels=list(sizes))
             cache.add_metric(list(sizes.values()), 1)
             yield cache
@@ -192,10 +193,10 @@ def _gauges(stats: Stats, admission: Admission) -> list[tuple[str, str, float]]:
 def _counts(stats: Stats) -> list[tuple[str, str, int]]:
     return [
         ("engine_steps", "Units of work done.", stats.steps),
-        ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_queries),
-        ("prefix_cache_hits", "Prompt tokens found there.", stats.prefix_hits),
-        ("mm_cache_queries", "Pictures looked up in the picture cache.", stats.picture_queries),
-        ("mm_cache_hits", "Pictures found there.", stats.picture_hits),
+        ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_cache_queries),
+        ("prefix_cache_hits", "Prompt tokens found there.", stats.prefix_cache_hits),
+        ("mm_cache_queries", "Pictures looked up in the picture cache.", stats.encoder_cache_queries),
+        ("mm_cache_hits", "Pictures found there.", stats.encoder_cache_hits),
         ("num_preemptions", "Requests put back to make room.", stats.preemptions),
     ]
 

@@ -16,7 +16,7 @@ from typing import Any
 from starlette.requests import Request
 
 from api.engine.engine import NotAccepting
-from api.engine.request import Delta, Done, Event, Failed, Sampling
+from api.engine.request import Delta, Done, Event, Failed, SamplingParams
 from api.engine.request import Request as EngineRequest
 from api.engine.scheduler import QueueFull
 from api.engine.text.grammar import MatcherGrammar
@@ -64,7 +64,7 @@ class Job:
         self._grammars: list[MatcherGrammar | None] = []
         self._wrote_at: dict[int, float] = {}  # when each choice had its last text
 
-    def submit(self, samplings: list[Sampling], grammars: list[MatcherGrammar | None], salt: str) -> None:
+    def submit(self, samplings: list[SamplingParams], grammars: list[MatcherGrammar | None], salt: str) -> None:
         """Hand every choice to the engine, or none."""
         prompt = self.completion.prompt
         self._grammars = grammars
@@ -74,7 +74,7 @@ class Job:
                 id=self._engine_id(index),
                 prompt_ids=prompt.ids,
                 sampling=wanted,
-                pictures=prompt.pictures,
+                images=prompt.pictures,
                 salt=salt,
                 probe=self._place.caller.probe,
                 deadline_s=self._server.settings.request_timeout_s,

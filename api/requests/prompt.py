@@ -16,7 +16,7 @@ from jinja2 import TemplateError
 from PIL import Image
 
 from api.engine.loaded_model import Model
-from api.engine.request import Picture
+from api.engine.request import ImageInput
 from api.engine.text.tokenizer import Vocabulary
 from api.errors import ServingError, invalid
 from api.images.decode import decode, is_remote, open_picture, read_data_url
@@ -32,7 +32,7 @@ SHORT_TOKEN = 8  # characters; texts of fewer for each token of the context are 
 @dataclass(frozen=True)
 class Prompt:
     ids: tuple[int, ...]
-    pictures: tuple[Picture, ...]
+    pictures: tuple[ImageInput, ...]
     picture_sizes: tuple[tuple[int, int], ...]  # width and height, upright
     starts_thinking: bool  # the template itself has opened the thinking part
     asked_picture: int | None = None  # the one, and only one, that the last question names
@@ -73,7 +73,7 @@ def draft(chat: ChatRequest, fetched: Mapping[str, bytes], model: Model, setting
     for param, url in picture_urls(chat, settings):
         data = fetched[url] if is_remote(url) else read_data_url(url, param, settings)
         opened.append((param, open_picture(data, param, settings)))
-    expected = sum(model.pictures.count_tokens(*image.size) for _, image in opened)
+    expected = sum(model.image_processor.count_tokens(*image.size) for _, image in opened)
     if expected >= model.context_tokens:
         raise _too_long(expected, model, "The pictures alone take")
     ids = rendered_ids(chat.messages, chat.active_tools, chat.enable_thinking, model)
@@ -125,7 +125,7 @@ def finish(draft: Draft, model: Model) -> Prompt:
     pictures, sizes = [], []
     for param, image in draft.opened:
         upright = decode(image, param)
-        pictures.append(_with_key(model.pictures.process(upright), upright))
+        pictures.append(_with_key(model.image_processor.process(upright), upright))
         sizes.append(upright.size)
     image_id = model.vocabulary.special[model.image_token]
     spans = iter(pictures)
@@ -136,7 +136,7 @@ def finish(draft: Draft, model: Model) -> Prompt:
     return Prompt(tuple(expanded), tuple(pictures), tuple(sizes), draft.starts_thinking, draft.asked_picture)
 
 
-def _with_key(picture: Picture, image: Image.Image) -> Picture:
+def _with_key(picture: ImageInput, image: Image.Image) -> ImageInput:
     """A picture that the model's processing has not named gets its content's hash as its name."""
     if picture.key:
         return picture

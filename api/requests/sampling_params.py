@@ -6,7 +6,7 @@ import asyncio
 import re
 
 from api.engine.loaded_model import Model
-from api.engine.request import Sampling
+from api.engine.request import SamplingParams
 from api.engine.text.grammar import GrammarCompiler, MatcherGrammar
 from api.engine.text.grammar_text import AnswerForm, CallableTool, GrammarError
 from api.errors import invalid
@@ -64,13 +64,13 @@ def longest_answer(chat: ChatRequest, model: Model, prompt_tokens: int, settings
 
 def sampling(
     chat: ChatRequest, model: Model, prompt_tokens: int, settings: Settings, choice: int, grammar: MatcherGrammar | None
-) -> Sampling:
+) -> SamplingParams:
     defaults = model.defaults
     thinking_tokens = chat.thinking_tokens if chat.enable_thinking and END_THINK in model.vocabulary.special else None
     loop_window = settings.loop_window if chat.loop_window is None else chat.loop_window
     if chat.loop_window is None and chat.ignore_eos:
         loop_window = 0  # a benchmark asks for so many tokens, whatever they are
-    return Sampling(
+    return SamplingParams(
         max_tokens=longest_answer(chat, model, prompt_tokens, settings),
         temperature=defaults.temperature if chat.temperature is None else chat.temperature,
         top_p=defaults.top_p if chat.top_p is None else chat.top_p,

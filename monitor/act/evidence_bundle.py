@@ -52,7 +52,7 @@ def save(settings: Settings, incident: str, part: str, evidence: dict[str, Any],
     put("runs.json", lambda: json.dumps(report.finite(runs), indent=1, ensure_ascii=False))
     put("log.txt", lambda: _tail(settings.log_dir / f"{part}.log"))
     if part == "api":
-        put("heartbeat.json", lambda: (settings.log_dir / "api.health.heartbeat.json").read_text(encoding="utf-8"))
+        put("heartbeat.json", lambda: (settings.log_dir / "api.heartbeat.json").read_text(encoding="utf-8"))
     if pid is not None:
         put("stacks.txt", lambda: stacks(settings.log_dir, pid))
         put("process.txt", lambda: _process(pid))

@@ -139,7 +139,7 @@ def fill_disk(bench: Bench) -> Iterator[None]:
     folder.mkdir(exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], check=True)
     try:
-        for name in ("state.db", "api.pid.json", "web.pid.json", "api.health.heartbeat.json"):
+        for name in ("state.db", "api.pid.json", "web.pid.json", "api.heartbeat.json"):
             source = bench.settings.log_dir / name
             if source.exists():
                 (folder / name).write_bytes(source.read_bytes()[: 2 * 2**20])

@@ -24,7 +24,7 @@ HEALTH_LIMIT_S = 2.0
 SECOND_LOOK_LIMIT_S = 5.0
 GPU_LIMIT_S = 12.0  # two children of 4 s and the time to end them
 PAGE_LIMIT_S = 10.0
-HEARTBEAT = "api.health.heartbeat.json"
+HEARTBEAT = "api.heartbeat.json"
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_model import fake_model
 from served import KEY, Served, wait_for
 from server_process import WAIT_S, Server, free_port
 
 from api.engine.engine import Engine
-from api.engine.fake import fake_model
 from api.engine.kernels import build as kernels
 from api.engine.loaded_model import Model
 from settings import Settings

@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 import sys
 
+from fake_model import echo, fake_model
+
 import settings
 from api.engine.engine import Engine
-from api.engine.fake import echo, fake_model
 from api.server import serve
 
 

@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from fake_model import FakeRunner
 from PIL import Image
 from starlette.testclient import TestClient
 
 from api.app import create_app
 from api.engine.engine import Engine
-from api.engine.fake import FakeRunner
 from api.engine.loaded_model import Model
 from settings import Settings
 

@@ -249,9 +249,9 @@ inline void turn(const bf16* x, const float* cos, const float* sin, int64_t dim,
   }
 }
 
-// Patches of a picture, each seeing all of its frame: qkv [patches, 3 * heads * dim], cos and sin [patches, dim] in
+// Patches of an image, each seeing all of its frame: qkv [patches, 3 * heads * dim], cos and sin [patches, dim] in
 // float32 -> [patches, heads * dim].
-inline Tensor attend_picture(const Tensor& qkv, const Tensor& cos, const Tensor& sin, int64_t frames, int64_t heads) {
+inline Tensor attend_image(const Tensor& qkv, const Tensor& cos, const Tensor& sin, int64_t frames, int64_t heads) {
   const int64_t patches = qkv.size(0), width = qkv.size(1) / 3, dim = width / heads, each = patches / frames;
   check_head(dim);
   Tensor out = at::empty({patches, width}, qkv.options());

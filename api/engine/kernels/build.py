@@ -22,9 +22,9 @@ from pathlib import Path
 
 import torch
 
-from api.engine.loading.placement import Choice
+from api.engine.loading.placement import Selection
 from api.engine.model.linear import Linear
-from api.engine.model.operations import Group, Operations, TorchOperations
+from api.engine.model.operations import AttentionMetadata, Operations, TorchOperations
 
 logger = logging.getLogger(__name__)
 
@@ -58,16 +58,16 @@ class CompiledOperations:
         torch.ops.glm.rotate_store(qkv, cos, sin, kv, places)
         return qkv
 
-    def attend_single(self, qkv: torch.Tensor, kv: torch.Tensor, group: Group) -> torch.Tensor:
+    def attend_single(self, qkv: torch.Tensor, kv: torch.Tensor, group: AttentionMetadata) -> torch.Tensor:
         return torch.ops.glm.attend_pages(qkv, kv, group.pages, group.lengths)
 
-    def attend_chunk(self, qkv: torch.Tensor, kv: torch.Tensor, group: Group) -> torch.Tensor:
+    def attend_chunk(self, qkv: torch.Tensor, kv: torch.Tensor, group: AttentionMetadata) -> torch.Tensor:
         return torch.ops.glm.attend_chunk(qkv, kv, group.pages, group.first)
 
-    def attend_picture(
+    def attend_image(
         self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, frames: int, heads: int
     ) -> torch.Tensor:
-        return torch.ops.glm.attend_picture(qkv, cos, sin, frames, heads)
+        return torch.ops.glm.attend_image(qkv, cos, sin, frames, heads)
 
 
 def fit_processor() -> bool:
@@ -93,22 +93,22 @@ def obstacle(device: torch.device, dtype: torch.dtype, page_tokens: int, head_di
     return None
 
 
-def prepare(use: Callable[[Operations], None], tell: Callable[[Choice], None], folder: Path | None = None) -> None:
+def prepare(use: Callable[[Operations], None], tell: Callable[[Selection], None], folder: Path | None = None) -> None:
     """Compile in a thread of its own, then `use` the operations; `tell` says each time what is in use and why."""
-    tell(Choice("compiling", "torch computes meanwhile"))
+    tell(Selection("compiling", "torch computes meanwhile"))
     threading.Thread(target=_prepare, args=(use, tell, folder), name="compile", daemon=True).start()
 
 
-def _prepare(use: Callable[[Operations], None], tell: Callable[[Choice], None], folder: Path | None) -> None:
+def _prepare(use: Callable[[Operations], None], tell: Callable[[Selection], None], folder: Path | None) -> None:
     try:
         library = compiled(folder or cache_folder())
         torch.ops.load_library(str(library))
         _try_out(CompiledOperations())
         use(CompiledOperations())  # may fail for want of memory; what is in use by then goes on
     except (KernelError, OSError, RuntimeError, MemoryError) as error:
-        choice = Choice("torch", f"no compiled operations: {error}")
+        choice = Selection("torch", f"no compiled operations: {error}")
     else:
-        choice = Choice("compiled", str(library))
+        choice = Selection("compiled", str(library))
     tell(choice)
 
 
@@ -182,11 +182,11 @@ def _try_out(own: Operations) -> None:
     cos[:, -kv_heads:], sin[:, -kv_heads:] = 1, 0  # values are not turned
     lengths = torch.tensor([1, 16, 17, 40, 48])
     hidden = torch.where(torch.arange(48) < lengths[:, None], 0.0, -torch.inf).to(torch.bfloat16)
-    singles = Group(0, rows, torch.arange(15).view(rows, 3) % 8, hidden[:, None, None], lengths)
+    singles = AttentionMetadata(0, rows, torch.arange(15).view(rows, 3) % 8, hidden[:, None, None], lengths)
     later = torch.where(torch.arange(48) <= torch.arange(40, 40 + rows)[:, None], 0.0, -torch.inf).to(torch.bfloat16)
-    chunk = Group(0, rows, torch.tensor([5, 0, 3]), later, first=40)
+    chunk = AttentionMetadata(0, rows, torch.tensor([5, 0, 3]), later, first=40)
     turns = some(10, 16).float(), some(10, 16).float()
-    for name in ("add_norm", "rotate_store", "attend_single", "attend_chunk", "attend_picture"):
+    for name in ("add_norm", "rotate_store", "attend_single", "attend_chunk", "attend_image"):
         found = []
         for operations in (own, theirs):
             stored = kv.clone()
@@ -195,7 +195,7 @@ def _try_out(own: Operations) -> None:
                 "rotate_store": (qkv.clone(), cos, sin, stored, places),
                 "attend_single": (qkv, stored, singles),
                 "attend_chunk": (qkv, stored, chunk),
-                "attend_picture": (patches, *turns, 2, 2),
+                "attend_image": (patches, *turns, 2, 2),
             }[name]
             result = getattr(operations, name)(*arguments)
             found.append([*(result if isinstance(result, tuple) else [result]), stored])

@@ -148,12 +148,12 @@ Tensor run_layers(const Tensor& inputs, const Tensor& first_norm, at::TensorList
   return normed;
 }
 
-// One block of the vision tower: what VisionTower._run does.
+// One block of the vision encoder: what VisionEncoder._run does.
 Tensor run_block(const Tensor& inputs, const Tensor& norm1, const Tensor& qkv, const std::optional<Tensor>& bias,
                  const Tensor& out, const Tensor& norm2, const Tensor& gate_up, const Tensor& down, const Tensor& cos,
                  const Tensor& sin, int64_t frames, int64_t heads, double eps) {
   const Tensor parts = glm::product(norm(inputs, norm1, eps), qkv, bias);
-  const Tensor attended = glm::attend_picture(parts, cos, sin, frames, heads);
+  const Tensor attended = glm::attend_image(parts, cos, sin, frames, heads);
   const Tensor x = at::add(inputs, glm::product(attended, out, std::nullopt));
   const Tensor passed = glm::gated_product(norm(x, norm2, eps), gate_up);
   return at::add(x, glm::product(passed, down, std::nullopt));
@@ -166,7 +166,7 @@ TORCH_LIBRARY(glm, library) {
   library.def("rotate_store(Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor(b!) kv, Tensor places) -> ()");
   library.def("attend_pages(Tensor qkv, Tensor kv, Tensor pages, Tensor lengths) -> Tensor");
   library.def("attend_chunk(Tensor qkv, Tensor kv, Tensor pages, int first) -> Tensor");
-  library.def("attend_picture(Tensor qkv, Tensor cos, Tensor sin, int frames, int heads) -> Tensor");
+  library.def("attend_image(Tensor qkv, Tensor cos, Tensor sin, int frames, int heads) -> Tensor");
   library.def("pack(Tensor weight, bool gated) -> Tensor");
   library.def("product(Tensor x, Tensor packed, Tensor? bias) -> Tensor");
   library.def("gated_product(Tensor x, Tensor packed) -> Tensor");
@@ -183,7 +183,7 @@ TORCH_LIBRARY_IMPL(glm, CPU, library) {
   library.impl("rotate_store", rotate_store);
   library.impl("attend_pages", glm::attend_pages);
   library.impl("attend_chunk", glm::attend_chunk);
-  library.impl("attend_picture", glm::attend_picture);
+  library.impl("attend_image", glm::attend_image);
   library.impl("pack", glm::pack);
   library.impl("product", glm::product);
   library.impl("gated_product", glm::gated_product);

@@ -1,6 +1,6 @@
-"""Model id or folder -> a loaded model: weights on their device, tokens, template, picture processing.
+"""Model id or folder -> a loaded model: weights on their device, tokens, template, image processing.
 
-Works without torchvision: pictures go through the processor's PIL backend. Knows no HTTP.
+Works without torchvision: images go through the processor's PIL backend. Knows no HTTP.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from api.engine.loaded_model import Capacity, LoadError, Model, SamplingDefaults
 from api.engine.loading.download import download
 from api.engine.loading.placement import (
     PAGE_TOKENS,
-    Choice,
+    Selection,
     choose_device,
     choose_dtype,
     choose_kv_cache,
@@ -31,7 +31,7 @@ from api.engine.loading.placement import (
 )
 from api.engine.loading.progress import Progress, part, weights_progress
 from api.engine.model.runner import Glm4vRunner
-from api.engine.request import Picture
+from api.engine.request import ImageInput
 from api.engine.text.tokenizer import UnsupportedTokenizer, Vocabulary
 from settings import ROOT, Settings
 
@@ -73,11 +73,11 @@ def load(settings: Settings, progress: Progress) -> Model:
 
 def _assemble(
     settings: Settings,
-    chosen: Choice,
+    chosen: Selection,
     local: Path | None,
     folder: Path,
     network: Any,
-    choices: dict[str, Choice],
+    choices: dict[str, Selection],
 ) -> Model:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     if not getattr(tokenizer, "chat_template", None):
@@ -100,7 +100,7 @@ def _assemble(
         pages=kv.number // PAGE_TOKENS,
         page_tokens=PAGE_TOKENS,
         chunk_tokens=settings.prefill_chunk_tokens,
-        picture_cache_bytes=settings.picture_cache_bytes,
+        encoder_cache_bytes=settings.picture_cache_bytes,
     )
     parameters = sum(p.numel() for p in network.parameters())
     demo = _read_json(folder / "demo.json") if (folder / "demo.json").is_file() else None
@@ -121,13 +121,13 @@ def _assemble(
         | {"context_tokens": context_reason, "slots": slots.reason, "kv_cache": kv.reason},
     }
 
-    def tell(choice: Choice) -> None:
+    def tell(choice: Selection) -> None:
         facts["kernels"], facts["choices"]["kernels"] = choice.value, choice.reason
         logger.info("event=choice name=kernels value=%s reason=%s", choice.value, json.dumps(choice.reason))
 
     runner = Glm4vRunner(network, capacity, context_tokens)
     if settings.kernels == "torch":
-        tell(Choice("torch", "set by GLM_KERNELS"))
+        tell(Selection("torch", "set by GLM_KERNELS"))
     else:
         runner.speed_up(tell)
     return Model(
@@ -135,7 +135,7 @@ def _assemble(
         runner=runner,
         vocabulary=vocabulary,
         template=_Template(tokenizer),
-        pictures=_Pictures(transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")),
+        image_processor=_ImageProcessor(transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")),
         end_ids=_end_ids(generation.eos_token_id, vocabulary),
         context_tokens=context_tokens,
         capacity=capacity,
@@ -154,14 +154,14 @@ class _Template:
         )
 
 
-class _Pictures:
+class _ImageProcessor:
     def __init__(self, processor: Any) -> None:
         self._processor = processor
 
     def count_tokens(self, width: int, height: int) -> int:
         return self._processor.get_number_of_image_patches(height, width) // self._processor.merge_size**2
 
-    def process(self, image: Image.Image) -> Picture:
+    def process(self, image: Image.Image) -> ImageInput:
         output = self._processor(images=[image], return_tensors="np")
         frames, rows, columns = (int(n) for n in output["image_grid_thw"][0])
         tokens = frames * rows * columns // self._processor.merge_size**2
@@ -169,7 +169,7 @@ class _Pictures:
         # What the model sees is hashed, so pixels, size and every setting of the processor are in it.
         key = hashlib.blake2b(repr((frames, rows, columns, patches.dtype.str)).encode(), digest_size=16)
         key.update(patches.data)
-        return Picture(patches=patches, grid=(frames, rows, columns), tokens=tokens, key=key.digest())
+        return ImageInput(patches=patches, grid=(frames, rows, columns), tokens=tokens, key=key.digest())
 
 
 def _local_folder(model: str) -> Path | None:

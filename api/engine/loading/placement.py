@@ -15,7 +15,7 @@ import torch
 from settings import ROOT, Settings
 
 FLASH = {"huggingface": "zai-org/GLM-4.6V-Flash", "modelscope": "ZhipuAI/GLM-4.6V-Flash"}
-# bf16 weights are 20.6 GB; the rest is for the vision tower's activations and the KV cache.
+# bf16 weights are 20.6 GB; the rest is for the vision encoder's activations and the KV cache.
 FLASH_NEEDS_BYTES = 24 * 2**30
 DEMO = ROOT / "models" / "shapes"
 SLOTS = {"cpu": 16, "cuda": 32}
@@ -30,7 +30,7 @@ TINY_WEIGHTS_BYTES = 2**28
 
 
 @dataclass(frozen=True)
-class Choice:
+class Selection:
     value: str
     reason: str
 
@@ -79,49 +79,49 @@ def free_memory_bytes() -> int:
     return max(free, 0)
 
 
-def choose_device(settings: Settings) -> Choice:
+def choose_device(settings: Settings) -> Selection:
     if settings.device != "auto":
-        return Choice(settings.device, "set by GLM_DEVICE")
+        return Selection(settings.device, "set by GLM_DEVICE")
     if torch.cuda.is_available():
-        return Choice("cuda", f"a GPU is there: {torch.cuda.get_device_name()}")
-    return Choice("cpu", "no CUDA GPU was found")
+        return Selection("cuda", f"a GPU is there: {torch.cuda.get_device_name()}")
+    return Selection("cpu", "no CUDA GPU was found")
 
 
-def choose_model(settings: Settings, device: str, free_gpu_bytes: int | None) -> Choice:
+def choose_model(settings: Settings, device: str, free_gpu_bytes: int | None) -> Selection:
     if settings.model != "auto":
-        return Choice(settings.model, "set by GLM_MODEL or --model")
+        return Selection(settings.model, "set by GLM_MODEL or --model")
     if device != "cuda" or free_gpu_bytes is None:
-        return Choice(str(DEMO), "the bundled demo, because there is no CUDA GPU to hold GLM-4.6V-Flash")
+        return Selection(str(DEMO), "the bundled demo, because there is no CUDA GPU to hold GLM-4.6V-Flash")
     free = f"{free_gpu_bytes / 2**30:.1f} GiB of GPU memory are free"
     if free_gpu_bytes < FLASH_NEEDS_BYTES:
         need = FLASH_NEEDS_BYTES // 2**30
-        return Choice(str(DEMO), f"the bundled demo, because only {free} and GLM-4.6V-Flash needs {need} GiB")
-    return Choice(FLASH[settings.hub], f"{free}, enough for GLM-4.6V-Flash")
+        return Selection(str(DEMO), f"the bundled demo, because only {free} and GLM-4.6V-Flash needs {need} GiB")
+    return Selection(FLASH[settings.hub], f"{free}, enough for GLM-4.6V-Flash")
 
 
 def free_gpu_bytes(device: str) -> int | None:
     return torch.cuda.mem_get_info()[0] if device == "cuda" and torch.cuda.is_available() else None
 
 
-def choose_dtype(settings: Settings, device: str, weights_bytes: int) -> Choice:
+def choose_dtype(settings: Settings, device: str, weights_bytes: int) -> Selection:
     if settings.dtype != "auto":
-        return Choice(settings.dtype, "set by GLM_DTYPE")
+        return Selection(settings.dtype, "set by GLM_DTYPE")
     if weights_bytes <= SMALL_WEIGHTS_BYTES:
-        return Choice("float32", "a small model: full precision costs nothing")
+        return Selection("float32", "a small model: full precision costs nothing")
     if device == "cuda" and not torch.cuda.is_bf16_supported():
-        return Choice("float16", "this GPU has no bfloat16")
-    return Choice("bfloat16", "the number format of the weights; half the memory of float32")
+        return Selection("float16", "this GPU has no bfloat16")
+    return Selection("bfloat16", "the number format of the weights; half the memory of float32")
 
 
-def choose_threads(settings: Settings, weights_bytes: int) -> Choice:
+def choose_threads(settings: Settings, weights_bytes: int) -> Selection:
     if settings.threads:
-        return Choice(str(settings.threads), "set by GLM_THREADS")
+        return Selection(str(settings.threads), "set by GLM_THREADS")
     if weights_bytes <= TINY_WEIGHTS_BYTES:
-        return Choice("1", "so small a model gains nothing from more")
+        return Selection("1", "so small a model gains nothing from more")
     cores = usable_cores()
     if cores <= 2:  # a second thread is worth more than a free core: HTTP gets its turn while threads wait
-        return Choice(str(cores), f"all of {cores}: threads that wait sleep soon, so HTTP gets its turn")
-    return Choice(str(cores - 1), f"{cores} cores, one of them left to HTTP")
+        return Selection(str(cores), f"all of {cores}: threads that wait sleep soon, so HTTP gets its turn")
+    return Selection(str(cores - 1), f"{cores} cores, one of them left to HTTP")
 
 
 def usable_cores() -> int:

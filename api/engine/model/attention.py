@@ -1,4 +1,4 @@
-"""Attention of many queries over the keys and values of one request or one picture.
+"""Attention of many queries over the keys and values of one request or one image.
 
 Torch's fused kernel is the right one on GPUs and in float32. In bfloat16 on a CPU its inner products do
 not use the processor's bfloat16 instructions, and two plain batched products with a softmax between
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from api.engine.model.linear import has_onednn
 
-# Scores held at once; more queries are computed in blocks, so that a large picture needs no gigabytes.
+# Scores held at once; more queries are computed in blocks, so that a large image needs no gigabytes.
 MOST_SCORES = 2**23
 
 

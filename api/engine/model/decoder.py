@@ -15,19 +15,19 @@ import torch
 import torch.nn.functional as F
 
 from api.engine.model.linear import Linear, pack_all
-from api.engine.model.operations import Group, Operations
+from api.engine.model.operations import AttentionMetadata, Operations
 from api.engine.model.rotary import Rotary, half_split_order
 
 
 @dataclass(frozen=True)
-class Pass:
+class ForwardBatch:
     """Tensors of one forward pass over `rows` tokens."""
 
     inputs: torch.Tensor  # [rows, hidden]
     cos: torch.Tensor  # [rows, heads of q, k and v, head_dim]; values are turned by the angle zero
     sin: torch.Tensor
     places: torch.Tensor  # [rows]: where in the KV cache each row's key and value go
-    groups: tuple[Group, ...]
+    groups: tuple[AttentionMetadata, ...]
     wanted: torch.Tensor | None  # rows whose logits are asked for; None: all
 
 
@@ -99,14 +99,14 @@ class Decoder:
     def needs_masks(self) -> bool:
         return self._operations.needs_masks
 
-    def run(self, step: Pass) -> torch.Tensor:
+    def run(self, step: ForwardBatch) -> torch.Tensor:
         """Store the keys and values of all rows; returns the wanted logits [rows, vocabulary] in float32."""
         normed = self._run_packed(step, self._packed) if self._packed else self._run_layers(step)
         if not len(normed):  # part of a prompt: nobody wants a token yet
             return torch.empty(0, self.vocabulary_size, device=self.device)
         return self._head(normed).float()
 
-    def _run_packed(self, step: Pass, weights: list[torch.Tensor | None]) -> torch.Tensor:
+    def _run_packed(self, step: ForwardBatch, weights: list[torch.Tensor | None]) -> torch.Tensor:
         groups = step.groups
         return torch.ops.glm.run_layers(
             step.inputs, self._first_norm, weights, self.kv, step.cos, step.sin, step.places,
@@ -117,7 +117,7 @@ class Decoder:
             step.wanted, self._eps,
         )  # fmt: skip
 
-    def _run_layers(self, step: Pass) -> torch.Tensor:
+    def _run_layers(self, step: ForwardBatch) -> torch.Tensor:
         do, x = self._operations, step.inputs
         normed = F.rms_norm(x, self._first_norm.shape, self._first_norm, self._eps)
         for layer, kv in zip(self._layers, self.kv, strict=True):
@@ -140,7 +140,7 @@ class Decoder:
             torch.cat([sin[:, None].expand(turned), sin.new_zeros(still)], dim=1),
         )
 
-    def _attend(self, x: torch.Tensor, layer: _Layer, kv: torch.Tensor, step: Pass) -> torch.Tensor:
+    def _attend(self, x: torch.Tensor, layer: _Layer, kv: torch.Tensor, step: ForwardBatch) -> torch.Tensor:
         do, qkv = self._operations, layer.qkv(x).view(len(x), -1, self.head_dim)
         qkv = do.rotate_store(qkv, step.cos, step.sin, kv, step.places)
         outs = [

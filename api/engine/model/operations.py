@@ -16,7 +16,7 @@ from api.engine.model.rotary import rotate
 
 
 @dataclass(frozen=True)
-class Group:
+class AttentionMetadata:
     """Rows `start` to `end` of a pass that attend alike.
 
     Either each row for itself, as one new token for each of several requests (`pages` [rows, pages] and `lengths`
@@ -50,13 +50,13 @@ class Operations(Protocol):
     ) -> torch.Tensor:
         """Turned qkv [rows, heads + 2 * kv_heads, head_dim]; its keys and values are now at `places` of `kv`."""
 
-    def attend_single(self, qkv: torch.Tensor, kv: torch.Tensor, group: Group) -> torch.Tensor:
+    def attend_single(self, qkv: torch.Tensor, kv: torch.Tensor, group: AttentionMetadata) -> torch.Tensor:
         """One token of each request in a group: its rows of qkv -> [rows, heads * head_dim]."""
 
-    def attend_chunk(self, qkv: torch.Tensor, kv: torch.Tensor, group: Group) -> torch.Tensor:
+    def attend_chunk(self, qkv: torch.Tensor, kv: torch.Tensor, group: AttentionMetadata) -> torch.Tensor:
         """Several tokens of one request: its rows of qkv -> [rows, heads * head_dim]."""
 
-    def attend_picture(
+    def attend_image(
         self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, frames: int, heads: int
     ) -> torch.Tensor:
         """Patches that see all of their frame: qkv [patches, 3 * heads * head_dim] and float32 rotations
@@ -82,7 +82,7 @@ class TorchOperations:
         kv.index_copy_(0, places, qkv[:, -kv.shape[1] :])
         return qkv
 
-    def attend_single(self, qkv: torch.Tensor, kv: torch.Tensor, group: Group) -> torch.Tensor:
+    def attend_single(self, qkv: torch.Tensor, kv: torch.Tensor, group: AttentionMetadata) -> torch.Tensor:
         """Query heads that share a key head stand where tokens usually stand."""
         (rows, _, head_dim), kv_heads = qkv.shape, kv.shape[1] // 2
         q = qkv[:, : -2 * kv_heads].view(rows, kv_heads, -1, head_dim)
@@ -90,7 +90,7 @@ class TorchOperations:
         k, v = stored.transpose(1, 2).split(kv_heads, dim=1)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=group.mask).reshape(rows, -1)
 
-    def attend_chunk(self, qkv: torch.Tensor, kv: torch.Tensor, group: Group) -> torch.Tensor:
+    def attend_chunk(self, qkv: torch.Tensor, kv: torch.Tensor, group: AttentionMetadata) -> torch.Tensor:
         """Query heads that share a key head form one batch."""
         (rows, _, head_dim), kv_heads = qkv.shape, kv.shape[1] // 2
         q = qkv[:, : -2 * kv_heads].view(rows, kv_heads, -1, head_dim)
@@ -99,7 +99,7 @@ class TorchOperations:
         out = attend(q.permute(1, 2, 0, 3), k, v, group.mask, causal=group.mask is None)
         return out.permute(2, 0, 1, 3).reshape(rows, -1)
 
-    def attend_picture(
+    def attend_image(
         self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, frames: int, heads: int
     ) -> torch.Tensor:
         patches = len(qkv)

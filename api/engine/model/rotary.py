@@ -1,6 +1,6 @@
 """Where tokens are: M-RoPE positions of a prompt, and the rotation that a position stands for.
 
-A text token advances all three axes (time, height, width) by one. A picture's tokens share one time,
+A text token advances all three axes (time, height, width) by one. An image's tokens share one time,
 spread over height and width, and advance the axes by the longer side only; so positions run behind
 the token count, by a difference that belongs to the request.
 """
@@ -12,16 +12,16 @@ from collections.abc import Sequence as Items
 import numpy as np
 import torch
 
-from api.engine.sequence import Span
+from api.engine.sequence import ImageSpan
 
 
-def rope_positions(length: int, spans: Items[Span], merge: int) -> tuple[np.ndarray, int]:
+def rope_positions(length: int, spans: Items[ImageSpan], merge: int) -> tuple[np.ndarray, int]:
     """Positions [3, length] of a prompt, and what to add to a later token's index to get its position."""
     positions = np.empty((3, length), dtype=np.int64)
     place = current = 0
     for span in spans:
         current = _text(positions, place, span.start, current)
-        frames, rows, columns = span.picture.grid
+        frames, rows, columns = span.image.grid
         rows, columns = rows // merge, columns // merge
         time, height, width = np.indices((frames, rows, columns)).reshape(3, -1)
         positions[:, span.start : span.end] = np.stack([time, height, width]) + current

@@ -16,14 +16,14 @@ import torch
 
 from api.engine.kernels import build as kernels
 from api.engine.kv_cache import Copy
-from api.engine.loaded_model import Capacity, Choice
+from api.engine.loaded_model import Capacity, SampledToken
 from api.engine.loading import placement
-from api.engine.model.decoder import Decoder, Pass
-from api.engine.model.operations import Group, Operations, TorchOperations
+from api.engine.model.decoder import Decoder, ForwardBatch
+from api.engine.model.operations import AttentionMetadata, Operations, TorchOperations
 from api.engine.model.rotary import rope_positions
 from api.engine.model.sampler import Sampler
-from api.engine.model.vision_encoder import VisionTower
-from api.engine.scheduler import Batch, Chunk, PictureJob
+from api.engine.model.vision_encoder import VisionEncoder
+from api.engine.scheduler import Batch, Chunk, EncodeTask
 from api.engine.sequence import Sequence
 
 # Attention over stored tokens is computed in multiples of this, so that few shapes occur. Only one new token for each
@@ -52,34 +52,34 @@ class Glm4vRunner:
         with torch.inference_mode():
             operations = TorchOperations(capacity.page_tokens)
             self._decoder = Decoder(network, context_tokens, capacity.pages, capacity.page_tokens, operations)
-            self._tower = VisionTower(network.model.visual, operations)
+            self._vision_encoder = VisionEncoder(network.model.visual, operations)
         self._page_tokens = capacity.page_tokens
         self._device = self._decoder.device
         self._single_step = capacity.page_tokens if self._device.type == "cpu" else LENGTH_STEP
         self._sampler = Sampler(capacity.slots + 1, self._decoder.vocabulary_size, self._device)
 
     @torch.inference_mode()
-    def encode(self, job: PictureJob, limit_s: float) -> torch.Tensor | None:
+    def encode(self, job: EncodeTask, limit_s: float) -> torch.Tensor | None:
         if job.state is None:
-            job.state = self._tower.begin(job.picture.patches, job.picture.grid)
-        return self._tower.advance(job.state, limit_s)
+            job.state = self._vision_encoder.begin(job.image.patches, job.image.grid)
+        return self._vision_encoder.advance(job.state, limit_s)
 
-    def speed_up(self, tell: Callable[[placement.Choice], None]) -> None:
+    def speed_up(self, tell: Callable[[placement.Selection], None]) -> None:
         """Use compiled operations where they fit, as soon as they are there; `tell` says what is in use and why."""
         decoder = self._decoder
-        heads = (decoder.head_dim, self._tower.head_dim)
+        heads = (decoder.head_dim, self._vision_encoder.head_dim)
         obstacle = kernels.obstacle(decoder.device, decoder.dtype, self._page_tokens, heads)
         if obstacle:
-            tell(placement.Choice("torch", obstacle))
+            tell(placement.Selection("torch", obstacle))
         else:
             kernels.prepare(self._use, tell)
 
     def _use(self, operations: Operations) -> None:
         self._decoder.use(operations)
-        self._tower.use(operations)
+        self._vision_encoder.use(operations)
         if kernels.multiplies():
             self._decoder.pack()
-            self._tower.pack()
+            self._vision_encoder.pack()
 
     def size_bytes(self, features: torch.Tensor) -> int:
         return features.nbytes
@@ -92,12 +92,12 @@ class Glm4vRunner:
                 kv[target : target + copy.tokens] = kv[source : source + copy.tokens].clone()
 
     def begin(self, sequence: Sequence) -> None:
-        positions, delta = rope_positions(len(sequence.keys), sequence.spans, self._tower.merge)
+        positions, delta = rope_positions(len(sequence.keys), sequence.spans, self._vision_encoder.merge)
         sequence.state = _State(positions, delta)
         self._sampler.begin(sequence)
 
     @torch.inference_mode()
-    def compute(self, batch: Batch) -> list[Choice]:
+    def compute(self, batch: Batch) -> list[SampledToken]:
         rows = _arrange([sequence.computed + 1 for sequence in batch.decode])
         decode = [batch.decode[number] for number in rows.order]
         logits = self._decoder.run(self._pass(decode, rows.ends, batch.chunks))
@@ -116,15 +116,15 @@ class Glm4vRunner:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        side = 2 * self._tower.merge
-        progress = self._tower.begin(torch.zeros(side * side, self._tower.patch_size), (1, side, side))
-        self._tower.advance(progress, limit_s=float("inf"))
+        side = 2 * self._vision_encoder.merge
+        progress = self._vision_encoder.begin(torch.zeros(side * side, self._vision_encoder.patch_size), (1, side, side))
+        self._vision_encoder.advance(progress, limit_s=float("inf"))
         for start, end in ((0, 4), (4, 6), (6, 7)):
             self._decoder.run(self._trial(start, end))
 
     # From sequences to tensors.
 
-    def _pass(self, decode: list[Sequence], ends: tuple[int, ...], chunks: Items[Chunk]) -> Pass:
+    def _pass(self, decode: list[Sequence], ends: tuple[int, ...], chunks: Items[Chunk]) -> ForwardBatch:
         ids: list[Items[int]] = []
         positions, places = [], []
         for sequence in decode:
@@ -143,53 +143,53 @@ class Glm4vRunner:
             groups.append(self._single_group(decode[start:end], start))
         row = len(decode)
         for chunk in chunks:
-            self._insert_pictures(inputs, row, chunk)
+            self._insert_image_features(inputs, row, chunk)
             groups.append(self._chunk_group(chunk, row))
             row = groups[-1].end
             if chunk.is_last:
                 wanted.append(row - 1)
         rotary = self._decoder.rotary
         where = np.concatenate(positions, axis=1)
-        pictures = any(chunk.sequence.spans for chunk in chunks)
-        turns = rotary.at(self._tensor(where)) if pictures else rotary.at_text(self._tensor(where[0]))
+        images = any(chunk.sequence.spans for chunk in chunks)
+        turns = rotary.at(self._tensor(where)) if images else rotary.at_text(self._tensor(where[0]))
         cos, sin = self._decoder.spread_over_heads(*turns)
         every = len(wanted) == len(inputs)
-        return Pass(
+        return ForwardBatch(
             inputs, cos, sin, self._tensor(np.concatenate(places)), tuple(groups),
             None if every else self._tensor(wanted),
         )  # fmt: skip
 
     def _places(self, sequence: Sequence, start: int, end: int) -> np.ndarray:
         """Rows of the KV cache for tokens `start` to `end`."""
-        assert sequence.lease is not None
+        assert sequence.block_table is not None
         index = np.arange(start, end)
-        table = np.asarray(sequence.lease.table)
+        table = np.asarray(sequence.block_table.pages)
         return table[index // self._page_tokens] * self._page_tokens + index % self._page_tokens
 
-    def _single_group(self, sequences: list[Sequence], start: int) -> Group:
+    def _single_group(self, sequences: list[Sequence], start: int) -> AttentionMetadata:
         lengths = [sequence.computed + 1 for sequence in sequences]
         pages = self._pages_for(max(lengths), self._single_step)
         tables = np.zeros((len(sequences), pages), dtype=np.int64)
         for row, sequence in enumerate(sequences):
-            assert sequence.lease is not None
-            held = sequence.lease.table[:pages]
+            assert sequence.block_table is not None
+            held = sequence.block_table.pages[:pages]
             tables[row, : len(held)] = held
         mask = None
         if self._decoder.needs_masks:
             beyond = np.arange(pages * self._page_tokens) >= np.array(lengths)[:, None]
             mask = self._hide(beyond)[:, None, None]
-        return Group(start, start + len(sequences), self._tensor(tables), mask, self._tensor(lengths))
+        return AttentionMetadata(start, start + len(sequences), self._tensor(tables), mask, self._tensor(lengths))
 
-    def _chunk_group(self, chunk: Chunk, row: int) -> Group:
-        assert chunk.sequence.lease is not None
+    def _chunk_group(self, chunk: Chunk, row: int) -> AttentionMetadata:
+        assert chunk.sequence.block_table is not None
         pages = self._pages_for(chunk.end, LENGTH_STEP)
-        held = chunk.sequence.lease.table[:pages]
+        held = chunk.sequence.block_table.pages[:pages]
         table = np.zeros(pages, dtype=np.int64)
         table[: len(held)] = held
         mask = None
         if chunk.start and self._decoder.needs_masks:
             mask = self._hide(np.arange(pages * self._page_tokens) > np.arange(chunk.start, chunk.end)[:, None])
-        return Group(row, row + chunk.end - chunk.start, self._tensor(table), mask, first=chunk.start)
+        return AttentionMetadata(row, row + chunk.end - chunk.start, self._tensor(table), mask, first=chunk.start)
 
     def _pages_for(self, tokens: int, multiple: int) -> int:
         step = max(multiple // self._page_tokens, 1)
@@ -199,27 +199,27 @@ class Glm4vRunner:
         mask = torch.zeros(hidden.shape, dtype=self._decoder.dtype, device=self._device)
         return mask.masked_fill_(torch.from_numpy(hidden).to(self._device), -torch.inf)
 
-    def _insert_pictures(self, inputs: torch.Tensor, row: int, chunk: Chunk) -> None:
-        """Put encoded pictures in the place of their placeholder tokens."""
+    def _insert_image_features(self, inputs: torch.Tensor, row: int, chunk: Chunk) -> None:
+        """Put encoded images in the place of their placeholder tokens."""
         for number, span in enumerate(chunk.sequence.spans):
             start, end = max(span.start, chunk.start), min(span.end, chunk.end)
             if start < end:
                 features = chunk.sequence.features[number][start - span.start : end - span.start]
                 inputs[row + start - chunk.start : row + end - chunk.start] = features
 
-    def _trial(self, start: int, end: int) -> Pass:
+    def _trial(self, start: int, end: int) -> ForwardBatch:
         """A pass over page 0 without a request; what it stores there is never read."""
         places = self._tensor(np.arange(start, end) % self._page_tokens)
         cos, sin = self._decoder.spread_over_heads(*self._decoder.rotary.at_text(places))
         inputs = self._decoder.embeddings[start:end]
         pages = self._tensor(np.zeros(self._pages_for(1, LENGTH_STEP), dtype=np.int64))
         if start == 0:
-            return Pass(inputs, cos, sin, places, (Group(0, end, pages),), None)
+            return ForwardBatch(inputs, cos, sin, places, (AttentionMetadata(0, end, pages),), None)
         mask = self._hide(np.zeros((end - start, len(pages) * self._page_tokens), dtype=bool))
         if end - start > 1:
-            return Pass(inputs, cos, sin, places, (Group(0, end - start, pages, mask, first=start),), None)
-        single = Group(0, 1, pages[None], mask[:, None, None], self._tensor([1]))
-        return Pass(inputs, cos, sin, places, (single,), None)
+            return ForwardBatch(inputs, cos, sin, places, (AttentionMetadata(0, end - start, pages, mask, first=start),), None)
+        single = AttentionMetadata(0, 1, pages[None], mask[:, None, None], self._tensor([1]))
+        return ForwardBatch(inputs, cos, sin, places, (single,), None)
 
     def _tensor(self, values: Any) -> torch.Tensor:
         return torch.as_tensor(np.asarray(values, dtype=np.int64)).to(self._device)

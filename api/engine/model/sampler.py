@@ -13,8 +13,8 @@ from collections.abc import Sequence as Items
 import numpy as np
 import torch
 
-from api.engine.loaded_model import Choice
-from api.engine.request import Sampling, TokenLogprob
+from api.engine.loaded_model import SampledToken
+from api.engine.request import SamplingParams, TokenLogprob
 from api.engine.sequence import Sequence
 
 # A cut to at most so many tokens is found without sorting the vocabulary.
@@ -50,7 +50,7 @@ class Sampler:
             for token in sequence.output_ids:
                 self._counts[slot, token] += 1
 
-    def choose(self, logits: torch.Tensor, sequences: Items[Sequence]) -> list[Choice]:
+    def choose(self, logits: torch.Tensor, sequences: Items[Sequence]) -> list[SampledToken]:
         """One token for each row of logits [rows, vocabulary] in float32."""
         scores = self._shape(logits, sequences)
         chosen = scores.argmax(-1)
@@ -60,8 +60,8 @@ class Sampler:
             chosen[places] = self._draw(scores[places], [sequences[row] for row in drawn])
         tokens = chosen.tolist()
         for row, sequence in enumerate(sequences):
-            if sequence.answer is not None and sequence.answer.forced is not None:
-                tokens[row] = sequence.answer.forced
+            if sequence.output is not None and sequence.output.forced is not None:
+                tokens[row] = sequence.output.forced
         choices = self._explain(logits, tokens, sequences)
         self._note(tokens, sequences)
         return choices
@@ -79,7 +79,7 @@ class Sampler:
             scores = self._penalise_counts(scores, sequences)
         return self._mask(scores, sequences)
 
-    def _bias(self, scores: torch.Tensor, settings: Items[Sampling]) -> torch.Tensor:
+    def _bias(self, scores: torch.Tensor, settings: Items[SamplingParams]) -> torch.Tensor:
         entries = [(row, token, bias) for row, s in enumerate(settings) for token, bias in s.logit_bias]
         rows, tokens, biases = zip(*entries, strict=True)
         values = torch.tensor(biases, dtype=scores.dtype, device=self._device)
@@ -101,7 +101,7 @@ class Sampler:
         return _replace(scores, rows, scores[rows] - frequency * counts - presence * (counts > 0))
 
     def _mask(self, scores: torch.Tensor, sequences: Items[Sequence]) -> torch.Tensor:
-        answers = [s.answer for s in sequences]
+        answers = [s.output for s in sequences]
         barred = [(row, token) for row, a in enumerate(answers) if a is not None for token in a.barred_ids]
         if barred:
             rows, tokens = zip(*barred, strict=True)
@@ -144,7 +144,7 @@ class Sampler:
             chosen[rows] = tokens.gather(-1, place[:, None])[:, 0]
         return chosen
 
-    def _cut(self, values: torch.Tensor, settings: Items[Sampling]) -> torch.Tensor:
+    def _cut(self, values: torch.Tensor, settings: Items[SamplingParams]) -> torch.Tensor:
         """Chances of ordered values [rows, kept], best first, with what top-k, top-p and min-p drop set to 0."""
         ranks = torch.arange(values.shape[-1], device=self._device)
         most = self._column([s.top_k or self._size for s in settings])
@@ -154,7 +154,7 @@ class Sampler:
         dropped = (better >= self._column([s.top_p for s in settings])) & (ranks > 0)
         return self._cut_unlikely(chances.masked_fill(dropped, 0.0), settings)
 
-    def _cut_unlikely(self, chances: torch.Tensor, settings: Items[Sampling]) -> torch.Tensor:
+    def _cut_unlikely(self, chances: torch.Tensor, settings: Items[SamplingParams]) -> torch.Tensor:
         if not any(s.min_p for s in settings):
             return chances
         least = self._column([s.min_p for s in settings]) * chances.max(-1, keepdim=True).values
@@ -169,8 +169,8 @@ class Sampler:
 
     # Afterwards.
 
-    def _explain(self, logits: torch.Tensor, tokens: list[int], sequences: Items[Sequence]) -> list[Choice]:
-        choices = [Choice(token) for token in tokens]
+    def _explain(self, logits: torch.Tensor, tokens: list[int], sequences: Items[Sequence]) -> list[SampledToken]:
+        choices = [SampledToken(token) for token in tokens]
         rows = [row for row, s in enumerate(sequences) if s.request.sampling.logprobs is not None]
         if not rows:
             return choices
@@ -181,7 +181,7 @@ class Sampler:
         own = logprobs.gather(-1, self._tensor([[tokens[row]] for row in rows]))[:, 0].tolist()
         for number, (row, count) in enumerate(zip(rows, counts, strict=True)):
             top = tuple(zip(places[number][:count], values[number][:count], strict=True))
-            choices[row] = Choice(tokens[row], TokenLogprob(tokens[row], own[number], top))
+            choices[row] = SampledToken(tokens[row], TokenLogprob(tokens[row], own[number], top))
         return choices
 
     def _note(self, tokens: list[int], sequences: Items[Sequence]) -> None:

@@ -1,7 +1,7 @@
-"""The vision tower of glm4v and glm46v, one picture at a time, in slices of a few blocks.
+"""The vision encoder of glm4v and glm46v, one image at a time, in slices of a few blocks.
 
 The same arithmetic as the transformers module. A slice ends when its time is up, so that a large
-picture never makes running answers wait for the whole tower.
+image never makes running answers wait for the whole encoder.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from api.engine.model.linear import Linear, pack_all
 from api.engine.model.operations import Operations
 
 Grid = tuple[int, int, int]  # frames, rows, columns, in patches
-KEPT_GRIDS = 8  # position tables of the last picture sizes
+KEPT_GRIDS = 8  # position tables of the last image sizes
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class _Block:
 
 @dataclass
 class Progress:
-    """How far one picture has come."""
+    """How far one image has come."""
 
     x: torch.Tensor  # [patches, hidden]
     cos: torch.Tensor  # [patches, head_dim], float32
@@ -47,7 +47,7 @@ class Progress:
     block: int = 0
 
 
-class VisionTower:
+class VisionEncoder:
     def __init__(self, visual: Any, operations: Operations) -> None:
         config = visual.config
         self._operations = operations
@@ -116,7 +116,7 @@ class VisionTower:
                 block.down.panels, at.cos, at.sin, at.frames, self._heads, self._eps,
             )  # fmt: skip
         qkv = block.qkv(F.rms_norm(x, block.norm1.shape, block.norm1, self._eps))
-        attended = self._operations.attend_picture(qkv, at.cos, at.sin, at.frames, self._heads)
+        attended = self._operations.attend_image(qkv, at.cos, at.sin, at.frames, self._heads)
         x = x + block.out(attended)
         hidden = F.rms_norm(x, block.norm2.shape, block.norm2, self._eps)
         return x + block.down(block.gate_up(hidden))

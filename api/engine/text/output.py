@@ -16,11 +16,11 @@ LOOK_FOR_LOOPS_EVERY = 16  # tokens
 LEAST_REPEATS = 4
 
 
-class GrammarError(Exception):
+class GrammarViolation(Exception):
     """A token came that the grammar does not allow."""
 
 
-class Answer:
+class OutputState:
     def __init__(self, request: Request, vocabulary: Vocabulary, end_ids: frozenset[int], context_tokens: int) -> None:
         sampling = request.sampling
         self._sampling = sampling
@@ -57,7 +57,7 @@ class Answer:
     def feed(self, token: int) -> tuple[str, FinishReason | None]:
         """Take one token; returns text that can no longer change, and the reason if this was the last.
 
-        Raises GrammarError.
+        Raises GrammarViolation.
         """
         self._ids.append(token)
         ends = token in self._end_ids and not self._sampling.ignore_eos
@@ -74,7 +74,7 @@ class Answer:
             self._forced.popleft()
         grammar = self.grammar
         if grammar is not None and not grammar.accept(token):
-            raise GrammarError(f"token {token} does not fit the grammar")
+            raise GrammarViolation(f"token {token} does not fit the grammar")
         if self._before_grammar:
             self._tail = (self._tail + data)[-len(self._before_grammar) - len(data) :]
             if self._before_grammar in self._tail:

@@ -74,10 +74,10 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _tokenizer():
+    from fake_model import SPECIAL
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from api.engine.fake import SPECIAL
     from api.engine.text.tokenizer import MARKUP
 
     tokenizer = Tokenizer(models.BPE())

@@ -6,10 +6,11 @@ import queue
 import time
 from collections.abc import Callable
 
+from fake_model import FakeRunner, fake_model
+
 from api.engine.engine import Engine
-from api.engine.fake import FakeRunner, fake_model
 from api.engine.loaded_model import Model
-from api.engine.request import Delta, Done, Event, Failed, Request, Sampling
+from api.engine.request import Delta, Done, Event, Failed, Request, SamplingParams
 
 WAIT_S = 30.0
 
@@ -41,8 +42,8 @@ class Driver:
         """Fields of the request, or of its sampling."""
         events: queue.Queue[Event] = queue.Queue()
         ids = tuple(self.model.vocabulary.encode(text))
-        own = {key: fields.pop(key) for key in ("pictures", "salt", "probe", "deadline_s") if key in fields}
-        request = Request(name, ids, Sampling(**{"max_tokens": 1000, **fields}), **own)
+        own = {key: fields.pop(key) for key in ("images", "salt", "probe", "deadline_s") if key in fields}
+        request = Request(name, ids, SamplingParams(**{"max_tokens": 1000, **fields}), **own)
         self.engine.submit(request, events.put)
         return events
 

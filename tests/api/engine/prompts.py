@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 
-from api.engine.encoder_cache import PictureCache
+from api.engine.encoder_cache import EncoderCache
 from api.engine.kv_cache import KvCache
 from api.engine.loaded_model import Model
-from api.engine.request import Request, Sampling
+from api.engine.request import Request, SamplingParams
 from api.engine.scheduler import Scheduler
 from api.engine.sequence import Sequence, make_sequence
 
@@ -31,11 +31,11 @@ def request_for(
     model: Model, messages: list[dict[str, Any]], images: Items[Image.Image], name: str = "r", **sampling
 ) -> Request:
     rendered = model.template.render(messages, None, True)
-    pictures = tuple(model.pictures.process(image) for image in images)
+    pictures = tuple(model.image_processor.process(image) for image in images)
     image_id = model.vocabulary.special["<|image|>"]
     spans = iter(pictures)
     ids = [i for t in model.vocabulary.encode(rendered) for i in ([t] if t != image_id else [t] * next(spans).tokens)]
-    return Request(name, tuple(ids), Sampling(**{"max_tokens": STEPS, **sampling}), pictures)
+    return Request(name, tuple(ids), SamplingParams(**{"max_tokens": STEPS, **sampling}), pictures)
 
 
 def ask(text: str, images: int = 0) -> dict[str, Any]:
@@ -50,7 +50,7 @@ class Steps:
         self.model, self.chunk_tokens = model, chunk_tokens
         size = model.capacity
         self.scheduler = Scheduler(
-            99, size.slots, KvCache(pages or size.pages, size.page_tokens), PictureCache(size.picture_cache_bytes)
+            99, size.slots, KvCache(pages or size.pages, size.page_tokens), EncoderCache(size.encoder_cache_bytes)
         )
         self.image_id = model.vocabulary.special[model.image_token]
         self.choices: dict[str, list[Any]] = {}
@@ -63,14 +63,14 @@ class Steps:
     def step(self, slice_s: float = 10.0) -> None:
         runner = self.model.runner
         for sequence in self.scheduler.admit():
-            runner.copy_pages([sequence.lease.copy] if sequence.lease.copy else [])
+            runner.copy_pages([sequence.block_table.copy] if sequence.block_table.copy else [])
             runner.begin(sequence)
-        job = self.scheduler.picture()
+        job = self.scheduler.next_encode_task()
         if job and (features := runner.encode(job, slice_s)) is not None:
-            self.scheduler.picture_done(job, features, runner.size_bytes(features))
+            self.scheduler.encode_done(job, features, runner.size_bytes(features))
         batch = self.scheduler.batch(self.chunk_tokens)
         if batch.sequences:
-            choosing = batch.choosing
+            choosing = batch.sampled
             choices = runner.compute(batch)
             self.scheduler.computed(batch)
             for sequence, choice in zip(choosing, choices, strict=True):
@@ -104,8 +104,8 @@ def next_logits(reference, model: Model, request: Request) -> torch.Tensor:
 def _inputs(model: Model, request: Request) -> dict[str, torch.Tensor]:
     ids = torch.tensor([request.prompt_ids])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if request.pictures:
-        inputs["pixel_values"] = torch.cat([torch.as_tensor(p.patches) for p in request.pictures])
-        inputs["image_grid_thw"] = torch.tensor([p.grid for p in request.pictures])
+    if request.images:
+        inputs["pixel_values"] = torch.cat([torch.as_tensor(p.patches) for p in request.images])
+        inputs["image_grid_thw"] = torch.tensor([p.grid for p in request.images])
         inputs["mm_token_type_ids"] = (ids == model.vocabulary.special["<|image|>"]).int()
     return inputs

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pytest
 from driving import WAIT_S, Driver, read
+from fake_model import fake_model
 
 from api.engine.engine import NotAccepting
-from api.engine.fake import fake_model
 from api.engine.loaded_model import LoadError, Model
 from api.engine.request import Done, Failed, Failure, FinishReason
 from api.engine.scheduler import QueueFull

@@ -7,20 +7,20 @@ from itertools import pairwise
 
 import pytest
 from driving import WAIT_S, Driver, read
+from fake_model import FAIL_COLOUR
 from PIL import Image
 
-from api.engine.fake import FAIL_COLOUR
 from api.engine.request import Delta, Done, Failed, Failure, FinishReason
 
 
 def picture(driver: Driver, colour: tuple[int, int, int]):
-    return driver.model.pictures.process(Image.new("RGB", (56, 56), colour))
+    return driver.model.image_processor.process(Image.new("RGB", (56, 56), colour))
 
 
 def about(driver: Driver, colour: tuple[int, int, int], name: str, **fields):
     """Ask about a picture of one colour; the fake encodes it to that colour."""
     one = picture(driver, colour)
-    return driver.ask("<|image|>" * one.tokens + f"what is this, {name}?", name, pictures=(one,), **fields)
+    return driver.ask("<|image|>" * one.tokens + f"what is this, {name}?", name, images=(one,), **fields)
 
 
 def test_requests_share_steps(drive) -> None:
@@ -135,7 +135,7 @@ def test_cached_tokens_and_hits_are_counted(drive) -> None:
 
     assert isinstance(end, Done) and end.cached_tokens == len("a long enough beginning, then th")
     stats = driver.engine.stats()
-    assert (stats.prefix_hits, stats.prefix_queries) == (end.cached_tokens, 2 * end.prompt_tokens)
+    assert (stats.prefix_cache_hits, stats.prefix_cache_queries) == (end.cached_tokens, 2 * end.prompt_tokens)
     assert stats.kv_total_tokens > 0 and stats.slots == 2
 
 

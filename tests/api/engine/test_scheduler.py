@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from fake_model import FakeRunner, fake_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from api.engine.encoder_cache import PictureCache
-from api.engine.fake import FakeRunner, fake_model
+from api.engine.encoder_cache import EncoderCache
 from api.engine.kv_cache import KvCache
-from api.engine.request import Picture, Request, Sampling
+from api.engine.request import ImageInput, Request, SamplingParams
 from api.engine.scheduler import QueueFull, Scheduler
 from api.engine.sequence import Sequence, make_sequence
 
@@ -20,17 +20,17 @@ MODEL = fake_model(answer=lambda prompt, pictures: "x" * 200)
 def scheduler(
     slots: int = 2, pages: int = 40, page_tokens: int = 4, queue_size: int = 50, pictures: int = 1000
 ) -> Scheduler:
-    return Scheduler(queue_size, slots, KvCache(pages, page_tokens), PictureCache(pictures))
+    return Scheduler(queue_size, slots, KvCache(pages, page_tokens), EncoderCache(pictures))
 
 
-def sequence(name: str, prompt: list[int] | None = None, pictures: list[Picture] | None = None, **fields) -> Sequence:
+def sequence(name: str, prompt: list[int] | None = None, pictures: list[ImageInput] | None = None, **fields) -> Sequence:
     tokens = fields.pop("max_tokens", 3)
-    request = Request(name, tuple(prompt or [1]), Sampling(max_tokens=tokens), tuple(pictures or ()), **fields)
+    request = Request(name, tuple(prompt or [1]), SamplingParams(max_tokens=tokens), tuple(pictures or ()), **fields)
     return make_sequence(request, lambda event: None, IMAGE)
 
 
-def shot(colour: str, tokens: int = 4) -> Picture:
-    return Picture(colour, (1, 2, 2 * tokens), tokens, colour.encode())
+def shot(colour: str, tokens: int = 4) -> ImageInput:
+    return ImageInput(colour, (1, 2, 2 * tokens), tokens, colour.encode())
 
 
 class Drive:
@@ -43,14 +43,14 @@ class Drive:
 
     def step(self, chunk_tokens: int = 100) -> bool:
         for started in self.scheduler.admit():
-            assert started.lease is not None
-            self.runner.copy_pages([started.lease.copy] if started.lease.copy else [])
+            assert started.block_table is not None
+            self.runner.copy_pages([started.block_table.copy] if started.block_table.copy else [])
             self.runner.begin(started)
-        job = self.scheduler.picture()
+        job = self.scheduler.next_encode_task()
         if job and (features := self.runner.encode(job, 1.0)) is not None:
-            self.scheduler.picture_done(job, features, 100)
+            self.scheduler.encode_done(job, features, 100)
         batch = self.scheduler.batch(chunk_tokens)
-        choosing = batch.choosing
+        choosing = batch.sampled
         choices = self.runner.compute(batch)
         self.scheduler.computed(batch)
         for one, choice in zip(choosing, choices, strict=True):
@@ -70,7 +70,7 @@ class Drive:
 def test_nothing_to_do_is_no_work() -> None:
     idle = scheduler()
 
-    assert idle.admit() == [] and idle.picture() is None and idle.batch(100).sequences == ()
+    assert idle.admit() == [] and idle.next_encode_task() is None and idle.batch(100).sequences == ()
 
 
 def test_a_picture_comes_before_its_prompt_and_the_prompt_before_tokens() -> None:
@@ -211,7 +211,7 @@ def test_pictures_of_two_tenants_are_encoded_twice() -> None:
 def test_a_picture_without_a_key_is_like_no_other() -> None:
     drive = Drive(scheduler())
     for name in "ab":
-        drive.scheduler.add(sequence(name, [1, *[IMAGE] * 4, 2], [Picture("red", (1, 2, 8), 4)]))
+        drive.scheduler.add(sequence(name, [1, *[IMAGE] * 4, 2], [ImageInput("red", (1, 2, 8), 4)]))
 
     drive.run()
 

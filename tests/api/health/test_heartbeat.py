@@ -19,7 +19,7 @@ WAIT_S = 30.0
 
 
 def beat_file(served) -> Path:
-    return served.app.state.services.settings.log_dir / "api.health.heartbeat.json"
+    return served.app.state.services.settings.log_dir / "api.heartbeat.json"
 
 
 def read(path: Path) -> dict:

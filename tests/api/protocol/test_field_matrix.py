@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from fake_model import fake_model
 from field_table import NOTES, PAGE, table, with_table
 from served import Served, chat_body
 
-from api.engine.fake import fake_model
 from api.engine.request import Request
 from api.protocol.schemas import HARMLESS, WITHOUT_EFFECT, ChatRequest
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_model import fake_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from api.engine.fake import fake_model
 from api.engine.request import Delta, Done, FinishReason, TokenLogprob
 from api.engine.text.detokenizer import Detokenizer
 from api.engine.text.tokenizer import Vocabulary

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_model import fake_model
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from served import picture_part, text_part
 
-from api.engine.fake import fake_model
 from api.engine.loaded_model import Model
 from api.errors import ServingError
 from api.protocol.schemas import parse_chat

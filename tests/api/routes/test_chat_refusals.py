@@ -54,7 +54,7 @@ def test_a_text_far_longer_than_the_context_is_refused_before_its_tokens_are_cou
 def test_pictures_longer_than_the_context_are_refused_before_they_are_decoded(serve) -> None:
     served = serve(context_tokens=100)
     processed = []
-    served.model.pictures.process = processed.append
+    served.model.image_processor.process = processed.append
 
     error = error_of(served.chat([picture_part(size=(560, 560)), text_part("q")]), 400)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import warnings
 
 import schemathesis
+from fake_model import fake_model
 from hypothesis import HealthCheck, settings
 from schemathesis import checks
 from served import KEY, Served, wait_for
 from starlette.types import Receive, Scope, Send
 
 from api.engine.engine import Engine
-from api.engine.fake import fake_model
 from api.protocol.schemas import ChatRequest
 from api.routes.openapi import document
 from settings import Settings

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 
+from fake_model import fake_model
 from served import chat_body, wait_for
 
-from api.engine.fake import fake_model
 from api.engine.loaded_model import LoadError
 
 WAIT_S = 30.0

@@ -12,9 +12,9 @@ import torch
 
 from api.engine.kernels import build as kernels
 from api.engine.kernels.build import CompiledOperations
-from api.engine.loading.placement import Choice
+from api.engine.loading.placement import Selection
 from api.engine.model.linear import Linear
-from api.engine.model.operations import Group, Operations, TorchOperations
+from api.engine.model.operations import AttentionMetadata, Operations, TorchOperations
 
 PAGE = kernels.PAGE_TOKENS
 THEIRS = TorchOperations(PAGE)
@@ -111,7 +111,7 @@ def test_attend_single(dim: int, kv_heads: int, shared: int, lengths: list[int],
     pages = torch.stack([torch.randperm(64)[:held] for _ in lengths])
     hidden = torch.where(torch.arange(held * PAGE) < torch.tensor(lengths)[:, None], 0.0, -torch.inf)
     mask = hidden.to(torch.bfloat16)[:, None, None]
-    group = Group(0, len(lengths), pages, mask, torch.tensor(lengths))
+    group = AttentionMetadata(0, len(lengths), pages, mask, torch.tensor(lengths))
     qkv = some(len(lengths), kv_heads * (shared + 2), dim) * 2
 
     found = ours.attend_single(qkv, kv, group)
@@ -130,7 +130,7 @@ def test_attend_chunk(dim: int, kv_heads: int, shared: int, rows: int, first: in
     later = torch.where(torch.arange(held * PAGE) < seen[:, None], 0.0, -torch.inf).to(torch.bfloat16)
     places = (pages[:, None] * PAGE + torch.arange(PAGE)).flatten()[first : first + rows]
     kv[places] = qkv[:, -2 * kv_heads :]  # as they are once rotate_store has been there
-    group = Group(0, rows, pages, later if first else None, first=first)
+    group = AttentionMetadata(0, rows, pages, later if first else None, first=first)
 
     found = ours.attend_chunk(qkv, kv, group)
 
@@ -144,17 +144,17 @@ def test_attend_picture(heads: int, dim: int, frames: int, patches: int, ours: O
     qkv, angles = some(frames * patches, 3 * heads * dim), torch.rand(frames * patches, dim) * 6
     turns = angles.cos(), angles.sin()
 
-    found = ours.attend_picture(qkv, *turns, frames, heads)
+    found = ours.attend_image(qkv, *turns, frames, heads)
 
-    assert close(found, THEIRS.attend_picture(qkv.float(), *turns, frames, heads))
+    assert close(found, THEIRS.attend_image(qkv.float(), *turns, frames, heads))
 
 
 def test_what_lies_beyond_a_length_is_never_seen(ours: Operations) -> None:
     kv = some(2 * PAGE, 2, 64)
     kv[20:] = torch.inf
     qkv = some(1, 3, 64)
-    single = Group(0, 1, torch.tensor([[0, 1]]), None, torch.tensor([20]))
-    chunk = Group(0, 1, torch.tensor([0, 1]), None, first=19)
+    single = AttentionMetadata(0, 1, torch.tensor([[0, 1]]), None, torch.tensor([20]))
+    chunk = AttentionMetadata(0, 1, torch.tensor([0, 1]), None, first=19)
 
     for found in (ours.attend_single(qkv, kv, single), ours.attend_chunk(qkv, kv, chunk)):
         assert found.isfinite().all() and found.abs().max() < 10
@@ -213,7 +213,7 @@ def test_a_compiler_that_fails_is_named_with_what_it_said(tmp_path: Path, monkey
 
 def test_a_library_that_computes_something_else_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Wrong(CompiledOperations):
-        def attend_single(self, qkv: torch.Tensor, kv: torch.Tensor, group: Group) -> torch.Tensor:
+        def attend_single(self, qkv: torch.Tensor, kv: torch.Tensor, group: AttentionMetadata) -> torch.Tensor:
             return super().attend_single(qkv, kv, group) * 1.5
 
     monkeypatch.setattr(kernels, "CompiledOperations", Wrong)
@@ -251,12 +251,12 @@ def test_without_memory_for_the_weights_torch_goes_on() -> None:
     assert told[-1].value == "torch" and "no memory" in told[-1].reason
 
 
-def prepared(folder: Path, use: Callable[[Operations], None] | None = None) -> tuple[list[Choice], list[Operations]]:
-    told: list[Choice] = []
+def prepared(folder: Path, use: Callable[[Operations], None] | None = None) -> tuple[list[Selection], list[Operations]]:
+    told: list[Selection] = []
     used: list[Operations] = []
     done = threading.Event()
 
-    def tell(choice: Choice) -> None:
+    def tell(choice: Selection) -> None:
         told.append(choice)
         if choice.value != "compiling":
             done.set()

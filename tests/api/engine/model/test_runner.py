@@ -13,7 +13,7 @@ from api.engine.kernels import build as kernels
 from api.engine.loaded_model import Model
 from api.engine.loading.loader import load
 from api.engine.model import vision_encoder as vision
-from api.engine.request import Request, Sampling
+from api.engine.request import Request, SamplingParams
 from settings import ROOT, Settings
 
 
@@ -83,14 +83,14 @@ def test_a_follow_up_computes_only_what_is_new_and_says_the_same(model: Model, r
     first = request_for(model, [ask("What is it? Tell me more about this.", 1)], images)
     answer = steps.run(first)[0]
     longer = (*first.prompt_ids, *answer, *model.vocabulary.encode("And what else?"))
-    second = type(first)("second", longer, first.sampling, first.pictures)
+    second = type(first)("second", longer, first.sampling, first.images)
     sequence = steps.add(second)
 
     while steps.scheduler.has_work:
         steps.step()
 
     assert sequence.cached_tokens == len(first.prompt_ids) + len(answer) - 1
-    assert steps.scheduler.pictures.queries == 1  # the second time nobody even asked for the picture
+    assert steps.scheduler.encoder_cache.queries == 1  # the second time nobody even asked for the picture
     assert sequence.output_ids == generate(reference, model, second)
 
 
@@ -186,7 +186,7 @@ def test_in_bf16_tokens_differ_from_generate_at_near_ties_only(computed_by: str,
         expected = generate(reference, half, request)
         # Every next token after generate's own words: one difference must not hide what follows.
         parts = [
-            Request(f"{name} {said}", (*request.prompt_ids, *expected[:said]), Sampling(max_tokens=1), request.pictures)
+            Request(f"{name} {said}", (*request.prompt_ids, *expected[:said]), SamplingParams(max_tokens=1), request.images)
             for said in range(STEPS)
         ]
         for part, wanted, (token,) in zip(parts, expected, Steps(half, 40).run(*parts), strict=True):
@@ -206,7 +206,7 @@ def test_all_layers_in_one_call_compute_what_they_do_one_by_one(
         return  # every product is oneDNN's, and called from here anyway
     half = load_half(tiny_checkpoint, "auto")
     requests = [request_for(half, *prompt, name=name) for name, prompt in PROMPTS.items()]
-    assert half.runner._decoder._packed and all(block.packed for block in half.runner._tower._blocks)
+    assert half.runner._decoder._packed and all(block.packed for block in half.runner._vision_encoder._blocks)
     in_one_call = Steps(half, 40).run(*requests)
 
     monkeypatch.setattr(half.runner._decoder, "_packed", None)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from api.engine.loaded_model import Choice
+from api.engine.loaded_model import SampledToken
 from api.engine.model.sampler import NothingAllowed, Sampler
-from api.engine.request import Request, Sampling
+from api.engine.request import Request, SamplingParams
 from api.engine.sequence import Sequence
 
 LOGITS = torch.tensor([1.0, 3.0, 2.5, -1.0, 0.0])
@@ -33,8 +33,8 @@ class Answer:
 
 
 def sequence(slot: int = 0, prompt: tuple[int, ...] = (), answer: Answer | None = None, **sampling) -> Sequence:
-    one = Sequence(Request("r", prompt, Sampling(**{"max_tokens": 1, **sampling})), lambda event: None)
-    one.slot, one.answer = slot, answer
+    one = Sequence(Request("r", prompt, SamplingParams(**{"max_tokens": 1, **sampling})), lambda event: None)
+    one.slot, one.output = slot, answer
     return one
 
 
@@ -46,7 +46,7 @@ def draws(count: int = 200, logits: torch.Tensor = LOGITS, **options) -> list[in
     return one.output_ids
 
 
-def choose(logits: torch.Tensor, *sequences: Sequence) -> list[Choice]:
+def choose(logits: torch.Tensor, *sequences: Sequence) -> list[SampledToken]:
     sampler = Sampler(len(sequences), logits.shape[-1], torch.device("cpu"))
     for one in sequences:
         sampler.begin(one)

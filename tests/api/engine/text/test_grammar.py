@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fake_model import END, fake_model
 from tokenizers import Tokenizer
 
-from api.engine.fake import END, fake_model
 from api.engine.text.grammar import GrammarCompiler, MatcherGrammar
 from api.engine.text.grammar_text import AnswerForm, CallableTool, GrammarError
 from api.engine.text.tokenizer import Vocabulary

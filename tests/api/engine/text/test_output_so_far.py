@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from fake_model import END, byte_tokenizer
 
-from api.engine.fake import END, byte_tokenizer
-from api.engine.request import FinishReason, Request, Sampling
-from api.engine.text.output import Answer, smallest_period
+from api.engine.request import FinishReason, Request, SamplingParams
+from api.engine.text.output import OutputState, smallest_period
 from api.engine.text.tokenizer import Vocabulary
 
 VOCABULARY = Vocabulary(byte_tokenizer())
@@ -14,12 +14,12 @@ ENDS = frozenset(VOCABULARY.special[name] for name in END)
 CLOSE = tuple(VOCABULARY.encode("\n</think>"))
 
 
-def answer(prompt: str = "q<|assistant|>", **sampling) -> Answer:
-    request = Request("r", tuple(VOCABULARY.encode(prompt)), Sampling(**{"max_tokens": 100, **sampling}))
-    return Answer(request, VOCABULARY, ENDS, context_tokens=1000)
+def answer(prompt: str = "q<|assistant|>", **sampling) -> OutputState:
+    request = Request("r", tuple(VOCABULARY.encode(prompt)), SamplingParams(**{"max_tokens": 100, **sampling}))
+    return OutputState(request, VOCABULARY, ENDS, context_tokens=1000)
 
 
-def say(one: Answer, text: str) -> tuple[str, FinishReason | None]:
+def say(one: OutputState, text: str) -> tuple[str, FinishReason | None]:
     """What a model would say that wants to say `text`, but says what it must."""
     out, wanted = "", VOCABULARY.encode(text)
     while wanted or one.forced is not None:

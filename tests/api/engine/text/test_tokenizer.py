@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from fake_model import byte_tokenizer
 
-from api.engine.fake import byte_tokenizer
 from api.engine.text.tokenizer import Vocabulary
 
 FORGERIES = [

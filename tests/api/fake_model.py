@@ -16,9 +16,9 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from api.engine.kv_cache import Copy
-from api.engine.loaded_model import Capacity, Choice, Model, SamplingDefaults
-from api.engine.request import Picture
-from api.engine.scheduler import Batch, PictureJob
+from api.engine.loaded_model import Capacity, Model, SampledToken, SamplingDefaults
+from api.engine.request import ImageInput
+from api.engine.scheduler import Batch, EncodeTask
 from api.engine.sequence import Sequence
 from api.engine.text.tokenizer import MARKUP, Vocabulary
 
@@ -29,7 +29,7 @@ SPECIAL = (
 END = ("<|endoftext|>", "<|user|>", "<|observation|>")
 
 
-FAIL_COLOUR = (6, 6, 6)  # a picture of this colour cannot be encoded
+FAIL_COLOUR = (6, 6, 6)  # an image of this colour cannot be encoded
 
 
 class DeviceLost(RuntimeError):
@@ -69,22 +69,22 @@ class FakeTemplate:
     def _text(content: Any) -> str:
         if not isinstance(content, list):
             return content or ""
-        picture = "<|begin_of_image|><|image|><|end_of_image|>"
-        return "".join(part["text"] if part["type"] == "text" else picture for part in content)
+        image = "<|begin_of_image|><|image|><|end_of_image|>"
+        return "".join(part["text"] if part["type"] == "text" else image for part in content)
 
 
-class FakePictures:
-    """One token for each 28 x 28 pixels; the patches are the mean colour, so a test can see the picture."""
+class FakeImageProcessor:
+    """One token for each 28 x 28 pixels; the patches are the mean colour, so a test can see the image."""
 
     def count_tokens(self, width: int, height: int) -> int:
         rows, columns = max(height // 28, 1), max(width // 28, 1)
         return rows * columns
 
-    def process(self, image: Image.Image) -> Picture:
+    def process(self, image: Image.Image) -> ImageInput:
         rows, columns = max(image.height // 28, 1), max(image.width // 28, 1)
         colour = image.resize((1, 1)).getpixel((0, 0))
         grid = (1, rows * 2, columns * 2)
-        return Picture(patches=colour, grid=grid, tokens=rows * columns, key=repr((colour, grid)).encode())
+        return ImageInput(patches=colour, grid=grid, tokens=rows * columns, key=repr((colour, grid)).encode())
 
 
 class FakeRunner:
@@ -105,22 +105,22 @@ class FakeRunner:
         self.release = threading.Event()  # lets a hanging step go on
         self.hanging = threading.Event()  # set when a step has begun to hang
         self.decoded: list[str] = []  # request ids in the order of their tokens
-        self.encoded: list[Any] = []  # the patches of every picture that went through the tower
+        self.encoded: list[Any] = []  # the patches of every image that went through the vision encoder
         self.batches: list[Batch] = []
         self.most_rows = 10**9  # more decoding sequences than this do not fit into memory
-        self.slices = 1  # steps that a picture takes
+        self.slices = 1  # steps that an image takes
 
     def warm_up(self) -> None:
         pass
 
-    def encode(self, job: PictureJob, limit_s: float) -> Any | None:
+    def encode(self, job: EncodeTask, limit_s: float) -> Any | None:
         job.state = (job.state or 0) + 1
-        if job.picture.patches == FAIL_COLOUR:
-            raise ValueError("told to fail on this picture")
+        if job.image.patches == FAIL_COLOUR:
+            raise ValueError("told to fail on this image")
         if job.state < self.slices:
             return None
-        self.encoded.append(job.picture.patches)
-        return job.picture.patches
+        self.encoded.append(job.image.patches)
+        return job.image.patches
 
     def size_bytes(self, features: Any) -> int:
         return 100
@@ -133,10 +133,10 @@ class FakeRunner:
     def begin(self, sequence: Sequence) -> None:
         if sequence.state is None:
             prompt = b"".join(map(self._vocabulary.token_bytes, sequence.request.prompt_ids)).decode(errors="replace")
-            text = self._answer(prompt, [picture.patches for picture in sequence.request.pictures])
+            text = self._answer(prompt, [image.patches for image in sequence.request.images])
             sequence.state = (prompt, [*self._vocabulary.encode(text), self._vocabulary.special["<|user|>"]])
 
-    def compute(self, batch: Batch) -> list[Choice]:
+    def compute(self, batch: Batch) -> list[SampledToken]:
         if len(batch.sequences) > self.most_rows:
             raise OutOfMemory("told to have little memory")
         for chunk in batch.chunks:
@@ -147,7 +147,7 @@ class FakeRunner:
             self._compute(sequence, sequence.computed, sequence.computed + 1)
         for chunk in batch.chunks:
             self._compute(chunk.sequence, chunk.start, chunk.end)
-        return [self._next(sequence) for sequence in batch.choosing]
+        return [self._next(sequence) for sequence in batch.sampled]
 
     def failure(self, error: BaseException) -> Literal["request", "memory", "device"]:
         if isinstance(error, DeviceLost):
@@ -155,18 +155,18 @@ class FakeRunner:
         return "memory" if isinstance(error, OutOfMemory) else "request"
 
     def _compute(self, sequence: Sequence, start: int, end: int) -> None:
-        assert sequence.lease is not None
-        places = [(sequence.lease.table[i // self._page_tokens], i % self._page_tokens) for i in range(end)]
+        assert sequence.block_table is not None
+        places = [(sequence.block_table.pages[i // self._page_tokens], i % self._page_tokens) for i in range(end)]
         stored = [self._kv.get(place) for place in places[:start]]
         assert stored == sequence.keys[:start], f"{sequence.request.id} would read somebody else's keys and values"
         for number, span in enumerate(sequence.spans):
             if start < span.end and end > span.start:
-                assert sequence.features[number] == span.picture.patches, "these are another picture's features"
+                assert sequence.features[number] == span.image.patches, "these are another image's features"
         self._kv.update(zip(places[start:], sequence.keys[start:end], strict=True))
 
-    def _next(self, sequence: Sequence) -> Choice:
+    def _next(self, sequence: Sequence) -> SampledToken:
         self.decoded.append(sequence.request.id)
-        return Choice(sequence.state[1][len(sequence.output_ids)])
+        return SampledToken(sequence.state[1][len(sequence.output_ids)])
 
     def _obey(self, prompt: str) -> None:
         if "HANG" in prompt:
@@ -178,9 +178,9 @@ class FakeRunner:
             raise DeviceLost("told to lose the device")
 
 
-def echo(prompt: str, pictures: list[Any]) -> str:
+def echo(prompt: str, images: list[Any]) -> str:
     """Answer with the last thing that was said; the byte tokenizer has no text for special tokens."""
-    return f"I see {len(pictures)} pictures. " + prompt.rsplit("\n", 1)[-1].removesuffix("<think></think>")
+    return f"I see {len(images)} pictures. " + prompt.rsplit("\n", 1)[-1].removesuffix("<think></think>")
 
 
 def fake_model(
@@ -200,10 +200,10 @@ def fake_model(
         runner=FakeRunner(vocabulary, answer, token_s, page_tokens),
         vocabulary=vocabulary,
         template=FakeTemplate(),
-        pictures=FakePictures(),
+        image_processor=FakeImageProcessor(),
         end_ids=frozenset(vocabulary.special[text] for text in END),
         context_tokens=context_tokens,
-        capacity=Capacity(slots, pages, page_tokens, chunk_tokens, picture_cache_bytes=1000),
+        capacity=Capacity(slots, pages, page_tokens, chunk_tokens, encoder_cache_bytes=1000),
         defaults=SamplingDefaults(),
         facts={"class": "FakeModel", "device": "cpu", "dtype": "none", "parameters": 0, "demo": False, "knows": None},
     )

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from api.engine.token_budget import FREE_ROWS, IDLE_STEP_S, LEAST_TOKENS, MIN_DEADLINE_S, PATIENCE, Pace
+from api.engine.token_budget import (
+    FREE_ROWS,
+    IDLE_STEP_S,
+    MAX_STEP_STRETCH,
+    MIN_CHUNK_TOKENS,
+    MIN_DEADLINE_S,
+    TokenBudget,
+)
 
 
-def taught(base_s: float = 0.046, row_s: float = 0.001) -> Pace:
-    pace = Pace(max_chunk_tokens=512)
+def taught(base_s: float = 0.046, row_s: float = 0.001) -> TokenBudget:
+    pace = TokenBudget(max_chunk_tokens=512)
     for _ in range(50):
         for decoding, tokens in ((4, 0), (4, FREE_ROWS - 4), (0, 100), (4, 30)):
             rows = decoding + max(tokens - (FREE_ROWS - decoding), 0)
@@ -15,13 +22,13 @@ def taught(base_s: float = 0.046, row_s: float = 0.001) -> Pace:
 
 
 def test_before_anything_is_known_chunks_are_whole() -> None:
-    assert Pace(512).chunk_tokens(0) == 512
+    assert TokenBudget(512).chunk_tokens(0) == 512
 
 
 def test_running_answers_slow_down_by_a_known_factor() -> None:
     tokens = taught().chunk_tokens(decoding=4) - (FREE_ROWS - 4)
 
-    assert 0.050 + tokens * 0.001 <= PATIENCE * 0.047 < 0.050 + (tokens + 2) * 0.001
+    assert 0.050 + tokens * 0.001 <= MAX_STEP_STRETCH * 0.047 < 0.050 + (tokens + 2) * 0.001
 
 
 def test_with_nobody_waiting_a_chunk_may_be_longer() -> None:
@@ -40,18 +47,18 @@ def test_after_a_picture_as_many_prompt_tokens_are_read_as_cost_nothing() -> Non
 
 
 def test_the_first_pass_may_be_of_very_few_tokens() -> None:
-    pace = Pace(512)
+    pace = TokenBudget(512)
     pace.saw_batch(0, 1, 0.05)
 
-    assert pace.chunk_tokens(1) >= LEAST_TOKENS
+    assert pace.chunk_tokens(1) >= MIN_CHUNK_TOKENS
 
 
 def test_a_busy_engine_still_reads_prompts() -> None:
-    assert taught(base_s=0.001, row_s=0.01).chunk_tokens(decoding=4) == LEAST_TOKENS
+    assert taught(base_s=0.001, row_s=0.01).chunk_tokens(decoding=4) == MIN_CHUNK_TOKENS
 
 
 def test_a_larger_batch_does_not_stretch_everybodys_patience() -> None:
-    assert taught(row_s=0.004).slice_s(16) < (PATIENCE - 1) * (0.046 + 16 * 0.004)
+    assert taught(row_s=0.004).slice_s(16) < (MAX_STEP_STRETCH - 1) * (0.046 + 16 * 0.004)
 
 
 def test_what_a_row_costs_is_not_learnt_from_passes_of_like_size() -> None:
