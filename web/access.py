@@ -13,11 +13,11 @@ import re
 import secrets
 from collections.abc import Mapping, MutableMapping
 from html import escape
-from http.cookies import CookieError, SimpleCookie
 from ipaddress import ip_address
 from typing import Any
-from urllib.parse import parse_qsl, quote, urlencode
+from urllib.parse import quote, urlencode
 
+from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from web.i18n.strings import Words, language_for
@@ -93,7 +93,8 @@ class Access:
             await self._app(scope, receive, send)
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
-        cookie, token, query = _cookie(scope), self._visitors.token, _query(scope)
+        connection = HTTPConnection(scope)
+        cookie, token, query = _cookie(connection), self._visitors.token, dict(connection.query_params)
         given = query.get("token", "")
         sets_cookie = ""
         if scope["path"].rstrip("/") == SCRIPT_PATH and not _is_from_here(scope):
@@ -121,9 +122,10 @@ class Access:
 
     def _may_connect(self, scope: Scope) -> bool:
         """With the cookie; or with the token in the address, for a checker that speaks WebSocket only."""
-        if not self._visitors.token or self._visitors.read(_cookie(scope)) is not None:
+        connection = HTTPConnection(scope)
+        if not self._visitors.token or self._visitors.read(_cookie(connection)) is not None:
             return True
-        return self._visitors.is_right(_query(scope).get("token", ""))
+        return self._visitors.is_right(connection.query_params.get("token", ""))
 
 
 def _is_from_here(scope: Scope) -> bool:
@@ -148,7 +150,7 @@ async def _redirect(scope: Scope, cookie: str, query: dict[str, str], send: Send
 
 
 async def _refuse(scope: Scope, was_given: bool, send: Send) -> None:
-    accepted = _header(scope, b"accept-language").split(",")[0]
+    accepted = HTTPConnection(scope).headers.get("accept-language", "").split(",")[0]
     page = _closed_page(Words(language_for(accepted)), was_given)
     await _answer(send, 401, page.encode(), [(b"content-type", b"text/html; charset=utf-8")])
 
@@ -172,26 +174,16 @@ def _is_page(message: Mapping[str, Any]) -> bool:
 
 
 def _set_cookie(scope: Scope, value: str) -> bytes:
-    secure = scope.get("scheme") == "https" or _header(scope, b"x-forwarded-proto") == "https"
+    secure = scope.get("scheme") == "https" or HTTPConnection(scope).headers.get("x-forwarded-proto") == "https"
     # Without a Path the browser takes the folder of the page, which behind a path prefix is the prefix.
     # Lax, not Strict: the link with the token is opened from mails and chats.
     return f"{COOKIE}={value}; Max-Age={COOKIE_AGE_S}; HttpOnly; SameSite=Lax{'; Secure' if secure else ''}".encode()
 
 
-def _cookie(scope: Scope) -> str | None:
-    try:
-        found = SimpleCookie(_header(scope, b"cookie")).get(COOKIE)
-    except CookieError:
-        return None
-    return found.value if found else None
-
-
-def _query(scope: Scope) -> dict[str, str]:
-    return dict(parse_qsl(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True))
-
-
-def _header(scope: Scope, name: bytes) -> str:
-    return next((value.decode("latin-1") for key, value in scope["headers"] if key.lower() == name), "")
+def _cookie(connection: HTTPConnection) -> str | None:
+    # Starlette reads cookies as forgivingly as browsers do: other programs on this host may set some that
+    # http.cookies refuses, and ours with them.
+    return connection.cookies.get(COOKIE)
 
 
 def _closed_page(words: Words, was_given: bool) -> str:

@@ -195,3 +195,31 @@ def test_the_real_page_gives_a_stranger_nothing(page_server: Callable[..., Serve
     assert session.get(f"{running.url}/_stcore/host-config", timeout=20).status_code == 200
     # Streamlit's own guard against forged requests stands behind the door.
     assert session.put(f"{running.url}/_stcore/upload_file/a/b", data=b"x", timeout=20).status_code == 403
+
+
+# Other programs on the same host set cookies that no grammar allows; browsers send them all the same.
+IRREGULAR_COOKIES = (
+    b"a[b]=c", b"foo=bar=baz", b"note=two words", b'prefs={"theme": "dark", "sizes": [1, 2]}', "name=王".encode(),
+    b"name=J\xfcrgen", b"=no name", b"no-value", b"a,b=1", b'open="quote', b"at@sign=1", b";;",
+)  # fmt: skip
+
+
+def test_no_cookie_of_another_program_locks_a_browser_out(page_server: Callable[..., Server]) -> None:
+    running = page_server(GLM_WEB_TOKEN=TOKEN, GLM_API_URL="http://127.0.0.1:9")
+    ours = f"{COOKIE}={Visitors(TOKEN).renewed(None)}".encode()
+    upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13",
+               "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA=="}  # fmt: skip
+
+    def statuses(cookies: bytes) -> tuple[int, int]:
+        page = requests.get(f"{running.url}/", headers={"Cookie": cookies}, timeout=20)
+        socket = requests.get(
+            f"{running.url}/_stcore/stream", headers={"Cookie": cookies, **upgrade}, timeout=20, stream=True
+        )
+        socket.close()
+        return page.status_code, socket.status_code
+
+    assert statuses(ours) == (200, 101)
+    for other in IRREGULAR_COOKIES:
+        assert statuses(other) == (401, 403), other
+        assert statuses(other + b"; " + ours) == (200, 101), other
+        assert statuses(ours + b"; " + other) == (200, 101), other
