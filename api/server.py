@@ -19,13 +19,15 @@ import uvicorn
 
 from api import __version__
 from api.app import create_app
+from api.engine import process
+from api.engine.config import EngineConfig
 from api.engine.engine import Engine, Progress
 from api.engine.loaded_model import Model
 from api.health.faults import Faults
 from api.http import logging as logs
 from api.http.auth import KeyRing
 from api.http.connection import Connection
-from settings import Settings, SettingsError, load
+from settings import ROOT, Settings, SettingsError, load
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--port", type=int, help="port to listen on; wins over GLM_API_PORT")
     parser.add_argument("--model", help="hub id, folder, or auto; wins over GLM_MODEL")
     given = parser.parse_args(arguments)
+    process.configure()
     try:
         settings = load(api_host=given.host, api_port=given.port, model=given.model)
         refuse_open_door(settings)
@@ -50,17 +53,36 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
 
+    config = engine_config(settings)
+
     def load_model(progress: Progress) -> Model:
         # torch takes seconds to import; the port is open before that.
         from api.engine.loading.loader import load as load_checkpoint
 
         if not settings.test_faults:
-            return load_checkpoint(settings, progress)
+            return load_checkpoint(config, progress)
         orders = Faults(settings.log_dir)
         orders.at_start()
-        return orders.wrap(load_checkpoint(settings, progress))
+        return orders.wrap(load_checkpoint(config, progress))
 
     return serve(settings, Engine(load_model, settings.queue_size))
+
+
+def engine_config(settings: Settings) -> EngineConfig:
+    return EngineConfig(
+        model=settings.model,
+        root=ROOT,
+        hub=settings.hub,
+        device=settings.device,
+        dtype=settings.dtype,
+        threads=settings.threads,
+        context_tokens=settings.context_tokens,
+        slots=settings.slots,
+        kv_cache_bytes=settings.kv_cache_bytes,
+        encoder_cache_bytes=settings.picture_cache_bytes,
+        prefill_chunk_tokens=settings.prefill_chunk_tokens,
+        kernels=settings.kernels,
+    )
 
 
 def serve(settings: Settings, engine: Engine) -> int:

@@ -19,6 +19,8 @@ from statistics import median
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from api.engine import process
+from api.engine.config import EngineConfig
 from api.engine.kv_cache import KvCache
 from api.engine.loaded_model import Model
 from api.engine.loading.loader import load
@@ -28,7 +30,6 @@ from api.engine.scheduler import Batch, Chunk
 from api.engine.sequence import Sequence, make_sequence
 from api.engine.text.output import OutputState
 from bench.checkpoint import DEFAULT_CACHE, build_mid
-from settings import Settings
 
 PROMPT = 70
 PICTURE = (1, 24, 24)  # 336x336
@@ -93,11 +94,12 @@ def main() -> int:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--times", type=int, default=10, help="how often each is measured")
     given = parser.parse_args()
+    process.keep_freed_memory()
     folder = given.model or build_mid(given.cache)
     models = {}
     for kernels in ("torch", "auto"):
-        settings = Settings(model=str(folder), dtype=given.dtype, device="cpu", kernels=kernels, kv_cache_bytes=2**29)
-        model = load(settings, lambda fraction: None)
+        config = EngineConfig(model=str(folder), dtype=given.dtype, device="cpu", kernels=kernels, kv_cache_bytes=2**29)
+        model = load(config, lambda fraction: None)
         model.runner.warm_up()
         while model.facts["kernels"] == "compiling":
             time.sleep(0.25)

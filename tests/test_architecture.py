@@ -39,6 +39,10 @@ def offenders(paths: list[Path], forbidden) -> list[str]:
     return [f"{path} imports {name}" for path in paths for name in sorted(imports(path)) if forbidden(name)]
 
 
+def test_the_engine_takes_a_configuration_and_reads_no_settings():
+    assert offenders(sources("api/engine/"), lambda n: n.split(".")[0] == "settings") == []
+
+
 def test_the_engine_knows_nothing_above_it():
     assert offenders(sources("api/engine/"), lambda n: n.startswith("api.") and not n.startswith("api.engine")) == []
 
@@ -58,7 +62,7 @@ def test_the_page_and_the_checker_reach_the_api_over_http_only():
 
 
 def test_the_checker_stays_light():
-    paths = sources("monitor/", "health_check.py", "settings.py", "models/shapes/pictures.py")
+    paths = sources("monitor/", "health_check.py", "cgroup.py", "settings.py", "models/shapes/pictures.py")
     assert offenders(paths, lambda n: n.split(".")[0] in HEAVY) == []
 
 

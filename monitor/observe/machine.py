@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from monitor.observe import cgroup
+import cgroup
 
 CPU_INTERVAL_S = 0.5
 MIB = 2**20

@@ -41,7 +41,7 @@ def cron_project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
         return
     folder = tmp_path_factory.mktemp("cron")
     project, spool = folder / "project", folder / "spool"
-    for name in ("health_check.py", "settings.py", "monitor", "models/shapes/pictures.py", "models/__init__.py", "models/shapes/__init__.py"):
+    for name in ("health_check.py", "cgroup.py", "settings.py", "monitor", "models/shapes/pictures.py", "models/__init__.py", "models/shapes/__init__.py"):
         (project / name).parent.mkdir(parents=True, exist_ok=True)
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy2)(ROOT / name, project / name)
     (project / ".env").write_text("GLM_API_PORT=1\nGLM_WEB_PORT=2\n")

@@ -36,7 +36,7 @@ def copy(tmp_path: Path) -> Path:
     """The files that the checker needs, without the rest."""
     root = tmp_path / "project"
     root.mkdir()
-    for name in ("health_check.py", "settings.py"):
+    for name in ("health_check.py", "cgroup.py", "settings.py"):
         shutil.copy2(ROOT / name, root / name)
     shutil.copytree(ROOT / "monitor", root / "monitor")
     (root / "models" / "shapes").mkdir(parents=True)

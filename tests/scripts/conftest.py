@@ -20,6 +20,7 @@ COPIED = (
     "start.sh",
     "stop.sh",
     "test.sh",
+    "cgroup.py",
     "settings.py",
     "requirements.txt",
     "requirements-test.txt",

@@ -16,6 +16,7 @@ import torch
 import transformers
 from PIL import Image
 
+from api.engine.config import EngineConfig
 from api.engine.loaded_model import Capacity, LoadError, Model, SamplingDefaults
 from api.engine.loading.download import download
 from api.engine.loading.placement import (
@@ -33,7 +34,6 @@ from api.engine.loading.progress import Progress, part, weights_progress
 from api.engine.model.runner import Glm4vRunner
 from api.engine.request import ImageInput
 from api.engine.text.tokenizer import UnsupportedTokenizer, Vocabulary
-from settings import ROOT, Settings
 
 logger = logging.getLogger(__name__)
 
@@ -41,23 +41,23 @@ CLASSES = {"glm4v": "Glm4vForConditionalGeneration", "glm46v": "Glm46VForConditi
 LONGEST_CONTEXT = 8192  # when nobody asks for more: memory for the KV cache stays modest
 
 
-def load(settings: Settings, progress: Progress) -> Model:
+def load(config: EngineConfig, progress: Progress) -> Model:
     """Choose, fetch, load. Runs in the engine thread, whose torch thread count it sets."""
     progress(0.02)  # torch and transformers are imported
     # 1. Choose what to run and where.
-    device = choose_device(settings)
+    device = choose_device(config)
     if device.value == "cuda" and not torch.cuda.is_available():
         raise LoadError("GLM_DEVICE is cuda, but torch finds no CUDA GPU.")
-    chosen = choose_model(settings, device.value, free_gpu_bytes(device.value))
+    chosen = choose_model(config, device.value, free_gpu_bytes(device.value))
     # 2. Have its files here.
-    local = _local_folder(chosen.value)
-    folder = local or download(chosen.value, settings.hub, part(progress, 0.01, 0.5))
-    config = _read_json(folder / "config.json")
-    class_name = CLASSES.get(config.get("model_type", ""))
+    local = _local_folder(chosen.value, config.root)
+    folder = local or download(chosen.value, config.hub, part(progress, 0.01, 0.5))
+    model_type = _read_json(folder / "config.json").get("model_type")
+    class_name = CLASSES.get(model_type or "")
     if class_name is None:
-        raise LoadError(f"{folder}: model_type must be one of {sorted(CLASSES)}. Given: {config.get('model_type')!r}")
+        raise LoadError(f"{folder}: model_type must be one of {sorted(CLASSES)}. Given: {model_type!r}")
     weights_bytes = _weights_bytes(folder)
-    dtype, threads = choose_dtype(settings, device.value, weights_bytes), choose_threads(settings, weights_bytes)
+    dtype, threads = choose_dtype(config, device.value, weights_bytes), choose_threads(config, weights_bytes)
     torch.set_num_threads(int(threads.value))
     choices = {"model": chosen, "device": device, "dtype": dtype, "threads": threads}
     for name, choice in choices.items():
@@ -68,11 +68,11 @@ def load(settings: Settings, progress: Progress) -> Model:
         network = getattr(transformers, class_name).from_pretrained(folder, dtype=getattr(torch, dtype.value))
     network = network.to(device.value).eval()
     progress(0.95)
-    return _assemble(settings, chosen, folder if local else None, folder, network, choices)
+    return _assemble(config, chosen, folder if local else None, folder, network, choices)
 
 
 def _assemble(
-    settings: Settings,
+    config: EngineConfig,
     chosen: Selection,
     local: Path | None,
     folder: Path,
@@ -86,11 +86,11 @@ def _assemble(
         vocabulary = Vocabulary(tokenizer.backend_tokenizer)
     except (AttributeError, UnsupportedTokenizer) as error:
         raise LoadError(f"{folder}: the tokenizer is not a byte-level fast tokenizer: {error}") from None
-    context_tokens, context_reason = _context(settings, network.config.get_text_config().max_position_embeddings)
-    slots = choose_slots(settings, choices["device"].value)
-    kv = choose_kv_cache(settings, choices["device"].value, kv_token_bytes(network), context_tokens, slots.number)
+    context_tokens, context_reason = _context(config, network.config.get_text_config().max_position_embeddings)
+    slots = choose_slots(config, choices["device"].value)
+    kv = choose_kv_cache(config, choices["device"].value, kv_token_bytes(network), context_tokens, slots.number)
     if kv.number < context_tokens:
-        if settings.context_tokens:
+        if config.context_tokens:
             raise LoadError(
                 f"GLM_CONTEXT_TOKENS must be <= {kv.number}, what the KV cache holds. Given: {context_tokens}"
             )
@@ -99,8 +99,8 @@ def _assemble(
         slots=slots.number,
         pages=kv.number // PAGE_TOKENS,
         page_tokens=PAGE_TOKENS,
-        chunk_tokens=settings.prefill_chunk_tokens,
-        encoder_cache_bytes=settings.picture_cache_bytes,
+        chunk_tokens=config.prefill_chunk_tokens,
+        encoder_cache_bytes=config.encoder_cache_bytes,
     )
     parameters = sum(p.numel() for p in network.parameters())
     demo = _read_json(folder / "demo.json") if (folder / "demo.json").is_file() else None
@@ -126,7 +126,7 @@ def _assemble(
         logger.info("event=choice name=kernels value=%s reason=%s", choice.value, json.dumps(choice.reason))
 
     runner = Glm4vRunner(network, capacity, context_tokens)
-    if settings.kernels == "torch":
+    if config.kernels == "torch":
         tell(Selection("torch", "set by GLM_KERNELS"))
     else:
         runner.speed_up(tell)
@@ -172,9 +172,9 @@ class _ImageProcessor:
         return ImageInput(patches=patches, grid=(frames, rows, columns), tokens=tokens, key=key.digest())
 
 
-def _local_folder(model: str) -> Path | None:
-    """The folder a model name stands for, seen from here or from the project; None for a hub id."""
-    for folder in (Path(model), ROOT / model):
+def _local_folder(model: str, root: Path) -> Path | None:
+    """The folder a model name stands for, seen from the working directory or from `root`; None for a hub id."""
+    for folder in (Path(model), root / model):
         if folder.is_dir():
             if not (folder / "config.json").is_file() or not _weights_bytes(folder):
                 raise LoadError(f"{folder}: a model folder needs config.json and *.safetensors.")
@@ -195,8 +195,8 @@ def _read_json(file: Path) -> dict[str, Any]:
         raise LoadError(f"{file}: cannot be read: {error}") from None
 
 
-def _context(settings: Settings, allowed: int) -> tuple[int, str]:
-    asked = settings.context_tokens
+def _context(config: EngineConfig, allowed: int) -> tuple[int, str]:
+    asked = config.context_tokens
     if asked > allowed:
         raise LoadError(f"GLM_CONTEXT_TOKENS must be <= {allowed}, the longest this model allows. Given: {asked}")
     if asked:

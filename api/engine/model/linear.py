@@ -8,7 +8,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from api.engine import give_back_freed_memory
+from api.engine.process import release_freed_memory
 
 # What a panel of api/engine/kernels/products.h is made of: features, and inputs multiplied at once.
 PANEL, PAIR = 32, 2
@@ -57,7 +57,7 @@ def pack_all(linears: Iterable[Linear]) -> None:
     """One by one, and what each had before is given back, or all weights would be there twice."""
     for linear in linears:
         linear.pack()
-        give_back_freed_memory()
+        release_freed_memory()
 
 
 @cache

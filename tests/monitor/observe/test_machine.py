@@ -12,8 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+import cgroup
 from monitor.act import preflight
-from monitor.observe import cgroup, machine
+from monitor.observe import machine
 
 GIB = 2**30
 

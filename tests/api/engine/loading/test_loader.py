@@ -1,4 +1,4 @@
-"""From settings to a model: what is chosen, why, and what is said when it cannot be."""
+"""From a configuration to a model: what is chosen, why, and what is said when it cannot be."""
 
 from __future__ import annotations
 
@@ -8,62 +8,62 @@ from pathlib import Path
 
 import pytest
 
+from api.engine.config import EngineConfig
 from api.engine.loaded_model import LoadError
 from api.engine.loading.loader import load
 from api.engine.loading.placement import FLASH_NEEDS_BYTES, choose_dtype, choose_model, choose_threads, usable_cores
-from settings import Settings
 
 GIB = 2**30
 
 
 def test_the_demo_is_chosen_without_a_gpu() -> None:
-    choice = choose_model(Settings(model="auto"), "cpu", None)
+    choice = choose_model(EngineConfig(model="auto"), "cpu", None)
 
     assert choice.value.endswith("models/shapes")
     assert "no CUDA GPU" in choice.reason
 
 
 def test_flash_is_chosen_where_the_gpu_can_hold_it() -> None:
-    choice = choose_model(Settings(model="auto"), "cuda", 40 * GIB)
+    choice = choose_model(EngineConfig(model="auto"), "cuda", 40 * GIB)
 
     assert choice.value == "zai-org/GLM-4.6V-Flash"
     assert "40.0 GiB" in choice.reason
 
 
 def test_flash_has_its_other_name_on_modelscope() -> None:
-    choice = choose_model(Settings(model="auto", hub="modelscope"), "cuda", 40 * GIB)
+    choice = choose_model(EngineConfig(model="auto", hub="modelscope"), "cuda", 40 * GIB)
 
     assert choice.value == "ZhipuAI/GLM-4.6V-Flash"
 
 
 def test_the_demo_is_chosen_where_the_gpu_is_too_small() -> None:
-    choice = choose_model(Settings(model="auto"), "cuda", FLASH_NEEDS_BYTES - GIB)
+    choice = choose_model(EngineConfig(model="auto"), "cuda", FLASH_NEEDS_BYTES - GIB)
 
     assert choice.value.endswith("models/shapes")
     assert "only 23.0 GiB" in choice.reason
 
 
 def test_a_model_that_is_named_is_taken() -> None:
-    assert choose_model(Settings(model="a/b"), "cpu", None).value == "a/b"
+    assert choose_model(EngineConfig(model="a/b"), "cpu", None).value == "a/b"
 
 
 def test_small_weights_run_in_full_precision_and_large_ones_in_half() -> None:
-    assert choose_dtype(Settings(), "cpu", 10_000_000).value == "float32"
-    assert choose_dtype(Settings(), "cpu", 20 * GIB).value == "bfloat16"
-    assert choose_dtype(Settings(dtype="float16"), "cpu", 20 * GIB).value == "float16"
+    assert choose_dtype(EngineConfig(), "cpu", 10_000_000).value == "float32"
+    assert choose_dtype(EngineConfig(), "cpu", 20 * GIB).value == "bfloat16"
+    assert choose_dtype(EngineConfig(dtype="float16"), "cpu", 20 * GIB).value == "float16"
 
 
 def test_threads_fit_the_model_and_leave_one_core_of_many_to_http() -> None:
     cores = usable_cores()
-    assert choose_threads(Settings(threads=0), 20 * GIB).value == str(cores if cores <= 2 else cores - 1)
-    assert choose_threads(Settings(threads=0), 10_000_000).value == "1"
-    assert choose_threads(Settings(threads=3), 10_000_000).value == "3"
+    assert choose_threads(EngineConfig(threads=0), 20 * GIB).value == str(cores if cores <= 2 else cores - 1)
+    assert choose_threads(EngineConfig(threads=0), 10_000_000).value == "1"
+    assert choose_threads(EngineConfig(threads=3), 10_000_000).value == "3"
 
 
 def test_a_checkpoint_loads_with_progress_and_facts(tiny_checkpoint: Path) -> None:
     seen: list[float] = []
 
-    model = load(Settings(model=str(tiny_checkpoint), threads=1, device="cpu"), seen.append)
+    model = load(EngineConfig(model=str(tiny_checkpoint), threads=1, device="cpu"), seen.append)
 
     assert seen == sorted(seen) and len(seen) > 5 and 0.9 < seen[-1] <= 1.0
     assert model.id == tiny_checkpoint.name
@@ -82,7 +82,7 @@ def test_a_demo_folder_says_what_it_is(tiny_checkpoint: Path, tmp_path: Path) ->
     demo = {"id": "glm-test-demo", "knows": {"en": "shapes", "zh": "图形"}}
     (folder / "demo.json").write_text(json.dumps(demo), "utf-8")
 
-    model = load(Settings(model=str(folder), threads=1, device="cpu"), lambda fraction: None)
+    model = load(EngineConfig(model=str(folder), threads=1, device="cpu"), lambda fraction: None)
 
     assert (model.id, model.facts["demo"], model.facts["knows"]) == ("glm-test-demo", True, demo["knows"])
 
@@ -93,7 +93,7 @@ def test_the_checkpoint_loads_under_the_other_class_name_too(tiny_checkpoint: Pa
     config = json.loads((folder / "config.json").read_text("utf-8"))
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "glm46v"}), "utf-8")
 
-    model = load(Settings(model=str(folder), threads=1, device="cpu"), lambda fraction: None)
+    model = load(EngineConfig(model=str(folder), threads=1, device="cpu"), lambda fraction: None)
 
     assert model.facts["class"] == "Glm46VForConditionalGeneration"
 
@@ -108,7 +108,7 @@ def test_the_checkpoint_loads_under_the_other_class_name_too(tiny_checkpoint: Pa
 )
 def test_a_model_that_is_not_there_is_named(name: str, message: str) -> None:
     with pytest.raises(LoadError, match=message):
-        load(Settings(model=name, threads=1, device="cpu"), lambda fraction: None)
+        load(EngineConfig(model=name, threads=1, device="cpu"), lambda fraction: None)
 
 
 def test_another_architecture_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -117,21 +117,21 @@ def test_another_architecture_is_refused(tiny_checkpoint: Path, tmp_path: Path) 
     (folder / "config.json").write_text('{"model_type": "llama"}', "utf-8")
 
     with pytest.raises(LoadError, match=r"model_type must be one of .*Given: 'llama'"):
-        load(Settings(model=str(folder), threads=1, device="cpu"), lambda fraction: None)
+        load(EngineConfig(model=str(folder), threads=1, device="cpu"), lambda fraction: None)
 
 
 def test_a_context_longer_than_the_model_allows_is_refused(tiny_checkpoint: Path) -> None:
-    settings = Settings(model=str(tiny_checkpoint), threads=1, device="cpu", context_tokens=4096)
+    config = EngineConfig(model=str(tiny_checkpoint), threads=1, device="cpu", context_tokens=4096)
 
     with pytest.raises(LoadError, match="must be <= 2048"):
-        load(settings, lambda fraction: None)
+        load(config, lambda fraction: None)
 
 
 def test_modelscope_without_its_package_says_what_to_install() -> None:
-    settings = Settings(model="ZhipuAI/none", hub="modelscope", device="cpu", threads=1)
+    config = EngineConfig(model="ZhipuAI/none", hub="modelscope", device="cpu", threads=1)
 
     with pytest.raises(LoadError, match="pip install modelscope"):
-        load(settings, lambda fraction: None)
+        load(config, lambda fraction: None)
 
 
 def test_a_hub_that_cannot_be_reached_says_what_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +141,7 @@ def test_a_hub_that_cannot_be_reached_says_what_can_be_set(monkeypatch: pytest.M
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    settings = Settings(model="zai-org/GLM-4.6V-Flash", device="cpu", threads=1)
+    config = EngineConfig(model="zai-org/GLM-4.6V-Flash", device="cpu", threads=1)
 
     with pytest.raises(LoadError, match=r"no route to host.*GLM_MODEL to a folder"):
-        load(settings, lambda fraction: None)
+        load(config, lambda fraction: None)

@@ -9,17 +9,18 @@ import pytest
 import torch
 from prompts import STEPS, Steps, ask, generate, next_logits, picture, request_for
 
+from api.engine.config import EngineConfig
 from api.engine.kernels import build as kernels
 from api.engine.loaded_model import Model
 from api.engine.loading.loader import load
 from api.engine.model import vision_encoder as vision
 from api.engine.request import Request, SamplingParams
-from settings import ROOT, Settings
+from settings import ROOT
 
 
 @pytest.fixture(scope="module")
 def model(tiny_checkpoint: Path) -> Model:
-    return load(Settings(model=str(tiny_checkpoint), threads=1, device="cpu", slots=6), lambda fraction: None)
+    return load(EngineConfig(model=str(tiny_checkpoint), threads=1, device="cpu", slots=6), lambda fraction: None)
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +148,7 @@ def test_the_demo_checkpoint_answers_as_generate_does() -> None:
 
     from models.shapes.pictures import draw_shapes
 
-    demo = load(Settings(model=str(folder), threads=1, device="cpu"), lambda fraction: None)
+    demo = load(EngineConfig(model=str(folder), threads=1, device="cpu"), lambda fraction: None)
     reference = Glm4vForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     drawn = [
         draw_shapes([("red", "circle"), ("blue", "square")], size=(320, 240), seed=1),
@@ -217,8 +218,8 @@ def test_all_layers_in_one_call_compute_what_they_do_one_by_one(
 
 def load_half(checkpoint: Path, wanted: str) -> Model:
     """In bfloat16, when its kernels are there."""
-    settings = Settings(model=str(checkpoint), threads=1, device="cpu", slots=6, dtype="bfloat16", kernels=wanted)
-    model = load(settings, lambda fraction: None)
+    config = EngineConfig(model=str(checkpoint), threads=1, device="cpu", slots=6, dtype="bfloat16", kernels=wanted)
+    model = load(config, lambda fraction: None)
     until = time.monotonic() + COMPILE_LIMIT_S
     while model.facts["kernels"] == "compiling" and time.monotonic() < until:
         time.sleep(0.1)

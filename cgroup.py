@@ -1,7 +1,9 @@
-"""Limits and use of the control group a process lives in, versions 1 and 2: what a container may really have.
+"""Limits and use of the control group of a process, versions 1 and 2: what a container may really have.
 
-Reads files only; `root` and `membership` are arguments so that a recorded tree can stand in. Where no limit
-is set it returns None, and the host's own numbers are the true ones.
+The server sizes its caches and threads by it, the checker reports it. Nested groups count: the tightest limit on the way
+up holds. Reads files only, so any thread may call; `root` and `membership` are arguments so that a recorded tree can stand
+in. Where no limit is set the functions return None, and the host's own numbers are the true ones.
+Source: the kernel's documentation, admin-guide/cgroup-v2 and admin-guide/cgroup-v1.
 """
 
 from __future__ import annotations
