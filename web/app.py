@@ -14,8 +14,7 @@ from web.api_client.client import ApiClient
 from web.chat import controls
 from web.chat import page as page_chat
 from web.console import page as page_console
-from web.history.chat_store import FILE_NAME, ChatStore, StoreError
-from web.history.my_chats import MyChats
+from web.history.chat_store import FILE_NAME, ChatStore, MyChats, StoreError
 from web.i18n.strings import LANGUAGES, Words, language_for
 
 ICON = Path(__file__).resolve().parent / "icon.png"

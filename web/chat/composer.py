@@ -12,8 +12,8 @@ import streamlit as st
 from web.chat import controls
 from web.chat.presets import PRESETS, preset_named
 from web.i18n.strings import Words
-from web.images import pictures
-from web.images.pictures import Picture, PictureError
+from web.images import attached_image
+from web.images.attached_image import Picture, PictureError
 from web.safe_text import plain
 
 TRAY_WIDTH = 96
@@ -94,7 +94,7 @@ def _address(tray: list[Picture], words: Words) -> None:
             st.caption(words("url.how"))
             sent = st.form_submit_button(words("url.add"), type="primary")
         if sent:
-            _put(tray, lambda: pictures.elsewhere(url), words)
+            _put(tray, lambda: attached_image.elsewhere(url), words)
 
     ask()
 

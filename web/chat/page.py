@@ -17,19 +17,18 @@ from streamlit.navigation.page import StreamlitPage
 from streamlit.typing import ChatInputValue
 
 from settings import Settings
+from web.api_client.answer_stream import AnswerStream
 from web.api_client.client import ApiClient, ApiError, Info
 from web.chat import composer
-from web.chat.answer_stream import AnswerStream
 from web.chat.controls import Wishes, show_language, show_wishes
 from web.chat.heading import show_heading
-from web.chat.live_answer import LiveAnswer, redraw_when_stopped
-from web.chat.turns_view import MODEL, USER, show_answer, show_question
+from web.chat.turns_view import MODEL, USER, LiveAnswer, redraw_when_stopped, show_answer, show_question
 from web.history.chat_list import show_chat_menu, show_chats
+from web.history.chat_store import MyChats
 from web.history.conversation import Answer, Conversation, ToolResult, Turn
-from web.history.my_chats import MyChats
 from web.i18n.strings import Words
-from web.images import pictures
-from web.images.pictures import Picture, PictureError
+from web.images import attached_image
+from web.images.attached_image import Picture, PictureError
 from web.safe_text import plain
 from web.samples import Sample, sample_named, samples
 
@@ -165,7 +164,7 @@ class _Page:
             words("ask.placeholder_next" if chat.conversation.turns else "ask.placeholder"),
             key="question",
             accept_file="multiple",
-            file_type=list(pictures.SUFFIXES),
+            file_type=list(attached_image.SUFFIXES),
             max_upload_size=math.ceil(self._max_bytes / 2**20),
             submit_mode="stop",
             on_submit=self._note_submit,
@@ -198,7 +197,7 @@ class _Page:
             self._refuse(words("picture.too_many", count=count, limit=self._max_images), ask.question)
 
     def _prepare(self, name: str, data: bytes) -> Picture:
-        return pictures.prepare(name, data, self._max_bytes, self._max_pixels)
+        return attached_image.prepare(name, data, self._max_bytes, self._max_pixels)
 
     def _refuse(self, notice: str, question: str, ask: Ask | None = None) -> None:
         """Say why nothing was sent, and put the question back into the input box, its pictures into the tray."""

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict
+import time
+from dataclasses import asdict, dataclass
 from itertools import cycle
 
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
+from streamlit.elements.lib.mutable_status_container import StatusContainer
 
+from web.api_client.answer_stream import Place
 from web.api_client.client import ApiError
-from web.api_client.events import Place
 from web.chat import json_answer
+from web.history.chat_store import MyChats
 from web.history.conversation import Answer, Call, Conversation, Failure, Turn
-from web.history.my_chats import MyChats
 from web.i18n.strings import TABLE, Words
-from web.images.pictures import Picture, draw_places
+from web.images.attached_image import Picture
+from web.images.box_drawing import draw_places
 from web.safe_text import links_named, plain, without_pictures
 
 USER = ":material/person:"
 MODEL = ":material/visibility:"
 ONLY_PLACES = re.compile(r"[\[\]\d\s,.]+")  # an answer that is nothing but rectangles
 ONE_WIDTH, MANY_WIDTH = 340, 200  # of shown pictures, in CSS pixels
+CURSOR = " ▍"
+STOP_CHECK_S = 0.5  # how soon an answer that was stopped is shown so
 
 
 def show_question(turn: Turn, conversation: Conversation, mine: MyChats, words: Words) -> None:
@@ -218,3 +224,77 @@ def numbers_help(answer: Answer, words: Words) -> str | None:
 
 def _three_digits(value: float) -> str:
     return f"{value:.2f}" if value < 1 else f"{value:.1f}" if value < 10 else f"{value:.0f}"
+
+
+class LiveAnswer:
+    """Places on the page that are redrawn while an answer comes."""
+
+    def __init__(self, answer: Answer, words: Words) -> None:
+        self._answer = answer
+        self._words = words
+        self._waiting = st.empty()
+        self._thinking = st.empty()
+        self._text = st.empty()
+        self._status: StatusContainer | None = None
+        self._thought: DeltaGenerator | None = None
+        self._begun = False
+        self.draw()
+
+    def draw(self) -> None:
+        """Always sends something to Streamlit: that is where Stop takes effect."""
+        answer = self._answer
+        if answer.state == "waiting":
+            self._waiting.caption(waiting_line(answer, self._words, time.monotonic()))
+            return
+        if not self._begun:
+            self._waiting.empty()
+            self._begun = True
+        self._draw_thinking()
+        calls = "".join(f"{self._words('answer.call', name=plain(call.name))}\n\n" for call in answer.calls)
+        self._text.markdown(calls + harmless(answer.text.lstrip()) + CURSOR if calls or answer.text else "")
+
+    def _draw_thinking(self) -> None:
+        answer = self._answer
+        if not answer.reasoning:
+            return
+        if self._status is None:
+            label = f":shimmer[{self._words('live.thinking')}]"
+            self._status = self._thinking.status(label, type="compact", expanded=False)
+            self._thought = self._status.empty()
+        if answer.state == "thinking" and self._thought is not None:
+            self._thought.markdown(harmless(answer.reasoning.strip()))
+        elif answer.thinking_s is not None:
+            self._status.update(label=thought_label(answer, self._words), state="complete")
+
+
+def waiting_line(answer: Answer, words: Words, now: float) -> str:
+    seconds = int(now - answer.begun)
+    if answer.loading and answer.loading_progress is not None:
+        percent = f"{100 * answer.loading_progress:.0f}"
+        return words("live.loading_percent", percent=percent, seconds=seconds)
+    if answer.loading:
+        return words("live.loading", seconds=seconds)
+    if answer.queue_position:
+        return words("live.queued", position=answer.queue_position, seconds=seconds)
+    return words("live.sent" if answer.queue_position is None else "live.looking", seconds=seconds)
+
+
+def redraw_when_stopped(answer: Answer) -> None:
+    """Draw a stopped answer at rest. A stopped run cannot draw any more, and nothing runs after it: only a clock,
+    which does not tick while a run goes on. So if it ticks, the run has ended, and if it did not end by itself,
+    it was stopped."""
+    _tick(answer, _FirstCall())
+
+
+@dataclass
+class _FirstCall:
+    value: bool = True
+
+
+@st.fragment(run_every=STOP_CHECK_S)
+def _tick(answer: Answer, first: _FirstCall) -> None:
+    if first.value:
+        first.value = False
+    else:
+        answer.stop(time.monotonic())
+        st.rerun()

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import streamlit as st
 
 from web.history import chat_export
+from web.history.chat_store import MyChats
 from web.history.conversation import Conversation
-from web.history.my_chats import MyChats
 from web.i18n.strings import Words
 from web.safe_text import plain
 

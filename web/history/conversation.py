@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Literal
 
+from web.api_client.answer_stream import CallPiece, Event, Finished, Loading, NoPlace, Place, Queued, Text, Thought
 from web.api_client.client import ApiError
-from web.api_client.events import CallPiece, Event, Finished, Loading, NoPlace, Place, Queued, Text, Thought
-from web.images.pictures import Picture
+from web.images.attached_image import Picture
 
 State = Literal["waiting", "thinking", "writing", "done", "stopped", "failed"]
 UNFINISHED: tuple[State, ...] = ("waiting", "thinking", "writing")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 
-from web.api_client.events import CallPiece, Finished, Place, Text, Thought
+from web.api_client.answer_stream import CallPiece, Finished, Place, Text, Thought
 from web.history import chat_export
 from web.history.conversation import Conversation
 from web.i18n.strings import Words
-from web.images.pictures import Picture, data_url
+from web.images.attached_image import Picture, data_url
 
 
 def url_of(picture: Picture) -> str:

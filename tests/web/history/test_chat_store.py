@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 from page_process import ROOT
 
+from web.api_client.answer_stream import CallPiece, Finished, Place, Text, Thought
 from web.api_client.client import ApiError
-from web.api_client.events import CallPiece, Finished, Place, Text, Thought
-from web.history.chat_store import DAY_S, FILE_NAME, ChatStore, StoreError
+from web.history.chat_store import DAY_S, FILE_NAME, ChatStore, MyChats, StoreError
 from web.history.conversation import Conversation
-from web.history.my_chats import MyChats
-from web.images.pictures import Picture, elsewhere
+from web.images.attached_image import Picture, elsewhere
 
 
 @pytest.fixture

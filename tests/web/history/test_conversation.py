@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from web.api_client.answer_stream import CallPiece, Finished, Loading, Place, Queued, Text, Thought
 from web.api_client.client import ApiError
-from web.api_client.events import CallPiece, Finished, Loading, Place, Queued, Text, Thought
 from web.history.conversation import Answer, Call, Conversation, ToolResult, Turn
-from web.images.pictures import Picture
+from web.images.attached_image import Picture
 
 
 def picture(sha: str) -> Picture:

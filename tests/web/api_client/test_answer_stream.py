@@ -8,9 +8,8 @@ import pytest
 from page_process import free_port, wait_until
 from web_fake_api import Answer, FakeApi
 
+from web.api_client.answer_stream import AnswerStream, Event, Finished, Loading, Queued, Text, Thought
 from web.api_client.client import ApiClient, ApiError
-from web.api_client.events import Event, Finished, Loading, Queued, Text, Thought
-from web.chat.answer_stream import AnswerStream
 
 QUESTION = {"messages": [{"role": "user", "content": "What color is it?"}]}
 

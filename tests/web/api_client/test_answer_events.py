@@ -6,8 +6,8 @@ import json
 
 import pytest
 
+from web.api_client.answer_stream import Event, EventReader, Finished, NoPlace, Place, Text
 from web.api_client.client import ApiError
-from web.api_client.events import Event, EventReader, Finished, NoPlace, Place, Text
 
 
 def lines(*chunks: object) -> list[str]:

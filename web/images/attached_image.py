@@ -11,22 +11,16 @@ import hashlib
 import io
 import warnings
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from itertools import cycle
 from pathlib import PurePosixPath
 from urllib.parse import urlsplit
 
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-
-from web.api_client.events import Place
+from PIL import Image, ImageOps
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff")
 MAX_SENT_PIXELS = 3_200_000  # more than the model's eyes use for one picture, small enough to send with each question
 MAX_PNG_BYTES = 1_500_000
 JPEG_QUALITY = 92
-MAX_PLACES = 200
-PLACE_COLORS = ("#3e63dd", "#e5484d", "#30a46c", "#f76b15", "#8e4ec6", "#0090ff", "#d6409f", "#978365")
 
 
 class PictureError(Exception):
@@ -96,7 +90,7 @@ def prepare(name: str, data: bytes, max_bytes: int, max_pixels: int) -> Picture:
     except Exception:  # on broken files Pillow raises anything, from SyntaxError to struct.error
         raise PictureError("unreadable", name) from None
     image = _shrink(image)
-    encoded, mime = _encode(image, lossless=source_format != "JPEG")
+    encoded, mime = encode(image, lossless=source_format != "JPEG")
     sha = hashlib.sha256(encoded).hexdigest()
     return Picture(sha, name, mime, image.width, image.height, data=encoded)
 
@@ -119,7 +113,7 @@ def _shrink(image: Image.Image) -> Image.Image:
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
-def _encode(image: Image.Image, lossless: bool) -> tuple[bytes, str]:
+def encode(image: Image.Image, lossless: bool) -> tuple[bytes, str]:
     if lossless:
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
@@ -128,43 +122,3 @@ def _encode(image: Image.Image, lossless: bool) -> tuple[bytes, str]:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
     return buffer.getvalue(), "image/jpeg"
-
-
-@lru_cache(maxsize=16)
-def draw_places(data: bytes, places: tuple[Place, ...]) -> tuple[bytes, str]:
-    """The picture with what is marked in it, numbered where there are several: (bytes, mime)."""
-    image = Image.open(io.BytesIO(data)).convert("RGB")
-    draw = ImageDraw.Draw(image)
-    line = max(2, round(min(image.size) / 120))
-    for number, place in enumerate(places[:MAX_PLACES], start=1):
-        color = PLACE_COLORS[(number - 1) % len(PLACE_COLORS)]
-        scaled = [value / 1000 * (side - 1) for value, side in zip(place.corners, cycle(image.size), strict=False)]
-        _outline(draw, list(zip(scaled[::2], scaled[1::2], strict=True)), color, line)
-        if len(places) > 1:
-            _number(draw, scaled[0], scaled[1], str(number), color, line)
-    return _encode(image, lossless=True)
-
-
-def _outline(draw: ImageDraw.ImageDraw, points: list[tuple[float, float]], color: str, line: int) -> None:
-    """A coloured line between two white ones: to be seen on any background, also on one of its own colour."""
-    rim = max(1, line // 2)
-    if len(points) == 1:
-        (x, y), radius = points[0], 2 * line
-        draw.ellipse([x - radius - rim, y - radius - rim, x + radius + rim, y + radius + rim], fill="white")
-        draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=color)
-    elif len(points) == 2:
-        (left, top), (right, bottom) = points
-        draw.rectangle([left - rim, top - rim, right + rim, bottom + rim], outline="white", width=line + 2 * rim)
-        draw.rectangle([left, top, right, bottom], outline=color, width=line)
-    else:
-        around = [*points, points[0], points[1]]  # past the first corner, so that it is joined as well
-        draw.line(around, fill="white", width=line + 2 * rim, joint="curve")
-        draw.line(around, fill=color, width=line, joint="curve")
-
-
-def _number(draw: ImageDraw.ImageDraw, x: float, y: float, text: str, color: str, line: int) -> None:
-    font = ImageFont.load_default(size=max(12, line * 6))
-    left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
-    pad = line + 1
-    draw.rectangle([x, y, x + (right - left) + 2 * pad, y + (bottom - top) + 2 * pad], fill=color)
-    draw.text((x + pad - left, y + pad - top), text, fill="white", font=font)

@@ -6,15 +6,13 @@ import base64
 import io
 import struct
 import zlib
-from itertools import groupby
 
 import pytest
-from PIL import Image, ImageColor
+from PIL import Image
 
 from models.shapes.pictures import draw_shapes
-from web.api_client.events import Place
-from web.images import pictures
-from web.images.pictures import PLACE_COLORS, PictureError, data_url, draw_places, elsewhere, prepare
+from web.images import attached_image
+from web.images.attached_image import PictureError, data_url, elsewhere, prepare
 
 MANY = 50_000_000
 LARGE = 20 * 2**20
@@ -85,7 +83,7 @@ def test_a_large_photo_is_made_smaller_in_its_own_shape() -> None:
 
     ready = prepare("large.jpg", encoded(photo, "JPEG"), LARGE, MANY)
 
-    assert ready.width * ready.height <= pictures.MAX_SENT_PIXELS
+    assert ready.width * ready.height <= attached_image.MAX_SENT_PIXELS
     assert abs(ready.width / ready.height - 2) < 0.01
 
 
@@ -161,49 +159,3 @@ def test_an_address_that_is_none_is_refused(url: str) -> None:
         elsewhere(url)
 
     assert caught.value.kind == "no_url"
-
-
-def test_a_box_is_drawn_where_it_says_and_nowhere_else() -> None:
-    white = encoded(Image.new("RGB", (200, 100), "white"))
-
-    drawn = opened(draw_places(white, (Place((250, 200, 750, 800)),))[0]).convert("RGB")
-
-    assert drawn.size == (200, 100)
-    on_the_edge = drawn.getpixel((50, 50))
-    assert on_the_edge != (255, 255, 255)
-    assert drawn.getpixel((100, 50)) == (255, 255, 255)
-    assert drawn.getpixel((10, 50)) == (255, 255, 255)
-
-
-@pytest.mark.parametrize("paper", ["white", "black", *PLACE_COLORS])
-def test_a_box_is_seen_on_a_background_of_any_colour_from_both_sides(paper: str) -> None:
-    flat = encoded(Image.new("RGB", (240, 240), paper))
-
-    drawn = opened(draw_places(flat, (Place((250, 250, 750, 750)),))[0]).convert("RGB")
-
-    line = [drawn.getpixel((x, 120)) for x in range(52, 68)]
-    assert line[0] == line[-1] == ImageColor.getrgb(paper)
-    strokes = [color for color, _ in groupby(line)]
-    inks = {ImageColor.getrgb("white"), ImageColor.getrgb(PLACE_COLORS[0])} - {ImageColor.getrgb(paper)}
-    assert inks <= set(strokes)
-    assert len(strokes) == (3 if paper == "white" else 5), strokes
-
-
-def test_a_point_and_a_polygon_are_drawn_where_they_are() -> None:
-    white = encoded(Image.new("RGB", (200, 100), "white"))
-
-    drawn = opened(draw_places(white, (Place((500, 500)), Place((50, 100, 300, 100, 50, 900))))[0]).convert("RGB")
-
-    assert drawn.getpixel((101, 51)) != (255, 255, 255)
-    row = [x for x in range(80) if drawn.getpixel((x, 50)) != (255, 255, 255)]
-    assert row
-    assert all(8 <= x <= 12 or 32 <= x <= 37 for x in row), "the upright side and the slanting one"
-    assert len({x < 20 for x in row}) == 2
-
-
-def test_a_box_over_the_whole_picture_stays_inside_it() -> None:
-    white = encoded(Image.new("RGB", (40, 30), "white"))
-
-    drawn = opened(draw_places(white, (Place((0, 0, 1000, 1000)), Place((0, 0, 1, 1))))[0]).convert("RGB")
-
-    assert drawn.getpixel((39, 15)) != (255, 255, 255)
