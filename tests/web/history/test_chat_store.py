@@ -179,3 +179,35 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
 
     with pytest.raises(StoreError):
         ChatStore(tmp_path / "file" / FILE_NAME, 30)
+
+
+TURN_AS_STORED = (
+    '{"question":"Where?","pictures":["aa"],"sample":"shapes.png","answer":{"state":"done","question":"","text":"Here",'
+    '"reasoning":"I look.","boxes":[{"corners":[1.0,2.0,3.0,4.0],"image":0,"label":"star","pixels":[5,6,7,8]}],'
+    '"no_places":1,"calls":[{"name":"count","arguments":"{}","id":"call-7"}],"sent":["aa"],"schema":{},'
+    '"queue_position":null,"loading":false,"loading_progress":null,"begun":5.0,"thinking_began":1.0,"thinking_s":1.0,'
+    '"finish":{"reason":"stop","completion_tokens":7,"prompt_tokens":90,"ttft_s":0.25,"tokens_per_s":null,'
+    '"cached_tokens":null,"request_id":"r"},"error":null},"earlier":[],"results":[],"left_out":true,'
+    '"asked_at":1700000000.5}'
+)
+IMAGE_AS_STORED = '{"sha":"aa","name":"a.png","mime":"image/png","width":4,"height":3,"url":"","data":""}'
+
+
+def test_a_chat_keeps_the_form_in_which_it_was_first_stored(store: ChatStore, tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / FILE_NAME) as db:
+        db.execute("INSERT INTO chats (id, visitor, title, updated) VALUES ('old', 'me', 'Where?', ?)", (time.time(),))
+        db.execute("INSERT INTO turns (chat, number, body) VALUES ('old', 0, ?)", (TURN_AS_STORED,))
+        db.execute("INSERT INTO chat_pictures (chat, sha, body) VALUES ('old', 'aa', ?)", (IMAGE_AS_STORED,))
+
+    conversation = store.load("me", "old")
+
+    assert conversation is not None
+    (turn,) = conversation.turns
+    assert turn.pictures == ("aa",)
+    assert conversation.pictures["aa"].name == "a.png"
+    assert (turn.answer.text, turn.answer.no_places, turn.answer.boxes[0].label) == ("Here", 1, "star")
+    store.save("me", conversation)
+    with sqlite3.connect(tmp_path / FILE_NAME) as db:
+        ((saved,),) = db.execute("SELECT body FROM turns WHERE chat = 'old'").fetchall()
+        ((image,),) = db.execute("SELECT body FROM chat_pictures WHERE chat = 'old'").fetchall()
+    assert (saved, image) == (TURN_AS_STORED, IMAGE_AS_STORED)
