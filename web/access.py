@@ -20,11 +20,11 @@ from urllib.parse import quote, urlencode
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from web.i18n.strings import Words, language_for
+from web.i18n.strings import Texts, language_for
 
 COOKIE = "glm_visitor"
 COOKIE_AGE_S = 90 * 86400
-INSIDE = "/_stcore/"  # addresses for programs: a checker brings the token there and keeps no cookie
+FOR_PROGRAMS = "/_stcore/"  # addresses for programs: a checker brings the token there and keeps no cookie
 SCRIPT_PATH = "/_stcore/script-health-check"  # runs the whole page, so it is for this machine alone
 OPEN_PATH = "/_stcore/health"  # tells "ok" and nothing else; the checker and start.sh ask it without the token
 _VISITOR = re.compile(r"[A-Za-z0-9_-]{22}")
@@ -44,7 +44,7 @@ HEADERS = {
 }
 
 
-class Visitors:
+class VisitorCookies:
     """Makes and checks the cookie's value: a random id and its signature with the token.
 
     A new token makes every old cookie worthless.
@@ -53,7 +53,7 @@ class Visitors:
     def __init__(self, token: str) -> None:
         self.token = token
 
-    def is_right(self, given: str) -> bool:
+    def token_matches(self, given: str) -> bool:
         """Compared in constant time, so that the time taken tells nothing of how much was right."""
         return hmac.compare_digest(given.strip().encode(), self.token.encode())
 
@@ -82,7 +82,7 @@ class Access:
 
     def __init__(self, app: ASGIApp, token: str) -> None:
         self._app = app
-        self._visitors = Visitors(token)
+        self._cookies = VisitorCookies(token)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -94,22 +94,22 @@ class Access:
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         connection = HTTPConnection(scope)
-        cookie, token, query = _cookie(connection), self._visitors.token, dict(connection.query_params)
+        cookie, token, query = _cookie(connection), self._cookies.token, dict(connection.query_params)
         given = query.get("token", "")
         sets_cookie = ""
-        if scope["path"].rstrip("/") == SCRIPT_PATH and not _is_from_here(scope):
+        if scope["path"].rstrip("/") == SCRIPT_PATH and not _is_local(scope):
             await _answer(send, 404, b"", [])
             return
-        brought = bool(token) and scope["method"] == "GET" and self._visitors.is_right(given)
-        inside = scope["path"].startswith(INSIDE)
-        if brought and not inside:
-            await _redirect(scope, self._visitors.renewed(cookie), query, send)
+        has_token = bool(token) and scope["method"] == "GET" and self._cookies.token_matches(given)
+        for_programs = scope["path"].startswith(FOR_PROGRAMS)
+        if has_token and not for_programs:
+            await _redirect(scope, self._cookies.renewed(cookie), query, send)
             return
-        if self._visitors.read(cookie) is None and scope["path"] != OPEN_PATH and not (brought and inside):
+        if self._cookies.read(cookie) is None and scope["path"] != OPEN_PATH and not (has_token and for_programs):
             if token:
                 await _refuse(scope, bool(given), send)
                 return
-            sets_cookie = self._visitors.renewed(cookie)
+            sets_cookie = self._cookies.renewed(cookie)
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -123,12 +123,12 @@ class Access:
     def _may_connect(self, scope: Scope) -> bool:
         """With the cookie; or with the token in the address, for a checker that speaks WebSocket only."""
         connection = HTTPConnection(scope)
-        if not self._visitors.token or self._visitors.read(_cookie(connection)) is not None:
+        if not self._cookies.token or self._cookies.read(_cookie(connection)) is not None:
             return True
-        return self._visitors.is_right(connection.query_params.get("token", ""))
+        return self._cookies.token_matches(connection.query_params.get("token", ""))
 
 
-def _is_from_here(scope: Scope) -> bool:
+def _is_local(scope: Scope) -> bool:
     """Asked by a program on this machine itself: a proxy that stands here asks for somebody elsewhere."""
     if any(name.startswith(b"x-forwarded-") or name in (b"x-real-ip", b"forwarded") for name, _ in scope["headers"]):
         return False
@@ -151,7 +151,7 @@ async def _redirect(scope: Scope, cookie: str, query: dict[str, str], send: Send
 
 async def _refuse(scope: Scope, was_given: bool, send: Send) -> None:
     accepted = HTTPConnection(scope).headers.get("accept-language", "").split(",")[0]
-    page = _closed_page(Words(language_for(accepted)), was_given)
+    page = _closed_page(Texts(language_for(accepted)), was_given)
     await _answer(send, 401, page.encode(), [(b"content-type", b"text/html; charset=utf-8")])
 
 
@@ -186,15 +186,15 @@ def _cookie(connection: HTTPConnection) -> str | None:
     return connection.cookies.get(COOKIE)
 
 
-def _closed_page(words: Words, was_given: bool) -> str:
-    wrong = f'<p role="alert" class="wrong">{escape(words("gate.wrong"))}</p>' if was_given else ""
+def _closed_page(texts: Texts, was_given: bool) -> str:
+    wrong = f'<p role="alert" class="wrong">{escape(texts("gate.wrong"))}</p>' if was_given else ""
     return CLOSED_PAGE.format(
-        language=words.language,
-        title=escape(words("gate.title")),
-        how=escape(words("gate.how")),
+        language=texts.language,
+        title=escape(texts("gate.title")),
+        how=escape(texts("gate.how")),
         wrong=wrong,
-        token=escape(words("gate.token")),
-        open=escape(words("gate.open")),
+        token=escape(texts("gate.token")),
+        open=escape(texts("gate.open")),
     )
 
 

@@ -12,36 +12,36 @@ from settings import Settings
 from web import access
 from web.api_client.client import ApiClient
 from web.chat import controls
-from web.chat import page as page_chat
-from web.console import page as page_console
-from web.history.chat_store import FILE_NAME, ChatStore, MyChats, StoreError
-from web.i18n.strings import LANGUAGES, Words, language_for
+from web.chat.page import show_chat
+from web.console.page import show_console
+from web.history.chat_store import FILE_NAME, ChatStore, StoreError, VisitorChats
+from web.i18n.strings import LANGUAGES, Texts, language_for
 
 ICON = Path(__file__).resolve().parent / "icon.png"
 
 
 def main() -> None:
-    words = Words(_language())
+    texts = Texts(_language())
     st.set_page_config(page_icon=str(ICON), layout="centered")
     if "settings" not in st.session_state:
         st.session_state["settings"] = settings_module.load()
     settings: Settings = st.session_state["settings"]
-    controls.keep()
+    controls.keep_values()
     key = settings.api_key.get_secret_value() if settings.api_key else None
     client = ApiClient(settings.api_base_url, key)
-    mine = MyChats(_store(settings.log_dir / FILE_NAME, settings.chat_days), _visitor(settings))
+    chats = VisitorChats(_store(settings.log_dir / FILE_NAME, settings.chat_days), _visitor(settings))
 
     def chat() -> None:
-        page_chat.show(client, settings, words, mine, console_page)
+        show_chat(client, settings, texts, chats, console_page)
 
     def console() -> None:
         st.set_page_config(layout="wide")
         with st.sidebar:
-            controls.show_language(words)
-        page_console.show(client, settings, words)
+            controls.show_language(texts)
+        show_console(client, settings, texts)
 
-    chat_page = st.Page(chat, title=words("nav.chat"), icon=":material/forum:", default=True)
-    console_page = st.Page(console, title=words("nav.console"), icon=":material/monitor_heart:", url_path="console")
+    chat_page = st.Page(chat, title=texts("nav.chat"), icon=":material/forum:", default=True)
+    console_page = st.Page(console, title=texts("nav.console"), icon=":material/monitor_heart:", url_path="console")
     st.navigation([chat_page, console_page], position="top").run()
 
 
@@ -56,7 +56,7 @@ def _language() -> str:
 def _visitor(settings: Settings) -> str:
     """Whose chats these are: the cookie's, whose signature the door has seen; without one, this session's alone."""
     token = settings.web_token.get_secret_value() if settings.web_token else ""
-    signed = access.Visitors(token).read(str(st.context.cookies.get(access.COOKIE, "")))
+    signed = access.VisitorCookies(token).read(str(st.context.cookies.get(access.COOKIE, "")))
     if signed is not None:
         return signed
     return str(st.session_state.setdefault("visitor", secrets.token_urlsafe(16)))

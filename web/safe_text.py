@@ -10,21 +10,21 @@ from __future__ import annotations
 import re
 
 _CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]*`)", re.DOTALL)
-_PICTURE = re.compile(r"!(?=\[)")
+_IMAGE = re.compile(r"!(?=\[)")
 _LINK = re.compile(r"(?<!!)\[(?P<text>[^\]\n]*)\]\((?P<url>https?://(?P<host>[^/\s)?#]+)[^\s)]*)\)")
 
 
-def without_pictures(markdown: str) -> str:
+def without_images(markdown: str) -> str:
     parts = _CODE.split(markdown)
-    return "".join(part if index % 2 else _PICTURE.sub("", part) for index, part in enumerate(parts))
+    return "".join(part if index % 2 else _IMAGE.sub("", part) for index, part in enumerate(parts))
 
 
-def plain(text: str) -> str:
+def escaped(text: str) -> str:
     """A name that somebody else chose, to stand inside a sentence exactly as it is."""
     return "".join(f"\\{char}" if char in r"\`*_{}[]()#+!|<>~$:" else char for char in text)
 
 
-def links_named(markdown: str) -> str:
+def with_link_hosts(markdown: str) -> str:
     """A link tells where it leads: `[here](https://host/x)` becomes `[here (host)](https://host/x)`."""
     parts = _CODE.split(markdown)
     return "".join(part if index % 2 else _LINK.sub(_name_host, part) for index, part in enumerate(parts))

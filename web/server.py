@@ -20,7 +20,7 @@ from starlette.middleware import Middleware
 import settings as settings_module
 from settings import Settings, SettingsError
 from web.access import Access
-from web.i18n.strings import Words
+from web.i18n.strings import Texts
 
 APP = Path(__file__).resolve().parent / "app.py"
 
@@ -65,7 +65,7 @@ def _show_failure(error: Exception) -> bool:
     """A bug in the page: the log gets the traceback, the visitor a sentence and a number to report."""
     number = uuid.uuid4().hex[:8]
     log.error("page failed id=%s", number, exc_info=error)
-    st.error(Words(st.session_state.get("language", "en"))("error.page", id=number))
+    st.error(Texts(st.session_state.get("language", "en"))("error.page", id=number))
     return True
 
 

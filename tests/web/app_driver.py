@@ -15,14 +15,14 @@ def png(color: str = "red", shape: str = "circle") -> bytes:
     return buffer.getvalue()
 
 
-def ask(page: AppTest, question: str, *pictures: tuple[str, bytes]) -> AppTest:
+def ask(page: AppTest, question: str, *images: tuple[str, bytes]) -> AppTest:
     box = page.chat_input[0]
-    for name, data in pictures:
+    for name, data in images:
         box.upload(name, data, "image/png")
     return box.set_value(question).run()
 
 
-def said(page: AppTest) -> str:
+def shown_text(page: AppTest) -> str:
     """Everything that the page shows as text."""
     parts = [
         *page.markdown,

@@ -10,27 +10,27 @@ from models.shapes.pictures import draw_shapes
 
 TOKEN = "a-token-for-tests"
 KEY = "a-key-for-tests"
-PATIENCE_MS = 60_000
+TIMEOUT_MS = 60_000
 
 
-def png(*wanted: tuple[str, str], seed: int) -> bytes:
+def png(*shapes: tuple[str, str], seed: int) -> bytes:
     buffer = io.BytesIO()
-    draw_shapes(list(wanted), seed=seed).save(buffer, "PNG")
+    draw_shapes(list(shapes), seed=seed).save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def add_picture(page: Page, name: str, data: bytes) -> None:
+def add_image(page: Page, name: str, data: bytes) -> None:
     box = page.get_by_test_id("stChatInput")
     box.locator("input[type=file]").set_input_files({"name": name, "mimeType": "image/png", "buffer": data})
-    expect(box.get_by_text(name)).to_be_visible(timeout=PATIENCE_MS)
+    expect(box.get_by_text(name)).to_be_visible(timeout=TIMEOUT_MS)
 
 
 def ask(page: Page, question: str) -> None:
     box = page.get_by_test_id("stChatInputTextArea")
-    expect(box).to_be_enabled(timeout=PATIENCE_MS)
+    expect(box).to_be_enabled(timeout=TIMEOUT_MS)
     box.fill(question)
     send = page.get_by_test_id("stChatInputSubmitButton")
-    expect(send).to_be_enabled(timeout=PATIENCE_MS)  # an upload that is still under way is not lost
+    expect(send).to_be_enabled(timeout=TIMEOUT_MS)  # an upload that is still under way is not lost
     send.click()
 
 
@@ -38,5 +38,5 @@ def last_answer(page: Page, complete: bool = True) -> str:
     """The text of the last answer, once it is complete."""
     message = page.get_by_test_id("stChatMessage").last
     if complete:
-        expect(message).to_contain_text("complete", timeout=PATIENCE_MS)
+        expect(message).to_contain_text("complete", timeout=TIMEOUT_MS)
     return message.inner_text()

@@ -9,7 +9,7 @@ from shutil import which
 from urllib.parse import urlsplit
 
 import pytest
-from browsing import KEY, PATIENCE_MS, TOKEN
+from browsing import KEY, TIMEOUT_MS, TOKEN
 from page_process import ROOT, OpenPage, Server
 from playwright.sync_api import Browser, Page, sync_playwright
 from web_fake_api import FakeApi
@@ -87,7 +87,7 @@ def open_page(chromium: Browser) -> Iterator[OpenPage]:
         context.on("request", lambda request: note(request.url))
         page = context.new_page()
         page.on("websocket", lambda socket: note(socket.url))
-        page.set_default_timeout(PATIENCE_MS)
+        page.set_default_timeout(TIMEOUT_MS)
         page.goto(url or f"{server.url}/{query}")  # type: ignore[union-attr]
         return page
 

@@ -12,36 +12,36 @@ import pytest
 import requests
 from page_process import Server
 
-from web.access import COOKIE, Access, Visitors
+from web.access import COOKIE, Access, VisitorCookies
 
 TOKEN = "open sesame"
 
 
 def test_a_cookie_is_worth_nothing_with_another_token_or_another_id() -> None:
-    cookie = Visitors(TOKEN).renewed(None)
+    cookie = VisitorCookies(TOKEN).renewed(None)
     visitor, _, signature = cookie.partition(".")
 
-    assert Visitors(TOKEN).read(cookie) == visitor
-    assert Visitors("new token").read(cookie) is None
-    assert Visitors(TOKEN).read(f"{'A' * 22}.{signature}") is None
-    assert Visitors(TOKEN).read(f"{visitor}.") is None
-    assert Visitors(TOKEN).read(f"{visitor}.\xe9") is None
-    assert Visitors(TOKEN).read(None) is None
+    assert VisitorCookies(TOKEN).read(cookie) == visitor
+    assert VisitorCookies("new token").read(cookie) is None
+    assert VisitorCookies(TOKEN).read(f"{'A' * 22}.{signature}") is None
+    assert VisitorCookies(TOKEN).read(f"{visitor}.") is None
+    assert VisitorCookies(TOKEN).read(f"{visitor}.\xe9") is None
+    assert VisitorCookies(TOKEN).read(None) is None
 
 
 def test_whoever_comes_back_with_a_new_token_keeps_the_chats() -> None:
-    old = Visitors(TOKEN).renewed(None)
+    old = VisitorCookies(TOKEN).renewed(None)
 
-    new = Visitors("new token").renewed(old)
+    new = VisitorCookies("new token").renewed(old)
 
-    assert Visitors("new token").read(new) == Visitors(TOKEN).read(old)
+    assert VisitorCookies("new token").read(new) == VisitorCookies(TOKEN).read(old)
 
 
 def test_two_browsers_are_two_visitors() -> None:
-    assert Visitors(TOKEN).renewed(None) != Visitors(TOKEN).renewed(None)
+    assert VisitorCookies(TOKEN).renewed(None) != VisitorCookies(TOKEN).renewed(None)
 
 
-class Door:
+class Client:
     """`Access` in front of an app that notes what reaches it."""
 
     def __init__(self, token: str = TOKEN) -> None:
@@ -56,7 +56,7 @@ class Door:
         else:
             await send({"type": "websocket.accept"})
 
-    def knock(
+    def request(
         self, path: str = "/", query: str = "", type: str = "http", method: str = "GET", client: str = "127.0.0.1", **headers: str
     ) -> list[dict[str, Any]]:
         sent: list[dict[str, Any]] = []
@@ -86,92 +86,92 @@ class Door:
              "/_stcore/host-config", "/_stcore/health/", "/x/_stcore/health", "/_stcore/agent/openapi.json"]
 )  # fmt: skip
 def test_a_stranger_reaches_nothing(path: str, method: str) -> None:
-    door = Door()
+    client_app = Client()
 
-    sent = door.knock(path, method=method)
+    sent = client_app.request(path, method=method)
 
     assert sent[0]["status"] == 401
-    assert door.reached == []
+    assert client_app.reached == []
     assert b"inside" not in sent[1]["body"]
 
 
 def test_a_stranger_s_socket_is_closed_before_it_opens() -> None:
-    door = Door()
+    client_app = Client()
 
-    assert door.knock("/_stcore/stream", type="websocket") == [{"type": "websocket.close", "code": 1008}]
-    assert door.knock("/_stcore/stream", query="token=wrong", type="websocket")[0]["type"] == "websocket.close"
-    assert door.reached == []
+    assert client_app.request("/_stcore/stream", type="websocket") == [{"type": "websocket.close", "code": 1008}]
+    assert client_app.request("/_stcore/stream", query="token=wrong", type="websocket")[0]["type"] == "websocket.close"
+    assert client_app.reached == []
 
 
 def test_the_health_route_is_open() -> None:
-    assert Door().knock("/_stcore/health")[0]["status"] == 200
+    assert Client().request("/_stcore/health")[0]["status"] == 200
 
 
 def test_the_page_s_own_check_is_for_programs_on_this_machine() -> None:
     """It runs the whole page each time it is asked: nobody elsewhere may, with the token or without one."""
     path, query = "/_stcore/script-health-check", "token=open+sesame"
 
-    assert Door().knock(path, query)[0]["status"] == 200
-    assert Door().knock(path, query, client="::1")[0]["status"] == 200
-    assert Door().knock(path, query, client="10.0.0.5")[0]["status"] == 200, "its own address"
-    assert Door().knock(path)[0]["status"] == 401, "not even here without the token"
-    for door in (Door(), Door(token="")):
-        assert door.knock(path, query, client="10.0.0.9")[0]["status"] == 404
-        assert door.knock(path + "/", query, client="10.0.0.9")[0]["status"] == 404
-        assert door.knock(path, query, x_forwarded_proto="https")[0]["status"] == 404, "through a proxy"
-        assert door.knock(path, query, x_forwarded_for="10.0.0.9")[0]["status"] == 404
-        assert door.reached == []
+    assert Client().request(path, query)[0]["status"] == 200
+    assert Client().request(path, query, client="::1")[0]["status"] == 200
+    assert Client().request(path, query, client="10.0.0.5")[0]["status"] == 200, "its own address"
+    assert Client().request(path)[0]["status"] == 401, "not even here without the token"
+    for client_app in (Client(), Client(token="")):
+        assert client_app.request(path, query, client="10.0.0.9")[0]["status"] == 404
+        assert client_app.request(path + "/", query, client="10.0.0.9")[0]["status"] == 404
+        assert client_app.request(path, query, x_forwarded_proto="https")[0]["status"] == 404, "through a proxy"
+        assert client_app.request(path, query, x_forwarded_for="10.0.0.9")[0]["status"] == 404
+        assert client_app.reached == []
 
 
 def test_the_token_becomes_a_cookie_and_leaves_the_address() -> None:
-    door = Door()
+    client_app = Client()
 
-    sent = door.knock("/console", query="token=open+sesame&lang=zh")
+    sent = client_app.request("/console", query="token=open+sesame&lang=zh")
 
     assert sent[0]["status"] == 303
-    assert door.header(sent, "location") == "./console?lang=zh"
-    cookie = door.header(sent, "set-cookie")
+    assert client_app.header(sent, "location") == "./console?lang=zh"
+    cookie = client_app.header(sent, "set-cookie")
     assert "HttpOnly" in cookie
     assert "SameSite=Lax" in cookie
     assert "Secure" not in cookie
     assert TOKEN not in cookie
     value = SimpleCookie(cookie)[COOKIE].value
-    assert door.knock("/", cookie=f"other=1; {COOKIE}={value}")[0]["status"] == 200
-    assert door.knock("/_stcore/stream", type="websocket", cookie=f"{COOKIE}={value}") == [{"type": "websocket.accept"}]
+    assert client_app.request("/", cookie=f"other=1; {COOKIE}={value}")[0]["status"] == 200
+    assert client_app.request("/_stcore/stream", type="websocket", cookie=f"{COOKIE}={value}") == [{"type": "websocket.accept"}]
 
 
 def test_behind_https_the_cookie_never_travels_in_the_clear() -> None:
-    door = Door()
+    client_app = Client()
 
-    sent = door.knock(query="token=open+sesame", x_forwarded_proto="https")
+    sent = client_app.request(query="token=open+sesame", x_forwarded_proto="https")
 
-    assert "; Secure" in door.header(sent, "set-cookie")
+    assert "; Secure" in client_app.header(sent, "set-cookie")
 
 
 def test_a_checker_may_bring_the_token_to_the_socket_itself() -> None:
-    door = Door()
+    client_app = Client()
 
-    assert door.knock("/_stcore/stream", query="token=open+sesame", type="websocket") == [{"type": "websocket.accept"}]
+    assert client_app.request("/_stcore/stream", query="token=open+sesame", type="websocket") == [{"type": "websocket.accept"}]
 
 
 def test_a_checker_may_bring_the_token_to_the_programs_addresses() -> None:
-    door = Door()
+    client_app = Client()
 
-    assert door.knock("/_stcore/script-health-check", query="token=open+sesame")[0]["status"] == 200
-    assert door.knock("/_stcore/script-health-check", query="token=wrong")[0]["status"] == 401
+    assert client_app.request("/_stcore/script-health-check", query="token=open+sesame")[0]["status"] == 200
+    assert client_app.request("/_stcore/script-health-check", query="token=wrong")[0]["status"] == 401
 
 
 def test_a_wrong_token_is_told_in_the_reader_s_language() -> None:
-    page = Door().knock(query="token=wrong", accept_language="zh-CN,zh;q=0.9")[1]["body"].decode()
+    page = Client().request(query="token=wrong", accept_language="zh-CN,zh;q=0.9")[1]["body"].decode()
 
     assert "令牌不正确" in page
     assert '<html lang="zh">' in page
 
 
 def test_where_no_token_is_set_each_browser_still_gets_its_own_cookie() -> None:
-    door = Door(token="")
+    client_app = Client(token="")
 
-    first, second = (door.header(door.knock(), "set-cookie") for _ in range(2))
+    first, second = (client_app.header(client_app.request(), "set-cookie") for _ in range(2))
 
     assert first.startswith(f"{COOKIE}=")
     assert first != second
@@ -206,7 +206,7 @@ IRREGULAR_COOKIES = (
 
 def test_no_cookie_of_another_program_locks_a_browser_out(page_server: Callable[..., Server]) -> None:
     running = page_server(GLM_WEB_TOKEN=TOKEN, GLM_API_URL="http://127.0.0.1:9")
-    ours = f"{COOKIE}={Visitors(TOKEN).renewed(None)}".encode()
+    ours = f"{COOKIE}={VisitorCookies(TOKEN).renewed(None)}".encode()
     upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13",
                "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA=="}  # fmt: skip
 

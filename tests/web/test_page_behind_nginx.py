@@ -9,7 +9,7 @@ from shutil import which
 
 import pytest
 import requests
-from browsing import KEY, PATIENCE_MS, TOKEN, add_picture, ask, last_answer, png
+from browsing import KEY, TIMEOUT_MS, TOKEN, add_image, ask, last_answer, png
 from page_process import ROOT, OpenPage, Server, free_port, wait_until
 from playwright.sync_api import expect
 from web_fake_api import FakeApi
@@ -57,7 +57,7 @@ def _answers(url: str) -> bool:
 
 def test_the_page_works_under_a_path_prefix(front: str, fake_api: FakeApi, open_page: OpenPage) -> None:
     page = open_page(None, url=f"{front}?token={TOKEN}")
-    add_picture(page, "mine.png", png(("red", "star"), seed=1))
+    add_image(page, "mine.png", png(("red", "star"), seed=1))
     ask(page, "What is it?")
     assert "red circle" in last_answer(page)
 
@@ -69,10 +69,10 @@ def test_the_page_works_under_a_path_prefix(front: str, fake_api: FakeApi, open_
     assert "token" not in page.url
 
     page.get_by_role("link", name="Console").click()
-    expect(page.get_by_role("heading", name="Console")).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.get_by_role("heading", name="Console")).to_be_visible(timeout=TIMEOUT_MS)
     assert page.url.startswith(f"{front}/console")
     page.reload()
-    expect(page.get_by_role("heading", name="Console")).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.get_by_role("heading", name="Console")).to_be_visible(timeout=TIMEOUT_MS)
 
 
 def test_a_stranger_gets_nothing_through_nginx_either(front: str) -> None:

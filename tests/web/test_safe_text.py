@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from web.safe_text import plain, without_pictures
+from web.safe_text import escaped, without_images
 
 
 @pytest.mark.parametrize(
@@ -20,9 +20,9 @@ from web.safe_text import plain, without_pictures
     ],
 )
 def test_pictures_become_links_and_all_else_stays(written: str, shown: str) -> None:
-    assert without_pictures(written) == shown
+    assert without_images(written) == shown
 
 
 def test_a_file_name_cannot_become_markdown() -> None:
-    assert plain("a_*b*_[x](y).png") == r"a\_\*b\*\_\[x\]\(y\).png"
-    assert plain("照片 1.png") == "照片 1.png"
+    assert escaped("a_*b*_[x](y).png") == r"a\_\*b\*\_\[x\]\(y\).png"
+    assert escaped("照片 1.png") == "照片 1.png"

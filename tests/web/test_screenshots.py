@@ -13,7 +13,7 @@ from itertools import groupby
 from pathlib import Path
 
 import pytest
-from browsing import KEY, PATIENCE_MS, TOKEN, add_picture, ask, last_answer
+from browsing import KEY, TIMEOUT_MS, TOKEN, add_image, ask, last_answer
 from console_record import HEALTHY, STARTING, WEDGED, incident_of, record
 from page_process import OpenPage, Server
 from playwright.sync_api import Page, expect
@@ -49,7 +49,7 @@ def take(page: Page, name: str, tmp_path: Path) -> None:
     folder = Path(os.environ.get("SCREENSHOTS") or tmp_path)
     page.mouse.move(2, 2)
     # Streamlit fetches the code of its parts one by one and shows grey boxes until they are there.
-    expect(page.get_by_test_id("stSkeleton")).to_have_count(0, timeout=PATIENCE_MS)
+    expect(page.get_by_test_id("stSkeleton")).to_have_count(0, timeout=TIMEOUT_MS)
     page.wait_for_function("[...document.images].every(i => i.complete)")
     page.wait_for_timeout(600)  # what fades in has come to rest
     page.screenshot(path=folder / f"{name}.png")
@@ -65,7 +65,7 @@ def test_chat(really_opened: Opened, tmp_path: Path) -> None:
     ask_about_the_sample(page, "What color is the star?")
     assert "blue" in last_answer(page)
 
-    expect(page.get_by_role("button", name="Answer again")).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.get_by_role("button", name="Answer again")).to_be_visible(timeout=TIMEOUT_MS)
     take(page, "chat", tmp_path)
 
 
@@ -74,7 +74,7 @@ def test_thinking(opened: Opened, fake_api: FakeApi, tmp_path: Path) -> None:
     page = opened()
     ask_about_the_sample(page, "What color is the star?")
 
-    expect(page.get_by_text("Thinking…")).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.get_by_text("Thinking…")).to_be_visible(timeout=TIMEOUT_MS)
     take(page, "thinking", tmp_path)
     page.get_by_role("button", name="Stop", exact=True).click()
 
@@ -85,7 +85,7 @@ def test_boxes(really_opened: Opened, tmp_path: Path) -> None:
     last_answer(page)
     page.get_by_text("1 marked in").click()
 
-    expect(page.get_by_role("columnheader", name="0-1000")).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.get_by_role("columnheader", name="0-1000")).to_be_visible(timeout=TIMEOUT_MS)
     expect(page.get_by_role("img", name="Where it is, drawn on")).to_be_visible()
     page.get_by_role("img", name="Where it is, drawn on").scroll_into_view_if_needed()
     take(page, "boxes", tmp_path)
@@ -96,7 +96,7 @@ def test_error(opened: Opened, fake_api: FakeApi, tmp_path: Path) -> None:
     page = opened()
     ask(page, "What is in the picture?")
 
-    expect(page.get_by_text("Too many people are asking right now.")).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.get_by_text("Too many people are asking right now.")).to_be_visible(timeout=TIMEOUT_MS)
     expect(page.get_by_text("Request req-42")).to_be_visible()
     expect(page.get_by_role("button", name="Try again")).to_be_visible()
     take(page, "error", tmp_path)
@@ -104,13 +104,13 @@ def test_error(opened: Opened, fake_api: FakeApi, tmp_path: Path) -> None:
 
 def test_dark(really_opened: Opened, tmp_path: Path) -> None:
     page = really_opened(color_scheme="dark", viewport={"width": 1200, "height": 1200})
-    add_picture(page, "shapes.png", sample_named("shapes.png").path.read_bytes())  # type: ignore[union-attr]
+    add_image(page, "shapes.png", sample_named("shapes.png").path.read_bytes())  # type: ignore[union-attr]
     page.get_by_text("JSON by schema").click()
     area = page.get_by_test_id("stChatInputTextArea")
-    expect(area).to_have_value("List the objects as JSON.", timeout=PATIENCE_MS)
+    expect(area).to_have_value("List the objects as JSON.", timeout=TIMEOUT_MS)
     area.press("Enter")
 
-    expect(page.get_by_text("Valid JSON that fits the schema")).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.get_by_text("Valid JSON that fits the schema")).to_be_visible(timeout=TIMEOUT_MS)
     take(page, "dark", tmp_path)
 
 
@@ -118,7 +118,7 @@ def test_chinese(really_opened: Opened, tmp_path: Path) -> None:
     page = really_opened(locale="zh-CN")
     page.get_by_role("button", name="星形是什么颜色？").click()
 
-    expect(page.get_by_role("button", name="重新回答")).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.get_by_role("button", name="重新回答")).to_be_visible(timeout=TIMEOUT_MS)
     take(page, "chinese", tmp_path)
 
 
@@ -127,8 +127,8 @@ def test_phone(really_opened: Opened, tmp_path: Path) -> None:
     ask_about_the_sample(page, "Where is the heart?")
     last_answer(page)
 
-    expect(page.get_by_role("img", name="Where it is, drawn on")).to_be_visible(timeout=PATIENCE_MS)
-    expect(page.get_by_role("button", name="Answer again")).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.get_by_role("img", name="Where it is, drawn on")).to_be_visible(timeout=TIMEOUT_MS)
+    expect(page.get_by_role("button", name="Answer again")).to_be_visible(timeout=TIMEOUT_MS)
     take(page, "phone", tmp_path)
 
 
@@ -138,8 +138,8 @@ def test_console_healthy(opened: Opened, fake_api: FakeApi, tmp_path: Path) -> N
     record(tmp_path / "logs", now, 30, lambda age: None if 14 * HOUR_S < age < 15 * HOUR_S else HEALTHY, 300)
     page = opened("console")
 
-    expect(page.get_by_text("Operational since")).to_be_visible(timeout=PATIENCE_MS)
-    expect(page.get_by_test_id("stVegaLiteChart").first).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.get_by_text("Operational since")).to_be_visible(timeout=TIMEOUT_MS)
+    expect(page.get_by_test_id("stVegaLiteChart").first).to_be_visible(timeout=TIMEOUT_MS)
     take(page, "console", tmp_path)
 
 
@@ -150,8 +150,8 @@ def test_the_console_s_figures_stand_in_full_rows(
     record(tmp_path / "logs", time.time(), 2, lambda age: HEALTHY, 300)
     page = opened("console", viewport={"width": width, "height": 900})
     cards = page.get_by_test_id("stMetric")
-    expect(cards).to_have_count(9, timeout=PATIENCE_MS)
-    expect(page.get_by_test_id("stVegaLiteChart").first).to_be_visible(timeout=PATIENCE_MS)
+    expect(cards).to_have_count(9, timeout=TIMEOUT_MS)
+    expect(page.get_by_test_id("stVegaLiteChart").first).to_be_visible(timeout=TIMEOUT_MS)
     boxes = [box for card in cards.all() if (box := card.bounding_box())]
 
     rows = [list(row) for _, row in groupby(boxes, key=lambda box: round(box["y"]))]
@@ -178,9 +178,9 @@ def test_console_in_an_incident(opened: Opened, fake_api: FakeApi, tmp_path: Pat
         store.add_action(now - 60, "api", "restart", "checker", "failed", "no right answer within 90 s", "api-20261122-0310", 94)
     page = opened("console", viewport={"width": 1200, "height": 1500})
 
-    expect(page.get_by_text("Down since")).to_be_visible(timeout=PATIENCE_MS)
-    expect(page.get_by_text("no right answer within 90 s")).to_be_attached(timeout=PATIENCE_MS)
-    expect(page.get_by_test_id("stVegaLiteChart").first).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.get_by_text("Down since")).to_be_visible(timeout=TIMEOUT_MS)
+    expect(page.get_by_text("no right answer within 90 s")).to_be_attached(timeout=TIMEOUT_MS)
+    expect(page.get_by_test_id("stVegaLiteChart").first).to_be_visible(timeout=TIMEOUT_MS)
     take(page, "console-incident", tmp_path)
     page.get_by_role("heading", name="Incidents").scroll_into_view_if_needed()
     expect(page.get_by_text("no right answer within 90 s")).to_be_in_viewport()
@@ -198,23 +198,23 @@ def test_an_operator_asks_for_a_restart_by_name_and_typed_word(opened: Opened, t
     page.get_by_role("button", name="Restart the model server").click()
     confirm = page.get_by_role("button", name="Ask the checker to do it")
     confirm.click()
-    expect(page.get_by_text("the audit log needs a name")).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.get_by_text("the audit log needs a name")).to_be_visible(timeout=TIMEOUT_MS)
     name = page.get_by_label("Your name, for the audit log")
     name.fill("Ann")
     name.press("Enter")
     confirm.click()
-    expect(page.get_by_text("This is not what stands above")).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.get_by_text("This is not what stands above")).to_be_visible(timeout=TIMEOUT_MS)
     assert _requests(logs) == []
     word = page.get_by_label("Type glm-shapes-demo to confirm")
     word.fill("glm-shapes-demo")
     word.press("Enter")
     confirm.click()
 
-    expect(page.get_by_text("waits for the checker")).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.get_by_text("waits for the checker")).to_be_visible(timeout=TIMEOUT_MS)
     assert _requests(logs) == [("restart", "api", "console: Ann", "waiting")]
     with closing(Store.open(logs)) as store, store.transaction():
         store.end_request(1, time.time(), "done", "restarted and verified")
-    expect(page.get_by_text("restarted and verified")).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.get_by_text("restarted and verified")).to_be_visible(timeout=TIMEOUT_MS)
 
 
 def _requests(logs: Path) -> list[tuple[str, str, str, str]]:

@@ -20,7 +20,7 @@ import requests
 
 from web.api_client.client import ApiClient, ApiError, failure, named_failure
 
-LOADING_PATIENCE_S = 900.0  # a 9B model on a slow disk; then the page says that it gave up
+LOADING_TIMEOUT_S = 900.0  # a 9B model on a slow disk; then the page says that it gave up
 LOADING_RETRY_S = 2.0  # ask again at least this often, so that the waiting line stays true
 
 
@@ -39,17 +39,17 @@ class Loading:
 
 
 @dataclass(frozen=True)
-class Thought:
+class ReasoningDelta:
     text: str
 
 
 @dataclass(frozen=True)
-class Text:
+class TextDelta:
     text: str
 
 
 @dataclass(frozen=True)
-class Place:
+class BoundingBox:
     """Where something is, in 0-1000 of width and height; `image` counts the request's pictures from 0.
 
     `corners` are x, y pairs: one for a point, two for a rectangle, more for a polygon. `pixels` are the API's own,
@@ -63,12 +63,12 @@ class Place:
 
 
 @dataclass(frozen=True)
-class NoPlace:
+class InvalidBox:
     """A place whose numbers lie outside 0-1000, so that it cannot be found in the picture."""
 
 
 @dataclass(frozen=True)
-class CallPiece:
+class ToolCallDelta:
     """A piece of the `index`-th tool call: the first brings name and id, all together the arguments."""
 
     index: int
@@ -90,7 +90,7 @@ class Finished:
     request_id: str = ""
 
 
-Event = Queued | Loading | Thought | Text | Place | NoPlace | CallPiece | Finished
+Event = Queued | Loading | ReasoningDelta | TextDelta | BoundingBox | InvalidBox | ToolCallDelta | Finished
 
 
 class AnswerStream:
@@ -117,7 +117,7 @@ class AnswerStream:
         self._closed.set()
         with self._lock:
             if self._response is not None:
-                _hang_up(self._response)
+                _shut_down(self._response)
 
     def batches(self, wait_s: float = 0.2, gather_s: float = 0.08) -> Iterator[list[Event]]:
         """What has arrived, in order. A list is empty when nothing came for `wait_s`. Raises ApiError."""
@@ -156,7 +156,7 @@ class AnswerStream:
 
     def _open(self) -> requests.Response | None:
         """The response to read, or None if the page hung up meanwhile."""
-        give_up = time.monotonic() + LOADING_PATIENCE_S
+        give_up = time.monotonic() + LOADING_TIMEOUT_S
         while not self._closed.is_set():
             try:
                 response = self._client.post_stream(self._body)
@@ -204,7 +204,7 @@ class AnswerStream:
             raise ApiError("lost", request_id=request_id)
 
 
-def _hang_up(response: requests.Response) -> None:
+def _shut_down(response: requests.Response) -> None:
     # It may have been read to its end, or closed by the other side, in this very moment.
     with suppress(ValueError, RuntimeError, OSError, AttributeError):
         response.raw.shutdown()
@@ -249,14 +249,14 @@ class EventReader:
         for choice in chunk.get("choices") or []:
             delta = choice.get("delta") or {}
             if thought := delta.get("reasoning_content") or delta.get("reasoning"):
-                yield Thought(str(thought))
+                yield ReasoningDelta(str(thought))
             if text := delta.get("content"):
-                yield Text(str(text))
+                yield TextDelta(str(text))
             for box in delta.get("boxes") or []:
-                if read := _place(box):
+                if read := _bounding_box(box):
                     yield read
             for call in delta.get("tool_calls") or []:
-                if piece := _call_piece(call):
+                if piece := _tool_call_delta(call):
                     yield piece
             self._reason = choice.get("finish_reason") or self._reason
 
@@ -277,7 +277,7 @@ def _queue_position(comment: str) -> int | None:
     return int(value.strip()) if value.strip().isdigit() else None
 
 
-def _place(told: object) -> Place | NoPlace | None:
+def _bounding_box(told: object) -> BoundingBox | InvalidBox | None:
     """None for what is no place at all."""
     if not isinstance(told, dict):
         return None
@@ -287,12 +287,12 @@ def _place(told: object) -> Place | NoPlace | None:
         if not (count == 4 if kind == "bbox" else count == 2 if kind == "point" else count >= 6 and count % 2 == 0):
             continue
         if not all(0 <= value <= 1000 for value in corners):
-            return NoPlace()
+            return InvalidBox()
         if kind == "bbox" and (corners[2] <= corners[0] or corners[3] <= corners[1]):
             return None
         image, pixels = told.get("image", 0), _flat(told.get(f"{kind}_pixels"))
         same = tuple(round(value) for value in pixels) if len(pixels) == count else ()
-        return Place(corners, image, str(told.get("label") or ""), same) if isinstance(image, int) else None
+        return BoundingBox(corners, image, str(told.get("label") or ""), same) if isinstance(image, int) else None
     return None
 
 
@@ -304,8 +304,8 @@ def _flat(numbers: object) -> tuple[float, ...]:
     return tuple(float(each) for each in flat) if all(isinstance(each, int | float) for each in flat) else ()
 
 
-def _call_piece(call: object) -> CallPiece | None:
+def _tool_call_delta(call: object) -> ToolCallDelta | None:
     if not isinstance(call, dict) or not isinstance(call.get("function"), dict):
         return None
     index, function = call.get("index") or 0, call["function"]
-    return CallPiece(int(index), str(function.get("name") or ""), str(function.get("arguments") or ""), str(call.get("id") or ""))
+    return ToolCallDelta(int(index), str(function.get("name") or ""), str(function.get("arguments") or ""), str(call.get("id") or ""))

@@ -12,7 +12,7 @@ from typing import Any
 import requests
 
 CONNECT_TIMEOUT_S = 4.0
-GLANCE_TIMEOUT_S = 3.0  # for /health and /info, which never wait for the model
+STATUS_TIMEOUT_S = 3.0  # for /health and /info, which never wait for the model
 SILENCE_S = 60.0  # the API sends something every second while it works; this much silence means it hangs
 
 READY_STATES = ("idle", "busy")
@@ -63,7 +63,7 @@ class ApiClient:
 
     def health(self) -> Health:
         try:
-            answer = self._session().get(f"{self.base_url}/health", timeout=(CONNECT_TIMEOUT_S, GLANCE_TIMEOUT_S))
+            answer = self._session().get(f"{self.base_url}/health", timeout=(CONNECT_TIMEOUT_S, STATUS_TIMEOUT_S))
             body = answer.json()
             return Health(str(body["state"]), body.get("progress"), str(body.get("model") or ""))
         except (requests.RequestException, ValueError, KeyError, TypeError, AttributeError):
@@ -71,31 +71,31 @@ class ApiClient:
 
     def health_body(self) -> dict[str, Any]:
         """All that `/health` says; empty if it cannot be asked."""
-        return self._glance("/health")
+        return self._get_object("/health")
 
     def info_body(self) -> dict[str, Any]:
         """All that `/info` says; empty if it cannot be asked."""
-        return self._glance("/info")
+        return self._get_object("/info")
 
     def metrics_text(self) -> str:
         """What `/metrics` says; empty if it cannot be asked."""
         answer = self._get("/metrics")
         return answer.text if answer is not None and answer.status_code == 200 else ""
 
-    def _glance(self, path: str) -> dict[str, Any]:
+    def _get_object(self, path: str) -> dict[str, Any]:
         answer = self._get(path)
         return {} if answer is None else _json_object(answer)
 
     def _get(self, path: str) -> requests.Response | None:
         try:
-            return self._session().get(f"{self.base_url}{path}", timeout=(CONNECT_TIMEOUT_S, GLANCE_TIMEOUT_S))
+            return self._session().get(f"{self.base_url}{path}", timeout=(CONNECT_TIMEOUT_S, STATUS_TIMEOUT_S))
         except requests.RequestException:
             return None
 
     def info(self) -> Info:
         """Raises ApiError."""
         try:
-            answer = self._session().get(f"{self.base_url}/info", timeout=(CONNECT_TIMEOUT_S, GLANCE_TIMEOUT_S))
+            answer = self._session().get(f"{self.base_url}/info", timeout=(CONNECT_TIMEOUT_S, STATUS_TIMEOUT_S))
         except requests.RequestException:
             raise ApiError("down") from None
         if answer.status_code != 200:

@@ -11,104 +11,104 @@ import streamlit as st
 
 from web.chat import controls
 from web.chat.presets import PRESETS, preset_named
-from web.i18n.strings import Words
+from web.i18n.strings import Texts
 from web.images import attached_image
-from web.images.attached_image import Picture, PictureError
-from web.safe_text import plain
+from web.images.attached_image import AttachedImage, ImageError
+from web.safe_text import escaped
 
-TRAY_WIDTH = 96
+THUMBNAIL_WIDTH = 96
 
 
-def show_tray(tray: list[Picture], words: Words) -> None:
+def show_pending_images(pending_images: list[AttachedImage], texts: Texts) -> None:
     """The pictures that wait, each with a button that takes it away."""
-    if not tray:
+    if not pending_images:
         return
 
-    def remove(picture: Picture) -> None:
-        tray.remove(picture)
+    def remove(image: AttachedImage) -> None:
+        pending_images.remove(image)
 
-    st.caption(words("tray.title"))
+    st.caption(texts("tray.title"))
     with st.container(horizontal=True):
-        for picture in tray:
-            with st.container(width=TRAY_WIDTH + 40, border=True):
-                if picture.data:
-                    st.image(picture.data, width=TRAY_WIDTH, alt=words("picture.alt", name=picture.name))
+        for image in pending_images:
+            with st.container(width=THUMBNAIL_WIDTH + 40, border=True):
+                if image.data:
+                    st.image(image.data, width=THUMBNAIL_WIDTH, alt=texts("image.alt", name=image.name))
                 else:
-                    st.markdown(f":material/link: {plain(picture.name)}")
+                    st.markdown(f":material/link: {escaped(image.name)}")
                 st.button(
-                    words("tray.remove"), key=f"remove-{picture.sha}", type="tertiary", icon=":material/close:",
-                    on_click=remove, args=(picture,),
+                    texts("tray.remove"), key=f"remove-{image.sha}", type="tertiary", icon=":material/close:",
+                    on_click=remove, args=(image,),
                 )  # fmt: skip
 
 
-def show_ways_in(
-    tray: list[Picture], prepare: Callable[[str, bytes], Picture], limits: str, words: Words, by_link: bool, presets_folded: bool = False
+def show_attach_controls(
+    pending_images: list[AttachedImage], prepare: Callable[[str, bytes], AttachedImage], limits: str, texts: Texts, by_link: bool, presets_folded: bool = False
 ) -> None:
     with st.container(horizontal=True, vertical_alignment="center"):
         if presets_folded:
-            with st.popover(words("preset.open"), icon=":material/bolt:", type="tertiary"):
-                show_presets(words)
-        if st.button(words("add.camera"), icon=":material/photo_camera:", key="add-camera", type="tertiary"):
-            _camera(tray, prepare, words)
-        if by_link and st.button(words("add.url"), icon=":material/link:", key="add-url", type="tertiary"):
-            _address(tray, words)
+            with st.popover(texts("preset.open"), icon=":material/bolt:", type="tertiary"):
+                show_presets(texts)
+        if st.button(texts("add.camera"), icon=":material/photo_camera:", key="add-camera", type="tertiary"):
+            _camera_dialog(pending_images, prepare, texts)
+        if by_link and st.button(texts("add.url"), icon=":material/link:", key="add-url", type="tertiary"):
+            _link_dialog(pending_images, texts)
         st.caption(limits)
 
 
-def show_presets(words: Words) -> None:
+def show_presets(texts: Texts) -> None:
     st.pills(
-        words("preset.title"),
+        texts("preset.title"),
         [preset.name for preset in PRESETS],
-        format_func=lambda name: f"{preset_named(name).icon} {words(f'preset.{name}')}",
+        format_func=lambda name: f"{preset_named(name).icon} {texts(f'preset.{name}')}",
         key="preset",
-        on_change=_take_preset,
-        args=(words.language,),
+        on_change=_apply_preset,
+        args=(texts.language,),
     )
 
 
-def _take_preset(language: str) -> None:
+def _apply_preset(language: str) -> None:
     """Its words come into the input box; sending stays the visitor's act."""
     name, st.session_state["preset"] = st.session_state["preset"], None
     if name:
         preset = preset_named(name)
         st.session_state["draft"] = preset.question[language]
-        controls.want_json(preset.schema)
+        controls.request_json(preset.schema)
 
 
-def _camera(tray: list[Picture], prepare: Callable[[str, bytes], Picture], words: Words) -> None:
-    @st.dialog(words("add.camera"))
-    def ask() -> None:
-        photo = st.camera_input(words("camera.label"), key="camera", label_visibility="collapsed")
-        st.caption(words("camera.how"))
+def _camera_dialog(pending_images: list[AttachedImage], prepare: Callable[[str, bytes], AttachedImage], texts: Texts) -> None:
+    @st.dialog(texts("add.camera"))
+    def content() -> None:
+        photo = st.camera_input(texts("camera.label"), key="camera", label_visibility="collapsed")
+        st.caption(texts("camera.how"))
         if photo is not None:
-            _put(tray, lambda: prepare(photo.name, photo.getvalue()), words)
+            _attach(pending_images, lambda: prepare(photo.name, photo.getvalue()), texts)
 
-    ask()
+    content()
 
 
-def _address(tray: list[Picture], words: Words) -> None:
-    @st.dialog(words("add.url"))
-    def ask() -> None:
+def _link_dialog(pending_images: list[AttachedImage], texts: Texts) -> None:
+    @st.dialog(texts("add.url"))
+    def content() -> None:
         with st.form("address", border=False):
-            url = st.text_input(words("url.label"), placeholder="https://")
-            st.caption(words("url.how"))
-            sent = st.form_submit_button(words("url.add"), type="primary")
+            url = st.text_input(texts("url.label"), placeholder="https://")
+            st.caption(texts("url.how"))
+            sent = st.form_submit_button(texts("url.add"), type="primary")
         if sent:
-            _put(tray, lambda: attached_image.elsewhere(url), words)
+            _attach(pending_images, lambda: attached_image.remote_image(url), texts)
 
-    ask()
+    content()
 
 
-def _put(tray: list[Picture], make: Callable[[], Picture], words: Words) -> None:
+def _attach(pending_images: list[AttachedImage], make: Callable[[], AttachedImage], texts: Texts) -> None:
     try:
-        picture = make()
-    except PictureError as error:
-        st.warning(picture_problem(error, words), icon=":material/image_not_supported:")
+        image = make()
+    except ImageError as error:
+        st.warning(image_problem(error, texts), icon=":material/image_not_supported:")
         return
-    if picture.sha not in [each.sha for each in tray]:
-        tray.append(picture)
+    if image.sha not in [each.sha for each in pending_images]:
+        pending_images.append(image)
     st.rerun()
 
 
-def picture_problem(error: PictureError, words: Words) -> str:
-    return words(f"picture.{error.kind}", name=plain(error.name), limit=f"{error.limit:g}")
+def image_problem(error: ImageError, texts: Texts) -> str:
+    return texts(f"image.{error.kind}", name=escaped(error.name), limit=f"{error.limit:g}")

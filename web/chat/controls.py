@@ -14,8 +14,8 @@ import streamlit as st
 from web.api_client.client import Info
 from web.chat import json_answer
 from web.chat.presets import OBJECTS_SCHEMA
-from web.i18n.strings import LANGUAGES, Words
-from web.safe_text import plain
+from web.i18n.strings import LANGUAGES, Texts
+from web.safe_text import escaped
 
 MAX_TOKENS_CEILING = 32_768
 NAMES = ("thinking", "max-tokens", "temperature", "top-p", "top-k", "penalty", "seed", "system", "json-on",
@@ -23,7 +23,7 @@ NAMES = ("thinking", "max-tokens", "temperature", "top-p", "top-k", "penalty", "
 
 
 @dataclass(frozen=True)
-class Wishes:
+class RequestOptions:
     """How the next answer is wanted: `body` holds the fields of the request that are not as the API does by itself.
 
     `problems` are sentences about wishes that cannot be sent.
@@ -38,8 +38,8 @@ class Wishes:
     def as_body(self) -> dict[str, Any]:
         body: dict[str, Any] = {"chat_template_kwargs": {"enable_thinking": self.thinking}, **self.body}
         if self.schema:
-            wanted = {"name": "answer", "schema": self.schema}
-            body["response_format"] = {"type": "json_schema", "json_schema": wanted}
+            json_schema = {"name": "answer", "schema": self.schema}
+            body["response_format"] = {"type": "json_schema", "json_schema": json_schema}
         elif self.schema is not None:
             body["response_format"] = {"type": "json_object"}
         return body
@@ -47,103 +47,103 @@ class Wishes:
 
 def key(name: str) -> str:
     """A widget's key. "Back to the defaults" gives every widget a new one."""
-    round_ = st.session_state.get("wishes_round", 0)
+    round_ = st.session_state.get("options_version", 0)
     return f"{name}-{round_}" if round_ else name
 
 
-def keep() -> None:
+def keep_values() -> None:
     """Streamlit forgets a widget that a page does not draw, unless its value is touched."""
     for name in NAMES:
         if key(name) in st.session_state:
             st.session_state[key(name)] = st.session_state[key(name)]
 
 
-def want_json(schema: dict[str, Any] | None) -> None:
+def request_json(schema: dict[str, Any] | None) -> None:
     """Switch the wish for JSON, from a callback."""
     st.session_state[key("json-on")] = schema is not None
     if schema is not None:
         st.session_state[key("json-schema")] = json.dumps(schema, indent=2)
 
 
-def show_wishes(info: Info | None, words: Words) -> Wishes:
-    _start("thinking", True)
+def show_request_options(info: Info | None, texts: Texts) -> RequestOptions:
+    _set_default("thinking", True)
     thinking = st.toggle(
-        words("side.thinking"), help=words("side.thinking_help"), key=key("thinking"), on_change="ignore"
+        texts("side.thinking"), help=texts("side.thinking_help"), key=key("thinking"), on_change="ignore"
     )
     if info is None:
-        return Wishes(thinking)
+        return RequestOptions(thinking)
     body: dict[str, Any] = {}
     problems: list[str] = []
-    with st.expander(words("side.settings"), icon=":material/tune:"):
+    with st.expander(texts("side.settings"), icon=":material/tune:"):
         system = st.text_area(
-            words("side.system"), help=words("side.system_help"), key=key("system"), on_change="ignore", height=80
+            texts("side.system"), help=texts("side.system_help"), key=key("system"), on_change="ignore", height=80
         )
-        body |= _length(info, words)
-        body |= _sampling(info.generation, words)
-        _reset_button(words)
-    with st.expander(words("side.format"), icon=":material/data_object:"):
-        schema = _format(words, problems)
-        if tools := _tools(words, problems):
+        body |= _length(info, texts)
+        body |= _sampling(info.generation, texts)
+        _reset_button(texts)
+    with st.expander(texts("side.format"), icon=":material/data_object:"):
+        schema = _format(texts, problems)
+        if tools := _tools(texts, problems):
             body["tools"] = tools
-    return Wishes(thinking, system.strip(), schema, body, tuple(problems))
+    return RequestOptions(thinking, system.strip(), schema, body, tuple(problems))
 
 
-def show_language(words: Words) -> None:
-    _language(words)
+def show_language(texts: Texts) -> None:
+    _language(texts)
 
 
-def _start(name: str, value: object) -> None:
+def _set_default(name: str, value: object) -> None:
     st.session_state.setdefault(key(name), value)
 
 
-def _length(info: Info, words: Words) -> dict[str, Any]:
+def _length(info: Info, texts: Texts) -> dict[str, Any]:
     ceiling = min(info.context_tokens or MAX_TOKENS_CEILING, MAX_TOKENS_CEILING)
-    _start("max-tokens", min(info.limits.get("default_max_tokens", 1024), ceiling))
+    _set_default("max-tokens", min(info.limits.get("default_max_tokens", 1024), ceiling))
     given = st.number_input(
-        words("side.max_tokens"), min_value=1, max_value=max(ceiling, 1), step=64, help=words("side.max_tokens_help"),
+        texts("side.max_tokens"), min_value=1, max_value=max(ceiling, 1), step=64, help=texts("side.max_tokens_help"),
         key=key("max-tokens"), on_change="ignore",
     )  # fmt: skip
     return {"max_tokens": int(given)}
 
 
-def _sampling(generation: dict[str, Any], words: Words) -> dict[str, Any]:
+def _sampling(generation: dict[str, Any], texts: Texts) -> dict[str, Any]:
     """What differs from the model's own. An untouched control sends nothing: the API then samples as the model wants."""
-    usual = {"temperature": usual_temperature(generation), "top_p": _number(generation, "top_p", 1.0),
+    defaults = {"temperature": default_temperature(generation), "top_p": _number(generation, "top_p", 1.0),
              "top_k": int(_number(generation, "top_k", 0)),
              "repetition_penalty": _number(generation, "repetition_penalty", 1.0)}  # fmt: skip
     for name, field_ in (("temperature", "temperature"), ("top-p", "top_p"), ("top-k", "top_k"), ("penalty", "repetition_penalty")):
-        _start(name, usual[field_])
+        _set_default(name, defaults[field_])
     given = {
         "temperature": st.slider(
-            words("side.temperature"), 0.0, 2.0, step=0.05, help=words("side.temperature_help"),
+            texts("side.temperature"), 0.0, 2.0, step=0.05, help=texts("side.temperature_help"),
             key=key("temperature"), on_change="ignore",
         ),
         "top_p": st.slider(
-            words("side.top_p"), 0.0, 1.0, step=0.01, help=words("side.top_p_help"), key=key("top-p"),
+            texts("side.top_p"), 0.0, 1.0, step=0.01, help=texts("side.top_p_help"), key=key("top-p"),
             on_change="ignore",
         ),
         "top_k": st.number_input(
-            words("side.top_k"), 0, 1000, step=1, help=words("side.top_k_help"), key=key("top-k"), on_change="ignore"
+            texts("side.top_k"), 0, 1000, step=1, help=texts("side.top_k_help"), key=key("top-k"), on_change="ignore"
         ),
         "repetition_penalty": st.slider(
-            words("side.penalty"), 0.5, 2.0, step=0.05, help=words("side.penalty_help"), key=key("penalty"),
+            texts("side.penalty"), 0.5, 2.0, step=0.05, help=texts("side.penalty_help"), key=key("penalty"),
             on_change="ignore",
         ),
     }  # fmt: skip
-    _start("seed", None)
+    _set_default("seed", None)
     seed = st.number_input(
-        words("side.seed"), min_value=0, max_value=2**53 - 1, step=1, help=words("side.seed_help"), key=key("seed"),
-        placeholder=words("side.seed_none"), on_change="ignore",
+        texts("side.seed"), min_value=0, max_value=2**53 - 1, step=1, help=texts("side.seed_help"), key=key("seed"),
+        placeholder=texts("side.seed_none"), on_change="ignore",
     )  # fmt: skip
-    body = {name: value for name, value in given.items() if abs(value - usual[name]) > 1e-6}
+    body = {name: value for name, value in given.items() if abs(value - defaults[name]) > 1e-6}
     return body if seed is None else {**body, "seed": int(seed)}
 
 
-def _format(words: Words, problems: list[str]) -> dict[str, Any] | None:
+def _format(texts: Texts, problems: list[str]) -> dict[str, Any] | None:
     """The schema that the answer shall fit, {} for any JSON, None for free text."""
-    _start("json-schema", json.dumps(OBJECTS_SCHEMA, indent=2))
-    on = st.toggle(words("side.json"), help=words("side.json_help"), key=key("json-on"), on_change="ignore")
-    text = st.text_area(words("side.schema"), key=key("json-schema"), height=160, on_change="ignore")
+    _set_default("json-schema", json.dumps(OBJECTS_SCHEMA, indent=2))
+    on = st.toggle(texts("side.json"), help=texts("side.json_help"), key=key("json-on"), on_change="ignore")
+    text = st.text_area(texts("side.schema"), key=key("json-schema"), height=160, on_change="ignore")
     if not on:
         return None
     if not text.strip():
@@ -151,31 +151,31 @@ def _format(words: Words, problems: list[str]) -> dict[str, Any] | None:
     try:
         return json_answer.read_schema(text)
     except ValueError as error:
-        problems.append(words("side.schema_wrong", why=plain(str(error))))
+        problems.append(texts("side.schema_wrong", why=escaped(str(error))))
         return None
 
 
-def _tools(words: Words, problems: list[str]) -> list[dict[str, Any]]:
+def _tools(texts: Texts, problems: list[str]) -> list[dict[str, Any]]:
     text = st.text_area(
-        words("side.tools"), key=key("tools"), height=100, help=words("side.tools_help"), on_change="ignore"
+        texts("side.tools"), key=key("tools"), height=100, help=texts("side.tools_help"), on_change="ignore"
     )
     if not text.strip():
         return []
     try:
         return json_answer.read_tools(text)
     except ValueError as error:
-        problems.append(words("side.tools_wrong", why=plain(str(error))))
+        problems.append(texts("side.tools_wrong", why=escaped(str(error))))
         return []
 
 
 @st.fragment
-def _reset_button(words: Words) -> None:
-    if st.button(words("side.reset"), icon=":material/restart_alt:", width="stretch", key="reset"):
-        st.session_state["wishes_round"] = st.session_state.get("wishes_round", 0) + 1
+def _reset_button(texts: Texts) -> None:
+    if st.button(texts("side.reset"), icon=":material/restart_alt:", width="stretch", key="reset"):
+        st.session_state["options_version"] = st.session_state.get("wishes_round", 0) + 1
         st.rerun()
 
 
-def usual_temperature(generation: dict[str, Any]) -> float:
+def default_temperature(generation: dict[str, Any]) -> float:
     """What the model's generation config amounts to."""
     if generation.get("do_sample") is False:
         return 0.0
@@ -188,13 +188,13 @@ def _number(generation: dict[str, Any], name: str, otherwise: float) -> float:
 
 
 @st.fragment
-def _language(words: Words) -> None:
+def _language(texts: Texts) -> None:
     """A fragment: a click while an answer comes takes effect when it has come, instead of cutting it off."""
     chosen = st.segmented_control(
-        words("side.language"),
+        texts("side.language"),
         list(LANGUAGES),
         format_func=lambda language: LANGUAGES[language],
-        default=words.language,
+        default=texts.language,
         required=True,
         key="language-choice",
     )

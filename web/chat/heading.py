@@ -6,54 +6,54 @@ import streamlit as st
 
 from web.api_client.client import ApiClient, ApiError, Info
 from web.chat.turns_view import show_error
-from web.i18n.strings import Words
-from web.safe_text import plain
+from web.i18n.strings import Texts
+from web.safe_text import escaped
 
 MODEL_CHECK_S = 3  # how often a page whose model is not ready looks again
 
 
-def show_heading(client: ApiClient, info: Info | None, trouble: ApiError | None, words: Words, at_start: bool) -> None:
+def show_heading(client: ApiClient, info: Info | None, info_error: ApiError | None, texts: Texts, at_start: bool) -> None:
     title, who, state = st.empty(), st.empty(), st.empty()
     if at_start:
-        title.header(words("title"), anchor=False)
+        title.header(texts("title"), anchor=False)
     ready = client.health().ready
     if info or ready:
-        sentence, knows = _who_answers(info, words)
-        gap = "" if words.language == "zh" else " "
+        sentence, knows = _model_line(info, texts)
+        gap = "" if texts.language == "zh" else " "
         if at_start:
             who.markdown(f"{sentence}{gap}{knows}")
         else:
-            who.caption(f"{sentence}{gap}{words('model.demo')}" if knows else sentence, help=knows or None)
-    if trouble is not None and trouble.kind == "bad_key":
+            who.caption(f"{sentence}{gap}{texts('model.demo')}" if knows else sentence, help=knows or None)
+    if info_error is not None and info_error.kind == "bad_key":
         with state.container():
-            show_error(trouble, words)
+            show_error(info_error, texts)
     elif not ready:
         with state.container():
-            _wait_for_model(client, words)
+            _wait_for_model(client, texts)
 
 
-def _who_answers(info: Info | None, words: Words) -> tuple[str, str]:
+def _model_line(info: Info | None, texts: Texts) -> tuple[str, str]:
     """Which model it is, and what it knows if it is the demo."""
     if info is None or not info.model:
-        return words("model.unknown"), ""
-    sentence = words("model.plain", model=plain(info.model.rstrip("/").rsplit("/", 1)[-1]))
+        return texts("model.unknown"), ""
+    sentence = texts("model.plain", model=escaped(info.model.rstrip("/").rsplit("/", 1)[-1]))
     if not info.demo:
         return sentence, ""
-    return sentence, info.knows.get(words.language) or info.knows.get("en") or words("model.demo")
+    return sentence, info.knows.get(texts.language) or info.knows.get("en") or texts("model.demo")
 
 
 @st.fragment(run_every=MODEL_CHECK_S)
-def _wait_for_model(client: ApiClient, words: Words) -> None:
+def _wait_for_model(client: ApiClient, texts: Texts) -> None:
     """Tell why no answer would come now, until one would."""
     now = client.health()
     if now.ready:
         st.rerun()
     if now.state == "loading":
         if now.progress is None:
-            st.info(words("model.loading_unknown"), icon=":material/hourglass_top:")
+            st.info(texts("model.loading_unknown"), icon=":material/hourglass_top:")
         else:
             percent = f"{100 * now.progress:.0f}"
-            st.info(words("model.loading", percent=percent), icon=":material/hourglass_top:")
+            st.info(texts("model.loading", percent=percent), icon=":material/hourglass_top:")
     else:
         key = "model.down" if now.state == "down" else "model.not_serving"
-        st.warning(words(key), icon=":material/cloud_off:")
+        st.warning(texts(key), icon=":material/cloud_off:")

@@ -20,33 +20,33 @@ from settings import Settings
 from web.api_client.answer_stream import AnswerStream
 from web.api_client.client import ApiClient, ApiError, Info
 from web.chat import composer
-from web.chat.controls import Wishes, show_language, show_wishes
+from web.chat.controls import RequestOptions, show_language, show_request_options
 from web.chat.heading import show_heading
 from web.chat.turns_view import MODEL, USER, LiveAnswer, redraw_when_stopped, show_answer, show_question
 from web.history.chat_list import show_chat_menu, show_chats
-from web.history.chat_store import MyChats
+from web.history.chat_store import VisitorChats
 from web.history.conversation import Answer, Conversation, ToolResult, Turn
-from web.i18n.strings import Words
+from web.i18n.strings import Texts
 from web.images import attached_image
-from web.images.attached_image import Picture, PictureError
-from web.safe_text import plain
+from web.images.attached_image import AttachedImage, ImageError
+from web.safe_text import escaped
 from web.samples import Sample, sample_named, samples
 
 SAMPLE_WIDTH = 164  # four beside each other on a desk, two on a phone
 INFO_FRESH_S = 20
 MAX_TURNS = 100  # in one chat: each is drawn again at every click
-AILING = ("down", "silent", "unavailable", "draining")  # failures whose cause the console shows
+OUTAGES = ("down", "silent", "unavailable", "draining")  # failures whose cause the console shows
 
 
 @dataclass
-class Ask:
+class Submission:
     """A question to send in this run. `again`: in place of the last one, or that very one where it is empty.
 
     `results`: not a question but what the tools gave that the last answer called.
     """
 
     question: str
-    pictures: list[Picture] = field(default_factory=list)
+    images: list[AttachedImage] = field(default_factory=list)
     sample: str | None = None
     again: bool = False
     results: tuple[ToolResult, ...] = ()
@@ -57,61 +57,61 @@ class Chat:
     """What one visitor's session holds. `tray`: pictures that wait for the next question."""
 
     conversation: Conversation = field(default_factory=Conversation)
-    tray: list[Picture] = field(default_factory=list)
-    next_ask: Ask | None = None
+    pending_images: list[AttachedImage] = field(default_factory=list)
+    next_submission: Submission | None = None
     submitted: bool = False  # the input box brings a question in this run
     editing: bool = False  # the last question stands in a box to be changed
     notices: list[str] = field(default_factory=list)
 
 
-def show(client: ApiClient, settings: Settings, words: Words, mine: MyChats, console: StreamlitPage) -> None:
-    chat = _chat(mine)
-    chat.conversation.settle(time.monotonic())
-    info, trouble = _info(client)
-    page = _Page(client, settings, words, chat, info, mine, console)
+def show_chat(client: ApiClient, settings: Settings, texts: Texts, chats: VisitorChats, console: StreamlitPage) -> None:
+    chat = _chat(chats)
+    chat.conversation.stop_unfinished(time.monotonic())
+    info, info_error = _info(client)
+    page = ChatRun(client, settings, texts, chat, info, chats, console)
     with st.sidebar:
-        show_chats(mine, chat.conversation, words, page.open_chat, page.new_chat)
+        show_chats(chats, chat.conversation, texts, page.open_chat, page.new_chat)
         if chat.conversation.turns:
-            show_chat_menu(mine, chat.conversation, words, page.new_chat)
+            show_chat_menu(chats, chat.conversation, texts, page.new_chat)
         st.space("small")
-        wishes = show_wishes(info, words)
+        options = show_request_options(info, texts)
         st.space("small")
-        show_language(words)
-    at_start = not (chat.conversation.turns or chat.next_ask or chat.submitted)
+        show_language(texts)
+    at_start = not (chat.conversation.turns or chat.next_submission or chat.submitted)
     chat.submitted = False
     # Each part keeps its place from run to run: what a part no longer shows vanishes at once, instead of
     # standing greyed out beneath an answer until that is complete.
-    show_heading(client, info, trouble, words, at_start)
-    first_input, first_steps, talk, next_steps = st.empty(), st.empty(), st.container(), st.empty()
+    show_heading(client, info, info_error, texts, at_start)
+    start_input, start_area, turns_area, followups = st.empty(), st.empty(), st.container(), st.empty()
     if at_start:
         # In the flow of the page: pinned to its bottom, it would make a phone open the page scrolled to its end.
-        with first_input.container():
-            composer.show_tray(chat.tray, words)
-            ask = page.read_input(wishes)
+        with start_input.container():
+            composer.show_pending_images(chat.pending_images, texts)
+            submission = page.read_input(options)
             page.show_notices()
-        with first_steps.container():
-            page.show_beginnings()
+        with start_area.container():
+            page.show_start()
     else:
-        first_input.empty()
-        first_steps.empty()
-        ask = page.read_input(wishes)
-    with talk:
-        page.show_talk(ask)
+        start_input.empty()
+        start_area.empty()
+        submission = page.read_input(options)
+    with turns_area:
+        page.show_turns(submission)
         if not at_start:
             page.show_notices()
-        if ask is not None:
-            next_steps.empty()
-            page.answer(ask, wishes)
-    with next_steps.container():
-        page.show_next_steps()
+        if submission is not None:
+            followups.empty()
+            page.answer(submission, options)
+    with followups.container():
+        page.show_followups()
 
 
-def _chat(mine: MyChats) -> Chat:
+def _chat(chats: VisitorChats) -> Chat:
     """The session's chat; or the one that the address names, after a reload or the browser's back button."""
     asked = st.query_params.get("chat", "")
     chat: Chat | None = st.session_state.get("chat")
     if asked and (chat is None or asked != chat.conversation.id):
-        found = mine.load(asked)
+        found = chats.load(asked)
         if found is not None:
             chat = Chat(found)
         else:
@@ -134,18 +134,18 @@ def _fresh_info(base_url: str, _client: ApiClient) -> Info:
     return _client.info()
 
 
-class _Page:
+class ChatRun:
     """One run of the script for one visitor."""
 
     def __init__(
-        self, client: ApiClient, settings: Settings, words: Words, chat: Chat, info: Info | None, mine: MyChats,
+        self, client: ApiClient, settings: Settings, texts: Texts, chat: Chat, info: Info | None, chats: VisitorChats,
         console: StreamlitPage,
     ) -> None:  # fmt: skip
         self._client = client
-        self._words = words
+        self._texts = texts
         self._chat = chat
         self._info = info or Info()
-        self._mine = mine
+        self._chats = chats
         self._console = console
         limits = self._info.limits
         self._by_link = bool(limits.get("fetch_images", True))  # another engine does not tell
@@ -155,13 +155,13 @@ class _Page:
 
     # What the visitor wants.
 
-    def read_input(self, wishes: Wishes) -> Ask | None:
+    def read_input(self, options: RequestOptions) -> Submission | None:
         """The question of this run: typed, or left by a button that was clicked."""
-        words, chat = self._words, self._chat
+        texts, chat = self._texts, self._chat
         if (draft := st.session_state.pop("draft", None)) is not None:
             st.session_state["question"] = draft
         given = st.chat_input(
-            words("ask.placeholder_next" if chat.conversation.turns else "ask.placeholder"),
+            texts("ask.placeholder_next" if chat.conversation.turns else "ask.placeholder"),
             key="question",
             accept_file="multiple",
             file_type=list(attached_image.SUFFIXES),
@@ -169,43 +169,43 @@ class _Page:
             submit_mode="stop",
             on_submit=self._note_submit,
         )
-        clicked, chat.next_ask = chat.next_ask, None
-        ask = self._accept(given) if given else clicked
-        if ask is not None:
+        clicked, chat.next_submission = chat.next_submission, None
+        submission = self._accept(given) if given else clicked
+        if submission is not None:
             chat.notices.clear()
-            self._check(ask, wishes)
-        return ask
+            self._check(submission, options)
+        return submission
 
-    def _accept(self, given: ChatInputValue) -> Ask:
-        words = self._words
+    def _accept(self, given: ChatInputValue) -> Submission:
+        texts = self._texts
         try:
-            brought = [*self._chat.tray, *(self._prepare(file.name, file.getvalue()) for file in given.files)]
-        except PictureError as error:
-            self._refuse(composer.picture_problem(error, words), given.text)
-        usual = words("ask.default_many" if len(brought) > 1 else "ask.default")
-        return Ask(given.text.strip() or usual, brought)
+            has_token = [*self._chat.pending_images, *(self._prepare(file.name, file.getvalue()) for file in given.files)]
+        except ImageError as error:
+            self._refuse(composer.image_problem(error, texts), given.text)
+        usual = texts("ask.default_many" if len(has_token) > 1 else "ask.default")
+        return Submission(given.text.strip() or usual, has_token)
 
-    def _check(self, ask: Ask, wishes: Wishes) -> None:
+    def _check(self, submission: Submission, options: RequestOptions) -> None:
         """Nothing is sent that could only fail; the visitor's words and pictures stay."""
-        words, conversation = self._words, self._chat.conversation
-        if wishes.problems:
-            self._refuse(wishes.problems[0], ask.question, ask)
-        if len(conversation.turns) >= MAX_TURNS and not ask.again:
-            self._refuse(words("chat.full", limit=MAX_TURNS), ask.question, ask)
-        count = conversation.picture_count(new=len(ask.pictures))
+        texts, conversation = self._texts, self._chat.conversation
+        if options.problems:
+            self._refuse(options.problems[0], submission.question, submission)
+        if len(conversation.turns) >= MAX_TURNS and not submission.again:
+            self._refuse(texts("chat.full", limit=MAX_TURNS), submission.question, submission)
+        count = conversation.image_count(new=len(submission.images))
         if count > self._max_images:
-            self._refuse(words("picture.too_many", count=count, limit=self._max_images), ask.question)
+            self._refuse(texts("image.too_many", count=count, limit=self._max_images), submission.question)
 
-    def _prepare(self, name: str, data: bytes) -> Picture:
+    def _prepare(self, name: str, data: bytes) -> AttachedImage:
         return attached_image.prepare(name, data, self._max_bytes, self._max_pixels)
 
-    def _refuse(self, notice: str, question: str, ask: Ask | None = None) -> None:
+    def _refuse(self, notice: str, question: str, submission: Submission | None = None) -> None:
         """Say why nothing was sent, and put the question back into the input box, its pictures into the tray."""
         self._chat.notices = [notice]
-        if ask is None or not ask.again:
+        if submission is None or not submission.again:
             st.session_state["draft"] = question
-        if ask is not None:
-            self._chat.tray = list(ask.pictures)
+        if submission is not None:
+            self._chat.pending_images = list(submission.images)
         st.rerun()
 
     def _note_submit(self) -> None:
@@ -219,66 +219,66 @@ class _Page:
         st.query_params["chat"] = id
 
     def _ask_sample(self, sample: Sample, question: str) -> None:
-        picture = self._prepare(sample.file, sample.path.read_bytes())
-        self._chat.next_ask = Ask(question, [picture], sample.file)
+        image = self._prepare(sample.file, sample.path.read_bytes())
+        self._chat.next_submission = Submission(question, [image], sample.file)
 
     def _ask_on(self, question: str) -> None:
-        self._chat.next_ask = Ask(question)
+        self._chat.next_submission = Submission(question)
 
     def _give_results(self) -> None:
         calls = self._chat.conversation.turns[-1].answer.calls
         given = [str(st.session_state.get(f"result-{n}", "")).strip() for n in range(len(calls))]
         results = tuple(ToolResult(call.id, call.name, text) for call, text in zip(calls, given, strict=True))
-        self._chat.next_ask = Ask("", results=results)
+        self._chat.next_submission = Submission("", results=results)
 
     def _ask_again(self) -> None:
-        self._chat.next_ask = Ask("", again=True)
+        self._chat.next_submission = Submission("", again=True)
 
-    def _ask_with_fewer_pictures(self) -> None:
-        self._mine.leave_out_older_pictures(self._chat.conversation)
+    def _ask_with_fewer_images(self) -> None:
+        self._chats.leave_out_older_images(self._chat.conversation)
         self._ask_again()
 
     def _edit(self, editing: bool) -> None:
         self._chat.editing = editing
 
     def _ask_edited(self) -> None:
-        self._chat.next_ask = Ask(str(st.session_state["edited"]).strip(), again=True)
+        self._chat.next_submission = Submission(str(st.session_state["edited"]).strip(), again=True)
 
     # What the visitor sees.
 
-    def show_talk(self, ask: Ask | None) -> None:
+    def show_turns(self, submission: Submission | None) -> None:
         """Every turn but the one that is being answered in this run."""
         turns = self._chat.conversation.turns
-        for turn in turns[:-1] if ask and ask.again else turns:
-            if self._chat.editing and turn is turns[-1] and ask is None:
+        for turn in turns[:-1] if submission and submission.again else turns:
+            if self._chat.editing and turn is turns[-1] and submission is None:
                 self._show_edited(turn)
             else:
-                show_question(turn, self._chat.conversation, self._mine, self._words)
-            show_answer(turn, self._chat.conversation, self._mine, self._words)
+                show_question(turn, self._chat.conversation, self._chats, self._texts)
+            show_answer(turn, self._chat.conversation, self._chats, self._texts)
 
     def _show_edited(self, turn: Turn) -> None:
-        words = self._words
+        texts = self._texts
         with st.chat_message("user", avatar=USER):
             st.session_state.setdefault("edited", turn.question)
-            st.text_area(words("edit.label"), key="edited")
+            st.text_area(texts("edit.label"), key="edited")
             with st.container(horizontal=True):
-                st.button(words("edit.send"), type="primary", key="edit-send", on_click=self._ask_edited)
-                st.button(words("edit.cancel"), key="edit-cancel", on_click=self._edit, args=(False,))
+                st.button(texts("edit.send"), type="primary", key="edit-send", on_click=self._ask_edited)
+                st.button(texts("edit.cancel"), key="edit-cancel", on_click=self._edit, args=(False,))
 
     def _limits(self) -> str:
-        return self._words("ask.limits", count=self._max_images, size=f"{self._max_bytes / 2**20:g}")
+        return self._texts("ask.limits", count=self._max_images, size=f"{self._max_bytes / 2**20:g}")
 
-    def show_beginnings(self) -> None:
+    def show_start(self) -> None:
         """Under the empty page's input box: ways to add pictures, ready-made questions, sample pictures."""
-        words = self._words
-        composer.show_ways_in(self._chat.tray, self._prepare, self._limits(), words, self._by_link)
-        composer.show_presets(words)
-        st.markdown(f"**{words('samples.title')}**")
+        texts = self._texts
+        composer.show_attach_controls(self._chat.pending_images, self._prepare, self._limits(), texts, self._by_link)
+        composer.show_presets(texts)
+        st.markdown(f"**{texts('samples.title')}**")
         cards = st.container(horizontal=True)
         for sample in samples():
-            question = sample.questions[words.language][0]
+            question = sample.questions[texts.language][0]
             with cards.container(width=SAMPLE_WIDTH):
-                st.image(str(sample.path), width="stretch", alt=sample.alt[words.language])
+                st.image(str(sample.path), width="stretch", alt=sample.alt[texts.language])
                 st.button(
                     question,
                     key=f"sample-{sample.file}",
@@ -290,110 +290,110 @@ class _Page:
     def show_notices(self) -> None:
         for notice in self._chat.notices:
             st.warning(notice, icon=":material/image_not_supported:")
-        if self._mine.failed and self._chat.conversation.turns:
-            st.warning(self._words("chat.unsaved"), icon=":material/save:")
+        if self._chats.failed and self._chat.conversation.turns:
+            st.warning(self._texts("chat.unsaved"), icon=":material/save:")
 
-    def show_next_steps(self) -> None:
+    def show_followups(self) -> None:
         """Under the last answer: again, change the question, go on; then what can be added to the next question."""
-        words, conversation = self._words, self._chat.conversation
+        texts, conversation = self._texts, self._chat.conversation
         if not conversation.turns:
             return
         last = conversation.turns[-1].answer
         with st.container(horizontal=True):
             key = "answer.again" if last.state in ("failed", "stopped") else "answer.other"
-            st.button(words(key), icon=":material/refresh:", key="again", type="tertiary", on_click=self._ask_again)
+            st.button(texts(key), icon=":material/refresh:", key="again", type="tertiary", on_click=self._ask_again)
             if not conversation.turns[-1].results:
                 st.button(
-                    words("edit.edit"), icon=":material/edit:", key="edit", type="tertiary", on_click=self._edit,
+                    texts("edit.edit"), icon=":material/edit:", key="edit", type="tertiary", on_click=self._edit,
                     args=(True,),
                 )  # fmt: skip
-            if last.error and last.error.kind == "too_long" and conversation.with_older_pictures():
+            if last.error and last.error.kind == "too_long" and conversation.turns_with_older_images():
                 st.button(
-                    words("answer.fewer"), icon=":material/hide_image:", key="fewer", type="tertiary",
-                    on_click=self._ask_with_fewer_pictures,
+                    texts("answer.fewer"), icon=":material/hide_image:", key="fewer", type="tertiary",
+                    on_click=self._ask_with_fewer_images,
                 )  # fmt: skip
-            if last.error and last.error.kind in AILING:
-                st.page_link(self._console, label=words("nav.console"), icon=":material/monitor_heart:")
+            if last.error and last.error.kind in OUTAGES:
+                st.page_link(self._console, label=texts("nav.console"), icon=":material/monitor_heart:")
             if last.was_cut_off:
                 st.button(
-                    words("answer.go_on"), icon=":material/resume:", key="go-on", type="tertiary",
-                    on_click=self._ask_on, args=(words("answer.go_on_question"),),
+                    texts("answer.go_on"), icon=":material/resume:", key="go-on", type="tertiary",
+                    on_click=self._ask_on, args=(texts("answer.go_on_question"),),
                 )  # fmt: skip
             if last.text.strip():
-                with st.popover(words("answer.copy"), icon=":material/content_copy:", type="tertiary"):
+                with st.popover(texts("answer.copy"), icon=":material/content_copy:", type="tertiary"):
                     st.code(last.text.strip(), language=None, wrap_lines=True)
-        if last.waits_for_tools:
+        if last.awaits_tool_results:
             self._show_results_form(last)
         elif last.state == "done":
-            self._show_more_questions()
-        composer.show_ways_in(self._chat.tray, self._prepare, self._limits(), words, self._by_link, presets_folded=True)
-        composer.show_tray(self._chat.tray, words)
+            self._show_sample_questions()
+        composer.show_attach_controls(self._chat.pending_images, self._prepare, self._limits(), texts, self._by_link, presets_folded=True)
+        composer.show_pending_images(self._chat.pending_images, texts)
 
     def _show_results_form(self, answer: Answer) -> None:
         """The page runs no tool: whoever did tells here what it gave."""
-        words = self._words
+        texts = self._texts
         with st.form("tool-results"):
             for n, call in enumerate(answer.calls):
-                st.caption(words("tool.result", name=plain(call.name)))
+                st.caption(texts("tool.result", name=escaped(call.name)))
                 # The name for screen readers is taken as it stands, not as Markdown.
-                st.text_area(words("tool.result", name=call.name), key=f"result-{n}", height=80, label_visibility="collapsed")
-            st.form_submit_button(words("tool.send"), icon=":material/reply:", on_click=self._give_results)
+                st.text_area(texts("tool.result", name=call.name), key=f"result-{n}", height=80, label_visibility="collapsed")
+            st.form_submit_button(texts("tool.send"), icon=":material/reply:", on_click=self._give_results)
 
-    def _show_more_questions(self) -> None:
-        words, conversation = self._words, self._chat.conversation
+    def _show_sample_questions(self) -> None:
+        texts, conversation = self._texts, self._chat.conversation
         sample = sample_named(conversation.last_sample() or "")
         if sample is None:
             return
         asked = {turn.question for turn in conversation.turns}
-        open_questions = [each for each in sample.questions[words.language] if each not in asked]
+        open_questions = [each for each in sample.questions[texts.language] if each not in asked]
         if open_questions:
-            st.caption(words("samples.more"))
+            st.caption(texts("samples.more"))
             with st.container(horizontal=True):
                 for question in open_questions:
                     st.button(question, key=f"more-{question}", on_click=self._ask_on, args=(question,))
 
-    def answer(self, ask: Ask, wishes: Wishes) -> None:
+    def answer(self, submission: Submission, options: RequestOptions) -> None:
         """Send the question and draw the answer as it comes; then run once more, to draw it at rest."""
-        conversation, mine = self._chat.conversation, self._mine
-        turn = self._new_turn(ask)
-        turn.answer.schema = wishes.schema
-        self._chat.tray, self._chat.editing = [], False
+        conversation, chats = self._chat.conversation, self._chats
+        turn = self._new_turn(submission)
+        turn.answer.schema = options.schema
+        self._chat.pending_images, self._chat.editing = [], False
         st.session_state.pop("edited", None)
-        mine.save(conversation)
+        chats.save(conversation)
         st.query_params["chat"] = conversation.id
-        show_question(turn, conversation, mine, self._words)
+        show_question(turn, conversation, chats, self._texts)
         with st.chat_message("assistant", avatar=MODEL):
-            live = LiveAnswer(turn.answer, self._words)
+            live = LiveAnswer(turn.answer, self._texts)
             # The input box has a stop button too, but not for a click on a sample, nor in the reader's language.
-            st.button(self._words("live.stop"), icon=":material/stop_circle:", key="stop")
+            st.button(self._texts("live.stop"), icon=":material/stop_circle:", key="stop")
         redraw_when_stopped(turn.answer)
         try:
-            with AnswerStream(self._client, self._body(conversation, wishes)) as stream:
+            with AnswerStream(self._client, self._body(conversation, options)) as stream:
                 for batch in stream.batches():
                     now = time.monotonic()
                     for event in batch:
-                        turn.answer.take(event, now)
-                    mine.save_now_and_then(conversation)
+                        turn.answer.apply(event, now)
+                    chats.save_now_and_then(conversation)
                     live.draw()
         except ApiError as error:
             turn.answer.fail(error, time.monotonic())
         finally:
             # A run that was stopped ends here, by an exception of Streamlit's: what had come is kept.
             turn.answer.stop(time.monotonic())
-            mine.save(conversation)
+            chats.save(conversation)
         st.rerun()
 
-    def _new_turn(self, ask: Ask) -> Turn:
+    def _new_turn(self, submission: Submission) -> Turn:
         conversation = self._chat.conversation
-        if ask.results:
-            return conversation.give_results(ask.results)
-        if ask.again:
-            return conversation.ask_again(ask.question)
-        return conversation.ask(ask.question, ask.pictures, ask.sample)
+        if submission.results:
+            return conversation.give_results(submission.results)
+        if submission.again:
+            return conversation.ask_again(submission.question)
+        return conversation.ask(submission.question, submission.images, submission.sample)
 
-    def _body(self, conversation: Conversation, wishes: Wishes) -> dict[str, Any]:
-        messages = conversation.messages(self._mine.url_of)
-        if wishes.system:
-            messages.insert(0, {"role": "system", "content": wishes.system})
-        body: dict[str, Any] = {"messages": messages, **wishes.as_body()}
+    def _body(self, conversation: Conversation, options: RequestOptions) -> dict[str, Any]:
+        messages = conversation.messages(self._chats.url_of)
+        if options.system:
+            messages.insert(0, {"role": "system", "content": options.system})
+        body: dict[str, Any] = {"messages": messages, **options.as_body()}
         return {"model": self._info.model, **body} if self._info.model else body

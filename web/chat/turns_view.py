@@ -12,122 +12,122 @@ import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 from streamlit.elements.lib.mutable_status_container import StatusContainer
 
-from web.api_client.answer_stream import Place
+from web.api_client.answer_stream import BoundingBox
 from web.api_client.client import ApiError
 from web.chat import json_answer
-from web.history.chat_store import MyChats
-from web.history.conversation import Answer, Call, Conversation, Failure, Turn
-from web.i18n.strings import TABLE, Words
-from web.images.attached_image import Picture
-from web.images.box_drawing import draw_places
-from web.safe_text import links_named, plain, without_pictures
+from web.history.chat_store import VisitorChats
+from web.history.conversation import Answer, Conversation, Failure, ToolCall, Turn
+from web.i18n.strings import TABLE, Texts
+from web.images.attached_image import AttachedImage
+from web.images.box_drawing import draw_boxes
+from web.safe_text import escaped, with_link_hosts, without_images
 
 USER = ":material/person:"
 MODEL = ":material/visibility:"
-ONLY_PLACES = re.compile(r"[\[\]\d\s,.]+")  # an answer that is nothing but rectangles
+ONLY_COORDINATES = re.compile(r"[\[\]\d\s,.]+")  # an answer that is nothing but rectangles
 ONE_WIDTH, MANY_WIDTH = 340, 200  # of shown pictures, in CSS pixels
 CURSOR = " ▍"
 STOP_CHECK_S = 0.5  # how soon an answer that was stopped is shown so
 
 
-def show_question(turn: Turn, conversation: Conversation, mine: MyChats, words: Words) -> None:
+def show_question(turn: Turn, conversation: Conversation, chats: VisitorChats, texts: Texts) -> None:
     with st.chat_message("user", avatar=USER):
-        _show_pictures([conversation.pictures[sha] for sha in turn.pictures], mine, words)
+        _show_images([conversation.images[sha] for sha in turn.images], chats, texts)
         if turn.left_out:
-            st.caption(words("picture.left_out"))
+            st.caption(texts("image.left_out"))
         for result in turn.results:
-            st.caption(words("tool.gave", name=plain(result.name)))
+            st.caption(texts("tool.gave", name=escaped(result.name)))
             st.code(result.text, language=None, wrap_lines=True)
         if not turn.results:
             st.text(turn.question)
 
 
-def _show_pictures(shown: list[Picture], mine: MyChats, words: Words) -> None:
+def _show_images(shown: list[AttachedImage], chats: VisitorChats, texts: Texts) -> None:
     if not shown:
         return
     width = ONE_WIDTH if len(shown) == 1 else MANY_WIDTH
     with st.container(horizontal=True):
-        for picture in shown:
-            if data := mine.bytes_of(picture):
-                alt = words("picture.alt", name=picture.name)
-                st.image(data, width=min(width, max(picture.width, 80)), alt=alt)
+        for image in shown:
+            if data := chats.bytes_of(image):
+                alt = texts("image.alt", name=image.name)
+                st.image(data, width=min(width, max(image.width, 80)), alt=alt)
             else:
-                key = "picture.elsewhere" if picture.url else "picture.lost"
-                st.markdown(f":material/{'link' if picture.url else 'broken_image'}: "
-                            f"{words(key, name=plain(picture.name))}")  # fmt: skip
+                key = "image.elsewhere" if image.url else "image.lost"
+                st.markdown(f":material/{'link' if image.url else 'broken_image'}: "
+                            f"{texts(key, name=escaped(image.name))}")  # fmt: skip
 
 
-def show_answer(turn: Turn, conversation: Conversation, mine: MyChats, words: Words) -> None:
+def show_answer(turn: Turn, conversation: Conversation, chats: VisitorChats, texts: Texts) -> None:
     with st.chat_message("assistant", avatar=MODEL):
         for earlier in turn.earlier:
-            label = words("answer.earlier_to", question=plain(earlier.question)) if earlier.question else words("answer.earlier")
+            label = texts("answer.earlier_to", question=escaped(earlier.question)) if earlier.question else texts("answer.earlier")
             with st.expander(label, type="compact"):
-                _show(earlier, conversation, mine, words)
-        _show(turn.answer, conversation, mine, words)
+                _show(earlier, conversation, chats, texts)
+        _show(turn.answer, conversation, chats, texts)
 
 
-def _show(answer: Answer, conversation: Conversation, mine: MyChats, words: Words) -> None:
+def _show(answer: Answer, conversation: Conversation, chats: VisitorChats, texts: Texts) -> None:
     if answer.reasoning.strip():
-        with st.expander(thought_label(answer, words), type="compact"):
-            st.markdown(harmless(answer.reasoning.strip()))
+        with st.expander(reasoning_label(answer, texts), type="compact"):
+            st.markdown(sanitized(answer.reasoning.strip()))
     for call in answer.calls:
-        _show_call(call, words)
+        _show_call(call, texts)
     if answer.text.strip():
-        _show_text(answer, words)
-    _show_places(answer, conversation, mine, words)
+        _show_text(answer, texts)
+    _show_boxes(answer, conversation, chats, texts)
     if answer.state == "stopped":
-        key = "answer.stopped" if answer.says_something else "answer.stopped_early"
-        st.caption(f":material/stop_circle: {words(key)}")
+        key = "answer.stopped" if answer.has_content else "answer.stopped_early"
+        st.caption(f":material/stop_circle: {texts(key)}")
     elif answer.error is not None:
-        show_error(answer.error, words)
-    elif not answer.says_something:
-        st.caption(words("answer.empty"))
-    if numbers := numbers_line(answer, words):
-        st.caption(numbers, help=numbers_help(answer, words))
+        show_error(answer.error, texts)
+    elif not answer.has_content:
+        st.caption(texts("answer.empty"))
+    if numbers := numbers_line(answer, texts):
+        st.caption(numbers, help=numbers_help(answer, texts))
 
 
-def show_error(error: ApiError | Failure, words: Words) -> None:
+def show_error(error: ApiError | Failure, texts: Texts) -> None:
     key = f"error.{error.kind}"
-    sentence = words(key if key in TABLE else "error.broken", detail=plain(error.detail))
-    small = [plain(error.detail)] if error.kind == "too_long" and error.detail else []  # the tokens asked for, the limit
-    small += [words("error.request_id", id=plain(error.request_id))] if error.request_id else []
+    sentence = texts(key if key in TABLE else "error.broken", detail=escaped(error.detail))
+    small = [escaped(error.detail)] if error.kind == "too_long" and error.detail else []  # the tokens asked for, the limit
+    small += [texts("error.request_id", id=escaped(error.request_id))] if error.request_id else []
     if small:
         sentence += f"  \n:small[{' · '.join(small)}]"
-    st.error(without_pictures(sentence), icon=":material/error:")
+    st.error(without_images(sentence), icon=":material/error:")
 
 
-def harmless(markdown: str) -> str:
-    return links_named(without_pictures(markdown))
+def sanitized(markdown: str) -> str:
+    return with_link_hosts(without_images(markdown))
 
 
-def _show_text(answer: Answer, words: Words) -> None:
+def _show_text(answer: Answer, texts: Texts) -> None:
     text = answer.text.strip()
-    if answer.boxes and ONLY_PLACES.fullmatch(text):
-        st.markdown(words("answer.marked", place=f"`{text}`"))
+    if answer.boxes and ONLY_COORDINATES.fullmatch(text):
+        st.markdown(texts("answer.marked", box=f"`{text}`"))
         return
     read = json_answer.read(text, answer.schema)
     if read is None:
-        st.markdown(harmless(text))
+        st.markdown(sanitized(text))
         return
     if read.is_json:
         st.code(json.dumps(read.value, indent=2, ensure_ascii=False), language="json", wrap_lines=True)
     else:
         st.code(text, language=None, wrap_lines=True)
     if answer.schema is not None:
-        _show_fit(read, bool(answer.schema), words)
+        _show_fit(read, bool(answer.schema), texts)
 
 
-def _show_fit(read: json_answer.JsonAnswer, by_schema: bool, words: Words) -> None:
+def _show_fit(read: json_answer.JsonAnswer, by_schema: bool, texts: Texts) -> None:
     if read.problem:
         key = "json.misfit" if read.is_json else "json.broken"
-        what = words(key, where=plain(read.where), problem=plain(read.problem))
+        what = texts(key, where=escaped(read.where), problem=escaped(read.problem))
         st.warning(what, icon=":material/rule:")
     else:
-        st.caption(f":material/check_circle: {words('json.fits' if by_schema else 'json.valid')}")
+        st.caption(f":material/check_circle: {texts('json.fits' if by_schema else 'json.valid')}")
 
 
-def _show_call(call: Call, words: Words) -> None:
-    label = words("answer.call", name=plain(call.name or "?"))
+def _show_call(call: ToolCall, texts: Texts) -> None:
+    label = texts("answer.call", name=escaped(call.name or "?"))
     with st.status(label, type="step", state="complete", expanded=True):
         try:
             st.code(json.dumps(json.loads(call.arguments), indent=2, ensure_ascii=False), language="json")
@@ -135,90 +135,90 @@ def _show_call(call: Call, words: Words) -> None:
             st.code(call.arguments, language=None)
 
 
-def _show_places(answer: Answer, conversation: Conversation, mine: MyChats, words: Words) -> None:
-    sent = [conversation.pictures[sha] for sha in answer.sent if sha in conversation.pictures]
-    for index, picture in enumerate(sent):
-        places = tuple(place for place in answer.boxes if place.image == index)
-        if not places:
+def _show_boxes(answer: Answer, conversation: Conversation, chats: VisitorChats, texts: Texts) -> None:
+    sent = [conversation.images[sha] for sha in answer.sent if sha in conversation.images]
+    for index, image in enumerate(sent):
+        boxes = tuple(box for box in answer.boxes if box.image == index)
+        if not boxes:
             continue
         drawn = None
-        if data := mine.bytes_of(picture):
-            drawn = draw_places(data, places)
-            alt = words("picture.boxes", name=picture.name)
-            st.image(drawn[0], width=min(ONE_WIDTH, max(picture.width, 80)), alt=alt)
-        elif picture.url:
-            st.caption(words("boxes.not_drawn"))
-        _list_places(places, picture, drawn, words, key=f"{conversation.id}-{id(answer)}-{index}")
-    if answer.no_places:
-        st.caption(f":material/wrong_location: {words('boxes.outside', count=answer.no_places)}")
+        if data := chats.bytes_of(image):
+            drawn = draw_boxes(data, boxes)
+            alt = texts("image.boxes", name=image.name)
+            st.image(drawn[0], width=min(ONE_WIDTH, max(image.width, 80)), alt=alt)
+        elif image.url:
+            st.caption(texts("boxes.not_drawn"))
+        _list_boxes(boxes, image, drawn, texts, key=f"{conversation.id}-{id(answer)}-{index}")
+    if answer.invalid_boxes:
+        st.caption(f":material/wrong_location: {texts('boxes.outside', count=answer.invalid_boxes)}")
 
 
-def _list_places(
-    places: tuple[Place, ...], picture: Picture, drawn: tuple[bytes, str] | None, words: Words, key: str
+def _list_boxes(
+    boxes: tuple[BoundingBox, ...], image: AttachedImage, drawn: tuple[bytes, str] | None, texts: Texts, key: str
 ) -> None:
-    with st.expander(words("boxes.title", count=len(places), name=plain(picture.name)), type="compact"):
-        head = f"| # | {words('boxes.label')} | {words('boxes.pixels')} | 0-1000 |\n|---|---|---|---|\n"
+    with st.expander(texts("boxes.title", count=len(boxes), name=escaped(image.name)), type="compact"):
+        head = f"| # | {texts('boxes.label')} | {texts('boxes.pixels')} | 0-1000 |\n|---|---|---|---|\n"
         rows = [
-            f"| {n} | {plain(place.label) or '–'} | {_row(place.pixels or _pixels(place, picture))} | {_row(place.corners)} |"
-            for n, place in enumerate(places, start=1)
+            f"| {n} | {escaped(box.label) or '–'} | {_row(box.pixels or _pixels(box, image))} | {_row(box.corners)} |"
+            for n, box in enumerate(boxes, start=1)
         ]
         st.markdown(head + "\n".join(rows))
         with st.container(horizontal=True):
             if drawn is not None:
                 data, mime = drawn
-                name = f"boxes-{picture.name.rsplit('.', 1)[0]}.{'png' if mime == 'image/png' else 'jpg'}"
+                name = f"boxes-{image.name.rsplit('.', 1)[0]}.{'png' if mime == 'image/png' else 'jpg'}"
                 st.download_button(
-                    words("boxes.picture"), lambda: data, name, mime, on_click="ignore", icon=":material/download:", key=f"boxes-{key}"
+                    texts("boxes.image"), lambda: data, name, mime, on_click="ignore", icon=":material/download:", key=f"boxes-{key}"
                 )
             st.download_button(
-                words("boxes.json"), json.dumps([asdict(place) for place in places], indent=2), "boxes.json",
+                texts("boxes.json"), json.dumps([asdict(box) for box in boxes], indent=2), "boxes.json",
                 "application/json", on_click="ignore", icon=":material/download:", key=f"boxes-json-{key}",
             )  # fmt: skip
 
 
-def _pixels(place: Place, picture: Picture) -> tuple[int, ...]:
-    sides = cycle((picture.width, picture.height))
-    return tuple(round(v * side / 1000) for v, side in zip(place.corners, sides, strict=False)) if picture.width else ()
+def _pixels(box: BoundingBox, image: AttachedImage) -> tuple[int, ...]:
+    sides = cycle((image.width, image.height))
+    return tuple(round(v * side / 1000) for v, side in zip(box.corners, sides, strict=False)) if image.width else ()
 
 
 def _row(numbers: tuple[float, ...] | tuple[int, ...]) -> str:
     return ", ".join(f"{number:g}" for number in numbers) or "–"
 
 
-def thought_label(answer: Answer, words: Words) -> str:
-    return words("answer.thought", seconds=f"{max(answer.thinking_s or 0.0, 0.1):.1f}")
+def reasoning_label(answer: Answer, texts: Texts) -> str:
+    return texts("answer.thought", seconds=f"{max(answer.thinking_s or 0.0, 0.1):.1f}")
 
 
-def numbers_line(answer: Answer, words: Words) -> str:
+def numbers_line(answer: Answer, texts: Texts) -> str:
     """Tokens, time to the first one, speed, and why it ended: only what the API told."""
     finish = answer.finish
     if finish is None:
         return ""
     parts = []
     if finish.completion_tokens is not None:
-        parts.append(words("answer.tokens", count=finish.completion_tokens))
+        parts.append(texts("answer.tokens", count=finish.completion_tokens))
     if finish.ttft_s is not None:
-        parts.append(words("answer.ttft", seconds=_three_digits(finish.ttft_s)))
+        parts.append(texts("answer.ttft", seconds=_three_digits(finish.ttft_s)))
     if finish.tokens_per_s:
-        parts.append(words("answer.rate", rate=_three_digits(finish.tokens_per_s)))
+        parts.append(texts("answer.rate", rate=_three_digits(finish.tokens_per_s)))
     if finish.reason:
         key = f"finish.{finish.reason}"
-        parts.append(words(key) if key in TABLE else finish.reason)
+        parts.append(texts(key) if key in TABLE else finish.reason)
     return " · ".join(parts)
 
 
-def numbers_help(answer: Answer, words: Words) -> str | None:
+def numbers_help(answer: Answer, texts: Texts) -> str | None:
     """What few people want to know: the question's tokens and the request's number."""
     finish = answer.finish
     if finish is None:
         return None
     parts = []
     if finish.prompt_tokens is not None:
-        parts.append(words("answer.prompt_tokens", count=finish.prompt_tokens))
+        parts.append(texts("answer.prompt_tokens", count=finish.prompt_tokens))
     if finish.cached_tokens:
-        parts.append(words("answer.cached", count=finish.cached_tokens))
+        parts.append(texts("answer.cached", count=finish.cached_tokens))
     if finish.request_id:
-        parts.append(words("error.request_id", id=plain(finish.request_id)))
+        parts.append(texts("error.request_id", id=escaped(finish.request_id)))
     return " · ".join(parts) or None
 
 
@@ -229,9 +229,9 @@ def _three_digits(value: float) -> str:
 class LiveAnswer:
     """Places on the page that are redrawn while an answer comes."""
 
-    def __init__(self, answer: Answer, words: Words) -> None:
+    def __init__(self, answer: Answer, texts: Texts) -> None:
         self._answer = answer
-        self._words = words
+        self._texts = texts
         self._waiting = st.empty()
         self._thinking = st.empty()
         self._text = st.empty()
@@ -244,39 +244,39 @@ class LiveAnswer:
         """Always sends something to Streamlit: that is where Stop takes effect."""
         answer = self._answer
         if answer.state == "waiting":
-            self._waiting.caption(waiting_line(answer, self._words, time.monotonic()))
+            self._waiting.caption(waiting_line(answer, self._texts, time.monotonic()))
             return
         if not self._begun:
             self._waiting.empty()
             self._begun = True
         self._draw_thinking()
-        calls = "".join(f"{self._words('answer.call', name=plain(call.name))}\n\n" for call in answer.calls)
-        self._text.markdown(calls + harmless(answer.text.lstrip()) + CURSOR if calls or answer.text else "")
+        calls = "".join(f"{self._texts('answer.call', name=escaped(call.name))}\n\n" for call in answer.calls)
+        self._text.markdown(calls + sanitized(answer.text.lstrip()) + CURSOR if calls or answer.text else "")
 
     def _draw_thinking(self) -> None:
         answer = self._answer
         if not answer.reasoning:
             return
         if self._status is None:
-            label = f":shimmer[{self._words('live.thinking')}]"
+            label = f":shimmer[{self._texts('live.thinking')}]"
             self._status = self._thinking.status(label, type="compact", expanded=False)
             self._thought = self._status.empty()
         if answer.state == "thinking" and self._thought is not None:
-            self._thought.markdown(harmless(answer.reasoning.strip()))
+            self._thought.markdown(sanitized(answer.reasoning.strip()))
         elif answer.thinking_s is not None:
-            self._status.update(label=thought_label(answer, self._words), state="complete")
+            self._status.update(label=reasoning_label(answer, self._texts), state="complete")
 
 
-def waiting_line(answer: Answer, words: Words, now: float) -> str:
+def waiting_line(answer: Answer, texts: Texts, now: float) -> str:
     seconds = int(now - answer.begun)
     if answer.loading and answer.loading_progress is not None:
         percent = f"{100 * answer.loading_progress:.0f}"
-        return words("live.loading_percent", percent=percent, seconds=seconds)
+        return texts("live.loading_percent", percent=percent, seconds=seconds)
     if answer.loading:
-        return words("live.loading", seconds=seconds)
+        return texts("live.loading", seconds=seconds)
     if answer.queue_position:
-        return words("live.queued", position=answer.queue_position, seconds=seconds)
-    return words("live.sent" if answer.queue_position is None else "live.looking", seconds=seconds)
+        return texts("live.queued", position=answer.queue_position, seconds=seconds)
+    return texts("live.sent" if answer.queue_position is None else "live.looking", seconds=seconds)
 
 
 def redraw_when_stopped(answer: Answer) -> None:

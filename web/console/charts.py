@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from web.console.history import BAR_S, Bar, Point
+from web.console.check_history import BAR_S, Bar, Point
 
 COLORS = {
     "up": "#30a46c", "busy": "#3e63dd", "degraded": "#f5a524", "starting": "#8e4ec6", "down": "#e5484d",

@@ -26,11 +26,11 @@ def tail(path: Path, lines: int, at_least: str = "DEBUG", contains: str = "") ->
     text = read.decode("utf-8", "replace").splitlines()
     if size > MAX_BYTES and text:
         text = text[1:]  # begins in the middle of a line
-    wanted = LEVELS.index(at_least)
+    minimum = LEVELS.index(at_least)
     found, level = [], len(LEVELS)
     for line in text:
         if match := _LEVEL.search(line[:200]):
             level = LEVELS.index((match[1] or match[2]).upper())
-        if level >= wanted and contains.lower() in line.lower():
+        if level >= minimum and contains.lower() in line.lower():
             found.append(line)
     return found[-lines:]

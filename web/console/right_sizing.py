@@ -41,7 +41,7 @@ class Week:
     by_hour: Mapping[int, float]  # hour of the day -> mean load
 
 
-def look_at(hours: Sequence[Mapping[str, Any]], now: float, slots: int, zone: tzinfo | None) -> Week:
+def summarize_week(hours: Sequence[Mapping[str, Any]], now: float, slots: int, zone: tzinfo | None) -> Week:
     """From hourly roll-ups."""
     rows = [row for row in hours if row["start"] >= now - WEEK_S]
     load_name = "gpu_load" if any(_count(row, "gpu_load") for row in rows) else "cpu_percent"

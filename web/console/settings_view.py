@@ -8,23 +8,23 @@ import streamlit as st
 from pydantic import SecretStr
 
 from settings import Settings
-from web.i18n.strings import Words
-from web.safe_text import plain
+from web.i18n.strings import Texts
+from web.safe_text import escaped
 
 
-def show_settings(info: dict[str, Any], settings: Settings, words: Words) -> None:
-    with st.expander(words("set.title"), icon=":material/settings:"):
+def show_settings(info: dict[str, Any], settings: Settings, texts: Texts) -> None:
+    with st.expander(texts("set.title"), icon=":material/settings:"):
         choices = info.get("choices") or {}
         if choices:
-            st.caption(words("set.chosen"))
-            lines = [f"| {plain(str(name))} | {plain(_chosen(info, name))} | {plain(str(why))} |" for name, why in choices.items()]
-            st.markdown("\n".join([f"| | {words('set.value')} | {words('set.why')} |", "|---|---|---|", *lines]))
-        st.caption(words("set.given"))
+            st.caption(texts("set.chosen"))
+            lines = [f"| {escaped(str(name))} | {escaped(_chosen(info, name))} | {escaped(str(why))} |" for name, why in choices.items()]
+            st.markdown("\n".join([f"| | {texts('set.value')} | {texts('set.why')} |", "|---|---|---|", *lines]))
+        st.caption(texts("set.given"))
         rows = [
-            f"| `GLM_{name.upper()}` | {plain(_value(getattr(settings, name)))} | {words('set.changed') if name in settings.model_fields_set else ''} |"
+            f"| `GLM_{name.upper()}` | {escaped(_value(getattr(settings, name)))} | {texts('set.changed') if name in settings.model_fields_set else ''} |"
             for name in sorted(type(settings).model_fields)
         ]
-        st.markdown("\n".join([f"| | {words('set.value')} | |", "|---|---|---|", *rows]))
+        st.markdown("\n".join([f"| | {texts('set.value')} | |", "|---|---|---|", *rows]))
 
 
 def _chosen(info: dict[str, Any], name: str) -> str:

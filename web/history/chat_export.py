@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from web.history.conversation import Answer, Conversation, UrlOf
-from web.i18n.strings import Words
+from web.i18n.strings import Texts
 
 FORMAT = "glm-4.6v-flash-web chat"
 VERSION = 1
@@ -24,35 +24,35 @@ def to_json(conversation: Conversation, url_of: UrlOf) -> str:
             "asked_at": _time(turn.asked_at),
             "question": turn.question,
             "tool_results": [asdict(result) for result in turn.results],
-            "pictures": list(turn.pictures),
+            "pictures": list(turn.images),
             "answer": _answer(turn.answer),
             "earlier_answers": [_answer(answer) for answer in turn.earlier],
         }
         for turn in conversation.turns
     ]
-    pictures = {
+    images = {
         sha: {"name": p.name, "width": p.width, "height": p.height, "url": url_of(p)}
-        for sha, p in conversation.pictures.items()
+        for sha, p in conversation.images.items()
     }
-    whole = {"format": FORMAT, "version": VERSION, "title": conversation.title, "turns": turns, "pictures": pictures}
+    whole = {"format": FORMAT, "version": VERSION, "title": conversation.title, "turns": turns, "pictures": images}
     return json.dumps(whole, ensure_ascii=False, indent=2)
 
 
-def to_markdown(conversation: Conversation, url_of: UrlOf, words: Words) -> str:
+def to_markdown(conversation: Conversation, url_of: UrlOf, texts: Texts) -> str:
     parts = [f"# {conversation.title}"]
     for turn in conversation.turns:
-        parts.append(f"## {words('export.question')} · {_time(turn.asked_at)}")
-        for sha in turn.pictures:
-            picture = conversation.pictures[sha]
-            parts.append(f"![{_inside_brackets(picture.name)}]({url_of(picture)})")
+        parts.append(f"## {texts('export.question')} · {_time(turn.asked_at)}")
+        for sha in turn.images:
+            image = conversation.images[sha]
+            parts.append(f"![{_inside_brackets(image.name)}]({url_of(image)})")
         parts += [f"`{result.name}`\n\n{_fenced(result.text)}" for result in turn.results] or [turn.question]
         for answer in [*turn.earlier, turn.answer]:
-            parts += _markdown_answer(answer, words)
+            parts += _markdown_answer(answer, texts)
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown_answer(answer: Answer, words: Words) -> list[str]:
-    parts = [f"### {words('export.answer')}"]
+def _markdown_answer(answer: Answer, texts: Texts) -> list[str]:
+    parts = [f"### {texts('export.answer')}"]
     if thought := answer.reasoning.strip():
         parts.append("\n".join(f"> {line}".rstrip() for line in thought.splitlines()))
     parts += [f"`{call.name}` `{call.arguments}`" for call in answer.calls]
@@ -61,7 +61,7 @@ def _markdown_answer(answer: Answer, words: Words) -> list[str]:
     if answer.boxes:
         rows = [f"| {n} | {box.label} | {box.image + 1} | {_corners(box.corners)} |" for n, box in _counted(answer)]
         parts.append("\n".join(["| | | | 0-1000 |", "|---|---|---|---|", *rows]))
-    if answer.error is not None or not answer.says_something:
+    if answer.error is not None or not answer.has_content:
         parts.append(f"*({answer.error.kind if answer.error else answer.state})*")
     return parts
 

@@ -20,7 +20,7 @@ from typing import TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from web.history.conversation import Conversation, Turn
-from web.images.attached_image import Picture, data_url
+from web.images.attached_image import AttachedImage, data_url
 
 FILE_NAME = "chats.db"
 LIST_LENGTH = 100
@@ -51,7 +51,7 @@ T = TypeVar("T")
 log = logging.getLogger("web")
 
 _TURN = TypeAdapter(Turn)
-_PICTURE = TypeAdapter(Picture)
+_IMAGE = TypeAdapter(AttachedImage)
 
 
 class StoreError(Exception):
@@ -59,7 +59,7 @@ class StoreError(Exception):
 
 
 @dataclass(frozen=True)
-class ChatHead:
+class ChatSummary:
     """A line of the list. `updated` is in seconds since 1970."""
 
     id: str
@@ -74,7 +74,7 @@ class ChatStore:
         """Makes the file. Raises StoreError."""
         self._path = path
         self._keep_days = keep_days
-        with _told():
+        with _as_store_error():
             path.parent.mkdir(parents=True, exist_ok=True)
             # Made before SQLite opens it, so that it and its journal are readable by this user only.
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
@@ -84,14 +84,14 @@ class ChatStore:
             db.execute(f"PRAGMA user_version = {VERSION}")
         self.forget_old(time.time())
 
-    def heads(self, visitor: str) -> list[ChatHead]:
+    def summaries(self, visitor: str) -> list[ChatSummary]:
         """The visitor's chats, the last used first."""
         with self._connection() as db:
             rows = db.execute(
                 "SELECT id, title, updated FROM chats WHERE visitor = ? ORDER BY updated DESC LIMIT ?",
                 (visitor, LIST_LENGTH),
             ).fetchall()
-        return [ChatHead(*row) for row in rows]
+        return [ChatSummary(*row) for row in rows]
 
     def load(self, visitor: str, chat: str) -> Conversation | None:
         """None if the visitor has no such chat."""
@@ -100,19 +100,19 @@ class ChatStore:
             if head is None:
                 return None
             turns = db.execute("SELECT body FROM turns WHERE chat = ? ORDER BY number", (chat,)).fetchall()
-            pictures = db.execute("SELECT body FROM chat_pictures WHERE chat = ?", (chat,)).fetchall()
+            images = db.execute("SELECT body FROM chat_pictures WHERE chat = ?", (chat,)).fetchall()
         try:
-            known = [_PICTURE.validate_json(body) for (body,) in pictures]
+            known = [_IMAGE.validate_json(body) for (body,) in images]
             found = [_TURN.validate_json(body) for (body,) in turns]
         except ValidationError as error:
             raise StoreError(f"{len(error.errors())} fields of the chat cannot be read") from None
-        return Conversation(chat, head[0], found, {picture.sha: picture for picture in known})
+        return Conversation(chat, head[0], found, {image.sha: image for image in known})
 
     def save(self, visitor: str, conversation: Conversation, number: int | None = None) -> None:
         """Keep one turn (the last) and what is new of pictures and title; the conversation lets go of their bytes."""
         number = len(conversation.turns) - 1 if number is None else number
         turn = conversation.turns[number]
-        fresh = {sha: conversation.pictures[sha] for sha in turn.pictures}
+        fresh = {sha: conversation.images[sha] for sha in turn.images}
         with self._connection() as db:
             db.execute(
                 "INSERT INTO chats (id, visitor, title, updated) VALUES (?, ?, ?, ?)"
@@ -121,16 +121,16 @@ class ChatStore:
             )
             db.execute(
                 "INSERT OR REPLACE INTO turns (chat, number, body) VALUES (?, ?, ?)",
-                (conversation.id, number, _TURN.dump_json(turn).decode()),
+                (conversation.id, number, _TURN.dump_json(turn, by_alias=True).decode()),
             )
-            for sha, picture in fresh.items():
-                body = _PICTURE.dump_json(picture.without_bytes()).decode()
+            for sha, image in fresh.items():
+                body = _IMAGE.dump_json(image.without_bytes()).decode()
                 db.execute(
                     "INSERT OR IGNORE INTO chat_pictures (chat, sha, body) VALUES (?, ?, ?)",
                     (conversation.id, sha, body),
                 )
-                if picture.data:
-                    db.execute("INSERT OR IGNORE INTO picture_bytes (sha, data) VALUES (?, ?)", (sha, picture.data))
+                if image.data:
+                    db.execute("INSERT OR IGNORE INTO picture_bytes (sha, data) VALUES (?, ?)", (sha, image.data))
         conversation.without_bytes(set(fresh))
 
     def rename(self, visitor: str, chat: str, title: str) -> None:
@@ -140,16 +140,16 @@ class ChatStore:
     def delete(self, visitor: str, chat: str) -> None:
         with self._connection() as db:
             db.execute("DELETE FROM chats WHERE id = ? AND visitor = ?", (chat, visitor))
-            _drop_unused_pictures(db)
+            _drop_unused_images(db)
 
-    def picture_bytes(self, picture: Picture) -> bytes:
+    def image_bytes(self, image: AttachedImage) -> bytes:
         """Raises StoreError if they are gone."""
-        if picture.data:
-            return picture.data
+        if image.data:
+            return image.data
         with self._connection() as db:
-            row = db.execute("SELECT data FROM picture_bytes WHERE sha = ?", (picture.sha,)).fetchone()
+            row = db.execute("SELECT data FROM picture_bytes WHERE sha = ?", (image.sha,)).fetchone()
         if row is None:
-            raise StoreError(f"the bytes of {picture.name} are gone")
+            raise StoreError(f"the bytes of {image.name} are gone")
         return bytes(row[0])
 
     def forget_old(self, now: float) -> None:
@@ -157,12 +157,12 @@ class ChatStore:
         with self._connection() as db:
             gone = db.execute("DELETE FROM chats WHERE updated < ?", (now - self._keep_days * DAY_S,)).rowcount
             if gone:
-                _drop_unused_pictures(db)
+                _drop_unused_images(db)
 
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
         """One transaction. Raises StoreError for whatever SQLite cannot do."""
-        with _told():
+        with _as_store_error():
             db = sqlite3.connect(self._path, timeout=BUSY_S)
             try:
                 db.execute("PRAGMA foreign_keys = ON")
@@ -174,7 +174,7 @@ class ChatStore:
                 db.close()
 
 
-class MyChats:
+class VisitorChats:
     """`failed` is True from the first change that could not be kept to the next one that could."""
 
     def __init__(self, store: ChatStore | None, visitor: str) -> None:
@@ -183,8 +183,8 @@ class MyChats:
         self._saved_at = 0.0
         self.failed = store is None
 
-    def heads(self) -> list[ChatHead]:
-        return self._try(lambda store: store.heads(self._visitor)) or []
+    def summaries(self) -> list[ChatSummary]:
+        return self._try(lambda store: store.summaries(self._visitor)) or []
 
     def load(self, chat: str) -> Conversation | None:
         return self._try(lambda store: store.load(self._visitor, chat))
@@ -193,9 +193,9 @@ class MyChats:
         self._saved_at = time.monotonic()
         self._try(lambda store: store.save(self._visitor, conversation))
 
-    def leave_out_older_pictures(self, conversation: Conversation) -> None:
+    def leave_out_older_images(self, conversation: Conversation) -> None:
         """Stop sending all pictures but the newest question's; they stay where they are shown."""
-        for number in conversation.with_older_pictures():
+        for number in conversation.turns_with_older_images():
             conversation.turns[number].left_out = True
             self._try(lambda store, number=number: store.save(self._visitor, conversation, number))  # type: ignore[misc]
 
@@ -210,15 +210,15 @@ class MyChats:
     def delete(self, chat: str) -> None:
         self._try(lambda store: store.delete(self._visitor, chat))
 
-    def bytes_of(self, picture: Picture) -> bytes | None:
+    def bytes_of(self, image: AttachedImage) -> bytes | None:
         """None for a picture that lies elsewhere or is lost."""
-        if picture.data or picture.url:
-            return picture.data or None
-        return self._try(lambda store: store.picture_bytes(picture))
+        if image.data or image.url:
+            return image.data or None
+        return self._try(lambda store: store.image_bytes(image))
 
-    def url_of(self, picture: Picture) -> str:
+    def url_of(self, image: AttachedImage) -> str:
         """What to send. Bytes that are lost become an address that the API refuses with a sentence."""
-        return picture.url or data_url(picture.mime, self.bytes_of(picture) or b"")
+        return image.url or data_url(image.mime, self.bytes_of(image) or b"")
 
     def _try(self, act: Callable[[ChatStore], T]) -> T | None:
         if self._store is None:
@@ -235,12 +235,12 @@ class MyChats:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def _as_store_error() -> Iterator[None]:
     try:
         yield
     except (sqlite3.Error, OSError) as error:
         raise StoreError(str(error)) from None
 
 
-def _drop_unused_pictures(db: sqlite3.Connection) -> None:
+def _drop_unused_images(db: sqlite3.Connection) -> None:
     db.execute("DELETE FROM picture_bytes WHERE sha NOT IN (SELECT sha FROM chat_pictures)")

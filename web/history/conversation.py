@@ -12,11 +12,23 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from web.api_client.answer_stream import CallPiece, Event, Finished, Loading, NoPlace, Place, Queued, Text, Thought
+from pydantic import Field
+
+from web.api_client.answer_stream import (
+    BoundingBox,
+    Event,
+    Finished,
+    InvalidBox,
+    Loading,
+    Queued,
+    ReasoningDelta,
+    TextDelta,
+    ToolCallDelta,
+)
 from web.api_client.client import ApiError
-from web.images.attached_image import Picture
+from web.images.attached_image import AttachedImage
 
 State = Literal["waiting", "thinking", "writing", "done", "stopped", "failed"]
 UNFINISHED: tuple[State, ...] = ("waiting", "thinking", "writing")
@@ -24,7 +36,7 @@ UNFINISHED: tuple[State, ...] = ("waiting", "thinking", "writing")
 REFUSALS = ("refused", "too_large", "too_long")
 TITLE_LENGTH = 60
 
-UrlOf = Callable[[Picture], str]  # the address to send: a data: URL, or where the API shall fetch it
+UrlOf = Callable[[AttachedImage], str]  # the address to send: a data: URL, or where the API shall fetch it
 
 
 @dataclass(frozen=True)
@@ -37,7 +49,7 @@ class Failure:
 
 
 @dataclass
-class Call:
+class ToolCall:
     """A tool that the model asked for; `arguments` is JSON as the model wrote it."""
 
     name: str
@@ -45,7 +57,7 @@ class Call:
     id: str = ""
 
     @property
-    def is_whole(self) -> bool:
+    def is_complete(self) -> bool:
         """Its arguments are a JSON object; one that was cut off could not be sent back."""
         try:
             return isinstance(json.loads(self.arguments), dict)
@@ -73,9 +85,9 @@ class Answer:
     question: str = ""
     text: str = ""
     reasoning: str = ""
-    boxes: list[Place] = field(default_factory=list)
-    no_places: int = 0  # whose numbers mean nothing in the picture
-    calls: list[Call] = field(default_factory=list)
+    boxes: list[BoundingBox] = field(default_factory=list)
+    invalid_boxes: Annotated[int, Field(alias="no_places")] = 0  # with coordinates outside 0-1000
+    calls: list[ToolCall] = field(default_factory=list)
     sent: tuple[str, ...] = ()
     schema: dict[str, Any] | None = None
     queue_position: int | None = None
@@ -92,7 +104,7 @@ class Answer:
         return self.state in UNFINISHED
 
     @property
-    def says_something(self) -> bool:
+    def has_content(self) -> bool:
         return bool(self.text.strip() or self.boxes or self.calls)
 
     @property
@@ -102,10 +114,10 @@ class Answer:
         return bool(self.text.strip()) and (by_length or self.state in ("stopped", "failed"))
 
     @property
-    def waits_for_tools(self) -> bool:
-        return self.state == "done" and bool(self.calls) and all(call.is_whole for call in self.calls)
+    def awaits_tool_results(self) -> bool:
+        return self.state == "done" and bool(self.calls) and all(call.is_complete for call in self.calls)
 
-    def take(self, event: Event, now: float) -> None:
+    def apply(self, event: Event, now: float) -> None:
         if not self.unfinished:
             return  # stopped in another thread; what still trickles in is no longer wanted
         self.loading = isinstance(event, Loading)
@@ -114,22 +126,22 @@ class Answer:
                 self.queue_position = position
             case Loading(progress):
                 self.loading_progress = progress
-            case Thought(text):
+            case ReasoningDelta(text):
                 self.state = "thinking"
                 self.thinking_began = self.thinking_began or now
                 self.reasoning += text
-            case Text(text):
+            case TextDelta(text):
                 self._end_thinking(now)
                 self.state = "writing"
                 self.text += text
-            case Place():
+            case BoundingBox():
                 self.boxes.append(event)
-            case NoPlace():
-                self.no_places += 1
-            case CallPiece():
+            case InvalidBox():
+                self.invalid_boxes += 1
+            case ToolCallDelta():
                 self._end_thinking(now)
                 self.state = "writing"
-                self._take_call(event)
+                self._apply_tool_call(event)
             case Finished():
                 self._end_thinking(now)
                 self.state = "done"
@@ -145,9 +157,9 @@ class Answer:
             self._end_thinking(now)
             self.state = "stopped"
 
-    def _take_call(self, piece: CallPiece) -> None:
+    def _apply_tool_call(self, piece: ToolCallDelta) -> None:
         while len(self.calls) <= piece.index < 64:
-            self.calls.append(Call(""))
+            self.calls.append(ToolCall(""))
         if piece.index < len(self.calls):
             call = self.calls[piece.index]
             call.name, call.arguments = call.name or piece.name, call.arguments + piece.arguments
@@ -167,7 +179,7 @@ class Turn:
     """
 
     question: str
-    pictures: tuple[str, ...] = ()
+    images: Annotated[tuple[str, ...], Field(alias="pictures")] = ()
     sample: str | None = None
     answer: Answer = field(default_factory=Answer)
     earlier: list[Answer] = field(default_factory=list)
@@ -176,8 +188,8 @@ class Turn:
     asked_at: float = field(default_factory=time.time)
 
     @property
-    def sends(self) -> tuple[str, ...]:
-        return () if self.left_out else self.pictures
+    def images_to_send(self) -> tuple[str, ...]:
+        return () if self.left_out else self.images
 
 
 def new_id() -> str:
@@ -192,12 +204,12 @@ class Conversation:
     id: str = field(default_factory=new_id)
     title: str = ""
     turns: list[Turn] = field(default_factory=list)
-    pictures: dict[str, Picture] = field(default_factory=dict)
+    images: dict[str, AttachedImage] = field(default_factory=dict)
 
-    def ask(self, question: str, pictures: list[Picture], sample: str | None = None) -> Turn:
+    def ask(self, question: str, images: list[AttachedImage], sample: str | None = None) -> Turn:
         """Add a turn whose answer is still to come."""
-        self.pictures.update({picture.sha: picture for picture in pictures})
-        turn = Turn(question, tuple(dict.fromkeys(picture.sha for picture in pictures)), sample)
+        self.images.update({image.sha: image for image in images})
+        turn = Turn(question, tuple(dict.fromkeys(image.sha for image in images)), sample)
         self.turns.append(turn)
         self.title = self.title or _short(question)
         turn.answer.sent = self._to_send()
@@ -215,26 +227,26 @@ class Conversation:
         turn = self.turns[-1]
         if question and question != turn.question:
             turn.answer.question, turn.question = turn.question, question
-        if turn.answer.says_something or turn.answer.reasoning:
+        if turn.answer.has_content or turn.answer.reasoning:
             turn.earlier.append(turn.answer)
         turn.answer = Answer(schema=turn.answer.schema)
         turn.answer.sent = self._to_send()
         return turn
 
-    def with_older_pictures(self) -> list[int]:
+    def turns_with_older_images(self) -> list[int]:
         """The numbers of the turns whose pictures could be left out: all but the newest that brought some."""
-        return [number for number, turn in enumerate(self.turns) if turn.sends][:-1]
+        return [number for number, turn in enumerate(self.turns) if turn.images_to_send][:-1]
 
-    def settle(self, now: float) -> None:
+    def stop_unfinished(self, now: float) -> None:
         """Mark what an interrupted run left unfinished as stopped."""
         for turn in self.turns:
             turn.answer.stop(now)
 
     def last_sample(self) -> str | None:
         """The sample picture that the talk is about, if its newest picture is one."""
-        return next((turn.sample for turn in reversed(self.turns) if turn.pictures), None)
+        return next((turn.sample for turn in reversed(self.turns) if turn.images), None)
 
-    def picture_count(self, new: int = 0) -> int:
+    def image_count(self, new: int = 0) -> int:
         """How many pictures the next request would carry with `new` more."""
         carried = [sha for _, shas in self._exchanges(extra=True) for sha in shas]
         return len(carried) + new
@@ -245,7 +257,7 @@ class Conversation:
         for turn, shas in self._exchanges():
             messages += [{"role": "tool", "tool_call_id": each.id, "content": each.text} for each in turn.results]
             parts: list[dict[str, Any]] = [
-                {"type": "image_url", "image_url": {"url": url_of(self.pictures[sha])}} for sha in shas
+                {"type": "image_url", "image_url": {"url": url_of(self.images[sha])}} for sha in shas
             ]
             if not turn.results:
                 messages.append({"role": "user", "content": [*parts, {"type": "text", "text": turn.question}]})
@@ -255,20 +267,20 @@ class Conversation:
 
     def _answered(self, turn: Turn) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": turn.answer.text or None}
-        if self._went_on_with_tools(turn):
+        if self._has_tool_results(turn):
             message["tool_calls"] = [
                 {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
                 for call in turn.answer.calls
             ]
         return message
 
-    def _went_on_with_tools(self, turn: Turn) -> bool:
+    def _has_tool_results(self, turn: Turn) -> bool:
         following = next((after for before, after in pairwise(self.turns) if before is turn), None)
         return following is not None and bool(following.results)
 
     def without_bytes(self, shas: set[str]) -> None:
         """Let go of bytes that the store holds now."""
-        self.pictures.update({sha: replace(self.pictures[sha], data=b"") for sha in shas if sha in self.pictures})
+        self.images.update({sha: replace(self.images[sha], data=b"") for sha in shas if sha in self.images})
 
     def _to_send(self) -> tuple[str, ...]:
         return tuple(sha for _, shas in self._exchanges() for sha in shas)
@@ -283,9 +295,9 @@ class Conversation:
         exchanges: list[tuple[Turn, tuple[str, ...]]] = []
         carried: tuple[str, ...] = ()
         for turn in turns:
-            shas = tuple(dict.fromkeys(carried + turn.sends))
-            said = turn.answer.text.strip() or self._went_on_with_tools(turn)
-            if turn is not turns[-1] and not said:
+            shas = tuple(dict.fromkeys(carried + turn.images_to_send))
+            has_answer = turn.answer.text.strip() or self._has_tool_results(turn)
+            if turn is not turns[-1] and not has_answer:
                 refused = turn.answer.error is not None and turn.answer.error.kind in REFUSALS
                 carried = () if refused else shas
                 continue
@@ -295,5 +307,5 @@ class Conversation:
 
 
 def _short(question: str) -> str:
-    words = " ".join(question.split())
-    return words if len(words) <= TITLE_LENGTH else words[: TITLE_LENGTH - 1].rstrip() + "…"
+    texts = " ".join(question.split())
+    return texts if len(texts) <= TITLE_LENGTH else texts[: TITLE_LENGTH - 1].rstrip() + "…"

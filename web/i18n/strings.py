@@ -183,7 +183,7 @@ TABLE: dict[str, dict[str, str]] = {
     "answer.stopped": {"en": "Stopped. What had been written is kept.", "zh": "已停止，已写出的内容保留。"},
     "answer.stopped_early": {"en": "Stopped before the answer began.", "zh": "回答开始前已停止。"},
     "answer.empty": {"en": "The model ended without an answer.", "zh": "模型没有给出回答。"},
-    "answer.marked": {"en": "Marked in the picture: {place}", "zh": "已在图片中标出：{place}"},
+    "answer.marked": {"en": "Marked in the picture: {box}", "zh": "已在图片中标出：{box}"},
     "answer.tokens": {"en": "{count} tokens", "zh": "{count} 个 token"},
     "answer.ttft": {"en": "first word after {seconds} s", "zh": "首字 {seconds} 秒"},
     "answer.rate": {"en": "{rate} tokens/s", "zh": "{rate} token/秒"},
@@ -221,7 +221,7 @@ TABLE: dict[str, dict[str, str]] = {
     "boxes.title": {"en": "{count} marked in {name}", "zh": "在 {name} 中标出 {count} 处"},
     "boxes.label": {"en": "What", "zh": "内容"},
     "boxes.pixels": {"en": "Pixels", "zh": "像素坐标"},
-    "boxes.picture": {"en": "Save the picture", "zh": "保存图片"},
+    "boxes.image": {"en": "Save the picture", "zh": "保存图片"},
     "boxes.json": {"en": "Save as JSON", "zh": "保存为 JSON"},
     "boxes.not_drawn": {
         "en": "Only the model server has this picture, so places are listed below and not drawn.",
@@ -231,30 +231,30 @@ TABLE: dict[str, dict[str, str]] = {
         "en": "{count} cannot be drawn: the numbers are not within 0-1000. Ask for places in 0-1000 of width and height.",
         "zh": "有 {count} 处无法标出：坐标不在 0-1000 内。请要求按宽高的 0-1000 给出位置。",
     },
-    "picture.alt": {"en": "Picture: {name}", "zh": "图片：{name}"},
-    "picture.boxes": {"en": "Where it is, drawn on {name}", "zh": "在 {name} 上标出的位置"},
-    "picture.elsewhere": {"en": "{name}, fetched by the model server", "zh": "{name}（由模型服务获取）"},
-    "picture.left_out": {"en": "Not sent any more.", "zh": "不再发送。"},
-    "picture.lost": {"en": "{name} is lost", "zh": "{name} 已丢失"},
+    "image.alt": {"en": "Picture: {name}", "zh": "图片：{name}"},
+    "image.boxes": {"en": "Where it is, drawn on {name}", "zh": "在 {name} 上标出的位置"},
+    "image.elsewhere": {"en": "{name}, fetched by the model server", "zh": "{name}（由模型服务获取）"},
+    "image.left_out": {"en": "Not sent any more.", "zh": "不再发送。"},
+    "image.lost": {"en": "{name} is lost", "zh": "{name} 已丢失"},
     # What can go wrong with a picture.
-    "picture.no_url": {
+    "image.no_url": {
         "en": "{name} is not the address of a picture: it must begin with https:// or http://.",
         "zh": "{name} 不是有效的图片地址：须以 https:// 或 http:// 开头。",
     },
-    "picture.too_big": {
+    "image.too_big": {
         "en": "{name} is larger than {limit} MB. Save it smaller and add it again; nothing was sent.",
         "zh": "{name} 超过 {limit} MB。请压缩后重新添加；问题尚未发送。",
     },
-    "picture.too_many_pixels": {
+    "image.too_many_pixels": {
         "en": "{name} has more than {limit} million pixels. Make it smaller and add it again; nothing was sent.",
         "zh": "{name} 超过 {limit} 百万像素。请缩小后重新添加；问题尚未发送。",
     },
-    "picture.unreadable": {
+    "image.unreadable": {
         "en": "{name} is not a picture that can be read here. "
         "Save it as PNG or JPEG and add it again; nothing was sent.",
         "zh": "无法读取 {name}。请另存为 PNG 或 JPEG 后重新添加；问题尚未发送。",
     },
-    "picture.too_many": {
+    "image.too_many": {
         "en": "This chat would hold {count} pictures; {limit} are allowed. "
         "Send fewer, or start a new chat; nothing was sent.",
         "zh": "本次对话将有 {count} 张图片，最多允许 {limit} 张。请减少图片或开始新对话；问题尚未发送。",
@@ -337,7 +337,7 @@ TABLE: dict[str, dict[str, str]] = {
 TABLE |= strings_console.TABLE
 
 
-class Words:
+class Texts:
     """The table in one language: `words("side.new")`."""
 
     def __init__(self, language: str) -> None:

@@ -23,7 +23,7 @@ MAX_PNG_BYTES = 1_500_000
 JPEG_QUALITY = 92
 
 
-class PictureError(Exception):
+class ImageError(Exception):
     """A file that cannot be asked about. `kind` is too_big, too_many_pixels, unreadable or no_url."""
 
     def __init__(self, kind: str, name: str, limit: float = 0) -> None:
@@ -34,7 +34,7 @@ class PictureError(Exception):
 
 
 @dataclass(frozen=True)
-class Picture:
+class AttachedImage:
     """What is shown and sent, the same bytes. `sha` names them; they may lie in the store instead of in `data`.
 
     A picture with a `url` lies elsewhere: the API fetches it under its guard, this process never does.
@@ -48,7 +48,7 @@ class Picture:
     url: str = ""
     data: bytes = field(default=b"", repr=False, compare=False)
 
-    def without_bytes(self) -> Picture:
+    def without_bytes(self) -> AttachedImage:
         return replace(self, data=b"")
 
 
@@ -56,7 +56,7 @@ def data_url(mime: str, data: bytes) -> str:
     return f"data:{mime};base64,{base64.b64encode(data).decode('ascii')}"
 
 
-def elsewhere(url: str) -> Picture:
+def remote_image(url: str) -> AttachedImage:
     """A picture by its address. Raises PictureError (no_url) for anything but http(s) with a host."""
     url = url.strip()
     try:
@@ -65,34 +65,34 @@ def elsewhere(url: str) -> Picture:
     except ValueError:
         host = None
     if not host or parts.scheme not in ("http", "https") or any(char.isspace() for char in url):
-        raise PictureError("no_url", url[:120])
+        raise ImageError("no_url", url[:120])
     name = PurePosixPath(parts.path).name or host
-    return Picture(hashlib.sha256(url.encode()).hexdigest(), f"{name} ({host})" if name != host else host, url=url)
+    return AttachedImage(hashlib.sha256(url.encode()).hexdigest(), f"{name} ({host})" if name != host else host, url=url)
 
 
-def prepare(name: str, data: bytes, max_bytes: int, max_pixels: int) -> Picture:
+def prepare(name: str, data: bytes, max_bytes: int, max_pixels: int) -> AttachedImage:
     """Raises PictureError."""
     if len(data) > max_bytes:
-        raise PictureError("too_big", name, max_bytes / 2**20)
+        raise ImageError("too_big", name, max_bytes / 2**20)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is ours to set
             opened = Image.open(io.BytesIO(data), formats=FORMATS)
             # The header tells the size: a small file that would unpack to gigabytes is never decoded.
             if opened.width * opened.height > max_pixels:
-                raise PictureError("too_many_pixels", name, max_pixels / 1e6)
+                raise ImageError("too_many_pixels", name, max_pixels / 1e6)
             source_format = opened.format
             image = _flatten(ImageOps.exif_transpose(opened))
-    except PictureError:
+    except ImageError:
         raise
     except Image.DecompressionBombError:
-        raise PictureError("too_many_pixels", name, max_pixels / 1e6) from None
+        raise ImageError("too_many_pixels", name, max_pixels / 1e6) from None
     except Exception:  # on broken files Pillow raises anything, from SyntaxError to struct.error
-        raise PictureError("unreadable", name) from None
+        raise ImageError("unreadable", name) from None
     image = _shrink(image)
     encoded, mime = encode(image, lossless=source_format != "JPEG")
     sha = hashlib.sha256(encoded).hexdigest()
-    return Picture(sha, name, mime, image.width, image.height, data=encoded)
+    return AttachedImage(sha, name, mime, image.width, image.height, data=encoded)
 
 
 def _flatten(image: Image.Image) -> Image.Image:

@@ -11,24 +11,24 @@ from itertools import cycle
 
 from PIL import Image, ImageDraw, ImageFont
 
-from web.api_client.answer_stream import Place
+from web.api_client.answer_stream import BoundingBox
 from web.images.attached_image import encode
 
-MAX_PLACES = 200
-PLACE_COLORS = ("#3e63dd", "#e5484d", "#30a46c", "#f76b15", "#8e4ec6", "#0090ff", "#d6409f", "#978365")
+MAX_BOXES = 200
+BOX_COLORS = ("#3e63dd", "#e5484d", "#30a46c", "#f76b15", "#8e4ec6", "#0090ff", "#d6409f", "#978365")
 
 
 @lru_cache(maxsize=16)
-def draw_places(data: bytes, places: tuple[Place, ...]) -> tuple[bytes, str]:
+def draw_boxes(data: bytes, boxes: tuple[BoundingBox, ...]) -> tuple[bytes, str]:
     """The picture with what is marked in it, numbered where there are several: (bytes, mime)."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     draw = ImageDraw.Draw(image)
     line = max(2, round(min(image.size) / 120))
-    for number, place in enumerate(places[:MAX_PLACES], start=1):
-        color = PLACE_COLORS[(number - 1) % len(PLACE_COLORS)]
-        scaled = [value / 1000 * (side - 1) for value, side in zip(place.corners, cycle(image.size), strict=False)]
+    for number, box in enumerate(boxes[:MAX_BOXES], start=1):
+        color = BOX_COLORS[(number - 1) % len(BOX_COLORS)]
+        scaled = [value / 1000 * (side - 1) for value, side in zip(box.corners, cycle(image.size), strict=False)]
         _outline(draw, list(zip(scaled[::2], scaled[1::2], strict=True)), color, line)
-        if len(places) > 1:
+        if len(boxes) > 1:
             _number(draw, scaled[0], scaled[1], str(number), color, line)
     return encode(image, lossless=True)
 

@@ -12,7 +12,7 @@ ICON = FOLDER.parent / "icon.png"
 
 
 def main() -> None:
-    pictures = {
+    images = {
         "shapes.png": draw_shapes([("red", "circle"), ("blue", "star"), ("green", "square")], SIZE, seed=24),
         "count.png": draw_shapes(
             [("red", "star"), ("yellow", "square"), ("purple", "heart"), ("red", "triangle"), ("blue", "circle")],
@@ -22,8 +22,8 @@ def main() -> None:
         "word.png": draw_text("CAT", SIZE, seed=47),
         "place.png": draw_shapes([("blue", "square"), ("red", "heart")], SIZE, seed=54),
     }
-    for name, picture in pictures.items():
-        picture.save(FOLDER / name, optimize=True)
+    for name, image in images.items():
+        image.save(FOLDER / name, optimize=True)
         print(f"{name}: {(FOLDER / name).stat().st_size} bytes")
     _icon(64).save(ICON, optimize=True)
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from web.api_client.answer_stream import Event, EventReader, Finished, NoPlace, Place, Text
+from web.api_client.answer_stream import BoundingBox, Event, EventReader, Finished, InvalidBox, TextDelta
 from web.api_client.client import ApiError
 
 
@@ -22,18 +22,18 @@ def test_what_is_no_place_is_not_taken() -> None:
     nonsense = ({"bbox_2d": [300, 20, 10, 400]}, {"bbox_2d": [1, 2, 3]}, {"bbox_2d": "all"}, {"polygon_2d": [[1, 2]]},
                 {"bbox_2d": [1, 2, 3, 4], "image": "one"}, "nonsense")  # fmt: skip
 
-    assert read({"bbox_2d": [10, 20, 300, 400], "image": 1}, *nonsense) == [Place((10, 20, 300, 400), 1)]
+    assert read({"bbox_2d": [10, 20, 300, 400], "image": 1}, *nonsense) == [BoundingBox((10, 20, 300, 400), 1)]
 
 
 def test_points_and_polygons_are_places_too() -> None:
     point = {"label": "nose", "point_2d": [500, 250], "image": 0, "point_pixels": [100, 25]}
     polygon = {"polygon_2d": [[1, 2], [3, 4], [5, 0]]}
 
-    assert read(point, polygon) == [Place((500, 250), 0, "nose", (100, 25)), Place((1, 2, 3, 4, 5, 0))]
+    assert read(point, polygon) == [BoundingBox((500, 250), 0, "nose", (100, 25)), BoundingBox((1, 2, 3, 4, 5, 0))]
 
 
 def test_numbers_beyond_a_thousand_are_no_place_in_the_picture() -> None:
-    assert read({"bbox_2d": [10, 20, 1300, 400], "normalized": False}) == [NoPlace()]
+    assert read({"bbox_2d": [10, 20, 1300, 400], "normalized": False}) == [InvalidBox()]
 
 
 def test_a_line_that_is_no_json_is_an_error_and_not_a_crash() -> None:
@@ -51,5 +51,5 @@ def test_another_engine_without_usage_or_timings_still_ends() -> None:
         for event in reader.read(line)
     ]
 
-    assert events == [Text("Hi"), Finished("length")]
+    assert events == [TextDelta("Hi"), Finished("length")]
     assert reader.done

@@ -8,7 +8,7 @@ import pytest
 from page_process import free_port, wait_until
 from web_fake_api import Answer, FakeApi
 
-from web.api_client.answer_stream import AnswerStream, Event, Finished, Loading, Queued, Text, Thought
+from web.api_client.answer_stream import AnswerStream, Event, Finished, Loading, Queued, ReasoningDelta, TextDelta
 from web.api_client.client import ApiClient, ApiError
 
 QUESTION = {"messages": [{"role": "user", "content": "What color is it?"}]}
@@ -20,7 +20,7 @@ def read_all(url: str) -> list[Event]:
 
 
 def text_of(events: list[Event]) -> str:
-    return "".join(event.text for event in events if isinstance(event, Text))
+    return "".join(event.text for event in events if isinstance(event, TextDelta))
 
 
 def test_an_answer_arrives_with_its_thoughts_its_end_and_its_numbers(fake_api: FakeApi) -> None:
@@ -29,7 +29,7 @@ def test_an_answer_arrives_with_its_thoughts_its_end_and_its_numbers(fake_api: F
     events = read_all(fake_api.url)
 
     assert text_of(events).strip() == "It is red."
-    assert "".join(e.text for e in events if isinstance(e, Thought)).strip() == "I look."
+    assert "".join(e.text for e in events if isinstance(e, ReasoningDelta)).strip() == "I look."
     assert events[-1] == Finished("stop", 7, 90, ttft_s=0.25, tokens_per_s=40.0, request_id="req-42")
 
 

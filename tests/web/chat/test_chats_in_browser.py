@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from browsing import PATIENCE_MS, add_picture, ask, last_answer, png
+from browsing import TIMEOUT_MS, add_image, ask, last_answer, png
 from page_process import OpenPage, Server, wait_until
 from playwright.sync_api import Page, expect
 from web_fake_api import Answer, FakeApi
@@ -19,8 +19,8 @@ def words_in(message: str) -> int:
 
 
 def test_two_pictures_are_shown_and_sent_and_are_there_after_a_reload(fake_page: Page, fake_api: FakeApi) -> None:
-    add_picture(fake_page, "one.png", png(("red", "star"), seed=1))
-    add_picture(fake_page, "two.png", png(("blue", "circle"), seed=2))
+    add_image(fake_page, "one.png", png(("red", "star"), seed=1))
+    add_image(fake_page, "two.png", png(("blue", "circle"), seed=2))
     ask(fake_page, "Compare them")
     last_answer(fake_page)
     question = fake_page.get_by_test_id("stChatMessage").first
@@ -28,7 +28,7 @@ def test_two_pictures_are_shown_and_sent_and_are_there_after_a_reload(fake_page:
 
     fake_page.reload()
 
-    expect(question.get_by_role("img", name="Picture:")).to_have_count(2, timeout=PATIENCE_MS)
+    expect(question.get_by_role("img", name="Picture:")).to_have_count(2, timeout=TIMEOUT_MS)
     expect(fake_page.get_by_test_id("stChatMessage").last).to_contain_text("It is a red circle.")
     shown = fake_page.evaluate("[...document.querySelectorAll('[data-testid=stChatMessage] img')].map(i => i.naturalWidth)")
     assert all(width > 0 for width in shown)
@@ -38,25 +38,25 @@ def test_two_pictures_are_shown_and_sent_and_are_there_after_a_reload(fake_page:
 def test_a_page_switch_ends_the_answer_and_keeps_what_came(fake_page: Page, fake_api: FakeApi) -> None:
     fake_api.answer = Answer(text="word " * 2000, pause_s=0.05)
     ask(fake_page, "Tell me everything")
-    expect(fake_page.get_by_test_id("stChatMessage").last).to_contain_text("word word", timeout=PATIENCE_MS)
+    expect(fake_page.get_by_test_id("stChatMessage").last).to_contain_text("word word", timeout=TIMEOUT_MS)
 
     fake_page.get_by_role("link", name="Console").click()
-    expect(fake_page.get_by_role("heading", name="Console")).to_be_visible(timeout=PATIENCE_MS)
+    expect(fake_page.get_by_role("heading", name="Console")).to_be_visible(timeout=TIMEOUT_MS)
     wait_until(lambda: fake_api.received[0].left_at, "the API to see the disconnect", 30)
     fake_page.get_by_role("link", name="Chat").click()
 
-    expect(fake_page.get_by_test_id("stChatMessage").last).to_contain_text("word word", timeout=PATIENCE_MS)
+    expect(fake_page.get_by_test_id("stChatMessage").last).to_contain_text("word word", timeout=TIMEOUT_MS)
     expect(fake_page.get_by_text("Stopped. What had been written is kept.")).to_be_visible()
 
 
 def test_a_reload_in_the_middle_frees_the_model_and_keeps_what_came(fake_page: Page, fake_api: FakeApi) -> None:
     fake_api.answer = Answer(text="word " * 2000, pause_s=0.05)
     ask(fake_page, "Tell me everything")
-    expect(fake_page.get_by_test_id("stChatMessage").last).to_contain_text("word " * 30, timeout=PATIENCE_MS)
+    expect(fake_page.get_by_test_id("stChatMessage").last).to_contain_text("word " * 30, timeout=TIMEOUT_MS)
 
     fake_page.reload()
 
-    expect(fake_page.get_by_text("Stopped. What had been written is kept.")).to_be_visible(timeout=PATIENCE_MS)
+    expect(fake_page.get_by_text("Stopped. What had been written is kept.")).to_be_visible(timeout=TIMEOUT_MS)
     assert words_in(fake_page.get_by_test_id("stChatMessage").last.inner_text()) >= 10
     wait_until(lambda: fake_api.received[0].left_at, "the API to see the disconnect", 30)
 
@@ -66,10 +66,10 @@ def test_two_people_at_once_see_their_own_chats_only(
 ) -> None:
     ann, bob = open_page(one_page_server), open_page(one_page_server)
     fake_api.answer = Answer(text="An answer for Ann alone.")
-    add_picture(ann, "ann.png", png(("red", "star"), seed=1))
+    add_image(ann, "ann.png", png(("red", "star"), seed=1))
     ask(ann, "Ann's secret question")
     last_answer(ann)
-    picture = ann.get_by_role("img", name="Picture:").get_attribute("src")
+    image = ann.get_by_role("img", name="Picture:").get_attribute("src")
 
     bob.goto(ann.url)
     ask(bob, "Bob's question")
@@ -80,23 +80,23 @@ def test_two_people_at_once_see_their_own_chats_only(
     assert "Bob" not in ann.inner_text("body")
     assert len(fake_api.received[1].body["messages"]) == 1
     ann.reload()
-    expect(ann.get_by_role("button", name="Ann's secret question")).to_be_visible(timeout=PATIENCE_MS)
+    expect(ann.get_by_role("button", name="Ann's secret question")).to_be_visible(timeout=TIMEOUT_MS)
     assert ann.get_by_role("button", name="Bob's question").count() == 0
-    assert picture
+    assert image
 
 
 def test_chats_are_opened_renamed_saved_and_deleted(fake_page: Page, one_page_server: Server) -> None:
-    add_picture(fake_page, "mine.png", png(("red", "star"), seed=1))
+    add_image(fake_page, "mine.png", png(("red", "star"), seed=1))
     ask(fake_page, "The very first question")
     last_answer(fake_page)
     fake_page.get_by_role("button", name="New chat").click()
-    expect(fake_page.get_by_test_id("stBottomBlockContainer").get_by_test_id("stChatInput")).to_have_count(0, timeout=PATIENCE_MS)
+    expect(fake_page.get_by_test_id("stBottomBlockContainer").get_by_test_id("stChatInput")).to_have_count(0, timeout=TIMEOUT_MS)
     expect(fake_page.get_by_test_id("stChatInput")).to_have_count(1)
     ask(fake_page, "The second question")
     last_answer(fake_page)
 
     fake_page.get_by_role("button", name="The very first question").click()
-    expect(fake_page.get_by_role("img", name="Picture:")).to_have_count(1, timeout=PATIENCE_MS)
+    expect(fake_page.get_by_role("img", name="Picture:")).to_have_count(1, timeout=TIMEOUT_MS)
     fake_page.get_by_role("button", name="This chat").click()
     with fake_page.expect_download() as saved:
         fake_page.get_by_role("button", name="Save as JSON").click()
@@ -104,11 +104,11 @@ def test_chats_are_opened_renamed_saved_and_deleted(fake_page: Page, one_page_se
     name = fake_page.get_by_label("Name", exact=True)
     name.fill("My star")
     name.press("Enter")
-    expect(fake_page.get_by_role("button", name="My star")).to_be_visible(timeout=PATIENCE_MS)
+    expect(fake_page.get_by_role("button", name="My star")).to_be_visible(timeout=TIMEOUT_MS)
     fake_page.get_by_text("Delete this chat").click()
     fake_page.get_by_role("button", name="Delete it for good").click()
 
-    expect(fake_page.get_by_role("button", name="My star")).to_have_count(0, timeout=PATIENCE_MS)
+    expect(fake_page.get_by_role("button", name="My star")).to_have_count(0, timeout=TIMEOUT_MS)
     expect(fake_page.get_by_role("button", name="The second question")).to_be_visible()
     assert whole["turns"][0]["question"] == "The very first question"
     assert next(iter(whole["pictures"].values()))["url"].startswith("data:image/png;base64,")
@@ -121,14 +121,14 @@ def test_an_answer_is_asked_for_again_and_a_question_changed(fake_page: Page, fa
     fake_api.answer = Answer(text="Another answer.")
 
     fake_page.get_by_role("button", name="Answer again").click()
-    expect(fake_page.get_by_test_id("stChatMessage").last).to_contain_text("Another answer.", timeout=PATIENCE_MS)
-    expect(fake_page.get_by_text("Earlier answer")).to_be_visible(timeout=PATIENCE_MS)
+    expect(fake_page.get_by_test_id("stChatMessage").last).to_contain_text("Another answer.", timeout=TIMEOUT_MS)
+    expect(fake_page.get_by_text("Earlier answer")).to_be_visible(timeout=TIMEOUT_MS)
     fake_page.get_by_role("button", name="Edit the question").click()
     fake_page.get_by_label("Your question").fill("What colour is it?")
     fake_api.answer = Answer(text="Red.")
     fake_page.get_by_role("button", name="Send", exact=True).click()
 
-    expect(fake_page.get_by_test_id("stChatMessage").last).to_contain_text("Red.", timeout=PATIENCE_MS)
+    expect(fake_page.get_by_test_id("stChatMessage").last).to_contain_text("Red.", timeout=TIMEOUT_MS)
     expect(fake_page.get_by_test_id("stChatMessage")).to_have_count(2)
     assert [received.body["messages"][-1]["content"][0]["text"] for received in fake_api.received] == [
         "What is it?", "What is it?", "What colour is it?",
@@ -137,10 +137,10 @@ def test_an_answer_is_asked_for_again_and_a_question_changed(fake_page: Page, fa
 
 def test_a_file_that_is_too_large_is_told_before_it_is_sent(fake_page: Page, fake_api: FakeApi) -> None:
     box = fake_page.get_by_test_id("stChatInput")
-    expect(box).to_be_visible(timeout=PATIENCE_MS)
+    expect(box).to_be_visible(timeout=TIMEOUT_MS)
     box.locator("input[type=file]").set_input_files({"name": "big.png", "mimeType": "image/png", "buffer": b"x" * (3 * 2**20)})
 
-    expect(fake_page.get_by_text(re.compile("must be 2.*MB or smaller"))).to_be_visible(timeout=PATIENCE_MS)
+    expect(fake_page.get_by_text(re.compile("must be 2.*MB or smaller"))).to_be_visible(timeout=TIMEOUT_MS)
     assert fake_api.received == []
 
 
@@ -149,7 +149,7 @@ def test_a_picture_by_link_is_fetched_by_nobody_but_the_api(fake_page: Page, fak
     fake_page.get_by_role("button", name="Picture by link").click()
     fake_page.get_by_label("Address of the picture").fill(f"{fake_api.url}/cat.png")
     fake_page.get_by_role("button", name="Add", exact=True).click()
-    expect(fake_page.get_by_text("Goes with the next question")).to_be_visible(timeout=PATIENCE_MS)
+    expect(fake_page.get_by_text("Goes with the next question")).to_be_visible(timeout=TIMEOUT_MS)
     ask(fake_page, "What is it?")
     last_answer(fake_page)
 
@@ -163,17 +163,17 @@ def test_a_preset_fills_the_box_and_json_is_checked_against_its_schema(fake_page
     fake_api.answer = Answer(text='{"objects": [{"color": "red"}]}')
     fake_page.get_by_text("JSON by schema").click()
     area = fake_page.get_by_test_id("stChatInputTextArea")
-    expect(area).to_have_value("List the objects as JSON.", timeout=PATIENCE_MS)
+    expect(area).to_have_value("List the objects as JSON.", timeout=TIMEOUT_MS)
     area.press("Enter")
 
-    expect(fake_page.get_by_text("does not fit the schema")).to_be_visible(timeout=PATIENCE_MS)
+    expect(fake_page.get_by_text("does not fit the schema")).to_be_visible(timeout=TIMEOUT_MS)
     wanted = fake_api.received[0].body["response_format"]
     assert wanted["json_schema"]["schema"]["required"] == ["objects"]
 
 
 def test_what_can_be_pressed_has_a_name_for_screen_readers(fake_page: Page) -> None:
     for name in ("Camera", "Picture by link", "New chat", "Send"):
-        expect(fake_page.get_by_role("button", name=re.compile(name)).first).to_be_visible(timeout=PATIENCE_MS)
+        expect(fake_page.get_by_role("button", name=re.compile(name)).first).to_be_visible(timeout=TIMEOUT_MS)
 
     nameless = fake_page.evaluate(
         "[...document.querySelectorAll('button')].filter(b => !b.textContent.trim()"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import streamlit as st
-from app_driver import ask, png, said
+from app_driver import ask, png, shown_text
 from page_process import free_port
 from PIL import Image
 from streamlit.testing.v1 import AppTest
@@ -40,9 +40,9 @@ def test_the_empty_page_says_who_answers_and_what_it_knows(open_page: OpenPage) 
     page = open_page()
 
     assert not page.exception
-    assert "glm-shapes-demo" in said(page)
-    assert "It knows coloured shapes and printed words." in said(page)
-    assert "up to 4 pictures, 2 MB each" in said(page)
+    assert "glm-shapes-demo" in shown_text(page)
+    assert "It knows coloured shapes and printed words." in shown_text(page)
+    assert "up to 4 pictures, 2 MB each" in shown_text(page)
 
 
 def test_a_full_model_is_not_called_a_demo(open_page: OpenPage, fake_api: FakeApi) -> None:
@@ -50,15 +50,15 @@ def test_a_full_model_is_not_called_a_demo(open_page: OpenPage, fake_api: FakeAp
 
     page = open_page()
 
-    assert "GLM-4.6V-Flash" in said(page)
-    assert "demo" not in said(page)
+    assert "GLM-4.6V-Flash" in shown_text(page)
+    assert "demo" not in shown_text(page)
 
 
 def test_a_chinese_link_opens_a_chinese_page(open_page: OpenPage) -> None:
     page = open_page(query={"lang": "zh"})
 
     assert page.header[0].value == "看图问答"
-    assert "它认识彩色图形和印刷文字。" in said(page)
+    assert "它认识彩色图形和印刷文字。" in shown_text(page)
     assert "星形是什么颜色？" in [button.label for button in page.button]
 
 
@@ -68,9 +68,9 @@ def test_a_question_with_a_picture_is_sent_and_its_answer_shown(open_page: OpenP
     page = ask(open_page(), "What color is it?", ("mine.png", png()))
 
     assert not page.exception
-    assert "The circle is red." in said(page)
-    assert "I look at the circle." in said(page)
-    assert "7 tokens · first word after 0.25 s · 40 tokens/s · complete" in said(page)
+    assert "The circle is red." in shown_text(page)
+    assert "I look at the circle." in shown_text(page)
+    assert "7 tokens · first word after 0.25 s · 40 tokens/s · complete" in shown_text(page)
     body = fake_api.received[0].body
     image, text = body["messages"][0]["content"]
     assert image["image_url"]["url"].startswith("data:image/png;base64,")
@@ -113,7 +113,7 @@ def test_a_click_on_a_sample_asks_about_it_and_offers_more_questions(open_page: 
     image, text = fake_api.received[0].body["messages"][0]["content"]
     assert image["type"] == "image_url"
     assert text["text"] == "What color is the star?"
-    assert "It is a red circle." in said(page)
+    assert "It is a red circle." in shown_text(page)
     page = page.button(key="more-Describe the picture.").click().run()
     assert fake_api.received[1].body["messages"][-1]["content"][0]["text"] == "Describe the picture."
 
@@ -136,7 +136,7 @@ def test_boxes_are_drawn_on_the_picture(open_page: OpenPage, fake_api: FakeApi) 
 
     page = ask(open_page(), "Where is it?", ("mine.png", png()))
 
-    assert "Marked in the picture: `[[100,200,500,600]]`" in said(page)
+    assert "Marked in the picture: `[[100,200,500,600]]`" in shown_text(page)
     assert len(page.image) == 2
 
 
@@ -170,8 +170,8 @@ def test_a_chat_too_long_tells_the_numbers_and_is_asked_again_without_the_older_
     page = page.button(key="fewer").click().run()
 
     assert not page.exception
-    assert "Blue." in said(page)
-    assert "Not sent any more." in said(page)
+    assert "Blue." in shown_text(page)
+    assert "Not sent any more." in shown_text(page)
     first, _, last = fake_api.received[2].body["messages"]
     assert [part["type"] for part in first["content"]] == ["text"]
     assert [part["type"] for part in last["content"]] == ["image_url", "text"]
@@ -203,7 +203,7 @@ def test_places_outside_the_picture_are_told_and_not_drawn(open_page: OpenPage, 
 
     page = ask(open_page(), "Where is it?", ("mine.png", png()))
 
-    assert "1 cannot be drawn: the numbers are not within 0-1000." in said(page)
+    assert "1 cannot be drawn: the numbers are not within 0-1000." in shown_text(page)
     assert len(page.image) == 1
 
 
@@ -235,12 +235,12 @@ def test_each_failure_is_one_sentence_with_the_request_id(
 def test_a_broken_answer_keeps_its_words_and_can_be_asked_again(open_page: OpenPage, fake_api: FakeApi) -> None:
     fake_api.answer = Answer(text="one two three", cut_after=2, pause_s=0.02)
     page = ask(open_page(), "Count", ("mine.png", png()))
-    assert "one two" in said(page)
+    assert "one two" in shown_text(page)
 
     fake_api.answer = Answer(text="All good.")
     page = page.button(key="again").click().run()
 
-    assert "All good." in said(page)
+    assert "All good." in shown_text(page)
     assert len(page.chat_message) == 2
     assert fake_api.received[1].body["messages"] == fake_api.received[0].body["messages"]
 
@@ -261,7 +261,7 @@ def test_a_wrong_key_is_told_at_once(open_page: OpenPage) -> None:
         page = open_page(GLM_API_URL=closed.url, GLM_API_KEY="wrong")
 
     assert "its key is wrong or missing" in page.error[0].value
-    assert "wrong" not in said(page).replace("is wrong or", "")
+    assert "wrong" not in shown_text(page).replace("is wrong or", "")
 
 
 def test_a_model_that_loads_is_told_with_its_progress(open_page: OpenPage, fake_api: FakeApi) -> None:
@@ -317,8 +317,8 @@ def test_what_a_tool_gave_is_entered_and_goes_back_to_the_model(open_page: OpenP
     page.run()
 
     assert not page.exception
-    assert "There are three." in said(page)
-    assert "Result of count" in said(page)
+    assert "There are three." in shown_text(page)
+    assert "Result of count" in shown_text(page)
     question, call, result = fake_api.received[1].body["messages"]
     assert [part["type"] for part in question["content"]] == ["image_url", "text"]
     assert call["tool_calls"][0]["function"] == {"name": "count_objects", "arguments": '{"color": "red"}'}

@@ -13,13 +13,13 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
-from browsing import KEY, PATIENCE_MS, TOKEN, add_picture, ask, last_answer, png
+from browsing import KEY, TIMEOUT_MS, TOKEN, add_image, ask, last_answer, png
+from models.shapes.turns_area import COUNT_TOOL
 from page_process import OpenPage, Server, wait_until
 from playwright.sync_api import Page, expect
 from web_fake_api import HEALTH, INFO, Answer, FakeApi
 
 from models.shapes.pictures import COLORS
-from models.shapes.talk import COUNT_TOOL
 from web.api_client.client import ApiClient
 from web.console import api_metrics
 
@@ -36,17 +36,17 @@ def colors_in(answer: str) -> set[str]:
     return set(re.findall(rf"\b({'|'.join(COLORS)})\b", answer.lower()))
 
 
-def ask_in_a_new_chat(page: Page, name: str, picture: bytes, question: str) -> str:
+def ask_in_a_new_chat(page: Page, name: str, image: bytes, question: str) -> str:
     page.get_by_role("button", name="New chat").click()
-    expect(page.get_by_test_id("stChatMessage")).to_have_count(0, timeout=PATIENCE_MS)
-    add_picture(page, name, picture)
+    expect(page.get_by_test_id("stChatMessage")).to_have_count(0, timeout=TIMEOUT_MS)
+    add_image(page, name, image)
     ask(page, question)
     return last_answer(page)
 
 
 def test_the_demo_model_sees_the_pictures_and_does_not_guess(demo_page: Page) -> None:
     question = "What color is the circle?"
-    expect(demo_page.get_by_test_id("stMarkdown").first).to_contain_text("demo", timeout=PATIENCE_MS)
+    expect(demo_page.get_by_test_id("stMarkdown").first).to_contain_text("demo", timeout=TIMEOUT_MS)
 
     red = ask_in_a_new_chat(demo_page, "one.png", png(("red", "circle"), seed=SEED), question)
     blue = ask_in_a_new_chat(demo_page, "two.png", png(("blue", "circle"), seed=SEED), question)
@@ -59,7 +59,7 @@ def test_a_second_question_is_answered_about_the_same_picture(demo_page: Page) -
     first = ask_in_a_new_chat(demo_page, "mine.png", png(("green", "star"), seed=SEED), "What color is the star?")
 
     ask(demo_page, "How many shapes are there?")
-    expect(demo_page.get_by_test_id("stChatMessage")).to_have_count(4, timeout=PATIENCE_MS)
+    expect(demo_page.get_by_test_id("stChatMessage")).to_have_count(4, timeout=TIMEOUT_MS)
     second = last_answer(demo_page)
 
     assert colors_in(first) == {"green"}, first
@@ -69,30 +69,30 @@ def test_a_second_question_is_answered_about_the_same_picture(demo_page: Page) -
 def test_where_something_is_is_drawn_on_the_picture(demo_page: Page) -> None:
     demo_page.get_by_role("button", name="Where is the heart?").click()
     drawn = demo_page.get_by_role("img", name="Where it is, drawn on")
-    expect(drawn).to_be_visible(timeout=PATIENCE_MS)
+    expect(drawn).to_be_visible(timeout=TIMEOUT_MS)
     demo_page.get_by_text("1 marked in").click()
 
     row = demo_page.get_by_test_id("stMarkdown").get_by_role("row").last
-    expect(row).to_be_visible(timeout=PATIENCE_MS)
+    expect(row).to_be_visible(timeout=TIMEOUT_MS)
     x1, y1, x2, y2 = (int(number) for number in row.get_by_role("cell").last.inner_text().split(", "))
     assert 600 < x1 < x2 < 1000, row.inner_text()  # the heart is at the right
     assert y1 < y2
 
 
 def test_json_by_schema_is_right_and_fits(demo_page: Page) -> None:
-    add_picture(demo_page, "one.png", png(("red", "circle"), seed=SEED))
+    add_image(demo_page, "one.png", png(("red", "circle"), seed=SEED))
     demo_page.get_by_text("JSON by schema").click()
     area = demo_page.get_by_test_id("stChatInputTextArea")
-    expect(area).to_have_value("List the objects as JSON.", timeout=PATIENCE_MS)
+    expect(area).to_have_value("List the objects as JSON.", timeout=TIMEOUT_MS)
     area.press("Enter")
 
-    expect(demo_page.get_by_text("Valid JSON that fits the schema")).to_be_visible(timeout=PATIENCE_MS)
+    expect(demo_page.get_by_text("Valid JSON that fits the schema")).to_be_visible(timeout=TIMEOUT_MS)
     answer = demo_page.get_by_test_id("stCode").first.inner_text()
     assert json.loads(answer) == {"objects": [{"color": "red", "shape": "circle"}]}
 
 
 def test_the_demo_model_calls_a_tool_and_goes_on_with_its_result(demo_page: Page, real_api: Server) -> None:
-    add_picture(demo_page, "three.png", png(("red", "circle"), ("red", "circle"), ("blue", "star"), seed=SEED))
+    add_image(demo_page, "three.png", png(("red", "circle"), ("red", "circle"), ("blue", "star"), seed=SEED))
     demo_page.get_by_text("JSON and tools").click()
     tools = demo_page.get_by_role("textbox", name="Tools, as JSON")
     tools.fill(json.dumps([COUNT_TOOL]))
@@ -100,14 +100,14 @@ def test_the_demo_model_calls_a_tool_and_goes_on_with_its_result(demo_page: Page
     ask(demo_page, "Use the tool to count the red circles.")
 
     call = demo_page.get_by_test_id("stChatMessage").last
-    expect(call).to_contain_text("asked for a tool", timeout=PATIENCE_MS)
+    expect(call).to_contain_text("asked for a tool", timeout=TIMEOUT_MS)
     expect(call).to_contain_text("Asks for the tool count_objects")
     assert json.loads(call.get_by_test_id("stCode").inner_text()) == {"color": "red", "shape": "circle"}
     result = demo_page.get_by_label("What the tool count_objects gave")
     result.fill("7")
     demo_page.get_by_role("button", name="Send to the model").click()
 
-    expect(demo_page.get_by_test_id("stChatMessage")).to_have_count(4, timeout=PATIENCE_MS)
+    expect(demo_page.get_by_test_id("stChatMessage")).to_have_count(4, timeout=TIMEOUT_MS)
     assert re.search(r"\b(7|seven)\b", last_answer(demo_page)), "what the tool said, not what the picture shows"
 
 
@@ -152,7 +152,7 @@ def test_the_fake_api_tells_what_the_real_one_tells(real_api: Server) -> None:
 def test_stop_in_the_middle_keeps_what_was_written_and_frees_the_model(fake_page: Page, fake_api: FakeApi) -> None:
     fake_api.answer = Answer(text="word " * 2000, pause_s=0.05)
     ask(fake_page, "Tell me everything")
-    expect(fake_page.get_by_test_id("stChatMessage").last).to_contain_text("word word word", timeout=PATIENCE_MS)
+    expect(fake_page.get_by_test_id("stChatMessage").last).to_contain_text("word word word", timeout=TIMEOUT_MS)
 
     fake_page.get_by_role("button", name="Stop", exact=True).click()
     stopped_at = time.monotonic()
@@ -160,7 +160,7 @@ def test_stop_in_the_middle_keeps_what_was_written_and_frees_the_model(fake_page
 
     assert (fake_api.received[0].left_at or 0) - stopped_at < 2
     message = fake_page.get_by_test_id("stChatMessage").last
-    expect(message).to_contain_text("Stopped. What had been written is kept.", timeout=PATIENCE_MS)
+    expect(message).to_contain_text("Stopped. What had been written is kept.", timeout=TIMEOUT_MS)
     expect(message).to_contain_text("word word word")
     expect(fake_page.get_by_role("button", name="Try again")).to_be_visible()
 
@@ -170,27 +170,27 @@ def test_stop_while_waiting_in_line_frees_the_place(fake_page: Page, fake_api: F
     last_answer(fake_page)
     fake_api.answer = Answer(queue=500, queue_pause_s=1)
     ask(fake_page, "Hello again")
-    expect(fake_page.get_by_test_id("stChatMessage").last).to_contain_text("Waiting in line", timeout=PATIENCE_MS)
+    expect(fake_page.get_by_test_id("stChatMessage").last).to_contain_text("Waiting in line", timeout=TIMEOUT_MS)
 
     fake_page.get_by_test_id("stChatInputStopButton").click()
     stopped_at = time.monotonic()
     wait_until(lambda: fake_api.received[1].left_at, "the API to see the disconnect", 30)
 
     assert (fake_api.received[1].left_at or 0) - stopped_at < 2
-    expect(fake_page.get_by_text("Stopped before the answer began.")).to_be_visible(timeout=PATIENCE_MS)
+    expect(fake_page.get_by_text("Stopped before the answer began.")).to_be_visible(timeout=TIMEOUT_MS)
 
 
 def test_an_answer_about_a_sample_can_be_stopped_too(fake_page: Page, fake_api: FakeApi) -> None:
     fake_api.answer = Answer(text="word " * 2000, pause_s=0.05)
     fake_page.get_by_role("button", name="What color is the star?").click()
-    expect(fake_page.get_by_test_id("stChatMessage").last).to_contain_text("word word", timeout=PATIENCE_MS)
+    expect(fake_page.get_by_test_id("stChatMessage").last).to_contain_text("word word", timeout=TIMEOUT_MS)
 
     fake_page.get_by_role("button", name="Stop", exact=True).click()
     stopped_at = time.monotonic()
     wait_until(lambda: fake_api.received[0].left_at, "the API to see the disconnect", 30)
 
     assert (fake_api.received[0].left_at or 0) - stopped_at < 2
-    expect(fake_page.get_by_text("Stopped. What had been written is kept.")).to_be_visible(timeout=PATIENCE_MS)
+    expect(fake_page.get_by_text("Stopped. What had been written is kept.")).to_be_visible(timeout=TIMEOUT_MS)
 
 
 def test_settings_and_language_changed_while_an_answer_comes_do_not_cut_it_off(
@@ -198,12 +198,12 @@ def test_settings_and_language_changed_while_an_answer_comes_do_not_cut_it_off(
 ) -> None:
     fake_api.answer = Answer(text="word " * 60 + "the end", pause_s=0.1)
     ask(fake_page, "Tell me everything")
-    expect(fake_page.get_by_test_id("stChatMessage").last).to_contain_text("word word", timeout=PATIENCE_MS)
+    expect(fake_page.get_by_test_id("stChatMessage").last).to_contain_text("word word", timeout=TIMEOUT_MS)
 
     fake_page.get_by_text("Think before answering").click()
     fake_page.get_by_text("中文").click()
 
-    expect(fake_page.get_by_role("button", name="新对话")).to_be_visible(timeout=PATIENCE_MS)
+    expect(fake_page.get_by_role("button", name="新对话")).to_be_visible(timeout=TIMEOUT_MS)
     expect(fake_page.get_by_test_id("stChatMessage").last).to_contain_text("the end")
     assert fake_api.received[0].left_at is None
     fake_api.answer = Answer(text="ok")
@@ -239,15 +239,15 @@ def test_what_a_model_writes_is_never_run_and_never_fetches_anything(fake_page: 
 
 def test_a_wrong_token_is_told_and_the_right_one_opens(one_page_server: Server, open_page: OpenPage) -> None:
     page = open_page(one_page_server, query="?token=wrong")
-    expect(page.get_by_text("This token is not right.")).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.get_by_text("This token is not right.")).to_be_visible(timeout=TIMEOUT_MS)
     expect(page.get_by_test_id("stChatInput")).to_have_count(0)
 
     page.get_by_label("Token", exact=True).fill(TOKEN)
     page.get_by_role("button", name="Open").click()
-    expect(page.get_by_test_id("stChatInput")).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.get_by_test_id("stChatInput")).to_be_visible(timeout=TIMEOUT_MS)
 
     page.reload()
-    expect(page.get_by_test_id("stChatInput")).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.get_by_test_id("stChatInput")).to_be_visible(timeout=TIMEOUT_MS)
 
 
 def test_a_chinese_browser_on_a_phone_gets_a_chinese_page_that_fits(
@@ -255,7 +255,7 @@ def test_a_chinese_browser_on_a_phone_gets_a_chinese_page_that_fits(
 ) -> None:
     page = open_page(one_page_server, locale="zh-CN", viewport={"width": 390, "height": 844})
 
-    expect(page.get_by_role("heading", name="看图问答")).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.get_by_role("heading", name="看图问答")).to_be_visible(timeout=TIMEOUT_MS)
     expect(page.get_by_role("button", name="星形是什么颜色？")).to_be_visible()
     expect(page.get_by_role("heading", name="看图问答")).to_be_in_viewport()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
@@ -264,16 +264,16 @@ def test_a_chinese_browser_on_a_phone_gets_a_chinese_page_that_fits(
 def test_a_page_opened_before_its_model_is_ready_notices_when_it_is(fake_api: FakeApi, fake_page: Page) -> None:
     fake_api.health = {"state": "loading", "progress": 0.5}
     fake_page.reload()
-    expect(fake_page.get_by_text("still loading (50 %)")).to_be_visible(timeout=PATIENCE_MS)
+    expect(fake_page.get_by_text("still loading (50 %)")).to_be_visible(timeout=TIMEOUT_MS)
 
     fake_api.health = {"state": "idle", "progress": 1.0}
 
-    expect(fake_page.get_by_text("still loading")).to_have_count(0, timeout=PATIENCE_MS)
+    expect(fake_page.get_by_text("still loading")).to_have_count(0, timeout=TIMEOUT_MS)
 
 
 def test_a_pasted_picture_is_attached(fake_page: Page, fake_api: FakeApi) -> None:
     area = fake_page.get_by_test_id("stChatInputTextArea")
-    expect(area).to_be_visible(timeout=PATIENCE_MS)
+    expect(area).to_be_visible(timeout=TIMEOUT_MS)
     data = list(png(("red", "star"), seed=1))
     area.evaluate(
         "(area, bytes) => {const held = new DataTransfer();"
@@ -281,7 +281,7 @@ def test_a_pasted_picture_is_attached(fake_page: Page, fake_api: FakeApi) -> Non
         " area.dispatchEvent(new ClipboardEvent('paste', {clipboardData: held, bubbles: true, cancelable: true}))}",
         data,
     )
-    expect(fake_page.get_by_test_id("stChatInput").get_by_text("pasted.png")).to_be_visible(timeout=PATIENCE_MS)
+    expect(fake_page.get_by_test_id("stChatInput").get_by_text("pasted.png")).to_be_visible(timeout=TIMEOUT_MS)
 
     ask(fake_page, "What is it?")
     last_answer(fake_page)
@@ -294,14 +294,14 @@ def test_a_dropped_picture_reaches_the_model(demo_page: Page, tmp_path: Path) ->
     file = tmp_path / "dropped.png"
     file.write_bytes(png(("green", "star"), seed=SEED))
     box = demo_page.get_by_test_id("stChatInput")
-    expect(box).to_be_visible(timeout=PATIENCE_MS)
+    expect(box).to_be_visible(timeout=TIMEOUT_MS)
     box.scroll_into_view_if_needed()
-    place = box.bounding_box() or {}
+    box = box.bounding_box() or {}
     devtools = demo_page.context.new_cdp_session(demo_page)
 
     def drag(kind: str) -> None:
         """As the operating system would: Chromium itself finds what lies under the pointer."""
-        where = {"x": place["x"] + place["width"] / 2, "y": place["y"] + place["height"] / 2}
+        where = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
         data = {"items": [], "files": [str(file)], "dragOperationsMask": 1}
         devtools.send("Input.dispatchDragEvent", {"type": kind, **where, "data": data})
 
@@ -318,7 +318,7 @@ def test_a_dropped_picture_reaches_the_model(demo_page: Page, tmp_path: Path) ->
 
 def test_a_question_is_asked_and_stopped_with_the_keyboard_alone(fake_page: Page, fake_api: FakeApi) -> None:
     fake_api.answer = Answer(text="word " * 2000, pause_s=0.05)
-    expect(fake_page.get_by_role("button", name="What color is the star?")).to_be_visible(timeout=PATIENCE_MS)
+    expect(fake_page.get_by_role("button", name="What color is the star?")).to_be_visible(timeout=TIMEOUT_MS)
 
     def walk_to(name: str) -> None:
         focused = "document.activeElement.tagName === 'BUTTON' ? document.activeElement.innerText : ''"
@@ -330,11 +330,11 @@ def test_a_question_is_asked_and_stopped_with_the_keyboard_alone(fake_page: Page
 
     walk_to("What color is the star?")
     fake_page.keyboard.press("Enter")
-    expect(fake_page.get_by_test_id("stChatMessage").last).to_contain_text("word word", timeout=PATIENCE_MS)
+    expect(fake_page.get_by_test_id("stChatMessage").last).to_contain_text("word word", timeout=TIMEOUT_MS)
     walk_to("Stop")
     fake_page.keyboard.press("Enter")
 
-    expect(fake_page.get_by_text("Stopped. What had been written is kept.")).to_be_visible(timeout=PATIENCE_MS)
+    expect(fake_page.get_by_text("Stopped. What had been written is kept.")).to_be_visible(timeout=TIMEOUT_MS)
     assert fake_api.received[0].left_at
 
 
@@ -344,7 +344,7 @@ def test_a_picture_from_the_camera_goes_with_the_question(
     page = open_page(one_page_server, permissions=["camera"])
     page.get_by_role("button", name="Camera").click()
     shutter = page.get_by_test_id("stCameraInputButton")
-    expect(shutter).to_be_enabled(timeout=PATIENCE_MS)
+    expect(shutter).to_be_enabled(timeout=TIMEOUT_MS)
     page.wait_for_function("document.querySelector('video')?.videoWidth > 0")
     shutter.click()
     expect(page.get_by_text("Goes with the next question")).to_be_visible(timeout=SOON_MS)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import streamlit as st
-from app_driver import said
+from app_driver import shown_text
 from console_record import HEALTHY, WEDGED, incident_of, record
 from page_process import free_port
 from streamlit.testing.v1 import AppTest
@@ -20,7 +20,7 @@ from monitor.store.store import Store
 from monitor.tell.alerts import queue
 from settings import Settings
 from web.console.page import duration, percent_down
-from web.i18n.strings import Words
+from web.i18n.strings import Texts
 
 APP = Path(__file__).resolve().parents[3] / "web" / "app.py"
 OPERATOR = "the-operator-s-token"
@@ -67,11 +67,11 @@ def test_a_healthy_service_is_one_sentence_and_its_figures(open_console: OpenCon
 
     assert not page.exception
     assert page.success[0].value.startswith("Operational since ")
-    assert "glm-shapes-demo · NVIDIA L40S · bfloat16 · 8,192 tokens of context · 16 answers at once" in said(page).replace("\\", "")
+    assert "glm-shapes-demo · NVIDIA L40S · bfloat16 · 8,192 tokens of context · 16 answers at once" in shown_text(page).replace("\\", "")
     assert figure(page, "Up, 24 h") == "100 %"
     assert figure(page, "GPU memory") == "20.5 GiB"
     assert figure(page, "Failed checks, 1 h") == "0"
-    assert "None in the last 30 days." in said(page)
+    assert "None in the last 30 days." in shown_text(page)
 
 
 def test_trouble_tells_its_reason_its_incident_and_its_timeline(open_console: OpenConsole, logs: Path) -> None:
@@ -87,12 +87,12 @@ def test_trouble_tells_its_reason_its_incident_and_its_timeline(open_console: Op
     page = open_console()
 
     assert page.error[0].value.startswith("Down since ")
-    assert "Model server: wedged" in said(page)
-    assert "引擎 140 秒没有进展" in said(page)
-    assert "the port is taken" in said(page)
-    assert "alert sent: webhook" in said(page)
-    assert "alert not delivered yet: slack" in said(page)
-    assert "/secret" not in said(page)
+    assert "Model server: wedged" in shown_text(page)
+    assert "引擎 140 秒没有进展" in shown_text(page)
+    assert "the port is taken" in shown_text(page)
+    assert "alert sent: webhook" in shown_text(page)
+    assert "alert not delivered yet: slack" in shown_text(page)
+    assert "/secret" not in shown_text(page)
     assert any("open for" in expander.label for expander in page.expander)
     assert int(figure(page, "Failed checks, 1 h")) == 10
 
@@ -112,7 +112,7 @@ def test_history_is_there_when_the_api_is_down(open_console: OpenConsole, logs: 
     page = open_console(GLM_API_URL=f"http://127.0.0.1:{free_port()}")
 
     assert not page.exception
-    assert "The model server does not answer right now" in said(page)
+    assert "The model server does not answer right now" in shown_text(page)
     assert figure(page, "Up, 24 h") == "100 %"
 
 
@@ -122,7 +122,7 @@ def test_it_speaks_chinese(open_console: OpenConsole, logs: Path) -> None:
     page = open_console(language="zh")
 
     assert "故障" in page.error[0].value
-    assert "引擎 140 秒没有进展" in said(page)
+    assert "引擎 140 秒没有进展" in shown_text(page)
 
 
 def test_the_log_is_filtered_and_shown_as_it_is(open_console: OpenConsole, logs: Path) -> None:
@@ -140,7 +140,7 @@ def test_the_log_is_filtered_and_shown_as_it_is(open_console: OpenConsole, logs:
 def test_settings_are_listed_without_their_secrets(open_console: OpenConsole) -> None:
     page = open_console(GLM_API_KEY="very-secret", GLM_QUEUE_SIZE="7")
 
-    text = said(page).replace("\\", "")
+    text = shown_text(page).replace("\\", "")
     assert "`GLM_QUEUE_SIZE` | 7 | changed" in text
     assert "`GLM_API_KEY` | •••" in text
     assert "very-secret" not in text
@@ -171,7 +171,7 @@ def test_actions_open_for_the_right_token_only(open_console: OpenConsole) -> Non
     ("seconds", "told"), [(0, "0 s"), (59, "59 s"), (60, "1 min"), (7800, "2 h 10 min"), (86400, "1 d"), (86460, "1 d")]
 )
 def test_a_duration_has_its_two_largest_units(seconds: float, told: str) -> None:
-    assert duration(seconds, Words("en")) == told
+    assert duration(seconds, Texts("en")) == told
 
 
 @pytest.mark.parametrize(("share", "told"), [(1.0, "100"), (0.99996, "99.99"), (0.5, "50"), (0.0, "0"), (0.999, "99.9")])
@@ -188,5 +188,5 @@ def test_the_speed_the_cache_and_the_chosen_settings_with_their_reasons_are_told
 
     assert figure(page, "Answer speed") == "40 t/s"
     assert figure(page, "KV cache used") == "25 %"
-    assert "| slots | 16 | the choice for cpu |" in said(page).replace("\\", "")
-    assert "| 69,632 | 255 MiB: enough for 8 full contexts |" in said(page).replace("\\", "")
+    assert "| slots | 16 | the choice for cpu |" in shown_text(page).replace("\\", "")
+    assert "| 69,632 | 255 MiB: enough for 8 full contexts |" in shown_text(page).replace("\\", "")

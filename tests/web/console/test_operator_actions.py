@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 
 from monitor.store.store import REQUEST_KINDS, Store
-from web.console import store as console_store
-from web.console.operator_actions import ACTS, Act, arguments_of
+from web.console import checker_store
+from web.console.operator_actions import ACTIONS, OperatorAction, arguments_of
 
 
 def test_every_act_is_one_that_the_checker_knows_and_none_is_missing() -> None:
-    assert {act.kind for act in ACTS} == set(REQUEST_KINDS)
+    assert {action.kind for action in ACTIONS} == set(REQUEST_KINDS)
 
 
 def test_what_loses_answers_must_be_typed() -> None:
-    assert {act.kind for act in ACTS if act.typed} == {"restart", "drain"}
+    assert {action.kind for action in ACTIONS if action.typed} == {"restart", "drain"}
 
 
 @pytest.mark.parametrize(
@@ -26,11 +26,11 @@ def test_what_loses_answers_must_be_typed() -> None:
      ("probe", {}), ("reset", {"reason": "asked by Ann on the console"})],
 )  # fmt: skip
 def test_a_request_says_until_when(kind: str, expected: dict[str, object]) -> None:
-    assert arguments_of(Act(kind, ""), 2, "Ann", 100.0) == expected
+    assert arguments_of(OperatorAction(kind, ""), 2, "Ann", 100.0) == expected
 
 
 def test_a_request_is_a_row_that_the_checker_takes(tmp_path: Path) -> None:
-    number = console_store.ask(tmp_path, "console: Ann", "restart", "api", {})
+    number = checker_store.ask(tmp_path, "console: Ann", "restart", "api", {})
 
     with closing(Store.open(tmp_path)) as store:
         taken = store.take_request(1.0)
@@ -41,8 +41,8 @@ def test_a_request_is_a_row_that_the_checker_takes(tmp_path: Path) -> None:
 def test_a_folder_that_takes_nothing_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
 
-    with pytest.raises(console_store.NoHistory):
-        console_store.ask(tmp_path / "file", "Ann", "probe", "", {})
+    with pytest.raises(checker_store.HistoryUnavailable):
+        checker_store.ask(tmp_path / "file", "Ann", "probe", "", {})
 
 
 def test_evidence_is_only_what_lies_in_the_incident_s_own_folder(tmp_path: Path) -> None:
@@ -52,5 +52,5 @@ def test_evidence_is_only_what_lies_in_the_incident_s_own_folder(tmp_path: Path)
     (tmp_path / "secret").write_text("y")
     (folder / "link").symlink_to(tmp_path / "secret")
 
-    assert [path.name for path in console_store.evidence_files(tmp_path, "api-1")] == ["stacks.txt"]
-    assert console_store.evidence_files(tmp_path, "../../") == []
+    assert [path.name for path in checker_store.evidence_files(tmp_path, "api-1")] == ["stacks.txt"]
+    assert checker_store.evidence_files(tmp_path, "../../") == []

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from web.console.right_sizing import advise, busiest_hour, look_at, quiet_hours
+from web.console.right_sizing import advise, busiest_hour, quiet_hours, summarize_week
 
 NOW = 1_800_000_000.0 // 86400 * 86400  # midnight, UTC
 GIB = 1024.0
@@ -23,17 +23,17 @@ def hours(count: int, load_at: Any = lambda hour: 40.0, peak_gib: float = 20.0, 
 
 
 def keys(rows: list[dict], total_gib: float | None = 48, slots: int = 4) -> list[str]:
-    return [each.key for each in advise(look_at(rows, NOW, slots, UTC), total_gib and total_gib * GIB)]
+    return [each.key for each in advise(summarize_week(rows, NOW, slots, UTC), total_gib and total_gib * GIB)]
 
 
 def test_a_few_hours_are_too_early() -> None:
-    (only,) = advise(look_at(hours(23), NOW, 4, UTC), 48 * GIB)
+    (only,) = advise(summarize_week(hours(23), NOW, 4, UTC), 48 * GIB)
 
     assert (only.key, only.values["hours"]) == ("size.too_early", 23)
 
 
 def test_a_half_empty_card_names_the_smaller_one_that_would_do() -> None:
-    found = {each.key: each.values for each in advise(look_at(hours(48, peak_gib=18), NOW, 4, UTC), 80 * GIB)}
+    found = {each.key: each.values for each in advise(summarize_week(hours(48, peak_gib=18), NOW, 4, UTC), 80 * GIB)}
 
     assert found["size.memory_loose"] == {"peak": "18.0", "total": "80", "smaller": 24}
 
@@ -63,15 +63,15 @@ def test_without_a_gpu_the_machine_s_own_memory_counts() -> None:
 
 
 def test_quiet_hours_are_found_over_midnight() -> None:
-    week = look_at(hours(168, load_at=lambda hour: 60.0 if 8 <= hour < 22 else 3.0), NOW, 4, UTC)
+    week = summarize_week(hours(168, load_at=lambda hour: 60.0 if 8 <= hour < 22 else 3.0), NOW, 4, UTC)
 
     assert quiet_hours(week.by_hour) == (22, 7)
     assert busiest_hour(week.by_hour) in range(8, 22)
 
 
 def test_an_even_load_has_no_quiet_hours() -> None:
-    assert quiet_hours(look_at(hours(168), NOW, 4, UTC).by_hour) is None
+    assert quiet_hours(summarize_week(hours(168), NOW, 4, UTC).by_hour) is None
 
 
 def test_hours_before_the_week_do_not_count() -> None:
-    assert look_at(hours(400), NOW, 4, UTC).hours == 168
+    assert summarize_week(hours(400), NOW, 4, UTC).hours == 168

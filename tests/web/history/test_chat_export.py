@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import json
 
-from web.api_client.answer_stream import CallPiece, Finished, Place, Text, Thought
+from web.api_client.answer_stream import BoundingBox, Finished, ReasoningDelta, TextDelta, ToolCallDelta
 from web.history import chat_export
 from web.history.conversation import Conversation
-from web.i18n.strings import Words
-from web.images.attached_image import Picture, data_url
+from web.i18n.strings import Texts
+from web.images.attached_image import AttachedImage, data_url
 
 
-def url_of(picture: Picture) -> str:
-    return picture.url or data_url(picture.mime, picture.data)
+def url_of(image: AttachedImage) -> str:
+    return image.url or data_url(image.mime, image.data)
 
 
-def talk() -> Conversation:
+def turns_area() -> Conversation:
     conversation = Conversation()
-    picture = Picture("a", "my [cat].png", "image/png", 8, 6, data=b"cat")
-    turn = conversation.ask("Where is it?", [picture])
-    for event in (Thought("I look\nclosely."), Text("Here."), Place((1, 2, 300, 400), 0, "cat"),
-                  CallPiece(0, "count", '{"n": 1}'), Finished("stop", 7)):  # fmt: skip
-        turn.answer.take(event, 5.0)
+    image = AttachedImage("a", "my [cat].png", "image/png", 8, 6, data=b"cat")
+    turn = conversation.ask("Where is it?", [image])
+    for event in (ReasoningDelta("I look\nclosely."), TextDelta("Here."), BoundingBox((1, 2, 300, 400), 0, "cat"),
+                  ToolCallDelta(0, "count", '{"n": 1}'), Finished("stop", 7)):  # fmt: skip
+        turn.answer.apply(event, 5.0)
     conversation.ask_again("Where is the cat?").answer.stop(6.0)
     return conversation
 
 
 def test_json_holds_questions_answers_boxes_calls_and_the_pictures_themselves() -> None:
-    whole = json.loads(chat_export.to_json(talk(), url_of))
+    whole = json.loads(chat_export.to_json(turns_area(), url_of))
 
     turn = whole["turns"][0]
     first = turn["earlier_answers"][0]
@@ -40,7 +40,7 @@ def test_json_holds_questions_answers_boxes_calls_and_the_pictures_themselves() 
 
 
 def test_markdown_reads_well_and_shows_the_pictures() -> None:
-    text = chat_export.to_markdown(talk(), url_of, Words("en"))
+    text = chat_export.to_markdown(turns_area(), url_of, Texts("en"))
 
     assert text.startswith("# Where is it?\n\n## Question")
     assert "](data:image/png;base64,Y2F0)" in text

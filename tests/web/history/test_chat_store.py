@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from page_process import ROOT
 
-from web.api_client.answer_stream import CallPiece, Finished, Place, Text, Thought
+from web.api_client.answer_stream import BoundingBox, Finished, ReasoningDelta, TextDelta, ToolCallDelta
 from web.api_client.client import ApiError
-from web.history.chat_store import DAY_S, FILE_NAME, ChatStore, MyChats, StoreError
+from web.history.chat_store import DAY_S, FILE_NAME, ChatStore, StoreError, VisitorChats
 from web.history.conversation import Conversation
-from web.images.attached_image import Picture, elsewhere
+from web.images.attached_image import AttachedImage, remote_image
 
 
 @pytest.fixture
@@ -24,16 +24,16 @@ def store(tmp_path: Path) -> ChatStore:
     return ChatStore(tmp_path / FILE_NAME, keep_days=30)
 
 
-def picture(sha: str = "a") -> Picture:
-    return Picture(sha, f"{sha}.png", "image/png", 8, 6, data=f"bytes of {sha}".encode())
+def image(sha: str = "a") -> AttachedImage:
+    return AttachedImage(sha, f"{sha}.png", "image/png", 8, 6, data=f"bytes of {sha}".encode())
 
 
-def chat(question: str = "What is it?", *pictures: Picture) -> Conversation:
+def chat(question: str = "What is it?", *images: AttachedImage) -> Conversation:
     conversation = Conversation()
-    turn = conversation.ask(question, list(pictures))
-    for event in (Thought("I look."), Text("A circle."), Place((1, 2, 3, 4), 0, "circle", (1, 2, 3, 4)),
-                  CallPiece(0, "count", "{}"), Finished("stop", 7, request_id="r1")):  # fmt: skip
-        turn.answer.take(event, 5.0)
+    turn = conversation.ask(question, list(images))
+    for event in (ReasoningDelta("I look."), TextDelta("A circle."), BoundingBox((1, 2, 3, 4), 0, "circle", (1, 2, 3, 4)),
+                  ToolCallDelta(0, "count", "{}"), Finished("stop", 7, request_id="r1")):  # fmt: skip
+        turn.answer.apply(event, 5.0)
     return conversation
 
 
@@ -43,7 +43,7 @@ def rows(path: Path, table: str) -> int:
 
 
 def test_a_chat_comes_back_as_it_was(store: ChatStore) -> None:
-    conversation = chat("What is it?", picture(), elsewhere("https://example.org/b.png"))
+    conversation = chat("What is it?", image(), remote_image("https://example.org/b.png"))
     conversation.turns[0].earlier.append(Conversation().ask("x", []).answer)
     conversation.turns[0].answer.fail(ApiError("lost", "gone", "r2"), 6.0)
     store.save("me", conversation)
@@ -52,27 +52,27 @@ def test_a_chat_comes_back_as_it_was(store: ChatStore) -> None:
 
     assert found == conversation
     assert found is not None
-    assert store.picture_bytes(found.pictures["a"]) == b"bytes of a"
+    assert store.image_bytes(found.images["a"]) == b"bytes of a"
 
 
 def test_a_saved_chat_lets_go_of_its_pictures_bytes(store: ChatStore) -> None:
-    conversation = chat("What is it?", picture())
+    conversation = chat("What is it?", image())
 
     store.save("me", conversation)
 
-    assert conversation.pictures["a"].data == b""
+    assert conversation.images["a"].data == b""
 
 
 def test_nobody_reads_renames_or_deletes_another_s_chat(store: ChatStore) -> None:
-    conversation = chat("secret", picture())
+    conversation = chat("secret", image())
     store.save("me", conversation)
 
     store.rename("you", conversation.id, "stolen")
     store.delete("you", conversation.id)
 
     assert store.load("you", conversation.id) is None
-    assert store.heads("you") == []
-    assert [head.title for head in store.heads("me")] == ["secret"]
+    assert store.summaries("you") == []
+    assert [head.title for head in store.summaries("me")] == ["secret"]
 
 
 def test_the_list_begins_with_the_chat_used_last(store: ChatStore) -> None:
@@ -80,7 +80,7 @@ def test_the_list_begins_with_the_chat_used_last(store: ChatStore) -> None:
     for each in (first, second, first):
         store.save("me", each)
 
-    assert [head.title for head in store.heads("me")] == ["first", "second"]
+    assert [head.title for head in store.summaries("me")] == ["first", "second"]
 
 
 def test_a_new_name_stays_when_the_chat_goes_on(store: ChatStore) -> None:
@@ -91,25 +91,25 @@ def test_a_new_name_stays_when_the_chat_goes_on(store: ChatStore) -> None:
     conversation.ask("second", [])
     store.save("me", conversation)
 
-    assert store.heads("me")[0].title == "My name"
+    assert store.summaries("me")[0].title == "My name"
 
 
 def test_a_deleted_chat_takes_its_pictures_along_but_not_those_of_others(store: ChatStore, tmp_path: Path) -> None:
-    mine, yours = chat("mine", picture("a"), picture("b")), chat("yours", picture("b"))
-    store.save("me", mine)
+    chats, yours = chat("mine", image("a"), image("b")), chat("yours", image("b"))
+    store.save("me", chats)
     store.save("you", yours)
 
-    store.delete("me", mine.id)
+    store.delete("me", chats.id)
 
     assert rows(tmp_path / FILE_NAME, "turns") == 1
-    assert store.picture_bytes(picture("b").without_bytes()) == b"bytes of b"
+    assert store.image_bytes(image("b").without_bytes()) == b"bytes of b"
     with pytest.raises(StoreError):
-        store.picture_bytes(picture("a").without_bytes())
+        store.image_bytes(image("a").without_bytes())
 
 
 def test_a_deleted_picture_is_not_left_in_the_file(store: ChatStore, tmp_path: Path) -> None:
     secret = b"a secret that must go" * 1000
-    conversation = chat("mine", Picture("s", "s.png", "image/png", 8, 8, data=secret))
+    conversation = chat("mine", AttachedImage("s", "s.png", "image/png", 8, 8, data=secret))
     store.save("me", conversation)
 
     store.delete("me", conversation.id)
@@ -120,13 +120,13 @@ def test_a_deleted_picture_is_not_left_in_the_file(store: ChatStore, tmp_path: P
 
 
 def test_chats_that_nobody_used_are_forgotten(store: ChatStore, tmp_path: Path) -> None:
-    store.save("me", chat("old", picture()))
+    store.save("me", chat("old", image()))
 
     store.forget_old(time.time() + 29 * DAY_S)
-    assert len(store.heads("me")) == 1
+    assert len(store.summaries("me")) == 1
     store.forget_old(time.time() + 31 * DAY_S)
 
-    assert store.heads("me") == []
+    assert store.summaries("me") == []
     assert rows(tmp_path / FILE_NAME, "picture_bytes") == 0
 
 
@@ -163,15 +163,15 @@ def test_a_damaged_row_is_told_and_does_not_crash(store: ChatStore, tmp_path: Pa
 
 def test_a_disk_that_takes_nothing_costs_no_answer(tmp_path: Path) -> None:
     store = ChatStore(tmp_path / FILE_NAME, 30)
-    mine, conversation = MyChats(store, "me"), chat("What is it?", picture())
+    chats, conversation = VisitorChats(store, "me"), chat("What is it?", image())
     os.truncate(tmp_path / FILE_NAME, 0)
     (tmp_path / FILE_NAME).write_bytes(b"no database at all, but rubbish" * 100)
 
-    mine.save(conversation)
+    chats.save(conversation)
 
-    assert mine.failed
-    assert mine.bytes_of(conversation.pictures["a"]) == b"bytes of a"
-    assert mine.heads() == []
+    assert chats.failed
+    assert chats.bytes_of(conversation.images["a"]) == b"bytes of a"
+    assert chats.summaries() == []
 
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
@@ -203,9 +203,9 @@ def test_a_chat_keeps_the_form_in_which_it_was_first_stored(store: ChatStore, tm
 
     assert conversation is not None
     (turn,) = conversation.turns
-    assert turn.pictures == ("aa",)
-    assert conversation.pictures["aa"].name == "a.png"
-    assert (turn.answer.text, turn.answer.no_places, turn.answer.boxes[0].label) == ("Here", 1, "star")
+    assert turn.images == ("aa",)
+    assert conversation.images["aa"].name == "a.png"
+    assert (turn.answer.text, turn.answer.invalid_boxes, turn.answer.boxes[0].label) == ("Here", 1, "star")
     store.save("me", conversation)
     with sqlite3.connect(tmp_path / FILE_NAME) as db:
         ((saved,),) = db.execute("SELECT body FROM turns WHERE chat = 'old'").fetchall()

@@ -6,24 +6,32 @@ from typing import Any
 
 import pytest
 
-from web.api_client.answer_stream import CallPiece, Finished, Loading, Place, Queued, Text, Thought
+from web.api_client.answer_stream import (
+    BoundingBox,
+    Finished,
+    Loading,
+    Queued,
+    ReasoningDelta,
+    TextDelta,
+    ToolCallDelta,
+)
 from web.api_client.client import ApiError
-from web.history.conversation import Answer, Call, Conversation, ToolResult, Turn
-from web.images.attached_image import Picture
+from web.history.conversation import Answer, Conversation, ToolCall, ToolResult, Turn
+from web.images.attached_image import AttachedImage
 
 
-def picture(sha: str) -> Picture:
-    return Picture(sha, f"{sha}.png", "image/png", 8, 8, data=sha.encode())
+def image(sha: str) -> AttachedImage:
+    return AttachedImage(sha, f"{sha}.png", "image/png", 8, 8, data=sha.encode())
 
 
-def url_of(picture: Picture) -> str:
-    return f"url of {picture.name}"
+def url_of(image: AttachedImage) -> str:
+    return f"url of {image.name}"
 
 
-def answered(conversation: Conversation, question: str, pictures: list[Picture], text: str) -> Turn:
-    turn = conversation.ask(question, pictures)
-    turn.answer.take(Text(text), 1.0)
-    turn.answer.take(Finished("stop"), 2.0)
+def answered(conversation: Conversation, question: str, images: list[AttachedImage], text: str) -> Turn:
+    turn = conversation.ask(question, images)
+    turn.answer.apply(TextDelta(text), 1.0)
+    turn.answer.apply(Finished("stop"), 2.0)
     return turn
 
 
@@ -33,7 +41,7 @@ def kinds(message: dict[str, Any]) -> list[str]:
 
 def test_pictures_are_resent_in_the_turn_that_brought_them() -> None:
     conversation = Conversation()
-    answered(conversation, "What is it?", [picture("a")], "A circle.")
+    answered(conversation, "What is it?", [image("a")], "A circle.")
 
     conversation.ask("What color?", [])
 
@@ -47,9 +55,9 @@ def test_pictures_are_resent_in_the_turn_that_brought_them() -> None:
 def test_reasoning_is_never_resent() -> None:
     conversation = Conversation()
     turn = conversation.ask("What is it?", [])
-    turn.answer.take(Thought("secret thoughts"), 1.0)
-    turn.answer.take(Text("A circle."), 2.0)
-    turn.answer.take(Finished("stop"), 3.0)
+    turn.answer.apply(ReasoningDelta("secret thoughts"), 1.0)
+    turn.answer.apply(TextDelta("A circle."), 2.0)
+    turn.answer.apply(Finished("stop"), 3.0)
 
     conversation.ask("Sure?", [])
 
@@ -58,9 +66,9 @@ def test_reasoning_is_never_resent() -> None:
 
 def test_a_failed_question_is_left_out_but_its_picture_goes_with_the_next() -> None:
     conversation = Conversation()
-    conversation.ask("What is it?", [picture("a")]).answer.fail(ApiError("down"), 1.0)
+    conversation.ask("What is it?", [image("a")]).answer.fail(ApiError("down"), 1.0)
 
-    turn = conversation.ask("And now?", [picture("b")])
+    turn = conversation.ask("And now?", [image("b")])
 
     (message,) = conversation.messages(url_of)
     assert kinds(message) == ["image_url", "image_url", "text"]
@@ -71,7 +79,7 @@ def test_a_failed_question_is_left_out_but_its_picture_goes_with_the_next() -> N
 @pytest.mark.parametrize("kind", ["refused", "too_large", "too_long"])
 def test_a_picture_that_was_refused_is_not_sent_again(kind: str) -> None:
     conversation = Conversation()
-    conversation.ask("What is it?", [picture("a")]).answer.fail(ApiError(kind), 1.0)
+    conversation.ask("What is it?", [image("a")]).answer.fail(ApiError(kind), 1.0)
 
     conversation.ask("Hello?", [])
 
@@ -81,10 +89,10 @@ def test_a_picture_that_was_refused_is_not_sent_again(kind: str) -> None:
 def test_a_stopped_answer_stays_in_the_chat_with_what_it_said() -> None:
     conversation = Conversation()
     turn = conversation.ask("Tell me", [])
-    turn.answer.take(Text("Once upon"), 1.0)
+    turn.answer.apply(TextDelta("Once upon"), 1.0)
 
-    conversation.settle(2.0)
-    turn.answer.take(Text(" a time"), 3.0)
+    conversation.stop_unfinished(2.0)
+    turn.answer.apply(TextDelta(" a time"), 3.0)
     conversation.ask("Go on", [])
 
     assert (turn.answer.state, turn.answer.text) == ("stopped", "Once upon")
@@ -94,18 +102,18 @@ def test_a_stopped_answer_stays_in_the_chat_with_what_it_said() -> None:
 def test_thinking_is_timed_from_its_first_word_to_the_answer_s_first() -> None:
     answer = Conversation().ask("Why?", []).answer
 
-    answer.take(Queued(1), 10.0)
-    answer.take(Thought("hm"), 11.0)
-    answer.take(Thought("m"), 12.0)
-    answer.take(Text("So."), 14.5)
-    answer.take(Text(" Yes."), 20.0)
+    answer.apply(Queued(1), 10.0)
+    answer.apply(ReasoningDelta("hm"), 11.0)
+    answer.apply(ReasoningDelta("m"), 12.0)
+    answer.apply(TextDelta("So."), 14.5)
+    answer.apply(TextDelta(" Yes."), 20.0)
 
     assert answer.thinking_s == 3.5
 
 
 def test_a_stop_while_thinking_ends_the_thinking() -> None:
     answer = Conversation().ask("Why?", []).answer
-    answer.take(Thought("hm"), 1.0)
+    answer.apply(ReasoningDelta("hm"), 1.0)
 
     answer.stop(3.0)
 
@@ -115,16 +123,16 @@ def test_a_stop_while_thinking_ends_the_thinking() -> None:
 def test_waiting_states_follow_what_the_api_says_last() -> None:
     answer = Conversation().ask("Why?", []).answer
 
-    answer.take(Loading(0.5), 1.0)
+    answer.apply(Loading(0.5), 1.0)
     assert (answer.loading, answer.loading_progress) == (True, 0.5)
 
-    answer.take(Queued(3), 2.0)
+    answer.apply(Queued(3), 2.0)
     assert (answer.loading, answer.queue_position, answer.state) == (False, 3, "waiting")
 
 
 def test_asking_again_keeps_the_earlier_answer_and_sends_the_same_pictures() -> None:
     conversation = Conversation()
-    answered(conversation, "What is it?", [picture("a")], "A circle.")
+    answered(conversation, "What is it?", [image("a")], "A circle.")
 
     turn = conversation.ask_again()
 
@@ -136,14 +144,14 @@ def test_asking_again_keeps_the_earlier_answer_and_sends_the_same_pictures() -> 
 
 def test_asking_again_after_a_failure_keeps_no_empty_answer() -> None:
     conversation = Conversation()
-    conversation.ask("What is it?", [picture("a")]).answer.fail(ApiError("down"), 1.0)
+    conversation.ask("What is it?", [image("a")]).answer.fail(ApiError("down"), 1.0)
 
     assert conversation.ask_again().earlier == []
 
 
 def test_a_changed_question_takes_the_old_one_s_place_and_its_answer_remembers_what_it_answered() -> None:
     conversation = Conversation()
-    answered(conversation, "What is it?", [picture("a")], "A circle.")
+    answered(conversation, "What is it?", [image("a")], "A circle.")
 
     turn = conversation.ask_again("What color is it?")
 
@@ -155,10 +163,10 @@ def test_a_changed_question_takes_the_old_one_s_place_and_its_answer_remembers_w
 def test_the_pieces_of_tool_calls_are_put_together() -> None:
     answer = Answer()
 
-    for piece in (CallPiece(0, "count", '{"col'), CallPiece(1, "draw", "{}"), CallPiece(0, "", 'or": "red"}')):
-        answer.take(piece, 1.0)
+    for piece in (ToolCallDelta(0, "count", '{"col'), ToolCallDelta(1, "draw", "{}"), ToolCallDelta(0, "", 'or": "red"}')):
+        answer.apply(piece, 1.0)
 
-    assert answer.calls == [Call("count", '{"color": "red"}', "call_0"), Call("draw", "{}", "call_1")]
+    assert answer.calls == [ToolCall("count", '{"color": "red"}', "call_0"), ToolCall("draw", "{}", "call_1")]
 
 
 def test_a_chat_takes_its_name_from_the_first_question() -> None:
@@ -174,53 +182,53 @@ def test_a_chat_takes_its_name_from_the_first_question() -> None:
 def test_older_pictures_can_be_left_out_and_the_newest_stay() -> None:
     conversation = Conversation()
     for name in "abc":
-        turn = conversation.ask(f"About {name}", [Picture(name, f"{name}.png", data=b"x")] if name != "b" else [])
-        turn.answer.take(Text("Yes."), 1.0)
-        turn.answer.take(Finished("stop"), 1.0)
+        turn = conversation.ask(f"About {name}", [AttachedImage(name, f"{name}.png", data=b"x")] if name != "b" else [])
+        turn.answer.apply(TextDelta("Yes."), 1.0)
+        turn.answer.apply(Finished("stop"), 1.0)
 
-    assert conversation.with_older_pictures() == [0]
+    assert conversation.turns_with_older_images() == [0]
     conversation.turns[0].left_out = True
 
-    assert conversation.with_older_pictures() == []
-    sent = [part["image_url"]["url"] for message in conversation.messages(lambda picture: picture.sha)
+    assert conversation.turns_with_older_images() == []
+    sent = [part["image_url"]["url"] for message in conversation.messages(lambda image: image.sha)
             if isinstance(message["content"], list) for part in message["content"] if part["type"] == "image_url"]  # fmt: skip
     assert sent == ["c"]
-    assert conversation.picture_count() == 1
+    assert conversation.image_count() == 1
 
 
 def test_the_picture_count_is_that_of_the_next_request() -> None:
     conversation = Conversation()
-    answered(conversation, "One", [picture("a"), picture("b")], "Fine.")
-    conversation.ask("Two", [picture("c")]).answer.fail(ApiError("too_large"), 1.0)
+    answered(conversation, "One", [image("a"), image("b")], "Fine.")
+    conversation.ask("Two", [image("c")]).answer.fail(ApiError("too_large"), 1.0)
 
-    assert conversation.picture_count(new=1) == 3
+    assert conversation.image_count(new=1) == 3
 
 
 def test_the_same_picture_twice_in_one_question_is_kept_and_sent_once() -> None:
     conversation = Conversation()
 
-    turn = conversation.ask("Same?", [picture("a"), picture("a")])
+    turn = conversation.ask("Same?", [image("a"), image("a")])
 
-    assert turn.pictures == ("a",)
+    assert turn.images == ("a",)
 
 
 def test_boxes_are_kept_with_the_order_of_the_pictures_that_were_sent() -> None:
     conversation = Conversation()
-    answered(conversation, "One", [picture("a")], "Fine.")
-    turn = conversation.ask("Where?", [picture("b")])
+    answered(conversation, "One", [image("a")], "Fine.")
+    turn = conversation.ask("Where?", [image("b")])
 
-    turn.answer.take(Place((1, 2, 3, 4), 1), 1.0)
+    turn.answer.apply(BoundingBox((1, 2, 3, 4), 1), 1.0)
 
     assert turn.answer.sent == ("a", "b")
-    assert turn.answer.boxes == [Place((1, 2, 3, 4), 1)]
+    assert turn.answer.boxes == [BoundingBox((1, 2, 3, 4), 1)]
 
 
 def test_what_a_tool_gave_goes_back_with_the_call_that_asked_for_it() -> None:
     conversation = Conversation()
-    turn = conversation.ask("How many?", [picture("a")])
-    turn.answer.take(CallPiece(0, "count", '{"color": "red"}', "call-7"), 1.0)
-    turn.answer.take(Finished("tool_calls"), 2.0)
-    assert turn.answer.waits_for_tools
+    turn = conversation.ask("How many?", [image("a")])
+    turn.answer.apply(ToolCallDelta(0, "count", '{"color": "red"}', "call-7"), 1.0)
+    turn.answer.apply(Finished("tool_calls"), 2.0)
+    assert turn.answer.awaits_tool_results
 
     given = conversation.give_results((ToolResult("call-7", "count", "3"),))
 
@@ -236,7 +244,7 @@ def test_what_a_tool_gave_goes_back_with_the_call_that_asked_for_it() -> None:
 
 def test_a_call_that_was_cut_off_takes_no_result() -> None:
     turn = Conversation().ask("How many?", [])
-    turn.answer.take(CallPiece(0, "count", '{"color": "re'), 1.0)
-    turn.answer.take(Finished("length"), 2.0)
+    turn.answer.apply(ToolCallDelta(0, "count", '{"color": "re'), 1.0)
+    turn.answer.apply(Finished("length"), 2.0)
 
-    assert not turn.answer.waits_for_tools
+    assert not turn.answer.awaits_tool_results

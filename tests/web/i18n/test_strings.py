@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from web.i18n.strings import LANGUAGES, TABLE, Words, language_for
+from web.i18n.strings import LANGUAGES, TABLE, Texts, language_for
 
 WEB = Path(__file__).resolve().parents[3] / "web"
 # Keys that the code puts together from a part: error.<kind>, picture.<kind>, finish.<reason>, preset.<name> and the console's words.
 BUILT = (
-    "error.", "picture.", "finish.", "preset.", "state.", "word.", "target.", "figure.uptime_", "trend.", "span.", "moment.",
+    "error.", "image.", "finish.", "preset.", "state.", "word.", "target.", "figure.uptime_", "trend.", "span.", "moment.",
     "request.", "act.", "size.", "unit.",
 )  # fmt: skip
 
@@ -44,7 +44,7 @@ def test_every_text_is_used_and_every_used_text_exists() -> None:
     quoted = set(re.findall(r"[\"']([a-z]+(?:\.[a-z_0-9]+)?)[\"']", code))
 
     unused = {key for key in TABLE if key not in quoted and not key.startswith(BUILT)}
-    asked_for = set(re.findall(r"words\(\s*[\"']([a-z_.]+)[\"']", code))
+    asked_for = set(re.findall(r"texts\(\s*[\"']([a-z_.]+)[\"']", code))
 
     assert unused == set()
     assert asked_for <= set(TABLE)
@@ -61,9 +61,9 @@ def test_every_failure_that_the_client_can_name_has_a_sentence() -> None:
 
 
 def test_a_sentence_is_told_in_the_chosen_language() -> None:
-    assert Words("zh")("side.new") == "新对话"
-    assert Words("en")("answer.tokens", count=3) == "3 tokens"
-    assert Words("xx").language == "en"
+    assert Texts("zh")("side.new") == "新对话"
+    assert Texts("en")("answer.tokens", count=3) == "3 tokens"
+    assert Texts("xx").language == "en"
 
 
 @pytest.mark.parametrize(

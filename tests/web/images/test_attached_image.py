@@ -12,7 +12,7 @@ from PIL import Image
 
 from models.shapes.pictures import draw_shapes
 from web.images import attached_image
-from web.images.attached_image import PictureError, data_url, elsewhere, prepare
+from web.images.attached_image import ImageError, data_url, prepare, remote_image
 
 MANY = 50_000_000
 LARGE = 20 * 2**20
@@ -96,7 +96,7 @@ def test_a_noisy_picture_is_not_sent_as_a_huge_png() -> None:
 
 
 def test_a_file_over_the_limit_is_told_with_the_limit() -> None:
-    with pytest.raises(PictureError) as caught:
+    with pytest.raises(ImageError) as caught:
         prepare("big.png", b"x" * (2 * 2**20 + 1), 2 * 2**20, MANY)
 
     assert (caught.value.kind, caught.value.name, caught.value.limit) == ("too_big", "big.png", 2)
@@ -109,7 +109,7 @@ def test_a_small_file_that_would_unpack_to_gigabytes_is_refused_by_its_header() 
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
     bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
 
-    with pytest.raises(PictureError) as caught:
+    with pytest.raises(ImageError) as caught:
         prepare("bomb.png", bomb, LARGE, MANY)
 
     assert (caught.value.kind, caught.value.limit) == ("too_many_pixels", 50)
@@ -120,7 +120,7 @@ def test_a_small_file_that_would_unpack_to_gigabytes_is_refused_by_its_header() 
     [b"", b"hello", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%PDF-1.4", b"\x89PNG\r\n\x1a\n" + b"\0" * 40],
 )
 def test_what_is_no_picture_is_unreadable(data: bytes) -> None:
-    with pytest.raises(PictureError) as caught:
+    with pytest.raises(ImageError) as caught:
         prepare("notes.png", data, LARGE, MANY)
 
     assert caught.value.kind == "unreadable"
@@ -129,7 +129,7 @@ def test_what_is_no_picture_is_unreadable(data: bytes) -> None:
 def test_a_picture_that_was_cut_off_is_unreadable() -> None:
     whole = encoded(Image.effect_noise((200, 200), 90).convert("RGB"))
 
-    with pytest.raises(PictureError) as caught:
+    with pytest.raises(ImageError) as caught:
         prepare("half.png", whole[: len(whole) // 2], LARGE, MANY)
 
     assert caught.value.kind == "unreadable"
@@ -145,17 +145,17 @@ def test_the_data_url_holds_the_very_bytes() -> None:
 
 
 def test_a_picture_elsewhere_is_known_by_its_address_and_never_fetched() -> None:
-    picture = elsewhere(" https://example.org/a/cat.jpg?size=9 ")
+    image = remote_image(" https://example.org/a/cat.jpg?size=9 ")
 
-    assert (picture.url, picture.name) == ("https://example.org/a/cat.jpg?size=9", "cat.jpg (example.org)")
-    assert picture.data == b""
+    assert (image.url, image.name) == ("https://example.org/a/cat.jpg?size=9", "cat.jpg (example.org)")
+    assert image.data == b""
 
 
 @pytest.mark.parametrize(
     "url", ["", "cat.jpg", "file:///etc/passwd", "ftp://example.org/a.png", "https://", "https://a b/c.png", "http://[::1"]
 )
 def test_an_address_that_is_none_is_refused(url: str) -> None:
-    with pytest.raises(PictureError) as caught:
-        elsewhere(url)
+    with pytest.raises(ImageError) as caught:
+        remote_image(url)
 
     assert caught.value.kind == "no_url"

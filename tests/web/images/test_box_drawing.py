@@ -8,8 +8,8 @@ from itertools import groupby
 import pytest
 from PIL import Image, ImageColor
 
-from web.api_client.answer_stream import Place
-from web.images.box_drawing import PLACE_COLORS, draw_places
+from web.api_client.answer_stream import BoundingBox
+from web.images.box_drawing import BOX_COLORS, draw_boxes
 
 
 def encoded(image: Image.Image) -> bytes:
@@ -25,7 +25,7 @@ def opened(data: bytes) -> Image.Image:
 def test_a_box_is_drawn_where_it_says_and_nowhere_else() -> None:
     white = encoded(Image.new("RGB", (200, 100), "white"))
 
-    drawn = opened(draw_places(white, (Place((250, 200, 750, 800)),))[0]).convert("RGB")
+    drawn = opened(draw_boxes(white, (BoundingBox((250, 200, 750, 800)),))[0]).convert("RGB")
 
     assert drawn.size == (200, 100)
     on_the_edge = drawn.getpixel((50, 50))
@@ -34,16 +34,16 @@ def test_a_box_is_drawn_where_it_says_and_nowhere_else() -> None:
     assert drawn.getpixel((10, 50)) == (255, 255, 255)
 
 
-@pytest.mark.parametrize("paper", ["white", "black", *PLACE_COLORS])
+@pytest.mark.parametrize("paper", ["white", "black", *BOX_COLORS])
 def test_a_box_is_seen_on_a_background_of_any_colour_from_both_sides(paper: str) -> None:
     flat = encoded(Image.new("RGB", (240, 240), paper))
 
-    drawn = opened(draw_places(flat, (Place((250, 250, 750, 750)),))[0]).convert("RGB")
+    drawn = opened(draw_boxes(flat, (BoundingBox((250, 250, 750, 750)),))[0]).convert("RGB")
 
     line = [drawn.getpixel((x, 120)) for x in range(52, 68)]
     assert line[0] == line[-1] == ImageColor.getrgb(paper)
     strokes = [color for color, _ in groupby(line)]
-    inks = {ImageColor.getrgb("white"), ImageColor.getrgb(PLACE_COLORS[0])} - {ImageColor.getrgb(paper)}
+    inks = {ImageColor.getrgb("white"), ImageColor.getrgb(BOX_COLORS[0])} - {ImageColor.getrgb(paper)}
     assert inks <= set(strokes)
     assert len(strokes) == (3 if paper == "white" else 5), strokes
 
@@ -51,7 +51,7 @@ def test_a_box_is_seen_on_a_background_of_any_colour_from_both_sides(paper: str)
 def test_a_point_and_a_polygon_are_drawn_where_they_are() -> None:
     white = encoded(Image.new("RGB", (200, 100), "white"))
 
-    drawn = opened(draw_places(white, (Place((500, 500)), Place((50, 100, 300, 100, 50, 900))))[0]).convert("RGB")
+    drawn = opened(draw_boxes(white, (BoundingBox((500, 500)), BoundingBox((50, 100, 300, 100, 50, 900))))[0]).convert("RGB")
 
     assert drawn.getpixel((101, 51)) != (255, 255, 255)
     row = [x for x in range(80) if drawn.getpixel((x, 50)) != (255, 255, 255)]
@@ -63,6 +63,6 @@ def test_a_point_and_a_polygon_are_drawn_where_they_are() -> None:
 def test_a_box_over_the_whole_picture_stays_inside_it() -> None:
     white = encoded(Image.new("RGB", (40, 30), "white"))
 
-    drawn = opened(draw_places(white, (Place((0, 0, 1000, 1000)), Place((0, 0, 1, 1))))[0]).convert("RGB")
+    drawn = opened(draw_boxes(white, (BoundingBox((0, 0, 1000, 1000)), BoundingBox((0, 0, 1, 1))))[0]).convert("RGB")
 
     assert drawn.getpixel((39, 15)) != (255, 255, 255)

@@ -21,7 +21,7 @@ RUNS = 2000
 MESSAGES = "SELECT made_at, sent_at, channel, incident FROM outbox WHERE made_at >= ? ORDER BY id DESC LIMIT 500"
 
 
-class NoHistory(Exception):
+class HistoryUnavailable(Exception):
     """There is no store to read: the checker has never run here, or its file cannot be read."""
 
 
@@ -56,7 +56,7 @@ def read(log_dir: Path, now: float) -> History:
                 store.last_report() or {},
             )
     except (sqlite3.Error, ValueError) as error:
-        raise NoHistory(str(error)) from None
+        raise HistoryUnavailable(str(error)) from None
 
 
 def ask(log_dir: Path, actor: str, kind: str, target: str, arguments: Mapping[str, Any]) -> int:
@@ -64,11 +64,11 @@ def ask(log_dir: Path, actor: str, kind: str, target: str, arguments: Mapping[st
     try:
         with closing(Store.open(log_dir)) as store:
             if store.lost:
-                raise NoHistory(store.lost)
+                raise HistoryUnavailable(store.lost)
             with store.transaction():
                 return store.ask(time.time(), actor, kind, target, arguments)
     except sqlite3.Error as error:
-        raise NoHistory(str(error)) from None
+        raise HistoryUnavailable(str(error)) from None
 
 
 def evidence_files(log_dir: Path, incident: str) -> list[Path]:

@@ -32,7 +32,7 @@ def worst(states: Iterable[State]) -> State:
 
 
 @dataclass(frozen=True)
-class Now:
+class CurrentState:
     """The sentence on top. `since`: when the present word began, None if nobody saw it begin.
 
     `age_s`: since the last check, None where there never was one; `stale`: too old to say anything about now.
@@ -46,17 +46,17 @@ class Now:
     reasons: tuple[Mapping[str, str], ...] = ()  # {target, word, rule, en, zh} of what is not healthy
 
 
-def present(runs: Sequence[Mapping[str, Any]], flips: Sequence[Mapping[str, Any]], now: float, period_s: float) -> Now:
+def current_state(runs: Sequence[Mapping[str, Any]], flips: Sequence[Mapping[str, Any]], now: float, period_s: float) -> CurrentState:
     """From the newest run; `runs` and `flips` are newest first."""
     if not runs:
-        return Now("none")
+        return CurrentState("none")
     last = runs[0]
     age_s = max(0.0, now - last["at"])
     stale = age_s > STALE_PERIODS * period_s
     targets = last["targets"] or {}
     reasons = tuple({"target": name, **told} for name, told in targets.items() if told["word"] != "healthy")
     state: State = "none" if stale else state_of(last["word"])
-    return Now(state, last["word"], _began(runs, flips), age_s, stale, reasons)
+    return CurrentState(state, last["word"], _began(runs, flips), age_s, stale, reasons)
 
 
 def _began(runs: Sequence[Mapping[str, Any]], flips: Sequence[Mapping[str, Any]]) -> float | None:
@@ -86,12 +86,12 @@ def uptime(rollups: Sequence[Mapping[str, Any]], target: str, width_s: float, sp
     for row in rollups:
         if row["start"] < now - span_s - width_s:
             continue
-        words = (row["words"] or {}).get(target)
-        if not words:
+        texts = (row["words"] or {}).get(target)
+        if not texts:
             continue
         seen_s += min(width_s, now - row["start"])
-        up += sum(runs for word, runs in words.items() if state_of(word) in UP)
-        down += sum(runs for word, runs in words.items() if state_of(word) in ("down", "starting"))
+        up += sum(runs for word, runs in texts.items() if state_of(word) in UP)
+        down += sum(runs for word, runs in texts.items() if state_of(word) in ("down", "starting"))
     share = up / (up + down) if up + down else None
     return Uptime(share, min(1.0, seen_s / span_s))
 
@@ -175,7 +175,7 @@ def failed_checks(runs: Sequence[Mapping[str, Any]], since: float) -> int:
 
 
 @dataclass(frozen=True)
-class Moment:
+class TimelineEvent:
     """A line of an incident's timeline."""
 
     at: float
@@ -186,25 +186,25 @@ class Moment:
 def timeline(
     incident: Mapping[str, Any], flips: Sequence[Mapping[str, Any]], actions: Sequence[Mapping[str, Any]],
     messages: Sequence[Mapping[str, Any]] = (),
-) -> list[Moment]:  # fmt: skip
+) -> list[TimelineEvent]:  # fmt: skip
     """What happened to the incident's target from the first sign to the end, oldest first."""
     begin = incident["first_seen_at"] or incident["opened_at"]
     end = incident["closed_at"] or float("inf")
-    moments = [Moment(begin, "began", {"en": incident["en"], "zh": incident["zh"]})]
+    moments = [TimelineEvent(begin, "began", {"en": incident["en"], "zh": incident["zh"]})]
     for flip in flips:
         if flip["target"] == incident["target"] and begin < flip["at"] <= end:
             change = f"{flip['before']} → {flip['after']}: "
-            moments.append(Moment(flip["at"], "flip", {"en": change + flip["en"], "zh": change + flip["zh"]}))
+            moments.append(TimelineEvent(flip["at"], "flip", {"en": change + flip["en"], "zh": change + flip["zh"]}))
     for action in actions:
         if action["incident"] == incident["id"]:
-            said = f"{action['kind']} ({action['actor']}): {action['outcome']}. {action['detail']}".strip()
-            moments.append(Moment(action["at"], "action", {"en": said, "zh": said}))
+            description = f"{action['kind']} ({action['actor']}): {action['outcome']}. {action['detail']}".strip()
+            moments.append(TimelineEvent(action["at"], "action", {"en": description, "zh": description}))
     for message in messages:
         if message["incident"] == incident["id"]:
             kind = "alert_sent" if message["sent_at"] else "alert_waits"
             by = {"en": message["channel"], "zh": message["channel"]}
-            moments.append(Moment(message["sent_at"] or message["made_at"], kind, by))
+            moments.append(TimelineEvent(message["sent_at"] or message["made_at"], kind, by))
     for kind in ("recovered", "closed"):
         if at := incident[f"{kind}_at"]:
-            moments.append(Moment(at, kind, {"en": "", "zh": ""}))
+            moments.append(TimelineEvent(at, kind, {"en": "", "zh": ""}))
     return sorted(moments, key=lambda moment: moment.at)

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 from console_record import HEALTHY, INCIDENT, STARTING, WEDGED, incident_of, record
 
-from web.console import history as console_history
-from web.console import store as console_store
-from web.console.history import BAR_S, Point
-from web.console.store import History, NoHistory
+from web.console import check_history, checker_store
+from web.console.check_history import BAR_S, Point
+from web.console.checker_store import History, HistoryUnavailable
 
 NOW = 1_800_000_000.0
 DAY_S = 86400.0
@@ -19,20 +18,20 @@ DAY_S = 86400.0
 
 def past(log_dir: Path, verdict_at: Any, hours: float = 2, step_s: float = 60) -> History:
     record(log_dir, NOW, hours, verdict_at, step_s)
-    return console_store.read(log_dir, NOW)
+    return checker_store.read(log_dir, NOW)
 
 
-def now_of(history: History, now: float = NOW) -> console_history.Now:
-    return console_history.present(history.runs, history.flips, now, 60)
+def now_of(history: History, now: float = NOW) -> check_history.CurrentState:
+    return check_history.current_state(history.runs, history.flips, now, 60)
 
 
 def test_a_store_that_is_not_there_is_no_crash(tmp_path: Path) -> None:
-    with pytest.raises(NoHistory):
-        console_store.read(tmp_path, NOW)
+    with pytest.raises(HistoryUnavailable):
+        checker_store.read(tmp_path, NOW)
 
 
 def test_without_a_check_there_is_no_data() -> None:
-    assert console_history.present([], [], NOW, 60) == console_history.Now("none")
+    assert check_history.current_state([], [], NOW, 60) == check_history.CurrentState("none")
 
 
 def test_a_healthy_service_is_up_since_the_trouble_ended(tmp_path: Path) -> None:
@@ -68,7 +67,7 @@ def test_uptime_counts_the_checks_that_could_judge(tmp_path: Path) -> None:
     unknown = {**HEALTHY, "word": "unknown"}
     history = past(tmp_path, lambda age: WEDGED if age < 1800 else unknown if age < 3600 else HEALTHY)
 
-    found = console_history.uptime(history.minutes, "api", 60, 7200, NOW)
+    found = check_history.uptime(history.minutes, "api", 60, 7200, NOW)
 
     # 61 good checks, 30 bad ones, 30 that could not judge.
     assert found.share == pytest.approx(61 / 91)
@@ -78,7 +77,7 @@ def test_uptime_counts_the_checks_that_could_judge(tmp_path: Path) -> None:
 def test_time_without_checks_lowers_what_was_seen_and_not_the_uptime(tmp_path: Path) -> None:
     history = past(tmp_path, lambda age: HEALTHY if age < 6 * 3600 else None, hours=12)
 
-    found = console_history.uptime(history.minutes, "api", 60, DAY_S, NOW)
+    found = check_history.uptime(history.minutes, "api", 60, DAY_S, NOW)
 
     assert found.share == 1
     assert found.seen == pytest.approx(0.25, abs=0.01)
@@ -87,20 +86,20 @@ def test_time_without_checks_lowers_what_was_seen_and_not_the_uptime(tmp_path: P
 def test_a_target_that_was_never_checked_has_no_uptime(tmp_path: Path) -> None:
     history = past(tmp_path, lambda age: HEALTHY)
 
-    assert console_history.uptime(history.minutes, "front", 60, DAY_S, NOW).share is None
+    assert check_history.uptime(history.minutes, "front", 60, DAY_S, NOW).share is None
 
 
 def test_a_start_is_not_uptime(tmp_path: Path) -> None:
     history = past(tmp_path, lambda age: STARTING, hours=1)
 
-    assert console_history.uptime(history.minutes, "api", 60, DAY_S, NOW).share == 0
+    assert check_history.uptime(history.minutes, "api", 60, DAY_S, NOW).share == 0
 
 
 def test_the_bars_show_the_worst_of_each_quarter_and_grey_for_no_data(tmp_path: Path) -> None:
     # One bad check in an hour of good ones, and a checker that was off before.
     history = past(tmp_path, lambda age: None if age > 4 * 3600 else WEDGED if age == 7200 else HEALTHY, hours=10)
 
-    bars = console_history.bars(history.minutes, "api", NOW)
+    bars = check_history.bars(history.minutes, "api", NOW)
 
     assert len(bars) == 96
     assert [bar.start for bar in bars] == [bars[0].start + n * BAR_S for n in range(96)]
@@ -113,20 +112,20 @@ def test_the_bars_show_the_worst_of_each_quarter_and_grey_for_no_data(tmp_path: 
     assert sum(bar.state == "up" for bar in bars) == 16
     assert all((bar.answer_s is None) is (bar.state == "none") for bar in bars)
     assert all(0.8 <= (bar.answer_s or 0) <= 1.1 for bar in bars if bar.state == "up")
-    assert all(bar.answer_s is None for bar in console_history.bars(history.minutes, "page", NOW))
+    assert all(bar.answer_s is None for bar in check_history.bars(history.minutes, "page", NOW))
 
 
 def test_a_line_breaks_where_data_is_missing() -> None:
     points = [Point(0, 1.0), Point(60, 2.0), Point(600, 3.0)]
 
-    assert console_history.with_gaps(points, 60) == [Point(0, 1.0), Point(60, 2.0), Point(120, None), Point(600, 3.0)]
+    assert check_history.with_gaps(points, 60) == [Point(0, 1.0), Point(60, 2.0), Point(120, None), Point(600, 3.0)]
 
 
 def test_points_are_oldest_first_and_means(tmp_path: Path) -> None:
     history = past(tmp_path, lambda age: HEALTHY, hours=0.1, step_s=30)
 
-    of_runs = console_history.points_of_runs(history.runs, "gpu_memory_used")
-    of_minutes = console_history.points_of_rollups(history.minutes, "gpu_memory_used")
+    of_runs = check_history.points_of_runs(history.runs, "gpu_memory_used")
+    of_minutes = check_history.points_of_rollups(history.minutes, "gpu_memory_used")
 
     assert [point.at for point in of_runs] == sorted(point.at for point in of_runs)
     assert {point.value for point in of_minutes} == {21000.0}
@@ -139,7 +138,7 @@ def test_points_are_oldest_first_and_means(tmp_path: Path) -> None:
      ([float(n) for n in range(1, 101)], 0.95, 95.0), ([float(n) for n in range(1, 21)], 0.95, 19.0)],
 )  # fmt: skip
 def test_a_percentile_is_one_of_the_values(values: list[float | None], share: float, expected: float | None) -> None:
-    assert console_history.percentile(values, share) == expected
+    assert check_history.percentile(values, share) == expected
 
 
 def test_a_timeline_holds_what_belongs_to_the_incident_in_order() -> None:
@@ -154,7 +153,7 @@ def test_a_timeline_holds_what_belongs_to_the_incident_in_order() -> None:
         {"incident": "another", "at": NOW - 400, "kind": "restart", "actor": "checker", "outcome": "done", "detail": ""},
     ]
 
-    moments = console_history.timeline(incident, flips, actions)
+    moments = check_history.timeline(incident, flips, actions)
 
     assert [moment.kind for moment in moments] == ["began", "action", "flip", "recovered", "closed"]
     assert moments[1].text["en"] == "restart (checker): done. 34 s"
