@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from browsing import KEY, TIMEOUT_MS, TOKEN, add_image, ask, last_answer, png
-from models.shapes.turns_area import COUNT_TOOL
+from models.shapes.talk import COUNT_TOOL
 from page_process import OpenPage, Server, wait_until
 from playwright.sync_api import Page, expect
 from web_fake_api import HEALTH, INFO, Answer, FakeApi
@@ -293,10 +293,10 @@ def test_a_pasted_picture_is_attached(fake_page: Page, fake_api: FakeApi) -> Non
 def test_a_dropped_picture_reaches_the_model(demo_page: Page, tmp_path: Path) -> None:
     file = tmp_path / "dropped.png"
     file.write_bytes(png(("green", "star"), seed=SEED))
-    box = demo_page.get_by_test_id("stChatInput")
-    expect(box).to_be_visible(timeout=TIMEOUT_MS)
-    box.scroll_into_view_if_needed()
-    box = box.bounding_box() or {}
+    chat_input = demo_page.get_by_test_id("stChatInput")
+    expect(chat_input).to_be_visible(timeout=TIMEOUT_MS)
+    chat_input.scroll_into_view_if_needed()
+    box = chat_input.bounding_box() or {}
     devtools = demo_page.context.new_cdp_session(demo_page)
 
     def drag(kind: str) -> None:
@@ -310,7 +310,7 @@ def test_a_dropped_picture_reaches_the_model(demo_page: Page, tmp_path: Path) ->
     expect(demo_page.get_by_text("Drag and drop files here")).to_be_visible(timeout=SOON_MS)
     drag("dragOver")
     drag("drop")
-    expect(box.get_by_text("dropped.png")).to_be_visible(timeout=SOON_MS)
+    expect(chat_input.get_by_text("dropped.png")).to_be_visible(timeout=SOON_MS)
     ask(demo_page, "What color is the star?")
 
     assert colors_in(last_answer(demo_page)) == {"green"}
