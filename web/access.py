@@ -1,8 +1,8 @@
-"""Who may see the page, and what every answer forbids the browser: ASGI middleware around the whole app.
+"""Access control and security headers of the page: ASGI middleware around the whole app.
 
-Owns the token in the link, the cookie that takes its place, and the security headers. It stands before pages,
-uploads, media and the WebSocket alike, so nothing that Streamlit adds can be reached around it. The cookie also
-names the browser, so that each sees its own chats. Knows nothing of Streamlit or of what the page shows.
+Owns the token in the link, the signed cookie that replaces it, and the security headers. It covers pages, uploads,
+media and the WebSocket, so that no route that Streamlit adds can bypass it. The cookie also identifies the browser, so
+that each sees its own chats. Knows nothing of Streamlit or of what the page shows.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from web.i18n.strings import Texts, language_for
 
 COOKIE = "glm_visitor"
 COOKIE_AGE_S = 90 * 86400
-FOR_PROGRAMS = "/_stcore/"  # addresses for programs: a checker brings the token there and keeps no cookie
-SCRIPT_PATH = "/_stcore/script-health-check"  # runs the whole page, so it is for this machine alone
-OPEN_PATH = "/_stcore/health"  # tells "ok" and nothing else; the checker and start.sh ask it without the token
+FOR_PROGRAMS = "/_stcore/"  # routes for programs: a checker passes the token in the query and keeps no cookie
+SCRIPT_PATH = "/_stcore/script-health-check"  # runs the whole script, so only this machine may call it
+OPEN_PATH = "/_stcore/health"  # answers "ok" and nothing else; the checker and start.sh call it without the token
 _VISITOR = re.compile(r"[A-Za-z0-9_-]{22}")
 
 HEADERS = {
-    # Nothing is loaded from elsewhere: what a model writes can neither fetch a picture nor run a script.
+    # Nothing is loaded from other hosts: text of the model can neither fetch an image nor run a script.
     # Streamlit's page has one inline script, its charts compile expressions, its styles are inline,
     # and its camera fetches the photo from a data: address.
     b"content-security-policy": b"default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
@@ -38,38 +38,38 @@ HEADERS = {
     b"font-src 'self' data:; connect-src 'self' data:; worker-src 'self' blob:; "
     b"object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'",
     b"x-content-type-options": b"nosniff",
-    # An address may hold the token or a chat's id; it must not travel with a click on a link.
+    # A URL may hold the token or a chat's id; it must not be sent with a click on a link.
     b"referrer-policy": b"no-referrer",
     b"permissions-policy": b"camera=(self), microphone=(), geolocation=()",
 }
 
 
 class VisitorCookies:
-    """Makes and checks the cookie's value: a random id and its signature with the token.
+    """Creates and verifies the cookie: a random visitor id, signed with the token (HMAC-SHA-256).
 
-    A new token makes every old cookie worthless.
+    Changing the token invalidates every cookie.
     """
 
     def __init__(self, token: str) -> None:
         self.token = token
 
     def token_matches(self, given: str) -> bool:
-        """Compared in constant time, so that the time taken tells nothing of how much was right."""
+        """Compares in constant time."""
         return hmac.compare_digest(given.strip().encode(), self.token.encode())
 
     def sign(self, visitor: str) -> str:
         return f"{visitor}.{self._signature(visitor)}"
 
     def read(self, cookie: str | None) -> str | None:
-        """The visitor's id, if the signature is right."""
+        """The visitor's id, None if the signature is not valid."""
         visitor, _, signature = (cookie or "").partition(".")
         if not _VISITOR.fullmatch(visitor) or not signature.isascii():
             return None
         return visitor if hmac.compare_digest(signature, self._signature(visitor)) else None
 
     def renewed(self, cookie: str | None) -> str:
-        """A right cookie for whoever brought the token. An id from a time of another token is kept: it is too long
-        to be guessed, and the chats of that browser hang on it."""
+        """A valid cookie for a browser that presented the token. An id signed with an earlier token is kept: it
+        cannot be guessed (132 bits), and that browser's chats belong to it."""
         visitor = (cookie or "").partition(".")[0]
         return self.sign(visitor if _VISITOR.fullmatch(visitor) else secrets.token_urlsafe(16))
 
@@ -78,7 +78,7 @@ class VisitorCookies:
 
 
 class Access:
-    """Lets nobody past without the token, if one is set; adds HEADERS to every HTTP answer."""
+    """Rejects requests without a valid token or cookie, if a token is set; adds HEADERS to every HTTP response."""
 
     def __init__(self, app: ASGIApp, token: str) -> None:
         self._app = app
@@ -121,7 +121,7 @@ class Access:
         await self._app(scope, receive, send_with_headers)
 
     def _may_connect(self, scope: Scope) -> bool:
-        """With the cookie; or with the token in the address, for a checker that speaks WebSocket only."""
+        """With a valid cookie, or with the token in the query, for a checker that opens only the WebSocket."""
         connection = HTTPConnection(scope)
         if not self._cookies.token or self._cookies.read(_cookie(connection)) is not None:
             return True
@@ -129,20 +129,20 @@ class Access:
 
 
 def _is_local(scope: Scope) -> bool:
-    """Asked by a program on this machine itself: a proxy that stands here asks for somebody elsewhere."""
+    """Called from this machine and not through a proxy: a local proxy forwards requests of others."""
     if any(name.startswith(b"x-forwarded-") or name in (b"x-real-ip", b"forwarded") for name, _ in scope["headers"]):
         return False
     host, here = ((scope.get(end) or ("", 0))[0] for end in ("client", "server"))
     try:
-        return ip_address(host).is_loopback or host == here  # the page may listen at one outer address only
+        return ip_address(host).is_loopback or host == here  # the page may listen on one external address only
     except ValueError:
         return False
 
 
 async def _redirect(scope: Scope, cookie: str, query: dict[str, str], send: Send) -> None:
-    """To the same page without the token: it must stay in no history and no copied address."""
+    """To the same page without the token, which must not stay in the browser's history or in a copied link."""
     query.pop("token", None)
-    # Relative, because a proxy may have taken a path prefix away that only the browser knows of.
+    # Relative, because a proxy may have stripped a path prefix that only the browser knows.
     page = "./" + quote(scope["path"].rpartition("/")[2])
     location = f"{page}?{urlencode(query)}" if query else page
     headers = [(b"location", location.encode()), (b"set-cookie", _set_cookie(scope, cookie))]
@@ -175,14 +175,14 @@ def _is_page(message: Mapping[str, Any]) -> bool:
 
 def _set_cookie(scope: Scope, value: str) -> bytes:
     secure = scope.get("scheme") == "https" or HTTPConnection(scope).headers.get("x-forwarded-proto") == "https"
-    # Without a Path the browser takes the folder of the page, which behind a path prefix is the prefix.
-    # Lax, not Strict: the link with the token is opened from mails and chats.
+    # Without a Path attribute the browser uses the folder of the page, which behind a path prefix is the prefix.
+    # Lax, not Strict: people open the link with the token from mails and chats.
     return f"{COOKIE}={value}; Max-Age={COOKIE_AGE_S}; HttpOnly; SameSite=Lax{'; Secure' if secure else ''}".encode()
 
 
 def _cookie(connection: HTTPConnection) -> str | None:
-    # Starlette reads cookies as forgivingly as browsers do: other programs on this host may set some that
-    # http.cookies refuses, and ours with them.
+    # Starlette parses cookies as leniently as browsers: http.cookies drops the whole header when another program on
+    # this host has set a cookie that it does not allow.
     return connection.cookies.get(COOKIE)
 
 

@@ -1,4 +1,4 @@
-"""What Streamlit runs for each visitor and each click: language, visitor, page."""
+"""The script that Streamlit runs for each visitor and each click: chooses the language, the visitor and the page."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _language() -> str:
 
 
 def _visitor(settings: Settings) -> str:
-    """Whose chats these are: the cookie's, whose signature the door has seen; without one, this session's alone."""
+    """The id whose chats are shown: the one in the signed cookie; without a cookie, one for this session only."""
     token = settings.web_token.get_secret_value() if settings.web_token else ""
     signed = access.VisitorCookies(token).read(str(st.context.cookies.get(access.COOKIE, "")))
     if signed is not None:
@@ -64,7 +64,7 @@ def _visitor(settings: Settings) -> str:
 
 @st.cache_resource(show_spinner=False)
 def _store(path: Path, keep_days: int) -> ChatStore | None:
-    """None where there can be none; the page then says that chats are not kept."""
+    """None where the file cannot be made; the page then says that chats are not saved."""
     try:
         return ChatStore(path, keep_days)
     except StoreError:

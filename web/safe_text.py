@@ -1,8 +1,8 @@
-"""Makes what others wrote harmless to show as Markdown. Knows nothing of Streamlit.
+"""Makes untrusted text safe to show as Markdown. Knows nothing of Streamlit.
 
-Streamlit already escapes HTML. A picture is the one thing in Markdown that a browser fetches by itself, so a
-model that was talked into it could send what it saw to a stranger: pictures become links that wait for a click.
-The Content-Security-Policy of the page stands behind this as the second wall.
+Streamlit already escapes HTML. Images are the one part of Markdown that a browser fetches without a click, so prompt
+injection could leak data through an image URL: images become plain links. The Content-Security-Policy of the page is
+the second line of defence.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ def without_images(markdown: str) -> str:
 
 
 def escaped(text: str) -> str:
-    """A name that somebody else chose, to stand inside a sentence exactly as it is."""
+    """Text with all Markdown characters escaped, such as a file name inside a sentence."""
     return "".join(f"\\{char}" if char in r"\`*_{}[]()#+!|<>~$:" else char for char in text)
 
 
 def with_link_hosts(markdown: str) -> str:
-    """A link tells where it leads: `[here](https://host/x)` becomes `[here (host)](https://host/x)`."""
+    """Shows each link's host: `[here](https://host/x)` becomes `[here (host)](https://host/x)`."""
     parts = _CODE.split(markdown)
     return "".join(part if index % 2 else _LINK.sub(_name_host, part) for index, part in enumerate(parts))
 

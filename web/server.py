@@ -28,7 +28,7 @@ log = logging.getLogger("web")
 
 
 def streamlit_options(settings: Settings) -> dict[str, object]:
-    """What `streamlit run` would be told by flags."""
+    """Streamlit's options, as `streamlit run` would take them from flags."""
     return {
         "server.address": settings.web_host,
         "server.port": settings.web_port,
@@ -62,7 +62,7 @@ def create_app(token: str) -> st.App:
 
 
 def _show_failure(error: Exception) -> bool:
-    """A bug in the page: the log gets the traceback, the visitor a sentence and a number to report."""
+    """A bug in the page: the traceback goes to the log, the visitor sees a sentence and an id to report."""
     number = uuid.uuid4().hex[:8]
     log.error("page failed id=%s", number, exc_info=error)
     st.error(Texts(st.session_state.get("language", "en"))("error.page", id=number))
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _share_freed_memory() -> None:
-    """One heap for all threads: each visitor's thread would keep one of its own, full of freed pictures."""
+    """Limit glibc to one malloc arena: each session's thread would otherwise hold an arena full of freed images."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "gnu_get_libc_version"):
         libc.mallopt(-8, 1)  # M_ARENA_MAX

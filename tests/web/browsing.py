@@ -1,4 +1,4 @@
-"""What a person does on the page, as functions: add a picture, ask, read the answer."""
+"""What a person does on the page, as functions: add an image, ask, read the answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page through a real nginx that gives it a path of its own: pictures, cookie, socket, console."""
+"""The page through a real nginx that gives it a path of its own: images, cookie, socket, console."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sample pictures that the empty page offers."""
+"""The sample images that the empty page offers."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""One answer as it arrives: its server-sent events as typed records, read in a thread beside the page's.
+"""One streamed answer: its server-sent events as typed records, read in a thread of its own.
 
-Owns the meaning of the stream's lines, the reading thread, waiting while the model loads, and closing the connection
-at once. Knows nothing of Streamlit. The thread is there because a blocked read cannot be stopped: the page asks for
-what has arrived, gets an answer within `wait_s` even if nothing came, and so notices Stop in that time.
+Owns the meaning of the events, the reading thread, the wait while the model loads, and closing the connection at once.
+Knows nothing of Streamlit. The thread is needed because a blocked read cannot be interrupted: the page polls for events,
+gets a batch within `wait_s` even if nothing came, and so notices Stop in that time.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ import requests
 
 from web.api_client.client import ApiClient, ApiError, failure, named_failure
 
-LOADING_TIMEOUT_S = 900.0  # a 9B model on a slow disk; then the page says that it gave up
-LOADING_RETRY_S = 2.0  # ask again at least this often, so that the waiting line stays true
+LOADING_TIMEOUT_S = 900.0  # enough for a 9B model on a slow disk
+LOADING_RETRY_S = 2.0  # retry at least this often, so that the progress on the page is current
 
 
 @dataclass(frozen=True)
 class Queued:
-    """The API is alive and the answer has not begun. `position` is the place in the line, if it was told."""
+    """A heartbeat before the answer begins. `position`: in the queue, if the API reports it."""
 
     position: int | None
 
 
 @dataclass(frozen=True)
 class Loading:
-    """The model is not there yet; the question will be sent again."""
+    """The model is still loading; the request will be sent again. `progress`: 0 to 1."""
 
     progress: float | None
 
@@ -50,10 +50,10 @@ class TextDelta:
 
 @dataclass(frozen=True)
 class BoundingBox:
-    """Where something is, in 0-1000 of width and height; `image` counts the request's pictures from 0.
+    """A bounding box, point or polygon in the image with index `image` of the request, from 0.
 
-    `corners` are x, y pairs: one for a point, two for a rectangle, more for a polygon. `pixels` are the API's own,
-    in the picture as it was sent; empty if it told none.
+    `corners`: x, y pairs in thousandths of width and height: one for a point, two for a box, more for a
+    polygon. `pixels`: the same in pixels of the image as it was sent; empty if the API gave none.
     """
 
     corners: tuple[float, ...]
@@ -64,12 +64,12 @@ class BoundingBox:
 
 @dataclass(frozen=True)
 class InvalidBox:
-    """A place whose numbers lie outside 0-1000, so that it cannot be found in the picture."""
+    """A box with coordinates outside 0-1000, which cannot be drawn."""
 
 
 @dataclass(frozen=True)
 class ToolCallDelta:
-    """A piece of the `index`-th tool call: the first brings name and id, all together the arguments."""
+    """A part of the tool call `index`: the first has its name and id; the arguments are joined from all."""
 
     index: int
     name: str = ""
@@ -79,7 +79,7 @@ class ToolCallDelta:
 
 @dataclass(frozen=True)
 class Finished:
-    """The end of an answer. Times are the API's own, in seconds; None where it told none."""
+    """The end of an answer, with the API's own figures; None where it gave none."""
 
     reason: str | None
     completion_tokens: int | None = None
@@ -94,7 +94,10 @@ Event = Queued | Loading | ReasoningDelta | TextDelta | BoundingBox | InvalidBox
 
 
 class AnswerStream:
-    """Use as a context manager; leaving it closes the connection, which makes the API abort the request."""
+    """A request that is sent when the context is entered; leaving it closes the connection, which makes the API abort.
+
+    `batches` belongs to one thread; `close` may be called from any.
+    """
 
     def __init__(self, client: ApiClient, body: dict[str, Any]) -> None:
         self._client = client
@@ -113,14 +116,17 @@ class AnswerStream:
         self.close()
 
     def close(self) -> None:
-        """Idempotent, from any thread. Wakes a blocked read."""
+        """Idempotent, from any thread. Ends a blocked read."""
         self._closed.set()
         with self._lock:
             if self._response is not None:
                 _shut_down(self._response)
 
     def batches(self, wait_s: float = 0.2, gather_s: float = 0.08) -> Iterator[list[Event]]:
-        """What has arrived, in order. A list is empty when nothing came for `wait_s`. Raises ApiError."""
+        """Events in order, as they arrive: gathered for `gather_s`; an empty list if none came within `wait_s`.
+
+        Raises ApiError.
+        """
         ended = False
         while not ended:
             batch: list[Event] = []
@@ -149,13 +155,13 @@ class AnswerStream:
                 self._read(response)
         except ApiError as error:
             self._arrived.put(error)
-        except Exception as error:  # the page must hear of everything, or it would wait for ever
+        except Exception as error:  # the page must learn of any failure, or it would wait for ever
             self._arrived.put(ApiError("broken", type(error).__name__))
         finally:
             self._arrived.put(None)
 
     def _open(self) -> requests.Response | None:
-        """The response to read, or None if the page hung up meanwhile."""
+        """The response to read, None if the stream was closed meanwhile. Raises ApiError."""
         give_up = time.monotonic() + LOADING_TIMEOUT_S
         while not self._closed.is_set():
             try:
@@ -194,7 +200,7 @@ class AnswerStream:
                         self._arrived.put(event)
         except ApiError:
             raise
-        except Exception as error:  # urllib3, http.client and ssl each say "gone" in their own way
+        except Exception as error:  # urllib3, http.client and ssl raise errors of their own for a lost connection
             if not self._closed.is_set():
                 kind = "silent" if "timed out" in str(error).lower() else "lost"
                 raise ApiError(kind, request_id=request_id) from None
@@ -205,14 +211,20 @@ class AnswerStream:
 
 
 def _shut_down(response: requests.Response) -> None:
-    # It may have been read to its end, or closed by the other side, in this very moment.
+    # It may have been read to its end, or closed by the other side, at this moment.
     with suppress(ValueError, RuntimeError, OSError, AttributeError):
         response.raw.shutdown()
 
 
 @dataclass
 class EventReader:
-    """Turns lines of the stream into events. Pure: no socket, no thread."""
+    """Turns the lines of an event stream into events. Pure: no socket, no thread.
+
+    Not `sseclient-py` or `httpx-sse`: both drop comment lines, as the WHATWG specification of server-sent events asks,
+    and the API reports the queue position in comments (`: queue_position=3`). Without them the page could neither show
+    the position nor notice Stop while it waits. Each `data:` line is one JSON document, as in all OpenAI-compatible
+    streams.
+    """
 
     request_id: str = ""
     done: bool = False
@@ -221,7 +233,7 @@ class EventReader:
     _timings: dict[str, Any] = field(default_factory=dict)
 
     def read(self, line: str) -> Iterator[Event]:
-        """Raises ApiError for an error event or a line that is no JSON."""
+        """Raises ApiError for an error event or data that is not JSON."""
         if self.done:
             return
         if line.startswith(":"):
@@ -277,12 +289,12 @@ def _queue_position(comment: str) -> int | None:
     return int(value.strip()) if value.strip().isdigit() else None
 
 
-def _bounding_box(told: object) -> BoundingBox | InvalidBox | None:
-    """None for what is no place at all."""
-    if not isinstance(told, dict):
+def _bounding_box(given: object) -> BoundingBox | InvalidBox | None:
+    """None for anything that is not a box, a point or a polygon."""
+    if not isinstance(given, dict):
         return None
     for kind in ("bbox", "point", "polygon"):
-        corners = _flat(told.get(f"{kind}_2d"))
+        corners = _flat(given.get(f"{kind}_2d"))
         count = len(corners)
         if not (count == 4 if kind == "bbox" else count == 2 if kind == "point" else count >= 6 and count % 2 == 0):
             continue
@@ -290,14 +302,14 @@ def _bounding_box(told: object) -> BoundingBox | InvalidBox | None:
             return InvalidBox()
         if kind == "bbox" and (corners[2] <= corners[0] or corners[3] <= corners[1]):
             return None
-        image, pixels = told.get("image", 0), _flat(told.get(f"{kind}_pixels"))
+        image, pixels = given.get("image", 0), _flat(given.get(f"{kind}_pixels"))
         same = tuple(round(value) for value in pixels) if len(pixels) == count else ()
-        return BoundingBox(corners, image, str(told.get("label") or ""), same) if isinstance(image, int) else None
+        return BoundingBox(corners, image, str(given.get("label") or ""), same) if isinstance(image, int) else None
     return None
 
 
 def _flat(numbers: object) -> tuple[float, ...]:
-    """Empty unless it is a list of numbers, or of lists of them."""
+    """Empty unless it is a list of numbers, or a list of such lists."""
     if not isinstance(numbers, list):
         return ()
     flat = [each for item in numbers for each in (item if isinstance(item, list) else [item])]

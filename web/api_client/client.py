@@ -1,7 +1,7 @@
-"""Talks to the API over HTTP: what it is, how it feels, and one question at a time.
+"""The HTTP client of the API: its health, its info, its metrics, and one streamed chat request.
 
-Owns addresses, the key, time limits and the naming of failures. Knows nothing of Streamlit, of the page's
-words or of conversations. Every failure becomes an ApiError whose `kind` the page turns into one sentence.
+Owns URLs, the key, timeouts and the classification of failures. Knows nothing of Streamlit, of the page's texts or of
+conversations. Every failure becomes an ApiError whose `kind` the page turns into one sentence.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any
 import requests
 
 CONNECT_TIMEOUT_S = 4.0
-STATUS_TIMEOUT_S = 3.0  # for /health and /info, which never wait for the model
-SILENCE_S = 60.0  # the API sends something every second while it works; this much silence means it hangs
+STATUS_TIMEOUT_S = 3.0  # for /health, /info and /metrics, which never wait for the model
+SILENCE_S = 60.0  # the API sends a heartbeat every second; longer silence means that it hangs
 
 READY_STATES = ("idle", "busy")
 
 
 class ApiError(Exception):
-    """A request that failed. `kind` names the sentence to show; `detail` is the API's own message, if any."""
+    """A failed request. `kind`: which sentence to show; `detail`: the API's own message, if any."""
 
     def __init__(self, kind: str, detail: str = "", request_id: str = "", retry_after_s: float | None = None) -> None:
         super().__init__(f"{kind}: {detail}" if detail else kind)
@@ -31,7 +31,7 @@ class ApiError(Exception):
 
 @dataclass(frozen=True)
 class Health:
-    """What `/health` says, or why it could not be asked (`down`)."""
+    """The answer of `/health`; `state` is "down" if there is none. `progress`: of loading, 0 to 1."""
 
     state: str
     progress: float | None = None
@@ -44,7 +44,7 @@ class Health:
 
 @dataclass(frozen=True)
 class Info:
-    """What `/info` says; every part may be missing when another engine stands behind the address."""
+    """The answer of `/info`; an external engine may leave out every part."""
 
     model: str = ""
     demo: bool = False
@@ -55,7 +55,7 @@ class Info:
 
 
 class ApiClient:
-    """One API address and its key."""
+    """One API by its base URL and key. Safe to use from several threads: every call has a session of its own."""
 
     def __init__(self, base_url: str, key: str | None = None) -> None:
         self.base_url = base_url.rstrip("/")
@@ -70,15 +70,15 @@ class ApiClient:
             return Health("down")
 
     def health_body(self) -> dict[str, Any]:
-        """All that `/health` says; empty if it cannot be asked."""
+        """The whole answer of `/health`; empty if there is none."""
         return self._get_object("/health")
 
     def info_body(self) -> dict[str, Any]:
-        """All that `/info` says; empty if it cannot be asked."""
+        """The whole answer of `/info`; empty if there is none."""
         return self._get_object("/info")
 
     def metrics_text(self) -> str:
-        """What `/metrics` says; empty if it cannot be asked."""
+        """The answer of `/metrics`; empty if there is none."""
         answer = self._get("/metrics")
         return answer.text if answer is not None and answer.status_code == 200 else ""
 
@@ -111,7 +111,10 @@ class ApiClient:
         )
 
     def post_stream(self, body: dict[str, Any]) -> requests.Response:
-        """Send one streamed chat request; returns when the response's head is there, whatever its status."""
+        """Send one streamed chat request; returns with the response's headers, whatever its status.
+
+        Raises requests.RequestException.
+        """
         return self._session().post(
             f"{self.base_url}/v1/chat/completions",
             json=body,
@@ -122,14 +125,14 @@ class ApiClient:
 
     def _session(self) -> requests.Session:
         session = requests.Session()
-        # Rented machines often set HTTP_PROXY for downloads; a proxy must never see a call to this machine.
+        # Rented machines often set HTTP_PROXY for downloads; calls to this machine must not go through it.
         session.trust_env = False
         session.headers.update(self._headers)
         return session
 
 
 def failure(answer: requests.Response) -> ApiError:
-    """Name the failure that an answer with an error status stands for."""
+    """The ApiError for a response with an error status."""
     error = _json_object(answer).get("error")
     error = error if isinstance(error, dict) else {}
     return named_failure(
@@ -140,7 +143,7 @@ def failure(answer: requests.Response) -> ApiError:
 def named_failure(
     status: int, error: dict[str, Any], request_id: str = "", retry_after_s: float | None = None
 ) -> ApiError:
-    """Name a failure from its HTTP status (0: an event inside a stream) and the API's error object."""
+    """The ApiError for an HTTP status (0: an event inside a stream) and the API's error object."""
     detail = str(error.get("message") or "")
     return ApiError(_kind(status, str(error.get("code") or ""), detail), detail, request_id, retry_after_s)
 

@@ -1,6 +1,6 @@
-"""What goes with the next question besides its words: pictures from the camera or by address, ready-made questions.
+"""Adds to the next question what the input box does not take: camera photos, images by URL, ready-made questions.
 
-The input box itself takes what is dropped, pasted or picked. What is added here waits in the tray above it.
+The input box itself takes files that are dropped, pasted or picked. Images added here are listed above it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ THUMBNAIL_WIDTH = 96
 
 
 def show_pending_images(pending_images: list[AttachedImage], texts: Texts) -> None:
-    """The pictures that wait, each with a button that takes it away."""
+    """The images that go with the next question, each with a button to remove it."""
     if not pending_images:
         return
 
@@ -67,7 +67,7 @@ def show_presets(texts: Texts) -> None:
 
 
 def _apply_preset(language: str) -> None:
-    """Its words come into the input box; sending stays the visitor's act."""
+    """Put the preset's question into the input box; the visitor sends it."""
     name, st.session_state["preset"] = st.session_state["preset"], None
     if name:
         preset = preset_named(name)

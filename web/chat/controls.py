@@ -1,6 +1,6 @@
-"""The sidebar's wishes for the next answer: thinking, length, variety, format, tools, the language.
+"""The sidebar's controls for the next request: thinking, length, sampling, format, tools; and the page's language.
 
-Every control leaves a running answer alone: its value is read with the next question.
+No control interrupts a running answer: its value is read with the next question.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ NAMES = ("thinking", "max-tokens", "temperature", "top-p", "top-k", "penalty", "
 
 @dataclass(frozen=True)
 class RequestOptions:
-    """How the next answer is wanted: `body` holds the fields of the request that are not as the API does by itself.
+    """Options of the next request. `body`: its fields that differ from the API's defaults. `schema`: the JSON schema of
+    the answer; {}: any JSON; None: free text.
 
-    `problems` are sentences about wishes that cannot be sent.
+    `problems`: sentences about options that cannot be sent.
     """
 
     thinking: bool
@@ -46,20 +47,20 @@ class RequestOptions:
 
 
 def key(name: str) -> str:
-    """A widget's key. "Back to the defaults" gives every widget a new one."""
+    """A widget's key. "Back to the model's defaults" gives every widget a new key, and so its default value."""
     round_ = st.session_state.get("options_version", 0)
     return f"{name}-{round_}" if round_ else name
 
 
 def keep_values() -> None:
-    """Streamlit forgets a widget that a page does not draw, unless its value is touched."""
+    """Streamlit drops the value of a widget that a page does not draw, unless it is assigned again."""
     for name in NAMES:
         if key(name) in st.session_state:
             st.session_state[key(name)] = st.session_state[key(name)]
 
 
 def request_json(schema: dict[str, Any] | None) -> None:
-    """Switch the wish for JSON, from a callback."""
+    """Turn the JSON option on with this schema, or off with None. Call it from a callback."""
     st.session_state[key("json-on")] = schema is not None
     if schema is not None:
         st.session_state[key("json-schema")] = json.dumps(schema, indent=2)
@@ -107,7 +108,7 @@ def _length(info: Info, texts: Texts) -> dict[str, Any]:
 
 
 def _sampling(generation: dict[str, Any], texts: Texts) -> dict[str, Any]:
-    """What differs from the model's own. An untouched control sends nothing: the API then samples as the model wants."""
+    """Sampling parameters that differ from the model's generation config; the others are left to the API."""
     defaults = {"temperature": default_temperature(generation), "top_p": _number(generation, "top_p", 1.0),
              "top_k": int(_number(generation, "top_k", 0)),
              "repetition_penalty": _number(generation, "repetition_penalty", 1.0)}  # fmt: skip
@@ -140,7 +141,7 @@ def _sampling(generation: dict[str, Any], texts: Texts) -> dict[str, Any]:
 
 
 def _format(texts: Texts, problems: list[str]) -> dict[str, Any] | None:
-    """The schema that the answer shall fit, {} for any JSON, None for free text."""
+    """The JSON schema of the answer; {} for any JSON, None for free text."""
     _set_default("json-schema", json.dumps(OBJECTS_SCHEMA, indent=2))
     on = st.toggle(texts("side.json"), help=texts("side.json_help"), key=key("json-on"), on_change="ignore")
     text = st.text_area(texts("side.schema"), key=key("json-schema"), height=160, on_change="ignore")
@@ -176,7 +177,7 @@ def _reset_button(texts: Texts) -> None:
 
 
 def default_temperature(generation: dict[str, Any]) -> float:
-    """What the model's generation config amounts to."""
+    """The temperature that the model's generation config stands for: 0 where it does not sample."""
     if generation.get("do_sample") is False:
         return 0.0
     return min(2.0, max(0.0, _number(generation, "temperature", 1.0)))
@@ -189,7 +190,7 @@ def _number(generation: dict[str, Any], name: str, otherwise: float) -> float:
 
 @st.fragment
 def _language(texts: Texts) -> None:
-    """A fragment: a click while an answer comes takes effect when it has come, instead of cutting it off."""
+    """A fragment, so that a click during an answer takes effect afterwards instead of interrupting it."""
     chosen = st.segmented_control(
         texts("side.language"),
         list(LANGUAGES),

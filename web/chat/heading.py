@@ -1,4 +1,4 @@
-"""The top of the page: which model answers, what the demo knows, and why no answer would come now."""
+"""The top of the page: which model answers, what the demo knows, and why the model is not available."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from web.chat.turns_view import show_error
 from web.i18n.strings import Texts
 from web.safe_text import escaped
 
-MODEL_CHECK_S = 3  # how often a page whose model is not ready looks again
+MODEL_CHECK_S = 3  # how often the page polls a model that is not ready
 
 
 def show_heading(client: ApiClient, info: Info | None, info_error: ApiError | None, texts: Texts, at_start: bool) -> None:
@@ -33,7 +33,7 @@ def show_heading(client: ApiClient, info: Info | None, info_error: ApiError | No
 
 
 def _model_line(info: Info | None, texts: Texts) -> tuple[str, str]:
-    """Which model it is, and what it knows if it is the demo."""
+    """(which model it is, what it knows if it is the demo)."""
     if info is None or not info.model:
         return texts("model.unknown"), ""
     sentence = texts("model.plain", model=escaped(info.model.rstrip("/").rsplit("/", 1)[-1]))
@@ -44,7 +44,7 @@ def _model_line(info: Info | None, texts: Texts) -> tuple[str, str]:
 
 @st.fragment(run_every=MODEL_CHECK_S)
 def _wait_for_model(client: ApiClient, texts: Texts) -> None:
-    """Tell why no answer would come now, until one would."""
+    """Say why the model is not available, until it is."""
     now = client.health()
     if now.ready:
         st.rerun()

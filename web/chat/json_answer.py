@@ -1,4 +1,4 @@
-"""Is an answer JSON, and does it fit what was asked for? Pure."""
+"""Reads an answer as JSON and validates it against the requested schema. Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _FENCE = "```"
 
 @dataclass(frozen=True)
 class JsonAnswer:
-    """`value` is what was read; `problem` the first thing that is wrong and `where` it is, empty if all fits."""
+    """`value`: the parsed JSON; `problem` and `where`: the first error and its position, empty if there is none."""
 
     value: Any = None
     is_json: bool = True
@@ -22,7 +22,10 @@ class JsonAnswer:
 
 
 def read(text: str, schema: dict[str, Any] | None) -> JsonAnswer | None:
-    """None for a text that neither is JSON nor was to be. `schema`: what it shall fit; {}: any JSON; None: free text."""
+    """None for text that is not JSON and was not requested as JSON.
+
+    `schema`: the JSON schema that was requested; {}: any JSON; None: free text.
+    """
     bare = _without_fence(text.strip())
     if schema is None and not bare.startswith(("{", "[")):
         return None
@@ -43,7 +46,7 @@ def read(text: str, schema: dict[str, Any] | None) -> JsonAnswer | None:
 
 
 def read_schema(text: str) -> dict[str, Any]:
-    """Raises ValueError that says what is wrong with the schema."""
+    """Parses a JSON schema. Raises ValueError with the reason if it is not one."""
     schema = json.loads(text)
     if not isinstance(schema, dict):
         raise ValueError("not an object")
@@ -55,7 +58,7 @@ def read_schema(text: str) -> dict[str, Any]:
 
 
 def read_tools(text: str) -> list[dict[str, Any]]:
-    """Tool definitions as the API takes them. Raises ValueError that says what is wrong."""
+    """Parses tool definitions in the API's form. Raises ValueError with the reason."""
     tools = json.loads(text)
     if not isinstance(tools, list) or not all(isinstance(tool, dict) and "function" in tool for tool in tools):
         raise ValueError('not a list of {"type": "function", "function": {...}}')
@@ -67,7 +70,7 @@ def _validator(schema: dict[str, Any]) -> jsonschema.Draft202012Validator:
 
 
 def _without_fence(text: str) -> str:
-    """Models like to put JSON between ``` marks."""
+    """Models often wrap JSON in a fenced code block."""
     if not (text.startswith(_FENCE) and text.endswith(_FENCE) and "\n" in text):
         return text
     return text.split("\n", 1)[1].removesuffix(_FENCE).strip()

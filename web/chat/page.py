@@ -1,8 +1,8 @@
 """The chat page: what one run of the script does, from a click or a question to the answer on the screen.
 
-Owns the order of things. Words are in strings.py, turns in conversation.py, their look in turns_view.py.
-An answer is a plain object changed in place while it comes; session state is not touched then, because every
-touch of it is a place where a stopped run ends, and what came last would be lost.
+Owns the order of the page's parts and the way of a question. An answer is a plain object that is changed in place
+while it streams; session state is not accessed meanwhile, because Streamlit ends a stopped run at any such access, and
+the last events would be lost.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from web.images.attached_image import AttachedImage, ImageError
 from web.safe_text import escaped
 from web.samples import Sample, sample_named, samples
 
-SAMPLE_WIDTH = 164  # four beside each other on a desk, two on a phone
+SAMPLE_WIDTH = 164  # CSS pixels: four in a row on a desktop, two on a phone
 INFO_FRESH_S = 20
-MAX_TURNS = 100  # in one chat: each is drawn again at every click
-OUTAGES = ("down", "silent", "unavailable", "draining")  # failures whose cause the console shows
+MAX_TURNS = 100  # in one chat: every run draws all of them
+OUTAGES = ("down", "silent", "unavailable", "draining")  # kinds of ApiError whose cause the console shows
 
 
 @dataclass
 class Submission:
-    """A question to send in this run. `again`: in place of the last one, or that very one where it is empty.
+    """A question to send in this run. `again`: it replaces the last question, or repeats it if `question` is empty.
 
-    `results`: not a question but what the tools gave that the last answer called.
+    `results`: instead of a question, the results of the tools that the last answer called.
     """
 
     question: str
@@ -54,13 +54,13 @@ class Submission:
 
 @dataclass
 class Chat:
-    """What one visitor's session holds. `tray`: pictures that wait for the next question."""
+    """The state of one session. `pending_images`: attached to the next question, besides those of the input box."""
 
     conversation: Conversation = field(default_factory=Conversation)
     pending_images: list[AttachedImage] = field(default_factory=list)
     next_submission: Submission | None = None
-    submitted: bool = False  # the input box brings a question in this run
-    editing: bool = False  # the last question stands in a box to be changed
+    submitted: bool = False  # this run was caused by the input box
+    editing: bool = False  # the last question is shown in an editable box
     notices: list[str] = field(default_factory=list)
 
 
@@ -79,12 +79,12 @@ def show_chat(client: ApiClient, settings: Settings, texts: Texts, chats: Visito
         show_language(texts)
     at_start = not (chat.conversation.turns or chat.next_submission or chat.submitted)
     chat.submitted = False
-    # Each part keeps its place from run to run: what a part no longer shows vanishes at once, instead of
-    # standing greyed out beneath an answer until that is complete.
+    # Each part keeps its slot from run to run, so that what it no longer shows disappears at once, instead of
+    # staying greyed out below an answer until that is complete.
     show_heading(client, info, info_error, texts, at_start)
     start_input, start_area, turns_area, followups = st.empty(), st.empty(), st.container(), st.empty()
     if at_start:
-        # In the flow of the page: pinned to its bottom, it would make a phone open the page scrolled to its end.
+        # Inside a container: pinned to the bottom, it would make a phone open the page scrolled to its end.
         with start_input.container():
             composer.show_pending_images(chat.pending_images, texts)
             submission = page.read_input(options)
@@ -107,7 +107,7 @@ def show_chat(client: ApiClient, settings: Settings, texts: Texts, chats: Visito
 
 
 def _chat(chats: VisitorChats) -> Chat:
-    """The session's chat; or the one that the address names, after a reload or the browser's back button."""
+    """The session's chat; or the one in the URL, after a reload or the browser's back button."""
     asked = st.query_params.get("chat", "")
     chat: Chat | None = st.session_state.get("chat")
     if asked and (chat is None or asked != chat.conversation.id):
@@ -148,15 +148,15 @@ class ChatRun:
         self._chats = chats
         self._console = console
         limits = self._info.limits
-        self._by_link = bool(limits.get("fetch_images", True))  # another engine does not tell
+        self._by_link = bool(limits.get("fetch_images", True))  # an external engine does not say
         self._max_images = limits.get("max_images", settings.max_images)
         self._max_bytes = min(limits.get("max_image_bytes", settings.max_image_bytes), settings.max_image_bytes)
         self._max_pixels = min(limits.get("max_image_pixels", settings.max_image_pixels), settings.max_image_pixels)
 
-    # What the visitor wants.
+    # Input.
 
     def read_input(self, options: RequestOptions) -> Submission | None:
-        """The question of this run: typed, or left by a button that was clicked."""
+        """The question of this run: from the input box, or from the callback of a button."""
         texts, chat = self._texts, self._chat
         if (draft := st.session_state.pop("draft", None)) is not None:
             st.session_state["question"] = draft
@@ -179,14 +179,14 @@ class ChatRun:
     def _accept(self, given: ChatInputValue) -> Submission:
         texts = self._texts
         try:
-            has_token = [*self._chat.pending_images, *(self._prepare(file.name, file.getvalue()) for file in given.files)]
+            images = [*self._chat.pending_images, *(self._prepare(file.name, file.getvalue()) for file in given.files)]
         except ImageError as error:
             self._refuse(composer.image_problem(error, texts), given.text)
-        usual = texts("ask.default_many" if len(has_token) > 1 else "ask.default")
-        return Submission(given.text.strip() or usual, has_token)
+        default = texts("ask.default_many" if len(images) > 1 else "ask.default")
+        return Submission(given.text.strip() or default, images)
 
     def _check(self, submission: Submission, options: RequestOptions) -> None:
-        """Nothing is sent that could only fail; the visitor's words and pictures stay."""
+        """Send nothing that is sure to fail; the question and its images stay."""
         texts, conversation = self._texts, self._chat.conversation
         if options.problems:
             self._refuse(options.problems[0], submission.question, submission)
@@ -200,7 +200,7 @@ class ChatRun:
         return attached_image.prepare(name, data, self._max_bytes, self._max_pixels)
 
     def _refuse(self, notice: str, question: str, submission: Submission | None = None) -> None:
-        """Say why nothing was sent, and put the question back into the input box, its pictures into the tray."""
+        """Say why nothing was sent; the question goes back into the input box, its images above it. Reruns the script."""
         self._chat.notices = [notice]
         if submission is None or not submission.again:
             st.session_state["draft"] = question
@@ -244,10 +244,10 @@ class ChatRun:
     def _ask_edited(self) -> None:
         self._chat.next_submission = Submission(str(st.session_state["edited"]).strip(), again=True)
 
-    # What the visitor sees.
+    # Output.
 
     def show_turns(self, submission: Submission | None) -> None:
-        """Every turn but the one that is being answered in this run."""
+        """Every turn except the one that is answered in this run."""
         turns = self._chat.conversation.turns
         for turn in turns[:-1] if submission and submission.again else turns:
             if self._chat.editing and turn is turns[-1] and submission is None:
@@ -269,7 +269,7 @@ class ChatRun:
         return self._texts("ask.limits", count=self._max_images, size=f"{self._max_bytes / 2**20:g}")
 
     def show_start(self) -> None:
-        """Under the empty page's input box: ways to add pictures, ready-made questions, sample pictures."""
+        """Below the input box of an empty chat: ways to add images, ready-made questions, sample images."""
         texts = self._texts
         composer.show_attach_controls(self._chat.pending_images, self._prepare, self._limits(), texts, self._by_link)
         composer.show_presets(texts)
@@ -294,7 +294,7 @@ class ChatRun:
             st.warning(self._texts("chat.unsaved"), icon=":material/save:")
 
     def show_followups(self) -> None:
-        """Under the last answer: again, change the question, go on; then what can be added to the next question."""
+        """Below the last answer: retry, edit, continue; then what can be added to the next question."""
         texts, conversation = self._texts, self._chat.conversation
         if not conversation.turns:
             return
@@ -330,12 +330,12 @@ class ChatRun:
         composer.show_pending_images(self._chat.pending_images, texts)
 
     def _show_results_form(self, answer: Answer) -> None:
-        """The page runs no tool: whoever did tells here what it gave."""
+        """The page runs no tools: whoever runs them enters their results here."""
         texts = self._texts
         with st.form("tool-results"):
             for n, call in enumerate(answer.calls):
                 st.caption(texts("tool.result", name=escaped(call.name)))
-                # The name for screen readers is taken as it stands, not as Markdown.
+                # A hidden label is read as plain text, not as Markdown.
                 st.text_area(texts("tool.result", name=call.name), key=f"result-{n}", height=80, label_visibility="collapsed")
             st.form_submit_button(texts("tool.send"), icon=":material/reply:", on_click=self._give_results)
 
@@ -353,7 +353,7 @@ class ChatRun:
                     st.button(question, key=f"more-{question}", on_click=self._ask_on, args=(question,))
 
     def answer(self, submission: Submission, options: RequestOptions) -> None:
-        """Send the question and draw the answer as it comes; then run once more, to draw it at rest."""
+        """Send the question and draw the answer while it streams; then rerun, to draw it finished."""
         conversation, chats = self._chat.conversation, self._chats
         turn = self._new_turn(submission)
         turn.answer.schema = options.schema
@@ -364,7 +364,7 @@ class ChatRun:
         show_question(turn, conversation, chats, self._texts)
         with st.chat_message("assistant", avatar=MODEL):
             live = LiveAnswer(turn.answer, self._texts)
-            # The input box has a stop button too, but not for a click on a sample, nor in the reader's language.
+            # The stop button of the input box is missing after a click on a sample, and it is in English only.
             st.button(self._texts("live.stop"), icon=":material/stop_circle:", key="stop")
         redraw_when_stopped(turn.answer)
         try:
@@ -378,7 +378,7 @@ class ChatRun:
         except ApiError as error:
             turn.answer.fail(error, time.monotonic())
         finally:
-            # A run that was stopped ends here, by an exception of Streamlit's: what had come is kept.
+            # Streamlit ends a stopped run here by an exception: what has arrived is kept.
             turn.answer.stop(time.monotonic())
             chats.save(conversation)
         st.rerun()

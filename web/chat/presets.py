@@ -1,11 +1,11 @@
-"""Ready-made questions for what people most often want from a picture. Knows nothing of Streamlit."""
+"""Ready-made questions for the most common tasks with an image. Knows nothing of Streamlit."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-# What the JSON preset asks for; it can be changed on the page.
+# The schema of the JSON preset; it can be edited on the page.
 OBJECTS_SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {
@@ -24,7 +24,7 @@ OBJECTS_SCHEMA: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Preset:
-    """`question` is by language. It comes into the input box to be changed or sent."""
+    """`question`: by language; it is put into the input box, to be edited or sent."""
 
     name: str
     icon: str

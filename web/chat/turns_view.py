@@ -1,4 +1,7 @@
-"""Draws turns: a question with its pictures, and an answer that will not change any more."""
+"""Draws turns: a question with its images, an answer while it streams, and a finished answer.
+
+`LiveAnswer` touches no session state: Streamlit stops a script at any access to it, and a stopped run draws no more.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +27,10 @@ from web.safe_text import escaped, with_link_hosts, without_images
 
 USER = ":material/person:"
 MODEL = ":material/visibility:"
-ONLY_COORDINATES = re.compile(r"[\[\]\d\s,.]+")  # an answer that is nothing but rectangles
-ONE_WIDTH, MANY_WIDTH = 340, 200  # of shown pictures, in CSS pixels
+ONLY_COORDINATES = re.compile(r"[\[\]\d\s,.]+")  # an answer that consists of boxes only
+ONE_WIDTH, MANY_WIDTH = 340, 200  # of shown images, in CSS pixels
 CURSOR = " ▍"
-STOP_CHECK_S = 0.5  # how soon an answer that was stopped is shown so
+STOP_CHECK_S = 0.5  # within this time a stopped answer is drawn as stopped
 
 
 def show_question(turn: Turn, conversation: Conversation, chats: VisitorChats, texts: Texts) -> None:
@@ -89,7 +92,7 @@ def _show(answer: Answer, conversation: Conversation, chats: VisitorChats, texts
 def show_error(error: ApiError | Failure, texts: Texts) -> None:
     key = f"error.{error.kind}"
     sentence = texts(key if key in TABLE else "error.broken", detail=escaped(error.detail))
-    small = [escaped(error.detail)] if error.kind == "too_long" and error.detail else []  # the tokens asked for, the limit
+    small = [escaped(error.detail)] if error.kind == "too_long" and error.detail else []  # the number of tokens and the limit
     small += [texts("error.request_id", id=escaped(error.request_id))] if error.request_id else []
     if small:
         sentence += f"  \n:small[{' · '.join(small)}]"
@@ -190,7 +193,7 @@ def reasoning_label(answer: Answer, texts: Texts) -> str:
 
 
 def numbers_line(answer: Answer, texts: Texts) -> str:
-    """Tokens, time to the first one, speed, and why it ended: only what the API told."""
+    """Completion tokens, time to first token, speed and finish reason, as far as the API reports them."""
     finish = answer.finish
     if finish is None:
         return ""
@@ -208,7 +211,7 @@ def numbers_line(answer: Answer, texts: Texts) -> str:
 
 
 def numbers_help(answer: Answer, texts: Texts) -> str | None:
-    """What few people want to know: the question's tokens and the request's number."""
+    """Prompt tokens, cached tokens and the request id."""
     finish = answer.finish
     if finish is None:
         return None
@@ -227,7 +230,7 @@ def _three_digits(value: float) -> str:
 
 
 class LiveAnswer:
-    """Places on the page that are redrawn while an answer comes."""
+    """The elements of the page that are redrawn while an answer streams. Belongs to the script's thread."""
 
     def __init__(self, answer: Answer, texts: Texts) -> None:
         self._answer = answer
@@ -241,7 +244,7 @@ class LiveAnswer:
         self.draw()
 
     def draw(self) -> None:
-        """Always sends something to Streamlit: that is where Stop takes effect."""
+        """Always sends something to Streamlit, because Stop takes effect there."""
         answer = self._answer
         if answer.state == "waiting":
             self._waiting.caption(waiting_line(answer, self._texts, time.monotonic()))
@@ -280,9 +283,9 @@ def waiting_line(answer: Answer, texts: Texts, now: float) -> str:
 
 
 def redraw_when_stopped(answer: Answer) -> None:
-    """Draw a stopped answer at rest. A stopped run cannot draw any more, and nothing runs after it: only a clock,
-    which does not tick while a run goes on. So if it ticks, the run has ended, and if it did not end by itself,
-    it was stopped."""
+    """Draw the answer once more after Stop. Streamlit ends a stopped run without another one, so that the answer would
+    keep its cursor. A timed fragment runs only between runs of the script: its second call means that this run has ended
+    without drawing the finished answer, that is, by Stop."""
     _tick(answer, _FirstCall())
 
 

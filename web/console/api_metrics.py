@@ -10,10 +10,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 @dataclass(frozen=True)
 class ApiMetrics:
-    """None where the API told nothing, or nobody has asked it anything yet.
+    """None where the API gives no figure, or has served no request yet.
 
-    `tokens_per_s`: of one answer after its first token, the mean since the API's start. `reused`: share of the prompts'
-    tokens that were not computed again.
+    `kv_used`: 0 to 1. `tokens_per_s`: of one answer after its first token, mean since the API's start. `reused`: share
+    of the prompt tokens that came from the prefix cache.
     """
 
     kv_used: float | None = None
@@ -22,7 +22,7 @@ class ApiMetrics:
 
 
 def read(text: str) -> ApiMetrics:
-    """Only the traffic of users counts, not the checker's questions. Text that is none gives no numbers."""
+    """Counts the traffic of users only, not the checker's requests. Text in another format gives no figures."""
     values: dict[str, float] = {}
     try:
         for family in text_string_to_metric_families(text):

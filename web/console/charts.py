@@ -1,4 +1,4 @@
-"""Vega-Lite descriptions of the console's charts. Pure: data in, dictionary out."""
+"""Vega-Lite specifications of the console's charts. Pure: data in, dictionary out."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ COLORS = {
     "up": "#30a46c", "busy": "#3e63dd", "degraded": "#f5a524", "starting": "#8e4ec6", "down": "#e5484d",
     "unknown": "#8d93a5", "none": "#8d93a533",
 }  # fmt: skip
-# For those who do not tell the colours apart.
+# For colour-blind readers.
 MARKS = {"up": "", "busy": "", "degraded": "!", "starting": "…", "down": "✕", "unknown": "?", "none": ""}
 LINE, LIMIT = "#3b5bdb", "#e5484d"
 
 
 @dataclass(frozen=True)
 class Trend:
-    """One reading over time. `limit`: where its alert begins; `limit_name` says which setting that is."""
+    """One reading over time. `limit`: the threshold of its alert; `limit_name`: the setting that holds it."""
 
     title: str
     unit: str

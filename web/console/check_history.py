@@ -1,6 +1,6 @@
-"""What the console says about the past: a state with its age, uptime, bars, trends. Pure functions of the store's rows.
+"""What the checker's rows say: the current state with its age, uptime, bars, trends, timelines. Pure functions.
 
-Time without a check is no data: it counts neither as up nor as down, and is shown. Times are wall-clock seconds.
+Time without a check is no data: it counts neither as up nor as down, and is shown. All times are Unix seconds.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 State = Literal["up", "busy", "degraded", "starting", "down", "unknown", "none"]
 
-# From the checker's words to what a glance needs.
+# The checker's verdicts, reduced to what the console colours.
 STATES: dict[str, State] = {
     "healthy": "up", "busy": "busy", "degraded": "degraded", "starting": "starting", "unknown": "unknown",
     "broken": "down", "wedged": "down", "zombie": "down", "hardware": "down", "dead": "down",
@@ -20,7 +20,7 @@ WORST_LAST: tuple[State, ...] = ("none", "up", "busy", "unknown", "starting", "d
 UP: tuple[State, ...] = ("up", "busy", "degraded")
 STALE_PERIODS = 2.0
 BARS, BAR_S = 96, 900.0
-GAP_WIDTHS = 2.5  # a longer pause between two points breaks a line
+GAP_WIDTHS = 2.5  # a longer gap between two points breaks the line
 
 
 def state_of(word: str) -> State:
@@ -33,9 +33,9 @@ def worst(states: Iterable[State]) -> State:
 
 @dataclass(frozen=True)
 class CurrentState:
-    """The sentence on top. `since`: when the present word began, None if nobody saw it begin.
+    """The state in the sentence on top. `word`: the verdict; `since`: when it began, None if unknown.
 
-    `age_s`: since the last check, None where there never was one; `stale`: too old to say anything about now.
+    `age_s`: since the last check, None if there was none; `stale`: too old to say anything about now.
     """
 
     state: State
@@ -47,7 +47,7 @@ class CurrentState:
 
 
 def current_state(runs: Sequence[Mapping[str, Any]], flips: Sequence[Mapping[str, Any]], now: float, period_s: float) -> CurrentState:
-    """From the newest run; `runs` and `flips` are newest first."""
+    """From the newest run. `runs` and `flips`: newest first."""
     if not runs:
         return CurrentState("none")
     last = runs[0]
@@ -60,27 +60,27 @@ def current_state(runs: Sequence[Mapping[str, Any]], flips: Sequence[Mapping[str
 
 
 def _began(runs: Sequence[Mapping[str, Any]], flips: Sequence[Mapping[str, Any]]) -> float | None:
-    """Since when all checks in a row say what the last one says."""
+    """Since when all checks in a row have had the state of the last one."""
     same = runs[0]["at"]
     for run in runs:
         if state_of(run["word"]) != state_of(runs[0]["word"]):
             return same
         same = run["at"]
-    # Longer than the runs reach back: the newest flip, if there is one before them.
+    # It began before the oldest run: the newest flip before that, if there is one.
     earlier = [flip["at"] for flip in flips if flip["at"] <= same]
     return max(earlier, default=same)
 
 
 @dataclass(frozen=True)
 class Uptime:
-    """`share` of the checks that found it serving; `seen`: share of the time that was checked at all."""
+    """`share`: of the checks that found it serving; `seen`: share of the time that was checked at all. Both 0 to 1."""
 
     share: float | None
     seen: float
 
 
 def uptime(rollups: Sequence[Mapping[str, Any]], target: str, width_s: float, span_s: float, now: float) -> Uptime:
-    """From roll-ups of `width_s` each. A check that could not judge counts neither way."""
+    """From roll-ups of `width_s` each. A check with the verdict unknown counts neither way."""
     up = down = 0
     seen_s = 0.0
     for row in rollups:
@@ -98,9 +98,9 @@ def uptime(rollups: Sequence[Mapping[str, Any]], target: str, width_s: float, sp
 
 @dataclass(frozen=True)
 class Bar:
-    """One stretch of `BAR_S`: the worst that was seen in it. `checks` is 0 where there is no data.
+    """One interval of `BAR_S` and the worst state in it. `checks`: 0 where there is no data.
 
-    `answer_s`: mean time of the checker's picture questions in it, None where none was asked.
+    `answer_s`: mean duration of the checker's image questions in it, None where none was asked.
     """
 
     start: float
@@ -153,7 +153,7 @@ def points_of_rollups(rollups: Sequence[Mapping[str, Any]], reading: str) -> lis
 
 
 def with_gaps(points: Sequence[Point], width_s: float) -> list[Point]:
-    """A point without value wherever data is missing, so that a drawn line breaks instead of bridging it."""
+    """Adds a point without value wherever data is missing, so that the line breaks instead of bridging the gap."""
     drawn: list[Point] = []
     for point in points:
         if drawn and point.at - drawn[-1].at > GAP_WIDTHS * width_s:
@@ -163,7 +163,7 @@ def with_gaps(points: Sequence[Point], width_s: float) -> list[Point]:
 
 
 def percentile(values: Iterable[float | None], share: float) -> float | None:
-    """The smallest value that `share` of them do not exceed."""
+    """The nearest-rank percentile; `share`: 0 to 1."""
     known = sorted(value for value in values if value is not None)
     if not known:
         return None
@@ -187,7 +187,7 @@ def timeline(
     incident: Mapping[str, Any], flips: Sequence[Mapping[str, Any]], actions: Sequence[Mapping[str, Any]],
     messages: Sequence[Mapping[str, Any]] = (),
 ) -> list[TimelineEvent]:  # fmt: skip
-    """What happened to the incident's target from the first sign to the end, oldest first."""
+    """What happened to the incident's target from its first sign to its end, oldest first."""
     begin = incident["first_seen_at"] or incident["opened_at"]
     end = incident["closed_at"] or float("inf")
     moments = [TimelineEvent(begin, "began", {"en": incident["en"], "zh": incident["zh"]})]

@@ -1,6 +1,6 @@
-"""The console's way to the checker's store: read what it found, leave it a request. Knows nothing of Streamlit.
+"""The console's access to the checker's store: reads its history, adds requests. Knows nothing of Streamlit.
 
-The page has no power of its own: a request is a row that the checker carries out and writes into its audit log.
+The page has no power of its own: a request is a row that the checker carries out and audits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MESSAGES = "SELECT made_at, sent_at, channel, incident FROM outbox WHERE made_at
 
 
 class HistoryUnavailable(Exception):
-    """There is no store to read: the checker has never run here, or its file cannot be read."""
+    """There is no store to read: the checker has never run here, or the file cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class History:
 
 
 def read(log_dir: Path, now: float) -> History:
-    """Raises NoHistory."""
+    """Raises HistoryUnavailable."""
     try:
         with closing(Store.read_only(log_dir)) as store:
             return History(
@@ -60,7 +60,7 @@ def read(log_dir: Path, now: float) -> History:
 
 
 def ask(log_dir: Path, actor: str, kind: str, target: str, arguments: Mapping[str, Any]) -> int:
-    """Leave a request; returns its number. Raises NoHistory if it cannot be written."""
+    """Add a request of an operator; returns its number. Raises HistoryUnavailable."""
     try:
         with closing(Store.open(log_dir)) as store:
             if store.lost:
@@ -72,7 +72,7 @@ def ask(log_dir: Path, actor: str, kind: str, target: str, arguments: Mapping[st
 
 
 def evidence_files(log_dir: Path, incident: str) -> list[Path]:
-    """What the checker saved of an incident before it acted, oldest first."""
+    """The evidence that the checker saved for an incident before it acted, by name."""
     root = log_dir / "incidents"
     folder = root / incident
     if folder.resolve().parent != root.resolve():

@@ -1,4 +1,4 @@
-"""The end of a log file: read backwards, bounded, filtered. Pure but for the reading."""
+"""The last lines of a log file, bounded and filtered."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _LEVEL = re.compile(rf"\blevel=({_EACH.lower()})\b|\b({_EACH})\b")  # the API's 
 
 
 def tail(path: Path, lines: int, at_least: str = "DEBUG", contains: str = "") -> list[str]:
-    """The last lines that match, oldest first; lines without a level of their own go with the one above.
-    What stands before the first level has none, and is shown at every level.
+    """The last lines that match, oldest first. A line without a level has the level of the line above; lines before the
+    first level are shown at every level.
 
     Raises OSError. At most MAX_BYTES of the file are read.
     """

@@ -1,7 +1,7 @@
-"""What an operator may ask of the checker from the console. Each act is confirmed, and written down as a row.
+"""The actions that an operator may request of the checker. Each is confirmed first and becomes a row in the store.
 
-Exists only where an operator token is set. The token is compared here and kept nowhere: the session remembers that
-it was right, for a while.
+Shown only where an operator token is set. The token is compared here and not stored: the session remembers for
+`OPEN_FOR_S` that it was right.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ HOURS = (1, 2, 4, 8, 24)
 
 @dataclass(frozen=True)
 class OperatorAction:
-    """`typed`: the word that must be typed before it, because people lose answers by it."""
+    """`typed`: confirmed by typing the model's name, because it aborts running answers. `hours`: takes a duration."""
 
     kind: str
     icon: str
@@ -61,7 +61,7 @@ def arguments_of(action: OperatorAction, hours: int, actor: str, now: float) -> 
 
 
 def show_actions(token: str, log_dir: Path, model: str, texts: Texts) -> None:
-    """Nothing at all where no operator token is set."""
+    """Shows nothing where no operator token is set."""
     if not token:
         return
     st.subheader(texts("act.title"), anchor=False)
@@ -87,7 +87,7 @@ def _ask_for_token(token: str, texts: Texts) -> None:
         st.session_state["operator_until"] = time.monotonic() + OPEN_FOR_S
         st.rerun()
     elif opened:
-        time.sleep(1)  # guessing shall be slow
+        time.sleep(1)  # slows down guessing
         st.error(texts("act.wrong"), icon=":material/key_off:")
 
 

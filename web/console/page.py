@@ -1,6 +1,6 @@
-"""The console: a glance, then a trend, then a cause. Draws what the store and the API tell; decides nothing.
+"""The console: current state, then trends, then causes, from the checker's store and the API.
 
-Everything historical is there when the API is down. The upper part draws itself again every few seconds.
+History is shown while the API is down too. The upper part redraws itself every `REFRESH_S`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _live(client: ApiClient, settings: Settings, texts: Texts, zone: tzinfo) -> 
     now = time.time()
     asked = st.session_state.pop("asked", None)
     if asked:
-        _history.clear()  # so that who asked sees the request at once
+        _history.clear()  # so that the operator sees the request at once
     try:
         history = _history(str(settings.log_dir))
     except HistoryUnavailable:
@@ -80,7 +80,7 @@ def _live(client: ApiClient, settings: Settings, texts: Texts, zone: tzinfo) -> 
 
 @st.cache_data(ttl=FRESH_S, show_spinner=False)
 def _history(log_dir: str) -> History:
-    """One reading for all who watch."""
+    """Cached, so that all visitors share one reading."""
     return checker_store.read(Path(log_dir), time.time())
 
 
@@ -137,7 +137,7 @@ def _show_sentence(
 
 
 def _service_line(live: dict[str, Any], report: dict[str, Any], texts: Texts) -> str:
-    """The model, what it runs on and since when: of what `/info`, `/health` and the last check tell."""
+    """The model, its device and its uptime, from `/info`, `/health` and the last check."""
     if not live:
         return texts("console.api_silent")
     parts = [escaped(str(live.get("model") or "?"))]
@@ -196,7 +196,7 @@ def _show_figures(history: History, live: dict[str, Any], metrics: ApiMetrics, t
     figures.append(_gpu_figure(history.report, texts))
     figures.append((texts("figure.failed"), str(check_history.failed_checks(history.runs, now - 3600)), None))
     for left in range(0, len(figures), FIGURES_IN_A_ROW):
-        with st.container(horizontal=True):  # a phone breaks each row once more
+        with st.container(horizontal=True):  # wraps again on a phone
             for label, value, help in figures[left : left + FIGURES_IN_A_ROW]:
                 st.metric(label, value, border=True, help=help)
 
@@ -371,7 +371,7 @@ def _show_log(settings: Settings, texts: Texts) -> None:
         st.caption(texts("log.missing", name=name))
         return
     text = "\n".join(lines) or texts("log.empty")
-    with st.container(height=320, autoscroll=True):  # the newest line is what people look for
+    with st.container(height=320, autoscroll=True):  # shows the newest line
         st.code(text, language=None, wrap_lines=True)
     st.download_button(texts("log.save"), text, name, "text/plain", on_click="ignore", icon=":material/download:")
 

@@ -1,6 +1,6 @@
-"""What the last week says about the instance: too large, too small, busy and quiet hours. Pure functions.
+"""Advice on the size of the instance from the last week: too large, too small, busy and quiet hours. Pure functions.
 
-Advice needs a day of data at least, and says on what numbers it rests.
+Advice needs at least a day of data and gives the figures that it is based on.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ QUIET_SHARE = 0.25  # an hour of the day is quiet below this share of the busies
 MEMORY_TIGHT, MEMORY_LOOSE = 0.92, 0.5
 LOAD_LOW, LOAD_HIGH = 15.0, 70.0
 WAITING_SHARE = 0.05
-CARDS_GIB = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141)  # sizes that are rented
+CARDS_GIB = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141)  # common sizes of rented GPUs
 SPARE = 1.2
 
 
 @dataclass(frozen=True)
 class Advice:
-    """`key` names the sentence, `values` what stands in it."""
+    """`key`: of the sentence in the table of texts; `values`: for its placeholders."""
 
     key: str
     values: Mapping[str, object]
@@ -30,7 +30,7 @@ class Advice:
 
 @dataclass(frozen=True)
 class Week:
-    """Readings of the hours that were checked; None where a reading never came."""
+    """Readings of the hours that were checked; None where there was no reading."""
 
     hours: int
     gpu_load: float | None

@@ -1,4 +1,4 @@
-"""The settings in force: what the model server chose and why, and every setting of this folder. Never a secret."""
+"""The settings in force: the model server's automatic choices with their reasons, and every GLM_ setting. No secrets."""
 
 from __future__ import annotations
 
@@ -33,5 +33,5 @@ def _chosen(info: dict[str, Any], name: str) -> str:
 
 
 def _value(value: object) -> str:
-    """Never a secret."""
+    """Secrets are masked."""
     return "•••" if isinstance(value, SecretStr) else "–" if value in (None, "") else str(value)

@@ -1,6 +1,6 @@
-"""A chat as a file to keep: Markdown for people, JSON for programs; the pictures are inside.
+"""A chat as a file: Markdown for people, JSON for programs, both with the images embedded.
 
-Pure: no Streamlit, no SQLite. Both hold everything that the page shows, so nothing is lost with the chat.
+Pure: no Streamlit, no SQLite. Both hold everything that the page shows.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _markdown_answer(answer: Answer, texts: Texts) -> list[str]:
 
 
 def _fenced(text: str) -> str:
-    """As a block of code, whatever stands in it."""
+    """A fenced code block with a fence longer than any in the text."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}\n{text}\n{fence}"

@@ -1,4 +1,4 @@
-"""The sidebar's chats: start one, open one, rename, keep or delete the open one."""
+"""The sidebar's list of chats: start or open a chat; rename, export or delete the open one."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _show_summaries(summaries: list[tuple[str, str]], current: str, open_chat: C
 
 
 def show_chat_menu(chats: VisitorChats, conversation: Conversation, texts: Texts, new_chat: Callable[[], None]) -> None:
-    """What can be done with the open chat."""
+    """The menu of the open chat."""
 
     def rename() -> None:
         if title := str(st.session_state["chat-title"]).strip():

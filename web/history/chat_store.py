@@ -1,8 +1,8 @@
-"""Where chats live: one SQLite file, each row belonging to one visitor.
+"""The store of chats: one SQLite file for all, and `VisitorChats`, one visitor's access to it.
 
-Owns the tables, the pictures' bytes (once each, by content) and what is removed when. Knows nothing of Streamlit.
-A chat is only ever read or changed together with the visitor's id, so that an address that was passed on shows
-nothing. Every change is one transaction: a killed process loses at most the words of the last second.
+Owns the tables, the bytes of the images (stored once, by hash) and what is removed when. Knows nothing of Streamlit.
+Every query names the visitor as well as the chat, so that a copied URL shows nothing to others. Every change is one
+transaction: a killed process loses at most the last second of an answer.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FILE_NAME = "chats.db"
 LIST_LENGTH = 100
 DAY_S = 86400
 BUSY_S = 5.0
-SAVE_EVERY_S = 1.0  # while an answer comes; a killed process loses no more than this
+SAVE_EVERY_S = 1.0  # while an answer streams; a killed process loses at most this much
 VERSION = 1
 
 TABLES = """
@@ -55,12 +55,12 @@ _IMAGE = TypeAdapter(AttachedImage)
 
 
 class StoreError(Exception):
-    """The chat could not be kept or read: a full disk, a folder without rights, a damaged file."""
+    """The chat could not be saved or read: a full disk, missing permissions, a damaged file."""
 
 
 @dataclass(frozen=True)
 class ChatSummary:
-    """A line of the list. `updated` is in seconds since 1970."""
+    """One line of the list of chats. `updated`: Unix time in seconds."""
 
     id: str
     title: str
@@ -68,15 +68,15 @@ class ChatSummary:
 
 
 class ChatStore:
-    """Safe for use from several threads and processes: every call opens its own connection."""
+    """Safe to use from several threads and processes: every call opens its own connection. Calls raise StoreError."""
 
     def __init__(self, path: Path, keep_days: int) -> None:
-        """Makes the file. Raises StoreError."""
+        """Creates the file. Raises StoreError."""
         self._path = path
         self._keep_days = keep_days
         with _as_store_error():
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Made before SQLite opens it, so that it and its journal are readable by this user only.
+            # Created before SQLite opens it, so that only this user can read it and its journal.
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
         with self._connection() as db:
             db.execute("PRAGMA journal_mode = WAL")
@@ -85,7 +85,7 @@ class ChatStore:
         self.forget_old(time.time())
 
     def summaries(self, visitor: str) -> list[ChatSummary]:
-        """The visitor's chats, the last used first."""
+        """The visitor's chats, most recently used first."""
         with self._connection() as db:
             rows = db.execute(
                 "SELECT id, title, updated FROM chats WHERE visitor = ? ORDER BY updated DESC LIMIT ?",
@@ -109,7 +109,7 @@ class ChatStore:
         return Conversation(chat, head[0], found, {image.sha: image for image in known})
 
     def save(self, visitor: str, conversation: Conversation, number: int | None = None) -> None:
-        """Keep one turn (the last) and what is new of pictures and title; the conversation lets go of their bytes."""
+        """Save one turn (the last by default) with its new images; the conversation then drops their bytes."""
         number = len(conversation.turns) - 1 if number is None else number
         turn = conversation.turns[number]
         fresh = {sha: conversation.images[sha] for sha in turn.images}
@@ -143,7 +143,7 @@ class ChatStore:
             _drop_unused_images(db)
 
     def image_bytes(self, image: AttachedImage) -> bytes:
-        """Raises StoreError if they are gone."""
+        """Raises StoreError if they are missing."""
         if image.data:
             return image.data
         with self._connection() as db:
@@ -153,7 +153,7 @@ class ChatStore:
         return bytes(row[0])
 
     def forget_old(self, now: float) -> None:
-        """Remove chats that nobody used for `keep_days`."""
+        """Remove chats that were not used for `keep_days`. `now`: Unix time in seconds."""
         with self._connection() as db:
             gone = db.execute("DELETE FROM chats WHERE updated < ?", (now - self._keep_days * DAY_S,)).rowcount
             if gone:
@@ -161,13 +161,13 @@ class ChatStore:
 
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
-        """One transaction. Raises StoreError for whatever SQLite cannot do."""
+        """One transaction. Raises StoreError for any error of SQLite."""
         with _as_store_error():
             db = sqlite3.connect(self._path, timeout=BUSY_S)
             try:
                 db.execute("PRAGMA foreign_keys = ON")
-                db.execute("PRAGMA synchronous = NORMAL")  # enough, with WAL, for a killed process
-                db.execute("PRAGMA secure_delete = ON")  # a deleted picture is overwritten, not only forgotten
+                db.execute("PRAGMA synchronous = NORMAL")  # with WAL, safe against a killed process
+                db.execute("PRAGMA secure_delete = ON")  # deleted images are overwritten with zeros
                 with db:
                     yield db
             finally:
@@ -175,7 +175,11 @@ class ChatStore:
 
 
 class VisitorChats:
-    """`failed` is True from the first change that could not be kept to the next one that could."""
+    """Errors of the store are logged and shown, never raised into the page: a full disk must not cost the answer on
+    the screen.
+
+    `failed`: True from the first change that could not be saved to the next one that could.
+    """
 
     def __init__(self, store: ChatStore | None, visitor: str) -> None:
         self._store = store
@@ -194,7 +198,7 @@ class VisitorChats:
         self._try(lambda store: store.save(self._visitor, conversation))
 
     def leave_out_older_images(self, conversation: Conversation) -> None:
-        """Stop sending all pictures but the newest question's; they stay where they are shown."""
+        """Send only the images of the newest question from now on; the older ones stay visible."""
         for number in conversation.turns_with_older_images():
             conversation.turns[number].left_out = True
             self._try(lambda store, number=number: store.save(self._visitor, conversation, number))  # type: ignore[misc]
@@ -211,13 +215,13 @@ class VisitorChats:
         self._try(lambda store: store.delete(self._visitor, chat))
 
     def bytes_of(self, image: AttachedImage) -> bytes | None:
-        """None for a picture that lies elsewhere or is lost."""
+        """None for a remote image or one whose bytes are missing."""
         if image.data or image.url:
             return image.data or None
         return self._try(lambda store: store.image_bytes(image))
 
     def url_of(self, image: AttachedImage) -> str:
-        """What to send. Bytes that are lost become an address that the API refuses with a sentence."""
+        """The URL to send. Missing bytes give a data URL that the API rejects with a message."""
         return image.url or data_url(image.mime, self.bytes_of(image) or b"")
 
     def _try(self, act: Callable[[ChatStore], T]) -> T | None:

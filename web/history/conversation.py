@@ -1,7 +1,8 @@
-"""What was asked and answered in one chat, and what of it is sent with the next question.
+"""The turns of one chat, and which of them are sent with the next question.
 
-Owns turns, the pictures they brought and the rule of what is resent. Knows nothing of Streamlit, HTTP or SQLite.
-A turn is changed in place while its answer arrives: whatever interrupts the page, what had come stays.
+Owns turns, their images and the rule of what is resent. Knows nothing of Streamlit, HTTP or SQLite. A turn is changed
+in place while its answer streams, so that an interrupted run loses nothing. Fields with an alias are stored under it:
+the keys in chats.db do not change.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ from web.images.attached_image import AttachedImage
 
 State = Literal["waiting", "thinking", "writing", "done", "stopped", "failed"]
 UNFINISHED: tuple[State, ...] = ("waiting", "thinking", "writing")
-# After these the same pictures would fail again, so they are not carried into the next question.
+# After these errors the same images would fail again, so they are not carried into the next question.
 REFUSALS = ("refused", "too_large", "too_long")
 TITLE_LENGTH = 60
 
-UrlOf = Callable[[AttachedImage], str]  # the address to send: a data: URL, or where the API shall fetch it
+UrlOf = Callable[[AttachedImage], str]  # the URL to send: a data: URL, or a remote one that the API fetches
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why an answer failed: what of an ApiError is worth keeping."""
+    """Why an answer failed: the part of an ApiError that is stored."""
 
     kind: str
     detail: str = ""
@@ -50,7 +51,7 @@ class Failure:
 
 @dataclass
 class ToolCall:
-    """A tool that the model asked for; `arguments` is JSON as the model wrote it."""
+    """A tool call of the model; `arguments` is JSON as the model wrote it."""
 
     name: str
     arguments: str = ""
@@ -58,7 +59,7 @@ class ToolCall:
 
     @property
     def is_complete(self) -> bool:
-        """Its arguments are a JSON object; one that was cut off could not be sent back."""
+        """Its arguments are a JSON object; a call that was cut off cannot be sent back."""
         try:
             return isinstance(json.loads(self.arguments), dict)
         except ValueError:
@@ -67,7 +68,7 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class ToolResult:
-    """What a tool gave for the call of that id."""
+    """The result of a tool for the call with this id."""
 
     id: str
     name: str
@@ -76,9 +77,10 @@ class ToolResult:
 
 @dataclass
 class Answer:
-    """One answer. `sent` lists the pictures of the request, in order: boxes count from its first.
+    """One answer. `sent`: hashes of the request's images in order, which `BoundingBox.image` indexes.
 
-    `question` is what it answered, where the turn's question was changed later. `schema` is the JSON schema that it was asked to fit ({}: any JSON; None: free text).
+    `question`: what it answered, if the turn's question was edited later. `schema`: the JSON schema that was requested
+    ({}: any JSON; None: free text). `begun`, `thinking_began`: monotonic seconds.
     """
 
     state: State = "waiting"
@@ -109,7 +111,7 @@ class Answer:
 
     @property
     def was_cut_off(self) -> bool:
-        """It has words, and the model could go on from there: by its length, by Stop or by a broken connection."""
+        """It has text, and ended early: by its maximum length, by Stop or by a broken connection."""
         by_length = self.finish is not None and self.finish.reason == "length"
         return bool(self.text.strip()) and (by_length or self.state in ("stopped", "failed"))
 
@@ -119,7 +121,7 @@ class Answer:
 
     def apply(self, event: Event, now: float) -> None:
         if not self.unfinished:
-            return  # stopped in another thread; what still trickles in is no longer wanted
+            return  # stopped from another thread: later events do not count
         self.loading = isinstance(event, Loading)
         match event:
             case Queued(position):
@@ -172,10 +174,10 @@ class Answer:
 
 @dataclass
 class Turn:
-    """A question, the pictures that it brought, and its answer. `sample` names the sample picture it came with.
+    """A question, the hashes of its images, and its answer. `sample`: the file name of its sample image.
 
-    `earlier` keeps the answers that were asked for again, oldest first. `results` stand in place of a question: what
-    the tools gave that the answer before called. `left_out`: its pictures are shown, but not sent any more.
+    `earlier`: answers that were replaced by a retry, oldest first. `results`: instead of a question, the results of the
+    tools that the previous answer called. `left_out`: its images are shown but no longer sent. `asked_at`: Unix time.
     """
 
     question: str
@@ -193,13 +195,13 @@ class Turn:
 
 
 def new_id() -> str:
-    """Stands in the page's address; whoever guessed it would still need the visitor's cookie."""
+    """For the URL; whoever guesses it still needs the visitor's cookie."""
     return secrets.token_urlsafe(12)
 
 
 @dataclass
 class Conversation:
-    """`pictures` holds what is known of each picture by its sha; their bytes are the store's."""
+    """`images`: by hash, without their bytes once these are in the store."""
 
     id: str = field(default_factory=new_id)
     title: str = ""
@@ -207,7 +209,7 @@ class Conversation:
     images: dict[str, AttachedImage] = field(default_factory=dict)
 
     def ask(self, question: str, images: list[AttachedImage], sample: str | None = None) -> Turn:
-        """Add a turn whose answer is still to come."""
+        """Append a turn whose answer is pending."""
         self.images.update({image.sha: image for image in images})
         turn = Turn(question, tuple(dict.fromkeys(image.sha for image in images)), sample)
         self.turns.append(turn)
@@ -216,14 +218,14 @@ class Conversation:
         return turn
 
     def give_results(self, results: tuple[ToolResult, ...]) -> Turn:
-        """Go on with what the tools gave that the last answer called."""
+        """Append a turn with the results of the tools that the last answer called."""
         turn = Turn("", results=results)
         self.turns.append(turn)
         turn.answer.sent = self._to_send()
         return turn
 
     def ask_again(self, question: str = "") -> Turn:
-        """The last question once more, or another in its place; the answer that it had is kept."""
+        """Repeat the last question, or replace it; its answer is kept as an earlier one."""
         turn = self.turns[-1]
         if question and question != turn.question:
             turn.answer.question, turn.question = turn.question, question
@@ -234,25 +236,25 @@ class Conversation:
         return turn
 
     def turns_with_older_images(self) -> list[int]:
-        """The numbers of the turns whose pictures could be left out: all but the newest that brought some."""
+        """Indices of the turns whose images can be left out: all with images except the newest."""
         return [number for number, turn in enumerate(self.turns) if turn.images_to_send][:-1]
 
     def stop_unfinished(self, now: float) -> None:
-        """Mark what an interrupted run left unfinished as stopped."""
+        """Mark answers that an interrupted run left unfinished as stopped. `now`: monotonic seconds."""
         for turn in self.turns:
             turn.answer.stop(now)
 
     def last_sample(self) -> str | None:
-        """The sample picture that the talk is about, if its newest picture is one."""
+        """The file name of the newest image, if that is a sample."""
         return next((turn.sample for turn in reversed(self.turns) if turn.images), None)
 
     def image_count(self, new: int = 0) -> int:
-        """How many pictures the next request would carry with `new` more."""
+        """The number of images in the next request if it adds `new` ones."""
         carried = [sha for _, shas in self._exchanges(extra=True) for sha in shas]
         return len(carried) + new
 
     def messages(self, url_of: UrlOf) -> list[dict[str, Any]]:
-        """The chat for the API. Pictures stay in the turn that brought them; reasoning is never sent back."""
+        """The messages of the next request. Images stay in their turn; reasoning is never sent back."""
         messages: list[dict[str, Any]] = []
         for turn, shas in self._exchanges():
             messages += [{"role": "tool", "tool_call_id": each.id, "content": each.text} for each in turn.results]
@@ -279,17 +281,17 @@ class Conversation:
         return following is not None and bool(following.results)
 
     def without_bytes(self, shas: set[str]) -> None:
-        """Let go of bytes that the store holds now."""
+        """Drop the bytes of images that are in the store now."""
         self.images.update({sha: replace(self.images[sha], data=b"") for sha in shas if sha in self.images})
 
     def _to_send(self) -> tuple[str, ...]:
         return tuple(sha for _, shas in self._exchanges() for sha in shas)
 
     def _exchanges(self, extra: bool = False) -> list[tuple[Turn, tuple[str, ...]]]:
-        """(turn, pictures) of every turn that counts; the last one's answer is still to come.
+        """(turn, hashes of its images) of every turn that is sent; the last one has no answer yet.
 
-        A turn without an answer is left out, but its pictures move to the next one: whoever asks again after
-        a failure still means the picture that is on the screen. `extra` appends an empty turn to come.
+        A turn without an answer is left out, but its images move to the next turn: a question after a failure still
+        refers to the image on the screen. `extra` appends an empty turn.
         """
         turns = [*self.turns, Turn("")] if extra else self.turns
         exchanges: list[tuple[Turn, tuple[str, ...]]] = []
@@ -307,5 +309,5 @@ class Conversation:
 
 
 def _short(question: str) -> str:
-    texts = " ".join(question.split())
-    return texts if len(texts) <= TITLE_LENGTH else texts[: TITLE_LENGTH - 1].rstrip() + "…"
+    title = " ".join(question.split())
+    return title if len(title) <= TITLE_LENGTH else title[: TITLE_LENGTH - 1].rstrip() + "…"

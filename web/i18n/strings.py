@@ -1,7 +1,7 @@
-"""Every word that the page says, in English and Chinese.
+"""All texts of the page, in English and Chinese.
 
-A key has both languages and the same placeholders in each; a test keeps it so. Sentences for failures say what
-happened and what to do. Knows nothing of Streamlit; the `:material/...:` marks are its icons.
+Every key has both languages with the same placeholders (a test checks it). Sentences about failures say what happened
+and what to do. Knows nothing of Streamlit.
 """
 
 from __future__ import annotations
@@ -338,7 +338,7 @@ TABLE |= strings_console.TABLE
 
 
 class Texts:
-    """The table in one language: `words("side.new")`."""
+    """The table in one language: `texts("side.new")` is the text of a key, with its placeholders filled in."""
 
     def __init__(self, language: str) -> None:
         self.language = language if language in LANGUAGES else "en"

@@ -1,4 +1,4 @@
-"""The words of the console, in English and Chinese; `web/i18n/strings.py` puts them into the one table."""
+"""The texts of the console, in English and Chinese; `web/i18n/strings.py` adds them to its table."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A picture on its way to the model: decoded, turned upright, made a sane size, named by its content.
+"""An image that goes with a question: decoded, turned upright, scaled down, identified by its hash.
 
-Owns limits, encoding and the drawing of places. Knows nothing of Streamlit, HTTP or conversations.
-Re-encoding also leaves out what a camera wrote into the file: the place, the owner's name.
+Owns limits and encoding. Knows nothing of Streamlit, HTTP or conversations. Re-encoding also drops the EXIF data that a
+camera writes into the file, such as the location and the owner's name.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ from PIL import Image, ImageOps
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff")
-MAX_SENT_PIXELS = 3_200_000  # more than the model's eyes use for one picture, small enough to send with each question
+MAX_SENT_PIXELS = 3_200_000  # more than the vision encoder uses for one image, small enough to resend with each question
 MAX_PNG_BYTES = 1_500_000
 JPEG_QUALITY = 92
 
 
 class ImageError(Exception):
-    """A file that cannot be asked about. `kind` is too_big, too_many_pixels, unreadable or no_url."""
+    """A file that cannot be attached.
+
+    `kind`: too_big, too_many_pixels, unreadable or no_url. `limit`: in MiB or megapixels.
+    """
 
     def __init__(self, kind: str, name: str, limit: float = 0) -> None:
         super().__init__(f"{kind}: {name}")
@@ -35,9 +38,9 @@ class ImageError(Exception):
 
 @dataclass(frozen=True)
 class AttachedImage:
-    """What is shown and sent, the same bytes. `sha` names them; they may lie in the store instead of in `data`.
+    """The bytes that are shown and sent. `sha`: their SHA-256; they are in the store if `data` is empty.
 
-    A picture with a `url` lies elsewhere: the API fetches it under its guard, this process never does.
+    An image with a `url` is remote: the API fetches it through its guard, this process never does.
     """
 
     sha: str
@@ -57,7 +60,7 @@ def data_url(mime: str, data: bytes) -> str:
 
 
 def remote_image(url: str) -> AttachedImage:
-    """A picture by its address. Raises PictureError (no_url) for anything but http(s) with a host."""
+    """An image by its URL. Raises ImageError (no_url) for anything but http(s) with a host."""
     url = url.strip()
     try:
         parts = urlsplit(url)
@@ -71,14 +74,14 @@ def remote_image(url: str) -> AttachedImage:
 
 
 def prepare(name: str, data: bytes, max_bytes: int, max_pixels: int) -> AttachedImage:
-    """Raises PictureError."""
+    """Decode, turn upright, scale down and encode again. Raises ImageError."""
     if len(data) > max_bytes:
         raise ImageError("too_big", name, max_bytes / 2**20)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is ours to set
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below replaces it
             opened = Image.open(io.BytesIO(data), formats=FORMATS)
-            # The header tells the size: a small file that would unpack to gigabytes is never decoded.
+            # The header holds the size, so that a small file that decodes to gigabytes is never decoded.
             if opened.width * opened.height > max_pixels:
                 raise ImageError("too_many_pixels", name, max_pixels / 1e6)
             source_format = opened.format
@@ -87,7 +90,7 @@ def prepare(name: str, data: bytes, max_bytes: int, max_pixels: int) -> Attached
         raise
     except Image.DecompressionBombError:
         raise ImageError("too_many_pixels", name, max_pixels / 1e6) from None
-    except Exception:  # on broken files Pillow raises anything, from SyntaxError to struct.error
+    except Exception:  # for damaged files Pillow raises anything from SyntaxError to struct.error
         raise ImageError("unreadable", name) from None
     image = _shrink(image)
     encoded, mime = encode(image, lossless=source_format != "JPEG")
@@ -96,11 +99,11 @@ def prepare(name: str, data: bytes, max_bytes: int, max_pixels: int) -> Attached
 
 
 def _flatten(image: Image.Image) -> Image.Image:
-    """RGB, with white where the picture is transparent."""
+    """To RGB, on a white background."""
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
-        paper = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(paper, image).convert("RGB")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
 
 

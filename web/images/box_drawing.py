@@ -20,7 +20,7 @@ BOX_COLORS = ("#3e63dd", "#e5484d", "#30a46c", "#f76b15", "#8e4ec6", "#0090ff", 
 
 @lru_cache(maxsize=16)
 def draw_boxes(data: bytes, boxes: tuple[BoundingBox, ...]) -> tuple[bytes, str]:
-    """The picture with what is marked in it, numbered where there are several: (bytes, mime)."""
+    """(bytes, MIME type) of the image with its boxes drawn, numbered where there are several."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     draw = ImageDraw.Draw(image)
     line = max(2, round(min(image.size) / 120))
@@ -34,7 +34,7 @@ def draw_boxes(data: bytes, boxes: tuple[BoundingBox, ...]) -> tuple[bytes, str]
 
 
 def _outline(draw: ImageDraw.ImageDraw, points: list[tuple[float, float]], color: str, line: int) -> None:
-    """A coloured line between two white ones: to be seen on any background, also on one of its own colour."""
+    """A coloured line between two white ones, visible on a background of any colour."""
     rim = max(1, line // 2)
     if len(points) == 1:
         (x, y), radius = points[0], 2 * line
@@ -45,7 +45,7 @@ def _outline(draw: ImageDraw.ImageDraw, points: list[tuple[float, float]], color
         draw.rectangle([left - rim, top - rim, right + rim, bottom + rim], outline="white", width=line + 2 * rim)
         draw.rectangle([left, top, right, bottom], outline=color, width=line)
     else:
-        around = [*points, points[0], points[1]]  # past the first corner, so that it is joined as well
+        around = [*points, points[0], points[1]]  # past the first corner, so that this one is joined too
         draw.line(around, fill="white", width=line + 2 * rim, joint="curve")
         draw.line(around, fill=color, width=line, joint="curve")
 

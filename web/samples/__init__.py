@@ -1,6 +1,6 @@
-"""The sample pictures of the empty page and the questions that go with them.
+"""The sample images of an empty chat and their questions. Knows nothing of Streamlit.
 
-Owns the files of this folder. `python -m web.samples.draw` made the pictures; `samples.json` says what to ask.
+Owns the files of this folder: `python -m web.samples.draw` draws the images, `samples.json` holds the questions.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ FOLDER = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Sample:
-    """`alt` and `questions` are by language; the first question is the one that a click asks."""
+    """`alt` and `questions`: by language; a click asks the first question."""
 
     file: str
     alt: dict[str, str]

@@ -1,4 +1,4 @@
-"""Draws the page's icon and sample pictures: `python -m web.samples.draw`. Run again only to change them."""
+"""`python -m web.samples.draw`: draws the page's icon and sample images; run it only to change them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def main() -> None:
 
 
 def _icon(size: int) -> Image.Image:
-    """An eye whose pupil is a chat bubble's dot; drawn four times too large, then smoothed down."""
+    """An eye; drawn at four times the size, then scaled down for smooth edges."""
     big = size * 4
     icon = Image.new("RGBA", (big, big), (0, 0, 0, 0))
     draw = ImageDraw.Draw(icon)

@@ -1,7 +1,7 @@
 """The page in a real Chromium: what only a browser can show, and the true answer of the demo model.
 
-The vision path cannot be faked: the same question about two pictures drawn here, alike but for the colour, gets two
-different right answers, and a blank picture neither.
+The vision path cannot be faked: the same question about two images drawn here, alike but for the colour, gets two
+different right answers, and a blank image neither.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from pathlib import Path
 
 import pytest
 from browsing import KEY, TIMEOUT_MS, TOKEN, add_image, ask, last_answer, png
-from models.shapes.talk import COUNT_TOOL
 from page_process import OpenPage, Server, wait_until
 from playwright.sync_api import Page, expect
 from web_fake_api import HEALTH, INFO, Answer, FakeApi
 
 from models.shapes.pictures import COLORS
+from models.shapes.talk import COUNT_TOOL
 from web.api_client.client import ApiClient
 from web.console import api_metrics
 
 SOON_MS = 30_000
-SEED = 90210  # places and sizes; pictures with the same seed differ in nothing but what is asked for
+SEED = 90210  # places and sizes; images with the same seed differ in nothing but what is asked for
 
 
 @pytest.fixture
@@ -227,7 +227,7 @@ def test_what_a_model_writes_is_never_run_and_never_fetches_anything(fake_page: 
     assert "<b>bold</b>" in text
     assert "The last word." in text
     assert fake_page.evaluate("window.hacked") is None
-    # Even a page that forgot to take pictures out could not load them: this one tries, and is refused.
+    # Even a page that forgot to take images out could not load them: this one tries, and is refused.
     refused = fake_page.evaluate(
         "url => new Promise(done => {const i = new Image(); i.onload = () => done(false);"
         " i.onerror = () => done(true); i.src = url})",

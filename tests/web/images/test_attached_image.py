@@ -1,4 +1,4 @@
-"""Pictures on their way to the model."""
+"""Images on their way to the model."""
 
 from __future__ import annotations
 
