@@ -66,6 +66,38 @@ def test_the_checker_stays_light():
     assert offenders(paths, lambda n: n.split(".")[0] in HEAVY) == []
 
 
+# From the top: each room may import itself and those below it.
+ROOMS_OF_THE_PAGE = (
+    "server",      # the process and Streamlit's options
+    "app",         # the script that Streamlit runs
+    "console",     # the operator's page
+    "chat",        # the page of questions and answers
+    "history",     # conversations and their store
+    "images",      # images of a question, boxes of an answer
+    "api_client",  # HTTP to the API
+    "access",      # who may see the page
+    "samples",     # the images of an empty chat
+    "safe_text",   # untrusted Markdown
+    "i18n",        # what people read
+)  # fmt: skip
+WITHOUT_STREAMLIT = ("web/images/", "web/api_client/", "web/access.py", "web/samples/", "web/safe_text.py", "web/i18n/")
+
+
+def test_rooms_of_the_page_import_downwards():
+    def room(module: str) -> int:
+        return ROOMS_OF_THE_PAGE.index(module.split(".")[1])
+
+    files = [p for p in sources("web/") if p.as_posix() != "web/__init__.py"]
+    upwards = [
+        f"{path} imports {name}"
+        for path in files
+        for name in sorted(imports(path))
+        if name.startswith("web.") and room(name) < room(".".join(path.with_suffix("").parts))
+    ]
+    assert upwards == []
+    assert offenders(sources(*WITHOUT_STREAMLIT), lambda n: n.split(".")[0] == "streamlit") == []
+
+
 def test_names_say_something():
     vague = {"utils", "util", "helpers", "helper", "common", "manager", "misc", "base"}
     assert [p for p in tracked() if p.stem in vague or vague & set(p.parts)] == []
