@@ -35,7 +35,6 @@ class Health:
 
     state: str
     progress: float | None = None
-    model: str = ""
 
     @property
     def ready(self) -> bool:
@@ -62,42 +61,20 @@ class ApiClient:
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
 
     def health(self) -> Health:
-        try:
-            answer = self._session().get(f"{self.base_url}/health", timeout=(CONNECT_TIMEOUT_S, STATUS_TIMEOUT_S))
-            body = answer.json()
-            return Health(str(body["state"]), body.get("progress"), str(body.get("model") or ""))
-        except (requests.RequestException, ValueError, KeyError, TypeError, AttributeError):
+        body = self.health_body()
+        if "state" not in body:
             return Health("down")
+        return Health(str(body["state"]), body.get("progress"))
 
     def health_body(self) -> dict[str, Any]:
         """The whole answer of `/health`; empty if there is none."""
         return self._get_object("/health")
 
-    def info_body(self) -> dict[str, Any]:
-        """The whole answer of `/info`; empty if there is none."""
-        return self._get_object("/info")
-
-    def metrics_text(self) -> str:
-        """The answer of `/metrics`; empty if there is none."""
-        answer = self._get("/metrics")
-        return answer.text if answer is not None and answer.status_code == 200 else ""
-
-    def _get_object(self, path: str) -> dict[str, Any]:
-        answer = self._get(path)
-        return {} if answer is None else _json_object(answer)
-
-    def _get(self, path: str) -> requests.Response | None:
-        try:
-            return self._session().get(f"{self.base_url}{path}", timeout=(CONNECT_TIMEOUT_S, STATUS_TIMEOUT_S))
-        except requests.RequestException:
-            return None
-
     def info(self) -> Info:
         """Raises ApiError."""
-        try:
-            answer = self._session().get(f"{self.base_url}/info", timeout=(CONNECT_TIMEOUT_S, STATUS_TIMEOUT_S))
-        except requests.RequestException:
-            raise ApiError("down") from None
+        answer = self._get("/info")
+        if answer is None:
+            raise ApiError("down")
         if answer.status_code != 200:
             raise failure(answer)
         body = _json_object(answer)
@@ -109,6 +86,15 @@ class ApiClient:
             generation=body.get("generation") or {},
             context_tokens=body.get("context_tokens"),
         )
+
+    def info_body(self) -> dict[str, Any]:
+        """The whole answer of `/info`; empty if there is none."""
+        return self._get_object("/info")
+
+    def metrics_text(self) -> str:
+        """The answer of `/metrics`; empty if there is none."""
+        answer = self._get("/metrics")
+        return answer.text if answer is not None and answer.status_code == 200 else ""
 
     def post_stream(self, body: dict[str, Any]) -> requests.Response:
         """Send one streamed chat request; returns with the response's headers, whatever its status.
@@ -122,6 +108,16 @@ class ApiClient:
             timeout=(CONNECT_TIMEOUT_S, SILENCE_S),
             headers={"Accept": "text/event-stream", "Accept-Encoding": "identity"},
         )
+
+    def _get_object(self, path: str) -> dict[str, Any]:
+        answer = self._get(path)
+        return {} if answer is None else _json_object(answer)
+
+    def _get(self, path: str) -> requests.Response | None:
+        try:
+            return self._session().get(f"{self.base_url}{path}", timeout=(CONNECT_TIMEOUT_S, STATUS_TIMEOUT_S))
+        except requests.RequestException:
+            return None
 
     def _session(self) -> requests.Session:
         session = requests.Session()

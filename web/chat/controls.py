@@ -89,8 +89,21 @@ def show_request_options(info: Info | None, texts: Texts) -> RequestOptions:
     return RequestOptions(thinking, system.strip(), schema, body, tuple(problems))
 
 
+@st.fragment
 def show_language(texts: Texts) -> None:
-    _language(texts)
+    """A fragment, so that a click during an answer takes effect afterwards instead of interrupting it."""
+    chosen = st.segmented_control(
+        texts("side.language"),
+        list(LANGUAGES),
+        format_func=lambda language: LANGUAGES[language],
+        default=texts.language,
+        required=True,
+        key="language-choice",
+    )
+    if chosen and chosen != st.session_state["language"]:
+        st.session_state["language"] = chosen
+        st.query_params["lang"] = chosen
+        st.rerun()
 
 
 def _set_default(name: str, value: object) -> None:
@@ -186,20 +199,3 @@ def default_temperature(generation: dict[str, Any]) -> float:
 def _number(generation: dict[str, Any], name: str, otherwise: float) -> float:
     value = generation.get(name)
     return float(value) if isinstance(value, int | float) else otherwise
-
-
-@st.fragment
-def _language(texts: Texts) -> None:
-    """A fragment, so that a click during an answer takes effect afterwards instead of interrupting it."""
-    chosen = st.segmented_control(
-        texts("side.language"),
-        list(LANGUAGES),
-        format_func=lambda language: LANGUAGES[language],
-        default=texts.language,
-        required=True,
-        key="language-choice",
-    )
-    if chosen and chosen != st.session_state["language"]:
-        st.session_state["language"] = chosen
-        st.query_params["lang"] = chosen
-        st.rerun()

@@ -39,10 +39,9 @@ def read(text: str, schema: dict[str, Any] | None) -> JsonAnswer | None:
         return JsonAnswer(is_json=False, problem=what, where=where)
     if not schema:
         return JsonAnswer(value)
-    found = next(iter(sorted(_validator(schema).iter_errors(value), key=lambda error: list(map(str, error.path)))), None)
-    if found is None:
-        return JsonAnswer(value)
-    return JsonAnswer(value, problem=found.message[:300], where=found.json_path)
+    errors = jsonschema.Draft202012Validator(schema).iter_errors(value)
+    first = min(errors, key=lambda error: list(map(str, error.path)), default=None)
+    return JsonAnswer(value, problem=first.message[:300], where=first.json_path) if first else JsonAnswer(value)
 
 
 def read_schema(text: str) -> dict[str, Any]:
@@ -63,10 +62,6 @@ def read_tools(text: str) -> list[dict[str, Any]]:
     if not isinstance(tools, list) or not all(isinstance(tool, dict) and "function" in tool for tool in tools):
         raise ValueError('not a list of {"type": "function", "function": {...}}')
     return tools
-
-
-def _validator(schema: dict[str, Any]) -> jsonschema.Draft202012Validator:
-    return jsonschema.Draft202012Validator(schema)
 
 
 def _without_fence(text: str) -> str:

@@ -59,7 +59,7 @@ def _markdown_answer(answer: Answer, texts: Texts) -> list[str]:
     if text := answer.text.strip():
         parts.append(text)
     if answer.boxes:
-        rows = [f"| {n} | {box.label} | {box.image + 1} | {_corners(box.corners)} |" for n, box in _counted(answer)]
+        rows = [f"| {n} | {box.label} | {box.image + 1} | {_corners(box.corners)} |" for n, box in enumerate(answer.boxes, 1)]
         parts.append("\n".join(["| | | | 0-1000 |", "|---|---|---|---|", *rows]))
     if answer.error is not None or not answer.has_content:
         parts.append(f"*({answer.error.kind if answer.error else answer.state})*")
@@ -85,10 +85,6 @@ def _answer(answer: Answer) -> dict[str, Any]:
         "finish": asdict(answer.finish) if answer.finish else None,
         "error": asdict(answer.error) if answer.error else None,
     }
-
-
-def _counted(answer: Answer) -> Any:
-    return enumerate(answer.boxes, start=1)
 
 
 def _corners(corners: tuple[float, ...]) -> str:
