@@ -16,56 +16,60 @@ from starlette.responses import JSONResponse
 from api import __version__
 from api.engine.engine import Engine
 from api.errors import ServingError, unknown_route, wrong_method
-from api.health.faults import Faults
+from api.health.fault_injection import FaultInjection
 from api.health.heartbeat import Heartbeat
 from api.health.metrics import Metrics
 from api.http.auth import KeyMiddleware, KeyRing
-from api.http.linger import LingerMiddleware
-from api.http.middleware import RequestMiddleware
+from api.http.connection import LingerMiddleware
+from api.http.logging import RequestMiddleware
 from api.images.fetch import Fetcher
 from api.requests.admission import Admission
-from api.routes import chat, models, ops, tokens
-from api.state import Pools, Services
+from api.requests.handler import RequestHandlers
+from api.requests.prompt import PromptBuilder
+from api.requests.sampling_params import Grammars
+from api.routes import chat, models, ops, responses, tokens
+from api.state import ServerState
 from settings import Settings
 
 logger = logging.getLogger(__name__)
 
 
 def create_app(settings: Settings, engine: Engine) -> FastAPI:
-    heartbeat = Heartbeat(engine, settings.log_dir, settings.stall_s, settings.check_silent_s)
-    pools = Pools()
     admission = Admission(settings, lambda: engine.stats().slots)
-    metrics = Metrics(engine, admission, heartbeat)
-    keys = KeyRing.of(settings)
+    metrics = Metrics(engine, admission.load, lambda: heartbeat.pulse.loop_lag_s)
+    heartbeat = Heartbeat(engine, settings.log_dir, settings.stall_s, settings.check_silent_s, metrics.success_age_s)
+    prompts, grammars = PromptBuilder(settings, Fetcher.of(settings)), Grammars()
+    handlers = RequestHandlers(settings, engine, metrics, prompts, grammars)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine.start()
         heartbeat.start()
-        haunting = asyncio.create_task(Faults(settings.log_dir).haunt_loop()) if settings.test_faults else None
+        faults = asyncio.create_task(FaultInjection(settings.log_dir).watch_loop()) if settings.test_faults else None
         yield
-        if haunting is not None:
-            haunting.cancel()
+        if faults is not None:
+            faults.cancel()
         engine.stop(timeout_s=1.0)
         heartbeat.stop()
-        pools.close()
+        prompts.close()
+        grammars.close()
 
-    # FastAPI's own documentation routes know nothing of bodies that the routes parse themselves; /openapi.json does.
-    # A path with a slash too many is told so: after a redirect some clients send a POST as a GET.
+    # FastAPI's own document lacks the bodies that the routes parse themselves; /openapi.json has them.
+    # A path with one slash too many is a 404: after a redirect some clients send a POST as a GET.
     app = FastAPI(
         title="GLM-4.6V-Flash-WEB", version=__version__, lifespan=lifespan, openapi_url=None, redirect_slashes=False
     )
-    app.state.services = Services(settings, engine, admission, metrics, Fetcher.of(settings), pools, heartbeat)
-    for routes in (chat, tokens, models, ops):
+    app.state.server = ServerState(settings, engine, admission, metrics, heartbeat, prompts, handlers)
+    for routes in (chat, responses, tokens, models, ops):
         app.include_router(routes.router)
     app.add_exception_handler(ServingError, _serving_error)
     app.add_exception_handler(HTTPException, _http_error)
-    # The last one added is the outermost: a refused request gets its id and its log line too, before the lingering.
-    app.add_middleware(KeyMiddleware, keys=keys)
+    # The last one added is the outermost: a refused request gets its id and its log line too.
+    app.add_middleware(KeyMiddleware, keys=KeyRing.of(settings))
     if origins := [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]:
-        # Before the key: a browser asks without one whether it may send one.
+        # Outside of the key: a browser sends its preflight request without one.
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
-    app.add_middleware(RequestMiddleware, metrics=metrics)
+    app.add_middleware(RequestMiddleware, count=metrics.http)
     app.add_middleware(LingerMiddleware)
     return app
 
@@ -74,7 +78,7 @@ async def _serving_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ServingError)
     request.state.log.setdefault("error", error.code)
     if error.status in (429, 503) and "failure" not in request.state.log:
-        request.app.state.services.metrics.rejected(str(error.code), request.state.caller.probe)
+        request.app.state.server.metrics.rejected(str(error.code), request.state.caller.probe)
     return JSONResponse(error.body(), error.status, error.headers())
 
 

@@ -1,4 +1,4 @@
-"""Everything a caller can be told has gone wrong, and its OpenAI shape.
+"""All errors that a caller can receive, in OpenAI's format.
 
 Raised anywhere above the engine; only the edge turns it into a status or an error event.
 """
@@ -127,6 +127,12 @@ def failed(kind: Failure, message: str) -> ServingError:
     if kind is Failure.MEMORY:
         return ServingError(413, message, "invalid_request_error", "out_of_memory")
     return unavailable(message, "draining", 30)
+
+
+def grammar_failed(reason: str) -> ServingError:
+    """`reason` is the grammar's own error, of which the caller needs the first line at most."""
+    message = f"Structured output failed: {reason.partition(chr(10))[0][:300]}"
+    return ServingError(500, message, "server_error", "grammar_failed")
 
 
 def internal() -> ServingError:

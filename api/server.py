@@ -23,7 +23,7 @@ from api.engine import process
 from api.engine.config import EngineConfig
 from api.engine.engine import Engine, Progress
 from api.engine.loaded_model import Model
-from api.health.faults import Faults
+from api.health.fault_injection import FaultInjection
 from api.http import logging as logs
 from api.http.auth import KeyRing
 from api.http.connection import Connection
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         settings = load(api_host=given.host, api_port=given.port, model=given.model)
         refuse_open_door(settings)
-        if settings.test_faults and Faults(settings.log_dir).order()[0] == "crash-start":
+        if settings.test_faults and FaultInjection(settings.log_dir).active()[0] == "crash-start":
             return 1
     except SettingsError as error:
         print(error, file=sys.stderr)
@@ -61,9 +61,9 @@ def main(arguments: list[str] | None = None) -> int:
 
         if not settings.test_faults:
             return load_checkpoint(config, progress)
-        orders = Faults(settings.log_dir)
-        orders.at_start()
-        return orders.wrap(load_checkpoint(config, progress))
+        faults = FaultInjection(settings.log_dir)
+        faults.at_start()
+        return faults.wrap(load_checkpoint(config, progress))
 
     return serve(settings, Engine(load_model, settings.queue_size))
 
@@ -103,8 +103,8 @@ def serve(settings: Settings, engine: Engine) -> int:
     except SystemExit:  # uvicorn has logged why, but not where
         logger.error(logs.line("cannot_listen", host=settings.api_host, port=settings.api_port))
         return 1
-    words = {"version": __version__, "host": settings.api_host, "port": settings.api_port, "model": settings.model}
-    logger.info(logs.line("start", **words, key="set" if KeyRing.of(settings) else "none"))
+    facts = {"version": __version__, "host": settings.api_host, "port": settings.api_port, "model": settings.model}
+    logger.info(logs.line("start", **facts, key="set" if KeyRing.of(settings) else "none"))
     server = DrainingServer(config, engine, settings.drain_s)
     server.run(sockets=[listener])
     code = DEVICE_LOST if server.lost else 0

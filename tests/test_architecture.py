@@ -98,11 +98,39 @@ def test_rooms_of_the_page_import_downwards():
     assert offenders(sources(*WITHOUT_STREAMLIT), lambda n: n.split(".")[0] == "streamlit") == []
 
 
+# From the top: each room may import itself and those below it.
+ROOMS_OF_THE_API = (
+    "server",    # the process: settings, signals, uvicorn
+    "app",       # the application: routes, middleware, the engine's life
+    "routes",    # one file for each family of endpoints
+    "state",     # what a running server consists of; known to the app and the routes only
+    "requests",  # admission, the life of one request, prompts, sampling parameters
+    "protocol",  # requests and answers as the wires have them
+    "images",    # fetching and decoding
+    "http",      # the connection, keys, the log
+    "health",    # heartbeat, metrics, fault injection
+    "parsing",   # what the model writes
+    "errors",    # what a caller can be told
+    "caller",    # who asks
+    "engine",    # tokens and tensors
+)  # fmt: skip
+
+
+def test_rooms_of_the_api_import_downwards():
+    def room(module: str) -> int:
+        return ROOMS_OF_THE_API.index(module.split(".")[1])
+
+    files = [p for p in sources("api/") if p.as_posix() != "api/__init__.py"]
+    upwards = [
+        f"{path} imports {name}"
+        for path in files
+        for name in sorted(imports(path))
+        if name.startswith("api.") and name != "api.__version__"
+        if room(name) < room(".".join(path.with_suffix("").parts))
+    ]
+    assert upwards == []
+
+
 def test_names_say_something():
     vague = {"utils", "util", "helpers", "helper", "common", "manager", "misc", "base"}
     assert [p for p in tracked() if p.stem in vague or vague & set(p.parts)] == []
-
-
-def test_no_python_file_is_longer_than_400_lines():
-    long = {p: n for p in sources("") if (n := len((ROOT / p).read_text(encoding="utf-8").splitlines())) > 400}
-    assert long == {}

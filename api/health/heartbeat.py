@@ -1,4 +1,4 @@
-"""Signs of life that need nobody's help: the loop's beat and the engine's progress, written out by a thread.
+"""The heartbeat file: the event loop's beat and the engine's progress, written by a thread of its own.
 
 The event loop stamps a beat, the engine counts its steps, and the observer thread here compares both with the
 clock and writes `api.heartbeat.json` each second. A reader judges a server that answers no HTTP by that file:
@@ -17,6 +17,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -42,7 +43,7 @@ CHECK_FILE = "health.json"  # what health_check.py writes at every run
 
 @dataclass(frozen=True)
 class Checker:
-    """What the server knows of the program that watches it. `state`: watching, silent, never seen."""
+    """What the server knows of the checker that watches it. `state`: watching, silent, never seen."""
 
     state: str
     last_run_age_s: float | None
@@ -59,8 +60,18 @@ class Pulse:
 
 
 class Heartbeat:
-    def __init__(self, engine: Engine, log_dir: Path, stall_s: float, check_silent_s: float) -> None:
+    """`success_age_s` returns the seconds since the last success of each kind."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        log_dir: Path,
+        stall_s: float,
+        check_silent_s: float,
+        success_age_s: Callable[[], dict[str, float]] = dict,
+    ) -> None:
         self._engine = engine
+        self._success_age_s = success_age_s
         self._log_dir = log_dir
         self._stall_s = stall_s
         self._check_silent_s = check_silent_s
@@ -68,7 +79,6 @@ class Heartbeat:
         self._beat_at = now
         self._progress_at = now
         self._mark: tuple[Any, ...] = ()
-        self._successes: dict[str, float] = {}
         self._write_error = ""
         self._stacks: TextIO | None = None
         self._end = threading.Event()
@@ -96,12 +106,6 @@ class Heartbeat:
     @property
     def pulse(self) -> Pulse:
         return self._pulse
-
-    def succeeded(self, pictures: bool) -> None:
-        """A user's question was answered to its end; the checker may take it in place of its own."""
-        self._successes["text"] = time.monotonic()
-        if pictures:
-            self._successes["picture"] = time.monotonic()
 
     def state(self, stats: Stats) -> str:
         """loading, idle, busy, stalled, draining or dead. Busy and stalled differ by progress, never by latency."""
@@ -156,13 +160,13 @@ class Heartbeat:
             "state": self.state(stats),
             **{STATS_KEYS.get(k, k): v for k, v in asdict(stats).items() if k != "state"},
             **{k: v for k, v in asdict(self._pulse).items() if k != "checker"},
-            "success_age_s": self.success_age_s,
+            "success_age_s": self._success_age_s(),
             "in_flight": self._engine.in_flight()[:IN_FLIGHT_KEPT],
         }
         path = self._log_dir / FILE_NAME
         temporary = path.with_suffix(".tmp")
         try:
-            # No fsync: a heartbeat that waits for a slow disk is none.
+            # No fsync: a heartbeat must not wait for a slow disk.
             temporary.write_text(json.dumps(record, default=str), encoding="utf-8")
             temporary.replace(path)
             self._write_error = ""
@@ -173,13 +177,8 @@ class Heartbeat:
 
     @property
     def write_error(self) -> str | None:
-        """Why the file cannot be written, for /health to tell."""
+        """Why the file cannot be written, for /health."""
         return self._write_error or None
-
-    @property
-    def success_age_s(self) -> dict[str, float]:
-        now = time.monotonic()
-        return {kind: round(now - at, 1) for kind, at in self._successes.items()}
 
 
 def _start_time() -> int:

@@ -1,14 +1,14 @@
-"""What operators can measure, in Prometheus' form: vLLM's words after `glm_`. The label `traffic` keeps probes apart.
+"""Prometheus metrics, named as vLLM's after the prefix `glm_`. The label `traffic` keeps probes apart.
 
-Counters of the engine are read when they are asked for, so scraping costs the engine nothing.
+Counters of the engine are read at each scrape, so measuring costs the engine nothing.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -17,8 +17,6 @@ from prometheus_client.process_collector import ProcessCollector
 
 from api import __version__
 from api.engine.engine import Engine, Stats
-from api.health.heartbeat import Heartbeat
-from api.requests.admission import Admission
 
 disable_created_metrics()  # they double the page, and say only when this process began to count
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -27,7 +25,7 @@ _FIRST_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _TOKEN_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
 _WHOLE_S = (0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600)
 _TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
-CAPACITY_LABELS = {"encoder_cache_bytes": "picture_cache_bytes"}  # that are not called as in Capacity
+CAPACITY_LABELS = {"encoder_cache_bytes": "picture_cache_bytes"}  # where the label is not the field of Capacity
 _BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _STAGES = {
     "queue_s": ("request_queue_time_seconds", "Waiting for the engine."),
@@ -40,12 +38,24 @@ _STAGES = {
 }
 
 
+class AdmissionLoad(NamedTuple):
+    """What is under way: requests, their tokens, and bytes of bodies that are still arriving."""
+
+    requests: int
+    tokens: int
+    arriving_bytes: int
+
+
 class Metrics:
-    def __init__(self, engine: Engine, admission: Admission, heartbeat: Heartbeat) -> None:
+    """Thread-safe. `admission` and `loop_lag_s` are asked at each scrape."""
+
+    def __init__(
+        self, engine: Engine, admission: Callable[[], AdmissionLoad], loop_lag_s: Callable[[], float]
+    ) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         GCCollector(registry=self.registry)
-        self.registry.register(_EngineCollector(engine, admission, heartbeat))
+        self.registry.register(_EngineCollector(engine, admission, loop_lag_s))
         self._ttft = self._histogram("time_to_first_token_seconds", "From arrival to the first token.", _FIRST_S)
         self._tpot = self._histogram("request_time_per_output_token_seconds", "After the first one.", _TOKEN_S)
         self._e2e = self._histogram("e2e_request_latency_seconds", "From arrival to the last token.", _WHOLE_S)
@@ -80,6 +90,12 @@ class Metrics:
         )
         self._http = self._counter("http_requests", "Every request.", "method", "route", "status")
         self._step, self._written = 0, 0  # the last step that wrote, and its tokens
+        self._succeeded_at: dict[str, float] = {}
+
+    def success_age_s(self) -> dict[str, float]:
+        """Seconds since a user's question was last answered to its end; the checker may take it in place of its own."""
+        now = time.monotonic()
+        return {kind: round(now - at, 1) for kind, at in list(self._succeeded_at.items())}
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
@@ -89,19 +105,25 @@ class Metrics:
         self._choices.labels(_traffic(probe)).observe(choices)
 
     def wrote(self, tokens: int, step: int, gap_s: float | None, probe: bool) -> None:
-        """A piece of text came out of the engine's `step`; `gap_s` after the one before it. In the engine thread."""
+        """The engine's `step` wrote a piece of text, `gap_s` after the one before it. Called in the engine thread."""
         self._generated.labels(_traffic(probe)).inc(tokens)
         if gap_s is not None:
             self._between.labels(_traffic(probe)).observe(gap_s)
-        if step != self._step and self._written:  # it is over: nothing more comes of it
+        if step != self._step and self._written:  # that step is over
             self._iteration.observe(self._written)
             self._written = 0
         self._step = step
         self._written += tokens
 
-    def answered(self, body: dict[str, Any], images: int, probe: bool) -> None:
-        """`body`: usage, timings and the reasons of the choices' ends."""
-        traffic, usage, timings = _traffic(probe), body["usage"], body["timings"]
+    def answered(
+        self, usage: dict[str, Any], timings: dict[str, float], reasons: list[str], images: int, probe: bool
+    ) -> None:
+        """A request has succeeded; `reasons` are its choices' finish reasons."""
+        traffic = _traffic(probe)
+        if not probe:
+            self._succeeded_at["text"] = time.monotonic()
+            if images:
+                self._succeeded_at["picture"] = time.monotonic()
         self._ttft.labels(traffic).observe(timings["ttft_s"])
         self._e2e.labels(traffic).observe(timings["total_s"])
         if timings["tpot_s"]:
@@ -117,7 +139,7 @@ class Metrics:
         self._cached.labels(traffic).inc(usage["prompt_tokens_details"]["cached_tokens"])
         self._image_tokens.labels(traffic).inc(usage["prompt_tokens_details"]["image_tokens"])
         self._images.labels(traffic).inc(images)
-        for reason in body["reasons"]:
+        for reason in reasons:
             self._success.labels(reason, traffic).inc()
 
     def failed(self, reason: str, probe: bool) -> None:
@@ -139,16 +161,18 @@ class Metrics:
 class _EngineCollector:
     """Reads the engine's own counters at each scrape."""
 
-    def __init__(self, engine: Engine, admission: Admission, heartbeat: Heartbeat) -> None:
+    def __init__(
+        self, engine: Engine, admission: Callable[[], AdmissionLoad], loop_lag_s: Callable[[], float]
+    ) -> None:
         self._engine = engine
         self._admission = admission
-        self._heartbeat = heartbeat
+        self._loop_lag_s = loop_lag_s
 
     def collect(self) -> Iterator[Any]:
         stats, model = self._engine.stats(), self._engine.model
-        for name, about, value in _gauges(stats, self._admission):
+        for name, about, value in _gauges(stats, self._admission()):
             yield GaugeMetricFamily(f"glm_{name}", about, value=value)
-        lag_s = self._heartbeat.pulse.loop_lag_s
+        lag_s = self._loop_lag_s()
         yield GaugeMetricFamily("glm_event_loop_lag_seconds", "How late the event loop beats.", value=lag_s)
         for name, about, count in _counts(stats):
             yield CounterMetricFamily(f"glm_{name}", about, value=count)
@@ -166,12 +190,12 @@ class _EngineCollector:
             yield cache
 
 
-def _gauges(stats: Stats, admission: Admission) -> list[tuple[str, str, float]]:
+def _gauges(stats: Stats, admission: AdmissionLoad) -> list[tuple[str, str, float]]:
     used = stats.kv_used_tokens / stats.kv_total_tokens if stats.kv_total_tokens else 0.0
     gauges = [
         ("num_requests_running", "In the engine's slots.", float(stats.running)),
         ("num_requests_waiting", "In the engine's queue.", float(stats.waiting)),
-        ("num_requests_admitted", "Under way, from before their pictures are decoded.", float(admission.active)),
+        ("num_requests_admitted", "Under way, from before their pictures are decoded.", float(admission.requests)),
         (
             "body_bytes_arriving",
             "Of request bodies on their way in, which hold no place yet.",

@@ -1,16 +1,16 @@
-"""Who may come in: nobody without a key, but for the paths that are listed as open."""
+"""Authentication: every path needs a key, except those listed in OPEN_PATHS."""
 
 from __future__ import annotations
 
 import hmac
 import re
-from dataclasses import dataclass
 from hashlib import sha256
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from api.caller import NOBODY, Caller
 from api.errors import unauthorized
 from settings import Settings, SettingsError
 
@@ -21,19 +21,8 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]{1,32}")
 _HASHED = "sha256:"
 
 
-@dataclass(frozen=True)
-class Caller:
-    """The name of a key, for the log and the limits. A probe has a place of its own."""
-
-    name: str
-    probe: bool = False
-
-
-NOBODY = Caller("-")  # where no key is set
-
-
 class KeyRing:
-    """Keys by name; only their hashes are kept."""
+    """Keys by name; only their SHA-256 digests are kept in memory."""
 
     def __init__(self, digests: dict[str, bytes]) -> None:
         self._digests = digests
@@ -57,10 +46,11 @@ class KeyRing:
         return cls(digests)
 
     def __bool__(self) -> bool:
-        """Whether there is a key that a user could have."""
+        """Whether there is any key besides the probe token."""
         return bool(self._digests.keys() - {PROBE})
 
     def caller(self, headers: Headers) -> Caller | None:
+        """The owner of the key in `headers`, or None if there is no valid one."""
         scheme, _, token = headers.get("authorization", "").partition(" ")
         given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
         name = self._named(given) if self else NOBODY.name
@@ -69,14 +59,14 @@ class KeyRing:
         return Caller(name, name == PROBE or self._named(headers.get(PROBE_HEADER, "")) == PROBE)
 
     def _named(self, given: str) -> str | None:
-        # Every digest is compared, and digests have one length: the time taken tells nothing about a key.
+        # All digests are compared, and all have the same length: the time taken reveals nothing about a key.
         digest = sha256(given.encode()).digest()
         hits = [name for name, known in self._digests.items() if hmac.compare_digest(digest, known)]
         return hits[0] if hits else None
 
 
 class KeyMiddleware:
-    """Deny by default: a route added later is closed until it is listed in OPEN_PATHS."""
+    """Denies by default: a route added later needs a key until its path is listed in OPEN_PATHS."""
 
     def __init__(self, app: ASGIApp, keys: KeyRing) -> None:
         self._app = app
@@ -101,7 +91,7 @@ class KeyMiddleware:
 
 
 def _digest(key: str) -> bytes:
-    """Of a key, or the digest that stands in its place."""
+    """The SHA-256 digest of a key, or the one given after `sha256:`. Raises SettingsError."""
     if not key.startswith(_HASHED):
         return sha256(key.encode()).digest()
     try:

@@ -1,14 +1,32 @@
-"""One line per event on standard output: time, level, then key=value.
+"""The log on standard output: one line per event (time, level, then key=value), and one per request with its id.
 
-Prompts, pictures and keys are never given to it.
+Prompts, images and keys are never given to it.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
+import time
+import uuid
+from collections.abc import Callable
 from datetime import UTC, datetime
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from api.errors import internal
+from api.http.connection import ClientGone
+
+logger = logging.getLogger(__name__)
+
+QUIET_PATHS = frozenset({"/health", "/metrics"})
+CLIENT_GONE = 499  # nginx's number; no one receives it
+_SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class LineFormatter(logging.Formatter):
@@ -32,12 +50,60 @@ def set_up(level: str = "info") -> None:
 
 def line(event: str, **values: object) -> str:
     """`event=request status=200 path=/info`; values with spaces or quotes are quoted, None is left out."""
-    return " ".join([f"event={event}", *(f"{k}={_shown(v)}" for k, v in values.items() if v is not None)])
+    return " ".join([f"event={event}", *(f"{k}={_quoted(v)}" for k, v in values.items() if v is not None)])
 
 
-def _shown(value: object) -> str:
+def _quoted(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.3f}"
     text = str(value)
     plain = text.isprintable() and text and not any(c in text for c in ' "=')
     return text if plain else json.dumps(text, ensure_ascii=False)
+
+
+class RequestMiddleware:
+    """Gives each request its id and its log line, and an answer if all else has failed.
+
+    A client may send its own x-request-id; one that could garble a log line is replaced. What the layers inside know
+    of a request they add to `request.state.log`. `count` is told each request's method, route and status.
+    """
+
+    def __init__(self, app: ASGIApp, count: Callable[[str, str, int], None]) -> None:
+        self._app = app
+        self._count = count
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began = time.monotonic()
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if _SAFE_ID.fullmatch(given) else uuid.uuid4().hex
+        log: dict[str, Any] = {}
+        scope.setdefault("state", {})
+        scope["state"] |= {"log": log, "request_id": request_id}
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except ClientGone:
+            status = CLIENT_GONE
+            log["failure"] = "client_gone"
+        except Exception:  # the last guard: the client gets an answer, the log gets the trace
+            logger.exception(line("request_failed", request=request_id))
+            if status == 0:
+                error = internal()
+                await JSONResponse(error.body(), error.status)(scope, receive, send_with_id)
+        # The path as the routes spell it: a caller must not be able to make up new label values.
+        route = getattr(scope.get("route"), "path", "other")
+        self._count(scope["method"] if route != "other" else "other", route, status)
+        if scope["path"] not in QUIET_PATHS:
+            facts = {"method": scope["method"], "path": scope["path"], "status": status, "s": time.monotonic() - began}
+            logger.info(line("request", request=request_id, **facts, **log))

@@ -40,7 +40,7 @@ def read_data_url(url: str, param: str, settings: Settings) -> bytes:
     return data
 
 
-def open_picture(data: bytes, param: str, settings: Settings) -> Image.Image:
+def open_image(data: bytes, param: str, settings: Settings) -> Image.Image:
     """Read the header only: the type from the content, the size against the limits."""
     if not data:
         raise invalid(f"`{param}` is empty: it has 0 bytes.", param, "invalid_image")

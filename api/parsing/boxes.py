@@ -1,6 +1,7 @@
-"""Places in a picture as the model writes them, in any of its bracket styles, read into one form.
+"""Regions of an image (bounding boxes, points, polygons) as the model writes them, read into one form.
 
-Numbers are thousandths of the picture's width and height, from its upper left corner.
+Also which image of the request a region is in, by references in prose: "the second image", "image 2", "图2",
+"第二张图". Numbers are thousandths of the image's width and height, from its upper left corner.
 """
 
 from __future__ import annotations
@@ -12,9 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from api.parsing.image_references import mentions
-
-MAX_PLACES = 200
+MAX_REGIONS = 200
 FULL = 1000
 Kind = Literal["bbox", "point", "polygon"]
 
@@ -23,64 +22,78 @@ _QUAD = re.compile(r"[\[(<{]" + ",".join([_NUMBER] * 4) + r"[\])>}]")
 _PAIR = re.compile(r"[\[(<{]" + ",".join([_NUMBER] * 2) + r"[\])>}]")
 _NAMED = re.compile(r"\{[^{}]*\"(?:bbox_2d|point_2d)\"[^{}]*\}")
 _LABELS = ("label", "name", "text", "category")
+_ENGLISH = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
+_CHINESE = "一二三四五六七八九十"
+_LAST = ("last", "最后")
+_IMAGE_WORD = r"(?:picture|image|photo(?:graph)?)"
+_REFERENCE = re.compile(
+    rf"\b({'|'.join(_ENGLISH)}|last)\s+{_IMAGE_WORD}\b"
+    rf"|\b(\d\d?)(?:st|nd|rd|th)\s+{_IMAGE_WORD}\b"
+    # "in the picture 3 cats" counts cats.
+    rf"|(?<!\bthe )(?<!\bthis )(?<!\beach )\b{_IMAGE_WORD}\s*(?:no\.\s*|number\s+|#\s*)?(\d\d?)\b"
+    rf"|第\s*([{_CHINESE}]|\d\d?)\s*(?:张|幅|个?图)"
+    rf"|图[片像]?\s*(\d\d?)(?!\d)"
+    rf"|(最后)一?(?:张|幅|个?图)",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
-class Grounding:
-    """`points` are x, y pairs: the two corners of a box, one point, or the corners of a polygon."""
+class Region:
+    """`points` are x, y pairs: two opposite corners of a bounding box, one point, or the corners of a polygon."""
 
     kind: Kind
     points: tuple[tuple[int, int], ...]
     label: str | None = None
-    picture: int | None = None  # of the request, from 0; None: the model does not say
+    image: int | None = None  # of the request, from 0; None: the model does not say
 
     @property
     def normalized(self) -> bool:
-        """False if the model wrote pixels or nonsense: such numbers mean no place in the picture."""
+        """False if the numbers leave the range 0 to 1000, as pixels may: they then name no part of the image."""
         return all(0 <= value <= FULL for point in self.points for value in point)
 
 
-def read_wrapped(text: str, picture: int | None = None) -> tuple[Grounding, ...]:
-    """Everything in a box tag that is a place, in `picture`. A plain answer gives nothing."""
+def read_tagged(text: str, image: int | None = None) -> tuple[Region, ...]:
+    """All regions inside one pair of box tags, each in `image`. A tagged answer in words gives none."""
     try:
         found = list(_walk(json.loads(text), None))
     except (ValueError, RecursionError):
         found = [_box(match.groups(), None) for match in _QUAD.finditer(text)]
         if not found and text.lstrip()[:1] in ("[", "(", "<") and text.lstrip()[1:].lstrip()[:1] in ("[", "(", "<"):
             found = [_point(match.groups(), None) for match in _PAIR.finditer(text)]
-    return _kept(found, picture)
+    return _kept(found, image)
 
 
-def read_named(text: str, pictures: int = 0, picture: int | None = None) -> tuple[Grounding, ...]:
-    """Places in text without a box tag: only those that JSON calls `bbox_2d` or `point_2d`.
+def read_untagged(text: str, images: int = 0, image: int | None = None) -> tuple[Region, ...]:
+    """Regions in text outside of box tags: only those that JSON calls `bbox_2d` or `point_2d`.
 
-    Each is in the one of so many `pictures` that the text spoke of last, or else in `picture`.
+    Each is in the image that the text before it referred to last, of so many `images`; without one in `image`.
     """
-    found: list[Grounding] = []
-    named = mentions(text, pictures)
+    found: list[Region] = []
+    references = image_references(text, images)
     for match in _NAMED.finditer(text):
-        before = bisect(named, (match.start(), pictures))
+        before = bisect(references, (match.start(), images))
         with suppress(ValueError, RecursionError):
-            found += _kept(_walk(json.loads(match[0]), None), named[before - 1][1] if before else picture)
-    return tuple(found[:MAX_PLACES])
+            found += _kept(_walk(json.loads(match[0]), None), references[before - 1][1] if before else image)
+    return tuple(found[:MAX_REGIONS])
 
 
-def _kept(found: list[Grounding | None], picture: int | None) -> tuple[Grounding, ...]:
-    return tuple([replace(place, picture=picture) for place in found if place is not None][:MAX_PLACES])
+def _kept(found: list[Region | None], image: int | None) -> tuple[Region, ...]:
+    return tuple([replace(region, image=image) for region in found if region is not None][:MAX_REGIONS])
 
 
-def _walk(value: Any, label: str | None) -> list[Grounding | None]:
+def _walk(value: Any, label: str | None) -> list[Region | None]:
     """JSON: objects with `bbox_2d`, `point_2d` or `polygon`, bare quads, and points in a list of their own."""
     if isinstance(value, dict):
-        named = next((value[word] for word in _LABELS if isinstance(value.get(word), str)), label)
-        found: list[Grounding | None] = []
+        own_label = next((value[name] for name in _LABELS if isinstance(value.get(name), str)), label)
+        found: list[Region | None] = []
         for key, inner in value.items():
             if key == "bbox_2d":
-                found += _walk(inner, named)
+                found += _walk(inner, own_label)
             elif key in ("point_2d", "points", "polygon"):
-                found += _named_points(key, inner, named)
+                found += _labelled_points(key, inner, own_label)
             elif isinstance(inner, list) and key != "bbox_3d" and any(isinstance(item, dict) for item in inner):
-                found += _walk(inner, named)
+                found += _walk(inner, own_label)
         return found
     if not isinstance(value, list):
         return []
@@ -88,15 +101,15 @@ def _walk(value: Any, label: str | None) -> list[Grounding | None]:
         return [_box(value, label)]
     if value and all(_numbers(item, 2) for item in value):
         return [_point(item, label) for item in value]
-    return [place for item in value for place in _walk(item, label)]
+    return [region for item in value for region in _walk(item, label)]
 
 
-def _named_points(key: str, value: Any, label: str | None) -> list[Grounding | None]:
+def _labelled_points(key: str, value: Any, label: str | None) -> list[Region | None]:
     points = [value] if _numbers(value, 2) else value if isinstance(value, list) else []
     if not points or not all(_numbers(point, 2) for point in points):
         return []
     if key == "polygon":
-        return [Grounding("polygon", tuple(_pair(point) for point in points), label)]
+        return [Region("polygon", tuple(_pair(point) for point in points), label)]
     return [_point(point, label) for point in points]
 
 
@@ -108,16 +121,16 @@ def _numbers(value: Any, count: int) -> bool:
     )
 
 
-def _box(numbers: Any, label: str | None) -> Grounding | None:
-    """Corners in either order; a box without area is none."""
+def _box(numbers: Any, label: str | None) -> Region | None:
+    """Corners in either order; a box without area is dropped."""
     x1, y1, x2, y2 = (_rounded(number) for number in numbers)
     if x1 == x2 or y1 == y2:
         return None
-    return Grounding("bbox", ((min(x1, x2), min(y1, y2)), (max(x1, x2), max(y1, y2))), label)
+    return Region("bbox", ((min(x1, x2), min(y1, y2)), (max(x1, x2), max(y1, y2))), label)
 
 
-def _point(numbers: Any, label: str | None) -> Grounding:
-    return Grounding("point", (_pair(numbers),), label)
+def _point(numbers: Any, label: str | None) -> Region:
+    return Region("point", (_pair(numbers),), label)
 
 
 def _pair(numbers: Any) -> tuple[int, int]:
@@ -126,32 +139,50 @@ def _pair(numbers: Any) -> tuple[int, int]:
 
 
 def _rounded(number: Any) -> int:
-    """A hair outside the picture is its edge."""
+    """A value just below 0 is taken for the edge."""
     value = round(float(number))
     return 0 if -10 <= value < 0 else value
 
 
-def described(place: Grounding, sizes: tuple[tuple[int, int], ...], asked: int | None = None) -> dict[str, Any]:
-    """A place as the API tells it: in the picture that the answer speaks of, else the one that was `asked` about,
-    else the last one.
+def region_entry(region: Region, sizes: tuple[tuple[int, int], ...], asked: int | None = None) -> dict[str, Any]:
+    """An entry of the answer's `boxes`.
 
-    `sizes` are width and height of the pictures of the request, upright.
+    The image is the one that the answer refers to, else the one that the question `asked` about, else the last one.
+    `sizes` are width and height in pixels of the request's images, upright.
     """
-    out: dict[str, Any] = {} if place.label is None else {"label": place.label}
-    out[f"{place.kind}_2d"] = _flat(place, place.points)
-    if not place.normalized:
+    out: dict[str, Any] = {} if region.label is None else {"label": region.label}
+    out[f"{region.kind}_2d"] = _flat(region, region.points)
+    if not region.normalized:
         out["normalized"] = False
     if sizes:
-        number = next(n for n in (place.picture, asked, len(sizes) - 1) if n is not None)
+        number = next(n for n in (region.image, asked, len(sizes) - 1) if n is not None)
         out["image"] = number
-        if place.normalized:
+        if region.normalized:
             width, height = sizes[number]
-            pixels = tuple((round(x * width / FULL), round(y * height / FULL)) for x, y in place.points)
-            out[f"{place.kind}_pixels"] = _flat(place, pixels)
+            pixels = tuple((round(x * width / FULL), round(y * height / FULL)) for x, y in region.points)
+            out[f"{region.kind}_pixels"] = _flat(region, pixels)
     return out
 
 
-def _flat(place: Grounding, points: tuple[tuple[int, int], ...]) -> list[Any]:
-    if place.kind == "polygon":
+def _flat(region: Region, points: tuple[tuple[int, int], ...]) -> list[Any]:
+    if region.kind == "polygon":
         return [list(point) for point in points]
     return [value for point in points for value in point]
+
+
+def image_references(text: str, images: int) -> list[tuple[int, int]]:
+    """Where each reference to one of so many images ends in the text, and which image it means, from 0."""
+    if images < 2:
+        return []
+    found = [
+        (match.end(), _index(next(filter(None, match.groups())).lower(), images)) for match in _REFERENCE.finditer(text)
+    ]
+    return [(end, index) for end, index in found if 0 <= index < images]
+
+
+def _index(word: str, images: int) -> int:
+    if word in _LAST:
+        return images - 1
+    if word in _ENGLISH:
+        return _ENGLISH.index(word)
+    return _CHINESE.index(word) if word in _CHINESE else int(word) - 1

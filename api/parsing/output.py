@@ -1,7 +1,7 @@
-"""The model's text, sorted as it streams: reasoning, content, boxes, tool calls.
+"""The model's text, separated as it streams into reasoning, content, boxes and tool calls.
 
-The result is the same however the text is cut into pieces. Nothing the model wrote is lost: what does
-not parse comes out as content.
+The result is the same however the text is cut into pieces. Nothing that the model wrote is lost: what does not parse
+comes out as content.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from typing import Any
 
 from api.engine.text.argument_types import read_value
 from api.engine.text.detokenizer import held_back
-from api.parsing.boxes import Grounding, read_named, read_wrapped
-from api.parsing.image_references import mentions
+from api.parsing.boxes import Region, image_references, read_tagged, read_untagged
 
 THINK, END_THINK = "<think>", "</think>"
 BOX, END_BOX = "<|begin_of_box|>", "<|end_of_box|>"
@@ -35,7 +34,7 @@ class Content:
 
 @dataclass(frozen=True)
 class Boxes:
-    places: tuple[Grounding, ...]
+    regions: tuple[Region, ...]
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,8 @@ Piece = Reasoning | Content | Boxes | Call
 class OutputParser:
     """`tools` maps each tool's name to its parameter schema; without tools a tool call is plain text.
 
-    `literal`: the answer proper is JSON, in which nothing is markup. `pictures`: how many the places may be in.
+    `literal`: the answer proper is JSON, in which nothing is markup. `images`: how many the request has, for the
+    regions that the answer names.
     """
 
     def __init__(
@@ -58,17 +58,17 @@ class OutputParser:
         tools: Mapping[str, dict[str, Any]] | None = None,
         starts_thinking: bool = False,
         literal: bool = False,
-        pictures: int = 0,
+        images: int = 0,
     ) -> None:
         self._tools = tools or {}
         self._literal = literal
-        self._pictures = pictures
+        self._images = images
         self._state = "thinking" if starts_thinking else "content"
         self._buffer = ""
-        self._reasoning = _Trim()
-        self._content = _Trim()
-        self._thoughts = ""
-        self._unwrapped = ""  # content outside of box tags
+        self._reasoning_trim = _Trim()
+        self._content_trim = _Trim()
+        self._reasoning_text = ""
+        self._untagged = ""  # content outside of box tags
 
     @property
     def thinking(self) -> bool:
@@ -85,75 +85,75 @@ class OutputParser:
         """The rest. `stopped`: the model ended by itself, not at a length limit."""
         rest, self._buffer = self._buffer, ""
         if self._state == "thinking":
-            pieces = self._think(rest)
+            pieces = self._reasoning_pieces(rest)
             if stopped:
-                # A model that never closes its thinking part has put its answer there.
-                pieces += self._say(self._thoughts)
+                # A model that never closes its reasoning has put its answer there.
+                pieces += self._content_pieces(self._reasoning_text)
         else:
-            pieces = self._say(CALL + rest if self._state == "call" else rest)
-        places = read_named(self._unwrapped, self._pictures, self._spoken_of(self._thoughts))
-        return [*pieces, *([Boxes(places)] if places else [])]
+            pieces = self._content_pieces(CALL + rest if self._state == "call" else rest)
+        regions = read_untagged(self._untagged, self._images, self._last_image(self._reasoning_text))
+        return [*pieces, *([Boxes(regions)] if regions else [])]
 
     def _advance(self) -> list[Piece] | None:
-        """One move: what came out of it, or None when more text is needed."""
+        """One transition: the pieces that came of it, or None when more text is needed."""
         if self._state == "thinking":
-            return self._to_tag((END_THINK,), self._think)
+            return self._to_tag((END_THINK,), self._reasoning_pieces)
         if self._state == "box":
             return self._box()
         if self._state == "call":
             return self._call()
         if self._state == "literal":
             text, self._buffer = self._buffer, ""
-            return self._say(text) if text else None
+            return self._content_pieces(text) if text else None
         if self._literal:
             return self._before_literal()
         # A closing tag alone has no meaning; it is dropped.
         tags = (THINK, END_THINK, BOX, END_BOX, *((CALL,) if self._tools else ()))
-        return self._to_tag(tags, self._say)
+        return self._to_tag(tags, self._content_pieces)
 
     def _before_literal(self) -> list[Piece] | None:
-        """Only in front of the answer may there be thoughts, or calls in its place."""
+        """Reasoning may precede the answer, and tool calls may replace it; after that nothing is markup."""
         bare = self._buffer.lstrip()
         tags = (THINK, *((CALL,) if self._tools else ()))
         if bare.startswith(tags):
-            return self._to_tag(tags, self._say)
+            return self._to_tag(tags, self._content_pieces)
         if any(tag.startswith(bare) for tag in tags):
             return None
         self._state = "literal"
         return []
 
     def _to_tag(self, tags: tuple[str, ...], emit: Any) -> list[Piece] | None:
-        found = [(place, tag) for tag in tags if (place := self._buffer.find(tag)) >= 0]
+        found = [(start, tag) for tag in tags if (start := self._buffer.find(tag)) >= 0]
         if not found:
             free = len(self._buffer) - held_back(self._buffer, tags)
             text, self._buffer = self._buffer[:free], self._buffer[free:]
             return emit(text) if text else None
-        place, tag = min(found)
-        text, self._buffer = self._buffer[:place], self._buffer[place + len(tag) :]
+        start, tag = min(found)
+        text, self._buffer = self._buffer[:start], self._buffer[start + len(tag) :]
         pieces = emit(text)
         self._state = {THINK: "thinking", BOX: "box", CALL: "call"}.get(tag, "content")
         if tag == THINK:
-            self._thoughts = ""
+            self._reasoning_text = ""
         return pieces
 
     def _box(self) -> list[Piece] | None:
         inside = self._buffer.lstrip()
         end = self._buffer.find(END_BOX)
         if inside and inside[0] not in "[({<":
-            self._state = "content"  # a short answer in a box, no place
+            self._state = "content"  # a short answer in words
             return []
         if end < 0:
             return None
         text, self._buffer = self._buffer[:end], self._buffer[end + len(END_BOX) :]
         self._state = "content"
-        places = read_wrapped(text, self._spoken_of(f"{self._thoughts}\n{self._unwrapped}"))
-        pieces = self._say(text, wrapped=bool(places))
-        return [*pieces, *([Boxes(places)] if places else [])]
+        regions = read_tagged(text, self._last_image(f"{self._reasoning_text}\n{self._untagged}"))
+        pieces = self._content_pieces(text, tagged=bool(regions))
+        return [*pieces, *([Boxes(regions)] if regions else [])]
 
-    def _spoken_of(self, text: str) -> int | None:
-        """The picture that a text spoke of last."""
-        named = mentions(text, self._pictures)
-        return named[-1][1] if named else None
+    def _last_image(self, text: str) -> int | None:
+        """The image that a text refers to last."""
+        references = image_references(text, self._images)
+        return references[-1][1] if references else None
 
     def _call(self) -> list[Piece] | None:
         end = self._buffer.find(END_CALL)
@@ -162,7 +162,7 @@ class OutputParser:
         text, self._buffer = self._buffer[:end], self._buffer[end + len(END_CALL) :]
         self._state = "content"
         call = self._parse_call(text)
-        return [call] if call else self._say(CALL + text + END_CALL)
+        return [call] if call else self._content_pieces(CALL + text + END_CALL)
 
     def _parse_call(self, text: str) -> Call | None:
         name, tag, rest = text.partition("<arg_key>")
@@ -180,20 +180,20 @@ class OutputParser:
             rest = rest[match.end() :]
         return Call(name, json.dumps(arguments, ensure_ascii=False)) if name and "<" not in name else None
 
-    def _think(self, text: str) -> list[Piece]:
-        self._thoughts += text
-        out = self._reasoning.feed(text)
+    def _reasoning_pieces(self, text: str) -> list[Piece]:
+        self._reasoning_text += text
+        out = self._reasoning_trim.feed(text)
         return [Reasoning(out)] if out else []
 
-    def _say(self, text: str, wrapped: bool = False) -> list[Piece]:
-        if not wrapped:
-            self._unwrapped += text
-        out = self._content.feed(text)
+    def _content_pieces(self, text: str, tagged: bool = False) -> list[Piece]:
+        if not tagged:
+            self._untagged += text
+        out = self._content_trim.feed(text)
         return [Content(out)] if out else []
 
 
 class _Trim:
-    """Drops white space at both ends of a stream."""
+    """Drops white space at both ends of a text that comes in pieces."""
 
     def __init__(self) -> None:
         self._begun = False
@@ -210,9 +210,9 @@ class _Trim:
 
 
 def split_thinking(text: str) -> tuple[str, str]:
-    """Reasoning and the rest of an answer that was kept whole, `<think>` and all."""
+    """Reasoning and answer of an earlier reply that was sent back with its `<think>` tags."""
     bare = text.lstrip()
     if not bare.startswith(THINK) or END_THINK not in bare:
         return "", text
-    thoughts, _, answer = bare.removeprefix(THINK).partition(END_THINK)
-    return thoughts.strip(), answer.lstrip()
+    reasoning, _, answer = bare.removeprefix(THINK).partition(END_THINK)
+    return reasoning.strip(), answer.lstrip()

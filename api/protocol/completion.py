@@ -1,21 +1,33 @@
-"""Engine events to OpenAI's words: deltas while it streams, the message, usage and timings at the end.
+"""Engine events to OpenAI's chat completions: deltas while it streams, the message, usage and timings at the end.
 
-The message is assembled from the very deltas that a stream sends, so both say the same.
+The message is assembled from the same deltas that a stream sends, so both have the same content.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, Protocol
+
+from fastapi.sse import format_sse_event
 
 from api.engine.request import Delta, Done, TokenLogprob
 from api.engine.text.tokenizer import Vocabulary
-from api.parsing.boxes import described
+from api.errors import ServingError
+from api.parsing.boxes import region_entry
 from api.parsing.output import Boxes, Call, Content, OutputParser, Piece, Reasoning
-from api.requests.prompt import Prompt
 
 Chunk = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PromptFacts:
+    """What an answer needs to know of its prompt."""
+
+    image_tokens: int = 0
+    image_sizes: tuple[tuple[int, int], ...] = ()  # width and height in pixels, upright
+    asked_image: int | None = None  # the one, and only one, that the last question refers to
 
 
 @dataclass
@@ -25,9 +37,9 @@ class Choice:
     index: int
     call_id: str
     parser: OutputParser
-    prompt: Prompt
+    prompt: PromptFacts
     vocabulary: Vocabulary
-    wants_logprobs: bool = False
+    with_logprobs: bool = False
     done: Done | None = None
     reasoning_tokens: int = 0
     _boxes: list[dict[str, Any]] = field(default_factory=list)
@@ -41,14 +53,14 @@ class Choice:
         pieces = self.parser.feed(delta.text)
         if was_thinking or self.parser.thinking:
             self.reasoning_tokens += delta.tokens
-        if self.wants_logprobs:
-            told = [self._token(logprob) for logprob in delta.logprobs]
-            self._logprobs += told
-            self._unsent_logprobs += told
+        if self.with_logprobs:
+            logprobs = [self._logprob_entry(logprob) for logprob in delta.logprobs]
+            self._logprobs += logprobs
+            self._unsent_logprobs += logprobs
         return [self._chunk(self._delta(piece)) for piece in pieces]
 
     def finish(self, done: Done) -> list[Chunk]:
-        """What was held back, and last the reason of the end."""
+        """The deltas of what was held back, and last the one with the finish reason."""
         self.done = done
         pieces = self.parser.finish(stopped=done.reason == "stop")
         deltas = [self._delta(piece) for piece in pieces]
@@ -59,7 +71,7 @@ class Choice:
         assert self.done is not None
         return "tool_calls" if self._tool_calls and self.done.reason == "stop" else self.done.reason.value
 
-    def whole(self) -> Chunk:
+    def body(self) -> Chunk:
         message: dict[str, Any] = {"role": "assistant", "content": self._text["content"], "refusal": None}
         if self._text["reasoning"]:
             message |= {"reasoning_content": self._text["reasoning"], "reasoning": self._text["reasoning"]}
@@ -68,7 +80,7 @@ class Choice:
             message["content"] = message["content"] or None
         if self._boxes:
             message["boxes"] = self._boxes
-        logprobs = {"content": self._logprobs, "refusal": None} if self.wants_logprobs else None
+        logprobs = {"content": self._logprobs, "refusal": None} if self.with_logprobs else None
         return {"index": self.index, "message": message, "logprobs": logprobs, "finish_reason": self.finish_reason}
 
     def opening(self) -> Chunk:
@@ -89,8 +101,9 @@ class Choice:
             case Content(text):
                 self._text["content"] += text
                 return {"content": text}
-            case Boxes(places):
-                boxes = [described(place, self.prompt.picture_sizes, self.prompt.asked_picture) for place in places]
+            case Boxes(regions):
+                prompt = self.prompt
+                boxes = [region_entry(region, prompt.image_sizes, prompt.asked_image) for region in regions]
                 self._boxes += boxes
                 return {"boxes": boxes}
             case Call(name, arguments):
@@ -100,11 +113,11 @@ class Choice:
                 self._tool_calls.append(call)
                 return {"tool_calls": [call]}
 
-    def _token(self, logprob: TokenLogprob) -> dict[str, Any]:
-        top = [self._named(token, value) for token, value in logprob.top]
-        return {**self._named(logprob.token_id, logprob.logprob), "top_logprobs": top}
+    def _logprob_entry(self, logprob: TokenLogprob) -> dict[str, Any]:
+        top = [self._token_entry(token, value) for token, value in logprob.top]
+        return {**self._token_entry(logprob.token_id, logprob.logprob), "top_logprobs": top}
 
-    def _named(self, token: int, logprob: float) -> dict[str, Any]:
+    def _token_entry(self, token: int, logprob: float) -> dict[str, Any]:
         data = self.vocabulary.token_bytes(token)
         # JSON has no minus infinity.
         return {"token": data.decode(errors="replace"), "logprob": max(logprob, -9999.0), "bytes": list(data)}
@@ -112,12 +125,12 @@ class Choice:
 
 @dataclass
 class Completion:
-    """One request's answer: what its choices share."""
+    """The answer to one request: its choices and what they share."""
 
     id: str
     request_id: str
     model: str
-    prompt: Prompt
+    prompt: PromptFacts
     choices: list[Choice]
     arrived_at: float  # monotonic
     preprocess_s: float
@@ -149,7 +162,7 @@ class Completion:
         return {**self._head("chat.completion.chunk"), "choices": [], "usage": self.usage()}
 
     def body(self) -> dict[str, Any]:
-        choices = [choice.whole() for choice in self.choices]
+        choices = [choice.body() for choice in self.choices]
         return {
             **self._head("chat.completion"),
             "choices": choices,
@@ -204,3 +217,54 @@ class Completion:
             "model": self.model,
             "request_id": self.request_id,
         }
+
+
+class ServerSentEvent(NamedTuple):
+    name: str | None
+    data: Any  # a string is sent as it is, anything else as JSON
+
+    def encode(self) -> bytes:
+        """The bytes of the event on the wire (WHATWG HTML, section "Server-sent events")."""
+        text = self.data if isinstance(self.data, str) else json.dumps(self.data, ensure_ascii=False, separators=(",", ":"))
+        return format_sse_event(data_str=text, event=self.name)
+
+
+class ResponseFormatter(Protocol):
+    """Writes one answer in a wire format: as events while it streams, or as one body after `closing`.
+
+    A body is formatted through the same calls, its events dropped, so that both have the same content.
+    """
+
+    def opening(self) -> list[ServerSentEvent]: ...
+
+    def format(self, chunk: Chunk) -> list[ServerSentEvent]: ...
+
+    def closing(self) -> list[ServerSentEvent]: ...
+
+    def failed(self, error: ServingError) -> ServerSentEvent: ...
+
+    def body(self) -> dict[str, Any]: ...
+
+
+class ChatFormatter:
+    """Chat completions: their chunks are the events."""
+
+    def __init__(self, completion: Completion, include_usage: bool) -> None:
+        self._completion = completion
+        self._include_usage = include_usage
+
+    def opening(self) -> list[ServerSentEvent]:
+        return [ServerSentEvent(None, chunk) for chunk in self._completion.opening()]
+
+    def format(self, chunk: Chunk) -> list[ServerSentEvent]:
+        return [ServerSentEvent(None, chunk)]
+
+    def closing(self) -> list[ServerSentEvent]:
+        usage = [ServerSentEvent(None, self._completion.usage_chunk())] if self._include_usage else []
+        return [*usage, ServerSentEvent(None, "[DONE]")]
+
+    def failed(self, error: ServingError) -> ServerSentEvent:
+        return ServerSentEvent(None, error.body())
+
+    def body(self) -> dict[str, Any]:
+        return self._completion.body()

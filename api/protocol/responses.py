@@ -1,4 +1,4 @@
-"""OpenAI's newer words for the same questions (POST /v1/responses), translated onto chat completions.
+"""OpenAI's newer request format (POST /v1/responses), translated into a chat request.
 
 Nothing is stored, so a conversation is sent whole each time: `previous_response_id` is refused.
 """
@@ -30,7 +30,7 @@ class ReasoningPart(Strict):
 
 
 class Item(Strict):
-    """A message, a call, its result, or thoughts; answers can be sent back as they came."""
+    """A message, a tool call, its result, or reasoning; output items can be sent back as they came."""
 
     type: Literal["message", "function_call", "function_call_output", "reasoning"] = "message"
     id: str | None = None
@@ -55,7 +55,7 @@ class FunctionTool(Strict):
 
 class ReasoningOptions(Strict):
     effort: str | None = None
-    summary: str | None = None  # harmless: thoughts are told whole
+    summary: str | None = None  # harmless: reasoning is returned whole
 
 
 class TextOptions(Strict):
@@ -84,7 +84,7 @@ class ResponseRequest(Strict):
     parallel_tool_calls: bool | None = None
 
 
-# How a field of the chat is called here.
+# Fields of the chat request, and what they are called here.
 _NAMES = (
     (r"max_tokens", "max_output_tokens"),
     (r"response_format\.json_schema", "text.format"),
@@ -96,7 +96,7 @@ _NAMES = (
 
 
 class Translation:
-    """One request's way into a chat, and the names under which its mistakes are told."""
+    """Translates one request into a chat request, and the errors of that back into this request's field names."""
 
     def __init__(self) -> None:
         self.asked = ResponseRequest(input="")
@@ -114,6 +114,7 @@ class Translation:
         return chat
 
     def renamed(self, error: ServingError) -> ServingError:
+        """The same error, with `param` and message in this request's field names."""
         message, param = error.message, error.param or ""
         if origin := re.match(r"messages\[(\d+)\]", param):
             names = [(re.escape(origin[0]), self._origins[int(origin[1])]), *_NAMES]
@@ -141,7 +142,7 @@ class Translation:
         return {name: value for name, value in fields.items() if value is not None}
 
     def _messages(self) -> list[dict[str, Any]]:
-        """One message for each turn: thoughts, text and calls of an assistant that follow each other are one."""
+        """One message for each turn: consecutive reasoning, text and calls of the assistant become one message."""
         messages: list[dict[str, Any]] = []
         if self.asked.instructions:
             self._origins.append("instructions")
@@ -184,12 +185,12 @@ def _content(content: Any, field: str) -> Any:
         return content
     parts: list[dict[str, Any]] = []
     for number, part in enumerate(content):
-        wanted = "image_url" if part.type == "input_image" else "text"
-        if getattr(part, wanted, None) is None:
-            name = f"{field}[{number}].{wanted}"
+        needed = "image_url" if part.type == "input_image" else "text"
+        if getattr(part, needed, None) is None:
+            name = f"{field}[{number}].{needed}"
             raise invalid(f"`{name}` is required.", name, "missing_required_parameter")
         image = {"type": "image_url", "image_url": {"url": getattr(part, "image_url", None)}}
-        parts.append(image if wanted == "image_url" else {"type": "text", "text": part.text})
+        parts.append(image if needed == "image_url" else {"type": "text", "text": part.text})
     if all(part["type"] == "text" for part in parts):
         return "\n".join(part["text"] for part in parts)
     return parts
@@ -198,8 +199,8 @@ def _content(content: Any, field: str) -> Any:
 def _format(asked: dict[str, Any]) -> dict[str, Any]:
     if asked.get("type") != "json_schema":
         if asked.get("type") not in ("text", "json_object"):
-            words = "'text', 'json_object', 'json_schema'"
-            message = f"`text.format.type` must be one of {words}. Given: {shown(asked.get('type'))}"
+            allowed = "'text', 'json_object', 'json_schema'"
+            message = f"`text.format.type` must be one of {allowed}. Given: {shown(asked.get('type'))}"
             raise invalid(message, "text.format.type")
         return asked
     return {"type": "json_schema", "json_schema": {name: value for name, value in asked.items() if name != "type"}}

@@ -1,4 +1,4 @@
-"""An answer in the words of /v1/responses, whole or as events."""
+"""An answer in the format of /v1/responses, as one body or as events."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from api.errors import ServingError
-from api.protocol.completion import Chunk, Completion
-from api.protocol.formatter import Said
+from api.protocol.completion import Chunk, Completion, ServerSentEvent
 from api.protocol.responses import ResponseRequest
 
 
-class ResponseWords:
-    """Items of the output, each opened, filled and closed in its turn."""
+class ResponsesFormatter:
+    """Items of the output, each opened, filled and closed in turn."""
 
     def __init__(self, asked: ResponseRequest, completion: Completion) -> None:
         self._asked = asked
@@ -22,31 +21,31 @@ class ResponseWords:
         self._open: dict[str, Any] | None = None
         self._sent = 0
 
-    def opening(self) -> list[Said]:
+    def opening(self) -> list[ServerSentEvent]:
         return [self._event("created", response=self.body()), self._event("in_progress", response=self.body())]
 
-    def say(self, chunk: Chunk) -> list[Said]:
+    def format(self, chunk: Chunk) -> list[ServerSentEvent]:
         delta = chunk["choices"][0]["delta"]
-        said: list[Said] = []
+        events: list[ServerSentEvent] = []
         if text := delta.get("reasoning"):
-            said += self._text("reasoning", text)
+            events += self._text("reasoning", text)
         if text := delta.get("content"):
-            said += self._text("message", text)
+            events += self._text("message", text)
         self._boxes += delta.get("boxes", [])
         for call in delta.get("tool_calls", []):
-            said += self._call(call)
-        return said
+            events += self._call(call)
+        return events
 
-    def closing(self) -> list[Said]:
-        said = self._close()
+    def closing(self) -> list[ServerSentEvent]:
+        events = self._close()
         if not any(item["type"] != "reasoning" for item in self._output):
-            said += [*self._text("message", ""), *self._close()]
-        return [*said, self._event("completed" if self._status == "completed" else "incomplete", response=self.body())]
+            events += [*self._text("message", ""), *self._close()]
+        return [*events, self._event("completed" if self._status == "completed" else "incomplete", response=self.body())]
 
-    def failed(self, error: ServingError) -> Said:
-        words = error.body()["error"]
+    def failed(self, error: ServingError) -> ServerSentEvent:
+        fields = error.body()["error"]
         # OpenAI's client raises on `error`; others read the fields beside it.
-        return "error", {**words, "type": "error", "error": words, "sequence_number": self._sent}
+        return ServerSentEvent("error", {**fields, "type": "error", "error": fields, "sequence_number": self._sent})
 
     def body(self) -> dict[str, Any]:
         completion, asked = self._completion, self._asked
@@ -81,7 +80,7 @@ class ResponseWords:
             return "in_progress"
         return "completed" if self._completion.choices[0].finish_reason in ("stop", "tool_calls") else "incomplete"
 
-    def _text(self, kind: str, text: str) -> Iterator[Said]:
+    def _text(self, kind: str, text: str) -> Iterator[ServerSentEvent]:
         if self._open is None or self._open["type"] != kind:
             yield from self._close()
             part = _part(kind, "")
@@ -97,7 +96,7 @@ class ResponseWords:
             logprobs: dict[str, Any] = {"logprobs": []} if kind == "message" else {}
             yield self._of_part(f"{_part(kind, '')['type']}.delta", delta=text, **logprobs)
 
-    def _call(self, call: dict[str, Any]) -> Iterator[Said]:
+    def _call(self, call: dict[str, Any]) -> Iterator[ServerSentEvent]:
         yield from self._close()
         function = call["function"]
         item = {
@@ -108,41 +107,42 @@ class ResponseWords:
             **function,
         }
         self._output.append(item)
-        arguments, place = function["arguments"], {"item_id": item["id"]}
+        arguments, ids = function["arguments"], {"item_id": item["id"]}
         yield self._of_item("output_item.added", item={**item, "arguments": ""})
-        yield self._of_item("function_call_arguments.delta", **place, delta=arguments)
-        yield self._of_item("function_call_arguments.done", **place, name=function["name"], arguments=arguments)
+        yield self._of_item("function_call_arguments.delta", **ids, delta=arguments)
+        yield self._of_item("function_call_arguments.done", **ids, name=function["name"], arguments=arguments)
         item["status"] = "completed"
         yield self._of_item("output_item.done", item=dict(item))
 
-    def _close(self) -> list[Said]:
+    def _close(self) -> list[ServerSentEvent]:
         item = self._open
         if item is None:
             return []
         item["status"] = "completed" if self._status == "in_progress" else self._status
         part = item["content"][0]
         logprobs: dict[str, Any] = {"logprobs": []} if item["type"] == "message" else {}
-        said = [
+        events = [
             self._of_part(f"{part['type']}.done", text=part["text"], **logprobs),
             self._of_part("content_part.done", part=dict(part)),
             self._of_item("output_item.done", item=dict(item)),
         ]
         self._open = None
-        return said
+        return events
 
     def _id(self, kind: str) -> str:
         head = {"message": "msg", "reasoning": "rs", "call": "fc"}[kind]
         return f"{head}_{self._completion.id}_{len(self._output)}"
 
-    def _of_part(self, name: str, /, **data: Any) -> Said:
+    def _of_part(self, name: str, /, **data: Any) -> ServerSentEvent:
         return self._of_item(name, item_id=self._output[-1]["id"], content_index=0, **data)
 
-    def _of_item(self, name: str, /, **data: Any) -> Said:
+    def _of_item(self, name: str, /, **data: Any) -> ServerSentEvent:
         return self._event(name, output_index=len(self._output) - 1, **data)
 
-    def _event(self, name: str, /, **data: Any) -> Said:
+    def _event(self, name: str, /, **data: Any) -> ServerSentEvent:
         self._sent += 1
-        return f"response.{name}", {"type": f"response.{name}", "sequence_number": self._sent - 1, **data}
+        body = {"type": f"response.{name}", "sequence_number": self._sent - 1, **data}
+        return ServerSentEvent(f"response.{name}", body)
 
 
 def _part(kind: str, text: str) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""How much may be under way at once, from before pictures are decoded to the last token.
+"""Admission control: how much may be under way at once, from before images are decoded to the last token.
 
 Bounded by requests, by their tokens, and for one key by its rate and its number. The engine bounds its own queue
-too; this also covers the work before it. A body on its way in holds no place, so that slow senders keep nobody
-out; what has come of all such bodies has a limit, and of one key's a lower one, so that no key keeps out another.
-Probes have a place of their own. Used in the event loop only.
+too; this also covers the work before it. A body still arriving holds no permit, so that slow senders keep nobody
+out; the bytes received of all such bodies are limited, and those of one key lower, so that no key keeps out another.
+Health probes have permits of their own. Used in the event loop only.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 
+from api.caller import Caller
 from api.errors import (
     queue_full,
     too_many_at_once,
@@ -20,17 +21,17 @@ from api.errors import (
     too_many_in_a_minute,
     too_many_tokens,
 )
-from api.http.auth import Caller
+from api.health.metrics import AdmissionLoad
 from settings import Settings
 
 PROBES = 2  # at a time: one of the checker, and one by hand
 MINUTE_S = 60.0
-LARGEST_BODIES = 4  # so many of the largest size may be held while they arrive
+LARGEST_BODIES = 4  # so many of the largest size may be in memory while they arrive
 LARGEST_BODIES_OF_KEY = 2
 
 
 class Admission:
-    """`slots` tells how many requests the engine runs at once."""
+    """`slots` returns how many requests the engine runs at once."""
 
     def __init__(
         self, settings: Settings, slots: Callable[[], int] = lambda: 1, clock: Callable[[], float] = time.monotonic
@@ -44,38 +45,41 @@ class Admission:
         self.arriving_bytes = 0
         self._arriving_of_key: Counter[str] = Counter()
         self._of_key: Counter[str] = Counter()
-        self._asked: defaultdict[str, deque[float]] = defaultdict(deque)
+        self._recent_of_key: defaultdict[str, deque[float]] = defaultdict(deque)
 
     def check(self, caller: Caller) -> None:
-        """Raises what `enter` would raise now; takes nothing."""
+        """Raises what `admit` would raise now; counts nothing."""
         if not caller.probe:
             self._check_rate(caller.name)
         self._check_room(caller, 1)
 
-    def enter(self, caller: Caller) -> Place:
-        """Raises the 429 error of a key's own limits, or the 503 error when full."""
-        place = Place(self, caller)
-        if not caller.probe and (asked := self._check_rate(caller.name)) is not None:
-            asked.append(self._clock())
-        place.take(1)
-        return place
+    def admit(self, caller: Caller) -> Permit:
+        """A permit for one request. Raises the 429 error of a key's own limits, or the 503 error when full."""
+        permit = Permit(self, caller)
+        if not caller.probe and (recent := self._check_rate(caller.name)) is not None:
+            recent.append(self._clock())
+        permit.take_requests(1)
+        return permit
+
+    def load(self) -> AdmissionLoad:
+        return AdmissionLoad(self.active, self.tokens, self.arriving_bytes)
 
     def arriving(self, caller: Caller) -> ArrivingBody:
         return ArrivingBody(self, caller)
 
     def _check_rate(self, key: str) -> deque[float] | None:
-        """When this key has asked in the last minute, if that is limited."""
+        """The times of this key's requests in the last minute, if their rate is limited. Raises the 429 error."""
         limit = self._settings.key_requests_per_minute
         if not limit:
             return None
-        now, asked = self._clock(), self._asked[key]
-        while asked and now - asked[0] >= MINUTE_S:
-            asked.popleft()
-        if len(asked) >= limit:
-            raise too_many_in_a_minute(limit, MINUTE_S - (now - asked[0]))
-        return asked
+        now, recent = self._clock(), self._recent_of_key[key]
+        while recent and now - recent[0] >= MINUTE_S:
+            recent.popleft()
+        if len(recent) >= limit:
+            raise too_many_in_a_minute(limit, MINUTE_S - (now - recent[0]))
+        return recent
 
-    def _take(self, caller: Caller, requests: int) -> None:
+    def _take_requests(self, caller: Caller, requests: int) -> None:
         self._check_room(caller, requests)
         if caller.probe:
             self.probes += requests
@@ -109,14 +113,14 @@ class Admission:
         if not self._arriving_of_key[caller.name]:
             del self._arriving_of_key[caller.name]
 
-    def _weigh(self, caller: Caller, tokens: int) -> None:
+    def _take_tokens(self, caller: Caller, tokens: int) -> None:
         limit = self._settings.queue_tokens
-        # One that is larger than the limit is let in alone.
+        # A request that is larger than the limit is admitted alone.
         if not caller.probe and self.tokens and self.tokens + tokens > limit:
             raise too_many_tokens(limit, self.tokens, tokens)
         self.tokens += tokens
 
-    def _give_back(self, caller: Caller, requests: int, tokens: int) -> None:
+    def _release(self, caller: Caller, requests: int, tokens: int) -> None:
         self.tokens -= tokens
         if caller.probe:
             self.probes -= requests
@@ -127,8 +131,8 @@ class Admission:
             del self._of_key[caller.name]
 
 
-class Place:
-    """What one request holds. Given back once, however often `close` is called."""
+class Permit:
+    """What one request holds of the limits. Released once, however often `release` is called."""
 
     def __init__(self, admission: Admission, caller: Caller) -> None:
         self._admission = admission
@@ -136,25 +140,25 @@ class Place:
         self._requests = 0
         self._tokens = 0
 
-    def take(self, requests: int) -> None:
-        """Room for more of the engine's requests: one for each choice."""
-        self._admission._take(self.caller, requests)
+    def take_requests(self, requests: int) -> None:
+        """Count more of the engine's requests, one for each choice. Raises the 429 or 503 error."""
+        self._admission._take_requests(self.caller, requests)
         self._requests += requests
 
-    def weigh(self, tokens: int) -> None:
-        """Room for the tokens of the prompt, pictures included, and of the longest answer."""
-        self._admission._weigh(self.caller, tokens)
+    def take_tokens(self, tokens: int) -> None:
+        """Count the tokens of the prompt, images included, and of the longest answer. Raises the 503 error."""
+        self._admission._take_tokens(self.caller, tokens)
         self._tokens += tokens
 
-    def close(self) -> None:
+    def release(self) -> None:
         requests, tokens = self._requests, self._tokens
         self._requests = self._tokens = 0
         if requests or tokens:
-            self._admission._give_back(self.caller, requests, tokens)
+            self._admission._release(self.caller, requests, tokens)
 
 
 class ArrivingBody:
-    """What has come of one body; given back at the end of the `with` block."""
+    """Bytes received of one body; no longer counted after the `with` block."""
 
     def __init__(self, admission: Admission, caller: Caller) -> None:
         self._admission = admission
@@ -168,6 +172,6 @@ class ArrivingBody:
         self._admission._count_arriving(self._caller, -self._size)
 
     def add(self, size: int) -> None:
-        """Room for more bytes. Raises the 429 error of a key's own limit, or the 503 error when full."""
+        """Count more bytes. Raises the 429 error of a key's own limit, or the 503 error when full."""
         self._admission._arrive(self._caller, size)
         self._size += size

@@ -1,12 +1,14 @@
-"""Messages to what the model reads: template, token ids, processed pictures.
+"""Messages to what the model reads: chat template, token ids, processed images.
 
-Runs in a preprocessing thread. Text from the caller cannot forge special tokens (see `Vocabulary`).
+Runs in preprocessing threads. Text from the caller cannot forge special tokens (see `Vocabulary`).
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from hashlib import sha256
@@ -15,46 +17,95 @@ from typing import Any
 from jinja2 import TemplateError
 from PIL import Image
 
+from api.caller import Caller
 from api.engine.loaded_model import Model
 from api.engine.request import ImageInput
 from api.engine.text.tokenizer import Vocabulary
 from api.errors import ServingError, invalid
-from api.images.decode import decode, is_remote, open_picture, read_data_url
-from api.parsing.image_references import mentions
+from api.images.decode import decode, is_remote, open_image, read_data_url
+from api.images.fetch import Fetcher
+from api.parsing.boxes import image_references
 from api.parsing.output import THINK, split_thinking
-from api.protocol.messages import ImagePart, Message, TextPart, Tool
-from api.protocol.schemas import ChatRequest
+from api.protocol.completion import PromptFacts
+from api.protocol.schemas import ChatRequest, ImagePart, Message, TextPart, Tool
 from settings import Settings
 
-SHORT_TOKEN = 8  # characters; texts of fewer for each token of the context are not looked at more closely
+PREPROCESS_THREADS = 2
+FETCH_THREADS = 8  # they wait for other servers, not for the processor
+SHORT_TOKEN = 8  # characters; shorter texts, for each token of the context, are not checked more closely
 
 
 @dataclass(frozen=True)
 class Prompt:
     ids: tuple[int, ...]
-    pictures: tuple[ImageInput, ...]
-    picture_sizes: tuple[tuple[int, int], ...]  # width and height, upright
-    starts_thinking: bool  # the template itself has opened the thinking part
-    asked_picture: int | None = None  # the one, and only one, that the last question names
+    images: tuple[ImageInput, ...]
+    image_sizes: tuple[tuple[int, int], ...]  # width and height in pixels, upright
+    starts_thinking: bool  # the template itself has opened the thinking block
+    asked_image: int | None = None  # the one, and only one, that the last question refers to
 
     @property
     def image_tokens(self) -> int:
-        return sum(picture.tokens for picture in self.pictures)
+        return sum(image.tokens for image in self.images)
+
+    @property
+    def facts(self) -> PromptFacts:
+        return PromptFacts(self.image_tokens, self.image_sizes, self.asked_image)
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A prompt whose pictures are measured, not yet decoded: what it will cost is known."""
+    """A prompt whose images are measured but not yet decoded: its cost is known."""
 
-    ids: tuple[int, ...]  # one image token for each picture
-    opened: tuple[tuple[str, Image.Image], ...]  # field, header
+    ids: tuple[int, ...]  # one image token for each image
+    opened: tuple[tuple[str, Image.Image], ...]  # field, image of which only the header is read
     tokens: int
     starts_thinking: bool
-    asked_picture: int | None
+    asked_image: int | None
 
 
-def picture_urls(chat: ChatRequest, settings: Settings) -> list[tuple[str, str]]:
-    """Field and URL of each picture, in order. Raises the 400 error if there are too many."""
+class PromptBuilder:
+    """Builds prompts in threads, so that the event loop never waits; called in the event loop only.
+
+    Fetching has a pool of its own, so that a slow server delays no image at hand, and so have health probes.
+    """
+
+    def __init__(self, settings: Settings, fetcher: Fetcher) -> None:
+        self._settings = settings
+        self._fetcher = fetcher
+        self._preprocess_pool = ThreadPoolExecutor(PREPROCESS_THREADS, thread_name_prefix="preprocess")
+        self._probe_pool = ThreadPoolExecutor(1, thread_name_prefix="probe")
+        self._fetch_pool = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="fetch")
+
+    def pool(self, caller: Caller) -> ThreadPoolExecutor:
+        return self._probe_pool if caller.probe else self._preprocess_pool
+
+    async def draft(self, chat: ChatRequest, model: Model, caller: Caller) -> Draft:
+        """Fetch remote images, render the template, count tokens. Raises ServingError."""
+        fetched = await self._fetch(chat)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.pool(caller), draft, chat, fetched, model, self._settings)
+
+    async def finish(self, drafted: Draft, model: Model, caller: Caller) -> Prompt:
+        """Decode and process the images. Raises ServingError."""
+        return await asyncio.get_running_loop().run_in_executor(self.pool(caller), finish, drafted, model)
+
+    def close(self) -> None:
+        for pool in (self._preprocess_pool, self._probe_pool, self._fetch_pool):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    async def _fetch(self, chat: ChatRequest) -> dict[str, bytes]:
+        """The remote images of a request by URL, each fetched once."""
+        first: dict[str, str] = {}
+        for param, url in image_urls(chat, self._settings):
+            if is_remote(url):
+                first.setdefault(url, param)
+        loop = asyncio.get_running_loop()
+        work = [loop.run_in_executor(self._fetch_pool, self._fetcher.fetch, url, param) for url, param in first.items()]
+        return dict(zip(first, await asyncio.gather(*work), strict=True))
+
+
+def image_urls(chat: ChatRequest, settings: Settings) -> list[tuple[str, str]]:
+    """Field and URL of each image, in order. Raises the 400 error if there are too many."""
     found = [
         (f"messages[{m}].content[{p}].image_url.url", part.image_url.url)
         for m, message in enumerate(chat.messages)
@@ -68,23 +119,22 @@ def picture_urls(chat: ChatRequest, settings: Settings) -> list[tuple[str, str]]
 
 
 def draft(chat: ChatRequest, fetched: Mapping[str, bytes], model: Model, settings: Settings) -> Draft:
-    """`fetched` has the bytes of the remote pictures, by URL. Refuses before any picture is decoded."""
+    """`fetched` has the bytes of the remote images, by URL. Raises the 400 or 413 error before any image is decoded."""
     opened = []
-    for param, url in picture_urls(chat, settings):
+    for param, url in image_urls(chat, settings):
         data = fetched[url] if is_remote(url) else read_data_url(url, param, settings)
-        opened.append((param, open_picture(data, param, settings)))
+        opened.append((param, open_image(data, param, settings)))
     expected = sum(model.image_processor.count_tokens(*image.size) for _, image in opened)
     if expected >= model.context_tokens:
         raise _too_long(expected, model, "The pictures alone take")
     ids = rendered_ids(chat.messages, chat.active_tools, chat.enable_thinking, model)
-    assert ids.count(model.vocabulary.special[model.image_token]) == len(opened), "one image token for each picture"
+    assert ids.count(model.vocabulary.special[model.image_token]) == len(opened), "one image token for each image"
     tokens = len(ids) - len(opened) + expected
     if tokens >= model.context_tokens:
         raise _too_long(tokens, model, "The prompt has")
-    asked = {picture for _, picture in mentions(_last_question(chat.messages), len(opened))}
-    return Draft(
-        tuple(ids), tuple(opened), tokens, _opens_thinking(ids, model), asked.pop() if len(asked) == 1 else None
-    )
+    asked = {image for _, image in image_references(_last_question(chat.messages), len(opened))}
+    asked_image = asked.pop() if len(asked) == 1 else None
+    return Draft(tuple(ids), tuple(opened), tokens, _opens_thinking(ids, model), asked_image)
 
 
 def _last_question(messages: list[Message]) -> str:
@@ -95,16 +145,14 @@ def _last_question(messages: list[Message]) -> str:
 
 
 def rendered_ids(messages: list[Message], tools: list[Tool], enable_thinking: bool, model: Model) -> list[int]:
-    """The conversation in the chat template's words, one token for each picture."""
+    """Token ids of the conversation as the chat template renders it, one image token for each image."""
     vocabulary = model.vocabulary
-    said, callables = (
-        [_for_template(message) for message in messages],
-        [tool.model_dump(exclude_none=True) for tool in tools],
-    )
-    check_characters([_without_old_thoughts(said), callables], "messages", model)
-    shown, callable_tools = vocabulary.protect(said), vocabulary.protect(callables) or None
+    template_messages = [_for_template(message) for message in messages]
+    template_tools = [tool.model_dump(exclude_none=True) for tool in tools]
+    check_characters([_without_old_reasoning(template_messages), template_tools], "messages", model)
+    protected, protected_tools = vocabulary.protect(template_messages), vocabulary.protect(template_tools) or None
     try:
-        rendered = model.template.render(shown, callable_tools, enable_thinking)
+        rendered = model.template.render(protected, protected_tools, enable_thinking)
     except TemplateError as error:  # a template may refuse an order of roles
         raise invalid(f"`messages` do not fit the model's chat template: {error}", "messages") from None
     return vocabulary.encode(rendered)
@@ -121,32 +169,32 @@ def _opens_thinking(ids: list[int], model: Model) -> bool:
 
 
 def finish(draft: Draft, model: Model) -> Prompt:
-    """Decode and process the pictures, one at a time to keep memory low, and give each its tokens."""
-    pictures, sizes = [], []
+    """Decode and process the images, one at a time to keep memory low, and repeat the image token for each."""
+    images, sizes = [], []
     for param, image in draft.opened:
         upright = decode(image, param)
-        pictures.append(_with_key(model.image_processor.process(upright), upright))
+        images.append(_with_key(model.image_processor.process(upright), upright))
         sizes.append(upright.size)
     image_id = model.vocabulary.special[model.image_token]
-    spans = iter(pictures)
-    expanded = [i for token in draft.ids for i in ([token] if token != image_id else [token] * next(spans).tokens)]
-    # Turned upright, a picture may round to other sides than expected.
+    remaining = iter(images)
+    expanded = [i for token in draft.ids for i in ([token] if token != image_id else [token] * next(remaining).tokens)]
+    # Turned upright, an image may round to other sides than expected.
     if len(expanded) >= model.context_tokens:
         raise _too_long(len(expanded), model, "The prompt has")
-    return Prompt(tuple(expanded), tuple(pictures), tuple(sizes), draft.starts_thinking, draft.asked_picture)
+    return Prompt(tuple(expanded), tuple(images), tuple(sizes), draft.starts_thinking, draft.asked_image)
 
 
-def _with_key(picture: ImageInput, image: Image.Image) -> ImageInput:
-    """A picture that the model's processing has not named gets its content's hash as its name."""
-    if picture.key:
-        return picture
-    digest = sha256(f"{image.mode} {image.size} {picture.grid} ".encode())
+def _with_key(processed: ImageInput, image: Image.Image) -> ImageInput:
+    """With the hash of its content as the key, where the image processor has set none."""
+    if processed.key:
+        return processed
+    digest = sha256(f"{image.mode} {image.size} {processed.grid} ".encode())
     digest.update(image.tobytes())
-    return replace(picture, key=digest.digest())
+    return replace(processed, key=digest.digest())
 
 
 def _for_template(message: Message) -> dict[str, Any]:
-    """A message in the words of GLM's chat template."""
+    """A message with the keys that GLM's chat template reads."""
     out: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role}
     content: Any = message.content if message.content is not None else ""
     if isinstance(content, list):
@@ -155,11 +203,11 @@ def _for_template(message: Message) -> dict[str, Any]:
             for part in content
         ]
     if message.role == "assistant":
-        thoughts = message.reasoning_content or message.reasoning
-        if isinstance(content, str) and not thoughts:
-            thoughts, content = split_thinking(content)
-        if thoughts:
-            out["reasoning_content"] = thoughts
+        reasoning = message.reasoning_content or message.reasoning
+        if isinstance(content, str) and not reasoning:
+            reasoning, content = split_thinking(content)
+        if reasoning:
+            out["reasoning_content"] = reasoning
     out["content"] = content
     if message.tool_calls:
         out["tool_calls"] = [
@@ -175,7 +223,10 @@ def _for_template(message: Message) -> dict[str, Any]:
 
 
 def check_characters(value: Any, param: str, model: Model) -> None:
-    """Refuse at once what cannot fit the context even in the longest tokens; to count its tokens would take minutes."""
+    """Raise the 400 error for text too long for the context even in the longest tokens.
+
+    Counting its tokens would take minutes.
+    """
     count = _characters(value)
     if count <= SHORT_TOKEN * model.context_tokens:
         return
@@ -187,10 +238,10 @@ def check_characters(value: Any, param: str, model: Model) -> None:
         raise invalid(message, param, "context_length_exceeded")
 
 
-def _without_old_thoughts(said: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A template may leave out what was thought before the last question."""
-    last = max((n for n, message in enumerate(said) if message["role"] == "user"), default=0)
-    return [{k: v for k, v in m.items() if n >= last or k != "reasoning_content"} for n, m in enumerate(said)]
+def _without_old_reasoning(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A template may leave out the reasoning before the last question."""
+    last = max((n for n, message in enumerate(messages) if message["role"] == "user"), default=0)
+    return [{k: v for k, v in m.items() if n >= last or k != "reasoning_content"} for n, m in enumerate(messages)]
 
 
 def _characters(value: Any) -> int:

@@ -1,9 +1,10 @@
-"""A request's wishes in the engine's words: how tokens are chosen, what binds the answer, when it ends."""
+"""A chat request's fields as the engine's sampling parameters: how tokens are chosen, the grammar, when to stop."""
 
 from __future__ import annotations
 
 import asyncio
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 from api.engine.loaded_model import Model
 from api.engine.request import SamplingParams
@@ -12,12 +13,12 @@ from api.engine.text.grammar_text import AnswerForm, CallableTool, GrammarError
 from api.errors import invalid
 from api.parsing.output import END_THINK, THINK
 from api.protocol.schemas import ChatRequest
-from api.state import Services
 from settings import Settings
 
+GRAMMAR_THREADS = 2
 COMPILE_S = 10.0  # a large schema takes one second
 _SEEDS = 2**63
-_PLACE_IN_GRAMMAR = re.compile(r"^at \d+\(\d+\): failed to compile JSON schema: ")  # says nothing to a caller
+_POSITION_IN_GRAMMAR = re.compile(r"^at \d+\(\d+\): failed to compile JSON schema: ")  # of no use to a caller
 
 
 def answer_form(chat: ChatRequest, starts_thinking: bool) -> AnswerForm:
@@ -34,24 +35,39 @@ def answer_form(chat: ChatRequest, starts_thinking: bool) -> AnswerForm:
     )
 
 
-async def compile_grammars(server: Services, chat: ChatRequest, starts_thinking: bool) -> list[MatcherGrammar | None]:
-    """One for each choice, or nothing to bind. Raises the 400 error for a schema that cannot be enforced."""
-    form = answer_form(chat, starts_thinking)
-    if form.is_free:
-        return [None] * chat.choices
-    param = "response_format" if form.schema is not None else "tools"
-    work = asyncio.get_running_loop().run_in_executor(
-        server.pools.grammar, _compile_all, server.grammars(), form, chat.choices
-    )
-    try:
-        return await asyncio.wait_for(work, COMPILE_S)
-    except GrammarError as error:
-        reason = _PLACE_IN_GRAMMAR.sub("", str(error))
-        raise invalid(f"`{param}` cannot be enforced: {reason}", param, "unsupported_schema") from None
-    except TimeoutError:
-        raise invalid(
-            f"`{param}` is too complex: not compiled in {COMPILE_S:g} s.", param, "schema_too_complex"
-        ) from None
+class Grammars:
+    """Compiles the grammars of requests, in threads of its own."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(GRAMMAR_THREADS, thread_name_prefix="grammar")
+        self._compiler: GrammarCompiler | None = None
+
+    async def compile(self, chat: ChatRequest, starts_thinking: bool, model: Model) -> list[MatcherGrammar | None]:
+        """One for each choice, or None where nothing constrains the answer. Called in the event loop only.
+
+        Raises the 400 error for a schema that cannot be enforced.
+        """
+        form = answer_form(chat, starts_thinking)
+        if form.is_free:
+            return [None] * chat.choices
+        if self._compiler is None:
+            self._compiler = GrammarCompiler(model.vocabulary, model.end_ids)
+        param = "response_format" if form.schema is not None else "tools"
+        work = asyncio.get_running_loop().run_in_executor(
+            self._pool, _compile_all, self._compiler, form, chat.choices
+        )
+        try:
+            return await asyncio.wait_for(work, COMPILE_S)
+        except GrammarError as error:
+            reason = _POSITION_IN_GRAMMAR.sub("", str(error))
+            raise invalid(f"`{param}` cannot be enforced: {reason}", param, "unsupported_schema") from None
+        except TimeoutError:
+            raise invalid(
+                f"`{param}` is too complex: not compiled in {COMPILE_S:g} s.", param, "schema_too_complex"
+            ) from None
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _compile_all(compiler: GrammarCompiler, form: AnswerForm, count: int) -> list[MatcherGrammar | None]:
@@ -59,17 +75,18 @@ def _compile_all(compiler: GrammarCompiler, form: AnswerForm, count: int) -> lis
 
 
 def longest_answer(chat: ChatRequest, model: Model, prompt_tokens: int, settings: Settings) -> int:
+    """Tokens that the answer may have at most."""
     return min(chat.asked_max_tokens or settings.default_max_tokens, model.context_tokens - prompt_tokens)
 
 
-def sampling(
+def sampling_params(
     chat: ChatRequest, model: Model, prompt_tokens: int, settings: Settings, choice: int, grammar: MatcherGrammar | None
 ) -> SamplingParams:
     defaults = model.defaults
     thinking_tokens = chat.thinking_tokens if chat.enable_thinking and END_THINK in model.vocabulary.special else None
     loop_window = settings.loop_window if chat.loop_window is None else chat.loop_window
     if chat.loop_window is None and chat.ignore_eos:
-        loop_window = 0  # a benchmark asks for so many tokens, whatever they are
+        loop_window = 0  # a benchmark needs the number of tokens, whatever they are
     return SamplingParams(
         max_tokens=longest_answer(chat, model, prompt_tokens, settings),
         temperature=defaults.temperature if chat.temperature is None else chat.temperature,
@@ -81,7 +98,7 @@ def sampling(
         frequency_penalty=chat.frequency_penalty or 0.0,
         logit_bias=tuple((int(token), bias) for token, bias in (chat.logit_bias or {}).items()),
         logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
-        # Choices of one seed must differ from each other, and be the same each time.
+        # Choices with one seed must differ from each other, and be reproducible.
         seed=None if chat.seed is None else (chat.seed + choice + _SEEDS) % (2 * _SEEDS) - _SEEDS,
         stop=chat.stop_strings,
         stop_skips=(THINK, END_THINK),

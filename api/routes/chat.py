@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions and /v1/responses, whole or streamed.
+"""POST /v1/chat/completions, whole or streamed.
 
 Every request that is accepted here ends in exactly one of: completion, error body, error event.
 """
@@ -12,67 +12,56 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from api.errors import ServingError, not_accepting
-from api.http.body import ClientGone, parsed, read_body, while_connected
-from api.protocol.completion import Completion
-from api.protocol.formatter import ChatWords, Words
-from api.protocol.responses import Translation
-from api.protocol.responses_stream import ResponseWords
+from api.caller import Caller
+from api.errors import not_accepting
+from api.http.connection import EventStream, parse_body, read_body, while_connected
+from api.protocol.completion import ChatFormatter, Completion, ResponseFormatter
 from api.protocol.schemas import ChatRequest, parse_chat
-from api.requests.handler import start
-from api.routes.openapi import CHAT, RESPONSE
-from api.routes.sse import StreamedAnswer
-from api.state import Services, caller, services
+from api.routes.openapi import CHAT
+from api.state import ServerState
 
 router = APIRouter()
 
 
 @router.post("/v1/chat/completions", **CHAT)
 async def create_chat_completion(request: Request) -> Response:
-    return await answered(request, parse_chat, _chat_words)
+    return await answer(request, parse_chat, _chat_formatter)
 
 
-def _chat_words(chat: ChatRequest, completion: Completion) -> Words:
-    return ChatWords(completion, bool(chat.stream_options and chat.stream_options.include_usage))
+def _chat_formatter(chat: ChatRequest, completion: Completion) -> ResponseFormatter:
+    return ChatFormatter(completion, bool(chat.stream_options and chat.stream_options.include_usage))
 
 
-@router.post("/v1/responses", **RESPONSE)
-async def create_response(request: Request) -> Response:
-    translation = Translation()
-    try:
-        return await answered(request, translation.parse, lambda _, made: ResponseWords(translation.asked, made))
-    except ServingError as error:
-        raise translation.renamed(error) from None
-
-
-async def answered(
-    request: Request, parse: Callable[[bytes], ChatRequest], words: Callable[[ChatRequest, Completion], Words]
+async def answer(
+    request: Request,
+    parse: Callable[[bytes], ChatRequest],
+    formatter: Callable[[ChatRequest, Completion], ResponseFormatter],
 ) -> Response:
-    """The one path of every question; other wire formats bring their own `parse` and `words`."""
+    """Every question takes this way; another wire format brings its own `parse` and `formatter`.
+
+    Raises ServingError or ClientGone.
+    """
     arrived_at = time.monotonic()
-    server = services(request)
-    _check_open(server)
-    server.admission.check(caller(request))  # before the body: whoever is refused need not send it
-    body = await read_body(request, server)
-    place = server.admission.enter(caller(request))
-    try:
-        chat = await parsed(parse, body, server.pools.preprocess(place.caller))
-        job = await start(request, server, chat, place, arrived_at)
-    except BaseException:
-        place.close()
-        raise
-    if chat.stream:
-        return StreamedAnswer(request, job, words(chat, job.completion))
-    try:
-        return JSONResponse(await while_connected(request, job.whole(words(chat, job.completion))))
-    except ClientGone:
-        job.note("client_gone")
-        raise
-    finally:
-        job.close()
-
-
-def _check_open(server: Services) -> None:
+    server: ServerState = request.app.state.server
+    caller: Caller = request.state.caller
     stats = server.engine.stats()
     if stats.state in ("loading", "draining", "dead"):
         raise not_accepting(stats.state, stats.progress, stats.reason)
+    server.admission.check(caller)  # before the body: whoever is refused need not send it
+    with server.admission.arriving(caller) as arriving:
+        body = await read_body(request, server.settings.max_body_bytes, arriving.add)
+    permit = server.admission.admit(caller)
+    try:
+        chat = await parse_body(parse, body, server.prompts.pool(caller))
+        start = server.handlers.start(chat, permit, request.state.request_id, request.state.log, arrived_at)
+        handler = await while_connected(request, start)
+    except BaseException:
+        permit.release()
+        raise
+    formatted = formatter(chat, handler.completion)
+    if chat.stream:
+        return EventStream(handler.events(formatted), handler.close)
+    try:
+        return JSONResponse(await while_connected(request, handler.body(formatted)))
+    finally:
+        handler.close()

@@ -9,20 +9,20 @@ from starlette.requests import Request
 
 from api.engine.loaded_model import Model
 from api.errors import unknown_model
+from api.requests.handler import loaded_model
 from api.routes.openapi import MODEL, MODELS
-from api.state import services
 
 router = APIRouter()
 
 
 @router.get("/v1/models", **MODELS)
 async def list_models(request: Request) -> dict[str, Any]:
-    return {"object": "list", "data": [_card(services(request).model())]}
+    return {"object": "list", "data": [_card(loaded_model(request.app.state.server.engine))]}
 
 
 @router.get("/v1/models/{model_id:path}", **MODEL)
 async def get_model(model_id: str, request: Request) -> dict[str, Any]:
-    model = services(request).model()
+    model = loaded_model(request.app.state.server.engine)
     if model_id != model.id:
         raise unknown_model(model_id, model.id)
     return _card(model)

@@ -9,8 +9,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
 from api.protocol.responses import ResponseRequest
-from api.protocol.schemas import HARMLESS, WITHOUT_EFFECT, ChatRequest
-from api.protocol.tokens import DetokenizeRequest, TokenizeRequest
+from api.protocol.schemas import HARMLESS, WITHOUT_EFFECT, ChatRequest, DetokenizeRequest, TokenizeRequest
 
 _REF = "#/components/schemas/{model}"
 _BODIES: tuple[type[BaseModel], ...] = (ChatRequest, ResponseRequest, TokenizeRequest, DetokenizeRequest)
@@ -34,7 +33,7 @@ def _responses(*statuses: int) -> dict[int | str, Any]:
 
 
 def _route(body: type[BaseModel] | None, answer: dict[str, Any], *statuses: int) -> dict[str, Any]:
-    """What a route says of itself to FastAPI."""
+    """The arguments of a route's decorator."""
     out: dict[str, Any] = {
         "response_model": None,
         "responses": {200: {"description": "done", "content": answer}, **_responses(401, 500, *statuses)},
@@ -96,7 +95,7 @@ def _add_ignored(chat: dict[str, Any]) -> None:
 
 
 def _error() -> dict[str, Any]:
-    words: dict[str, Any] = {name: {"type": ["string", "null"]} for name in ("param", "code")}
-    properties = {"message": _TEXT, "type": _TEXT, **words}
+    nullable: dict[str, Any] = {name: {"type": ["string", "null"]} for name in ("param", "code")}
+    properties = {"message": _TEXT, "type": _TEXT, **nullable}
     error = {"type": "object", "properties": properties, "required": list(properties)}
     return {"type": "object", "properties": {"error": error}, "required": ["error"]}

@@ -1,4 +1,4 @@
-"""GET /health for whoever watches, /info for whoever wants to know what is served, /metrics for Prometheus."""
+"""GET /health for health checks, /info for people, /metrics for Prometheus, /openapi.json for programs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from starlette.responses import JSONResponse, Response
 from api import __version__
 from api.errors import not_accepting
 from api.health.metrics import CONTENT_TYPE
+from api.requests.handler import loaded_model
 from api.routes.openapi import DOCUMENT, INFO, METRICS, document
-from api.state import services
+from api.state import ServerState
 
 router = APIRouter()
 
@@ -23,9 +24,9 @@ router = APIRouter()
 @router.head("/health", include_in_schema=False)
 async def health(request: Request) -> JSONResponse:
     """Reads counters only, so it answers while the engine computes, hangs or is dead."""
-    server = services(request)
-    stats, model, heart = server.engine.stats(), server.engine.model, server.heartbeat
-    state, pulse = heart.state(stats), heart.pulse
+    server: ServerState = request.app.state.server
+    stats, model, heartbeat = server.engine.stats(), server.engine.model, server.heartbeat
+    state, pulse = heartbeat.state(stats), heartbeat.pulse
     age = stats.last_step_age_s
     body = {
         "state": state,
@@ -43,9 +44,9 @@ async def health(request: Request) -> JSONResponse:
         "last_step_age_s": None if age is None else round(age, 3),
         "uptime_s": round(monotonic() - server.started_at, 3),
         "reason": stats.reason,
-        "success_age_s": heart.success_age_s,
+        "success_age_s": server.metrics.success_age_s(),
         "checker": asdict(pulse.checker),
-        "heartbeat_error": heart.write_error,
+        "heartbeat_error": heartbeat.write_error,
     }
     if state in ("idle", "busy"):
         return JSONResponse(body)
@@ -54,8 +55,8 @@ async def health(request: Request) -> JSONResponse:
 
 @router.get("/info", **INFO)
 async def info(request: Request) -> dict[str, Any]:
-    server = services(request)
-    model, settings = server.model(), server.settings
+    server: ServerState = request.app.state.server
+    model, settings = loaded_model(server.engine), server.settings
     limits = (
         "max_images", "max_image_bytes", "max_image_pixels", "max_body_bytes", "queue_size", "queue_tokens",
         "default_max_tokens", "request_timeout_s", "key_requests_per_minute", "key_concurrency", "loop_window",
@@ -74,7 +75,8 @@ async def info(request: Request) -> dict[str, Any]:
 
 @router.get("/metrics", **METRICS)
 async def metrics(request: Request) -> Response:
-    return Response(services(request).metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+    server: ServerState = request.app.state.server
+    return Response(server.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
 
 @router.get("/openapi.json", **DOCUMENT)

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from served import wait_for
+from served import picture_part, text_part, wait_for
 
 from api.engine.engine import Stats
 from api.health.heartbeat import Heartbeat
@@ -19,7 +19,7 @@ WAIT_S = 30.0
 
 
 def beat_file(served) -> Path:
-    return served.app.state.services.settings.log_dir / "api.heartbeat.json"
+    return served.app.state.server.settings.log_dir / "api.heartbeat.json"
 
 
 def read(path: Path) -> dict:
@@ -41,7 +41,7 @@ def test_the_file_names_the_process_and_goes_on_by_itself(serve) -> None:
 
 def test_work_without_a_step_past_its_deadline_is_stalled_and_a_step_makes_it_good_again(serve) -> None:
     served = serve()
-    heart = served.app.state.services.heartbeat
+    heart = served.app.state.server.heartbeat
     asking = threading.Thread(target=lambda: served.chat("HANG"))
     asking.start()
     assert served.runner.hanging.wait(WAIT_S)
@@ -92,7 +92,7 @@ def test_a_blocked_loop_shows_in_the_file_and_the_stacks_name_the_line(serve) ->
 
 def test_a_checker_that_falls_silent_is_told(serve) -> None:
     served = serve(check_silent_s=60)
-    report = served.app.state.services.settings.log_dir / "health.json"
+    report = served.app.state.server.settings.log_dir / "health.json"
     ask = lambda: served.client.get("/health").json()["checker"]["state"]  # noqa: E731
 
     assert ask() == "never seen"
@@ -105,13 +105,16 @@ def test_a_checker_that_falls_silent_is_told(serve) -> None:
 
 
 def test_a_users_answer_is_remembered_by_kind(serve) -> None:
-    heart = serve().app.state.services.heartbeat
+    served = serve()
+    success_age_s = served.app.state.server.metrics.success_age_s
 
-    assert heart.success_age_s == {}
-    heart.succeeded(pictures=False)
-    assert set(heart.success_age_s) == {"text"}
-    heart.succeeded(pictures=True)
-    assert set(heart.success_age_s) == {"text", "picture"}
+    assert success_age_s() == {}
+    assert served.chat("hi").status_code == 200
+    assert set(success_age_s()) == {"text"}
+    assert served.chat([picture_part(), text_part("hi")]).status_code == 200
+    assert set(success_age_s()) == {"text", "picture"}
+    path = beat_file(served)
+    wait_for(lambda: path.exists() and set(read(path)["success_age_s"]) == {"text", "picture"})
 
 
 def test_a_disk_that_takes_nothing_is_told_and_does_not_stop_the_server(serve, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,8 @@ from fastapi.routing import APIRoute
 from served import KEY, chat_body, picture_part, text_part
 from starlette.datastructures import Headers
 
-from api.http.auth import OPEN_PATHS, Caller, KeyRing
+from api.caller import Caller
+from api.http.auth import OPEN_PATHS, KeyRing
 from api.server import refuse_open_door
 from settings import Settings, SettingsError
 
@@ -141,20 +142,20 @@ def test_the_probe_token_marks_probes(serve) -> None:
 
 def test_a_probe_is_answered_while_users_fill_the_queue(serve) -> None:
     served = serve(queue_size=1, probe_token="pt")
-    admission = served.app.state.services.admission
-    users = [admission.enter(Caller("ann")) for _ in range(2)]
+    admission = served.app.state.server.admission
+    users = [admission.admit(Caller("ann")) for _ in range(2)]
 
     refused = served.chat("hi")
     answered = served.client.post("/v1/chat/completions", json=chat_body("hi"), headers={"x-glm-probe": "pt"})
 
     assert (refused.status_code, answered.status_code) == (503, 200)
-    for place in users:
-        place.close()
+    for permit in users:
+        permit.release()
 
 
 def test_a_probe_with_a_picture_is_answered_while_users_pictures_keep_the_threads_busy(serve) -> None:
     served = serve(probe_token="pt")
-    users, done = served.app.state.services.pools.preprocess(Caller("ann")), threading.Event()
+    users, done = served.app.state.server.prompts.pool(Caller("ann")), threading.Event()
     for _ in range(10):
         users.submit(done.wait, 60)
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from api.errors import ServingError
-from api.images.decode import decode, open_picture, read_data_url
+from api.images.decode import decode, open_image, read_data_url
 from settings import Settings
 
 SETTINGS = Settings(max_image_bytes=100_000, max_image_pixels=1_000_000)
@@ -30,12 +30,12 @@ def url(data: bytes, mime: str = "image/png") -> str:
 
 
 def take(data: bytes, settings: Settings = SETTINGS) -> Image.Image:
-    return decode(open_picture(read_data_url(url(data), P, settings), P, settings), P)
+    return decode(open_image(read_data_url(url(data), P, settings), P, settings), P)
 
 
 def refusal(address: str, settings: Settings = SETTINGS) -> ServingError:
     with pytest.raises(ServingError) as caught:
-        decode(open_picture(read_data_url(address, P, settings), P, settings), P)
+        decode(open_image(read_data_url(address, P, settings), P, settings), P)
     assert caught.value.param == P
     return caught.value
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from served import picture_part, text_part
 
-from api.parsing.image_references import mentions
+from api.parsing.boxes import image_references
 
 
 @pytest.mark.parametrize(
@@ -31,11 +31,11 @@ from api.parsing.image_references import mentions
     ],
 )
 def test_mentions(text: str, named: list[int]) -> None:
-    assert [index for _, index in mentions(text, 3)] == named
+    assert [index for _, index in image_references(text, 3)] == named
 
 
 def test_of_one_picture_there_is_nothing_to_tell() -> None:
-    assert mentions("the first picture", 1) == []
+    assert image_references("the first picture", 1) == []
 
 
 BOX = "<|begin_of_box|>[[0,0,500,500]]<|end_of_box|>"

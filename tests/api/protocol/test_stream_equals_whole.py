@@ -16,8 +16,7 @@ from api.engine.request import Delta, Done, FinishReason, TokenLogprob
 from api.engine.text.detokenizer import Detokenizer
 from api.engine.text.tokenizer import Vocabulary
 from api.parsing.output import OutputParser
-from api.protocol.completion import Choice, Completion
-from api.requests.prompt import Prompt
+from api.protocol.completion import Choice, Completion, PromptFacts
 
 ROOT = Path(__file__).resolve().parents[3]
 TOOLS = {
@@ -47,9 +46,9 @@ def cut(text: str, places: list[int]) -> list[str]:
 
 
 def completion(literal: bool, choices: int = 1) -> Completion:
-    prompt = Prompt((1, 2), (), ((200, 100), (40, 50)), False)
+    prompt = PromptFacts(image_sizes=((200, 100), (40, 50)))
     made = [
-        Choice(n, f"call_{n}", OutputParser(TOOLS, False, literal, pictures=2), prompt, VOCABULARY, True)
+        Choice(n, f"call_{n}", OutputParser(TOOLS, False, literal, images=2), prompt, VOCABULARY, True)
         for n in range(choices)
     ]
     return Completion("c", "r", "m", prompt, made, 0.0, 0.0)

@@ -1,4 +1,4 @@
-"""How much is let in: by requests, by tokens, by key; and that all of it comes back."""
+"""How much is let in: by requests, by tokens, by key; and that all of it is released."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from contextlib import ExitStack
 
 import pytest
 
+from api.caller import Caller
 from api.errors import ServingError
-from api.http.auth import Caller
 from api.requests.admission import LARGEST_BODIES, LARGEST_BODIES_OF_KEY, PROBES, Admission
 from settings import Settings
 
@@ -30,93 +30,93 @@ def refusal(act) -> ServingError:
 
 def test_the_queue_and_the_slots_are_the_limit() -> None:
     admission = Admission(Settings(queue_size=2), lambda: 3)
-    places = [admission.enter(ANN) for _ in range(5)]
+    permits = [admission.admit(ANN) for _ in range(5)]
 
-    error = refusal(lambda: admission.enter(BEN))
+    error = refusal(lambda: admission.admit(BEN))
 
     assert (error.status, error.code) == (503, "queue_full")
-    places[0].close()
-    admission.enter(BEN)
+    permits[0].release()
+    admission.admit(BEN)
 
 
-def test_probes_have_a_place_of_their_own() -> None:
+def test_probes_have_permits_of_their_own() -> None:
     admission = Admission(Settings(queue_size=1))
     for _ in range(2):
-        admission.enter(ANN)
+        admission.admit(ANN)
 
-    probes = [admission.enter(PROBE) for _ in range(PROBES)]
+    probes = [admission.admit(PROBE) for _ in range(PROBES)]
     for probe in probes:
-        probe.weigh(10**9)
+        probe.take_tokens(10**9)
 
     assert admission.active == 2
-    assert refusal(lambda: admission.enter(PROBE)).code == "queue_full"
+    assert refusal(lambda: admission.admit(PROBE)).code == "queue_full"
 
 
 def test_tokens_are_a_limit_of_their_own_but_one_request_is_always_let_in() -> None:
     admission = Admission(Settings(queue_tokens=100))
-    large, small = admission.enter(ANN), admission.enter(ANN)
-    large.weigh(5_000)
+    large, small = admission.admit(ANN), admission.admit(ANN)
+    large.take_tokens(5_000)
 
-    error = refusal(lambda: small.weigh(1))
+    error = refusal(lambda: small.take_tokens(1))
 
     assert error.status == 503 and "<= 100 tokens" in error.message and "5000 are. Given: 1" in error.message
-    large.close()
-    small.weigh(60)
+    large.release()
+    small.take_tokens(60)
     assert admission.tokens == 60
 
 
 def test_a_key_may_ask_so_often_in_a_minute() -> None:
     clock = Clock()
     admission = Admission(Settings(key_requests_per_minute=2), clock=clock)
-    admission.enter(ANN).close()
+    admission.admit(ANN).release()
     clock.now += 20
-    admission.enter(ANN).close()
+    admission.admit(ANN).release()
 
-    error = refusal(lambda: admission.enter(ANN))
+    error = refusal(lambda: admission.admit(ANN))
 
     assert (error.status, error.code, error.retry_after_s) == (429, "rate_limit_exceeded", 40)
-    admission.enter(BEN).close()
-    admission.enter(PROBE).close()
+    admission.admit(BEN).release()
+    admission.admit(PROBE).release()
     clock.now += 40
-    admission.enter(ANN).close()
+    admission.admit(ANN).release()
 
 
 def test_a_key_may_have_so_many_at_a_time_counting_choices() -> None:
     admission = Admission(Settings(key_concurrency=3))
-    place = admission.enter(ANN)
-    place.take(2)
+    permit = admission.admit(ANN)
+    permit.take_requests(2)
 
-    error = refusal(lambda: admission.enter(ANN))
+    error = refusal(lambda: admission.admit(ANN))
 
     assert (error.status, error.code) == (429, "concurrency_limit_exceeded")
-    admission.enter(BEN)
-    place.close()
-    admission.enter(ANN).take(2)
+    admission.admit(BEN)
+    permit.release()
+    admission.admit(ANN).take_requests(2)
 
 
-def test_a_place_is_given_back_once_and_completely() -> None:
+def test_a_permit_is_released_once_and_completely() -> None:
     admission = Admission(Settings())
-    place = admission.enter(ANN)
-    place.take(3)
-    place.weigh(70)
-    probe = admission.enter(PROBE)
+    permit = admission.admit(ANN)
+    permit.take_requests(3)
+    permit.take_tokens(70)
+    probe = admission.admit(PROBE)
     assert (admission.active, admission.tokens, admission.probes) == (4, 70, 1)
 
     for _ in range(3):
-        place.close()
-        probe.close()
+        permit.release()
+        probe.release()
 
     assert (admission.active, admission.tokens, admission.probes) == (0, 0, 0)
 
 
-def test_looking_takes_no_place_and_counts_for_no_rate() -> None:
+def test_checking_takes_no_permit_and_counts_for_no_rate() -> None:
     clock = Clock()
     admission = Admission(Settings(queue_size=1, key_requests_per_minute=2), clock=clock)
     for _ in range(5):
         admission.check(ANN)
     assert admission.active == 0
-    admission.enter(ANN)
-    admission.enter(ANN)
+    admission.admit(ANN)
+    admission.admit(ANN)
 
     assert refusal(lambda: admission.check(ANN)).code == "rate_limit_exceeded"
     assert refusal(lambda: admission.check(BEN)).code == "queue_full"

@@ -58,7 +58,7 @@ def test_a_picture_question_in_glms_format(model: Model) -> None:
 
     expected = "«[gMASK]»«sop»«user»\n«begin_of_image»«image»«image»«end_of_image»What?«assistant»"
     assert readable(model, prompt) == expected
-    assert (prompt.image_tokens, prompt.picture_sizes) == (2, ((56, 28),))
+    assert (prompt.image_tokens, prompt.image_sizes) == (2, ((56, 28),))
 
 
 def test_every_special_token_of_a_caller_stays_text(model: Model) -> None:
@@ -130,4 +130,4 @@ def test_a_developer_message_is_a_system_message(model: Model) -> None:
 def test_a_tool_result_may_hold_a_picture(model: Model) -> None:
     messages = [{"role": "user", "content": "look"}, {"role": "tool", "content": [picture_part()]}]
 
-    assert len(prompt_of(model, messages).pictures) == 1
+    assert len(prompt_of(model, messages).images) == 1

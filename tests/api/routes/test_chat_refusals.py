@@ -1,4 +1,4 @@
-"""Chat completions that do not succeed: each ends once, in the shape of OpenAI, and frees its place."""
+"""Chat completions that do not succeed: each ends once, in the shape of OpenAI, and releases its permit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from jinja2 import TemplateError
 from served import KEY, chat_body, picture_part, sse_data, text_part, wait_for
 
-from api.http.auth import Caller
+from api.caller import Caller
 
 WAIT_S = 30.0
 
@@ -109,7 +109,7 @@ def test_a_full_queue_answers_503_with_retry_after_and_recovers(serve) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_refused_requests_give_their_place_back(stream: bool, serve) -> None:
+def test_refused_requests_release_their_permit(stream: bool, serve) -> None:
     served = serve(queue_size=1)
 
     for _ in range(5):
@@ -117,7 +117,7 @@ def test_refused_requests_give_their_place_back(stream: bool, serve) -> None:
         assert served.chat("FAIL", stream=stream).status_code == (200 if stream else 500)
 
     assert served.chat().status_code == 200
-    assert served.app.state.services.admission.active == 0
+    assert served.app.state.server.admission.active == 0
 
 
 def test_a_failing_engine_is_an_error_body(serve) -> None:
@@ -149,23 +149,23 @@ def test_a_request_past_its_time_is_ended_and_told(stream: bool, serve) -> None:
     error = sse_data(answer.text)[-1]["error"] if stream else error_of(answer, 504)
     assert error["code"] == "deadline"
     wait_for(lambda: served.engine.stats().running == 0)
-    assert served.app.state.services.admission.active == 0
+    assert served.app.state.server.admission.active == 0
 
 
 def test_too_many_choices_for_the_queue_are_refused_together(serve) -> None:
     served = serve(queue_size=2)
 
     assert error_of(served.chat(n=8), 503)["code"] == "queue_full"
-    assert served.engine.stats().waiting == served.app.state.services.admission.active == 0
+    assert served.engine.stats().waiting == served.app.state.server.admission.active == 0
 
 
 def test_a_prompt_too_heavy_for_what_is_under_way_waits_outside(serve) -> None:
     served = serve(queue_tokens=100)
-    place = served.app.state.services.admission.enter(Caller("ann"))
-    place.weigh(90)
+    permit = served.app.state.server.admission.admit(Caller("ann"))
+    permit.take_tokens(90)
 
     error = error_of(served.chat("x" * 50), 503)
-    place.close()
+    permit.release()
 
     assert "<= 100 tokens may be under way, 90 are" in error["message"]
     assert served.chat("x" * 50).status_code == 200
@@ -205,7 +205,7 @@ def test_a_template_that_refuses_the_messages_is_quoted(serve) -> None:
 
 
 def test_a_body_that_never_comes_is_given_up(serve, monkeypatch) -> None:
-    monkeypatch.setattr("api.http.body.BODY_S", 0.05)
+    monkeypatch.setattr("api.http.connection.BODY_S", 0.05)
     served = serve()
 
     async def ask() -> int:
@@ -231,7 +231,7 @@ def test_a_body_that_never_comes_is_given_up(serve, monkeypatch) -> None:
         return statuses[0]
 
     assert asyncio.run(ask()) == 408
-    assert served.app.state.services.admission.active == 0
+    assert served.app.state.server.admission.active == 0
 
 
 def test_a_mistake_of_our_own_is_a_500_without_details(serve) -> None:
@@ -272,7 +272,7 @@ def test_a_drain_that_runs_out_is_an_error_event(serve) -> None:
 
 
 def test_while_a_stream_waits_it_tells_its_place_in_the_queue(serve, monkeypatch) -> None:
-    monkeypatch.setattr("api.routes.sse.HEARTBEAT_S", 0.01)
+    monkeypatch.setattr("api.requests.handler.HEARTBEAT_S", 0.01)
     served = serve()
     blocker = threading.Thread(target=served.chat, args=("HANG",))
     blocker.start()

@@ -88,4 +88,4 @@ def test_it_still_answers_afterwards() -> None:
     answer = SERVED.chat("hello", max_tokens=40)
 
     assert answer.json()["choices"][0]["message"]["content"] == "I see 0 pictures. hello"
-    assert SERVED.app.state.services.admission.active == SERVED.app.state.services.admission.tokens == 0
+    assert SERVED.app.state.server.admission.active == SERVED.app.state.server.admission.tokens == 0

@@ -55,7 +55,7 @@ def rush(url: str, seed: int, wrong: list[str]) -> None:
 
 def test_load_with_random_aborts_leaves_nothing_behind(listening) -> None:
     served, url = listening
-    admission = served.app.state.services.admission
+    admission = served.app.state.server.admission
     wrong: list[str] = []
     counted: list[int] = []
     for turn in range(3):

@@ -1,12 +1,12 @@
-"""Faults on order, for `health_check.py drill`. Nothing of this exists unless GLM_TEST_FAULTS is on.
+"""Fault injection for `health_check.py drill`. Nothing of this is active unless GLM_TEST_FAULTS is on.
 
-`logs/api.fault` holds one order: {"fault": NAME, "seconds": S, "pid": PID}. With a pid only that process obeys, so
-the one that is started in its place is sound again. Names:
+`logs/api.fault` names one fault: {"fault": NAME, "seconds": S, "pid": PID}. With a pid only that process is affected,
+so the one that is started in its place is sound again. Names:
 
     hang-step     the next step of the engine never ends
     slow-step     the next step takes S seconds, once
     kill-engine   the next step loses the device
-    blind         every step that looks at a picture raises
+    blind         every step that encodes an image raises
     block-loop    the event loop stands still for S seconds
     slow-start    loading takes S seconds longer
     crash-start   the process ends as soon as it is started
@@ -27,8 +27,8 @@ from typing import Any
 from api.engine.loaded_model import Model
 
 FILE_NAME = "api.fault"
-STEPS = frozenset({"encode", "compute"})  # of the runner: a slice of the vision tower, a batch of tokens
-PICTURE_STEP = "encode"
+STEPS = frozenset({"encode", "compute"})  # methods of the runner: a slice of an image, a batch of tokens
+IMAGE_STEP = "encode"
 POLL_S = 0.2
 
 
@@ -36,12 +36,12 @@ class DeviceLost(RuntimeError):
     """Stands for a CUDA error."""
 
 
-class Faults:
+class FaultInjection:
     def __init__(self, log_dir: Path) -> None:
         self._path = log_dir / FILE_NAME
 
-    def order(self) -> tuple[str, float]:
-        """The fault that this process is told to have now; ("", 0) for none."""
+    def active(self) -> tuple[str, float]:
+        """The fault that this process is to have now, and its seconds; ("", 0) for none."""
         try:
             raw = json.loads(self._path.read_text(encoding="utf-8"))
             if raw.get("pid") not in (None, os.getpid()):
@@ -51,16 +51,16 @@ class Faults:
             return "", 0.0
 
     def at_start(self) -> None:
-        fault, seconds = self.order()
+        fault, seconds = self.active()
         if fault == "slow-start":
             time.sleep(seconds)
 
     def wrap(self, model: Model) -> Model:
-        return replace(model, runner=_Haunted(model.runner, self))
+        return replace(model, runner=_FaultyRunner(model.runner, self))
 
-    def before(self, work: str) -> None:
+    def before_step(self, step: str) -> None:
         """Called in the engine thread before each step."""
-        fault, seconds = self.order()
+        fault, seconds = self.active()
         if fault == "hang-step":
             while True:  # nothing but the end of the process ends this, like a kernel that never returns
                 time.sleep(3600)
@@ -68,29 +68,30 @@ class Faults:
             self._path.unlink(missing_ok=True)
             time.sleep(seconds)
         if fault == "kill-engine":
-            raise DeviceLost("told to lose the device (GLM_TEST_FAULTS)")
-        if fault == "blind" and work == PICTURE_STEP:
-            raise ValueError("told to be blind (GLM_TEST_FAULTS)")
+            raise DeviceLost("fault injection: the device is lost (GLM_TEST_FAULTS)")
+        if fault == "blind" and step == IMAGE_STEP:
+            raise ValueError("fault injection: images cannot be encoded (GLM_TEST_FAULTS)")
 
-    async def haunt_loop(self) -> None:
+    async def watch_loop(self) -> None:
+        """Blocks the event loop when told to; runs until it is cancelled."""
         while True:
             await asyncio.sleep(POLL_S)
-            fault, seconds = self.order()
+            fault, seconds = self.active()
             if fault == "block-loop":
                 with contextlib.suppress(OSError):
                     self._path.unlink()
                 time.sleep(seconds)
 
 
-class _Haunted:
-    """The runner, with an order looked for before each of its steps."""
+class _FaultyRunner:
+    """The runner, with the active fault applied before each of its steps."""
 
-    def __init__(self, runner: Any, faults: Faults) -> None:
+    def __init__(self, runner: Any, faults: FaultInjection) -> None:
         self.__dict__.update(_runner=runner, _faults=faults)
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._runner, name)
-        return self._watched(name, value) if name in STEPS else value
+        return self._with_faults(name, value) if name in STEPS else value
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._runner, name, value)
@@ -98,9 +99,9 @@ class _Haunted:
     def failure(self, error: BaseException) -> Any:
         return "device" if isinstance(error, DeviceLost) else self._runner.failure(error)
 
-    def _watched(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _with_faults(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            self._faults.before(name)
+            self._faults.before_step(name)
             return function(*args, **kwargs)
 
         return call

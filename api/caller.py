@@ -1,0 +1,16 @@
+"""Who sends a request: the name of a key, for the log, the limits and the labels of metrics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Caller:
+    """`probe`: a health probe, which has permits and a thread of its own."""
+
+    name: str
+    probe: bool = False
+
+
+NOBODY = Caller("-")  # where no key is set
