@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 def create_app(settings: Settings, engine: Engine) -> FastAPI:
-    admission = Admission(settings, lambda: engine.stats().slots)
+    admission = Admission(settings, engine.slots)
     metrics = Metrics(engine, admission.load, lambda: heartbeat.pulse.loop_lag_s)
     heartbeat = Heartbeat(engine, settings.log_dir, settings.stall_s, settings.check_silent_s, metrics.success_age_s)
     prompts, grammars = PromptBuilder(settings, Fetcher.of(settings)), Grammars()

@@ -78,6 +78,10 @@ class Engine:
         """How many it has made; one late does no harm."""
         return self._steps
 
+    def slots(self) -> int:
+        """Requests that it computes at once."""
+        return self._scheduler.slots
+
     def submit(self, request: Request, deliver: Callable[[Event], None]) -> None:
         """Queue a request. `deliver` is called in the engine thread, last with Done or Failed.
 

@@ -47,6 +47,8 @@ class Grammars:
 
         Raises the 400 error for a schema that cannot be enforced.
         """
+        if chat.answer_schema is None and not chat.active_tools:
+            return [None] * chat.choices
         form = answer_form(chat, starts_thinking)
         if form.is_free:
             return [None] * chat.choices
