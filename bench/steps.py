@@ -101,8 +101,6 @@ def main() -> int:
         config = EngineConfig(model=str(folder), dtype=given.dtype, device="cpu", kernels=kernels, kv_cache_bytes=2**29)
         model = load(config, lambda fraction: None)
         model.runner.warm_up()
-        while model.facts["kernels"] == "compiling":
-            time.sleep(0.25)
         models[model.facts["kernels"]] = model
     print(f"kernels: {model.facts['kernels']}, {model.facts['choices']['kernels']}")
     for rows in (1, 4, 13, 16, 32, 512):
@@ -141,12 +139,12 @@ def products(model: Model, rows: int) -> Callable[[], None]:
 
 
 def picture(model: Model) -> Callable[[], None]:
-    tower: VisionEncoder = model.runner._vision_encoder  # type: ignore[attr-defined]
-    patches = torch.randn(PICTURE[1] * PICTURE[2], tower.patch_size)
+    encoder: VisionEncoder = model.runner._vision_encoder  # type: ignore[attr-defined]
+    patches = torch.randn(PICTURE[1] * PICTURE[2], encoder.patch_size)
 
     @torch.inference_mode()
     def work() -> None:
-        tower.advance(tower.begin(patches, PICTURE), float("inf"))
+        encoder.advance(encoder.begin(patches, PICTURE), float("inf"))
 
     return work
 

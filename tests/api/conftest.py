@@ -12,12 +12,12 @@ from served import KEY, Served, wait_for
 from server_process import WAIT_S, Server, free_port
 
 from api.engine.engine import Engine
-from api.engine.kernels import build as kernels
+from api.engine.kernels import build
 from api.engine.loaded_model import Model
 from settings import Settings
 
 # Nothing is compiled for a processor that does not fit.
-collect_ignore = [] if kernels.fit_processor() else ["server/test_compiled_server.py"]
+collect_ignore = [] if build.fit_processor() else ["server/test_compiled_server.py"]
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Callable[..., Served]]:

@@ -1,5 +1,5 @@
 // Attention in bfloat16 with the products of products.h: the keys of a head are the weights that queries are multiplied
-// with, its values the weights that the chances are multiplied with.
+// with, its values the weights that the probabilities are multiplied with.
 
 #pragma once
 
@@ -8,9 +8,9 @@
 namespace glm {
 
 constexpr int64_t PAGE = 16;           // tokens in a page of the KV cache
-constexpr int64_t MOST_DIM = 256;      // of a head
-constexpr int64_t AHEAD = 32;          // tokens whose keys and values are fetched: they lie too far apart to be foreseen
-constexpr int64_t QUERIES_EACH = 240;  // of one head that a thread takes at once
+constexpr int64_t MAX_DIM = 256;       // of a head
+constexpr int64_t AHEAD = 32;          // tokens whose keys and values are prefetched: the hardware cannot predict pages
+constexpr int64_t QUERIES_EACH = 240;  // of one head that a thread takes at a time
 
 struct Scores {
   void operator()(__m512 low, __m512 high, int64_t panel, int, float* row) const {
@@ -21,7 +21,7 @@ struct Scores {
 
 struct Mixture {
   int64_t dim;          // a head may end in the middle of a panel
-  const float* totals;  // of the chances of each row
+  const float* totals;  // of the probabilities of each row, before they are divided by it
   void operator()(__m512 low, __m512 high, int64_t panel, int r, bf16* row) const {
     const __m512 share = _mm512_set1_ps(1 / totals[r]);
     store(row + panel * PANEL, _mm512_mul_ps(low, share));
@@ -30,7 +30,7 @@ struct Mixture {
 };
 
 // 16 pairs of each of 16 rows, from `offset` on -> a line of 16 for each pair, PANEL apart.
-inline void turn_over(const bf16* const* rows, int64_t offset, uint32_t* to) {
+inline void transpose_pairs(const bf16* const* rows, int64_t offset, uint32_t* to) {
   __m512i r[16], t[16];
   for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(rows[i] + offset);
   for (int i = 0; i < 16; i += 2) {
@@ -56,23 +56,31 @@ inline void turn_over(const bf16* const* rows, int64_t offset, uint32_t* to) {
 }
 
 // What one thread needs for the keys and values of one head, and for a tile of queries.
-class Head {
+class HeadWorkspace {
  public:
-  explicit Head(int64_t dim) : dim_(dim), value_panels_((dim + PANEL - 1) / PANEL), scale_(1 / std::sqrt(float(dim))) {}
+  explicit HeadWorkspace(int64_t dim) : dim_(dim), value_panels_((dim + PANEL - 1) / PANEL), scale_(1 / std::sqrt(float(dim))) {}
 
   int64_t dim() const { return dim_; }
 
-  // key(t) and value(t) are [dim] each, for t from 0 to length.
+  // Makes room for `length` tokens, and for as many rotated keys if asked to. Nothing else here allocates.
+  void reserve(int64_t length, bool rotated) {
+    const int64_t room = (length + PANEL - 1) / PANEL * PANEL;
+    if (scores_.size() < static_cast<size_t>(TILE * room)) {
+      keys_.resize(room * dim_);
+      values_.resize(room * value_panels_ * PANEL);
+      scores_.resize(TILE * room);
+      probabilities_.resize(TILE * room);
+    }
+    if (rotated && rotated_.size() < static_cast<size_t>(length * dim_)) rotated_.resize(length * dim_);
+  }
+
+  bf16* rotated(int64_t token) { return rotated_.data() + token * dim_; }
+
+  // key(t) and value(t) are [dim] each, for t from 0 to length, which has been reserved.
   template <class Key, class Value>
   void read(int64_t length, const Key& key, const Value& value) {
     room_ = (length + PANEL - 1) / PANEL * PANEL;
-    if (scores_.size() < static_cast<size_t>(TILE * room_)) {
-      keys_.resize(room_ * dim_);
-      values_.resize(room_ * value_panels_ * PANEL);
-      scores_.resize(TILE * room_);
-      chances_.resize(TILE * room_);
-    }
-    alignas(64) static const bf16 nothing[MOST_DIM] = {};
+    alignas(64) static const bf16 nothing[MAX_DIM] = {};
     for (int64_t t = 0; t < room_; t += LANES) {
       for (int64_t i = t + AHEAD; i < std::min(t + AHEAD + LANES, length); ++i) {
         for (int64_t at = 0; at < dim_; at += 64 / sizeof(bf16)) {
@@ -85,7 +93,7 @@ class Head {
       uint32_t* to = reinterpret_cast<uint32_t*>(keys_.data()) + t / PANEL * PANEL * dim_ / 2 + t % PANEL;
       const int64_t pairs = dim_ / 2;
       if (pairs % LANES == 0) {
-        for (int64_t i = 0; i < pairs; i += LANES) turn_over(rows, 2 * i, to + i * PANEL);
+        for (int64_t i = 0; i < pairs; i += LANES) transpose_pairs(rows, 2 * i, to + i * PANEL);
       } else {
         for (int64_t i = 0; i < pairs; ++i)
           for (int64_t j = 0; j < LANES; ++j) std::memcpy(to + i * PANEL + j, rows[j] + 2 * i, sizeof(uint32_t));
@@ -99,7 +107,7 @@ class Head {
   void attend(const bf16* queries, int64_t rows, const int64_t* seen, bf16* out, int64_t width) {
     static constexpr auto score = by_rows<Scores, float>(std::make_integer_sequence<int, TILE>());
     static constexpr auto mix = by_rows<Mixture, bf16>(std::make_integer_sequence<int, TILE>());
-    alignas(64) bf16 ordered[TILE * MOST_DIM];
+    alignas(64) bf16 ordered[TILE * MAX_DIM];
     pack_rows(queries, rows, dim_, 0, 1, ordered);
     const int64_t panels = (*std::max_element(seen, seen + rows) + PANEL - 1) / PANEL;
     const Ahead nothing{reinterpret_cast<const char*>(ordered), 0};
@@ -109,7 +117,7 @@ class Head {
     float totals[TILE];
     for (int64_t r = 0; r < rows; ++r) totals[r] = softmax(scores_.data() + r * room_, seen[r], panels * PANEL, r, rows);
     for (int64_t panel = 0; panel < value_panels_; ++panel)
-      mix[rows - 1](values_.data() + panel * PANEL * room_, chances_.data(), panels * PANEL / 2, nullptr, true, true,
+      mix[rows - 1](values_.data() + panel * PANEL * room_, probabilities_.data(), panels * PANEL / 2, nullptr, true, true,
                     nothing, Mixture{dim_, totals}, panel, out, width);
   }
 
@@ -132,7 +140,7 @@ class Head {
     }
   }
 
-  // Row r of the scores becomes row r of the chances [room / 2][rows][2], not yet divided by their sum, which is returned.
+  // Row r of the scores becomes row r of the probabilities [room / 2][rows][2], not yet divided by their sum, which is returned.
   float softmax(const float* scores, int64_t seen, int64_t room, int64_t r, int64_t rows) {
     const __m512 none = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
     auto mask = [&](int64_t t) { return seen - t >= LANES ? __mmask16(-1) : __mmask16((1 << std::max<int64_t>(seen - t, 0)) - 1); };
@@ -140,7 +148,7 @@ class Head {
     for (int64_t t = 0; t < seen; t += LANES) most = _mm512_max_ps(most, _mm512_mask_loadu_ps(none, mask(t), scores + t));
     const __m512 scale = _mm512_set1_ps(scale_), least = _mm512_set1_ps(_mm512_reduce_max_ps(most) * scale_);
     __m512 total = _mm512_setzero_ps();
-    uint32_t* to = reinterpret_cast<uint32_t*>(chances_.data()) + r;
+    uint32_t* to = reinterpret_cast<uint32_t*>(probabilities_.data()) + r;
     for (int64_t t = 0; t < room; t += LANES) {
       const __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(scores + t), scale, least);
       const __m512 e = _mm512_maskz_mov_ps(mask(t), exponential(x));
@@ -156,34 +164,61 @@ class Head {
   float scale_;
   std::vector<bf16, Aligned<bf16>> keys_;     // as packed weights: [room / PANEL][dim / 2][PANEL][2]
   std::vector<bf16, Aligned<bf16>> values_;   // [value_panels][room / 2][PANEL][2]
-  std::vector<float> scores_;                 // [TILE][room]
-  std::vector<bf16, Aligned<bf16>> chances_;  // as pack_rows would leave them: [room / 2][rows][2]
+  std::vector<float> scores_;                       // [TILE][room]
+  std::vector<bf16, Aligned<bf16>> probabilities_;  // as pack_rows would leave them: [room / 2][rows][2]
+  std::vector<bf16> rotated_;                       // [tokens][dim]
 };
 
-// Each thread's own, so that its memory is taken only once.
-inline Head& head_of(int64_t dim) {
-  thread_local std::optional<Head> head;
-  if (!head || head->dim() != dim) head.emplace(dim);
-  return *head;
+// One for each thread of a parallel region, with room for `length` tokens. They belong to the calling thread and are
+// kept, so that their memory is taken only once.
+inline HeadWorkspace* workspaces(int64_t dim, int64_t length, bool rotated) {
+  thread_local std::vector<HeadWorkspace> kept;
+  if (kept.empty() || kept[0].dim() != dim) kept.clear();
+  const size_t threads = at::get_num_threads();
+  while (kept.size() < threads) kept.emplace_back(dim);
+  for (HeadWorkspace& workspace : kept) workspace.reserve(length, rotated);
+  return kept.data();
 }
 
-inline void check_head(int64_t dim) { TORCH_CHECK(dim % LANES == 0 && dim <= MOST_DIM, "attention: no heads of ", dim); }
+inline void check_head(int64_t dim) {
+  TORCH_CHECK(dim > 0 && dim % LANES == 0 && dim <= MAX_DIM, "attention: heads of ", dim, " are not supported");
+}
+
+// qkv [rows, heads + 2 * kv_heads, dim] and kv [tokens, 2 * kv_heads, dim].
+inline void check_qkv(const Tensor& qkv, const Tensor& kv, const char* operation) {
+  check_bf16(qkv, 3, operation, "qkv");
+  check_bf16(kv, 3, operation, "kv");
+  check_head(qkv.size(2));
+  check_size(kv, 2, qkv.size(2), operation, "kv");
+  const int64_t stored = kv.size(1), heads = qkv.size(1) - stored;
+  TORCH_CHECK(stored > 0 && stored % 2 == 0 && heads > 0 && heads % (stored / 2) == 0, operation, ": qkv ", qkv.sizes(),
+              " does not fit kv ", kv.sizes());
+}
 
 // One new token for each of several requests: qkv [rows, heads + 2 * kv_heads, dim], kv [tokens, 2 * kv_heads, dim],
 // pages [rows, pages], lengths [rows] in tokens -> [rows, heads * dim].
-inline Tensor attend_pages(const Tensor& qkv, const Tensor& kv, const Tensor& pages, const Tensor& lengths) {
+inline Tensor attend_decode(const Tensor& qkv, const Tensor& kv, const Tensor& pages, const Tensor& lengths) {
+  check_qkv(qkv, kv, "attend_decode");
+  check_tensor(pages, at::kLong, 2, "attend_decode", "pages");
+  check_tensor(lengths, at::kLong, 1, "attend_decode", "lengths");
   const int64_t rows = qkv.size(0), all = qkv.size(1), dim = qkv.size(2), stored = kv.size(1), kv_heads = stored / 2;
+  check_size(pages, 0, rows, "attend_decode", "pages");
+  check_size(lengths, 0, rows, "attend_decode", "lengths");
+  check_range(pages, 0, kv.size(0) / PAGE, "attend_decode", "pages");
+  check_range(lengths, 1, pages.size(1) * PAGE + 1, "attend_decode", "lengths");
   const int64_t heads = all - stored, shared = heads / kv_heads;
-  check_head(dim);
   Tensor out = at::empty({rows, heads * dim}, qkv.options());
+  if (!rows) return out;
   const bf16 *q = qkv.const_data_ptr<bf16>(), *pool = kv.const_data_ptr<bf16>();
   const int64_t *tables = pages.const_data_ptr<int64_t>(), *length = lengths.const_data_ptr<int64_t>();
   bf16* to = out.data_ptr<bf16>();
+  HeadWorkspace* const heads_of_threads = workspaces(dim, *std::max_element(length, length + rows), false);
+  const int64_t table_size = pages.size(1);
   std::atomic<int64_t> next{0};
-  together([&](int64_t, int64_t) {
-    Head& head = head_of(dim);
+  in_parallel([&](int64_t thread, int64_t) {
+    HeadWorkspace& head = heads_of_threads[thread];
     for (int64_t item; (item = next.fetch_add(1)) < rows * kv_heads;) {
-      const int64_t row = item / kv_heads, number = item % kv_heads, *table = tables + row * pages.size(1);
+      const int64_t row = item / kv_heads, number = item % kv_heads, *table = tables + row * table_size;
       auto key = [&](int64_t t) { return pool + ((table[t / PAGE] * PAGE + t % PAGE) * stored + number) * dim; };
       head.read(length[row], key, [&](int64_t t) { return key(t) + kv_heads * dim; });
       int64_t seen[TILE];
@@ -199,19 +234,24 @@ inline Tensor attend_pages(const Tensor& qkv, const Tensor& kv, const Tensor& pa
 
 // Tokens of one request that follow each other, as rows of qkv [rows, heads + 2 * kv_heads, dim]; the first sees
 // `first` + 1 tokens of kv [tokens, 2 * kv_heads, dim] in pages [pages] -> [rows, heads * dim].
-inline Tensor attend_chunk(const Tensor& qkv, const Tensor& kv, const Tensor& pages, int64_t first) {
+inline Tensor attend_prefill(const Tensor& qkv, const Tensor& kv, const Tensor& pages, int64_t first) {
+  check_qkv(qkv, kv, "attend_prefill");
+  check_tensor(pages, at::kLong, 1, "attend_prefill", "pages");
   const int64_t rows = qkv.size(0), all = qkv.size(1), dim = qkv.size(2), stored = kv.size(1), kv_heads = stored / 2;
+  check_range(pages, 0, kv.size(0) / PAGE, "attend_prefill", "pages");
+  TORCH_CHECK(first >= 0 && first + rows <= pages.size(0) * PAGE, "attend_prefill: ", first, " + ", rows, " tokens in ",
+              pages.size(0), " pages");
   const int64_t heads = all - stored, shared = heads / kv_heads;
-  check_head(dim);
   Tensor out = at::empty({rows, heads * dim}, qkv.options());
   const bf16 *q = qkv.const_data_ptr<bf16>(), *pool = kv.const_data_ptr<bf16>();
   const int64_t* table = pages.const_data_ptr<int64_t>();
   bf16* to = out.data_ptr<bf16>();
   const int64_t queries = rows * shared, blocks = (queries + QUERIES_EACH - 1) / QUERIES_EACH;
+  HeadWorkspace* const heads_of_threads = workspaces(dim, first + rows, false);
   std::atomic<int64_t> next{0};
-  together([&](int64_t, int64_t) {
-    Head& head = head_of(dim);
-    alignas(64) bf16 some[TILE * MOST_DIM], found[TILE * MOST_DIM];
+  in_parallel([&](int64_t thread, int64_t) {
+    HeadWorkspace& head = heads_of_threads[thread];
+    alignas(64) bf16 some[TILE * MAX_DIM], found[TILE * MAX_DIM];
     for (int64_t item; (item = next.fetch_add(1)) < blocks * kv_heads;) {
       const int64_t number = item % kv_heads, begin = item / kv_heads * QUERIES_EACH;
       const int64_t end = std::min(begin + QUERIES_EACH, queries);
@@ -220,15 +260,15 @@ inline Tensor attend_chunk(const Tensor& qkv, const Tensor& kv, const Tensor& pa
       for (int64_t start = begin; start < end; start += TILE) {
         const int64_t count = std::min(TILE, end - start);
         int64_t seen[TILE];
-        auto place = [&](int64_t i) { return std::pair{(start + i) / shared, number * shared + (start + i) % shared}; };
+        auto row_and_head = [&](int64_t i) { return std::pair{(start + i) / shared, number * shared + (start + i) % shared}; };
         for (int64_t i = 0; i < count; ++i) {
-          const auto [row, query_head] = place(i);
+          const auto [row, query_head] = row_and_head(i);
           std::copy_n(q + (row * all + query_head) * dim, dim, some + i * dim);
           seen[i] = first + row + 1;
         }
         head.attend(some, count, seen, found, dim);
         for (int64_t i = 0; i < count; ++i) {
-          const auto [row, query_head] = place(i);
+          const auto [row, query_head] = row_and_head(i);
           std::copy_n(found + i * dim, dim, to + (row * heads + query_head) * dim);
         }
       }
@@ -238,45 +278,54 @@ inline Tensor attend_chunk(const Tensor& qkv, const Tensor& kv, const Tensor& pa
 }
 
 // x * cos + (x with its halves swapped) * sin, in float32; the sign of the swapped half is in sin.
-inline void turn(const bf16* x, const float* cos, const float* sin, int64_t dim, bf16* to) {
-  alignas(64) bf16 swapped[MOST_DIM];
+inline void rotate(const bf16* x, const float* cos, const float* sin, int64_t dim, bf16* to) {
+  alignas(64) bf16 swapped[MAX_DIM];
   const int64_t half = dim / 2;
   std::memcpy(swapped, x + half, half * sizeof(bf16));
   std::memcpy(swapped + half, x, half * sizeof(bf16));
   for (int64_t i = 0; i < dim; i += LANES) {
-    const __m512 turned = _mm512_mul_ps(load(swapped + i), _mm512_loadu_ps(sin + i));
-    store(to + i, _mm512_fmadd_ps(load(x + i), _mm512_loadu_ps(cos + i), turned));
+    const __m512 rotated = _mm512_mul_ps(load(swapped + i), _mm512_loadu_ps(sin + i));
+    store(to + i, _mm512_fmadd_ps(load(x + i), _mm512_loadu_ps(cos + i), rotated));
   }
 }
 
-// Patches of an image, each seeing all of its frame: qkv [patches, 3 * heads * dim], cos and sin [patches, dim] in
+// Patches of an image, each attending to all of its frame: qkv [patches, 3 * heads * dim], cos and sin [patches, dim] in
 // float32 -> [patches, heads * dim].
 inline Tensor attend_image(const Tensor& qkv, const Tensor& cos, const Tensor& sin, int64_t frames, int64_t heads) {
-  const int64_t patches = qkv.size(0), width = qkv.size(1) / 3, dim = width / heads, each = patches / frames;
+  check_bf16(qkv, 2, "attend_image", "qkv");
+  const int64_t patches = qkv.size(0), width = qkv.size(1) / 3;
+  TORCH_CHECK(frames > 0 && heads > 0 && patches % frames == 0 && qkv.size(1) % (3 * heads) == 0, "attend_image: qkv ",
+              qkv.sizes(), " does not fit ", frames, " frames and ", heads, " heads");
+  const int64_t dim = width / heads, each = patches / frames;
   check_head(dim);
+  for (const Tensor* table : {&cos, &sin}) {
+    check_tensor(*table, at::kFloat, 2, "attend_image", "cos and sin");
+    check_size(*table, 0, patches, "attend_image", "cos and sin");
+    check_size(*table, 1, dim, "attend_image", "cos and sin");
+  }
   Tensor out = at::empty({patches, width}, qkv.options());
   const bf16* from = qkv.const_data_ptr<bf16>();
   const float *c = cos.const_data_ptr<float>(), *s = sin.const_data_ptr<float>();
   bf16* to = out.data_ptr<bf16>();
   const int64_t blocks = (each + QUERIES_EACH - 1) / QUERIES_EACH;
+  HeadWorkspace* const heads_of_threads = workspaces(dim, each, true);
   std::atomic<int64_t> next{0};
-  together([&](int64_t, int64_t) {
-    Head& head = head_of(dim);
-    std::vector<bf16> keys(each * dim);
-    alignas(64) bf16 queries[TILE * MOST_DIM];
+  in_parallel([&](int64_t thread, int64_t) {
+    HeadWorkspace& head = heads_of_threads[thread];
+    alignas(64) bf16 queries[TILE * MAX_DIM];
     int64_t seen[TILE];
     std::fill_n(seen, TILE, each);
     for (int64_t item; (item = next.fetch_add(1)) < frames * heads * blocks;) {
       const int64_t block = item % blocks, number = item / blocks % heads, start = item / blocks / heads * each;
       auto row = [&](int64_t t, int64_t part) { return from + ((start + t) * 3 + part) * width + number * dim; };
-      for (int64_t t = 0; t < each; ++t) turn(row(t, 1), c + (start + t) * dim, s + (start + t) * dim, dim, keys.data() + t * dim);
-      head.read(each, [&](int64_t t) { return keys.data() + t * dim; }, [&](int64_t t) { return row(t, 2); });
+      for (int64_t t = 0; t < each; ++t) rotate(row(t, 1), c + (start + t) * dim, s + (start + t) * dim, dim, head.rotated(t));
+      head.read(each, [&](int64_t t) { return head.rotated(t); }, [&](int64_t t) { return row(t, 2); });
       const int64_t end = std::min((block + 1) * QUERIES_EACH, each);
       for (int64_t first = block * QUERIES_EACH; first < end; first += TILE) {
         const int64_t count = std::min(TILE, end - first);
         for (int64_t i = 0; i < count; ++i) {
           const int64_t patch = start + first + i;
-          turn(row(first + i, 0), c + patch * dim, s + patch * dim, dim, queries + i * dim);
+          rotate(row(first + i, 0), c + patch * dim, s + patch * dim, dim, queries + i * dim);
         }
         head.attend(queries, count, seen, to + (start + first) * width + number * dim, width);
       }

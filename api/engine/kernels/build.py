@@ -1,73 +1,43 @@
-"""Matrix products, attention and the operations between them compiled for this machine's CPU, where there is a compiler.
+"""Compiles the operations for this machine's CPU, has them tried out in a child process, and keeps what was found.
 
-kernels.cpp is compiled in the background while the server starts and answers with torch's operations, tried
-against those, and then used. What was compiled is kept for the next start under a name that says for which
-source, torch and processor it is. Nothing here can stop a server: where it fails, torch goes on.
+A library is kept in a cache folder under a name that says for which source, torch and processor it is, and beside it
+whether it computed what torch computes. So a library that ends the child, hangs or computes something else is tried once
+and never loaded by a server. Whatever fails here raises KernelError, and the server computes with torch.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
+import sys
 import tempfile
 import threading
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from api.engine.loading.placement import Selection
-from api.engine.model.linear import Linear
-from api.engine.model.operations import AttentionMetadata, Operations, TorchOperations
-
-logger = logging.getLogger(__name__)
-
-SOURCE, *HEADERS = (Path(__file__).with_name(name) for name in ("kernels.cpp", "attention.h", "products.h"))
+SOURCE = Path(__file__).with_name("kernels.cpp")
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("attention.h", "checks.h", "products.h"))
+PROJECT = Path(__file__).resolve().parents[3]
 # What kernels.cpp is written for.
 PAGE_TOKENS = 16
 HEAD_DIMS = range(16, 257, 16)
+TARGET = ("-march=native",)
 FLAGS = (
-    "-std=c++20", "-O3", "-march=native", "-mprefer-vector-width=512", "-ffast-math", "-fopenmp", "-fPIC",
-    "-DAT_PARALLEL_OPENMP=1",
+    "-std=c++20", "-O3", "-mprefer-vector-width=512", "-ffast-math", "-fopenmp", "-fPIC", "-DAT_PARALLEL_OPENMP=1",
 )  # fmt: skip
 COMPILE_LIMIT_S = 600.0
-TOLERANCE = 0.05  # of numbers about 1, in bfloat16
+TRIAL_LIMIT_S = 120.0
 
 
 class KernelError(RuntimeError):
-    """There will be no compiled operations; the message says why."""
-
-
-class CompiledOperations:
-    needs_masks = False
-
-    def add_norm(
-        self, x: torch.Tensor, part: torch.Tensor, after: torch.Tensor, before: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.ops.glm.add_norm(x, part, after, before, eps)
-
-    def rotate_store(
-        self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kv: torch.Tensor, places: torch.Tensor
-    ) -> torch.Tensor:
-        torch.ops.glm.rotate_store(qkv, cos, sin, kv, places)
-        return qkv
-
-    def attend_single(self, qkv: torch.Tensor, kv: torch.Tensor, group: AttentionMetadata) -> torch.Tensor:
-        return torch.ops.glm.attend_pages(qkv, kv, group.pages, group.lengths)
-
-    def attend_chunk(self, qkv: torch.Tensor, kv: torch.Tensor, group: AttentionMetadata) -> torch.Tensor:
-        return torch.ops.glm.attend_chunk(qkv, kv, group.pages, group.first)
-
-    def attend_image(
-        self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, frames: int, heads: int
-    ) -> torch.Tensor:
-        return torch.ops.glm.attend_image(qkv, cos, sin, frames, heads)
+    """There are no compiled operations; the message says why."""
 
 
 def fit_processor() -> bool:
@@ -76,13 +46,13 @@ def fit_processor() -> bool:
 
 
 def multiplies() -> bool:
-    """Whether the products are faster than oneDNN's: not with AMX, which only that knows."""
+    """Whether the products are faster than oneDNN's: not with AMX, which only oneDNN uses."""
     return fit_processor() and "amx_bf16" not in _processor()
 
 
-def obstacle(device: torch.device, dtype: torch.dtype, page_tokens: int, head_dims: tuple[int, ...]) -> str | None:
-    """Why the kernels cannot be used there, or None."""
-    if device.type != "cpu":
+def obstacle(device: str, dtype: torch.dtype, page_tokens: int, head_dims: tuple[int, ...]) -> str | None:
+    """Why the kernels cannot be used for a model, or None."""
+    if device != "cpu":
         return "for the CPU only"
     if dtype != torch.bfloat16:
         return f"for bfloat16 only, and this is {str(dtype).removeprefix('torch.')}"
@@ -93,27 +63,34 @@ def obstacle(device: torch.device, dtype: torch.dtype, page_tokens: int, head_di
     return None
 
 
-def prepare(use: Callable[[Operations], None], tell: Callable[[Selection], None], folder: Path | None = None) -> None:
-    """Compile in a thread of its own, then `use` the operations; `tell` says each time what is in use and why."""
-    tell(Selection("compiling", "torch computes meanwhile"))
-    threading.Thread(target=_prepare, args=(use, tell, folder), name="compile", daemon=True).start()
-
-
-def _prepare(use: Callable[[Operations], None], tell: Callable[[Selection], None], folder: Path | None) -> None:
-    try:
-        library = compiled(folder or cache_folder())
-        torch.ops.load_library(str(library))
-        _try_out(CompiledOperations())
-        use(CompiledOperations())  # may fail for want of memory; what is in use by then goes on
-    except (KernelError, OSError, RuntimeError, MemoryError) as error:
-        choice = Selection("torch", f"no compiled operations: {error}")
-    else:
-        choice = Selection("compiled", str(library))
-    tell(choice)
-
-
 def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "glm-web"
+
+
+class PendingLibrary:
+    """Compiles and tries a library in a thread of its own, while weights are loaded."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder or cache_folder()
+        self._library: Path | None = None
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="compile", daemon=True)
+        self._thread.start()
+
+    def wait(self, limit_s: float) -> Path:
+        """The library, tried. Raises KernelError if there is none, or none yet; then it goes on for the next start."""
+        self._thread.join(limit_s)
+        if self._thread.is_alive():
+            raise KernelError(f"compiling takes longer than {limit_s:g} s; the next start will use them")
+        if self._library is None:
+            raise KernelError(str(self._error))
+        return self._library
+
+    def _run(self) -> None:
+        try:
+            self._library = tried(compiled(self._folder))
+        except (KernelError, OSError) as error:
+            self._error = error
 
 
 def compiled(folder: Path) -> Path:
@@ -126,11 +103,40 @@ def compiled(folder: Path) -> Path:
     torch_folder = Path(torch.__file__).parent
     with tempfile.TemporaryDirectory(dir=folder) as work:
         made = Path(work) / library.name
-        _run([compiler, *FLAGS, f"-I{torch_folder / 'include'}", "-c", str(SOURCE), "-o", f"{made}.o"])
+        _run([compiler, *FLAGS, *TARGET, f"-I{torch_folder / 'include'}", "-c", str(SOURCE), "-o", f"{made}.o"])
         # Not linked with -fopenmp: torch brings the one OpenMP runtime whose threads both must share.
         _run([compiler, "-shared", f"{made}.o", "-o", str(made), f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"])
         made.replace(library)
     return library
+
+
+def tried(library: Path) -> Path:
+    """The library, once a child process has compared it with torch; what was found is kept beside it.
+
+    Raises KernelError if it did not pass, now or at an earlier start, and OSError.
+    """
+    found = library.with_suffix(".trial")  # empty: it passed; else why it did not
+    if not found.is_file():
+        unfinished = library.with_suffix(f".trial-{os.getpid()}")
+        unfinished.write_text(_try_in_child(library), "utf-8")
+        unfinished.replace(found)
+    if reason := found.read_text("utf-8"):
+        raise KernelError(f"{reason} (remove {found} to try again)")
+    return library
+
+
+def _try_in_child(library: Path) -> str:
+    """Why a library must not be loaded, or an empty string."""
+    command = [sys.executable, "-m", "api.engine.kernels.trial", str(library)]
+    try:
+        done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=TRIAL_LIMIT_S, check=False)
+    except subprocess.TimeoutExpired:
+        return f"the compiled operations did not finish their trial within {TRIAL_LIMIT_S:g} s"
+    if done.returncode < 0:
+        return f"the compiled operations ended their trial with {signal.Signals(-done.returncode).name}"
+    if done.returncode:
+        return (done.stdout.strip() or done.stderr.strip() or "the trial failed without a message").splitlines()[-1][:300]
+    return ""
 
 
 def _compiler() -> str:
@@ -151,64 +157,15 @@ def _processor() -> str:
 
 def _fingerprint(compiler: str) -> str:
     sources = (file.read_text("utf-8") for file in (SOURCE, *HEADERS))
-    parts = (*sources, torch.__version__, compiler, " ".join(FLAGS), _processor())
+    parts = (*sources, torch.__version__, compiler, " ".join((*FLAGS, *TARGET)), _processor())
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=8).hexdigest()
 
 
 def _run(command: list[str]) -> None:
-    try:  # the answers of a server that has started already come first
+    try:  # loading the weights comes first
         done = subprocess.run(["nice", *command], capture_output=True, text=True, timeout=COMPILE_LIMIT_S, check=False)
     except subprocess.TimeoutExpired:
         raise KernelError(f"{command[0]} took longer than {COMPILE_LIMIT_S:g} s") from None
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
-        raise KernelError(f"{command[0]} ended with code {done.returncode}: {said[0] if said else 'no message'}")
-
-
-@torch.inference_mode()
-def _try_out(own: Operations) -> None:
-    """Compare with torch on a few numbers: a miscompiled library must not answer anybody."""
-    theirs = TorchOperations(PAGE_TOKENS)
-    numbers = torch.Generator().manual_seed(46)
-
-    def some(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=numbers).to(torch.bfloat16)
-
-    rows, kv_heads, shared, dim = 5, 2, 5, 64
-    x, part, after, before = some(rows, 96), some(rows, 96), some(96), some(96)
-    qkv, kv = some(rows, kv_heads * (shared + 2), dim), some(8 * PAGE_TOKENS, 2 * kv_heads, dim)
-    patches = some(10, 96)
-    cos, sin, places = some(*qkv.shape), some(*qkv.shape), torch.arange(rows) * 7
-    cos[:, -kv_heads:], sin[:, -kv_heads:] = 1, 0  # values are not turned
-    lengths = torch.tensor([1, 16, 17, 40, 48])
-    hidden = torch.where(torch.arange(48) < lengths[:, None], 0.0, -torch.inf).to(torch.bfloat16)
-    singles = AttentionMetadata(0, rows, torch.arange(15).view(rows, 3) % 8, hidden[:, None, None], lengths)
-    later = torch.where(torch.arange(48) <= torch.arange(40, 40 + rows)[:, None], 0.0, -torch.inf).to(torch.bfloat16)
-    chunk = AttentionMetadata(0, rows, torch.tensor([5, 0, 3]), later, first=40)
-    turns = some(10, 16).float(), some(10, 16).float()
-    for name in ("add_norm", "rotate_store", "attend_single", "attend_chunk", "attend_image"):
-        found = []
-        for operations in (own, theirs):
-            stored = kv.clone()
-            arguments = {
-                "add_norm": (x, part, after, before, 1e-5),
-                "rotate_store": (qkv.clone(), cos, sin, stored, places),
-                "attend_single": (qkv, stored, singles),
-                "attend_chunk": (qkv, stored, chunk),
-                "attend_image": (patches, *turns, 2, 2),
-            }[name]
-            result = getattr(operations, name)(*arguments)
-            found.append([*(result if isinstance(result, tuple) else [result]), stored])
-        _compare(name, *found)
-    if multiplies():
-        for gated in (False, True):
-            linear = Linear(some(64, 96), None if gated else some(64), gated)
-            wanted = linear(x)
-            linear.pack()
-            _compare("product", [linear(x)], [wanted])
-
-
-def _compare(name: str, found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
-    for ours, theirs in zip(found, wanted, strict=True):
-        if not torch.allclose(ours.float(), theirs.float(), rtol=TOLERANCE, atol=TOLERANCE):
-            raise KernelError(f"{name} computes something else than torch")
+        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+        raise KernelError(f"{command[0]} ended with code {done.returncode}: {lines[0] if lines else 'no message'}")

@@ -1,16 +1,14 @@
-// What a model computes, in bfloat16 on a CPU with AVX512_BF16: matrix products and attention by that instruction, and
+// What a model computes, in bfloat16 on a CPU with AVX512_BF16: matrix products and attention with that instruction, and
 // the small operations between them each in one sweep over its rows, where torch needs several, so that the threads
 // which multiply do not fall asleep in between.
 //
-// Compiled and called by kernels.py. Numbers are computed in float32 and rounded where torch rounds them.
+// Compiled by build.py, called by operations.py. Numbers are computed in float32 and rounded where torch rounds them.
+// Arguments are checked before anything is computed (checks.h); no parallel region allocates memory or throws.
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <c10/util/BFloat16.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -21,6 +19,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "checks.h"
 #include "products.h"
 
 namespace {
@@ -50,9 +49,16 @@ inline float norm_scale(float squares, int64_t size, double eps) {
   return 1 / std::sqrt(squares / size + static_cast<float>(eps));
 }
 
+void check_norm(const Tensor& weight, int64_t size, const char* operation) {
+  glm::check_bf16(weight, 1, operation, "the norm's weight");
+  glm::check_size(weight, 0, size, operation, "the norm's weight");
+}
+
 // rms_norm(x, weight) of x [rows, size]: what torch needs several sweeps for.
 Tensor norm(const Tensor& x, const Tensor& weight, double eps) {
+  glm::check_bf16(x, 2, "norm", "x");
   const int64_t size = x.size(1);
+  check_norm(weight, size, "norm");
   Tensor normed = at::empty_like(x);
   const bf16 *from = x.const_data_ptr<bf16>(), *weights = weight.const_data_ptr<bf16>();
   bf16* to = normed.data_ptr<bf16>();
@@ -69,81 +75,100 @@ Tensor norm(const Tensor& x, const Tensor& weight, double eps) {
   return normed;
 }
 
-// sum = x + rms_norm(part, after), normed = rms_norm(sum, before); x and part [rows, size].
-std::tuple<Tensor, Tensor> add_norm(const Tensor& x, const Tensor& part, const Tensor& after, const Tensor& before,
-                                    double eps) {
+// sum = x + rms_norm(delta, delta_norm), normed = rms_norm(sum, next_norm); x and delta [rows, size].
+std::tuple<Tensor, Tensor> add_norm(const Tensor& x, const Tensor& delta, const Tensor& delta_norm,
+                                    const Tensor& next_norm, double eps) {
+  glm::check_bf16(x, 2, "add_norm", "x");
+  glm::check_bf16(delta, 2, "add_norm", "delta");
   const int64_t rows = x.size(0), size = x.size(1);
+  glm::check_size(delta, 0, rows, "add_norm", "delta");
+  glm::check_size(delta, 1, size, "add_norm", "delta");
+  check_norm(delta_norm, size, "add_norm");
+  check_norm(next_norm, size, "add_norm");
   Tensor sum = at::empty_like(x), normed = at::empty_like(x);
-  const bf16 *xs = x.const_data_ptr<bf16>(), *parts = part.const_data_ptr<bf16>();
-  const bf16 *after_weight = after.const_data_ptr<bf16>(), *before_weight = before.const_data_ptr<bf16>();
+  const bf16 *xs = x.const_data_ptr<bf16>(), *deltas = delta.const_data_ptr<bf16>();
+  const bf16 *delta_weight = delta_norm.const_data_ptr<bf16>(), *next_weight = next_norm.const_data_ptr<bf16>();
   bf16 *sums = sum.data_ptr<bf16>(), *norms = normed.data_ptr<bf16>();
   at::parallel_for(0, rows, ROWS_EACH, [&](int64_t begin, int64_t end) {
     for (int64_t at = begin * size; at < end * size; at += size) {
-      const bf16 *__restrict p = parts + at, *__restrict r = xs + at;
+      const bf16 *__restrict d = deltas + at, *__restrict r = xs + at;
       bf16 *__restrict s = sums + at, *__restrict n = norms + at;
       float squares = 0;
-      for (int64_t i = 0; i < size; ++i) squares += wide(p[i]) * wide(p[i]);
-      const float after_scale = norm_scale(squares, size, eps);
+      for (int64_t i = 0; i < size; ++i) squares += wide(d[i]) * wide(d[i]);
+      const float delta_scale = norm_scale(squares, size, eps);
       squares = 0;
       for (int64_t i = 0; i < size; ++i) {
-        s[i] = narrow(wide(r[i]) + rounded(wide(p[i]) * after_scale * wide(after_weight[i])));
+        s[i] = narrow(wide(r[i]) + rounded(wide(d[i]) * delta_scale * wide(delta_weight[i])));
         squares += wide(s[i]) * wide(s[i]);
       }
-      const float before_scale = norm_scale(squares, size, eps);
-      for (int64_t i = 0; i < size; ++i) n[i] = narrow(wide(s[i]) * before_scale * wide(before_weight[i]));
+      const float next_scale = norm_scale(squares, size, eps);
+      for (int64_t i = 0; i < size; ++i) n[i] = narrow(wide(s[i]) * next_scale * wide(next_weight[i]));
     }
   });
   return {sum, normed};
 }
 
-// Turn queries and keys of qkv [rows, heads + 2 * kv_heads, dim] where they are, and copy keys and values to `places`
-// of kv [tokens, 2 * kv_heads, dim]. cos and sin [rows, heads + 2 * kv_heads, dim]; the sign of the swapped half is in sin.
-void rotate_store(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Tensor& kv, const Tensor& places) {
+// Rotate queries and keys of qkv [rows, heads + 2 * kv_heads, dim] in place, and copy keys and values to the rows
+// `slot_mapping` of kv [tokens, 2 * kv_heads, dim]. cos and sin [rows, heads + 2 * kv_heads, dim]; the sign of the swapped half is in sin.
+void rotate_store(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Tensor& kv, const Tensor& slot_mapping) {
+  glm::check_qkv(qkv, kv, "rotate_store");
+  for (const Tensor* table : {&cos, &sin}) {
+    glm::check_bf16(*table, 3, "rotate_store", "cos and sin");
+    TORCH_CHECK(table->sizes() == qkv.sizes(), "rotate_store: cos and sin must be ", qkv.sizes(), ". Given: ", table->sizes());
+  }
+  glm::check_tensor(slot_mapping, at::kLong, 1, "rotate_store", "slot_mapping");
+  glm::check_size(slot_mapping, 0, qkv.size(0), "rotate_store", "slot_mapping");
+  glm::check_range(slot_mapping, 0, kv.size(0), "rotate_store", "slot_mapping");
   const int64_t rows = qkv.size(0), heads = qkv.size(1), dim = qkv.size(2), half = dim / 2, stored = kv.size(1);
-  const int64_t turned = heads - stored / 2;
+  const int64_t rotated = heads - stored / 2;
   bf16 *x = qkv.data_ptr<bf16>(), *pool = kv.data_ptr<bf16>();
   const bf16 *all_cos = cos.const_data_ptr<bf16>(), *all_sin = sin.const_data_ptr<bf16>();
-  const int64_t* place = places.const_data_ptr<int64_t>();
+  const int64_t* slots = slot_mapping.const_data_ptr<int64_t>();
   at::parallel_for(0, rows, ROWS_EACH, [&](int64_t begin, int64_t end) {
-    float swapped[glm::MOST_DIM];
+    float swapped[glm::MAX_DIM];
     for (int64_t row = begin; row < end; ++row) {
-      for (int64_t at = row * heads * dim; at < (row * heads + turned) * dim; at += dim) {
+      for (int64_t at = row * heads * dim; at < (row * heads + rotated) * dim; at += dim) {
         bf16* __restrict h = x + at;
         const bf16 *__restrict c = all_cos + at, *__restrict s = all_sin + at;
         for (int64_t i = 0; i < half; ++i) swapped[i] = wide(h[i + half]);
         for (int64_t i = 0; i < half; ++i) swapped[i + half] = wide(h[i]);
         for (int64_t i = 0; i < dim; ++i) h[i] = narrow(rounded(wide(h[i]) * wide(c[i])) + swapped[i] * wide(s[i]));
       }
-      std::copy_n(x + (row + 1) * heads * dim - stored * dim, stored * dim, pool + place[row] * stored * dim);
+      std::copy_n(x + (row + 1) * heads * dim - stored * dim, stored * dim, pool + slots[row] * stored * dim);
     }
   });
 }
 
-// All layers of the text model at once: what Decoder.run does, without Python in between, which the threads that serve
-// HTTP would make wait. `weights` are nine for each layer, in the order of their use; groups of rows end at `ends`, and
-// those without `lengths` are parts of prompts. -> the normed rows that are `wanted` [rows, hidden].
+// All layers of the text model at once: what Decoder.run does, without Python in between, which would wait for the
+// threads that serve HTTP. `weights` are nine for each layer, in the order of their use; groups of rows that attend alike
+// end at `ends`, and those without `lengths` are parts of prompts. -> the normed rows `logits_indices` [rows, hidden].
 Tensor run_layers(const Tensor& inputs, const Tensor& first_norm, at::TensorList weights, at::TensorList kv,
-                  const Tensor& cos, const Tensor& sin, const Tensor& places, at::IntArrayRef ends, at::TensorList pages,
-                  at::TensorList lengths, at::IntArrayRef firsts, const std::optional<Tensor>& wanted, double eps) {
+                  const Tensor& cos, const Tensor& sin, const Tensor& slot_mapping, at::IntArrayRef ends,
+                  at::TensorList pages, at::TensorList lengths, at::IntArrayRef firsts,
+                  const std::optional<Tensor>& logits_indices, double eps) {
+  TORCH_CHECK(weights.size() == 9 * kv.size(), "run_layers: ", weights.size(), " weights for ", kv.size(), " layers");
+  TORCH_CHECK(!ends.empty() && ends.size() == pages.size() && ends.size() == lengths.size() && ends.size() == firsts.size() &&
+                  std::is_sorted(ends.begin(), ends.end()) && ends[0] > 0 && ends.back() == inputs.size(0),
+              "run_layers: the groups do not fit ", inputs.sizes());
   Tensor x = inputs, normed = norm(x, first_norm, eps);
   for (size_t layer = 0; layer < kv.size(); ++layer) {
     const Tensor* w = &weights[9 * layer];
     Tensor qkv = glm::product(normed, w[0], w[1]).view_as(cos);
-    rotate_store(qkv, cos, sin, kv[layer], places);
+    rotate_store(qkv, cos, sin, kv[layer], slot_mapping);
     std::vector<Tensor> groups;
     for (size_t i = 0; i < ends.size(); ++i) {
       const Tensor rows = qkv.slice(0, i ? ends[i - 1] : 0, ends[i]);
-      groups.push_back(lengths[i].numel() ? glm::attend_pages(rows, kv[layer], pages[i], lengths[i])
-                                          : glm::attend_chunk(rows, kv[layer], pages[i], firsts[i]));
+      groups.push_back(lengths[i].numel() ? glm::attend_decode(rows, kv[layer], pages[i], lengths[i])
+                                          : glm::attend_prefill(rows, kv[layer], pages[i], firsts[i]));
     }
     Tensor attended = groups.size() == 1 ? groups[0] : at::cat(groups);
-    if (wanted && layer + 1 == kv.size()) {
-      if (!wanted->numel()) return at::empty({0, x.size(1)}, x.options());
-      x = x.index_select(0, *wanted), attended = attended.index_select(0, *wanted);
+    if (logits_indices && layer + 1 == kv.size()) {
+      if (!logits_indices->numel()) return at::empty({0, x.size(1)}, x.options());
+      x = x.index_select(0, *logits_indices), attended = attended.index_select(0, *logits_indices);
     }
     std::tie(x, normed) = add_norm(x, glm::product(attended, w[2], std::nullopt), w[3], w[4], eps);
-    const Tensor changed = glm::product(glm::gated_product(normed, w[5]), w[6], std::nullopt);
-    std::tie(x, normed) = add_norm(x, changed, w[7], w[8], eps);
+    const Tensor delta = glm::product(glm::gated_product(normed, w[5]), w[6], std::nullopt);
+    std::tie(x, normed) = add_norm(x, delta, w[7], w[8], eps);
   }
   return normed;
 }
@@ -152,27 +177,28 @@ Tensor run_layers(const Tensor& inputs, const Tensor& first_norm, at::TensorList
 Tensor run_block(const Tensor& inputs, const Tensor& norm1, const Tensor& qkv, const std::optional<Tensor>& bias,
                  const Tensor& out, const Tensor& norm2, const Tensor& gate_up, const Tensor& down, const Tensor& cos,
                  const Tensor& sin, int64_t frames, int64_t heads, double eps) {
-  const Tensor parts = glm::product(norm(inputs, norm1, eps), qkv, bias);
-  const Tensor attended = glm::attend_image(parts, cos, sin, frames, heads);
+  const Tensor projected = glm::product(norm(inputs, norm1, eps), qkv, bias);
+  const Tensor attended = glm::attend_image(projected, cos, sin, frames, heads);
   const Tensor x = at::add(inputs, glm::product(attended, out, std::nullopt));
-  const Tensor passed = glm::gated_product(norm(x, norm2, eps), gate_up);
-  return at::add(x, glm::product(passed, down, std::nullopt));
+  const Tensor hidden = glm::gated_product(norm(x, norm2, eps), gate_up);
+  return at::add(x, glm::product(hidden, down, std::nullopt));
 }
 
 }  // namespace
 
 TORCH_LIBRARY(glm, library) {
-  library.def("add_norm(Tensor x, Tensor part, Tensor after, Tensor before, float eps) -> (Tensor, Tensor)");
-  library.def("rotate_store(Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor(b!) kv, Tensor places) -> ()");
-  library.def("attend_pages(Tensor qkv, Tensor kv, Tensor pages, Tensor lengths) -> Tensor");
-  library.def("attend_chunk(Tensor qkv, Tensor kv, Tensor pages, int first) -> Tensor");
+  library.def("add_norm(Tensor x, Tensor delta, Tensor delta_norm, Tensor next_norm, float eps) -> (Tensor, Tensor)");
+  library.def("rotate_store(Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor(b!) kv, Tensor slot_mapping) -> ()");
+  library.def("attend_decode(Tensor qkv, Tensor kv, Tensor pages, Tensor lengths) -> Tensor");
+  library.def("attend_prefill(Tensor qkv, Tensor kv, Tensor pages, int first) -> Tensor");
   library.def("attend_image(Tensor qkv, Tensor cos, Tensor sin, int frames, int heads) -> Tensor");
   library.def("pack(Tensor weight, bool gated) -> Tensor");
   library.def("product(Tensor x, Tensor packed, Tensor? bias) -> Tensor");
   library.def("gated_product(Tensor x, Tensor packed) -> Tensor");
   library.def(
       "run_layers(Tensor inputs, Tensor first_norm, Tensor[] weights, Tensor(a!)[] kv, Tensor cos, Tensor sin, "
-      "Tensor places, int[] ends, Tensor[] pages, Tensor[] lengths, int[] firsts, Tensor? wanted, float eps) -> Tensor");
+      "Tensor slot_mapping, int[] ends, Tensor[] pages, Tensor[] lengths, int[] firsts, Tensor? logits_indices, float eps) "
+      "-> Tensor");
   library.def(
       "run_block(Tensor inputs, Tensor norm1, Tensor qkv, Tensor? bias, Tensor out, Tensor norm2, Tensor gate_up, "
       "Tensor down, Tensor cos, Tensor sin, int frames, int heads, float eps) -> Tensor");
@@ -181,8 +207,8 @@ TORCH_LIBRARY(glm, library) {
 TORCH_LIBRARY_IMPL(glm, CPU, library) {
   library.impl("add_norm", add_norm);
   library.impl("rotate_store", rotate_store);
-  library.impl("attend_pages", glm::attend_pages);
-  library.impl("attend_chunk", glm::attend_chunk);
+  library.impl("attend_decode", glm::attend_decode);
+  library.impl("attend_prefill", glm::attend_prefill);
   library.impl("attend_image", glm::attend_image);
   library.impl("pack", glm::pack);
   library.impl("product", glm::product);

@@ -1,17 +1,14 @@
 // Matrix products y = x W^T in bfloat16 with the processor's own instruction for them (AVX512_BF16).
 //
-// A product of few rows takes as long as its weights take to be read, one of many as long as its sums take; in between
-// both must go on at once. Weights lie in panels of 32 features, in the order in which they are multiplied. Threads take
-// panel by panel, whoever is free, so that one which had to give way to another program holds up nobody; and while a
-// panel is multiplied, the next one is fetched from memory.
+// A product of few rows is bound by reading its weights, one of many rows by arithmetic; in between both must overlap.
+// Weights lie in panels of 32 features, in the order in which they are multiplied. Threads take panel after panel from a
+// shared counter, so that a thread which lost its core to another program does not hold up the rest; and while a panel is
+// multiplied, the next one is prefetched.
 
 #pragma once
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
-#include <c10/util/BFloat16.h>
 #include <immintrin.h>
 #include <sys/mman.h>
 
@@ -25,22 +22,23 @@
 #include <optional>
 #include <vector>
 
+#include "checks.h"
+
 namespace glm {
 
-using at::Tensor;
 using bf16 = c10::BFloat16;
 
 constexpr int64_t PANEL = 32;        // features
 constexpr int64_t LANES = 16;        // float32 numbers in a register
 constexpr int64_t TILE = 12;         // rows whose sums for a panel fit into registers
-constexpr int64_t MOST_ROWS = 512;   // packed at once
-constexpr int64_t MOST_DEPTH = 8192; // inputs of a panel that the second cache holds
+constexpr int64_t MAX_ROWS = 512;    // packed at once
+constexpr int64_t MAX_DEPTH = 8192;  // inputs of a panel that the L2 cache holds
 constexpr int64_t HUGE_PAGE = int64_t{2} << 20;
 
 extern "C" int omp_get_thread_num();
 extern "C" int omp_get_num_threads();
 
-// Memory that a register can be loaded from in one go.
+// Memory aligned to a cache line, so that a register is loaded from one.
 template <class T>
 struct Aligned {
   using value_type = T;
@@ -50,14 +48,14 @@ struct Aligned {
   bool operator==(const Aligned<U>&) const { return true; }
 };
 
-// Runs work(number, of) in every thread.
+// Runs work(number, of) in every thread. It must neither allocate nor throw: an exception would end the process.
 template <class Work>
-void together(const Work& work) {
+void in_parallel(const Work& work) {
 #pragma omp parallel num_threads(at::get_num_threads())
   work(omp_get_thread_num(), omp_get_num_threads());
 }
 
-inline void wait_for_all() {
+inline void barrier() {
 #pragma omp barrier
 }
 
@@ -73,9 +71,10 @@ inline Tensor empty_huge(at::IntArrayRef shape, const at::TensorOptions& options
   return at::from_blob(start, shape, [from, room](void*) { munmap(from, room); }, options);
 }
 
-// Weight [features, inputs] -> [panels, inputs / 2, PANEL, 2]. `gated`: the first half of the features opens a gate for
-// the second half; a panel has 16 of each.
+// Weight [features, inputs] -> [panels, inputs / 2, PANEL, 2]. `gated`: the first half of the features are gates of the
+// second half; a panel has 16 of each.
 inline Tensor pack(const Tensor& weight, bool gated) {
+  check_bf16(weight, 2, "pack", "weight");
   const int64_t features = weight.size(0), inputs = weight.size(1), pairs = inputs / 2;
   TORCH_CHECK(features % PANEL == 0 && inputs % 2 == 0, "pack: ", features, " x ", inputs, " does not fit");
   Tensor packed = empty_huge({features / PANEL, pairs, PANEL, 2}, weight.options());
@@ -91,7 +90,7 @@ inline Tensor pack(const Tensor& weight, bool gated) {
   return packed;
 }
 
-// What memory must bring while a tile is multiplied.
+// What is prefetched while a tile is multiplied.
 struct Ahead {
   const char* at;
   int64_t step;  // bytes for each pair of inputs: 0, 64 or 128
@@ -116,7 +115,7 @@ inline __m512 as_bf16(__m512 numbers) { return widened(narrowed(numbers)); }
 inline void store(bf16* to, __m512 numbers) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), narrowed(numbers)); }
 inline __m512 load(const bf16* from) { return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))); }
 
-// What becomes of the sums of a tile: features as they are, with a bias; or a gate and what passes through it.
+// What becomes of the sums of a tile: features as they are, with a bias; or gates and the values that they scale.
 struct Plain {
   const bf16* bias;
   void operator()(__m512 low, __m512 high, int64_t panel, int, bf16* row) const {
@@ -130,8 +129,8 @@ struct Plain {
 struct Gated {
   void operator()(__m512 gate, __m512 up, int64_t panel, int, bf16* row) const {  // rounded where torch rounds
     gate = as_bf16(gate);
-    const __m512 open = _mm512_add_ps(_mm512_set1_ps(1), exponential(_mm512_sub_ps(_mm512_setzero_ps(), gate)));
-    store(row + panel * LANES, _mm512_mul_ps(as_bf16(_mm512_div_ps(gate, open)), as_bf16(up)));
+    const __m512 denominator = _mm512_add_ps(_mm512_set1_ps(1), exponential(_mm512_sub_ps(_mm512_setzero_ps(), gate)));
+    store(row + panel * LANES, _mm512_mul_ps(as_bf16(_mm512_div_ps(gate, denominator)), as_bf16(up)));
   }
 };
 
@@ -203,14 +202,15 @@ inline void pack_rows(const bf16* x, int64_t rows, int64_t inputs, int64_t tile,
   }
 }
 
-// One thread's part of a product: panel after panel, as long as there are any.
+inline int64_t depths_of(int64_t inputs) { return (inputs + MAX_DEPTH - 1) / MAX_DEPTH; }
+
+// One thread's part of a product: panel after panel, as long as there are any. `sums` has room for rows * PANEL numbers
+// if there are several depths, whose sums are kept in between.
 template <class End>
-void multiply_panels(const Work& work, const End& end, std::atomic<int64_t>& next, std::vector<float>& sums) {
+void multiply_panels(const Work& work, const End& end, std::atomic<int64_t>& next, float* sums) {
   static constexpr auto kernels = by_rows<End, bf16>(std::make_integer_sequence<int, TILE>());
   const int64_t pairs = work.inputs / 2, each = tile_rows(work.rows);
-  // The sums of several depths must be kept meanwhile.
-  const int64_t depths = (work.inputs + MOST_DEPTH - 1) / MOST_DEPTH, depth = (pairs + depths - 1) / depths;
-  if (depths > 1) sums.resize(work.rows * PANEL);
+  const int64_t depths = depths_of(work.inputs), depth = (pairs + depths - 1) / depths;
   int64_t panel = next.fetch_add(1);
   while (panel < work.panels) {
     const int64_t after = next.fetch_add(1);
@@ -224,7 +224,7 @@ void multiply_panels(const Work& work, const End& end, std::atomic<int64_t>& nex
         if (each < work.rows) ahead = {fetch + k * 128 + (row ? some * 64 : 0), row <= each ? 64 : 0};
         const int64_t rows = std::min(each, work.rows - row);
         kernels[rows - 1](weights + k * 2 * PANEL, work.x + row * work.inputs + k * rows * 2, some,
-                          sums.data() + row * PANEL, k == 0, k + some == pairs, ahead, end, panel,
+                          depths > 1 ? sums + row * PANEL : nullptr, k == 0, k + some == pairs, ahead, end, panel,
                           work.out + row * work.width, work.width);
       }
     }
@@ -234,33 +234,51 @@ void multiply_panels(const Work& work, const End& end, std::atomic<int64_t>& nex
 
 template <class End>
 Tensor product_of(const Tensor& x, const Tensor& packed, int64_t width, const End& end) {
+  check_bf16(x, 2, "product", "x");
   const int64_t rows = x.size(0), inputs = x.size(1);
-  TORCH_CHECK(x.is_contiguous() && inputs == 2 * packed.size(1), "product: x and the weights do not fit");
+  TORCH_CHECK(inputs == 2 * packed.size(1), "product: x ", x.sizes(), " does not fit weights ", packed.sizes());
   Tensor out = at::empty({rows, width}, x.options());
-  Tensor ordered = at::empty({std::min(rows, MOST_ROWS), inputs}, x.options());
+  Tensor ordered = at::empty({std::min(rows, MAX_ROWS), inputs}, x.options());
+  // Every thread's own part.
+  const int64_t kept = depths_of(inputs) > 1 ? std::min(rows, MAX_ROWS) * PANEL : 0;
+  Tensor sums = at::empty({at::get_num_threads(), kept}, x.options().dtype(at::kFloat));
+  float* all_sums = sums.data_ptr<float>();
   const bf16* from = x.const_data_ptr<bf16>();
-  Work work{packed.const_data_ptr<bf16>(), packed.size(0), inputs, 0, ordered.const_data_ptr<bf16>(), nullptr, width};
-  for (int64_t row = 0; row < rows; row += MOST_ROWS) {
-    work.rows = std::min(MOST_ROWS, rows - row);
+  bf16* packed_rows = ordered.data_ptr<bf16>();
+  Work work{packed.const_data_ptr<bf16>(), packed.size(0), inputs, 0, packed_rows, nullptr, width};
+  for (int64_t row = 0; row < rows; row += MAX_ROWS) {
+    work.rows = std::min(MAX_ROWS, rows - row);
     work.out = out.data_ptr<bf16>() + row * width;
     std::atomic<int64_t> next{0};
-    together([&](int64_t number, int64_t of) {
-      std::vector<float> sums;
-      pack_rows(from + row * inputs, work.rows, inputs, number, of, ordered.data_ptr<bf16>());
-      wait_for_all();
-      multiply_panels(work, end, next, sums);
+    in_parallel([&](int64_t number, int64_t of) {
+      pack_rows(from + row * inputs, work.rows, inputs, number, of, packed_rows);
+      barrier();
+      multiply_panels(work, end, next, all_sums + number * kept);
     });
   }
   return out;
 }
 
+inline void check_panels(const Tensor& packed) {
+  check_bf16(packed, 4, "product", "weights");
+  check_size(packed, 2, PANEL, "product", "weights");
+  check_size(packed, 3, 2, "product", "weights");
+  TORCH_CHECK(reinterpret_cast<uintptr_t>(packed.const_data_ptr<bf16>()) % 64 == 0, "product: the weights are not aligned");
+}
+
 // x [rows, inputs] -> [rows, features]
 inline Tensor product(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias) {
+  check_panels(packed);
+  if (bias) {
+    check_bf16(*bias, 1, "product", "bias");
+    check_size(*bias, 0, packed.size(0) * PANEL, "product", "bias");
+  }
   return product_of(x, packed, packed.size(0) * PANEL, Plain{bias ? bias->const_data_ptr<bf16>() : nullptr});
 }
 
 // x [rows, inputs] -> silu of the first half of the features times the second half: [rows, features / 2]
 inline Tensor gated_product(const Tensor& x, const Tensor& packed) {
+  check_panels(packed);
   return product_of(x, packed, packed.size(0) * LANES, Gated{});
 }
 

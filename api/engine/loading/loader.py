@@ -1,6 +1,6 @@
-"""Model id or folder -> a loaded model: weights on their device, tokens, template, image processing.
+"""From a model id or folder to a loaded model: weights on their device, tokenizer, template, image processing.
 
-Works without torchvision: images go through the processor's PIL backend. Knows no HTTP.
+Works without torchvision: images go through the PIL backend of the processor.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from PIL import Image
 from api.engine.config import EngineConfig
 from api.engine.loaded_model import Capacity, LoadError, Model, SamplingDefaults
 from api.engine.loading.download import download
+from api.engine.loading.operations import OperationsChoice, without_compiled
 from api.engine.loading.placement import (
     PAGE_TOKENS,
     Selection,
@@ -31,18 +32,20 @@ from api.engine.loading.placement import (
     free_gpu_bytes,
 )
 from api.engine.loading.progress import Progress, part, weights_progress
+from api.engine.model.operations import TorchOperations
 from api.engine.model.runner import Glm4vRunner
+from api.engine.process import release_freed_memory
 from api.engine.request import ImageInput
 from api.engine.text.tokenizer import UnsupportedTokenizer, Vocabulary
 
 logger = logging.getLogger(__name__)
 
 CLASSES = {"glm4v": "Glm4vForConditionalGeneration", "glm46v": "Glm46VForConditionalGeneration"}
-LONGEST_CONTEXT = 8192  # when nobody asks for more: memory for the KV cache stays modest
+LONGEST_CONTEXT = 8192  # unless more is asked for: memory for the KV cache stays modest
 
 
 def load(config: EngineConfig, progress: Progress) -> Model:
-    """Choose, fetch, load. Runs in the engine thread, whose torch thread count it sets."""
+    """Choose, fetch, load. Runs in the engine thread, whose torch thread count it sets. Raises LoadError."""
     progress(0.02)  # torch and transformers are imported
     # 1. Choose what to run and where.
     device = choose_device(config)
@@ -62,13 +65,18 @@ def load(config: EngineConfig, progress: Progress) -> Model:
     choices = {"model": chosen, "device": device, "dtype": dtype, "threads": threads}
     for name, choice in choices.items():
         logger.info("event=choice name=%s value=%s reason=%s", name, choice.value, json.dumps(choice.reason))
-    # 3. Load and try it.
+    # 3. Load the weights, and compile meanwhile what computes with them.
     progress(0.05)
+    torch_dtype = getattr(torch, dtype.value)
+    operations = OperationsChoice(config, device.value, torch_dtype, transformers.AutoConfig.from_pretrained(folder))
     with weights_progress(part(progress, 0.05 if local else 0.5, 0.95)):
-        network = getattr(transformers, class_name).from_pretrained(folder, dtype=getattr(torch, dtype.value))
+        network = getattr(transformers, class_name).from_pretrained(folder, dtype=torch_dtype)
     network = network.to(device.value).eval()
     progress(0.95)
-    return _assemble(config, chosen, folder if local else None, folder, network, choices)
+    model = _assemble(config, chosen, folder if local else None, folder, network, choices, operations)
+    del network
+    release_freed_memory()  # the weights as they were before they were packed
+    return model
 
 
 def _assemble(
@@ -78,6 +86,7 @@ def _assemble(
     folder: Path,
     network: Any,
     choices: dict[str, Selection],
+    operations: OperationsChoice,
 ) -> Model:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     if not getattr(tokenizer, "chat_template", None):
@@ -120,16 +129,9 @@ def _assemble(
         "choices": {name: choice.reason for name, choice in choices.items()}
         | {"context_tokens": context_reason, "slots": slots.reason, "kv_cache": kv.reason},
     }
-
-    def tell(choice: Selection) -> None:
-        facts["kernels"], facts["choices"]["kernels"] = choice.value, choice.reason
-        logger.info("event=choice name=kernels value=%s reason=%s", choice.value, json.dumps(choice.reason))
-
-    runner = Glm4vRunner(network, capacity, context_tokens)
-    if config.kernels == "torch":
-        tell(Selection("torch", "set by GLM_KERNELS"))
-    else:
-        runner.speed_up(tell)
+    runner, kernels = _runner(network, capacity, context_tokens, operations)
+    facts["kernels"], facts["choices"]["kernels"] = kernels.value, kernels.reason
+    logger.info("event=choice name=kernels value=%s reason=%s", kernels.value, json.dumps(kernels.reason))
     return Model(
         id=model_id,
         runner=runner,
@@ -142,6 +144,19 @@ def _assemble(
         defaults=defaults,
         facts=facts,
     )
+
+
+def _runner(
+    network: Any, capacity: Capacity, context_tokens: int, choice: OperationsChoice
+) -> tuple[Glm4vRunner, Selection]:
+    operations, kernels = choice.choose()
+    try:
+        return Glm4vRunner(network, capacity, context_tokens, operations), kernels
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(operations, TorchOperations):
+            raise
+        operations, kernels = without_compiled(error)  # no memory for weights in panels
+        return Glm4vRunner(network, capacity, context_tokens, operations), kernels
 
 
 class _Template:
@@ -166,7 +181,7 @@ class _ImageProcessor:
         frames, rows, columns = (int(n) for n in output["image_grid_thw"][0])
         tokens = frames * rows * columns // self._processor.merge_size**2
         patches = np.ascontiguousarray(output["pixel_values"])
-        # What the model sees is hashed, so pixels, size and every setting of the processor are in it.
+        # The processor's output is hashed, so pixels, size and all its settings count.
         key = hashlib.blake2b(repr((frames, rows, columns, patches.dtype.str)).encode(), digest_size=16)
         key.update(patches.data)
         return ImageInput(patches=patches, grid=(frames, rows, columns), tokens=tokens, key=key.digest())
@@ -205,14 +220,14 @@ def _context(config: EngineConfig, allowed: int) -> tuple[int, str]:
 
 
 def kv_token_bytes(network: Any) -> int:
-    """Keys and values of one token in all layers."""
+    """Bytes of the keys and values of one token in all layers."""
     text = network.config.get_text_config()
     head_dim = text.hidden_size // text.num_attention_heads
     return 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * network.dtype.itemsize
 
 
 def _end_ids(configured: int | list[int] | None, vocabulary: Vocabulary) -> frozenset[int]:
-    """The generation config's end tokens; without them, the ones every GLM model has."""
+    """The end tokens of the generation config; without them, those that every GLM model has."""
     if configured is None:
         names = ("<|endoftext|>", "<|user|>", "<|observation|>")
         return frozenset(vocabulary.special[name] for name in names if name in vocabulary.special)

@@ -1,65 +1,63 @@
-"""What a model computes besides matrix products, in torch: on every device and in every number format.
+"""The interface of what a model computes, and its implementation in torch for every device and number format.
 
-`api/engine/kernels/build.py` has the same operations compiled for the CPU; a test compares them.
+The loader chooses an implementation and hands it to the runner. `api.engine.kernels` has another one, compiled for the
+CPU; a test compares the two. All are called by the engine thread only.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
 from api.engine.model.attention import attend
+from api.engine.model.forward_batch import AttentionMetadata, ForwardBatch
+from api.engine.model.linear import Linear, TorchLinear
 from api.engine.model.rotary import rotate
+from api.engine.model.weights import DecoderLayer, VisionBlock
 
-
-@dataclass(frozen=True)
-class AttentionMetadata:
-    """Rows `start` to `end` of a pass that attend alike.
-
-    Either each row for itself, as one new token for each of several requests (`pages` [rows, pages] and `lengths`
-    [rows], the tokens that a row sees), or several tokens of one request (`pages` [pages], and `first` tokens before
-    them). `mask` hides from torch's operations what a row must not see; None for rows that begin their request, where
-    plain causal attention does.
-    """
-
-    start: int
-    end: int
-    pages: torch.Tensor
-    mask: torch.Tensor | None = None
-    lengths: torch.Tensor | None = None
-    first: int = 0
-
-    @property
-    def single(self) -> bool:
-        return self.lengths is not None
+# (batch, KV cache of each layer) -> normed rows that logits are computed from [n, hidden]
+FusedDecoder = Callable[[ForwardBatch, list[torch.Tensor]], torch.Tensor]
+# (x [patches, hidden], cos, sin [patches, head_dim], frames) -> [patches, hidden]
+FusedBlock = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 
 class Operations(Protocol):
-    needs_masks: bool
+    needs_masks: bool  # whether AttentionMetadata must carry masks
+
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None, gated: bool = False) -> Linear:
+        """A matrix [out_features, in_features] in the form that these operations multiply."""
+
+    def fuse_decoder(self, first_norm: torch.Tensor, layers: list[DecoderLayer], eps: float) -> FusedDecoder | None:
+        """All layers in one call, or None if these operations compute them one by one."""
+
+    def fuse_block(self, block: VisionBlock, heads: int, eps: float) -> FusedBlock | None:
+        """A block of the vision encoder in one call, or None."""
 
     def add_norm(
-        self, x: torch.Tensor, part: torch.Tensor, after: torch.Tensor, before: torch.Tensor, eps: float
+        self, x: torch.Tensor, delta: torch.Tensor, delta_norm: torch.Tensor, next_norm: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x + norm(part) [rows, hidden], and the norm of that: the end of one block and the start of the next."""
+        """The residual stream x + rms_norm(delta) [rows, hidden] and its own norm: the end of one block, the start of
+        the next."""
 
     def rotate_store(
-        self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kv: torch.Tensor, places: torch.Tensor
+        self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kv: torch.Tensor, slot_mapping: torch.Tensor
     ) -> torch.Tensor:
-        """Turned qkv [rows, heads + 2 * kv_heads, head_dim]; its keys and values are now at `places` of `kv`."""
+        """Rotated qkv [rows, heads + 2 * kv_heads, head_dim], whose keys and values are then also in the rows
+        `slot_mapping` of kv [tokens, 2 * kv_heads, head_dim]."""
 
-    def attend_single(self, qkv: torch.Tensor, kv: torch.Tensor, group: AttentionMetadata) -> torch.Tensor:
-        """One token of each request in a group: its rows of qkv -> [rows, heads * head_dim]."""
+    def attend_decode(self, qkv: torch.Tensor, kv: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
+        """One token of each of several requests: its rows of qkv -> [rows, heads * head_dim]."""
 
-    def attend_chunk(self, qkv: torch.Tensor, kv: torch.Tensor, group: AttentionMetadata) -> torch.Tensor:
+    def attend_prefill(self, qkv: torch.Tensor, kv: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
         """Several tokens of one request: its rows of qkv -> [rows, heads * head_dim]."""
 
     def attend_image(
         self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, frames: int, heads: int
     ) -> torch.Tensor:
-        """Patches that see all of their frame: qkv [patches, 3 * heads * head_dim] and float32 rotations
+        """Patches that see all of their frame: qkv [patches, 3 * heads * head_dim], float32 cos and sin
         [patches, head_dim] -> [patches, heads * head_dim]."""
 
 
@@ -69,34 +67,43 @@ class TorchOperations:
     def __init__(self, page_tokens: int) -> None:
         self._page_tokens = page_tokens
 
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None, gated: bool = False) -> Linear:
+        return TorchLinear(weight, bias, gated)
+
+    def fuse_decoder(self, first_norm: torch.Tensor, layers: list[DecoderLayer], eps: float) -> FusedDecoder | None:
+        return None
+
+    def fuse_block(self, block: VisionBlock, heads: int, eps: float) -> FusedBlock | None:
+        return None
+
     def add_norm(
-        self, x: torch.Tensor, part: torch.Tensor, after: torch.Tensor, before: torch.Tensor, eps: float
+        self, x: torch.Tensor, delta: torch.Tensor, delta_norm: torch.Tensor, next_norm: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        x = x + F.rms_norm(part, after.shape, after, eps)
-        return x, F.rms_norm(x, before.shape, before, eps)
+        x = x + F.rms_norm(delta, delta_norm.shape, delta_norm, eps)
+        return x, F.rms_norm(x, next_norm.shape, next_norm, eps)
 
     def rotate_store(
-        self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kv: torch.Tensor, places: torch.Tensor
+        self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kv: torch.Tensor, slot_mapping: torch.Tensor
     ) -> torch.Tensor:
         qkv = rotate(qkv, cos, sin)
-        kv.index_copy_(0, places, qkv[:, -kv.shape[1] :])
+        kv.index_copy_(0, slot_mapping, qkv[:, -kv.shape[1] :])
         return qkv
 
-    def attend_single(self, qkv: torch.Tensor, kv: torch.Tensor, group: AttentionMetadata) -> torch.Tensor:
+    def attend_decode(self, qkv: torch.Tensor, kv: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
         """Query heads that share a key head stand where tokens usually stand."""
         (rows, _, head_dim), kv_heads = qkv.shape, kv.shape[1] // 2
         q = qkv[:, : -2 * kv_heads].view(rows, kv_heads, -1, head_dim)
-        stored = self._read(kv, group.pages.flatten()).view(rows, -1, 2 * kv_heads, head_dim)
+        stored = self._read(kv, metadata.pages.flatten()).view(rows, -1, 2 * kv_heads, head_dim)
         k, v = stored.transpose(1, 2).split(kv_heads, dim=1)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=group.mask).reshape(rows, -1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=metadata.mask).reshape(rows, -1)
 
-    def attend_chunk(self, qkv: torch.Tensor, kv: torch.Tensor, group: AttentionMetadata) -> torch.Tensor:
+    def attend_prefill(self, qkv: torch.Tensor, kv: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
         """Query heads that share a key head form one batch."""
         (rows, _, head_dim), kv_heads = qkv.shape, kv.shape[1] // 2
         q = qkv[:, : -2 * kv_heads].view(rows, kv_heads, -1, head_dim)
-        stored = qkv[:, -2 * kv_heads :] if group.mask is None else self._read(kv, group.pages)
+        stored = qkv[:, -2 * kv_heads :] if metadata.mask is None else self._read(kv, metadata.pages)
         k, v = stored.transpose(0, 1).split(kv_heads)
-        out = attend(q.permute(1, 2, 0, 3), k, v, group.mask, causal=group.mask is None)
+        out = attend(q.permute(1, 2, 0, 3), k, v, metadata.mask, causal=metadata.mask is None)
         return out.permute(2, 0, 1, 3).reshape(rows, -1)
 
     def attend_image(
@@ -104,7 +111,7 @@ class TorchOperations:
     ) -> torch.Tensor:
         patches = len(qkv)
         q, k, v = qkv.view(patches, 3, heads, -1).unbind(1)
-        q, k = _turn(q, cos[:, None], sin[:, None]), _turn(k, cos[:, None], sin[:, None])
+        q, k = _rotate_exact(q, cos[:, None], sin[:, None]), _rotate_exact(k, cos[:, None], sin[:, None])
         # Attention stays within a frame and a head.
         q, k, v = (t.view(frames, -1, *t.shape[1:]).transpose(1, 2).flatten(0, 1) for t in (q, k, v))
         attended = attend(q[:, None], k, v).view(frames, heads, -1, q.shape[-1])
@@ -116,7 +123,7 @@ class TorchOperations:
         return by_page.index_select(0, pages).view(-1, *kv.shape[1:])
 
 
-def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate x [patches, heads, head_dim]; in float32, as the module does."""
+def _rotate_exact(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate x [patches, heads, head_dim] in float32, as apply_rotary_pos_emb_vision of transformers' glm4v does."""
     exact = x.float()
     return torch.addcmul(exact * cos, exact.roll(exact.shape[-1] // 2, -1), sin).to(x.dtype)

@@ -1,8 +1,8 @@
-"""Where tokens are: M-RoPE positions of a prompt, and the rotation that a position stands for.
+"""Multimodal rotary embedding (M-RoPE): positions of a prompt's tokens, and cosines and sines of a position.
 
-A text token advances all three axes (time, height, width) by one. An image's tokens share one time,
-spread over height and width, and advance the axes by the longer side only; so positions run behind
-the token count, by a difference that belongs to the request.
+A text token advances all three axes (time, height, width) by one. An image's tokens share one time, spread over height
+and width, and advance the axes by the longer side only; so positions fall behind the token count by a difference that
+belongs to the request. Sources: get_rope_index, Glm4vTextRotaryEmbedding and apply_rotary_pos_emb in transformers' glm4v.
 """
 
 from __future__ import annotations
@@ -16,22 +16,25 @@ from api.engine.sequence import ImageSpan
 
 
 def rope_positions(length: int, spans: Items[ImageSpan], merge: int) -> tuple[np.ndarray, int]:
-    """Positions [3, length] of a prompt, and what to add to a later token's index to get its position."""
+    """Positions [3, length] of a prompt, and what to add to a later token's index to get its position.
+
+    `merge` is the number of patches along the side of one image token.
+    """
     positions = np.empty((3, length), dtype=np.int64)
-    place = current = 0
+    index = current = 0
     for span in spans:
-        current = _text(positions, place, span.start, current)
+        current = _advance_text(positions, index, span.start, current)
         frames, rows, columns = span.image.grid
         rows, columns = rows // merge, columns // merge
         time, height, width = np.indices((frames, rows, columns)).reshape(3, -1)
         positions[:, span.start : span.end] = np.stack([time, height, width]) + current
         current += max(rows, columns)
-        place = span.end
-    current = _text(positions, place, length, current)
+        index = span.end
+    _advance_text(positions, index, length, current)
     return positions, int(positions.max(initial=-1)) + 1 - length
 
 
-def _text(positions: np.ndarray, start: int, end: int, current: int) -> int:
+def _advance_text(positions: np.ndarray, start: int, end: int, current: int) -> int:
     positions[:, start:end] = np.arange(current, current + end - start)
     return current + end - start
 
@@ -40,7 +43,7 @@ class Rotary:
     """Cosines and sines for heads whose dimensions `order` has put into half-split form.
 
     The module rotates neighbouring dimensions (0 with 1, 2 with 3 ...) of the first part of a head and
-    leaves the rest alone. Here dimension i turns with i + half, over the whole head: the rest turns by
+    leaves the rest alone. Here dimension i rotates with i + half, over the whole head: the rest rotates by
     the angle zero. Queries and keys are permuted alike, so their products are the same, and the
     rotation needs no strided access.
     """
@@ -48,7 +51,7 @@ class Rotary:
     def __init__(
         self,
         inverse_frequencies: torch.Tensor,  # [rotated / 2]
-        sections: Items[int],  # how many frequencies turn with time, height, width, in turns
+        sections: Items[int],  # how many frequencies follow time, height, width, in turns
         head_dim: int,
         positions: int,
         dtype: torch.dtype,
@@ -69,7 +72,7 @@ class Rotary:
         self._dims = torch.arange(head_dim, device=device)
 
     def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and signed sines [tokens, head_dim] for positions [3, tokens]."""
+        """Cosines and signed sines [tokens, head_dim] for int64 positions [3, tokens]."""
         rows = positions[self._axes].T
         return self._cos[rows, self._dims], self._sin[rows, self._dims]
 
@@ -87,5 +90,5 @@ def half_split_order(head_dim: int, rotated: int) -> list[int]:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn x [..., head_dim]; the sign of the swapped half is in `sin`."""
+    """Rotate x [..., head_dim]; the sign of the swapped half is in `sin`."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)

@@ -1,12 +1,11 @@
-"""Every forward pass of a GLM-4.6V model: from sequences to tensors and from logits to tokens.
+"""Every forward pass of a GLM-4.6V model: from sequences to tensors, and from logits to tokens.
 
-Takes the weights of the unmodified transformers modules `glm4v` and `glm46v`; afterwards the modules
-are not needed any more. Knows sequences and pages, not queues or time.
+Takes the weights of the unmodified transformers modules `glm4v` and `glm46v`; afterwards the modules are not needed any
+more. Knows sequences and pages, not queues or time. Engine thread only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,20 +13,19 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from api.engine.kernels import build as kernels
 from api.engine.kv_cache import Copy
 from api.engine.loaded_model import Capacity, SampledToken
-from api.engine.loading import placement
-from api.engine.model.decoder import Decoder, ForwardBatch
-from api.engine.model.operations import AttentionMetadata, Operations, TorchOperations
+from api.engine.model.decoder import Decoder
+from api.engine.model.forward_batch import AttentionMetadata, ForwardBatch
+from api.engine.model.operations import Operations
 from api.engine.model.rotary import rope_positions
 from api.engine.model.sampler import Sampler
 from api.engine.model.vision_encoder import VisionEncoder
 from api.engine.scheduler import Batch, Chunk, EncodeTask
 from api.engine.sequence import Sequence
 
-# Attention over stored tokens is computed in multiples of this, so that few shapes occur. Only one new token for each
-# request on the CPU goes by pages: its kernel does not care about shapes, and what is padded is read in vain.
+# Attention over stored tokens is computed in multiples of this, so that few shapes occur. Only decoding on the CPU goes
+# by pages: its kernel does not depend on shapes, and padding is read in vain.
 LENGTH_STEP = 64
 
 
@@ -40,46 +38,30 @@ class _State:
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """The decoding sequences of a pass in the order of its rows: longest first, those of like length together."""
+class _DecodeOrder:
+    """The order of decoding sequences as rows of a forward batch: longest first, those of similar length together."""
 
     order: tuple[int, ...]
-    ends: tuple[int, ...]  # of the groups
+    ends: tuple[int, ...]  # row after each group of similar length
 
 
 class Glm4vRunner:
-    def __init__(self, network: Any, capacity: Capacity, context_tokens: int) -> None:
+    """The `Runner` of api.engine.loaded_model. `operations` are used for as long as it lives."""
+
+    def __init__(self, network: Any, capacity: Capacity, context_tokens: int, operations: Operations) -> None:
         with torch.inference_mode():
-            operations = TorchOperations(capacity.page_tokens)
             self._decoder = Decoder(network, context_tokens, capacity.pages, capacity.page_tokens, operations)
             self._vision_encoder = VisionEncoder(network.model.visual, operations)
         self._page_tokens = capacity.page_tokens
         self._device = self._decoder.device
-        self._single_step = capacity.page_tokens if self._device.type == "cpu" else LENGTH_STEP
+        self._decode_step = capacity.page_tokens if self._device.type == "cpu" else LENGTH_STEP
         self._sampler = Sampler(capacity.slots + 1, self._decoder.vocabulary_size, self._device)
 
     @torch.inference_mode()
-    def encode(self, job: EncodeTask, limit_s: float) -> torch.Tensor | None:
-        if job.state is None:
-            job.state = self._vision_encoder.begin(job.image.patches, job.image.grid)
-        return self._vision_encoder.advance(job.state, limit_s)
-
-    def speed_up(self, tell: Callable[[placement.Selection], None]) -> None:
-        """Use compiled operations where they fit, as soon as they are there; `tell` says what is in use and why."""
-        decoder = self._decoder
-        heads = (decoder.head_dim, self._vision_encoder.head_dim)
-        obstacle = kernels.obstacle(decoder.device, decoder.dtype, self._page_tokens, heads)
-        if obstacle:
-            tell(placement.Selection("torch", obstacle))
-        else:
-            kernels.prepare(self._use, tell)
-
-    def _use(self, operations: Operations) -> None:
-        self._decoder.use(operations)
-        self._vision_encoder.use(operations)
-        if kernels.multiplies():
-            self._decoder.pack()
-            self._vision_encoder.pack()
+    def encode(self, task: EncodeTask, limit_s: float) -> torch.Tensor | None:
+        if task.state is None:
+            task.state = self._vision_encoder.begin(task.image.patches, task.image.grid)
+        return self._vision_encoder.advance(task.state, limit_s)
 
     def size_bytes(self, features: torch.Tensor) -> int:
         return features.nbytes
@@ -98,12 +80,12 @@ class Glm4vRunner:
 
     @torch.inference_mode()
     def compute(self, batch: Batch) -> list[SampledToken]:
-        rows = _arrange([sequence.computed + 1 for sequence in batch.decode])
+        rows = _decode_order([sequence.computed + 1 for sequence in batch.decode])
         decode = [batch.decode[number] for number in rows.order]
-        logits = self._decoder.run(self._pass(decode, rows.ends, batch.chunks))
-        chosen = self._sampler.choose(logits, [*decode, *(c.sequence for c in batch.chunks if c.is_last)])
-        places = {number: row for row, number in enumerate(rows.order)}
-        return [chosen[places[number]] for number in range(len(decode))] + chosen[len(decode) :]
+        logits = self._decoder.run(self._forward_batch(decode, rows.ends, batch.chunks))
+        tokens = self._sampler.sample(logits, [*decode, *(c.sequence for c in batch.chunks if c.is_last)])
+        row_of = {number: row for row, number in enumerate(rows.order)}
+        return [tokens[row_of[number]] for number in range(len(decode))] + tokens[len(decode) :]
 
     def failure(self, error: BaseException) -> Literal["request", "memory", "device"]:
         """After a CUDA error every later call fails too; running out of memory is not of that kind."""
@@ -120,55 +102,57 @@ class Glm4vRunner:
         progress = self._vision_encoder.begin(torch.zeros(side * side, self._vision_encoder.patch_size), (1, side, side))
         self._vision_encoder.advance(progress, limit_s=float("inf"))
         for start, end in ((0, 4), (4, 6), (6, 7)):
-            self._decoder.run(self._trial(start, end))
+            self._decoder.run(self._warm_up_batch(start, end))
 
     # From sequences to tensors.
 
-    def _pass(self, decode: list[Sequence], ends: tuple[int, ...], chunks: Items[Chunk]) -> ForwardBatch:
+    def _forward_batch(self, decode: list[Sequence], ends: tuple[int, ...], chunks: Items[Chunk]) -> ForwardBatch:
         ids: list[Items[int]] = []
-        positions, places = [], []
+        positions, slots = [], []
         for sequence in decode:
             at = sequence.computed
             ids.append([sequence.output_ids[-1]])
             positions.append(np.full((3, 1), at + sequence.state.delta))
-            places.append(self._places(sequence, at, at + 1))
+            slots.append(self._slot_mapping(sequence, at, at + 1))
         for chunk in chunks:
             sequence = chunk.sequence
             ids.append(sequence.token_ids[chunk.start : chunk.end])
             positions.append(sequence.state.positions[:, chunk.start : chunk.end])
-            places.append(self._places(sequence, chunk.start, chunk.end))
+            slots.append(self._slot_mapping(sequence, chunk.start, chunk.end))
         inputs = self._decoder.embeddings.index_select(0, self._tensor(np.concatenate(ids)))
-        groups, wanted = [], list(range(len(decode)))
+        attention, logits_indices = [], list(range(len(decode)))
         for start, end in zip((0, *ends), ends, strict=False):
-            groups.append(self._single_group(decode[start:end], start))
+            attention.append(self._decode_metadata(decode[start:end], start))
         row = len(decode)
         for chunk in chunks:
             self._insert_image_features(inputs, row, chunk)
-            groups.append(self._chunk_group(chunk, row))
-            row = groups[-1].end
+            attention.append(self._prefill_metadata(chunk, row))
+            row = attention[-1].end
             if chunk.is_last:
-                wanted.append(row - 1)
-        rotary = self._decoder.rotary
-        where = np.concatenate(positions, axis=1)
-        images = any(chunk.sequence.spans for chunk in chunks)
-        turns = rotary.at(self._tensor(where)) if images else rotary.at_text(self._tensor(where[0]))
-        cos, sin = self._decoder.spread_over_heads(*turns)
-        every = len(wanted) == len(inputs)
+                logits_indices.append(row - 1)
+        cos, sin = self._decoder.spread_over_heads(*self._cos_sin(positions, chunks))
+        all_rows = len(logits_indices) == len(inputs)
         return ForwardBatch(
-            inputs, cos, sin, self._tensor(np.concatenate(places)), tuple(groups),
-            None if every else self._tensor(wanted),
+            inputs, cos, sin, self._tensor(np.concatenate(slots)), tuple(attention),
+            None if all_rows else self._tensor(logits_indices),
         )  # fmt: skip
 
-    def _places(self, sequence: Sequence, start: int, end: int) -> np.ndarray:
+    def _cos_sin(self, positions: list[np.ndarray], chunks: Items[Chunk]) -> tuple[torch.Tensor, torch.Tensor]:
+        at, rotary = np.concatenate(positions, axis=1), self._decoder.rotary
+        if any(chunk.sequence.spans for chunk in chunks):
+            return rotary.at(self._tensor(at))
+        return rotary.at_text(self._tensor(at[0]))
+
+    def _slot_mapping(self, sequence: Sequence, start: int, end: int) -> np.ndarray:
         """Rows of the KV cache for tokens `start` to `end`."""
         assert sequence.block_table is not None
         index = np.arange(start, end)
-        table = np.asarray(sequence.block_table.pages)
-        return table[index // self._page_tokens] * self._page_tokens + index % self._page_tokens
+        pages = np.asarray(sequence.block_table.pages)
+        return pages[index // self._page_tokens] * self._page_tokens + index % self._page_tokens
 
-    def _single_group(self, sequences: list[Sequence], start: int) -> AttentionMetadata:
+    def _decode_metadata(self, sequences: list[Sequence], start: int) -> AttentionMetadata:
         lengths = [sequence.computed + 1 for sequence in sequences]
-        pages = self._pages_for(max(lengths), self._single_step)
+        pages = self._pages_for(max(lengths), self._decode_step)
         tables = np.zeros((len(sequences), pages), dtype=np.int64)
         for row, sequence in enumerate(sequences):
             assert sequence.block_table is not None
@@ -177,10 +161,10 @@ class Glm4vRunner:
         mask = None
         if self._decoder.needs_masks:
             beyond = np.arange(pages * self._page_tokens) >= np.array(lengths)[:, None]
-            mask = self._hide(beyond)[:, None, None]
+            mask = self._mask(beyond)[:, None, None]
         return AttentionMetadata(start, start + len(sequences), self._tensor(tables), mask, self._tensor(lengths))
 
-    def _chunk_group(self, chunk: Chunk, row: int) -> AttentionMetadata:
+    def _prefill_metadata(self, chunk: Chunk, row: int) -> AttentionMetadata:
         assert chunk.sequence.block_table is not None
         pages = self._pages_for(chunk.end, LENGTH_STEP)
         held = chunk.sequence.block_table.pages[:pages]
@@ -188,45 +172,47 @@ class Glm4vRunner:
         table[: len(held)] = held
         mask = None
         if chunk.start and self._decoder.needs_masks:
-            mask = self._hide(np.arange(pages * self._page_tokens) > np.arange(chunk.start, chunk.end)[:, None])
+            mask = self._mask(np.arange(pages * self._page_tokens) > np.arange(chunk.start, chunk.end)[:, None])
         return AttentionMetadata(row, row + chunk.end - chunk.start, self._tensor(table), mask, first=chunk.start)
 
     def _pages_for(self, tokens: int, multiple: int) -> int:
         step = max(multiple // self._page_tokens, 1)
         return -(-tokens // (self._page_tokens * step)) * step
 
-    def _hide(self, hidden: np.ndarray) -> torch.Tensor:
+    def _mask(self, hidden: np.ndarray) -> torch.Tensor:
+        """0 where tokens are seen, minus infinity where they are hidden, to add to scores."""
         mask = torch.zeros(hidden.shape, dtype=self._decoder.dtype, device=self._device)
         return mask.masked_fill_(torch.from_numpy(hidden).to(self._device), -torch.inf)
 
     def _insert_image_features(self, inputs: torch.Tensor, row: int, chunk: Chunk) -> None:
-        """Put encoded images in the place of their placeholder tokens."""
+        """Replace the embeddings of placeholder tokens with the features of their images."""
         for number, span in enumerate(chunk.sequence.spans):
             start, end = max(span.start, chunk.start), min(span.end, chunk.end)
             if start < end:
                 features = chunk.sequence.features[number][start - span.start : end - span.start]
                 inputs[row + start - chunk.start : row + end - chunk.start] = features
 
-    def _trial(self, start: int, end: int) -> ForwardBatch:
-        """A pass over page 0 without a request; what it stores there is never read."""
-        places = self._tensor(np.arange(start, end) % self._page_tokens)
-        cos, sin = self._decoder.spread_over_heads(*self._decoder.rotary.at_text(places))
+    def _warm_up_batch(self, start: int, end: int) -> ForwardBatch:
+        """A batch over page 0 without a request; what it stores there is never read."""
+        slots = self._tensor(np.arange(start, end) % self._page_tokens)
+        cos, sin = self._decoder.spread_over_heads(*self._decoder.rotary.at_text(slots))
         inputs = self._decoder.embeddings[start:end]
         pages = self._tensor(np.zeros(self._pages_for(1, LENGTH_STEP), dtype=np.int64))
+        mask = self._mask(np.zeros((end - start, len(pages) * self._page_tokens), dtype=bool))
         if start == 0:
-            return ForwardBatch(inputs, cos, sin, places, (AttentionMetadata(0, end, pages),), None)
-        mask = self._hide(np.zeros((end - start, len(pages) * self._page_tokens), dtype=bool))
-        if end - start > 1:
-            return ForwardBatch(inputs, cos, sin, places, (AttentionMetadata(0, end - start, pages, mask, first=start),), None)
-        single = AttentionMetadata(0, 1, pages[None], mask[:, None, None], self._tensor([1]))
-        return ForwardBatch(inputs, cos, sin, places, (single,), None)
+            metadata = AttentionMetadata(0, end, pages)
+        elif end - start > 1:
+            metadata = AttentionMetadata(0, end - start, pages, mask, first=start)
+        else:
+            metadata = AttentionMetadata(0, 1, pages[None], mask[:, None, None], self._tensor([1]))
+        return ForwardBatch(inputs, cos, sin, slots, (metadata,), None)
 
     def _tensor(self, values: Any) -> torch.Tensor:
         return torch.as_tensor(np.asarray(values, dtype=np.int64)).to(self._device)
 
 
-def _arrange(lengths: Items[int]) -> _Rows:
-    """Group rows of like length, so that a short one is not padded to a long one."""
+def _decode_order(lengths: Items[int]) -> _DecodeOrder:
+    """Group rows of similar length, so that a short one is not padded to a long one."""
     order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
     ends, longest = [], 0
     for row, number in enumerate(order):
@@ -234,4 +220,4 @@ def _arrange(lengths: Items[int]) -> _Rows:
             if row:
                 ends.append(row)
             longest = lengths[number]
-    return _Rows(tuple(order), (*ends, len(order)) if order else ())
+    return _DecodeOrder(tuple(order), (*ends, len(order)) if order else ())

@@ -1,7 +1,7 @@
 """The vision encoder of glm4v and glm46v, one image at a time, in slices of a few blocks.
 
-The same arithmetic as the transformers module. A slice ends when its time is up, so that a large
-image never makes running answers wait for the whole encoder.
+The arithmetic of Glm4vVisionModel (transformers.models.glm4v.modeling_glm4v, 5.23). A slice ends when its time is up, so
+that a large image never makes running answers wait for the whole encoder. Engine thread only.
 """
 
 from __future__ import annotations
@@ -15,36 +15,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from api.engine.model.linear import Linear, pack_all
+from api.engine.model.linear import Linear
 from api.engine.model.operations import Operations
+from api.engine.model.weights import VisionBlock
 
 Grid = tuple[int, int, int]  # frames, rows, columns, in patches
-KEPT_GRIDS = 8  # position tables of the last image sizes
-
-
-@dataclass(frozen=True)
-class _Block:
-    norm1: torch.Tensor
-    qkv: Linear
-    out: Linear
-    norm2: torch.Tensor
-    gate_up: Linear
-    down: Linear
-
-    @property
-    def packed(self) -> bool:
-        return all(linear.panels is not None for linear in (self.qkv, self.out, self.gate_up, self.down))
+KEPT_GRIDS = 8  # position tables of the latest image sizes
 
 
 @dataclass
 class Progress:
-    """How far one image has come."""
+    """An image on its way through the blocks."""
 
     x: torch.Tensor  # [patches, hidden]
     cos: torch.Tensor  # [patches, head_dim], float32
     sin: torch.Tensor
     frames: int
-    block: int = 0
+    block: int = 0  # the next one
 
 
 class VisionEncoder:
@@ -55,32 +42,22 @@ class VisionEncoder:
         self.merge = config.spatial_merge_size
         self.patch_size = config.in_channels * config.temporal_patch_size * config.patch_size**2
         self._heads, self._eps = config.num_heads, config.rms_norm_eps
+        linear = operations.linear
         embed = visual.patch_embed.proj
-        self._embed = Linear(embed.weight.flatten(1), embed.bias)  # strides are as large as the kernel
+        self._embed = linear(embed.weight.flatten(1), embed.bias)  # strides are as large as the kernel
         self._embed_norm = visual.post_conv_layernorm.weight.detach()
         self._positions = visual.embeddings.position_embedding.weight.detach()
         self._inverse_frequencies = visual.rotary_pos_emb.inv_freq.float()
         self._blocks = [self._block(block) for block in visual.blocks]
+        self._fused = [operations.fuse_block(block, self._heads, self._eps) for block in self._blocks]
         self._norm = visual.post_layernorm.weight.detach()
         down = visual.downsample
-        self._downsample = Linear(down.weight.permute(0, 2, 3, 1).flatten(1), down.bias)
+        self._downsample = linear(down.weight.permute(0, 2, 3, 1).flatten(1), down.bias)
         merger = visual.merger
-        self._merge_in, self._merge_norm = Linear(merger.proj.weight, merger.proj.bias), merger.post_projection_norm
-        self._merge_gate_up = _gated(merger)
-        self._merge_down = Linear(merger.down_proj.weight)
+        self._merge_in, self._merge_norm = linear(merger.proj.weight, merger.proj.bias), merger.post_projection_norm
+        self._merge_gate_up = self._gated(merger)
+        self._merge_down = linear(merger.down_proj.weight)
         self._tables: OrderedDict[Grid, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = OrderedDict()
-
-    @property
-    def head_dim(self) -> int:
-        return self._positions.shape[1] // self._heads
-
-    def use(self, operations: Operations) -> None:
-        """From now on: all operations compute the same."""
-        self._operations = operations
-
-    def pack(self) -> None:
-        """From now on every block goes through the compiled products, and so in one call."""
-        pack_all(self.linears())
 
     def linears(self) -> Iterator[Linear]:
         yield self._embed
@@ -89,34 +66,31 @@ class VisionEncoder:
         yield from (self._downsample, self._merge_in, self._merge_gate_up, self._merge_down)
 
     def begin(self, patches: Any, grid: Grid) -> Progress:
-        """Patches [patches, channels * frames * height * width] in the processor's order."""
+        """`patches` [patches, channels * frames * height * width] in the order of the processor."""
         pixels = torch.as_tensor(patches).to(self.device, self.dtype)
-        places, cos, sin = self._table(grid)
+        learned, cos, sin = self._table(grid)
         x = F.rms_norm(self._embed(pixels), self._embed_norm.shape, self._embed_norm, self._eps)
-        return Progress(x + places, cos, sin, grid[0])
+        return Progress(x + learned, cos, sin, grid[0])
 
     def advance(self, progress: Progress, limit_s: float) -> torch.Tensor | None:
-        """Compute as many blocks as fit into the time, at least one; features [tokens, hidden] if all are done."""
+        """Compute as many blocks as fit into `limit_s`, at least one; features [tokens, hidden] once all are done."""
         now = time.monotonic()
         until = now + limit_s
         while progress.block < len(self._blocks):
             began = now
-            progress.x = self._run(self._blocks[progress.block], progress)
+            progress.x = self._run(progress)
             progress.block += 1
             now = time.monotonic()
             if now + (now - began) > until:  # merging patches takes about as long as a block
                 return None
         return self._merge(progress.x)
 
-    def _run(self, block: _Block, at: Progress) -> torch.Tensor:
-        x = at.x
-        if block.packed:
-            return torch.ops.glm.run_block(
-                x, block.norm1, block.qkv.panels, block.qkv.bias, block.out.panels, block.norm2, block.gate_up.panels,
-                block.down.panels, at.cos, at.sin, at.frames, self._heads, self._eps,
-            )  # fmt: skip
+    def _run(self, progress: Progress) -> torch.Tensor:
+        x, block, fused = progress.x, self._blocks[progress.block], self._fused[progress.block]
+        if fused:
+            return fused(x, progress.cos, progress.sin, progress.frames)
         qkv = block.qkv(F.rms_norm(x, block.norm1.shape, block.norm1, self._eps))
-        attended = self._operations.attend_image(qkv, at.cos, at.sin, at.frames, self._heads)
+        attended = self._operations.attend_image(qkv, progress.cos, progress.sin, progress.frames, self._heads)
         x = x + block.out(attended)
         hidden = F.rms_norm(x, block.norm2.shape, block.norm2, self._eps)
         return x + block.down(block.gate_up(hidden))
@@ -137,7 +111,7 @@ class VisionEncoder:
         return self._tables[grid]
 
     def _make_table(self, grid: Grid) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Learned positions resized to the grid [patches, hidden], and rotations [patches, head_dim]."""
+        """Learned positions resized to the grid [patches, hidden], cos and sin [patches, head_dim]."""
         frames, rows, columns = grid
         # Patches come in squares of `merge` x `merge`, row by row of squares.
         squares = (rows // self.merge, self.merge, columns // self.merge, self.merge)
@@ -156,17 +130,16 @@ class VisionEncoder:
         resized = F.grid_sample(learned, at, mode="bicubic", align_corners=False, padding_mode="border")
         return resized[0, :, :, 0].T.to(self.dtype).contiguous()
 
-    @staticmethod
-    def _block(block: Any) -> _Block:
-        return _Block(
+    def _block(self, block: Any) -> VisionBlock:
+        linear = self._operations.linear
+        return VisionBlock(
             norm1=block.norm1.weight.detach(),
-            qkv=Linear(block.attn.qkv.weight, block.attn.qkv.bias),
-            out=Linear(block.attn.proj.weight),
+            qkv=linear(block.attn.qkv.weight, block.attn.qkv.bias),
+            out=linear(block.attn.proj.weight),
             norm2=block.norm2.weight.detach(),
-            gate_up=_gated(block.mlp),
-            down=Linear(block.mlp.down_proj.weight),
+            gate_up=self._gated(block.mlp),
+            down=linear(block.mlp.down_proj.weight),
         )
 
-
-def _gated(mlp: Any) -> Linear:
-    return Linear(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]), gated=True)
+    def _gated(self, mlp: Any) -> Linear:
+        return self._operations.linear(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]), gated=True)

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from driving import WAIT_S, Driver
 
-from api.engine.kernels import build as kernels
+from api.engine.kernels import build
 
 # Nothing is compiled for a processor that does not fit; that it then stays with torch is tested everywhere.
-collect_ignore = [] if kernels.fit_processor() else ["kernels/test_kernels.py"]
+collect_ignore = [] if build.fit_processor() else ["kernels/test_kernels.py"]
 SHAPES = Path(__file__).resolve().parents[3] / "models" / "shapes"
 SENTENCES = ["Hello, what is in the picture?", "The red circle is left of the blue square.", "你好，图里有什么？"]
 

@@ -13,7 +13,7 @@ ROWS, KEYS, EARLIER = 37, 50, 13
 
 @pytest.fixture(params=[2**23, 5 * 6 * KEYS], ids=["one block", "blocks of five rows"])
 def most_scores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(attention, "MOST_SCORES", request.param)
+    monkeypatch.setattr(attention, "MAX_SCORES", request.param)
     return request.param
 
 

@@ -42,7 +42,7 @@ def draws(count: int = 200, logits: torch.Tensor = LOGITS, **options) -> list[in
     sampler, one = Sampler(1, len(logits), torch.device("cpu")), sequence(**options)
     sampler.begin(one)
     for _ in range(count):
-        one.append(sampler.choose(logits[None], [one])[0].token)
+        one.append(sampler.sample(logits[None], [one])[0].token)
     return one.output_ids
 
 
@@ -50,7 +50,7 @@ def choose(logits: torch.Tensor, *sequences: Sequence) -> list[SampledToken]:
     sampler = Sampler(len(sequences), logits.shape[-1], torch.device("cpu"))
     for one in sequences:
         sampler.begin(one)
-    return sampler.choose(logits, sequences)
+    return sampler.sample(logits, sequences)
 
 
 def test_temperature_zero_takes_the_best() -> None:
@@ -132,7 +132,7 @@ def test_who_had_to_give_way_goes_on_drawing_where_it_was() -> None:
         if turn % 10 == 0:
             one.slot = turn // 10 % 2
             sampler.begin(one)
-        one.append(sampler.choose(LOGITS[None], [one])[0].token)
+        one.append(sampler.sample(LOGITS[None], [one])[0].token)
 
     assert one.output_ids == expected
 
@@ -198,4 +198,4 @@ def test_a_request_in_a_used_slot_inherits_nothing() -> None:
     for _ in range(2):
         one = sequence(repetition_penalty=2.0, frequency_penalty=9.0)
         sampler.begin(one)
-        assert sampler.choose(LOGITS[None], [one])[0].token == 1
+        assert sampler.sample(LOGITS[None], [one])[0].token == 1

@@ -1,0 +1,53 @@
+"""Which implementation computes a model's operations: chosen once at the start, before the engine is ready.
+
+The compiled ones are compiled and tried while the weights are loaded. If that takes long, or a library did not pass its
+trial, torch computes until the next start; nothing is exchanged under a running engine.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from api.engine.config import EngineConfig
+from api.engine.kernels.build import KernelError, PendingLibrary, obstacle
+from api.engine.kernels.operations import CompiledOperations
+from api.engine.loading.placement import PAGE_TOKENS, Selection
+from api.engine.model.operations import Operations, TorchOperations
+
+WAIT_S = 60.0  # for the compiler and the trial, once the weights are loaded
+
+
+class OperationsChoice:
+    """Made before the weights are loaded, so that there is time to compile; asked after. Engine thread only."""
+
+    def __init__(self, config: EngineConfig, device: str, dtype: torch.dtype, model_config: Any) -> None:
+        self._pending: PendingLibrary | None = None
+        self._reason = "set by GLM_KERNELS"
+        if config.kernels == "torch":
+            return
+        if (found := obstacle(device, dtype, PAGE_TOKENS, _head_dims(model_config))) is not None:
+            self._reason = found
+        else:
+            self._pending = PendingLibrary()
+
+    def choose(self) -> tuple[Operations, Selection]:
+        """Waits up to WAIT_S for a library that is still being compiled."""
+        if self._pending is None:
+            return TorchOperations(PAGE_TOKENS), Selection("torch", self._reason)
+        try:
+            library = self._pending.wait(WAIT_S)
+            torch.ops.load_library(str(library))
+        except (KernelError, OSError, RuntimeError) as error:
+            return without_compiled(error)
+        return CompiledOperations(), Selection("compiled", str(library))
+
+
+def without_compiled(error: Exception) -> tuple[Operations, Selection]:
+    return TorchOperations(PAGE_TOKENS), Selection("torch", f"no compiled operations: {error}")
+
+
+def _head_dims(model_config: Any) -> tuple[int, int]:
+    text, vision = model_config.get_text_config(), model_config.vision_config
+    return text.hidden_size // text.num_attention_heads, vision.hidden_size // vision.num_heads

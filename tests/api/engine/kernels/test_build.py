@@ -1,0 +1,193 @@
+"""Compiling for a processor, trying in a child process, and what a server does with what came of it."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from prompts import STEPS, Steps, ask, request_for
+
+from api.engine.config import EngineConfig
+from api.engine.kernels import build, trial
+from api.engine.kernels.build import KernelError
+from api.engine.loaded_model import Model
+from api.engine.loading import operations as choice
+from api.engine.loading.loader import load
+from api.engine.model.forward_batch import AttentionMetadata
+from api.engine.model.operations import TorchOperations
+
+HAS_INSTRUCTION = build.fit_processor()
+CPU_WITH = "avx512f avx512_bf16"
+
+
+@pytest.fixture
+def processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor that says it has AVX512_BF16, and code for one that has, whatever there is."""
+    monkeypatch.setattr(build, "_processor", lambda: CPU_WITH)
+    monkeypatch.setattr(build, "TARGET", ("-march=cooperlake",))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache of libraries for the tests here: compiling takes ten seconds and more."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def untried(library: Path) -> Path:
+    library.with_suffix(".trial").unlink(missing_ok=True)
+    return library
+
+
+def test_they_fit_bfloat16_on_a_cpu_that_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "_processor", lambda: CPU_WITH)
+
+    assert build.obstacle("cpu", torch.bfloat16, 16, (128, 80)) is None
+    assert "float32" in str(build.obstacle("cpu", torch.float32, 16, (128, 64)))
+    assert "CPU" in str(build.obstacle("cuda", torch.bfloat16, 16, (128, 64)))
+    assert "88" in str(build.obstacle("cpu", torch.bfloat16, 16, (128, 88)))
+    assert "32" in str(build.obstacle("cpu", torch.bfloat16, 32, (64, 64)))
+    monkeypatch.setattr(build, "_processor", lambda: "avx2 avx512f")
+    assert "AVX512_BF16" in str(build.obstacle("cpu", torch.bfloat16, 16, (128, 64)))
+
+
+def test_where_the_processor_has_amx_onednn_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "_processor", lambda: CPU_WITH)
+    assert build.multiplies()
+    monkeypatch.setattr(build, "_processor", lambda: "avx512_bf16 amx_tile amx_bf16")
+    assert not build.multiplies()
+
+
+def test_they_are_compiled_once(processor: None, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = build.compiled(cache)
+    monkeypatch.setattr(build, "_run", lambda command: pytest.fail("compiled again"))
+
+    assert build.compiled(cache) == first
+    assert [file.name for file in cache.iterdir() if file.suffix == ".so"] == [first.name]
+
+
+def test_an_instruction_that_the_processor_lacks_ends_the_child_only(
+    processor: None, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = untried(build.compiled(cache))
+    if HAS_INSTRUCTION:
+        assert build.tried(library) == library
+        return
+
+    with pytest.raises(KernelError, match="SIGILL"):
+        build.tried(library)
+
+    monkeypatch.setattr(build, "_try_in_child", lambda library: pytest.fail("tried again"))
+    with pytest.raises(KernelError, match=r"SIGILL.*remove .*\.trial to try again"):
+        build.tried(library)
+
+
+def test_a_server_with_such_a_library_answers_with_torch(
+    processor: None, cache: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "cache_folder", lambda: cache)
+    untried(build.compiled(cache))
+    for _ in range(2):  # two starts; the second must not try it again
+        model = loaded(tiny_checkpoint)
+
+        assert model.facts["kernels"] == ("compiled" if HAS_INSTRUCTION else "torch")
+        assert ("SIGILL" in model.facts["choices"]["kernels"]) != HAS_INSTRUCTION
+        assert len(Steps(model).run(request_for(model, [ask("Hello")], []))[0]) == STEPS
+        monkeypatch.setattr(build, "_try_in_child", lambda library: pytest.fail("tried again"))
+
+
+def test_a_trial_that_does_not_end_is_ended_and_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = tmp_path / "kernels.so"
+    library.write_text("")
+    monkeypatch.setattr(build, "TRIAL_LIMIT_S", 0.2)  # torch alone takes longer to import
+
+    with pytest.raises(KernelError, match=r"did not finish their trial within 0\.2 s"):
+        build.tried(library)
+
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: pytest.fail("tried again"))
+    with pytest.raises(KernelError, match="did not finish"):
+        build.tried(library)
+
+
+def test_a_file_that_is_no_library_is_refused_with_its_name(tmp_path: Path) -> None:
+    library = tmp_path / "kernels.so"
+    library.write_text("cut off")
+
+    with pytest.raises(KernelError, match=r"kernels\.so"):
+        build.tried(library)
+
+
+def test_a_library_that_computes_something_else_does_not_pass() -> None:
+    class Wrong(TorchOperations):
+        def attend_decode(self, qkv: torch.Tensor, kv: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
+            return super().attend_decode(qkv, kv, metadata) * 1.5
+
+    trial.compare(TorchOperations(build.PAGE_TOKENS))
+    with pytest.raises(KernelError, match="attend_decode computes something else"):
+        trial.compare(Wrong(build.PAGE_TOKENS))
+
+
+def test_without_a_compiler_torch_computes(
+    processor: None, tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(build, "cache_folder", lambda: tmp_path / "cache")
+
+    model = loaded(tiny_checkpoint)
+
+    assert model.facts["kernels"] == "torch"
+    assert "no C++ compiler" in model.facts["choices"]["kernels"] and "g++" in model.facts["choices"]["kernels"]
+
+
+def test_a_compiler_that_fails_is_named_with_what_it_said(
+    processor: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler_of(tmp_path, "echo 'warning: first' >&2\necho 'error: No space left on device' >&2\nexit 4", monkeypatch)
+
+    with pytest.raises(KernelError, match=r"c\+\+stand-in ended with code 4: error: No space left on device"):
+        build.PendingLibrary(tmp_path / "cache").wait(30)
+
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_compiler_that_takes_long_does_not_hold_up_the_start(
+    processor: None, tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = tmp_path / "go on"
+    compiler_of(tmp_path, f"until [ -e '{go_on}' ]; do sleep 0.1; done; exit 4", monkeypatch)
+    monkeypatch.setattr(build, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(choice, "WAIT_S", 0.1)
+
+    model = loaded(tiny_checkpoint)
+
+    go_on.touch()
+    assert model.facts["kernels"] == "torch"
+    assert "the next start will use them" in model.facts["choices"]["kernels"]
+
+
+def test_without_memory_for_the_weights_torch_computes(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        needs_masks = False
+
+        def linear(self, *arguments: object, **options: object) -> None:
+            raise RuntimeError("there is no memory for 4096 bytes of weights")
+
+    monkeypatch.setattr(choice.OperationsChoice, "choose", lambda self: (Full(), choice.Selection("compiled", "x")))
+
+    model = loaded(tiny_checkpoint)
+
+    assert model.facts["kernels"] == "torch" and "no memory" in model.facts["choices"]["kernels"]
+
+
+def loaded(checkpoint: Path) -> Model:
+    config = EngineConfig(model=str(checkpoint), threads=1, device="cpu", slots=2, dtype="bfloat16")
+    return load(config, lambda fraction: None)
+
+
+def compiler_of(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = folder / "c++stand-in"
+    compiler.write_text(f"#!/bin/sh\n{script}\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
