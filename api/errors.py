@@ -85,16 +85,16 @@ def too_many_tokens(limit: int, under_way: int, given: int) -> ServingError:
 
 
 def too_many_bytes(limit: int) -> ServingError:
-    return unavailable(f"Too many requests are on their way in: <= {limit} bytes together.", "queue_full", 2)
+    return unavailable(f"Too many request bodies are arriving: <= {limit} bytes together.", "queue_full", 2)
 
 
 def too_many_bytes_of_key(limit: int) -> ServingError:
-    message = f"This key's requests that are still on their way in may hold <= {limit} bytes together."
+    message = f"This key's request bodies that are still arriving may have <= {limit} bytes together."
     return ServingError(429, message, "rate_limit_error", "arriving_limit_exceeded", retry_after_s=2)
 
 
 def too_many_in_a_minute(limit: int, wait_s: float) -> ServingError:
-    message = f"This key may ask <= {limit} times in a minute."
+    message = f"This key may send <= {limit} requests per minute."
     return ServingError(
         429, message, "rate_limit_error", "rate_limit_exceeded", retry_after_s=max(1, math.ceil(wait_s))
     )
@@ -106,7 +106,7 @@ def too_many_at_once(limit: int) -> ServingError:
 
 
 def not_accepting(state: str, progress: float, reason: str | None) -> ServingError:
-    """The engine is loading, draining or dead."""
+    """The error while the engine is loading, draining, stalled or dead."""
     if state == "loading":
         return unavailable(f"The model is still loading ({progress:.0%}).", "loading", 5)
     if state == "draining":
@@ -117,7 +117,7 @@ def not_accepting(state: str, progress: float, reason: str | None) -> ServingErr
 
 
 def failed(kind: Failure, message: str) -> ServingError:
-    """A request that the engine ended without an answer."""
+    """The error of a request that the engine ended without an answer."""
     if kind is Failure.ENGINE:
         return ServingError(500, message, "server_error", "engine_error")
     if kind is Failure.DEAD:
@@ -136,4 +136,4 @@ def grammar_failed(reason: str) -> ServingError:
 
 
 def internal() -> ServingError:
-    return ServingError(500, "The server made a mistake; its log has the details.", "server_error", "internal_error")
+    return ServingError(500, "Internal server error; the server's log has the details.", "server_error", "internal_error")

@@ -31,10 +31,10 @@ from settings import ROOT, Settings, SettingsError, load
 
 logger = logging.getLogger(__name__)
 
-HANG_UP_S = 5  # after the drain, for the last bytes to leave
+CLOSE_S = 5  # after the drain, for the last bytes to leave
 KEEP_ALIVE_S = 5  # of an idle connection
 DEVICE_LOST = 70
-LAST_WORDS_S = 2.0  # for the waiting clients to be told
+ERROR_GRACE_S = 2.0  # for the error to reach the waiting clients
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     process.configure()
     try:
         settings = load(api_host=given.host, api_port=given.port, model=given.model)
-        refuse_open_door(settings)
+        check_bind_address(settings)
         if settings.test_faults and FaultInjection(settings.log_dir).active()[0] == "crash-start":
             return 1
     except SettingsError as error:
@@ -96,7 +96,7 @@ def serve(settings: Settings, engine: Engine) -> int:
         server_header=False,
         http=Connection,
         timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=HANG_UP_S,
+        timeout_graceful_shutdown=CLOSE_S,
     )
     try:
         listener = config.bind_socket()
@@ -112,8 +112,8 @@ def serve(settings: Settings, engine: Engine) -> int:
     return code
 
 
-def refuse_open_door(settings: Settings) -> None:
-    """Without a key only this machine may be served."""
+def check_bind_address(settings: Settings) -> None:
+    """Raises SettingsError if other machines could connect without a key."""
     if not KeyRing.of(settings) and not _is_loopback(settings.api_host):
         raise SettingsError(
             f"GLM_API_KEY is not set, and GLM_API_HOST={settings.api_host} can be reached from other machines. "
@@ -144,7 +144,7 @@ class DrainingServer(uvicorn.Server):
         if self._drain.ident is None:
             logger.info(logs.line("drain", signal=sig, deadline_s=self._drain_s))
             self._drain.start()
-        else:  # asked twice: at once
+        else:  # the second signal ends it at once
             self.should_exit = self.force_exit = True
 
     def _watch(self) -> None:
@@ -155,9 +155,9 @@ class DrainingServer(uvicorn.Server):
             time.sleep(0.2)
         self.lost = True
         logger.error(logs.line("device_lost", code=DEVICE_LOST, reason=self._engine.stats().reason))
-        time.sleep(LAST_WORDS_S)
+        time.sleep(ERROR_GRACE_S)
         self.should_exit = True
-        time.sleep(HANG_UP_S + LAST_WORDS_S)
+        time.sleep(CLOSE_S + ERROR_GRACE_S)
         os._exit(DEVICE_LOST)  # the event loop hangs too
 
     def _drain_then_exit(self) -> None:

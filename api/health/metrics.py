@@ -31,7 +31,7 @@ _STAGES = {
     "queue_s": ("request_queue_time_seconds", "Waiting for the engine."),
     "preprocess_s": (
         "request_preprocess_time_seconds",
-        "Fetching, decoding and processing pictures, and the template.",
+        "Fetching, decoding and processing images, and the template.",
     ),
     "prefill_s": ("request_prefill_time_seconds", "From the engine's start on a request to its first token."),
     "decode_s": ("request_decode_time_seconds", "From the first token to the last."),
@@ -64,7 +64,7 @@ class Metrics:
             "request_inference_time_seconds", "From the engine's start on a request to its last token.", _WHOLE_S
         )
         self._vision = self._histogram(
-            "request_vision_encode_time_seconds", "In the vision tower, where a picture was new.", _FIRST_S
+            "request_vision_encode_time_seconds", "In the vision encoder, where an image was new.", _FIRST_S
         )
         self._between = self._histogram(
             "inter_token_latency_seconds", "Between one piece of an answer's text and the next.", _TOKEN_S
@@ -72,14 +72,14 @@ class Metrics:
         self._iteration = Histogram(
             "glm_iteration_tokens_total", "Written in one step of the engine.", registry=self.registry, buckets=_BATCH
         )
-        self._prompt_size = self._histogram("request_prompt_tokens", "Of one prompt, pictures included.", _TOKENS)
+        self._prompt_size = self._histogram("request_prompt_tokens", "Of one prompt, images included.", _TOKENS)
         self._answer_size = self._histogram("request_generation_tokens", "Of one request's answers.", _TOKENS)
         self._longest = self._histogram("request_params_max_tokens", "The longest answer allowed.", _TOKENS)
         self._choices = self._histogram("request_params_n", "Answers asked for.", (1, 2, 4, 8))
-        self._prompt = self._counter("prompt_tokens", "Tokens read, pictures included.", "traffic")
+        self._prompt = self._counter("prompt_tokens", "Tokens read, images included.", "traffic")
         self._cached = self._counter("prompt_tokens_cached", "Of those, found in the prefix cache.", "traffic")
-        self._image_tokens = self._counter("image_tokens", "Of those, of pictures.", "traffic")
-        self._images = self._counter("images", "Pictures taken.", "traffic")
+        self._image_tokens = self._counter("image_tokens", "Of those, of images.", "traffic")
+        self._images = self._counter("images", "Images accepted.", "traffic")
         self._generated = self._counter("generation_tokens", "Tokens written, as they come.", "traffic")
         self._success = self._counter(
             "request_success", "Answers, by the reason of their end.", "finished_reason", "traffic"
@@ -195,10 +195,10 @@ def _gauges(stats: Stats, admission: AdmissionLoad) -> list[tuple[str, str, floa
     gauges = [
         ("num_requests_running", "In the engine's slots.", float(stats.running)),
         ("num_requests_waiting", "In the engine's queue.", float(stats.waiting)),
-        ("num_requests_admitted", "Under way, from before their pictures are decoded.", float(admission.requests)),
+        ("num_requests_admitted", "Under way, from before their images are decoded.", float(admission.requests)),
         (
             "body_bytes_arriving",
-            "Of request bodies on their way in, which hold no place yet.",
+            "Of request bodies that are still arriving and hold no permit yet.",
             float(admission.arriving_bytes),
         ),
         ("num_tokens_admitted", "Of prompts and longest answers under way.", float(admission.tokens)),
@@ -219,8 +219,8 @@ def _counts(stats: Stats) -> list[tuple[str, str, int]]:
         ("engine_steps", "Units of work done.", stats.steps),
         ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_cache_queries),
         ("prefix_cache_hits", "Prompt tokens found there.", stats.prefix_cache_hits),
-        ("mm_cache_queries", "Pictures looked up in the picture cache.", stats.encoder_cache_queries),
-        ("mm_cache_hits", "Pictures found there.", stats.encoder_cache_hits),
+        ("mm_cache_queries", "Images looked up in the encoder cache.", stats.encoder_cache_queries),
+        ("mm_cache_hits", "Images found there.", stats.encoder_cache_hits),
         ("num_preemptions", "Requests put back to make room.", stats.preemptions),
     ]
 

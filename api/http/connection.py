@@ -30,7 +30,7 @@ LINGER_BYTES = 256 * 2**20
 
 
 class ClientGone(Exception):
-    """The client has closed the connection: nobody is there to be answered."""
+    """The client has closed the connection; there is no one to answer."""
 
 
 class Connection(H11Protocol):
@@ -66,7 +66,7 @@ class Connection(H11Protocol):
 
 
 async def read_body(request: Request, max_bytes: int, on_bytes: Callable[[int], None]) -> bytes:
-    """The body. `on_bytes` is told the size of each piece before it is kept, and may raise a ServingError.
+    """The body. `on_bytes` is called with the size of each piece before it is kept, and may raise a ServingError.
 
     Raises ServingError (408 too slow, 413 larger than `max_bytes`, 400 empty) or ClientGone.
     """

@@ -65,7 +65,7 @@ class RequestMiddleware:
     """Gives each request its id and its log line, and an answer if all else has failed.
 
     A client may send its own x-request-id; one that could garble a log line is replaced. What the layers inside know
-    of a request they add to `request.state.log`. `count` is told each request's method, route and status.
+    of a request they add to `request.state.log`. `count` is called with each request's method, route and status.
     """
 
     def __init__(self, app: ASGIApp, count: Callable[[str, str, int], None]) -> None:

@@ -1,4 +1,4 @@
-"""Pictures as they arrive: the bytes of a `data:` URL or of a fetched one to an upright RGB image, within limits.
+"""Images as they arrive: the bytes of a `data:` URL or of a fetched one to an upright RGB image, within limits.
 
 Every limit is checked before the work it limits: bytes before base64, pixels before decoding.
 Knows nothing of models.
@@ -18,7 +18,7 @@ from settings import Settings
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_ASPECT = 200  # the processor refuses longer ones
-# The setting below is checked on every picture and decides alone; Pillow's own guess would only add noise.
+# `max_image_pixels` is checked on every image; Pillow's own limit would only add warnings.
 Image.MAX_IMAGE_PIXELS = None
 
 
@@ -41,7 +41,10 @@ def read_data_url(url: str, param: str, settings: Settings) -> bytes:
 
 
 def open_image(data: bytes, param: str, settings: Settings) -> Image.Image:
-    """Read the header only: the type from the content, the size against the limits."""
+    """Read the header only: the format is taken from the content, the size checked against the limits.
+
+    Raises the 400 or 413 error that names `param`.
+    """
     if not data:
         raise invalid(f"`{param}` is empty: it has 0 bytes.", param, "invalid_image")
     try:
@@ -62,12 +65,12 @@ def open_image(data: bytes, param: str, settings: Settings) -> Image.Image:
 
 
 def _frames(image: Image.Image) -> int:
-    """How many pictures follow each other. A camera's JPEG may hold a second view (MPO), which is no animation."""
+    """How many frames an animation has. A camera's JPEG may hold a second view (MPO), which is no animation."""
     if image.format == "MPO":
         return 1
     try:
         return getattr(image, "n_frames", 1)
-    except Exception:  # a decoder may raise anything; if the first picture is damaged too, decoding says so
+    except Exception:  # a decoder may raise anything; if the first frame is damaged too, decoding says so
         return 1
     finally:
         with suppress(Exception):
@@ -79,7 +82,7 @@ def is_remote(url: str) -> bool:
 
 
 def decode(image: Image.Image, param: str) -> Image.Image:
-    """All pixels, upright, in RGB; transparent parts over white."""
+    """All pixels, upright, in RGB; transparent parts over white. Raises the 400 error for damaged data."""
     try:
         image.load()
     except Exception:  # a decoder may raise anything on malformed data
@@ -90,7 +93,7 @@ def decode(image: Image.Image, param: str) -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # a broken orientation tag is no reason to refuse a good picture
+    except Exception:  # a broken orientation tag is no reason to refuse a good image
         return image
 
 

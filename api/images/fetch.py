@@ -1,8 +1,8 @@
-"""Fetches a picture from a stranger's URL, and nothing else: no address of this machine or of its network.
+"""Fetches an image from a caller's URL, and never from an address of this machine or of its private network.
 
 Each hop is checked alone: scheme, port, host list, and every address the name resolves to. The connection goes to
 the very address that was checked, so a name that resolves differently a moment later changes nothing. Runs in a
-thread of its own pool. Knows nothing of pictures.
+thread of its own pool. Knows nothing of image formats.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _TUNNELS = tuple(ipaddress.ip_network(n) for n in ("64:ff9b::/96", "64:ff9b:1::/
 
 
 def is_public(address: str) -> bool:
-    """Whether an address belongs to the open internet; one that only wraps another is judged by neither."""
+    """Whether an address is public. An IPv4-mapped one is judged by the IPv4 address; one that may tunnel is not public."""
     parsed = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(parsed, ipaddress.IPv6Address):
         if parsed.ipv4_mapped is not None:
@@ -81,7 +81,7 @@ class Fetcher:
         connection = self._connection(parts.scheme, host, self._address(host, port, param), port, ends_at)
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         headers = {"Host": parts.netloc, "Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "glm-web"}
-        late = threading.Timer(max(ends_at - time.monotonic(), 0), _hang_up, [connection])
+        late = threading.Timer(max(ends_at - time.monotonic(), 0), _shut_down, [connection])
         late.daemon = True
         late.start()
         try:
@@ -99,7 +99,7 @@ class Fetcher:
         if answer.status in (301, 302, 303, 307, 308):
             location = answer.headers.get("Location")
             if not location:
-                raise _refused(param, f"the server answered {answer.status} without a place to go on")
+                raise _refused(param, f"the server answered {answer.status} without a Location header")
             return location, b""
         if answer.status != 200:
             raise _refused(param, f"the server answered {answer.status}")
@@ -118,7 +118,7 @@ class Fetcher:
         return None, bytes(data)
 
     def _checked(self, url: str, param: str) -> tuple[SplitResult, int]:
-        """A URL that every parser reads alike, or an error."""
+        """The parts and port of a URL that every parser reads the same way. Raises the 400 error."""
         if len(url) > MAX_URL:
             raise invalid(f"`{param}` must have <= {MAX_URL} characters. Given: {len(url)}", param, "unsupported_url")
         if _ODD.search(url) or not url.isascii():
@@ -166,8 +166,8 @@ class Fetcher:
         return _refused(param, f"it did not arrive within {self.timeout_s:g} s")
 
 
-def _hang_up(connection: HTTPConnection) -> None:
-    """End a transfer that drips: a limit on one read never ends when a byte comes now and then."""
+def _shut_down(connection: HTTPConnection) -> None:
+    """End a transfer past its deadline: the limit on one read never expires while a byte comes now and then."""
     with suppress(OSError):
         if connection.sock is not None:
             connection.sock.shutdown(socket.SHUT_RDWR)

@@ -14,12 +14,21 @@ from typing import Any
 
 from api.engine.text.argument_types import read_value
 from api.engine.text.detokenizer import held_back
+from api.engine.text.markup import (
+    BOX,
+    CALL,
+    END_BOX,
+    END_CALL,
+    END_KEY,
+    END_THINK,
+    END_VALUE,
+    KEY,
+    THINK,
+    VALUE,
+)  # fmt: skip
 from api.parsing.boxes import Region, image_references, read_tagged, read_untagged
 
-THINK, END_THINK = "<think>", "</think>"
-BOX, END_BOX = "<|begin_of_box|>", "<|end_of_box|>"
-CALL, END_CALL = "<tool_call>", "</tool_call>"
-_ARGUMENT = re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>\s*", re.DOTALL)
+_ARGUMENT = re.compile(rf"\s*{KEY}(.*?){END_KEY}\s*{VALUE}(.*?){END_VALUE}\s*", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -165,7 +174,7 @@ class OutputParser:
         return [call] if call else self._content_pieces(CALL + text + END_CALL)
 
     def _parse_call(self, text: str) -> Call | None:
-        name, tag, rest = text.partition("<arg_key>")
+        name, tag, rest = text.partition(KEY)
         name, rest = name.strip(), tag + rest
         arguments: dict[str, Any] = {}
         schema = self._tools.get(name, {})

@@ -13,7 +13,7 @@ from pydantic_core import PydanticCustomError
 from api.errors import ServingError, invalid
 from api.protocol.validation import Strict, check, parse_json, parse_object, shown
 
-# Notes for the caller's own books; they ask nothing of the model.
+# Notes for the caller's own use; they have no effect on the answer.
 HARMLESS = {
     "user": "a note of the caller's",
     "metadata": "a note of the caller's",
@@ -48,7 +48,7 @@ class TextPart(Strict):
 
 class ImageUrl(Strict):
     url: str
-    detail: str | None = None  # harmless: pictures are always taken at the processor's own resolution
+    detail: str | None = None  # harmless: images are always taken at the processor's own resolution
 
 
 class ImagePart(Strict):
@@ -115,8 +115,8 @@ class Message(Strict):
             raise PydanticCustomError("missing_content", "needs `content`")
         if self.tool_calls and self.role != "assistant":
             raise PydanticCustomError("tool_calls", "`tool_calls` belong to a message of the role 'assistant'")
-        pictures = isinstance(self.content, list) and any(isinstance(p, ImagePart) for p in self.content)
-        if pictures and self.role not in ("user", "tool"):
+        has_images = isinstance(self.content, list) and any(isinstance(p, ImagePart) for p in self.content)
+        if has_images and self.role not in ("user", "tool"):
             raise PydanticCustomError("pictures", "pictures belong to a message of the role 'user' or 'tool'")
         return self
 
@@ -268,8 +268,8 @@ class ChatRequest(Strict):
         match self.response_format:
             case JsonObjectFormat():
                 return {"type": "object"}
-            case JsonSchemaFormat(json_schema=wanted):
-                return wanted.schema_
+            case JsonSchemaFormat(json_schema=json_schema):
+                return json_schema.schema_
         return None
 
     @property
@@ -285,7 +285,7 @@ def parse_chat(body: bytes) -> ChatRequest:
 
 
 def known_fields(data: dict[str, Any]) -> dict[str, Any]:
-    """The fields that mean something here; raises the error for one that would be dropped."""
+    """The fields that have an effect. Raises the 400 error for one that would be dropped silently."""
     known: dict[str, Any] = {}
     for name, value in data.items():
         if name in ChatRequest.model_fields:
@@ -315,7 +315,7 @@ def _check_stop(stop: Any) -> None:
 
 
 def check_agreement(chat: ChatRequest) -> None:
-    """What one field says must not make another one meaningless."""
+    """Raises the 400 error for a field that makes another one meaningless."""
     names = [tool.function.name for tool in chat.tools or []]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -354,7 +354,7 @@ def _conflict(param: str, message: str) -> ServingError:
 
 
 class TokenizeRequest(Strict):
-    """Either plain text, or a conversation as the chat template renders it; pictures count one token each."""
+    """Either plain text, or a conversation as the chat template renders it; images count one token each."""
 
     model: str | None = None
     prompt: str | None = None

@@ -1,4 +1,4 @@
-"""From a body's bytes to a checked object, or the sentence that names the first field that is wrong."""
+"""A body's bytes to a validated object, or the error that names the first field that is wrong."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_DEPTH = 64  # of nested lists and objects; far more than any schema or call 
 
 
 class Strict(BaseModel):
-    """An unknown field is an error, and no value is bent into another type."""
+    """An unknown field is an error, and no value is converted into another type."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -26,7 +26,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
     """Raises the 400 error for anything but a JSON object."""
     try:
         data = json.loads(body)
-        _refuse_half_characters(body, data)
+        _refuse_lone_surrogates(body, data)
     except json.JSONDecodeError as error:
         raise _no_object(f"It is not JSON: {error.msg} at character {error.pos}.") from None
     except UnicodeError:
@@ -45,17 +45,17 @@ def _no_object(why: str) -> ServingError:
 
 
 def parse_json(text: str) -> Any:
-    """The value, or None if it is not JSON or has half a character in it."""
+    """The value, or None if it is not JSON or has a lone surrogate in it."""
     try:
         value = json.loads(text)
-        _refuse_half_characters(text, value)
+        _refuse_lone_surrogates(text, value)
         return value
     except (ValueError, RecursionError):
         return None
 
 
-def _refuse_half_characters(text: str | bytes, value: Any) -> None:
-    """Raises UnicodeError: JSON can escape a lone surrogate, which no text may hold."""
+def _refuse_lone_surrogates(text: str | bytes, value: Any) -> None:
+    """Raises UnicodeError: JSON can escape a lone surrogate, which UTF-8 cannot encode."""
     if "\\u" in text if isinstance(text, str) else b"\\u" in text:
         json.dumps(value, ensure_ascii=False).encode()
 
@@ -86,7 +86,7 @@ def check(kind: type[Checked], data: dict[str, Any]) -> Checked:
         raise _explain(error.errors()[0]) from None
 
 
-# pydantic's kinds of error, in this project's words.
+# What pydantic's kinds of error mean to a caller.
 _BOUNDS = {"greater_than_equal": (">=", "ge"), "less_than_equal": ("<=", "le"), "greater_than": (">", "gt"),
            "less_than": ("<", "lt")}  # fmt: skip
 _COUNTS = {"too_short": (">=", "min_length", "items"), "too_long": ("<=", "max_length", "items"),
@@ -137,6 +137,6 @@ def _path(location: tuple[int | str, ...]) -> str:
 
 
 def shown(value: Any) -> str:
-    """Enough of a value to recognise it; never a whole prompt or picture."""
+    """Enough of a value to recognise it; never a whole prompt or image."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,7 +1,7 @@
 """Admission control: how much may be under way at once, from before images are decoded to the last token.
 
 Bounded by requests, by their tokens, and for one key by its rate and its number. The engine bounds its own queue
-too; this also covers the work before it. A body still arriving holds no permit, so that slow senders keep nobody
+too; this also covers the work before it. A body still arriving holds no permit, so that slow senders keep no one
 out; the bytes received of all such bodies are limited, and those of one key lower, so that no key keeps out another.
 Health probes have permits of their own. Used in the event loop only.
 """

@@ -125,7 +125,7 @@ class Inbox:
 
     def deliver(self, index: int, event: Event) -> None:
         """Called in any thread."""
-        # A closed loop means that the process is ending and nobody reads any more.
+        # A closed loop means that the process is ending and no one reads any more.
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
@@ -279,7 +279,7 @@ class RequestHandler:
         self._permit.release()
 
     def _progress(self) -> str:
-        """What a waiting client is told."""
+        """The comment for a client that waits."""
         if self.completion.first_token_at is not None:
             return "waiting for the next token"
         positions = [self._engine.position(self.engine_id(c.index)) or 0 for c in self.completion.choices]

@@ -20,12 +20,13 @@ from PIL import Image
 from api.caller import Caller
 from api.engine.loaded_model import Model
 from api.engine.request import ImageInput
+from api.engine.text.markup import THINK
 from api.engine.text.tokenizer import Vocabulary
 from api.errors import ServingError, invalid
 from api.images.decode import decode, is_remote, open_image, read_data_url
 from api.images.fetch import Fetcher
 from api.parsing.boxes import image_references
-from api.parsing.output import THINK, split_thinking
+from api.parsing.output import split_thinking
 from api.protocol.completion import PromptFacts
 from api.protocol.schemas import ChatRequest, ImagePart, Message, TextPart, Tool
 from settings import Settings

@@ -10,8 +10,8 @@ from api.engine.loaded_model import Model
 from api.engine.request import SamplingParams
 from api.engine.text.grammar import GrammarCompiler, MatcherGrammar
 from api.engine.text.grammar_text import AnswerForm, CallableTool, GrammarError
+from api.engine.text.markup import END_THINK, THINK
 from api.errors import invalid
-from api.parsing.output import END_THINK, THINK
 from api.protocol.schemas import ChatRequest
 from settings import Settings
 

@@ -1,1 +1,4 @@
-"""HTTP endpoints, one file per family."""
+"""One file for each family of endpoints: what is called in which order for a request.
+
+The only room that knows ServerState. Nothing below may import it.
+"""

@@ -19,9 +19,9 @@ _MEANINGS = {
     404: "no such model or route",
     405: "another method is needed",
     408: "the body did not arrive in time",
-    413: "the body or a picture is too large",
-    429: "this key has asked too often",
-    500: "the server made a mistake",
+    413: "the body or an image is too large",
+    429: "this key has sent too many requests",
+    500: "an error of the server",
     503: "full, loading, draining or dead; Retry-After says when to come back",
     504: "the request took too long",
 }

@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from api.engine.text.argument_types import is_raw_string
+from api.engine.text.markup import CALL, CALL_TAGS, END_CALL, END_KEY, END_THINK, END_VALUE, KEY, THINK, VALUE
 
 # Enough to indent by, too little to go on for ever.
 _SPACE = r"[ \n]{0,16}"
 # Said of a string in JSON, but not of a raw one.
 _UNBOUND = ("pattern", "format", "minLength", "maxLength")
-_TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
+_TAGS = (THINK, END_THINK, *CALL_TAGS)
 
 
 class GrammarError(ValueError):
@@ -71,12 +72,12 @@ class _Writer:
         return "\n".join([f"start: {head}{answer}", *self.rules, *terminals])
 
     def _head(self, form: AnswerForm) -> str:
-        if "<think>" not in self.tags or "</think>" not in self.tags:
+        if THINK not in self.tags or END_THINK not in self.tags:
             return "WS? "
-        thoughts = f"TEXT? {self._tag('</think>')} WS? "
+        thoughts = f"TEXT? {self._tag(END_THINK)} WS? "
         if form.starts_thinking:
             return thoughts
-        return f"WS? ({self._tag('<think>')} {thoughts})? " if form.may_think else "WS? "
+        return f"WS? ({self._tag(THINK)} {thoughts})? " if form.may_think else "WS? "
 
     def _answer(self, form: AnswerForm) -> str:
         said = "json" if form.schema is not None else "TEXT"
@@ -90,12 +91,12 @@ class _Writer:
         return f"({said} | calls)" if form.schema is not None else f"{said}? calls?"
 
     def _calls(self, form: AnswerForm) -> None:
-        missing = [tag for tag in _TAGS[2:] if tag not in self.tags]
+        missing = [tag for tag in CALL_TAGS if tag not in self.tags]
         if missing:
             raise GrammarError(f"this model has no token for {missing[0]}")
         names = [self._tool(place, tool) for place, tool in enumerate(form.tools)]
         self.rules.append("calls: call" + (" (WS? call)*" if form.many_calls else "") + " WS?")
-        self.rules.append(f"call: {self._tag('<tool_call>')} ({' | '.join(names)}) {self._tag('</tool_call>')}")
+        self.rules.append(f"call: {self._tag(CALL)} ({' | '.join(names)}) {self._tag(END_CALL)}")
 
     def _tool(self, place: int, tool: CallableTool) -> str:
         parameters = tool.parameters or {}
@@ -140,8 +141,8 @@ class _Writer:
         return "VALUE?"
 
     def _pair(self, key: str, value: str) -> str:
-        opened, closed = f"{self._tag('<arg_key>')} {key} {self._tag('</arg_key>')}", self._tag("</arg_value>")
-        return f"{opened} WS? {self._tag('<arg_value>')} {value} {closed} WS?"
+        opened, closed = f"{self._tag(KEY)} {key} {self._tag(END_KEY)}", self._tag(END_VALUE)
+        return f"{opened} WS? {self._tag(VALUE)} {value} {closed} WS?"
 
     def _tag(self, tag: str) -> str:
         return f"<[{self.tags[tag]}]>"

@@ -10,6 +10,7 @@ from collections.abc import Sequence as Items
 
 from api.engine.request import FinishReason, Grammar, Request
 from api.engine.text.detokenizer import Detokenizer
+from api.engine.text.markup import THINK
 from api.engine.text.tokenizer import Vocabulary
 
 LOOK_FOR_LOOPS_EVERY = 16  # tokens
@@ -102,7 +103,7 @@ class Thinking:
     """Counts the tokens of the block that the model thinks in before it answers."""
 
     def __init__(self, prompt_ids: Items[int], vocabulary: Vocabulary) -> None:
-        self._opening = vocabulary.special.get("<think>")
+        self._opening = vocabulary.special.get(THINK)
         self._closing = vocabulary.special.get("</think>")
         self._count = 0
         last = _last_text(prompt_ids, vocabulary)

@@ -13,23 +13,11 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from api.engine.text.markup import MARKUP
+
 # Unicode noncharacters: they never occur in proper text, and text that has them is protected too.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 _PROTECTED = re.compile(f"{_OPEN}([0-9a-f]+){_CLOSE}")
-
-# Special tokens that carry the structure of an answer; the other special tokens have no text.
-MARKUP = (
-    "<think>",
-    "</think>",
-    "<|begin_of_box|>",
-    "<|end_of_box|>",
-    "<tool_call>",
-    "</tool_call>",
-    "<arg_key>",
-    "</arg_key>",
-    "<arg_value>",
-    "</arg_value>",
-)
 
 
 class UnsupportedTokenizer(ValueError):

@@ -13,7 +13,7 @@ from starlette.datastructures import Headers
 
 from api.caller import Caller
 from api.http.auth import OPEN_PATHS, KeyRing
-from api.server import refuse_open_door
+from api.server import check_bind_address
 from settings import Settings, SettingsError
 
 WRONG = [
@@ -191,13 +191,13 @@ def test_websockets_are_refused(serve) -> None:
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org"])
 def test_without_a_key_only_this_machine_is_served(host: str) -> None:
     with pytest.raises(SettingsError, match="GLM_API_KEY is not set"):
-        refuse_open_door(Settings(api_host=host, api_key=None))
+        check_bind_address(Settings(api_host=host, api_key=None))
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
 def test_this_machine_may_be_served_without_a_key(host: str) -> None:
-    refuse_open_door(Settings(api_host=host, api_key=None))
+    check_bind_address(Settings(api_host=host, api_key=None))
 
 
 def test_with_a_key_any_address_may_be_served() -> None:
-    refuse_open_door(Settings(api_host="0.0.0.0", api_key=KEY))
+    check_bind_address(Settings(api_host="0.0.0.0", api_key=KEY))
