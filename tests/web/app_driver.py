@@ -1,4 +1,4 @@
-"""What Streamlit's own test driver is told to do, and what the page then says."""
+"""Steps for Streamlit's own test driver, and the text that the page then shows."""
 
 from __future__ import annotations
 

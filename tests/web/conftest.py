@@ -57,7 +57,7 @@ def page_server(tmp_path: Path) -> Iterator[Callable[..., Server]]:
 
 @pytest.fixture(scope="session")
 def chromium() -> Iterator[Browser]:
-    """A real browser. Its absence is a failure: what these tests show nothing else shows."""
+    """A real browser. Without one the tests fail instead of being skipped: nothing else covers this."""
     found = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := which(name))), None)
     if found is None:
         pytest.fail("no Chromium on PATH: install it (Debian: apt install chromium) to run the browser tests")

@@ -1,4 +1,4 @@
-"""The door: who passes, what the cookie is worth, and that a stranger gets nothing on any path."""
+"""Access to the page: the token, the cookie, and that nobody without them gets anything on any path."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_two_browsers_are_two_visitors() -> None:
 
 
 class Client:
-    """`Access` in front of an app that notes what reaches it."""
+    """Requests to `Access` in front of an app that records what reaches it."""
 
     def __init__(self, token: str = TOKEN) -> None:
         self.reached: list[str] = []
@@ -193,7 +193,7 @@ def test_the_real_page_gives_a_stranger_nothing(page_server: Callable[..., Serve
     session = requests.Session()
     assert session.get(f"{running.url}/?token={TOKEN}", timeout=20).status_code == 200
     assert session.get(f"{running.url}/_stcore/host-config", timeout=20).status_code == 200
-    # Streamlit's own guard against forged requests stands behind the door.
+    # Streamlit's own guard against forged requests comes after ours.
     assert session.put(f"{running.url}/_stcore/upload_file/a/b", data=b"x", timeout=20).status_code == 403
 
 

@@ -1,4 +1,4 @@
-"""A model's Markdown made harmless."""
+"""Untrusted Markdown made safe to show."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images of the pages for people to look at; `SCREENSHOTS=docs pytest tests/web/test_screenshots.py` renews them.
+"""Screenshots of the pages for people to look at; `SCREENSHOTS=docs pytest tests/web/test_screenshots.py` renews them.
 
 Each is taken only when the page shows what it is meant to show, and no page may be wider than its window.
 """
@@ -31,7 +31,7 @@ Opened = Callable[..., Page]
 
 @pytest.fixture
 def really_opened(real_page_server: Server, open_page: OpenPage) -> Opened:
-    """In front of the demo model: what it says in these images it has said."""
+    """In front of the demo model, so that the screenshots show real answers."""
     return lambda **browser: open_page(real_page_server, **{"viewport": DESK, **browser})
 
 

@@ -82,7 +82,7 @@ def show_chat(client: ApiClient, settings: Settings, texts: Texts, chats: Visito
     # Each part keeps its slot from run to run, so that what it no longer shows disappears at once, instead of
     # staying greyed out below an answer until that is complete.
     show_heading(client, info, info_error, texts, at_start)
-    start_input, start_area, turns_area, followups = st.empty(), st.empty(), st.container(), st.empty()
+    start_input, start_area, turns, followups = st.empty(), st.empty(), st.container(), st.empty()
     if at_start:
         # Inside a container: pinned to the bottom, it would make a phone open the page scrolled to its end.
         with start_input.container():
@@ -95,7 +95,7 @@ def show_chat(client: ApiClient, settings: Settings, texts: Texts, chats: Visito
         start_input.empty()
         start_area.empty()
         submission = page.read_input(options)
-    with turns_area:
+    with turns:
         page.show_turns(submission)
         if not at_start:
             page.show_notices()

@@ -54,7 +54,7 @@ def current_state(runs: Sequence[Mapping[str, Any]], flips: Sequence[Mapping[str
     age_s = max(0.0, now - last["at"])
     stale = age_s > STALE_PERIODS * period_s
     targets = last["targets"] or {}
-    reasons = tuple({"target": name, **told} for name, told in targets.items() if told["word"] != "healthy")
+    reasons = tuple({"target": name, **verdict} for name, verdict in targets.items() if verdict["word"] != "healthy")
     state: State = "none" if stale else state_of(last["word"])
     return CurrentState(state, last["word"], _began(runs, flips), age_s, stale, reasons)
 

@@ -214,8 +214,8 @@ def _gpu_figure(report: dict[str, Any], texts: Texts) -> tuple[str, str, str | N
     card = max(cards, key=lambda each: each.get("memory_used_mib") or 0)
     used, total, hot = card.get("memory_used_mib"), card.get("memory_total_mib"), card.get("temperature_c")
     memory = "–" if used is None else f"{used / 1024:.1f} GiB"
-    told = [texts("figure.gpu_of", total=f"{total / 1024:.0f}", name=card.get("name") or "GPU")] if total else []
-    return texts("figure.gpu"), memory, " · ".join([*told, *([] if hot is None else [f"{hot:g} °C"])]) or None
+    parts = [texts("figure.gpu_of", total=f"{total / 1024:.0f}", name=card.get("name") or "GPU")] if total else []
+    return texts("figure.gpu"), memory, " · ".join([*parts, *([] if hot is None else [f"{hot:g} °C"])]) or None
 
 
 def _show_bars(history: History, texts: Texts, now: float) -> None:
@@ -231,9 +231,9 @@ def _show_bars(history: History, texts: Texts, now: float) -> None:
             continue
         bad = sum(1 for bar in bars if bar.state not in ("up", "busy", "none"))
         blank = sum(1 for bar in bars if bar.state == "none")
-        told = texts("bars.alt", target=texts(f"target.{target}"), bad=bad, none=blank, count=len(bars))
-        st.caption(told)
-        st.vega_lite_chart(spec=bars_chart(bars, name, told), width="stretch", key=f"bars-{target}")
+        summary = texts("bars.alt", target=texts(f"target.{target}"), bad=bad, none=blank, count=len(bars))
+        st.caption(summary)
+        st.vega_lite_chart(spec=bars_chart(bars, name, summary), width="stretch", key=f"bars-{target}")
     st.caption(texts("bars.legend"))
 
 
@@ -380,10 +380,9 @@ def duration(seconds: float, texts: Texts) -> str:
     """The two largest units: 2 h 10 min."""
     whole = max(0, int(seconds))
     parts = [(whole // 86400, "day"), (whole % 86400 // 3600, "hour"), (whole % 3600 // 60, "minute"), (whole % 60, "second")]
-    told = [texts(f"unit.{unit}", count=count) for count, unit in parts if count]
     first = next((index for index, (count, _) in enumerate(parts) if count), 3)
     kept = [texts(f"unit.{unit}", count=count) for count, unit in parts[first : first + 2] if count]
-    return " ".join(kept) if told else texts("unit.second", count=0)
+    return " ".join(kept) if kept else texts("unit.second", count=0)
 
 
 def clock(at: float, zone: tzinfo, now: float, seconds: bool = False) -> str:

@@ -1,4 +1,4 @@
-"""The page's HTTP client: what it learns from the API, and how it names what fails."""
+"""The page's HTTP client: health, info, and the classification of failures."""
 
 from __future__ import annotations
 

@@ -167,8 +167,8 @@ def test_a_preset_fills_the_box_and_json_is_checked_against_its_schema(fake_page
     area.press("Enter")
 
     expect(fake_page.get_by_text("does not fit the schema")).to_be_visible(timeout=TIMEOUT_MS)
-    wanted = fake_api.received[0].body["response_format"]
-    assert wanted["json_schema"]["schema"]["required"] == ["objects"]
+    response_format = fake_api.received[0].body["response_format"]
+    assert response_format["json_schema"]["schema"]["required"] == ["objects"]
 
 
 def test_what_can_be_pressed_has_a_name_for_screen_readers(fake_page: Page) -> None:

@@ -161,8 +161,8 @@ def test_a_chat_too_long_tells_the_numbers_and_is_asked_again_without_the_older_
     open_page: OpenPage, fake_api: FakeApi
 ) -> None:
     page = ask(open_page(), "What is it?", ("old.png", png()))
-    told = "The messages have 9000 tokens; it must be < 8192."
-    fake_api.answer = Answer(status=400, error={"code": "context_length_exceeded", "message": told})
+    message = "The messages have 9000 tokens; it must be < 8192."
+    fake_api.answer = Answer(status=400, error={"code": "context_length_exceeded", "message": message})
     page = ask(page, "And this?", ("new.png", png("blue")))
     assert "have 9000 tokens; it must be < 8192." in page.error[0].value.replace("\\", "")
 

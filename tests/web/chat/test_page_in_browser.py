@@ -112,41 +112,41 @@ def test_the_demo_model_calls_a_tool_and_goes_on_with_its_result(demo_page: Page
 
 
 def test_stop_while_waiting_in_the_real_engine_s_line_gives_the_place_back(demo_page: Page, real_api: Server) -> None:
-    told = ApiClient(real_api.url, KEY)
+    api = ApiClient(real_api.url, KEY)
     endless = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 3000, "ignore_eos": True}
     with ExitStack() as holders:
         for _ in range(2):
-            holders.enter_context(closing(told.post_stream({**endless, "stream": True})))
-        wait_until(lambda: told.health_body()["running"] == 2, "both slots to be taken", 30)
+            holders.enter_context(closing(api.post_stream({**endless, "stream": True})))
+        wait_until(lambda: api.health_body()["running"] == 2, "both slots to be taken", 30)
         ask(demo_page, "Hello")
         waiting = demo_page.get_by_text("Waiting in line, place 1")
         expect(waiting).to_be_visible(timeout=SOON_MS)
-        assert (told.health_body()["running"], told.health_body()["waiting"]) == (2, 1)
+        assert (api.health_body()["running"], api.health_body()["waiting"]) == (2, 1)
 
         stopped_at = time.monotonic()
         demo_page.get_by_role("button", name="Stop", exact=True).click()
-        wait_until(lambda: told.health_body()["waiting"] == 0, "the line to be empty", 10)
+        wait_until(lambda: api.health_body()["waiting"] == 0, "the line to be empty", 10)
         left_after_s = time.monotonic() - stopped_at
         expect(demo_page.get_by_text("Stopped before the answer began.")).to_be_visible(timeout=SOON_MS)
         # On a busy machine the browser may lose the page for a moment; until it is back, nothing can be typed.
         expect(demo_page.get_by_test_id("stChatInputTextArea")).to_be_enabled(timeout=SOON_MS)
-        assert told.health_body()["running"] == 2, "who was served is served still"
+        assert api.health_body()["running"] == 2, "who was served is served still"
 
     assert left_after_s < 2
-    wait_until(lambda: told.health_body()["running"] == 0, "the slots to be free again", 30)
+    wait_until(lambda: api.health_body()["running"] == 0, "the slots to be free again", 30)
     demo_page.get_by_role("button", name="Try again").click()
     assert last_answer(demo_page)
 
 
 def test_the_fake_api_tells_what_the_real_one_tells(real_api: Server) -> None:
-    told = ApiClient(real_api.url, KEY)
-    info, health = told.info_body(), told.health_body()
+    api = ApiClient(real_api.url, KEY)
+    info, health = api.info_body(), api.health_body()
 
     assert set(INFO) <= set(info)
     assert set(INFO["limits"]) <= set(info["limits"])
     assert set(INFO["generation"]) <= set(info["generation"])
     assert set(HEALTH) <= set(health)
-    assert api_metrics.read(told.metrics_text()).kv_used is not None
+    assert api_metrics.read(api.metrics_text()).kv_used is not None
 
 
 def test_stop_in_the_middle_keeps_what_was_written_and_frees_the_model(fake_page: Page, fake_api: FakeApi) -> None:

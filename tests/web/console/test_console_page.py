@@ -80,8 +80,8 @@ def test_trouble_tells_its_reason_its_incident_and_its_timeline(open_console: Op
     with closing(Store.open(logs)) as store, store.transaction():
         store.put_incident(incident_of(now, 600, None))
         store.add_action(now - 60, "api", "restart", "checker", "failed", "the port is taken", "api-20261122-0310")
-        told = {"kind": "fire", "severity": "page", "incident": "api-20261122-0310", "en": "wedged", "zh": "卡死"}
-        queue(store, [told], Settings(webhook_url="http://127.0.0.1:9/secret", slack_url="http://127.0.0.1:9/x"), now)
+        alert = {"kind": "fire", "severity": "page", "incident": "api-20261122-0310", "en": "wedged", "zh": "卡死"}
+        queue(store, [alert], Settings(webhook_url="http://127.0.0.1:9/secret", slack_url="http://127.0.0.1:9/x"), now)
         store.execute("UPDATE outbox SET sent_at = ? WHERE channel = 'webhook'", now - 30)
 
     page = open_console()
@@ -168,15 +168,15 @@ def test_actions_open_for_the_right_token_only(open_console: OpenConsole) -> Non
 
 
 @pytest.mark.parametrize(
-    ("seconds", "told"), [(0, "0 s"), (59, "59 s"), (60, "1 min"), (7800, "2 h 10 min"), (86400, "1 d"), (86460, "1 d")]
+    ("seconds", "text"), [(0, "0 s"), (59, "59 s"), (60, "1 min"), (7800, "2 h 10 min"), (86400, "1 d"), (86460, "1 d")]
 )
-def test_a_duration_has_its_two_largest_units(seconds: float, told: str) -> None:
-    assert duration(seconds, Texts("en")) == told
+def test_a_duration_has_its_two_largest_units(seconds: float, text: str) -> None:
+    assert duration(seconds, Texts("en")) == text
 
 
-@pytest.mark.parametrize(("share", "told"), [(1.0, "100"), (0.99996, "99.99"), (0.5, "50"), (0.0, "0"), (0.999, "99.9")])
-def test_uptime_is_never_rounded_up(share: float, told: str) -> None:
-    assert percent_down(share) == told
+@pytest.mark.parametrize(("share", "text"), [(1.0, "100"), (0.99996, "99.99"), (0.5, "50"), (0.0, "0"), (0.999, "99.9")])
+def test_uptime_is_never_rounded_up(share: float, text: str) -> None:
+    assert percent_down(share) == text
 
 
 def test_the_speed_the_cache_and_the_chosen_settings_with_their_reasons_are_told(

@@ -56,8 +56,8 @@ def test_bytes_that_are_no_text_do_not_stop_it(log: Path) -> None:
 
 def test_the_level_of_the_api_s_own_lines_is_understood_and_lines_without_any_are_shown(tmp_path: Path) -> None:
     path = tmp_path / "mixed.log"
-    told = "2026-11-22T22:04:03.842+00:00 level=info event=request note=ERROR", "2026-11-22 level=error event=boom"
-    path.write_text("\n".join(["starting", *told]) + "\n")
+    lines = "2026-11-22T22:04:03.842+00:00 level=info event=request note=ERROR", "2026-11-22 level=error event=boom"
+    path.write_text("\n".join(["starting", *lines]) + "\n")
 
-    assert log_tail.tail(path, 9, at_least="INFO") == ["starting", *told]
-    assert log_tail.tail(path, 9, at_least="ERROR") == ["starting", told[1]]
+    assert log_tail.tail(path, 9, at_least="INFO") == ["starting", *lines]
+    assert log_tail.tail(path, 9, at_least="ERROR") == ["starting", lines[1]]

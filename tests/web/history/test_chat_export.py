@@ -15,7 +15,7 @@ def url_of(image: AttachedImage) -> str:
     return image.url or data_url(image.mime, image.data)
 
 
-def turns_area() -> Conversation:
+def conversation() -> Conversation:
     conversation = Conversation()
     image = AttachedImage("a", "my [cat].png", "image/png", 8, 6, data=b"cat")
     turn = conversation.ask("Where is it?", [image])
@@ -27,7 +27,7 @@ def turns_area() -> Conversation:
 
 
 def test_json_holds_questions_answers_boxes_calls_and_the_pictures_themselves() -> None:
-    whole = json.loads(chat_export.to_json(turns_area(), url_of))
+    whole = json.loads(chat_export.to_json(conversation(), url_of))
 
     turn = whole["turns"][0]
     first = turn["earlier_answers"][0]
@@ -40,7 +40,7 @@ def test_json_holds_questions_answers_boxes_calls_and_the_pictures_themselves() 
 
 
 def test_markdown_reads_well_and_shows_the_pictures() -> None:
-    text = chat_export.to_markdown(turns_area(), url_of, Texts("en"))
+    text = chat_export.to_markdown(conversation(), url_of, Texts("en"))
 
     assert text.startswith("# Where is it?\n\n## Question")
     assert "](data:image/png;base64,Y2F0)" in text

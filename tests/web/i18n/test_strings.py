@@ -1,4 +1,4 @@
-"""The page's words: complete in both languages, used, and true to each other."""
+"""The page's texts: complete in both languages, used, with the same placeholders."""
 
 from __future__ import annotations
 

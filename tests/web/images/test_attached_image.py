@@ -1,4 +1,4 @@
-"""Images on their way to the model."""
+"""Images that go with a question: decoding, limits, encoding."""
 
 from __future__ import annotations
 
