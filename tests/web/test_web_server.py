@@ -38,8 +38,8 @@ def test_the_upload_limit_of_the_server_follows_the_setting(own_settings: None) 
 @pytest.mark.parametrize(
     ("host", "inside"), [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False)]
 )
-def test_only_loopback_counts_as_this_machine(host: str, for_programs: bool) -> None:
-    assert server._is_loopback(host) is for_programs
+def test_only_loopback_counts_as_this_machine(host: str, inside: bool) -> None:
+    assert server._is_loopback(host) is inside
 
 
 def test_every_answer_forbids_pictures_from_elsewhere_and_the_process_ends_when_told(
