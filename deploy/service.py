@@ -1,4 +1,4 @@
-"""The half of start.sh and stop.sh that needs more than a shell: ports, pid files, waiting for an answer, ending.
+"""The part of start.sh and stop.sh that needs more than a shell: ports, pid files, waiting for an answer, ending.
 
     python -m deploy.service check  LOGS PART HOST PORT       0 may be started, 10 runs already, 3 port taken
     python -m deploy.service record LOGS PART PID PORT OFFSET
@@ -6,20 +6,18 @@
     python -m deploy.service stop   LOGS SECONDS PART=PORT...  0 ended, ports free; 1 not ended; 3 port held by another
     python -m deploy.service alive  LOGS PART...               0 all run
 
-Standard library only, so that stop.sh works when the environment is gone. Parts are `api` and `web`.
+Standard library only and no syntax newer than Python 3.8, so that stop.sh works when the environment is gone. Parts are `api` and `web`.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 from monitor.observe import ports, processes
+from monitor.observe.exchange import exchange
 from monitor.observe.processes import ProcessRecord
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,6 +25,7 @@ HEALTH = {"api": "/health", "web": "/_stcore/health"}
 NAMES = {"api": "The API", "web": "The page"}
 MAY_START, FAILED, TAKEN, RUNS = 0, 1, 3, 10
 LOG_LINES = 25
+ANSWER_LIMIT_S = 2.0
 
 
 def check(log_dir: Path, part: str, host: str, port: int) -> int:
@@ -64,7 +63,7 @@ def wait(log_dir: Path, limit_s: float, hosts: dict[str, str]) -> int:
     """Poll until every part answers. A part that dies, or answers that it is dead, ends the wait at once."""
     deadline = time.monotonic() + limit_s
     waiting = dict(hosts)
-    said = dict.fromkeys(hosts, "")
+    printed = dict.fromkeys(hosts, "")
     while waiting:
         for part, host in list(waiting.items()):
             entry = processes.read_record(log_dir, part)
@@ -80,16 +79,16 @@ def wait(log_dir: Path, limit_s: float, hosts: dict[str, str]) -> int:
             elif time.monotonic() >= deadline:
                 print(f"{NAMES[part]} is up and still loads the model ({detail}). Its log: {log_dir / (part + '.log')}")
                 del waiting[part]
-            elif state == "loading" and detail != said[part]:
+            elif state == "loading" and detail != printed[part]:
                 print(f"{NAMES[part]} loads the model: {detail}", flush=True)
-                said[part] = detail
+                printed[part] = detail
         time.sleep(0.2 if waiting else 0)
     return 0
 
 
-def stop(log_dir: Path, grace_s: float, wanted_ports: dict[str, int]) -> int:
+def stop(log_dir: Path, grace_s: float, configured_ports: dict[str, int]) -> int:
     worst = 0
-    for part, configured_port in wanted_ports.items():
+    for part, configured_port in configured_ports.items():
         entry = processes.read_record(log_dir, part)
         port = entry.port if entry else configured_port
         if entry is not None and processes.members(entry):
@@ -117,35 +116,23 @@ def alive(log_dir: Path, parts: list[str]) -> int:
 
 
 def _answer(part: str, host: str, entry: ProcessRecord) -> tuple[str, str]:
-    """`up`, `loading`, `dead` or `silent`, and a word on it."""
+    """`up`, `loading`, `dead` or `silent`, and a detail for people."""
     pids = {listener.pid for listener in ports.listeners(entry.port)} - {None}
     ours = set(processes.members(entry))
     if pids and not pids & ours:
         return "silent", f"port {entry.port} belongs to pid {min(p for p in pids if p)}, which is another process"
-    body, status, problem = _get(f"http://{_reachable(host)}:{entry.port}{HEALTH[part]}")
+    reply = exchange(f"http://{_reachable(host)}:{entry.port}{HEALTH[part]}", ANSWER_LIMIT_S)
     if part == "web":
-        return ("up", "") if status == 200 else ("silent", problem or f"HTTP {status}")
-    try:
-        health = json.loads(body)
-        state = health["state"]
-    except (ValueError, KeyError, TypeError):
-        return "silent", problem or f"HTTP {status} without a state"
+        return ("up", "") if reply.status == 200 else ("silent", reply.detail or f"HTTP {reply.status}")
+    health = reply.json() or {}
+    state = health.get("state")
+    if state is None:
+        return "silent", reply.detail or f"HTTP {reply.status} without a state"
     if state in ("idle", "busy"):
         return "up", ""
     if state == "loading":
         return "loading", f"{100 * float(health.get('progress') or 0):.0f} %"
     return ("dead" if state == "dead" else "silent"), str(health.get("reason") or state)
-
-
-def _get(url: str) -> tuple[str, int, str]:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy has no say about this machine
-    try:
-        with opener.open(url, timeout=2) as reply:
-            return reply.read(65536).decode("utf-8", "replace"), reply.status, ""
-    except urllib.error.HTTPError as error:
-        return error.read(65536).decode("utf-8", "replace"), error.code, ""
-    except (OSError, ValueError) as error:
-        return "", 0, str(getattr(error, "reason", error))
 
 
 def _reachable(host: str) -> str:

@@ -1,1 +1,4 @@
-"""The checker: readings and probes become evidence, evidence becomes a verdict. It talks to the API over HTTP only."""
+"""The checker: observations become evidence, evidence becomes a verdict, a verdict may become a restart and an alert.
+
+It talks to the API and the page over HTTP only, and never imports torch, transformers or streamlit.
+"""

@@ -1,7 +1,7 @@
-"""One run of the check: look, judge, remember, act, tell. Each part is elsewhere; the order is here.
+"""One run of the checker: observe, judge, remember, act, tell. This file has the order; the rooms have the parts.
 
-What was decided is on disk before anything is done about it, so a run that is killed in between loses no incident
-and no count of restarts.
+Every decision is on disk before it is carried out, so a run that is killed in between loses no incident and no count
+of restarts.
 """
 
 from __future__ import annotations
@@ -15,31 +15,32 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from monitor.act import nightly
-from monitor.act import restart as cure
-from monitor.judge import history, limiter, report, thresholds
+from monitor.act import nightly, operator_requests
+from monitor.act.lock import Lock
+from monitor.act.restart import Restarter
+from monitor.judge import history, holds, limiter, thresholds
+from monitor.judge.api_rules import judge_api
+from monitor.judge.evidence import Observation
 from monitor.judge.history import Change
 from monitor.judge.limiter import Allowance, Decision
-from monitor.judge.page_verdict import judge_page
+from monitor.judge.page_rules import judge_page
 from monitor.judge.readings import settings_thresholds, values_of
-from monitor.judge.verdict import Limits, Verdict, judge_api
-from monitor.log import complain
-from monitor.observe.observe import Due, Observation, observe
+from monitor.judge.verdict import Limits, Verdict
+from monitor.observe.observe import ProbePlan, observe
 from monitor.observe.observe import now as current_moment
-from monitor.store import operator_requests
-from monitor.store.lock import Lock
 from monitor.store.memory import Memory, remember, save
 from monitor.store.store import Store
-from monitor.tell import alerts, exports
+from monitor.tell import alerts, exports, report
+from monitor.tell.log import warn
 from settings import Settings
 
 SCRIPT_EVERY_RUNS = 2
-ASK_AT_LEAST_EVERY_S = 600.0  # users' answers are not checked for truth, so they cannot stand in for ever
+ASK_AT_LEAST_EVERY_S = 600.0  # users' answers are not verified, so they cannot replace the questions for ever
 
 
 @dataclass
 class Outcome:
-    """What a run came to."""
+    """The result of a run."""
 
     report: dict[str, Any]
     verdicts: dict[str, Verdict] = field(default_factory=dict)
@@ -53,7 +54,7 @@ def run(
     clock: Callable[[], Any] = current_moment,
     act: bool = True,
 ) -> Outcome:
-    """`act` False looks and remembers only: no cure, no operator's request is carried out."""
+    """`act` False observes and records only: no restart, and no operator's request is carried out."""
     started = time.monotonic()
     store = Store.open_for_run(settings.log_dir)
     moment = clock()
@@ -61,37 +62,38 @@ def run(
     operators = operator_requests.take(store, moment.wall) if act else []
     # Holds and resets count from this very run on; restarts are done at its end.
     operator_requests.carry_out([r for r in operators if r["kind"] not in operator_requests.AT_THE_END], store, memory, None, moment.wall)
-    seen = observe(settings, rng, _due(memory, settings, moment.wall, operators), moment, memory.foreign)
-    verdicts = judge(seen, settings, memory)
-    changes = _advance(memory, verdicts, seen, settings)
-    warnings, news = _warn(memory, seen, settings)
-    hold = operator_requests.why_hold(memory.hold, moment.wall)
+    plan = _probe_plan(memory, settings, moment.wall, operators)
+    observation = observe(settings, rng, plan, moment, memory.external_engine)
+    verdicts = judge(observation, settings, memory)
+    changes = _advance(memory, verdicts, observation, settings)
+    warnings, news = _warn(memory, observation, settings)
+    hold = holds.why_no_restart(memory.hold, moment.wall)
     decisions = _decide(memory, verdicts, settings, moment.wall, hold) if act else {}
-    made = _report(seen, verdicts, decisions, memory, warnings, settings, store, time.monotonic() - started)
+    summary = _report(observation, verdicts, decisions, memory, warnings, settings, store, time.monotonic() - started)
     messages = alerts.compose(changes, news, decisions, verdicts, memory.histories, settings, moment.wall)
-    store = _persist(settings, store, memory, made, verdicts, changes, decisions, messages, seen)
-    _publish(made, settings, store)
+    store = _persist(settings, store, memory, summary, verdicts, changes, decisions, messages, observation)
+    _publish(summary, settings, store)
     if act:
-        work = cure.Surgeon(settings, store, memory, seen, lock)
+        restarter = Restarter(settings, store, memory, observation, lock)
         for target, decision in decisions.items():
             if decision.kind == "restart":
-                work.restart(target, verdicts[target], decision)
+                restarter.restart(target, verdicts[target], decision)
         late = [r for r in operators if r["kind"] in operator_requests.AT_THE_END]
-        operator_requests.carry_out(late, store, memory, work, moment.wall)
-        nightly.run(settings, store, memory, work, verdicts, seen, moment.wall)
-        if work.restarted:
-            # See at once whether it worked, rather than a period later.
+        operator_requests.carry_out(late, store, memory, restarter, moment.wall)
+        nightly.run(settings, store, memory, restarter, verdicts, observation, moment.wall)
+        if restarter.restarted:
+            # Verify the restart now rather than a period later.
             store.close()
             return run(settings, rng, lock, clock, act=False)
     try:
         alerts.deliver(store, settings, memory.hold, time.time())
     except sqlite3.Error as error:  # the disk filled up between the verdict and the message
-        complain(f"the outbox cannot be written: {error}")
-    problem = alerts.ping(settings, made)
+        warn(f"the outbox cannot be written: {error}")
+    problem = alerts.ping(settings, summary)
     if problem:
-        complain(problem)
+        warn(problem)
     store.close()
-    return Outcome(made, verdicts, decisions)
+    return Outcome(summary, verdicts, decisions)
 
 
 def limits_of(settings: Settings) -> Limits:
@@ -101,15 +103,15 @@ def limits_of(settings: Settings) -> Limits:
     )  # fmt: skip
 
 
-def judge(seen: Observation, settings: Settings, memory: Memory) -> dict[str, Verdict]:
+def judge(observation: Observation, settings: Settings, memory: Memory) -> dict[str, Verdict]:
     limits = limits_of(settings)
-    verdicts = {"api": judge_api(seen.api, limits)}
-    if seen.page is not None:
-        verdicts["page"] = judge_page(seen.page, limits)
+    verdicts = {"api": judge_api(observation.api, limits)}
+    if observation.page is not None:
+        verdicts["page"] = judge_page(observation.page, limits)
     for target, verdict in verdicts.items():
-        why = history.why_inconclusive(memory.histories[target].moment, seen.moment, limits)
+        why = history.why_inconclusive(memory.histories[target].moment, observation.moment, limits)
         if why and verdict.bad:
-            # Ages that another clock measured are no longer comparable; look again next time.
+            # Ages measured before the jump are no longer comparable; the next run judges again.
             verdicts[target] = Verdict(
                 target, "unknown", "clock_jump", f"Not judged this time: {why}.", f"本次不作判断：{why}。",
                 {"would_be": verdict.word}, f"{history.CLOCK_JUMP_S:.0f} s between the two clocks",
@@ -117,55 +119,55 @@ def judge(seen: Observation, settings: Settings, memory: Memory) -> dict[str, Ve
     return verdicts
 
 
-def _due(memory: Memory, settings: Settings, now: float, operators: list[dict[str, Any]]) -> Due:
+def _probe_plan(memory: Memory, settings: Settings, now: float, operators: list[dict[str, Any]]) -> ProbePlan:
     last = memory.last
     asked_ago_s = now - last.get("asked_at", 0)
-    wanted = any(request["kind"] == "probe" for request in operators)
+    requested = any(request["kind"] == "probe" for request in operators)
     unsure = any(h.incident is not None or h.seen for h in memory.histories.values())
-    return Due(
-        question=wanted or unsure or not 0 <= asked_ago_s < ASK_AT_LEAST_EVERY_S,
-        script=wanted or bool(last.get("script_bad")) or last.get("runs", 0) % SCRIPT_EVERY_RUNS == 0,
+    return ProbePlan(
+        question=requested or unsure or not 0 <= asked_ago_s < ASK_AT_LEAST_EVERY_S,
+        script=requested or bool(last.get("script_bad")) or last.get("runs", 0) % SCRIPT_EVERY_RUNS == 0,
         oom_kills=last.get("oom_kills"),
     )
 
 
-def _advance(memory: Memory, verdicts: dict[str, Verdict], seen: Observation, settings: Settings) -> list[Change]:
+def _advance(memory: Memory, verdicts: dict[str, Verdict], observation: Observation, settings: Settings) -> list[Change]:
     changes: list[Change] = []
     for target, verdict in verdicts.items():
         had = memory.histories[target].incident
-        memory.histories[target], told = history.advance(memory.histories[target], verdict, seen.moment, limits_of(settings))
+        memory.histories[target], more = history.advance(memory.histories[target], verdict, observation.moment, limits_of(settings))
         if had is not None and memory.histories[target].incident is None:
             memory.limiters[target] = limiter.stable(memory.limiters[target])
-        changes += told
-    page = seen.page
+        changes += more
+    page = observation.page
     memory.last = {
         "runs": memory.last.get("runs", 0) + 1,
-        "asked_at": seen.moment.wall if seen.asked else memory.last.get("asked_at", 0),
+        "asked_at": observation.moment.wall if observation.asked else memory.last.get("asked_at", 0),
         "script_bad": bool(page and page.script and not page.script.good and page.script.status != 404)
         or (bool(memory.last.get("script_bad")) and not (page and page.script)),
-        "oom_kills": seen.machine.get("oom_kills"),
+        "oom_kills": observation.machine.get("oom_kills"),
         "nightly": memory.last.get("nightly", ""),
     }
     return changes
 
 
-def _warn(memory: Memory, seen: Observation, settings: Settings) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _warn(memory: Memory, observation: Observation, settings: Settings) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(warnings in force, those that began or ended in this run)."""
     busy_since = memory.histories["api"].busy_since
-    values, in_force, news = values_of(seen, busy_since), [], []
+    values, in_force, news = values_of(observation, busy_since), [], []
     for threshold in settings_thresholds(settings):
-        before = memory.warned.get(threshold.name, thresholds.Warned())
-        after = thresholds.look(threshold, before, values.get(threshold.name), seen.moment.wall)
-        memory.warned[threshold.name] = after
+        before = memory.thresholds.get(threshold.name, thresholds.ThresholdState())
+        after = thresholds.update(threshold, before, values.get(threshold.name), observation.moment.wall)
+        memory.thresholds[threshold.name] = after
         mean = thresholds.mean_of(after)
-        told = {
+        warning = {
             "name": threshold.name, "since": after.since, "mean": None if mean is None else round(mean, 1),
             "limit": threshold.raise_at, "en": threshold.en, "zh": threshold.zh,
         }  # fmt: skip
         if after.since is not None:
-            in_force.append(told)
+            in_force.append(warning)
         if (before.since is None) != (after.since is None):
-            news.append({**told, "began": after.since is not None})
+            news.append({**warning, "began": after.since is not None})
     return in_force, news
 
 
@@ -177,9 +179,9 @@ def _decide(
     newest = {name: kept.restarts[-1] if kept.restarts else None for name, kept in memory.limiters.items()}
     for target, verdict in verdicts.items():
         others = [at for name, at in newest.items() if name != target and at is not None]
-        foreign = "GLM_ENGINE_URL names another engine, which is not ours to restart" if target == "api" and settings.engine_url else ""
+        not_ours = "GLM_ENGINE_URL names another engine, which is not ours to restart" if target == "api" and settings.engine_url else ""
         decision = limiter.decide(
-            verdict, memory.histories[target], memory.limiters[target], allowance, now, settings.cure, hold or foreign,
+            verdict, memory.histories[target], memory.limiters[target], allowance, now, settings.cure, hold or not_ours,
             max(others, default=None),
         )  # fmt: skip
         if decision.opens:
@@ -191,7 +193,7 @@ def _decide(
 
 
 def overall(verdicts: dict[str, Verdict]) -> tuple[str, bool | None]:
-    """One word for both, and whether people are served: the API and the page must both work."""
+    """One verdict for both targets, and whether people are served: the API and the page must both work."""
     api, page = verdicts["api"], verdicts.get("page")
     serving = None if api.word == "unknown" else api.serving
     if page is None or page.word in ("healthy", "unknown"):
@@ -202,7 +204,7 @@ def overall(verdicts: dict[str, Verdict]) -> tuple[str, bool | None]:
 
 
 def _report(
-    seen: Observation, verdicts: dict[str, Verdict], decisions: dict[str, Decision], memory: Memory,
+    observation: Observation, verdicts: dict[str, Verdict], decisions: dict[str, Decision], memory: Memory,
     warnings: list[dict[str, Any]], settings: Settings, store: Store, duration_s: float,
 ) -> dict[str, Any]:  # fmt: skip
     word, serving = overall(verdicts)
@@ -217,29 +219,29 @@ def _report(
             "circuit_open": memory.limiters[target].open_reason or None,
         }  # fmt: skip
     reasons = [v.en for v in verdicts.values() if v.word != "healthy"]
-    evidence = {"api": seen.api.to_dict(), "page": seen.page.to_dict() if seen.page else None}
+    evidence = {"api": observation.api.to_dict(), "page": observation.page.to_dict() if observation.page else None}
     check = {
         "store": store.lost or "ok", "period_s": settings.check_period_s, "cure": settings.cure,
-        "hold": operator_requests.why_hold(memory.hold, seen.moment.wall) or None, "boot_id": seen.moment.boot_id,
+        "hold": holds.why_no_restart(memory.hold, observation.moment.wall) or None, "boot_id": observation.moment.boot_id,
         "run": memory.last["runs"],
     }  # fmt: skip
     return report.build(
-        word, serving, reasons, seen.machine, seen.gpu, evidence, duration_s, seen.moment.wall, targets=targets,
+        word, serving, reasons, observation.machine, observation.gpu, evidence, duration_s, observation.moment.wall, targets=targets,
         warnings=warnings, check=check,
     )  # fmt: skip
 
 
 def _persist(
-    settings: Settings, store: Store, memory: Memory, made: dict[str, Any], verdicts: dict[str, Verdict],
-    changes: list[Change], decisions: dict[str, Decision], messages: list[dict[str, Any]], seen: Observation,
+    settings: Settings, store: Store, memory: Memory, summary: dict[str, Any], verdicts: dict[str, Verdict],
+    changes: list[Change], decisions: dict[str, Decision], messages: list[dict[str, Any]], observation: Observation,
 ) -> Store:  # fmt: skip
     """Everything of this run in one transaction; on a disk that is full, in memory, and the report says so."""
 
     def write(target_store: Store) -> None:
         with target_store.transaction():
             words = {t: {"word": v.word, "rule": v.rule, "en": v.en, "zh": v.zh} for t, v in verdicts.items()}
-            readings = report.finite(values_of(seen, memory.histories["api"].busy_since))
-            target_store.add_run(seen.moment.wall, report.finite(made), words, readings)
+            readings = report.finite(values_of(observation, memory.histories["api"].busy_since))
+            target_store.add_run(observation.moment.wall, report.finite(summary), words, readings)
             save(target_store, memory)
             for change in changes:
                 if change.kind == "flip":
@@ -249,11 +251,11 @@ def _persist(
                     target_store.put_incident(asdict(change.incident), closed_at)
             for target, decision in decisions.items():
                 if decision.kind in ("shadow", "hold"):
-                    _note_once(target_store, target, decision, memory, seen.moment.wall)
+                    _note_once(target_store, target, decision, memory, observation.moment.wall)
             if verdicts["api"].word == "healthy" and not settings.engine_url:
-                target_store.put("cards_expected", len(seen.gpu.get("gpus") or ()))
-            alerts.queue(target_store, messages, settings, seen.moment.wall)
-            target_store.prune(seen.moment.wall)
+                target_store.put("cards_expected", len(observation.gpu.get("gpus") or ()))
+            alerts.queue(target_store, messages, settings, observation.moment.wall)
+            target_store.prune(observation.moment.wall)
 
     try:
         write(store)
@@ -261,14 +263,14 @@ def _persist(
     except sqlite3.Error as error:
         store.close()
         fallback = Store.fallback(settings.log_dir, f"the store cannot be written ({error})")
-        complain(fallback.lost)
-        made["check"]["store"] = fallback.lost
+        warn(fallback.lost)
+        summary["check"]["store"] = fallback.lost
         write(fallback)
         return fallback
 
 
 def _note_once(store: Store, target: str, decision: Decision, memory: Memory, now: float) -> None:
-    """The same reason to hold is one line in the audit log, not one a minute."""
+    """The same reason to hold is one row in the audit log, not one a minute."""
     incident = memory.histories[target].incident
     note = [decision.kind, decision.reason.split(":")[0], incident.id if incident else ""]
     if store.get(f"noted:{target}") != note:
@@ -276,16 +278,16 @@ def _note_once(store: Store, target: str, decision: Decision, memory: Memory, no
         store.add_action(now, target, decision.kind, "checker", "noted", decision.reason, note[2])
 
 
-def _publish(made: dict[str, Any], settings: Settings, store: Store) -> None:
+def _publish(summary: dict[str, Any], settings: Settings, store: Store) -> None:
     for name, write in (
-        (report.FILE_NAME, lambda: report.write(made, settings.log_dir)),
-        (exports.JSONL, lambda: exports.write(made, settings, store)),
+        (report.FILE_NAME, lambda: report.write(summary, settings.log_dir)),
+        (exports.JSONL, lambda: exports.write(summary, settings, store)),
     ):
         try:
             write()
         except OSError as error:
-            with contextlib.suppress(OSError):  # by its time the server sees that somebody watches, and a full disk takes that
+            with contextlib.suppress(OSError):  # its time shows the server that the checker runs, and a full disk still allows that
                 os.utime(settings.log_dir / name)
-            complain(f"{settings.log_dir / name} could not be written: {error.strerror or error}")
-    for problem in exports.send(made, settings, store):
-        complain(problem)
+            warn(f"{settings.log_dir / name} could not be written: {error.strerror or error}")
+    for problem in exports.send(summary, settings, store):
+        warn(problem)

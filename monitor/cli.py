@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import argparse
+import getpass
 import os
 import random
 import signal
@@ -14,8 +15,8 @@ from types import FrameType
 from typing import Any
 
 import settings as settings_module
-from monitor.judge import report
-from monitor.log import complain
+from monitor.tell import report
+from monitor.tell.log import warn
 from settings import Settings, SettingsError
 
 GOOD, BAD, WRONG_USE, TAKEN, INTERRUPTED = 0, 1, 2, 3, 130
@@ -33,7 +34,7 @@ def main(arguments: list[str]) -> int:
     try:
         # Each command imports what it needs, so that the run of every minute stays small.
         return int(COMMANDS[command](settings, given))
-    except BrokenPipeError:  # its reader, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BAD
     except KeyboardInterrupt:
@@ -41,16 +42,16 @@ def main(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="health_check.py", description="Watches the service and cures what a restart can cure.")
+    parser = argparse.ArgumentParser(prog="health_check.py", description="Checks the service and restarts what a restart can cure.")
     sub = parser.add_subparsers(dest="command", metavar="COMMAND")
     one = sub.add_parser("run", help="one run, as cron does it (also without a command)")
-    one.add_argument("--no-act", action="store_true", help="look and remember only: no restart, no operator's request")
-    one.add_argument("--quiet", action="store_true", help="print nothing where all is well")
-    loop = sub.add_parser("loop", help="run every GLM_CHECK_PERIOD_S seconds, where there is no cron")
-    loop.add_argument("--times", type=int, default=0, help="stop after so many runs")
-    status = sub.add_parser("status", help="the last report, in words; works while everything else is down")
+    one.add_argument("--no-act", action="store_true", help="observe and record only: no restart, no operator's request")
+    one.add_argument("--quiet", action="store_true", help="print nothing if the service is healthy")
+    loop = sub.add_parser("loop", help="run every GLM_CHECK_PERIOD_S seconds where there is no cron")
+    loop.add_argument("--times", type=int, default=0, help="stop after this many runs")
+    status = sub.add_parser("status", help="the last report as text; works while everything else is down")
     status.add_argument("--json", action="store_true")
-    watch = sub.add_parser("watch", help="the same, renewed in the terminal")
+    watch = sub.add_parser("watch", help="the same, refreshed in the terminal")
     watch.add_argument("--every", type=float, default=2.0, metavar="SECONDS")
     watch.add_argument("--times", type=int, default=0)
     history = sub.add_parser("history", help="flips, incidents, actions and availability")
@@ -58,45 +59,45 @@ def _parser() -> argparse.ArgumentParser:
     history.add_argument("--json", action="store_true")
     text = sub.add_parser("report", help="one incident as a text for people")
     text.add_argument("incident", nargs="?", help="its id; the newest without one")
-    sub.add_parser("doctor", help="is the checker itself set up rightly?")
-    drill = sub.add_parser("drill", help="breaks the running service on purpose and measures how it is found and cured")
+    sub.add_parser("doctor", help="check that the checker itself is set up correctly")
+    drill = sub.add_parser("drill", help="break the running service on purpose and measure detection and recovery")
     drill.add_argument("faults", nargs="*", help="names of faults; all without one")
-    drill.add_argument("--list", action="store_true", help="name the faults and end")
-    drill.add_argument("--yes", action="store_true", help="this is not production, go")
+    drill.add_argument("--list", action="store_true", help="list the faults and exit")
+    drill.add_argument("--yes", action="store_true", help="confirm that this is not production")
     drill.add_argument("--period", type=float, default=0.0, metavar="SECONDS", help="time between two runs (GLM_CHECK_PERIOD_S)")
     drill.add_argument("--quick", action="store_true", help="long faults last seconds instead of minutes")
     drill.add_argument("--out", default="", metavar="FILE",
-                       help="renew the rows of these faults in the table of this file")
+                       help="update the rows of these faults in the table of this file")
     install = sub.add_parser("install", help="run every minute: systemd timer where systemd runs, else cron")
     install.add_argument("--with", dest="how", choices=("auto", "cron", "systemd"), default="auto")
-    remove = sub.add_parser("uninstall", help="take that back")
+    remove = sub.add_parser("uninstall", help="remove what install set up")
     remove.add_argument("--with", dest="how", choices=("auto", "cron", "systemd"), default="auto")
-    pause = sub.add_parser("pause", help="look and tell, but restart nothing")
-    pause.add_argument("--minutes", type=float, default=None, help="without it, until resume")
+    pause = sub.add_parser("pause", help="keep checking and alerting, but restart nothing")
+    pause.add_argument("--minutes", type=float, default=None, help="until resume if not given")
     pause.add_argument("--reason", default="")
     sub.add_parser("resume", help="end pause, silence and maintenance")
-    for name, what in (("maintenance", "restart nothing and tell nobody"), ("silence", "tell nobody")):
+    for name, what in (("maintenance", "restart nothing and send no alerts"), ("silence", "send no alerts")):
         window = sub.add_parser(name, help=f"{what} for some minutes")
         window.add_argument("--minutes", type=float, required=True)
         window.add_argument("--reason", default="")
-    reset = sub.add_parser("reset", help="allow restarts again after the circuit opened")
+    reset = sub.add_parser("reset", help="allow restarts again after the circuit has opened")
     reset.add_argument("target", nargs="?", default="all", choices=("all", "api", "page"))
-    reset.add_argument("--reason", required=True, help="what was mended; it goes into the audit log")
-    restart = sub.add_parser("restart", help="restart one half, with evidence saved and verified afterwards")
+    reset.add_argument("--reason", required=True, help="what was repaired; it goes into the audit log")
+    restart = sub.add_parser("restart", help="restart one target: save evidence, restart, verify")
     restart.add_argument("target", choices=("api", "page"))
     return parser
 
 
 def _run(settings: Settings, given: argparse.Namespace) -> int:
     from monitor import check
-    from monitor.store.lock import Lock
+    from monitor.act.lock import Lock
 
     lock = Lock(settings.log_dir)
     taken = lock.take(settings.check_budget_s, "checking")
     if taken:
-        complain(f"skipped: {taken}")
+        warn(f"skipped: {taken}")
         return TAKEN
-    _end_when_out_of_time(settings, lock)
+    _end_at_deadline(settings, lock)
     try:
         outcome = check.run(settings, random.SystemRandom(), lock, _clock(settings), act=not getattr(given, "no_act", False))
     finally:
@@ -107,7 +108,7 @@ def _run(settings: Settings, given: argparse.Namespace) -> int:
 
 
 def _clock(settings: Settings) -> Any:
-    """The true clock; the drill may shift it, where the drill is allowed at all."""
+    """The system's clock; the drill may shift it where GLM_TEST_FAULTS allows the drill."""
     from dataclasses import replace
 
     from monitor.observe.observe import now
@@ -116,21 +117,21 @@ def _clock(settings: Settings) -> Any:
     return lambda: replace(now(), wall=now().wall + shift_s) if shift_s else now()
 
 
-def _end_when_out_of_time(settings: Settings, lock: Any) -> None:
-    """A run ends itself at the end of its declared time; the next run would do it otherwise."""
+def _end_at_deadline(settings: Settings, lock: Any) -> None:
+    """Ends this run when its declared time is over; otherwise the next run would."""
 
-    def late(number: int, frame: FrameType | None) -> None:
-        if lock.over():
-            complain(f"ended: the run took longer than {settings.check_budget_s:g} s")
+    def on_alarm(number: int, frame: FrameType | None) -> None:
+        if lock.expired():
+            warn(f"ended: the run took longer than {settings.check_budget_s:g} s")
             os._exit(BAD)
         signal.alarm(5)
 
-    signal.signal(signal.SIGALRM, late)
+    signal.signal(signal.SIGALRM, on_alarm)
     signal.alarm(max(1, int(settings.check_budget_s)))
 
 
 def _loop(settings: Settings, given: argparse.Namespace) -> int:
-    """Each run is a process of its own: what leaks or hangs in one is gone with it."""
+    """Each run is a process of its own: a leak or a hang ends with it."""
     import subprocess
 
     stop = {"now": False}
@@ -161,15 +162,15 @@ def _watch(settings: Settings, given: argparse.Namespace) -> int:
 
 
 def _history(settings: Settings, given: argparse.Namespace) -> int:
-    from monitor.tell import chronicle
+    from monitor.tell import incident_history
 
-    return chronicle.show(settings, given.hours, given.json)
+    return incident_history.show(settings, given.hours, given.json)
 
 
 def _report(settings: Settings, given: argparse.Namespace) -> int:
-    from monitor.tell import chronicle
+    from monitor.tell import incident_history
 
-    return chronicle.tell(settings, given.incident)
+    return incident_history.show_incident(settings, given.incident)
 
 
 def _doctor(settings: Settings, given: argparse.Namespace) -> int:
@@ -196,23 +197,32 @@ def _uninstall(settings: Settings, given: argparse.Namespace) -> int:
     return schedule.uninstall(settings, given.how)
 
 
-def _hold(settings: Settings, given: argparse.Namespace) -> int:
-    from monitor.store import operator_requests
+def _request(settings: Settings, given: argparse.Namespace) -> int:
+    """Inserts the same row as the page does, so there is one audit log."""
+    from monitor.store.store import Store
 
     now = time.time()
     minutes = getattr(given, "minutes", None)
     arguments = {"until": None if minutes is None else now + 60 * minutes, "reason": getattr(given, "reason", "")}
-    return operator_requests.from_terminal(settings, given.command, getattr(given, "target", ""), arguments)
+    target = getattr(given, "target", "")
+    store = Store.open(settings.log_dir)
+    if store.lost:
+        print(store.lost, file=sys.stderr)
+        return BAD
+    number = store.ask(now, f"{getpass.getuser()} at a terminal", given.command, target, arguments)
+    store.close()
+    print(f"Request {number}: {given.command} {target}".rstrip() + ". In force from the next run of the checker on.")
+    return GOOD
 
 
-def _now(settings: Settings, given: argparse.Namespace) -> int:
-    """Asks for it, and does it at once instead of at the next run."""
-    code = _hold(settings, given)
+def _request_and_run(settings: Settings, given: argparse.Namespace) -> int:
+    """Requests it, and runs the checker at once."""
+    code = _request(settings, given)
     return code or _run(settings, given)
 
 
 COMMANDS = {
     "run": _run, "loop": _loop, "status": _status, "watch": _watch, "history": _history, "report": _report,
-    "doctor": _doctor, "drill": _drill, "install": _install, "uninstall": _uninstall, "pause": _hold, "resume": _hold,
-    "maintenance": _hold, "silence": _hold, "reset": _hold, "restart": _now,
+    "doctor": _doctor, "drill": _drill, "install": _install, "uninstall": _uninstall, "pause": _request, "resume": _request,
+    "maintenance": _request, "silence": _request, "reset": _request, "restart": _request_and_run,
 }  # fmt: skip

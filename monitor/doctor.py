@@ -1,4 +1,4 @@
-"""Is the checker itself set up rightly? Looks at everything that has kept a checker from working, and says how to mend it."""
+"""The command `doctor`: checks everything that has kept a checker from working, and says how to fix it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 
 from monitor import schedule
+from monitor.act.lock import Lock
 from monitor.observe import gpu, ports, processes
 from monitor.observe.observe import now
 from monitor.store.store import FILE_NAME as STORE_NAME
@@ -25,14 +26,14 @@ Finding = tuple[str, str, str]
 
 
 def examine(settings: Settings) -> int:
-    """Prints one line for each thing looked at; exit 1 if something keeps the checker from its work."""
+    """Prints one line for each check; exit code 1 if something keeps the checker from working."""
     worst = GOOD
-    for look in (
+    for check in (
         _scheduled, _recent, _empty_environment, _log_folder, _store, _lock, _clock, _env_file, _parts, _gpu, _channels,
         _outward_ping, _faults_off,
     ):  # fmt: skip
-        for level, what, mend in look(settings):
-            print(f"[{level}] {what}" + (f"\n       {mend}" if mend else ""))
+        for level, what, remedy in check(settings):
+            print(f"[{level}] {what}" + (f"\n       {remedy}" if remedy else ""))
             if level == FAIL:
                 worst = BAD
     return worst
@@ -41,7 +42,7 @@ def examine(settings: Settings) -> int:
 def _scheduled(settings: Settings) -> Iterator[Finding]:
     ways = [way for way in ("systemd", "cron") if schedule.installed(way)]
     if not ways:
-        yield WARN, "nothing runs the checker by itself", f"health_check.py install, or instead: {schedule.in_background()}"
+        yield WARN, "nothing runs the checker automatically", f"health_check.py install, or instead: {schedule.in_background()}"
     if "cron" in ways:
         block = schedule.read_crontab() or ""
         if str(ROOT / "health_check.py") not in block:
@@ -69,7 +70,7 @@ def _recent(settings: Settings) -> Iterator[Finding]:
 
 
 def _empty_environment(settings: Settings) -> Iterator[Finding]:
-    """cron has next to no environment: does the checker read the same settings there?"""
+    """cron has almost no environment: does the checker read the same settings there?"""
     code = "import settings; s = settings.load(); print(s.api_port, s.web_port, s.log_dir, bool(s.api_key))"
     runs = [
         subprocess.run([sys.executable, "-B", "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
@@ -108,14 +109,12 @@ def _store(settings: Settings) -> Iterator[Finding]:
         result = store.execute("PRAGMA quick_check").fetchone()[0]
         store.close()
     except sqlite3.Error as error:
-        yield FAIL, f"{path} cannot be read: {error}", f"move it away; a new one is made: mv {path} {path}.broken"
+        yield FAIL, f"{path} cannot be read: {error}", f"move it away; the next run makes a new one: mv {path} {path}.broken"
         return
-    yield (FINE, f"{path} is sound ({path.stat().st_size / 2**20:.1f} MiB)", "") if result == "ok" else (FAIL, f"{path}: {result}", "")
+    yield (FINE, f"{path} is intact ({path.stat().st_size / 2**20:.1f} MiB)", "") if result == "ok" else (FAIL, f"{path}: {result}", "")
 
 
 def _lock(settings: Settings) -> Iterator[Finding]:
-    from monitor.store.lock import Lock
-
     lock = Lock(settings.log_dir)
     taken = lock.take(5, "doctor")
     lock.release()
@@ -138,7 +137,7 @@ def _env_file(settings: Settings) -> Iterator[Finding]:
     else:
         yield FINE, f"{ENV_FILE} is readable by its owner alone", ""
     if settings.api_key is None and not settings.engine_url:
-        yield WARN, "GLM_API_KEY is not set: the real question cannot be asked of a closed API", "./start.sh makes one"
+        yield WARN, "GLM_API_KEY is not set: the API refuses the checker's questions without it", "./start.sh makes one"
 
 
 def _parts(settings: Settings) -> Iterator[Finding]:
@@ -155,9 +154,9 @@ def _parts(settings: Settings) -> Iterator[Finding]:
         yield (FINE, f"{part}: process {record.pid} holds port {record.port}", "") if mine else (WARN, f"{part}: process {record.pid} runs but does not hold port {record.port}", "")
         beat = settings.log_dir / "api.heartbeat.json"
         if part == "api" and not beat.exists():
-            yield WARN, f"api: it writes no {beat.name}; a blocked server is found later without it", ""
+            yield WARN, f"api: it writes no {beat.name}; without it a blocked server is detected later", ""
     if not moment.boot_id:
-        yield WARN, "the boot id cannot be read; a pid file of an earlier boot may name a stranger", ""
+        yield WARN, "the boot id cannot be read; a pid file of an earlier boot may name another process", ""
 
 
 def _gpu(settings: Settings) -> Iterator[Finding]:
@@ -173,10 +172,10 @@ def _gpu(settings: Settings) -> Iterator[Finding]:
 def _channels(settings: Settings) -> Iterator[Finding]:
     found = channels.configured(settings)
     if not found:
-        yield WARN, "no alert channel is set: nobody will be told", "GLM_DINGTALK_URL, GLM_FEISHU_URL, GLM_WECOM_URL, GLM_WEBHOOK_URL, GLM_SLACK_URL or GLM_SMTP_URL"
+        yield WARN, "no alert channel is set: nobody will be alerted", "GLM_DINGTALK_URL, GLM_FEISHU_URL, GLM_WECOM_URL, GLM_WEBHOOK_URL, GLM_SLACK_URL or GLM_SMTP_URL"
     for channel in found:
         error = channel.send("health_check.py doctor: this channel works. 此告警渠道可用。", "info", [])
-        yield (FAIL, f"{channel.name}: {error}", "") if error else (FINE, f"{channel.name} took a test message", "")
+        yield (FAIL, f"{channel.name}: {error}", "") if error else (FINE, f"{channel.name} accepted a test message", "")
 
 
 def _outward_ping(settings: Settings) -> Iterator[Finding]:
@@ -184,13 +183,13 @@ def _outward_ping(settings: Settings) -> Iterator[Finding]:
     if settings.ping_url is None:
         yield NOTE, "no outward ping (GLM_PING_URL): when this whole machine dies, nobody outside notices", ""
     elif found is None or age_s > settings.check_silent_s:
-        yield NOTE, "the outward ping is not tried: there is no fresh report to send", "health_check.py"
+        yield NOTE, "the outward ping is not tried: there is no recent report to send", "health_check.py"
     else:
         problem = alerts.ping(settings, found)
-        yield (FAIL, problem, "see GLM_PING_URL in .env") if problem else (FINE, "the outward ping was taken", "")
+        yield (FAIL, problem, "see GLM_PING_URL in .env") if problem else (FINE, "the outward ping was accepted", "")
 
 
 def _faults_off(settings: Settings) -> Iterator[Finding]:
     if settings.test_faults:
-        yield WARN, "GLM_TEST_FAULTS is on: the server breaks when told to", "take it out of .env in production"
+        yield WARN, "GLM_TEST_FAULTS is on: the server injects faults on request", "remove it from .env in production"
 

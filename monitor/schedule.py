@@ -1,6 +1,6 @@
-"""Makes health_check.py run by itself: a systemd timer where systemd is in charge, else a marked block in cron.
+"""Schedules health_check.py: a systemd timer where systemd runs, else a marked block in the crontab.
 
-Both are idempotent, and uninstall takes back exactly what install wrote.
+Both are idempotent, and uninstall removes exactly what install wrote.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import psutil
 
 from settings import ROOT, Settings
 
@@ -58,7 +60,7 @@ def installed(way: str) -> bool:
 
 
 def command() -> str:
-    """As absolute as cron needs it; conda's two variables are what start.sh chooses its Python by."""
+    """With absolute paths, for cron; start.sh chooses its Python by conda's two variables."""
     words = [f"{name}={shlex.quote(os.environ[name])}" for name in ("CONDA_PREFIX", "CONDA_DEFAULT_ENV") if os.environ.get(name)]
     words += [shlex.quote(sys.executable), shlex.quote(str(ROOT / "health_check.py")), "run", "--quiet"]
     return " ".join(words)
@@ -69,7 +71,7 @@ def in_background() -> str:
 
 
 def jitter_s() -> int:
-    """The same on every run, another on every machine: not all of them at the full minute."""
+    """The same on every run, another on every machine, so that a fleet does not check at the same second."""
     seed = f"{os.uname().nodename}{ROOT}".encode()
     return hashlib.sha256(seed).digest()[0] % JITTER_S
 
@@ -78,7 +80,7 @@ def cron_block(settings: Settings) -> str:
     minutes = max(1, round(settings.check_period_s / 60))
     when = "* * * * *" if minutes == 1 else f"*/{min(minutes, 59)} * * * *"
     log = shlex.quote(str(settings.log_dir / "health_check.log"))
-    # Output goes to a file: cron would mail it every minute. A folder that somebody removed must not end the checks.
+    # Output goes to a file: cron would mail it every minute. The folder may have been removed.
     folder = shlex.quote(str(settings.log_dir))
     line = f"{when} sleep {jitter_s()}; mkdir -p {folder}; {command()} >/dev/null 2>>{log}"
     if "%" in line:
@@ -97,7 +99,7 @@ def read_crontab() -> str | None:
 
 
 def without_block(text: str) -> str:
-    """Everything but our block; a block without its end is left alone rather than eating what follows."""
+    """Everything but our block; a block without its end is left alone rather than removing what follows."""
     kept: list[str] = []
     lines = text.splitlines(keepends=True)
     while lines:
@@ -152,14 +154,7 @@ def _write_crontab(text: str) -> bool:
 
 def cron_runs() -> bool:
     names = {"cron", "crond", "supercronic", "busybox"}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                if Path(f"/proc/{entry}/comm").read_text(encoding="utf-8").strip() in names:
-                    return True
-            except OSError:
-                continue
-    return False
+    return any(process.info["name"] in names for process in psutil.process_iter(["name"]))
 
 
 def units(settings: Settings) -> dict[str, str]:
@@ -171,7 +166,7 @@ Type=oneshot
 WorkingDirectory={ROOT}
 ExecStart=/bin/sh -c {shlex.quote("exec env " + command())}
 SuccessExitStatus=1 3
-# The servers that a cure starts must outlive the run that started them.
+# The servers that a restart starts must outlive the run that started them.
 KillMode=process
 TimeoutStartSec=900
 """
@@ -195,7 +190,7 @@ def _unit_folder() -> Path:
 
 def _install_systemd(settings: Settings) -> int:
     if not systemd_runs():
-        print("systemd is not in charge of this machine. Use: health_check.py install --with cron", file=sys.stderr)
+        print("systemd does not run this machine. Use: health_check.py install --with cron", file=sys.stderr)
         return BAD
     try:
         for name, text in units(settings).items():

@@ -1,4 +1,4 @@
-"""What is saved before anything is killed: `logs/incidents/<id>/<n>/`. Bounded, without prompts, pictures or secrets."""
+"""The evidence that is saved before anything is killed: `logs/incidents/<id>/<n>/`. Bounded, without prompts, pictures or secrets."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from monitor.judge import report
 from monitor.observe import processes
-from monitor.redaction import redact
+from monitor.tell import report
+from monitor.tell.redaction import redact
 from settings import Settings
 
 FOLDER = "incidents"
@@ -25,7 +25,7 @@ PROC_FILES = ("status", "wchan", "stack", "limits", "io", "cgroup", "oom_score")
 
 
 def save(settings: Settings, incident: str, part: str, evidence: dict[str, Any], runs: list[dict[str, Any]]) -> Path | None:
-    """None if the disk takes nothing; a bundle that cannot be saved must not stand in the way of a cure."""
+    """None if the disk cannot be written: a bundle that cannot be saved must not prevent a restart."""
     root = settings.log_dir / FOLDER
     folder = root / incident
     try:
@@ -60,7 +60,7 @@ def save(settings: Settings, incident: str, part: str, evidence: dict[str, Any],
 
 
 def stacks(log_dir: Path, pid: int) -> str:
-    """Every thread's stack, written by faulthandler inside the process; it needs no running bytecode."""
+    """Every thread's stack, written by faulthandler inside the process; it works while no Python code runs."""
     if not _handles(pid, signal.SIGUSR1):
         return "the process does not handle SIGUSR1, which would end it\n"
     path = log_dir / "api.stacks.txt"

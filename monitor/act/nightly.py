@@ -1,20 +1,17 @@
-"""The planned restart at night: off by default, at a quiet hour, skipped with a reason when busy or not needed."""
+"""The planned nightly restart: off by default, in a quiet hour, skipped with a reason when busy or not needed."""
 
 from __future__ import annotations
 
 from datetime import datetime
-from typing import TYPE_CHECKING
 from zoneinfo import ZoneInfo
 
+from monitor.act.restart import Restarter
+from monitor.judge.evidence import Observation
 from monitor.judge.limiter import Decision
 from monitor.judge.verdict import Verdict
-from monitor.observe.observe import Observation
 from monitor.store.memory import Memory, save
 from monitor.store.store import Store
 from settings import Settings
-
-if TYPE_CHECKING:
-    from monitor.act.restart import Surgeon
 
 DEFAULT_HOUR = 4
 NEEDED_HOURS = 24
@@ -23,11 +20,11 @@ GROWN = 1.2  # resident memory against that of the first day
 
 
 def run(
-    settings: Settings, store: Store, memory: Memory, surgeon: Surgeon, verdicts: dict[str, Verdict], seen: Observation,
+    settings: Settings, store: Store, memory: Memory, restarter: Restarter, verdicts: dict[str, Verdict], observation: Observation,
     now: float,
 ) -> str:  # fmt: skip
     """At most once a day, in the chosen hour. Returns what was done or why not; empty outside that hour."""
-    if settings.nightly_restart == "off" or seen.api.process.state != "runs":
+    if settings.nightly_restart == "off" or observation.api.process.state != "runs":
         return ""
     zone = ZoneInfo(settings.timezone) if settings.timezone else None
     local = datetime.fromtimestamp(now, zone)
@@ -35,7 +32,7 @@ def run(
     day = local.date().isoformat()
     if local.hour != hour or memory.last.get("nightly", "").startswith(day):
         return ""
-    reason = why_skip(verdicts["api"], seen, store, now)
+    reason = why_skip(verdicts["api"], observation, store, now)
     last_chance = local.minute >= 50
     if reason == "busy" and not last_chance:
         return ""  # the hour is not over
@@ -46,7 +43,7 @@ def run(
             store.add_action(now, "api", "nightly", "checker", "skipped", reason)
     if reason:
         return reason
-    return surgeon.restart("api", verdicts["api"], Decision("restart", "planned, nightly"), "nightly") or "restarted"
+    return restarter.restart("api", verdicts["api"], Decision("restart", "planned, nightly"), "nightly") or "restarted"
 
 
 def quiet_hour(store: Store, settings: Settings, now: float) -> int:
@@ -64,14 +61,14 @@ def quiet_hour(store: Store, settings: Settings, now: float) -> int:
     return min(sums, key=lambda hour: (sum(sums[hour]) / len(sums[hour]), abs(hour - DEFAULT_HOUR)))
 
 
-def why_skip(verdict: Verdict, seen: Observation, store: Store, now: float) -> str:
-    look = seen.api.last or seen.api.first
-    if verdict.word != "healthy" or look.pending:
+def why_skip(verdict: Verdict, observation: Observation, store: Store, now: float) -> str:
+    health = observation.api.last or observation.api.first
+    if verdict.word != "healthy" or health.pending:
         return "busy" if verdict.serving else f"not in order: {verdict.word}"
-    age_s = seen.api.process.age_s
+    age_s = observation.api.process.age_s
     if age_s is not None and age_s < YOUNG_S:
         return f"not needed: the process is only {age_s / 3600:.1f} h old"
-    first, latest = _memory_of(store, now - (age_s or 0)), (seen.machine.get("process") or {}).get("rss_mib")
+    first, latest = _memory_of(store, now - (age_s or 0)), (observation.machine.get("process") or {}).get("rss_mib")
     if first and latest and latest < GROWN * first:
         return f"not needed: memory grew from {first:.0f} to {latest:.0f} MiB only"
     return ""

@@ -1,11 +1,11 @@
-"""Would a restart help? Asked before anything is killed: a process stopped on a broken machine may not come back."""
+"""Whether a restart would help, checked before anything is killed: on a broken machine a new process may not start."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from monitor.judge.evidence import Observation
 from monitor.judge.verdict import Verdict
-from monitor.observe.observe import Observation
 
 DISK_NEEDED_MIB = 256.0  # start.sh refuses with less
 OVERLOAD_PER_CORE = 4.0
@@ -13,14 +13,14 @@ OVERLOAD_PRESSURE_PERCENT = 60.0
 STARVED = 0.25  # threads, on average, that are ready to run and get no processor
 
 
-def why_futile(verdict: Verdict, seen: Observation, cards_expected: int, disk_needed_mib: float = DISK_NEEDED_MIB) -> str:
-    """Empty if a restart may help. Otherwise what must be mended first, for the operator to read."""
+def why_futile(verdict: Verdict, observation: Observation, cards_expected: int, disk_needed_mib: float = DISK_NEEDED_MIB) -> str:
+    """Empty if a restart may help. Otherwise what must be repaired first, for the operator to read."""
     for reason in (
-        _disk(seen.machine, disk_needed_mib),
-        _port(seen),
-        _hardware(seen),
-        _gpu(verdict, seen, cards_expected),
-        _overload(verdict, seen.machine),
+        _disk(observation.machine, disk_needed_mib),
+        _port(observation),
+        _hardware(observation),
+        _gpu(verdict, observation, cards_expected),
+        _overload(verdict, observation.machine),
     ):
         if reason:
             return reason
@@ -35,38 +35,38 @@ def _disk(machine: dict[str, Any], needed_mib: float) -> str:
     return ""
 
 
-def _port(seen: Observation) -> str:
-    process = seen.api.process
+def _port(observation: Observation) -> str:
+    process = observation.api.process
     if process.state == "gone" and process.port_owner == "stranger":
         return f"the port is held by {process.holder}"
     return ""
 
 
-def _hardware(seen: Observation) -> str:
-    if seen.api.process.state == "stuck":
-        return f"process {seen.api.process.pid} is in uninterruptible sleep; only a reboot ends it"
-    return f"the GPU has failed: {'; '.join(seen.api.hardware)}" if seen.api.hardware else ""
+def _hardware(observation: Observation) -> str:
+    if observation.api.process.state == "stuck":
+        return f"process {observation.api.process.pid} is in uninterruptible sleep; only a reboot ends it"
+    return f"the GPU has failed: {'; '.join(observation.api.hardware)}" if observation.api.hardware else ""
 
 
-def _gpu(verdict: Verdict, seen: Observation, cards_expected: int) -> str:
+def _gpu(verdict: Verdict, observation: Observation, cards_expected: int) -> str:
     """Losing NVML while CUDA runs on is common in containers; a process stopped then cannot get the GPU again."""
     if verdict.target != "api":
         return ""
-    if seen.gpu.get("hung"):
-        return f"the GPU driver does not answer ({seen.gpu.get('reason')}); a new process could not get the GPU"
-    cards = len(seen.gpu.get("gpus") or ())
+    if observation.gpu.get("hung"):
+        return f"the GPU driver does not answer ({observation.gpu.get('reason')}); a new process could not get the GPU"
+    cards = len(observation.gpu.get("gpus") or ())
     if cards < cards_expected:
-        return f"{cards} of {cards_expected} GPUs can be seen ({seen.gpu.get('reason')}); a new process could not get them"
-    hot = [card["index"] for card in seen.gpu.get("gpus") or () if card.get("throttle_hardware")]
+        return f"{cards} of {cards_expected} GPUs can be seen ({observation.gpu.get('reason')}); a new process could not get them"
+    hot = [card["index"] for card in observation.gpu.get("gpus") or () if card.get("throttle_hardware")]
     if hot and verdict.word in ("wedged", "broken"):
         return f"GPU {hot[0]} is throttled by heat or power; a restart adds load"
     return ""
 
 
 def _overload(verdict: Verdict, machine: dict[str, Any]) -> str:
-    """A process that is gone or stopped is not slow. One that merely gets no processor time would get none after a restart.
+    """A process that is gone or stopped is not slow. One that only lacks processor time would lack it after a restart too.
 
-    One whose threads do not even wait for a processor hangs for another reason. A person who asks has seen the machine.
+    One whose threads do not wait for a processor hangs for another reason. An operator who asks knows the machine.
     """
     if verdict.rule in ("process_gone", "engine_dead", "port_closed", "frozen", "asked"):
         return ""

@@ -1,6 +1,6 @@
-"""Restarting one half of the service: pre-flight, evidence, drain, end by identity, wait, start.sh.
+"""Restarts one target: pre-flight, evidence, drain, end by identity, wait, start.sh.
 
-Whether to is decided elsewhere; that it worked is seen by the next look. The restart is counted on disk before the
+The decision is made elsewhere, and the next observation verifies the result. The restart is counted on disk before the
 new process is started, so a checker that is killed here does not forget it.
 """
 
@@ -12,38 +12,41 @@ import sys
 import time
 from pathlib import Path
 
-from monitor.act import evidence_bundle as bundle
-from monitor.act import preflight
+from monitor.act import evidence_bundle, preflight
+from monitor.act.lock import Lock
 from monitor.judge import history, limiter
+from monitor.judge.evidence import Observation
 from monitor.judge.limiter import Decision
 from monitor.judge.verdict import Verdict
 from monitor.observe import gpu, ports, processes
-from monitor.observe.observe import Observation, now
-from monitor.store.lock import Lock
+from monitor.observe.observe import now
 from monitor.store.memory import PARTS, Memory, save
 from monitor.store.store import Store
 from settings import ROOT, Settings
 
 BUNDLE_S, PORT_WAIT_S, GPU_WAIT_S, MARGIN_S = 10.0, 10.0, 20.0, 60.0
-HOPELESS_GRACE_S = 5.0  # a process that does not run its event loop cannot drain
+HOPELESS_GRACE_S = 5.0  # a process whose event loop stands still cannot drain
 
 
-class Surgeon:
+class Restarter:
+    """Restarts and drains of one run, each with an audit row. `root`: where start.sh is."""
+
     def __init__(
-        self, settings: Settings, store: Store, memory: Memory, seen: Observation, lock: Lock | None = None, root: Path = ROOT
-    ) -> None:
+        self, settings: Settings, store: Store, memory: Memory, observation: Observation, lock: Lock | None = None,
+        root: Path = ROOT,
+    ) -> None:  # fmt: skip
         self._settings = settings
         self._store = store
         self._memory = memory
-        self._seen = seen
+        self._observation = observation
         self._lock = lock
         self._root = root
         self.restarted: list[str] = []
 
     def restart(self, target: str, verdict: Verdict, decision: Decision, actor: str = "checker") -> str:
-        """Empty if the process was started anew; otherwise why not. Writes the audit log either way."""
+        """Empty if a new process was started; otherwise why not. Writes the audit log either way."""
         began = time.monotonic()
-        futile = preflight.why_futile(verdict, self._seen, int(self._store.get("cards_expected", 0)))
+        futile = preflight.why_futile(verdict, self._observation, int(self._store.get("cards_expected", 0)))
         incident = self._memory.histories[target].incident
         name = incident.id if incident else f"{int(time.time())}-{target}-{actor}"
         if futile:
@@ -53,22 +56,22 @@ class Surgeon:
         if self._lock is not None:
             longest_s = self._settings.drain_s + self._settings.start_timeout_s + GPU_WAIT_S + PORT_WAIT_S + BUNDLE_S
             self._lock.extend(longest_s + MARGIN_S, f"restarting {target}")
-        saved = bundle.save(self._settings, name, part, self._seen.api.to_dict() | {"verdict": vars(verdict)},
-                            self._store.runs(time.time() - 3600, 30))  # fmt: skip
+        evidence = self._observation.api.to_dict() | {"verdict": vars(verdict)}
+        saved = evidence_bundle.save(self._settings, name, part, evidence, self._store.runs(time.time() - 3600, 30))
         problem = self._stop(part, verdict)
         if problem:
             self._note(target, "restart", actor, "failed", problem, name, began)
             return problem
         self._count(target)
         problem = self._start(part)
-        detail = problem or f"{decision.reason}; evidence in {saved or 'none: the disk took nothing'}"
+        detail = problem or f"{decision.reason}; evidence in {saved or 'none: the disk could not be written'}"
         self._note(target, "restart", actor, "failed" if problem else "done", detail, name, began)
         if not problem:
             self.restarted.append(target)
         return problem
 
     def drain(self, target: str, actor: str) -> str:
-        """Stop and leave it stopped: without a record, no check will start it again."""
+        """Stops the target and leaves it stopped: without its pid file no run will start it again."""
         began = time.monotonic()
         part = PARTS[target]
         record = processes.read_record(self._settings.log_dir, part)
@@ -87,7 +90,7 @@ class Surgeon:
         record = processes.read_record(self._settings.log_dir, part)
         if record is None:
             return ""
-        held_mib = gpu.highest(self._seen.gpu.get("gpus") or [], "memory_used_mib")
+        held_mib = gpu.highest(self._observation.gpu.get("gpus") or [], "memory_used_mib")
         if processes.members(record):
             hopeless = verdict.word in ("zombie", "wedged")
             grace_s = HOPELESS_GRACE_S if hopeless else self._settings.drain_s + HOPELESS_GRACE_S
@@ -105,7 +108,7 @@ class Surgeon:
         return ""
 
     def _wait_for_gpu(self, held_mib: float) -> None:
-        """The driver gives memory back a moment after the process is gone; a start before that runs out of it."""
+        """The driver frees memory a moment after the process is gone; a process started before that runs out of it."""
         deadline = time.monotonic() + GPU_WAIT_S
         while time.monotonic() < deadline:
             used = gpu.highest(gpu.read()["gpus"], "memory_used_mib")
@@ -138,7 +141,7 @@ class Surgeon:
         except OSError as error:
             problem = f"start.sh cannot be run: {error}"
         if problem and record is not None and processes.read_record(self._settings.log_dir, part) is None:
-            # start.sh takes back what did not come up; the wish that it should run stays.
+            # start.sh removes the pid file of what did not start; it stays recorded as expected to run.
             processes.write_record(self._settings.log_dir, part, record)
         return problem
 

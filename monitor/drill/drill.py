@@ -1,19 +1,19 @@
-"""Breaks the running service on purpose, one fault after another, and measures how each is found and cured.
+"""Breaks the running service on purpose, one fault after another, and measures how each is detected and cured.
 
 Every run of the checker is the real one, a process of its own. A fault passes if it is found within two runs of being
-visible, is cured where a restart can cure it, and costs no restart where none can help. Prints a table.
+visible, is cured where a restart can cure it, and causes no restart where none can help. Prints a table.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from functools import partial
@@ -21,107 +21,18 @@ from pathlib import Path
 from typing import Any
 
 from monitor.check import limits_of
-from monitor.drill import faults
-from monitor.drill import table as drill_table
-from monitor.drill.faults import Bench
+from monitor.drill import table
+from monitor.drill.catalogue import CALM, CRON_REMOVED, CRON_REMOVED_WHAT, FAULTS, Fault, Report
+from monitor.drill.faults import FaultContext
 from monitor.judge import history, limiter
-from monitor.judge.report import replace_file
 from monitor.observe.exchange import exchange
 from monitor.store.memory import PARTS
 from monitor.store.store import Store
+from monitor.tell.report import replace_file
 from settings import ROOT, Settings
 
 GOOD, BAD, WRONG_USE = 0, 1, 2
 FOUND_WITHIN_RUNS = 2
-SLOW_S = 5.0
-Report = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Fault:
-    """`words`: what the checker must come to for `target`. `visible_s`: how long the fault hides by definition, such as
-    the deadline of a step. `restarts`: exactly so many. `cured`: it must be good again while the fault is still made.
-    `lasts_s`: how long a fault is held that must not be cured. `proof`: what else the report must show, once.
-    `in_force`: asked after each run, why the fault was not truly made since the one before. `note`: said beside the result.
-    """
-
-    name: str
-    what: str
-    make: Callable[[Bench], AbstractContextManager[None]]
-    words: tuple[str, ...]
-    target: str = "api"
-    restarts: int = 1
-    cured: bool = True
-    visible_s: Callable[[Settings], float] = lambda settings: 0.0
-    lasts_s: Callable[[Bench], float] = lambda bench: 0.0
-    proof: Callable[[Report, Store], bool] = lambda report, store: True
-    in_force: Callable[[Bench], str] = lambda bench: ""
-    note: Callable[[Bench], str] = lambda bench: ""
-    runs: int = 40
-
-
-def gpu_says(text: str) -> Callable[[Report, Store], bool]:
-    return lambda report, store: text.lower() in json.dumps(report["evidence"]["gpu"]).lower()
-
-
-def warns(name: str) -> Callable[[Report, Store], bool]:
-    return lambda report, store: any(warning["name"] == name for warning in report["warnings"])
-
-
-def undelivered(report: Report, store: Store) -> bool:
-    return bool(store.rows("SELECT id FROM outbox WHERE channel = 'webhook' AND sent_at IS NULL AND error IS NOT NULL"))
-
-
-def circuit_open(report: Report, store: Store) -> bool:
-    return bool(report["targets"]["api"]["circuit_open"])
-
-
-def in_memory(report: Report, store: Store) -> bool:
-    return "memory" in report["check"]["store"]
-
-
-def not_judged(report: Report, store: Store) -> bool:
-    return bool(report["targets"]["api"]["rule"] == "clock_jump")
-
-
-def slowed(report: Report, store: Store) -> bool:
-    return any(answer["seconds"] >= SLOW_S for answer in report["evidence"]["api"]["answers"])
-
-
-CALM = ("healthy", "busy")
-FAULTS = (
-    Fault("api-killed", "SIGKILL to the API", faults.kill, ("dead",)),
-    Fault("page-killed", "SIGKILL to the page", partial(faults.kill, part="web"), ("dead",), "page"),
-    Fault("api-frozen", "SIGSTOP to the API", faults.freeze, ("zombie",)),
-    Fault("loop-blocked", "the event loop stands still", faults.ordered("block-loop", seconds=lambda b: 1800.0), ("zombie",)),
-    Fault("step-hung", "a step of the engine never ends", faults.ordered("hang-step", asks=True), ("wedged",),
-          visible_s=lambda s: s.stall_s),
-    Fault("engine-dead", "the engine's thread loses its device", faults.ordered("kill-engine", asks=True), ("dead",)),
-    Fault("pictures-broken", "pictures fail while text works", faults.ordered("blind"), ("broken",)),
-    Fault("page-script-broken", "the page's script raises", faults.break_script, ("broken",), "page", cured=False),
-    Fault("port-stolen", "the API is gone and a stranger has its port", faults.steal_port, ("dead",), restarts=0, cured=False),
-    Fault("disk-full", "no byte free for the logs and the store", faults.fill_disk, CALM, restarts=0, cured=False, proof=in_memory),
-    Fault("gpu-tool-hung", "nvidia-smi never answers", faults.stand_in_tool("exec sleep 600"), CALM, restarts=0, cured=False,
-          proof=gpu_says("did not answer")),
-    Fault("gpu-tool-garbage", "nvidia-smi prints nonsense", faults.stand_in_tool("echo 'Failed to initialize NVML: Unknown Error'"),
-          CALM, restarts=0, cured=False, proof=gpu_says("gputil")),
-    Fault("gpu-tool-gone", "no nvidia-smi and no NVML", faults.nothing, CALM, restarts=0, cured=False, proof=gpu_says("nvml")),
-    Fault("slow-start", "killed, and its successor loads slowly", faults.start_slowly, ("dead",)),
-    Fault("crash-loop", "killed, and every successor ends at once", faults.crash_on_start, ("dead",), restarts=3, cured=False,
-          proof=circuit_open),
-    Fault("clock-jump", "killed as the clock jumps by an hour: judged a run later", faults.jump_clock, ("dead",), proof=not_judged),
-    Fault("long-prefill", "one step takes 60 s: must NOT restart", faults.ordered("slow-step", seconds=lambda b: min(60.0, b.long_s), asks=True),
-          CALM, restarts=0, cured=False, lasts_s=lambda b: min(75.0, b.long_s + 15), proof=slowed),
-    Fault("gpu-at-100", "every card at 100 % load: must NOT restart", faults.burn, CALM, restarts=0, cured=False,
-          proof=gpu_says('"load_percent": 100')),
-    Fault("memory-at-limit", "memory at its limit: must NOT restart", faults.fill_memory, CALM, restarts=0, cured=False,
-          proof=warns("memory_used_percent")),
-    Fault("alert-channel-down", "the alert channel takes nothing: must NOT restart", faults.cut_channel, CALM, restarts=0,
-          cured=False, proof=undelivered),
-    Fault("saturated", "the queue full for ten minutes: must NOT restart", faults.saturate, CALM, restarts=0, cured=False,
-          lasts_s=lambda b: b.long_s, in_force=faults.queue_was_full, note=faults.how_full),
-)  # fmt: skip
-CRON_REMOVED, CRON_REMOVED_WHAT = "checker-gone", "cron was removed: the server notices its silent checker"
 
 
 @dataclass
@@ -144,7 +55,7 @@ class Drill:
     def __init__(self, settings: Settings, period_s: float, long_s: float) -> None:
         self.settings = settings
         self.period_s = period_s
-        self.bench = Bench(settings, long_s)
+        self.context = FaultContext(settings, long_s)
 
     def all(self) -> Iterator[tuple[str, Callable[[], Result]]]:
         for fault in FAULTS:
@@ -157,24 +68,24 @@ class Drill:
         began = time.time()
         started = time.monotonic()
         try:
-            with fault.make(self.bench):
+            with fault.make(self.context):
                 self._follow(fault, result, started, began)
-                result.note = fault.note(self.bench)
+                result.note = fault.note(self.context)
                 result.trace = self._trace(fault.target, began)
         except (OSError, RuntimeError, KeyError, subprocess.CalledProcessError) as error:
             result.problem = f"the fault was not truly made: {error}"
-        self.bench.env.clear()
+        self.context.env.clear()
         if not result.problem:
             result.problem = self._judge(fault, result)
         return result
 
     def _trace(self, target: str, since: float) -> list[dict[str, Any]]:
-        """Every look from the store: a run that cures looks twice, and only its second look is in its report.
+        """Every observation from the store: a run that restarts observes twice, and its report holds only the second one.
 
-        `acts` is false for that second look, which decides nothing.
+        `acts` is false for that second observation, which decides nothing.
         """
-        with self._store() as opened:
-            rows = opened.store.rows("SELECT at, report FROM runs WHERE at >= ? AND report IS NOT NULL ORDER BY id", since)
+        with self._store() as store:
+            rows = store.rows("SELECT at, report FROM runs WHERE at >= ? AND report IS NOT NULL ORDER BY id", since)
         found, before = [], since
         for row in rows:
             seen = row["report"]["targets"][target]
@@ -187,8 +98,8 @@ class Drill:
         return found
 
     def _follow(self, fault: Fault, result: Result, started: float, began: float) -> None:
-        """Run the checker period by period until the fault has shown what it must, or has had its time."""
-        visible_s, lasts_s = fault.visible_s(self.settings), fault.lasts_s(self.bench)
+        """Runs the checker period by period until the fault is detected and cured as required, or its time is over."""
+        visible_s, lasts_s = fault.visible_s(self.settings), fault.lasts_s(self.context)
         result.proven = False
         visible_runs = 0
         after = 0
@@ -198,18 +109,18 @@ class Drill:
             age_s = time.monotonic() - started
             result.runs += 1
             visible_runs += age_s >= visible_s
-            if idle := fault.in_force(self.bench):
+            if idle := fault.in_force(self.context):
                 raise RuntimeError(f"run {result.runs}: {idle}")
             target = report["targets"].get(fault.target, {"word": "unknown", "seen": 0, "needed": 1})
             result.words.append(target["word"])
             result.restarts = self._restarts(began, fault.target)
             with self._store() as store:
-                result.proven = result.proven or fault.proof(report, store.store)
-                first = store.store.rows(
+                result.proven = result.proven or fault.proof(report, store)
+                first = store.rows(
                     "SELECT word, first_seen_at FROM incidents WHERE target = ? AND first_seen_at >= ?", fault.target, began
                 )
             if result.found_s is None and first and first[0]["word"] in fault.words:
-                # A run that cured shows the report of afterwards; what it found is in the incident.
+                # A run that restarted reports the state afterwards; what it detected is in the incident.
                 # Its time is by the checker's clock, which a fault may have shifted.
                 result.found_s, result.found_runs = min(age_s, first[0]["first_seen_at"] - began), visible_runs
                 result.words.insert(0, first[0]["word"])
@@ -221,7 +132,7 @@ class Drill:
                 return
             if not fault.cured and age_s >= lasts_s and result.restarts >= fault.restarts and result.proven:
                 after += 1
-                if after > 3:  # and goes on looking: nothing more may happen
+                if after > 3:  # a few more runs: nothing more may happen
                     return
             time.sleep(max(0.0, due - time.monotonic()))
 
@@ -233,7 +144,7 @@ class Drill:
         if fault.cured and result.recovered_s is None:
             return "found but not cured"
         if not result.proven:
-            return "what the fault must show besides was never seen"
+            return "the evidence that the fault requires never appeared"
         if (result.found_runs or 0) > FOUND_WITHIN_RUNS and fault.name != "crash-loop":
             return f"found only in run {result.found_runs}"
         if not fault.restarts and fault.words == CALM and not set(result.words) <= {"healthy", "busy", "degraded", "unknown"}:
@@ -241,7 +152,7 @@ class Drill:
         return ""
 
     def cron_removed(self) -> Result:
-        """Nothing runs the checker any more: the server must say so, and stop saying so when it is back."""
+        """Nothing runs the checker any more: the server must report it, and stop reporting it when the checker is back."""
         result = Result(CRON_REMOVED, CRON_REMOVED_WHAT)
         self.settle()
         started = time.monotonic()
@@ -268,8 +179,8 @@ class Drill:
         return str((body.get("checker") or {}).get("state"))
 
     def settle(self) -> None:
-        """Good again and forgotten: each fault is met by a checker that knows of no other."""
-        self.bench.take_order_back()
+        """Restores a healthy service and resets the checker's memory, so that no fault influences the next one."""
+        self.context.clear_fault()
         subprocess.run(["bash", str(ROOT / "start.sh")], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, check=False)
         deadline = time.monotonic() + self.settings.start_deadline_s
         while True:
@@ -283,20 +194,20 @@ class Drill:
             time.sleep(1)
 
     def _forget(self) -> None:
-        with self._store() as opened, opened.store.transaction():
+        with self._store() as store, store.transaction():
             for target in PARTS:
-                # But not when it last looked: without that no jump of the clock can be seen.
-                moment = history.from_dict(opened.store.get(f"history:{target}", {})).moment
-                opened.store.put(f"history:{target}", history.to_dict(history.History(moment=moment)))
-                opened.store.put(f"limiter:{target}", limiter.to_dict(limiter.reset()))
-            opened.store.put("thresholds", {})
-            opened.store.execute("DELETE FROM outbox WHERE sent_at IS NULL")
+                # But not the time of its last run: without it no jump of the clock can be detected.
+                moment = history.from_dict(store.get(f"history:{target}", {})).moment
+                store.put(f"history:{target}", history.to_dict(history.History(moment=moment)))
+                store.put(f"limiter:{target}", limiter.to_dict(limiter.reset()))
+            store.put("thresholds", {})
+            store.execute("DELETE FROM outbox WHERE sent_at IS NULL")
 
     def check(self, *words: str) -> Report:
-        """One real run. A run that another one holds up is waited for."""
+        """One real run; waits while another run holds the lock."""
         for _ in range(60):
             done = subprocess.run(
-                [sys.executable, str(ROOT / "health_check.py"), "run", *words], cwd=ROOT, env={**os.environ, **self.bench.env},
+                [sys.executable, str(ROOT / "health_check.py"), "run", *words], cwd=ROOT, env={**os.environ, **self.context.env},
                 stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
             )  # fmt: skip
             if done.stdout.startswith("{"):
@@ -308,26 +219,15 @@ class Drill:
         raise RuntimeError(f"the checker does not run: {done.stderr[-500:]}")
 
     def _restarts(self, since: float, target: str) -> int:
-        """Tried ones count too: a process that dies again was restarted."""
-        with self._store() as opened:
-            rows = opened.store.rows(
+        """Failed ones count too: a process that dies again was restarted."""
+        with self._store() as store:
+            rows = store.rows(
                 "SELECT outcome FROM actions WHERE kind = 'restart' AND target = ? AND at >= ? AND outcome != 'refused'", target, since
             )
         return len(rows)
 
-    def _store(self) -> _Opened:
-        return _Opened(self.settings.log_dir)
-
-
-class _Opened:
-    def __init__(self, log_dir: Path) -> None:
-        self.store = Store.open(log_dir)
-
-    def __enter__(self) -> _Opened:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.store.close()
+    def _store(self) -> contextlib.closing[Store]:
+        return contextlib.closing(Store.open(self.settings.log_dir))
 
 
 def main(settings: Settings, given: argparse.Namespace) -> int:
@@ -350,8 +250,8 @@ def main(settings: Settings, given: argparse.Namespace) -> int:
     out = Path(given.out) if given.out else None
     try:
         if out is not None:
-            drill_table.check(out)
-    except (drill_table.NoPlace, OSError) as error:
+            table.check(out)
+    except (table.MarkersMissing, OSError) as error:
         print(f"--out: {error}", file=sys.stderr)
         return WRONG_USE
     period_s = max(1.0, given.period or settings.check_period_s)
@@ -364,23 +264,23 @@ def main(settings: Settings, given: argparse.Namespace) -> int:
             continue
         results[name] = make()
         rows[name] = _row(results[name], period_s)
-        _say(results[name])
-        _record(drill.settings, results[name])
-        if out is not None:  # after each one: what was measured is not lost with what comes after
-            drill_table.renew(out, rows, order)
+        _print(results[name])
+        _write_trace(drill.settings, results[name])
+        if out is not None:  # after each one, so that a failure later on loses no measurement
+            table.update(out, rows, order)
     drill.settle()
-    print("\n" + "\n".join(drill_table.lines(rows, order)))
+    print("\n" + "\n".join(table.lines(rows, order)))
     return BAD if any(result.problem for result in results.values()) else GOOD
 
 
-def _say(result: Result) -> None:
-    said = f"FAIL  {result.name}: {result.problem}" if result.problem else f"pass  {result.name}: {result.note or 'as it must'}"
-    print(f"{said}  (found {_s(result.found_s)}, recovered {_s(result.recovered_s)}, restarts {result.restarts}, "
+def _print(result: Result) -> None:
+    line = f"FAIL  {result.name}: {result.problem}" if result.problem else f"pass  {result.name}: {result.note or 'as it must'}"
+    print(f"{line}  (found {_s(result.found_s)}, recovered {_s(result.recovered_s)}, restarts {result.restarts}, "
           f"words {_words(result)})", flush=True)  # fmt: skip
 
 
-def _record(settings: Settings, result: Result) -> None:
-    """The trace, for replay."""
+def _write_trace(settings: Settings, result: Result) -> None:
+    """The trace of the evidence, for replay."""
     found = {"limits": asdict(limits_of(settings)), "restarts": result.restarts, "runs": result.trace}
     replace_file(settings.log_dir / "drill" / f"{result.name}.json", json.dumps(found, ensure_ascii=False))
 

@@ -1,11 +1,11 @@
-"""The drill's table in Markdown: one row for each fault. A drill of some faults renews their rows and leaves the others."""
+"""The drill's table in Markdown: one row for each fault. A drill of some faults updates their rows and keeps the others."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 
-from monitor.judge.report import replace_file
+from monitor.tell.report import replace_file
 
 BEGIN, END = "<!-- drill -->", "<!-- /drill -->"
 HEAD = (
@@ -14,8 +14,8 @@ HEAD = (
 )
 
 
-class NoPlace(ValueError):
-    """The file holds other text and no marks between which the table belongs."""
+class MarkersMissing(ValueError):
+    """The file holds other text and no markers for the table."""
 
 
 def lines(rows: Mapping[str, str], order: list[str]) -> list[str]:
@@ -23,18 +23,18 @@ def lines(rows: Mapping[str, str], order: list[str]) -> list[str]:
 
 
 def check(path: Path) -> None:
-    """Raises NoPlace or OSError before an hour of drill rather than after it."""
+    """Raises MarkersMissing or OSError, before an hour of drill rather than after it."""
     _parts(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8"):
         pass
 
 
-def renew(path: Path, rows: Mapping[str, str], order: list[str]) -> None:
+def update(path: Path, rows: Mapping[str, str], order: list[str]) -> None:
     before, old, after = _parts(path)
     known = {name: row for name, row in old.items() if name in order}
-    table = "\n".join(lines({**known, **rows}, order))
-    replace_file(path, f"{before}{BEGIN}\n{table}\n{END}{after}")
+    rendered = "\n".join(lines({**known, **rows}, order))
+    replace_file(path, f"{before}{BEGIN}\n{rendered}\n{END}{after}")
 
 
 def _parts(path: Path) -> tuple[str, dict[str, str], str]:
@@ -45,6 +45,6 @@ def _parts(path: Path) -> tuple[str, dict[str, str], str]:
     before, begin, rest = text.partition(BEGIN)
     inner, end, after = rest.partition(END)
     if not begin or not end:
-        raise NoPlace(f"{path} has no place for the table: put {BEGIN} and {END} on lines of their own where it belongs")
+        raise MarkersMissing(f"{path} has no place for the table: put {BEGIN} and {END} on lines of their own where it belongs")
     rows = [line for line in inner.splitlines() if line.startswith("| ") and line not in HEAD]
     return before, {line.split("|")[1].strip(): line for line in rows}, after

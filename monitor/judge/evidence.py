@@ -1,19 +1,19 @@
-"""What one run of the check has seen, as plain data: recorded, replayed and judged without any I/O.
+"""The evidence of one run as plain data: it can be recorded, replayed and judged without any I/O.
 
-Order of trust: kernel facts (`Process`) > stamps by another thread (`Beat`) > HTTP answers (`Look`, `Answer`)
-> GPU readings. Ages and durations are seconds. None means not known, never zero.
+Order of trust: kernel facts (`Process`) > timestamps set by another thread (`Heartbeat`) > HTTP answers (`HealthReply`,
+`Answer`) > GPU readings. Ages and durations are seconds. None means not known, never zero.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Moment:
-    """When a run looked. `monotonic` counts the same for all processes of one boot and never jumps."""
+    """The time of a run. `wall` can be set back or forward; `monotonic` counts the same for all processes of one boot."""
 
     wall: float
     monotonic: float
@@ -22,9 +22,9 @@ class Moment:
 
 @dataclass(frozen=True)
 class Process:
-    """The kernel's word on what start.sh started.
+    """What the kernel reports about the process that start.sh started.
 
-    `state`: runs, stopped (SIGSTOP), traced (a debugger holds it), stuck (uninterruptible sleep), gone,
+    `state`: runs, stopped (SIGSTOP), traced (held by a debugger), stuck (uninterruptible sleep), gone,
     unrecorded (nothing was started here). `port_owner`: ours, stranger, nobody, unknown.
     """
 
@@ -41,7 +41,7 @@ class Process:
 
 
 @dataclass(frozen=True)
-class Beat:
+class Heartbeat:
     """The server's heartbeat file. `beat_age_s` is the event loop's, `written_age_s` the observer thread's."""
 
     beat_age_s: float
@@ -56,8 +56,11 @@ class Beat:
 
 
 @dataclass(frozen=True)
-class Look:
-    """One answer of GET /health, or of another engine's metrics. `outcome`: answered, refused, silent, failed."""
+class HealthReply:
+    """The reply to GET /health, or what an external engine's metrics say instead.
+
+    `outcome`: answered, refused, silent, failed.
+    """
 
     outcome: str
     seconds: float = 0.0
@@ -79,7 +82,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Answer:
-    """A real question. `kind`: text or picture.
+    """The answer to a real question. `kind`: text or picture.
 
     `outcome`: right, wrong, rejected (an HTTP error), cut (no end marker), silent, refused, failed, skipped, and
     credited: a user's own question was answered a moment ago, so none was asked.
@@ -102,24 +105,39 @@ class Answer:
 
 @dataclass(frozen=True)
 class ApiEvidence:
-    """`last` is a second look at /health, taken where a question got no answer: did the engine move meanwhile?"""
+    """`last` is a second reply of /health, taken when a question got no answer: has the engine made steps meanwhile?
+
+    `blind`: why the checker could not observe anything; empty if it could.
+    """
 
     url: str
     process: Process = Process()
-    beat: Beat | None = None
-    first: Look = Look("silent")
+    beat: Heartbeat | None = None
+    first: HealthReply = HealthReply("silent")
     answers: tuple[Answer, ...] = ()
-    last: Look | None = None
+    last: HealthReply | None = None
     hardware: tuple[str, ...] = ()
     blind: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> ApiEvidence:
+        """The inverse of `to_dict`. Raises TypeError for a field that does not exist."""
+        fields: dict[str, Any] = dict(raw)
+        fields["process"] = Process(**fields.get("process") or {})
+        fields["beat"] = Heartbeat(**fields["beat"]) if fields.get("beat") else None
+        fields["first"] = HealthReply(**fields["first"])
+        fields["last"] = HealthReply(**fields["last"]) if fields.get("last") else None
+        fields["answers"] = tuple(Answer(**answer) for answer in fields.get("answers") or ())
+        fields["hardware"] = tuple(fields.get("hardware") or ())
+        return cls(**fields)
+
 
 @dataclass(frozen=True)
-class Exchange:
-    """One HTTP or WebSocket exchange with the page. `outcome` as in Look."""
+class PageReply:
+    """The reply to one HTTP request or WebSocket handshake with the page. `outcome` as in HealthReply."""
 
     outcome: str
     seconds: float = 0.0
@@ -133,27 +151,54 @@ class Exchange:
 
 @dataclass(frozen=True)
 class PageEvidence:
-    """`script` runs the whole page and is asked for only now and then; `front` goes through the reverse proxy."""
+    """`script` runs the whole page and is requested only on some runs; `front` goes through the reverse proxy."""
 
     url: str
     process: Process = Process()
-    health: Exchange = Exchange("silent")
-    websocket: Exchange | None = None
-    script: Exchange | None = None
-    front: Exchange | None = None
+    health: PageReply = PageReply("silent")
+    websocket: PageReply | None = None
+    script: PageReply | None = None
+    front: PageReply | None = None
     blind: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def api_from_dict(raw: Mapping[str, Any]) -> ApiEvidence:
-    """A recorded trace back into evidence. Raises TypeError for a field that does not exist."""
-    parts: dict[str, Any] = dict(raw)
-    parts["process"] = Process(**parts.get("process") or {})
-    parts["beat"] = Beat(**parts["beat"]) if parts.get("beat") else None
-    parts["first"] = Look(**parts["first"])
-    parts["last"] = Look(**parts["last"]) if parts.get("last") else None
-    parts["answers"] = tuple(Answer(**answer) for answer in parts.get("answers") or ())
-    parts["hardware"] = tuple(parts.get("hardware") or ())
-    return ApiEvidence(**parts)
+@dataclass(frozen=True)
+class Observation:
+    """Everything that one run observed. `page` is None where no page is expected on this machine.
+
+    `machine` and `gpu` are readings for the report and the thresholds. `asked`: at least one question was really asked.
+    """
+
+    moment: Moment
+    api: ApiEvidence
+    page: PageEvidence | None
+    machine: dict[str, Any]
+    gpu: dict[str, Any]
+    asked: bool = False
+
+
+@dataclass
+class EngineProgress:
+    """Progress of an external engine, kept between runs.
+
+    `counters`: its token counters at the last observation; `still_since` (CLOCK_MONOTONIC): since when they have not
+    changed while requests were pending; `steps`: how often they have changed.
+    """
+
+    counters: dict[str, float] = field(default_factory=dict)
+    still_since: float | None = None
+    boot_id: str = ""
+    steps: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], boot_id: str) -> EngineProgress:
+        """The stored state; empty after a reboot, because the monotonic clock has started again."""
+        if not raw or raw.get("boot_id") != boot_id:
+            return cls(boot_id=boot_id)
+        return cls(**{name: raw[name] for name in cls.__dataclass_fields__ if name in raw})

@@ -1,6 +1,6 @@
-"""What is remembered from run to run about one target, and how a verdict changes it: pure functions.
+"""What is remembered of one target from run to run, and how a verdict changes it: pure functions.
 
-A bad word must be seen on `needed` runs in a row before it is believed. A believed bad word opens an incident;
+A bad verdict must be repeated on `needed` runs in a row to be confirmed. A confirmed bad verdict opens an incident;
 the incident ends after `stable_s` of good runs, so flapping stays one incident and two messages. A run that
 cannot judge resets the count: missing data is never evidence against the service.
 """
@@ -21,7 +21,7 @@ FLAPS_KEPT = 20
 
 @dataclass(frozen=True)
 class Incident:
-    """One stretch of trouble of one target. Times are wall-clock seconds."""
+    """One incident of one target. Times are wall-clock seconds."""
 
     id: str
     target: str
@@ -42,7 +42,7 @@ class Incident:
 
 @dataclass(frozen=True)
 class History:
-    """The state of one target. `seen` counts bad runs in a row, `word` is the last believed word."""
+    """The state of one target. `seen` counts bad runs in a row, `word` is that of the last confirmed verdict."""
 
     word: str = ""
     since: float = 0.0
@@ -80,12 +80,12 @@ def why_inconclusive(before: Moment | None, now: Moment, limits: Limits) -> str:
 
 
 def advance(history: History, verdict: Verdict, now: Moment, limits: Limits) -> tuple[History, list[Change]]:
-    """One run later. Returns the new history and what it means, in order."""
+    """Adds one run. Returns the new history and the changes, in order."""
     counted = _count(history, verdict, now, limits)
     if verdict.word == "unknown":
         return replace(counted, moment=now), []
     if verdict.bad and counted.seen < verdict.needed:
-        # Seen, not yet believed: an open incident stays as it is, and no word changes.
+        # Not yet confirmed: an open incident stays as it is, and the word does not change.
         return replace(counted, moment=now, incident=_touch(counted.incident, verdict, now)), []
     changes: list[Change] = []
     before = history.word or "unknown"
@@ -94,12 +94,12 @@ def advance(history: History, verdict: Verdict, now: Moment, limits: Limits) -> 
         counted = replace(counted, word=verdict.word, since=now.wall)
     busy_since = (history.busy_since or now.wall) if verdict.word == "busy" else None
     counted = replace(counted, moment=now, busy_since=busy_since)
-    incident, told = _follow(counted, verdict, now, limits, before)
-    return replace(counted, incident=incident), changes + told
+    incident, more = _follow(counted, verdict, now, limits, before)
+    return replace(counted, incident=incident), changes + more
 
 
 def after_restart(history: History, now: Moment) -> History:
-    """The count starts anew, so that a slow boot is not held against the new process."""
+    """Resets the count, so that a slow start is not counted against the new process."""
     incident = history.incident
     if incident is not None:
         incident = replace(incident, restarts=incident.restarts + 1, acted_at=now.wall)
@@ -113,7 +113,7 @@ def _count(history: History, verdict: Verdict, now: Moment, limits: Limits) -> H
     fresh = history.seen == 0 or not 0 <= gap_s <= GAP_PERIODS * limits.period_s + limits.period_s
     if fresh:
         return replace(history, seen=1, counted_at=now.wall, first_bad_at=now.wall)
-    if gap_s < limits.period_s / 2:  # two runs in one breath are one look
+    if gap_s < limits.period_s / 2:  # two runs within half a period count as one
         return history
     return replace(history, seen=history.seen + 1, counted_at=now.wall)
 

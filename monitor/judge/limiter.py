@@ -1,4 +1,4 @@
-"""Whether a restart may be done now: back-off, limits for the hour and the day, and a circuit. Pure functions.
+"""Whether a restart is allowed now: back-off, limits per hour and per day, and a circuit breaker. Pure functions.
 
 One restart too many opens the circuit; it stays open until an operator resets it, because a service that
 needs a seventh restart needs a person. Times are wall-clock seconds and are kept on disk by the caller.
@@ -26,7 +26,7 @@ class Allowance:
 
 @dataclass(frozen=True)
 class Limiter:
-    """`restarts` of the last day, oldest first. `step` counts those since all was last stable."""
+    """`restarts` of the last day, oldest first. `step` counts those since the target was last stable."""
 
     restarts: tuple[float, ...] = ()
     step: int = 0
@@ -36,7 +36,7 @@ class Limiter:
 
 @dataclass(frozen=True)
 class Decision:
-    """`kind`: none, restart, shadow (would restart), hold (wants to, may not). `opens`: the circuit opens now."""
+    """`kind`: none, restart, shadow (would restart), hold (a restart is due but not allowed). `opens`: the circuit opens now."""
 
     kind: str
     reason: str
@@ -61,7 +61,7 @@ def decide(
     if verdict.attempts is not None and incident is not None and incident.restarts >= verdict.attempts:
         return Decision("hold", f"{incident.restarts} restart(s) did not cure {verdict.rule}; a person is needed")
     if limiter.open_since is not None:
-        return Decision("hold", f"the circuit is open: {limiter.open_reason}. Run health_check.py reset when mended")
+        return Decision("hold", f"the circuit is open: {limiter.open_reason}. Run health_check.py reset when it is repaired")
     full = _full(limiter, allowance, now)
     if full:
         return Decision("hold", full, opens=True)

@@ -1,11 +1,9 @@
-"""Which readings have a limit, and what the warning says."""
+"""Which readings have a limit, their values in an observation, and the text of the warnings."""
 
 from __future__ import annotations
 
-from typing import Any
-
+from monitor.judge.evidence import Observation
 from monitor.judge.thresholds import Threshold
-from monitor.observe.observe import Observation
 from settings import Settings
 
 HYSTERESIS = 10.0
@@ -27,7 +25,7 @@ def settings_thresholds(settings: Settings) -> list[Threshold]:
         ),
         _above("cpu_percent", settings.cpu_limit_percent, window_s, "Processor load", "处理器负载", "%"),
         _above("memory_used_percent", settings.memory_limit_percent, window_s, "Memory use", "内存占用", "%"),
-        # A disk does not recover by waiting: no window.
+        # A full disk does not recover by itself: no window.
         Threshold(
             "disk_free_mib", disk, disk * 1.1 + 1, 0.0, f"Less than {disk:g} MiB of disk is free.", f"磁盘剩余不足 {disk:g} MiB。"
         ),
@@ -50,32 +48,32 @@ def _above(name: str, limit: float, window_s: float, en: str, zh: str, unit: str
     )  # fmt: skip
 
 
-def values_of(seen: Observation, busy_since: float | None) -> dict[str, float | None]:
-    """The readings that are rolled up and compared, flat; None where one is not known. `busy_since`: wall clock."""
-    process = seen.machine.get("process") or {}
-    free = [disk["free_mib"] for disk in seen.machine.get("disks") or () if disk.get("free_mib") is not None]
+def values_of(observation: Observation, busy_since: float | None) -> dict[str, float | None]:
+    """The readings that are rolled up and compared with limits; None where one is not known. `busy_since`: wall clock."""
+    process = observation.machine.get("process") or {}
+    free = [disk["free_mib"] for disk in observation.machine.get("disks") or () if disk.get("free_mib") is not None]
     files, most = process.get("open_files"), process.get("open_files_limit")
-    answers = {answer.kind: answer for answer in seen.api.answers if answer.outcome not in ("credited", "skipped")}
+    answers = {answer.kind: answer for answer in observation.api.answers if answer.outcome not in ("credited", "skipped")}
     picture, text = answers.get("picture"), answers.get("text")
     shares = [
         100 * card["memory_used_mib"] / card["memory_total_mib"]
-        for card in seen.gpu.get("gpus") or ()
+        for card in observation.gpu.get("gpus") or ()
         if card.get("memory_used_mib") is not None and card.get("memory_total_mib")
     ]
-    look: Any = seen.api.last or seen.api.first
+    health = observation.api.last or observation.api.first
     return {
-        "gpu_load": seen.gpu.get("load_percent"),
-        "gpu_memory_used": seen.gpu.get("memory_used_mib"),
+        "gpu_load": observation.gpu.get("load_percent"),
+        "gpu_memory_used": observation.gpu.get("memory_used_mib"),
         "gpu_memory_used_percent": max(shares, default=None),
-        "cpu_percent": seen.machine.get("cpu_percent"),
-        "memory_used_percent": seen.machine.get("memory_used_percent"),
+        "cpu_percent": observation.machine.get("cpu_percent"),
+        "memory_used_percent": observation.machine.get("memory_used_percent"),
         "disk_free_mib": min(free, default=None),
         "api_rss_mib": process.get("rss_mib"),
         "open_files_percent": round(100 * files / most, 1) if files is not None and most else None,
-        "pending": look.pending,
-        "busy_s": 0.0 if busy_since is None else max(0.0, seen.moment.wall - busy_since),
+        "pending": health.pending,
+        "busy_s": 0.0 if busy_since is None else max(0.0, observation.moment.wall - busy_since),
         "text_s": text.seconds if text else None,
         "picture_s": picture.seconds if picture else None,
         "first_token_s": picture.first_token_s if picture else None,
-        "page_s": seen.page.health.seconds if seen.page else None,
+        "page_s": observation.page.health.seconds if observation.page else None,
     }

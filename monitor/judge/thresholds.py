@@ -31,30 +31,30 @@ class Threshold:
 
 
 @dataclass(frozen=True)
-class Warned:
-    """The memory of one threshold: (wall time, value) of the last readings, and since when it warns."""
+class ThresholdState:
+    """What is remembered of one threshold: (wall time, value) of the last readings, and since when it warns."""
 
     readings: tuple[tuple[float, float], ...] = ()
     since: float | None = None
 
 
-def look(threshold: Threshold, warned: Warned, value: float | None, now: float) -> Warned:
-    kept = [(at, old) for at, old in warned.readings if 0 <= now - at <= threshold.window_s]
+def update(threshold: Threshold, state: ThresholdState, value: float | None, now: float) -> ThresholdState:
+    kept = [(at, old) for at, old in state.readings if 0 <= now - at <= threshold.window_s]
     if value is not None:
         kept.append((now, value))
     kept = kept[-KEPT:]
     mean = _mean(kept, threshold, now)
-    since = warned.since
+    since = state.since
     if mean is not None:
         if since is None and _beyond(mean, threshold.raise_at, threshold.upward):
             since = now
         elif since is not None and not _beyond(mean, threshold.clear_at, threshold.upward):
             since = None
-    return Warned(tuple(kept), since)
+    return ThresholdState(tuple(kept), since)
 
 
-def mean_of(warned: Warned) -> float | None:
-    values = [value for _, value in warned.readings]
+def mean_of(state: ThresholdState) -> float | None:
+    values = [value for _, value in state.readings]
     return sum(values) / len(values) if values else None
 
 
@@ -68,14 +68,14 @@ def _beyond(value: float, limit: float, upward: bool) -> bool:
     return value >= limit if upward else value <= limit
 
 
-def to_dict(warned: Warned) -> dict[str, object]:
-    return {"readings": [list(pair) for pair in warned.readings], "since": warned.since}
+def to_dict(state: ThresholdState) -> dict[str, object]:
+    return {"readings": [list(pair) for pair in state.readings], "since": state.since}
 
 
-def from_dict(raw: Mapping[str, object]) -> Warned:
+def from_dict(raw: Mapping[str, object]) -> ThresholdState:
     readings = raw.get("readings") or []
     assert isinstance(readings, list)
     since = raw.get("since")
-    return Warned(
+    return ThresholdState(
         tuple((float(at), float(value)) for at, value in readings), float(since) if isinstance(since, int | float) else None
     )

@@ -1,7 +1,8 @@
-"""One HTTP exchange that ends at its deadline, whatever the server does. Standard library only: the checker stays small.
+"""One HTTP exchange that ends at its deadline, whatever the server does: for probes, alerts, exports and start.sh alike.
 
-A socket's own time limit starts again with every byte, so a server that trickles could hold a probe for ever.
-Here each exchange runs in a thread; at the deadline its socket is shut, which also tells the server to stop working.
+A socket's own timeout starts again with every byte, so a server that trickles could hold a probe for ever. Each exchange
+runs in a thread; at the deadline its socket is shut down, which also tells the server to stop working. Standard library
+only and no syntax newer than Python 3.8, because stop.sh imports it through deploy/service.py with whatever Python it finds.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import contextlib
 import http.client
 import json
 import socket
-import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from urllib.parse import urlsplit
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
 
 CONNECT_LIMIT_S = 1.0
 BODY_LIMIT_BYTES = 2**20
@@ -25,7 +27,7 @@ Result = TypeVar("Result")
 
 @dataclass
 class Wire:
-    """The open socket of an exchange, so that whoever waits for it can end it."""
+    """The connection of an exchange, so that another thread can end it."""
 
     connection: http.client.HTTPConnection | None = None
     closed: bool = False
@@ -39,7 +41,7 @@ class Wire:
 
 @dataclass(frozen=True)
 class Reply:
-    """One exchange. `outcome`: answered, refused (nothing listens), silent (no answer in time), failed."""
+    """`outcome`: answered, refused (nothing listens), silent (no answer in time), failed."""
 
     outcome: str
     seconds: float
@@ -49,6 +51,7 @@ class Reply:
     headers: Mapping[str, str] = field(default_factory=dict)
 
     def json(self) -> dict[str, Any] | None:
+        """The body if it is a JSON object, else None."""
         try:
             parsed = json.loads(self.body)
         except ValueError:
@@ -57,7 +60,10 @@ class Reply:
 
 
 class Deadline(Generic[Result]):
-    """Runs a function in a thread of its own; `result` waits for it, but not beyond the limit."""
+    """Runs a function in a thread of its own; `result` waits for it, but not beyond the limit.
+
+    After the limit `result` returns `late` and calls `end`, which should make the function return.
+    """
 
     def __init__(
         self, function: Callable[[], Result], limit_s: float, late: Result, end: Callable[[], None] | None = None
@@ -75,7 +81,7 @@ class Deadline(Generic[Result]):
             result = function()
             if not self._done.is_set():
                 self._result = result
-        except Exception as error:  # handed to whoever asks for the result
+        except Exception as error:  # raised again in the thread that asks for the result
             self._error = error
         self._done.set()
 
@@ -93,16 +99,16 @@ def exchange(
     url: str, limit_s: float, method: str = "GET", body: bytes | None = None, headers: Mapping[str, str] | None = None,
     connect_s: float = CONNECT_LIMIT_S,
 ) -> Reply:  # fmt: skip
-    """Never raises for what a server or a network does."""
+    """Never raises for what a server or a network does. Asks no proxy."""
     wire = Wire()
     late = Reply("silent", limit_s, detail=f"no answer within {limit_s:.1f} s")
 
     def talk() -> Reply:
         started = time.monotonic()
         try:
-            with opened(wire, url, limit_s, method, body, headers, connect_s) as reply:
-                content = reply.read(BODY_LIMIT_BYTES)
-                return Reply("answered", since(started), reply.status, content, headers=dict(reply.headers.items()))
+            with open_exchange(wire, url, limit_s, method, body, headers, connect_s) as response:
+                content = response.read(BODY_LIMIT_BYTES)
+                return Reply("answered", since(started), response.status, content, headers=dict(response.headers.items()))
         except Exception as error:
             return failure(error, started, limit_s)
 
@@ -110,18 +116,21 @@ def exchange(
 
 
 @contextlib.contextmanager
-def opened(
+def open_exchange(
     wire: Wire, url: str, limit_s: float, method: str = "GET", body: bytes | None = None,
     headers: Mapping[str, str] | None = None, connect_s: float = CONNECT_LIMIT_S,
 ) -> Iterator[http.client.HTTPResponse]:  # fmt: skip
-    """The reply with its body still to be read."""
+    """The response with its body still to be read."""
     parts = urlsplit(url)
+    connection: http.client.HTTPConnection
     if parts.scheme == "https":
-        kind: type[http.client.HTTPConnection] = http.client.HTTPSConnection
-        options: dict[str, Any] = {"context": ssl.create_default_context()}
+        import ssl  # a Python without it can still run stop.sh
+
+        connection = http.client.HTTPSConnection(
+            parts.hostname or "", parts.port, timeout=min(connect_s, limit_s), context=ssl.create_default_context()
+        )
     else:
-        kind, options = http.client.HTTPConnection, {}
-    connection = kind(parts.hostname or "", parts.port, timeout=min(connect_s, limit_s), **options)
+        connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=min(connect_s, limit_s))
     wire.connection = connection
     try:
         connection.connect()
@@ -142,4 +151,5 @@ def failure(error: Exception, started: float, limit_s: float) -> Reply:
 
 
 def since(started: float) -> float:
+    """Seconds since `started` (CLOCK_MONOTONIC)."""
     return round(time.monotonic() - started, 3)

@@ -1,23 +1,21 @@
-"""Another OpenAI-compatible server in the API's place: progress read from the metrics of vLLM or SGLang.
+"""Another OpenAI-compatible server in place of the API (GLM_ENGINE_URL): progress read from the metrics of vLLM or SGLang.
 
-Such a server says 200 while it hangs, so its word is not taken: pending requests whose token counters stand still
-from run to run are a hang, wherever they wait. The counters of the last look are kept between runs.
+Such a server answers 200 while it hangs, so its health route is not believed: pending requests whose token counters stay
+the same from run to run are a hang, wherever they wait. The counters of the last run are kept in `EngineProgress`.
 """
 
 from __future__ import annotations
 
 import json
-import re
+import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-from monitor.judge.evidence import Look
+from monitor.judge.evidence import EngineProgress, HealthReply
 from monitor.observe.exchange import exchange
 
 clock = time.monotonic
-METRIC = re.compile(r"^([A-Za-z_:][\w:]*)(?:\{[^}]*\})?\s+([0-9.eE+-]+|NaN|\+?Inf)", re.MULTILINE)
 RUNNING = ("vllm:num_requests_running", "sglang:num_running_reqs", "glm_num_requests_running")
 WAITING = ("vllm:num_requests_waiting", "sglang:num_queue_reqs", "glm_num_requests_waiting")
 TOKENS = (
@@ -27,70 +25,57 @@ TOKENS = (
 )  # fmt: skip
 
 
-@dataclass
-class Memory:
-    """Token counters at the last look, and since when (CLOCK_MONOTONIC) they have not moved while work was pending."""
-
-    counters: dict[str, float] = field(default_factory=dict)
-    still_since: float | None = None
-    boot_id: str = ""
-    steps: int = 0
-
-
-def look(base_url: str, limit_s: float, memory: Memory, key: str) -> tuple[Look, dict[str, Any]]:
-    """One look as if the engine had our own /health; updates `memory`."""
+def get_health(base_url: str, limit_s: float, progress: EngineProgress, key: str) -> tuple[HealthReply, dict[str, Any]]:
+    """As if the engine had this project's /health; updates `progress`."""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     health = exchange(f"{base_url}/health", limit_s, headers=headers)
     if health.outcome != "answered":
-        return Look(health.outcome, health.seconds, detail=health.detail), {}
+        return HealthReply(health.outcome, health.seconds, detail=health.detail), {}
     metrics = exchange(f"{base_url}/metrics", limit_s, headers=headers)
-    values = parse(metrics.body.decode("utf-8", "replace")) if metrics.status == 200 else {}
+    values = parse_metrics(metrics.body.decode("utf-8", "replace")) if metrics.status == 200 else {}
     pending = _sum(values, RUNNING + WAITING)
     counters = {name: values[name] for name in TOKENS if name in values}
     now = clock()
-    if counters != memory.counters:
-        memory.counters, memory.still_since = counters, now
-        memory.steps += 1
-    elif not pending or memory.still_since is None:
-        memory.still_since = now
+    if counters != progress.counters:
+        progress.counters, progress.still_since = counters, now
+        progress.steps += 1
+    elif not pending or progress.still_since is None:
+        progress.still_since = now
     state = "busy" if pending else "idle"
     if health.status == 503:
         state = "loading"
     detail = "" if values else f"no metrics at /metrics (HTTP {metrics.status or 'none'}); progress cannot be seen"
-    still_s = round(now - memory.still_since, 1) if pending and memory.still_since is not None else 0.0
-    found = Look(
-        "answered", health.seconds, health.status, state, "", memory.steps if values else None,
+    still_s = round(now - progress.still_since, 1) if pending and progress.still_since is not None else 0.0
+    reply = HealthReply(
+        "answered", health.seconds, health.status, state, "", progress.steps if values else None,
         None if pending is None else int(pending), still_s if values else None, None, None, "", detail,
     )  # fmt: skip
-    return found, {"metrics": {name: values[name] for name in (*RUNNING, *WAITING, *TOKENS) if name in values}}
+    return reply, {"metrics": {name: values[name] for name in (*RUNNING, *WAITING, *TOKENS) if name in values}}
 
 
-def parse(text: str) -> dict[str, float]:
-    """Prometheus text to name -> sum over all label sets."""
-    found: dict[str, float] = {}
-    for name, value in METRIC.findall(text):
-        found[name] = found.get(name, 0.0) + float(value)
-    return found
+def parse_metrics(text: str) -> dict[str, float]:
+    """Prometheus text format to name -> sum over all label sets, without NaN. Empty for a text that is none."""
+    # Only a run with an external engine needs it.
+    from prometheus_client.parser import text_string_to_metric_families
+
+    values: dict[str, float] = {}
+    try:
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                if not math.isnan(sample.value):
+                    values[sample.name] = values.get(sample.name, 0.0) + sample.value
+    except ValueError:
+        return {}
+    return values
 
 
 def model_name(base_url: str, key: str) -> str:
-    """Other servers insist on the model's name; empty where they do not tell it."""
+    """The name that the engine insists on in requests; empty if it does not list one."""
     reply = exchange(f"{base_url}/v1/models", 2.0, headers={"Authorization": f"Bearer {key}"} if key else {})
     try:
         return str(json.loads(reply.body)["data"][0]["id"])
     except (ValueError, KeyError, IndexError, TypeError):
         return ""
-
-
-def to_dict(memory: Memory) -> dict[str, Any]:
-    return vars(memory)
-
-
-def from_dict(raw: Mapping[str, Any], boot_id: str) -> Memory:
-    """After a reboot the monotonic clock starts anew, so nothing that was counted still holds."""
-    if not raw or raw.get("boot_id") != boot_id:
-        return Memory(boot_id=boot_id)
-    return Memory(**{name: raw[name] for name in Memory.__dataclass_fields__ if name in raw})
 
 
 def _sum(values: Mapping[str, float], names: tuple[str, ...]) -> float | None:

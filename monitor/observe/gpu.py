@@ -1,4 +1,4 @@
-"""GPU readings from a child process that is killed when the driver hangs. No GPU is a normal state.
+"""GPU readings from a child process that is killed if the driver hangs. No GPU is a normal state.
 
 Owns the child's time limit and the choice between NVML and GPUtil. Judges nothing.
 """
@@ -38,7 +38,7 @@ def read(limit_s: float = CHILD_LIMIT_S) -> dict:
 
 
 def highest(gpus: list[dict], key: str) -> float | None:
-    """The highest value over all cards, None where no card tells it."""
+    """The highest value over all cards, None if no card reports it."""
     return max((gpu[key] for gpu in gpus if gpu.get(key) is not None), default=None)
 
 
@@ -70,7 +70,7 @@ def _run_child(mode: str, limit_s: float, path: str) -> tuple[dict, bool]:
 
 
 def _end(child: subprocess.Popen) -> str:
-    """Gently first: monitors killed the hard way have frozen cards. Never waits for a child that cannot die."""
+    """SIGTERM first: a reader ended by SIGKILL can leave a card frozen. Never waits for a child that cannot die."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(child.pid, number)

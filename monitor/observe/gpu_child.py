@@ -2,7 +2,7 @@
 
     python gpu_child.py nvml|gputil      prints {"gpus": [...], "reason": null|"text"}
 
-Run by monitor/observe/gpu.py, which kills it when it takes too long. A value that the driver does not tell is null.
+Run by monitor/observe/gpu.py, which kills it when it takes too long. A value that the driver does not report is null.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _nvml_gpu(pynvml: types.ModuleType, index: int) -> dict:
     def ask(function: Callable[[], float | str | bytes]) -> float | str | None:
         try:
             value = function()
-        except (pynvml.NVMLError, AttributeError):  # this card (MIG, vGPU) or this driver does not tell it
+        except (pynvml.NVMLError, AttributeError):  # this card (MIG, vGPU) or this driver does not report it
             return None
         return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
 
@@ -75,7 +75,7 @@ def _nvml_gpu(pynvml: types.ModuleType, index: int) -> dict:
 
 
 def _throttle(mask: object) -> dict:
-    """Heat and power brakes are trouble; a power cap and idling are everyday life."""
+    """Heat and power brakes are a problem; a power cap and idling are normal."""
     if not isinstance(mask, int):
         return {"throttle_reasons": None, "throttle_hardware": None}
     reasons = [name for bit, name in THROTTLE.items() if mask & bit]
@@ -99,7 +99,7 @@ def read_kernel_log() -> list[str]:
 
 
 def recent_xids(lines: list[str]) -> list[tuple[str, int, float]]:
-    """(bus id, number, age) of the driver's errors that only a reset or a reboot mends."""
+    """(bus id, number, age) of the driver's errors that only a reset or a reboot repairs."""
     found = []
     now_s = time.clock_gettime(time.CLOCK_MONOTONIC)
     for line in lines:

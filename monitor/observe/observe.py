@@ -1,4 +1,4 @@
-"""Looks once at everything and returns it as evidence: readings first, then the probes side by side. Judges nothing."""
+"""Observes everything once and returns it as evidence: readings and probes side by side. Judges nothing."""
 
 from __future__ import annotations
 
@@ -7,120 +7,125 @@ import os
 import random
 import socket
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
-from monitor.judge.evidence import Answer, ApiEvidence, Beat, Exchange, Look, Moment, PageEvidence, Process
-from monitor.observe import external_engine as foreign
-from monitor.observe import gpu, machine, ports, processes, websocket
+from pydantic import SecretStr
+
+from monitor.judge.evidence import (
+    Answer,
+    ApiEvidence,
+    EngineProgress,
+    HealthReply,
+    Heartbeat,
+    Moment,
+    Observation,
+    PageEvidence,
+    Process,
+)  # fmt: skip
+from monitor.observe import api_probe, external_engine, gpu, machine, page_probe, ports, processes
 from monitor.observe.exchange import Deadline
-from monitor.observe.probes import Asker, look, visit
 from settings import Settings
 
 HEALTH_LIMIT_S = 2.0
 SECOND_LOOK_LIMIT_S = 5.0
 GPU_LIMIT_S = 12.0  # two children of 4 s and the time to end them
-PAGE_LIMIT_S = 10.0
 HEARTBEAT = "api.heartbeat.json"
+GetHealth = Callable[[float], tuple[HealthReply, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
-class Due:
-    """What this run must ask although it could do without, decided by the caller from its memory."""
+class ProbePlan:
+    """What this run must probe although it could be saved; decided by the caller from what it remembers.
+
+    `oom_kills`: the count at the last run.
+    """
 
     question: bool = True
     script: bool = True
-    oom_kills: int | None = None  # at the last run
-
-
-@dataclass(frozen=True)
-class Observation:
-    """`page` is None where no page is expected here. `machine` and `gpu` are for the report and the thresholds."""
-
-    moment: Moment
-    api: ApiEvidence
-    page: PageEvidence | None
-    machine: dict[str, Any]
-    gpu: dict[str, Any]
-    asked: bool = False
+    oom_kills: int | None = None
 
 
 def now() -> Moment:
     return Moment(time.time(), time.monotonic(), processes.boot_id())
 
 
-def observe(settings: Settings, rng: random.Random, due: Due, moment: Moment, memory: foreign.Memory) -> Observation:
-    """About a second or two when all is well; bounded by the limits of the probes in any case."""
+def observe(settings: Settings, rng: random.Random, plan: ProbePlan, moment: Moment, progress: EngineProgress) -> Observation:
+    """One or two seconds when all is well; bounded by the deadlines of the probes in any case. Updates `progress`."""
     records = {part: processes.read_record(settings.log_dir, part) for part in ("api", "web")}
     api_record, web_record = records["api"], records["web"]
-    elsewhere = bool(settings.engine_url)
+    external = bool(settings.engine_url)
     late: dict[str, Any] = {"gpus": [], "source": "none", "hung": True, "reason": "no answer in time"}
     gpu_reading = Deadline(gpu.read, GPU_LIMIT_S, late)
     alive = api_record is not None and processes.is_running(api_record)
     folders = (settings.log_dir if settings.log_dir.is_dir() else settings.log_dir.parent, *_model_cache())
-    pid = api_record.pid if api_record is not None and alive and not elsewhere else None
+    pid = api_record.pid if api_record is not None and alive and not external else None
     machine_reading: Deadline[dict[str, Any]] = Deadline(
         lambda: machine.read(pid, folders=folders), 5.0, {"reason": "the kernel did not answer"}
     )
     stuck_before = _is_stuck(pid)
     # Where neither was started here, both are expected; `./start.sh api` starts no page on purpose.
     page_expected = web_record is not None or api_record is None
-    page = Deadline(lambda: _look_at_page(settings, due), 4 * PAGE_LIMIT_S, None) if page_expected else None
-    api, asked = _look_at_api(settings, rng, due, memory, elsewhere)
+    page_probing: Deadline[PageEvidence | None] | None = None
+    if page_expected:
+        page_probing = Deadline(lambda: page_probe.probe_page(settings, plan.script), 4 * page_probe.LIMIT_S, None)
+    api, asked = _probe_api(settings, rng, plan, progress)
     gpus, host = gpu_reading.result(), machine_reading.result()
     oom_now: int | None = host.get("oom_kills")
-    oom_killed = oom_now is not None and due.oom_kills is not None and oom_now > due.oom_kills
+    oom_killed = oom_now is not None and plan.oom_kills is not None and oom_now > plan.oom_kills
     blind = _self_test()
-    process = Process() if elsewhere else _process(api_record, stuck_before, oom_killed)
-    api = ApiEvidence(
-        api.url, process, None if elsewhere else read_beat(settings.log_dir, api_record, moment), api.first, api.answers,
-        api.last, hardware_faults(gpus), blind,
-    )  # fmt: skip
-    found = page.result() if page is not None else None
-    if found is not None:
-        found = PageEvidence(
-            found.url, _process(web_record, False, False), found.health, found.websocket, found.script, found.front, blind
+    if not external:
+        api = replace(
+            api, process=_process(api_record, stuck_before, oom_killed), beat=read_heartbeat(settings.log_dir, api_record, moment)
         )
-    elif page_expected:
-        found = PageEvidence(page_url(settings), _process(web_record, False, False), blind=blind)
+    api = replace(api, hardware=hardware_faults(gpus), blind=blind)
+    page: PageEvidence | None = None
+    if page_probing is not None:
+        page = page_probing.result() or PageEvidence(page_probe.page_url(settings))
+        page = replace(page, process=_process(web_record, False, False), blind=blind)
     gpu_evidence = {
         "load_percent": gpu.highest(gpus["gpus"], "load_percent"),
         "memory_used_mib": gpu.highest(gpus["gpus"], "memory_used_mib"),
         **gpus,
     }
-    return Observation(moment, api, found, host, gpu_evidence, asked)
+    return Observation(moment, api, page, host, gpu_evidence, asked)
 
 
-def _look_at_api(
-    settings: Settings, rng: random.Random, due: Due, memory: foreign.Memory, elsewhere: bool
-) -> tuple[ApiEvidence, bool]:
-    """Health, the questions, and health again where one got no answer: did the engine move meanwhile?"""
-    url = settings.engine_url.rstrip("/") if elsewhere else settings.api_base_url
-    glance = (lambda limit_s: foreign.look(url, limit_s, memory, _key(settings))) if elsewhere else (lambda limit_s: look(url, limit_s))
-    first, body = glance(min(HEALTH_LIMIT_S, settings.probe_timeout_s))
+def _probe_api(settings: Settings, rng: random.Random, plan: ProbePlan, progress: EngineProgress) -> tuple[ApiEvidence, bool]:
+    """Health, the questions, and health again if one got no answer: has the engine made steps meanwhile?"""
+    get_health: GetHealth
+    if settings.engine_url:
+        url = settings.engine_url.rstrip("/")
+        get_health = partial(external_engine.get_health, url, progress=progress, key=_secret(settings.api_key))
+    else:
+        url = settings.api_base_url
+        get_health = partial(api_probe.get_health, url)
+    first, body = get_health(min(HEALTH_LIMIT_S, settings.probe_timeout_s))
     if first.outcome == "refused" or first.state in ("loading", "dead", "draining", "stalled"):
         return ApiEvidence(url, first=first), False
-    answers, asked = _ask(settings, url, rng, due, body, elsewhere)
+    answers, asked = _ask(settings, url, rng, plan, body)
     if all(answer.good for answer in answers) and first.answered:
         return ApiEvidence(url, first=first, answers=answers), asked
-    last, _ = glance(SECOND_LOOK_LIMIT_S)
+    last, _ = get_health(SECOND_LOOK_LIMIT_S)
     return ApiEvidence(url, first=first, answers=answers, last=last), asked
 
 
 def _ask(
-    settings: Settings, url: str, rng: random.Random, due: Due, body: Mapping[str, Any], elsewhere: bool
+    settings: Settings, url: str, rng: random.Random, plan: ProbePlan, health: Mapping[str, Any]
 ) -> tuple[tuple[Answer, ...], bool]:
-    fresh = body.get("success_age_s")
-    credit_s = 0.0 if due.question else settings.probe_credit_s
-    model = foreign.model_name(url, _key(settings)) if elsewhere else ""
-    asker = Asker(url, _key(settings), _secret(settings.probe_token), rng, model)
+    """The answers, and whether any question was really asked: one that a user got answered just now counts as well."""
+    ages = health.get("success_age_s")
+    credit_s = 0.0 if plan.question else settings.probe_credit_s
+    key = _secret(settings.api_key)
+    model = external_engine.model_name(url, key) if settings.engine_url else ""
+    prober = api_probe.Prober(url, key, _secret(settings.probe_token), rng, model)
     answers: list[Answer] = []
     asked = False
-    for kind, ask in (("text", asker.about_text), ("picture", asker.about_picture)):
-        age_s = fresh.get(kind) if isinstance(fresh, dict) else None
+    for kind, ask in (("text", prober.about_text), ("picture", prober.about_picture)):
+        age_s = ages.get(kind) if isinstance(ages, dict) else None
         if isinstance(age_s, int | float) and age_s < credit_s:
             answers.append(Answer(kind, "credited", detail=f"a user was answered {age_s:.0f} s ago"))
         elif answers and answers[-1].outcome in ("silent", "refused"):
@@ -131,39 +136,15 @@ def _ask(
     return tuple(answers), asked
 
 
-def _look_at_page(settings: Settings, due: Due) -> PageEvidence:
-    url = page_url(settings)
-    health = visit(f"{url}/_stcore/health", PAGE_LIMIT_S)
-    if not health.good:
-        return PageEvidence(url, health=health)
-    # Behind its health route the page lets nobody in without the token.
-    pass_ = f"?token={quote(_secret(settings.web_token))}" if settings.web_token else ""
-    connection = websocket.handshake(f"{url}/_stcore/stream{pass_}", PAGE_LIMIT_S)
-    script = visit(f"{url}/_stcore/script-health-check{pass_}", PAGE_LIMIT_S) if due.script else None
-    front: Exchange | None = None
-    if settings.front_url:
-        front = visit(f"{settings.front_url.rstrip('/')}/_stcore/health", PAGE_LIMIT_S)
-        if front.good:
-            front = websocket.handshake(f"{settings.front_url.rstrip('/')}/_stcore/stream{pass_}", PAGE_LIMIT_S)
-    return PageEvidence(url, health=health, websocket=connection, script=script, front=front)
-
-
-def page_url(settings: Settings) -> str:
-    host = settings.web_host
-    if host in ("", "0.0.0.0", "::"):
-        host = "127.0.0.1"
-    return f"http://{f'[{host}]' if ':' in host else host}:{settings.web_port}"
-
-
-def read_beat(log_dir: Path, record: processes.ProcessRecord | None, moment: Moment) -> Beat | None:
-    """The heartbeat of exactly the recorded process; one of an earlier process is none."""
+def read_heartbeat(log_dir: Path, record: processes.ProcessRecord | None, moment: Moment) -> Heartbeat | None:
+    """The heartbeat of exactly the recorded process; None for one of an earlier process."""
     try:
         raw = json.loads((log_dir / HEARTBEAT).read_text(encoding="utf-8"))
         same = record is None or (raw["pid"] == record.pid and raw["start_time"] == record.start_time)
         if not same or raw["boot_id"] != moment.boot_id:
             return None
         clock = time.monotonic()
-        return Beat(
+        return Heartbeat(
             beat_age_s=round(clock - raw["beat_at"], 1),
             written_age_s=round(clock - raw["written_at"], 1),
             state=str(raw["state"]),
@@ -205,7 +186,7 @@ def _owner(record: processes.ProcessRecord, owners: list[ports.Listener]) -> tup
 
 
 def _is_stuck(pid: int | None) -> bool:
-    """Any thread in uninterruptible sleep: normal for a moment, so it is asked at the start and at the end of a run."""
+    """Any thread in uninterruptible sleep: normal for a moment, so it is read at the start and at the end of a run."""
     if pid is None:
         return False
     try:
@@ -223,14 +204,14 @@ def _is_stuck(pid: int | None) -> bool:
 
 
 def hardware_faults(gpus: Mapping[str, Any]) -> tuple[str, ...]:
-    """What no restart can mend: errors that NVIDIA's list answers with "reset the GPU" or "reboot"."""
+    """What no restart can repair: errors that NVIDIA's catalogue answers with "reset the GPU" or "reboot"."""
     return tuple(
         f"GPU {card['index']}: {fault}" for card in gpus.get("gpus", ()) for fault in card.get("faults") or ()
     )
 
 
 def _self_test() -> str:
-    """Can the checker reach its own machine at all? If not, nothing that it saw counts."""
+    """Can the checker reach its own machine at all? If not, nothing that it observed counts. Empty if it can."""
     try:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             socket.create_connection(listener.getsockname(), timeout=1.0).close()
@@ -244,12 +225,5 @@ def _model_cache() -> tuple[Path, ...]:
     return (folder,) if folder.is_dir() else ()
 
 
-def _key(settings: Settings) -> str:
-    return _secret(settings.api_key)
-
-
-def _secret(value: Any) -> str:
+def _secret(value: SecretStr | None) -> str:
     return value.get_secret_value() if value else ""
-
-
-__all__ = ["Due", "Look", "Observation", "hardware_faults", "now", "observe", "page_url", "read_beat"]

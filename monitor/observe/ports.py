@@ -1,4 +1,8 @@
-"""Who listens on a TCP port, according to the kernel. Knows nothing of what is said over it. Standard library only."""
+"""Which processes listen on a TCP port, according to the kernel. Knows nothing of the traffic.
+
+Standard library only and no syntax newer than Python 3.8, because stop.sh uses it when the environment is gone; psutil's
+`net_connections` also does not tell the user of a socket whose process is not visible.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ LISTEN = "0A"
 
 @dataclass(frozen=True)
 class Listener:
-    """A process that listens. `pid` is None where it belongs to another user and may not be looked up."""
+    """A listening process. `pid` is None if it belongs to another user and may not be looked up."""
 
     pid: int | None
     uid: int
@@ -68,15 +72,15 @@ def _listening_inodes(port: int) -> dict[str, int]:
 
 
 def _socket_owners(inodes: set[str]) -> dict[str, int]:
-    wanted = {f"socket:[{inode}]": inode for inode in inodes}
+    names = {f"socket:[{inode}]": inode for inode in inodes}
     owners: dict[str, int] = {}
-    for entry in os.listdir(PROC) if wanted else ():
+    for entry in os.listdir(PROC) if names else ():
         if not entry.isdigit():
             continue
         folder = PROC / entry / "fd"
         for link in _links_in(folder):
-            if link in wanted:
-                owners.setdefault(wanted[link], int(entry))
+            if link in names:
+                owners.setdefault(names[link], int(entry))
     return owners
 
 

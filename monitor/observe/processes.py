@@ -2,7 +2,8 @@
 
 Owns the pid file, the question "is this still that process?", and ending exactly that process with
 everything it spawned. Knows nothing of ports, HTTP or settings. Standard library only, and no syntax
-newer than Python 3.8, so that stop.sh works with any Python when the environment is gone.
+newer than Python 3.8, so that stop.sh works with any Python when the environment is gone. psutil is no
+substitute: its start time is wall-clock seconds, which move with the clock; the kernel's ticks do not.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def read_stat(pid: int) -> ProcessStat | None:
 
 
 def command_of(pid: int) -> str:
-    """The command line, for people to recognise a process by; empty where it may not be read."""
+    """The command line, by which people recognise a process; empty if it may not be read."""
     try:
         raw = (PROC / str(pid) / "cmdline").read_bytes()
     except OSError:
@@ -87,7 +88,7 @@ def write_record(log_dir: Path, part: str, record: ProcessRecord) -> None:
 
 
 def read_record(log_dir: Path, part: str) -> ProcessRecord | None:
-    """None if nothing was recorded; a file that cannot be understood identifies nothing, so it is None too."""
+    """None if nothing was recorded, or if the file cannot be parsed: it identifies no process then."""
     try:
         raw = json.loads(record_path(log_dir, part).read_text(encoding="utf-8"))
         return ProcessRecord(
@@ -103,7 +104,7 @@ def read_record(log_dir: Path, part: str) -> ProcessRecord | None:
 
 
 def is_running(record: ProcessRecord) -> bool:
-    """True only if the very process that was recorded still runs; a pid that was used again is a stranger."""
+    """True only if exactly the recorded process still runs; a reused pid is another process."""
     if record.boot_id and record.boot_id != boot_id():
         return False
     stat = read_stat(record.pid)
@@ -132,9 +133,9 @@ def members(record: ProcessRecord) -> list[int]:
 
 
 def end(record: ProcessRecord, grace_s: float, kill_wait_s: float = 10.0) -> list[int]:
-    """Ask, wait, then force. Returns the pids that are left, which is only possible in uninterruptible sleep."""
+    """SIGTERM, wait, SIGKILL. Returns the pids that are left, which is only possible in uninterruptible sleep."""
     _signal(record, signal.SIGTERM)
-    # A stopped process cannot obey SIGTERM until it goes on.
+    # A stopped process handles SIGTERM only after it is continued.
     _signal(record, signal.SIGCONT)
     if _wait_until_gone(record, grace_s):
         return []
@@ -152,7 +153,7 @@ def _signal(record: ProcessRecord, number: int) -> None:
         return
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(record.pid, number)
-    for pid in pids:  # those that made a process group of their own
+    for pid in pids:  # those in a process group of their own
         with contextlib.suppress(ProcessLookupError, PermissionError):
             if os.getpgid(pid) != record.pid:
                 os.kill(pid, number)

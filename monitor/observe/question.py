@@ -1,6 +1,6 @@
 """The real questions: what is in a picture drawn for this probe, and a few words.
 
-Colour, shape and number are random, so no cache and no habit can answer. Owns drawing, wording and judging;
+Colour, shape and number are random, so that no cache can answer. Owns drawing, wording and checking the answer;
 knows nothing of HTTP.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 from models.shapes.pictures import COLORS, draw_shapes
 
 TEXT = "What is in the picture? Name its color and shape."
-# Shapes that everybody calls by one name, or nearly: a wrong verdict costs a restart.
+# Shapes that are nearly always called by one name: a wrong verdict costs a restart.
 NAMES = {
     "circle": "circle|disc|disk|dot|ball",
     "heart": "heart",
@@ -29,20 +29,20 @@ MAX_TOKENS = 32
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked and what the answer must name. `kind`: text or picture."""
+    """A question and what its answer must name. `kind`: text or picture."""
 
     kind: str
     expected: str
     body: dict[str, Any]
 
     def is_right(self, answer: str) -> bool:
-        """A text question is right when anything is said: a small model knows pictures, not the world."""
+        """Any answer to a text question is right: a small model knows pictures, not facts."""
         if self.kind == "text":
             return bool(answer.strip())
         color, shape = self.expected.split()
-        colors = {name for name in COLORS if _says(answer, name)}
-        shapes = {name for name, words in NAMES.items() if _says(answer, words)}
-        return colors == {color} and shapes == {shape}  # an answer that lists them all has seen nothing
+        colors = {name for name in COLORS if _names(answer, name)}
+        shapes = {name for name, words in NAMES.items() if _names(answer, words)}
+        return colors == {color} and shapes == {shape}  # an answer that lists them all recognises nothing
 
 
 def about_picture(rng: random.Random) -> Question:
@@ -60,7 +60,7 @@ def about_text(rng: random.Random) -> Question:
     return Question("text", "any answer", _body(f"Hello, this is check {number}. What can you do?", 4))
 
 
-def _says(answer: str, words: str) -> bool:
+def _names(answer: str, words: str) -> bool:
     return re.search(rf"\b({words})s?\b", answer, re.IGNORECASE) is not None
 
 

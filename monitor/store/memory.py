@@ -1,4 +1,4 @@
-"""All that is remembered between runs, read once and written once."""
+"""What the checker remembers between runs, read once and written once per run."""
 
 from __future__ import annotations
 
@@ -6,24 +6,25 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from monitor.judge import history, limiter, thresholds
+from monitor.judge.evidence import EngineProgress
 from monitor.judge.history import History
+from monitor.judge.holds import Holds
 from monitor.judge.limiter import Limiter
-from monitor.observe import external_engine as foreign
 from monitor.store.store import Store
 
-PARTS = {"api": "api", "page": "web"}  # target -> what start.sh calls it
+PARTS = {"api": "api", "page": "web"}  # target -> the name that start.sh knows it by
 
 
 @dataclass
 class Memory:
-    """`last` holds small facts of the run before, `hold` what operators asked for (monitor/store/operator_requests.py)."""
+    """`last` holds small facts of the previous run, `hold` the operators' holds."""
 
     histories: dict[str, History]
     limiters: dict[str, Limiter]
-    warned: dict[str, thresholds.Warned]
+    thresholds: dict[str, thresholds.ThresholdState]
     last: dict[str, Any]
-    hold: dict[str, Any]
-    foreign: foreign.Memory
+    hold: Holds
+    external_engine: EngineProgress
 
 
 def remember(store: Store, boot_id: str) -> Memory:
@@ -33,7 +34,7 @@ def remember(store: Store, boot_id: str) -> Memory:
         {name: thresholds.from_dict(raw) for name, raw in store.get("thresholds", {}).items()},
         store.get("last", {}),
         store.get("hold", {}),
-        foreign.from_dict(store.get("foreign", {}), boot_id),
+        EngineProgress.from_dict(store.get("foreign", {}), boot_id),
     )
 
 
@@ -45,7 +46,7 @@ def save(store: Store, memory: Memory) -> None:
         incident = memory.histories[target].incident
         if incident is not None:
             store.put_incident(asdict(incident))
-    store.put("thresholds", {name: thresholds.to_dict(warned) for name, warned in memory.warned.items()})
+    store.put("thresholds", {name: thresholds.to_dict(state) for name, state in memory.thresholds.items()})
     store.put("last", memory.last)
     store.put("hold", memory.hold)
-    store.put("foreign", foreign.to_dict(memory.foreign))
+    store.put("foreign", memory.external_engine.to_dict())

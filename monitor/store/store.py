@@ -1,9 +1,9 @@
 """`logs/state.db`: every run, roll-ups, flips, incidents, actions, the outbox and operators' requests. SQLite in WAL mode.
 
-Standard library only, so the page may import it. A reader opens it with `Store.read_only(log_dir)` and is never in
-the writer's way. What is committed survives a kill at any moment. On a full or read-only disk the writer goes on
-with a copy in shared memory (`store.lost` says why), which later runs share, so that what was told once is not told
-every minute; what was on disk stays as it was, and takes the copy back when it can be written again.
+Standard library only, so the page may import it. A reader opens it with `Store.read_only(log_dir)` and never blocks
+the writer. What is committed survives a kill at any moment. On a full or read-only disk the writer goes on
+with a copy in shared memory (`store.lost` says why), which later runs share, so that an alert is not repeated every
+minute; the file on disk stays as it was, and is replaced by the copy when it can be written again.
 
 Tables (times are wall-clock seconds, JSON columns hold objects):
 
@@ -16,16 +16,16 @@ Tables (times are wall-clock seconds, JSON columns hold objects):
     requests   id, made_at, actor, kind, target, arguments JSON, state, taken_at, ended_at, outcome
     state      name, value JSON        (histories, limiters, holds, thresholds)
 
-**Operators' requests.** The page has no power of its own: it inserts a row by `ask(...)`, and the next run of the
-checker carries it out and writes what became of it. `kind` and what else counts:
+**Operators' requests.** The page only inserts a row by `ask(...)`; the next run of the checker carries it out and
+records the outcome. `kind` and its parameters:
 
     restart      target api|page        bundle, drain, stop, start, verify; outside the limiter, but counted by it
-    drain        target api             SIGTERM with the drain time; it stays stopped until a restart is asked for
-    probe                               ask the real questions now, whatever users' answers could stand in for
-    pause        arguments {until}      no cure until that time (null: until resume); runs and alerts go on
+    drain        target api             SIGTERM with the drain time; it stays stopped until a restart is requested
+    probe                               ask the real questions now, even if users' answers could replace them
+    pause        arguments {until}      no restarts until that time (null: until resume); runs and alerts go on
     resume                              ends pause, maintenance and silence
     silence      arguments {until}      no messages until that time
-    maintenance  arguments {from, until}  no cure and no messages in that window
+    maintenance  arguments {from, until}  no restarts and no messages in that window
     reset        target api|page|all    closes the circuit; arguments {reason}
 
 `state` goes waiting -> running -> done | refused | failed; `outcome` is a sentence.
@@ -83,20 +83,20 @@ class Store:
 
     @classmethod
     def open(cls, log_dir: Path) -> Store:
-        """To write beside the checker. Never raises for a disk that cannot be used or a file that is damaged: what is then
-        written is forgotten, as `lost` says."""
+        """For writers other than the checker. Never raises for an unusable disk or a damaged file: what is written then is
+        lost, as `lost` says."""
         try:
             return cls(_writer(log_dir))
         except (sqlite3.Error, OSError) as error:
-            return cls._forgetful(log_dir, f"{log_dir / FILE_NAME} cannot be written ({error})")
+            return cls._without_disk(log_dir, f"{log_dir / FILE_NAME} cannot be written ({error})")
 
     @classmethod
     def open_for_run(cls, log_dir: Path) -> Store:
-        """For the checker, under its lock. The disk takes back what runs kept in memory meanwhile."""
+        """For the checker, under its lock. Restores to the disk what runs kept in shared memory meanwhile."""
         try:
             store = cls(_writer(log_dir))
             if kept_path(log_dir).exists():
-                store._take_back(log_dir)
+                store._restore_to_disk(log_dir)
             return store
         except (sqlite3.Error, OSError) as error:
             return cls.fallback(log_dir, f"{log_dir / FILE_NAME} cannot be written ({error})")
@@ -106,17 +106,17 @@ class Store:
         """For the checker: a copy of what the disk holds, in shared memory; where there is none, for this run alone."""
         folder = kept_path(log_dir).parent
         if not _is_ours(folder):
-            return cls._forgetful(log_dir, why)
+            return cls._without_disk(log_dir, why)
         try:
             connection = sqlite3.connect(kept_path(log_dir), timeout=5, isolation_level=None)
-            return cls(_filled(connection, log_dir), f"{why}; it is kept in memory until that is mended")
+            return cls(_filled(connection, log_dir), f"{why}; it is kept in memory until that is repaired")
         except sqlite3.Error:
             shutil.rmtree(folder, ignore_errors=True)  # damaged too, or shared memory is full
-            return cls._forgetful(log_dir, why)
+            return cls._without_disk(log_dir, why)
 
     @classmethod
-    def _forgetful(cls, log_dir: Path, why: str) -> Store:
-        return cls(_filled(sqlite3.connect(":memory:", isolation_level=None), log_dir), f"{why}; what is written now is forgotten")
+    def _without_disk(cls, log_dir: Path, why: str) -> Store:
+        return cls(_filled(sqlite3.connect(":memory:", isolation_level=None), log_dir), f"{why}; what is written now is lost")
 
     @classmethod
     def read_only(cls, log_dir: Path) -> Store:
@@ -124,12 +124,12 @@ class Store:
         kept = kept_path(log_dir)
         return cls(_reader(kept if kept.exists() else log_dir / FILE_NAME))
 
-    def _take_back(self, log_dir: Path) -> None:
+    def _restore_to_disk(self, log_dir: Path) -> None:
         known = "SELECT made_at, actor, kind, target, arguments FROM requests"
         with contextlib.closing(sqlite3.connect(kept_path(log_dir), timeout=5)) as memory:
             begun_from_disk = memory.execute("SELECT 1 FROM state WHERE name = ?", (COPIED,)).fetchone()
             if begun_from_disk or not self.execute("SELECT 1 FROM runs").fetchone():
-                # The page writes to the disk: what it asked for since the disk can be written again is not in memory.
+                # The page writes to the disk: requests made since the disk can be written again are not in memory.
                 asked = self.execute(f"{known} WHERE state = 'waiting'").fetchall()
                 memory.backup(self._connection)
                 already = {tuple(row) for row in self.execute(known)}
@@ -160,7 +160,7 @@ class Store:
     def rows(self, sql: str, *values: object) -> list[dict[str, Any]]:
         return [_decoded(row) for row in self._connection.execute(sql, values)]
 
-    # What is remembered from run to run.
+    # State that is kept from run to run.
 
     def get(self, name: str, default: Any = None) -> Any:
         row = self.execute("SELECT value FROM state WHERE name = ?", name).fetchone()
@@ -258,7 +258,7 @@ class Store:
         return int(cursor.lastrowid or 0)
 
     def take_request(self, at: float) -> dict[str, Any] | None:
-        """The oldest one that waits, now running. Nobody else gets it."""
+        """The oldest waiting request, now marked running; no other run gets it."""
         row = self.execute("SELECT * FROM requests WHERE state = 'waiting' ORDER BY id LIMIT 1").fetchone()
         if row is None:
             return None
@@ -296,7 +296,7 @@ def _writer(log_dir: Path) -> sqlite3.Connection:
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")
         connection.executescript(SCHEMA)
-        # A write that fails must fail here, not in the middle of a run.
+        # An unwritable file must fail here, not in the middle of a run.
         connection.execute("INSERT OR REPLACE INTO state VALUES ('version', ?)", (json.dumps(VERSION),))
         return connection
     except sqlite3.Error:
@@ -305,7 +305,7 @@ def _writer(log_dir: Path) -> sqlite3.Connection:
 
 
 def kept_path(log_dir: Path) -> Path:
-    """Where runs keep the store while the disk refuses it: one folder for each user and log folder."""
+    """Where runs keep the store while the disk cannot be written: one folder for each user and log folder."""
     name = hashlib.sha256(str(log_dir.resolve()).encode()).hexdigest()[:16]
     return SHARED_MEMORY / f"glm-{os.geteuid()}-{name}" / FILE_NAME
 
@@ -315,7 +315,7 @@ def discard_kept(log_dir: Path) -> None:
 
 
 def _is_ours(folder: Path) -> bool:
-    """Everybody may write to shared memory, so a folder that somebody else laid there is not used."""
+    """Every user may write to shared memory, so a folder that another user made there is not used."""
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()
@@ -325,7 +325,7 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _filled(memory: sqlite3.Connection, log_dir: Path) -> sqlite3.Connection:
-    """With what the disk held, unless an earlier run has done that and gone on."""
+    """Filled with a copy from the disk, unless an earlier run did that and has written to it since."""
     if not memory.execute("SELECT 1 FROM sqlite_master WHERE name = 'state'").fetchone():
         # A reader of a WAL file makes a file beside it, which a full disk refuses; `immutable` needs none and sees
         # all but what the last run left in the WAL.

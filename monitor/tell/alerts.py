@@ -1,7 +1,7 @@
-"""What is told to people, and when: on flips only, once, in order, and kept on disk until it was taken.
+"""Which alerts are sent, and when: on changes only, once, in order, kept on disk until the channel accepted them.
 
 One incident is one message when it opens and one when it ends; reminders only while it lasts without a break.
-What opens in the same run is one message. Fire and resolve wait in the outbox until the channel takes them.
+Incidents that open in the same run share one message. Messages wait in the outbox until the channel accepts them.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 from zoneinfo import ZoneInfo
 
+from monitor.judge import holds
 from monitor.judge.history import Change, History, Incident
 from monitor.judge.limiter import Decision
 from monitor.judge.verdict import Verdict
 from monitor.observe.exchange import Deadline, exchange
-from monitor.redaction import redact
-from monitor.store.operator_requests import in_force
 from monitor.store.store import Store
 from monitor.tell import channels
+from monitor.tell.redaction import redact
 from settings import Settings
 
 REMIND_AFTER_S = (1800.0, 7200.0, 21600.0)
@@ -39,7 +39,7 @@ def compose(
     changes: list[Change], news: list[dict[str, Any]], decisions: Mapping[str, Decision], verdicts: Mapping[str, Verdict],
     histories: dict[str, History], settings: Settings, now: float,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Messages of this run: {kind, severity, incident, en, zh}. Notes in `histories` what was reminded of."""
+    """Messages of this run: {kind, severity, incident, en, zh}. Counts reminders in `histories`."""
     messages = []
     opened = [c for c in changes if c.kind == "opened" and c.incident]
     closed = [c for c in changes if c.kind == "closed" and c.incident]
@@ -65,10 +65,10 @@ def _fire(opened: list[Change], decisions: Mapping[str, Decision]) -> dict[str, 
         assert change.incident is not None
         names.append(change.incident.id)
         decision = decisions.get(change.target)
-        does_en = f" Action: {decision.kind} ({decision.reason})." if decision and decision.kind != "none" else ""
-        does_zh = f"处理：{decision.kind}（{decision.reason}）。" if decision and decision.kind != "none" else ""
-        en.append(f"{change.target}: {change.after}. {change.en}{does_en} Runbook: {RUNBOOK}#{change.rule}")
-        zh.append(f"{change.target}：{change.after}。{change.zh}{does_zh}手册：{RUNBOOK}#{change.rule}")
+        action_en = f" Action: {decision.kind} ({decision.reason})." if decision and decision.kind != "none" else ""
+        action_zh = f"处理：{decision.kind}（{decision.reason}）。" if decision and decision.kind != "none" else ""
+        en.append(f"{change.target}: {change.after}. {change.en}{action_en} Runbook: {RUNBOOK}#{change.rule}")
+        zh.append(f"{change.target}：{change.after}。{change.zh}{action_zh}手册：{RUNBOOK}#{change.rule}")
     return {"kind": "fire", "severity": "page", "incident": ",".join(names), "en": "\n".join(en), "zh": "\n".join(zh)}
 
 
@@ -93,13 +93,13 @@ def _resolve(closed: list[Change]) -> dict[str, Any]:
 
 def _circuit(target: str, decision: Decision, incident: Incident | None) -> dict[str, Any]:
     name = incident.id if incident else ""
-    en = f"{target}: restarts are given up ({decision.reason}). Mend the cause, then: health_check.py reset --reason WHY"
+    en = f"{target}: no more automatic restarts ({decision.reason}). Remove the cause, then: health_check.py reset --reason WHY"
     zh = f"{target}：不再自动重启（{decision.reason}）。请排除原因后执行：health_check.py reset --reason 原因"
     return {"kind": "circuit", "severity": "page", "incident": name, "en": en, "zh": zh}
 
 
 def _reminder(incident: Incident | None, now: float) -> dict[str, Any] | None:
-    """A flapping service is not reminded of: it would be told at every swing."""
+    """No reminders of a flapping service: there would be one at every flap."""
     if incident is None or incident.recovered_at is not None or incident.flaps:
         return None
     n = incident.reminders
@@ -137,9 +137,9 @@ def queue(store: Store, messages: list[dict[str, Any]], settings: Settings, now:
             )  # fmt: skip
 
 
-def deliver(store: Store, settings: Settings, hold: Mapping[str, Any], now: float) -> None:
-    """Send what is due, all channels side by side, each in order. Never raises for a channel."""
-    if in_force(dict(hold), "silence", now) or in_force(dict(hold), "maintenance", now):
+def deliver(store: Store, settings: Settings, hold: holds.Holds, now: float) -> None:
+    """Sends what is due: the channels in parallel, each in order. Never raises for what a channel does."""
+    if holds.in_force(hold, "silence", now) or holds.in_force(hold, "maintenance", now):
         return
     waiting: list[tuple[list[list[dict[str, Any]]], Deadline[list[str]]]] = []
     for channel in channels.configured(settings):
@@ -161,7 +161,7 @@ def deliver(store: Store, settings: Settings, hold: Mapping[str, Any], now: floa
 
 
 def _send_all(channel: channels.Channel, batches: list[list[dict[str, Any]]], settings: Settings) -> list[str]:
-    """Errors in order, empty for a message that was taken. Stops at the first failure, to keep the order."""
+    """One error per batch, empty if it was accepted. Stops at the first failure, to keep the order."""
     outcomes: list[str] = []
     for batch in batches:
         severity = "page" if any(row["severity"] == "page" for row in batch) else "warn"
@@ -212,7 +212,7 @@ def after_quiet_hours(settings: Settings, now: float) -> float:
 
 
 def ping(settings: Settings, report: Mapping[str, Any]) -> str:
-    """The outward dead man's switch: somebody else notices when these stop. Empty if it was taken, else why not."""
+    """The dead man's switch: an outside service notices when the pings stop. Empty if it was accepted, else why not."""
     if settings.ping_url is None:
         return ""
     good = report["service_healthy"] in (True, None)  # a checker that cannot judge is alive
@@ -220,17 +220,17 @@ def ping(settings: Settings, report: Mapping[str, Any]) -> str:
     url, by_query = ping_address(settings.ping_url.get_secret_value(), good, text)
     body = None if by_query else text.encode()[:10000]
     reply = exchange(url, PING_LIMIT_S, "GET" if by_query else "POST", body, connect_s=3.0)
-    taken = reply.outcome == "answered" and 200 <= reply.status < 300
-    return "" if taken else f"the outward ping was not taken: {reply.detail or f'HTTP {reply.status}'}"
+    accepted = reply.outcome == "answered" and 200 <= reply.status < 300
+    return "" if accepted else f"the outward ping was not taken: {reply.detail or f'HTTP {reply.status}'}"
 
 
 def ping_address(url: str, good: bool, text: str) -> tuple[str, bool]:
-    """(address, whether it says everything in its query). Healthchecks takes `<url>/fail`, Uptime Kuma `?status=down`."""
+    """(address, whether the state is in its query). Healthchecks takes `<url>/fail`, Uptime Kuma `?status=down`."""
     parts = urlsplit(url)
-    asked = dict(parse_qsl(parts.query, keep_blank_values=True))
-    if "status" in asked:
-        said = {**asked, "status": "up" if good else "down", "msg": text[:200]}
-        return urlunsplit(parts._replace(query=urlencode(said))), True
+    query = dict(parse_qsl(parts.query, keep_blank_values=True))
+    if "status" in query:
+        query |= {"status": "up" if good else "down", "msg": text[:200]}
+        return urlunsplit(parts._replace(query=urlencode(query))), True
     path = parts.path.rstrip("/") + ("" if good else "/fail")
     return urlunsplit(parts._replace(path=path)), False
 

@@ -1,6 +1,6 @@
 """The report for other systems: health.jsonl (ECS fields), health.prom (textfile collector), Pushgateway, Elasticsearch.
 
-What leaves the machine is sent under a time limit and never holds up a run; what a file cannot take is said by the caller.
+What leaves the machine is sent under a time limit, so a receiver never holds up a run.
 """
 
 from __future__ import annotations
@@ -8,19 +8,19 @@ from __future__ import annotations
 import base64
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
-from prometheus_client.exposition import generate_latest
+from prometheus_client.exposition import push_to_gateway, write_to_textfile
 
-from monitor.judge import report as reports
 from monitor.judge.verdict import WORDS
 from monitor.observe.exchange import exchange
 from monitor.store.store import Store
+from monitor.tell.report import replace_file
 from settings import Settings
 
 ECS_VERSION = "8.17.0"
@@ -38,23 +38,22 @@ def write(report: Mapping[str, Any], settings: Settings, store: Store) -> None:
     """Raises OSError for a file that cannot be written."""
     _append(settings.log_dir / JSONL, json.dumps(to_ecs(report), ensure_ascii=False, allow_nan=False) + "\n")
     for name in RAW_LOGS:
-        _cap(settings.log_dir / name)
-    reports.replace_file(settings.log_dir / PROM, generate_latest(to_metrics(report, store)).decode())
+        _truncate(settings.log_dir / name)
+    write_to_textfile(str(settings.log_dir / PROM), to_metrics(report, store))
 
 
 def send(report: Mapping[str, Any], settings: Settings, store: Store) -> list[str]:
-    """Over the network, where that is wanted. Returns what was not taken; addresses are secrets and are not in it."""
+    """Sends over the network where that is configured. Returns what failed, without addresses: they are secrets."""
     problems = []
     if settings.pushgateway_url is not None:
-        exposition = generate_latest(to_metrics(report, store))
-        problems.append(_push(settings.pushgateway_url.get_secret_value(), exposition))
+        problems.append(_push(settings.pushgateway_url.get_secret_value(), to_metrics(report, store)))
     if settings.elasticsearch_url is not None:
         problems.append(_bulk(settings.elasticsearch_url.get_secret_value(), to_ecs(report), settings.log_dir))
     return [problem for problem in problems if problem]
 
 
 def to_ecs(report: Mapping[str, Any]) -> dict[str, Any]:
-    """One line for each run. Own fields are under `glm`; no text of a question or an answer of a user is in it."""
+    """One line for each run. Own fields are under `glm`; no text of a user's question or answer is in it."""
     healthy = report["service_healthy"]
     when = datetime.fromisoformat(report["timestamp"]).astimezone(UTC)
     return {
@@ -145,7 +144,7 @@ def _cards(registry: CollectorRegistry, cards: Any) -> None:
 
 
 def _append(path: Path, line: str) -> None:
-    """Rotated by renaming, never by cutting: a shipper that has the file open reads it to its end."""
+    """Rotated by renaming, never by truncating: a shipper that has the file open reads it to its end."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and path.stat().st_size > ROTATE_BYTES:
         for number in range(ROTATE_KEEP - 1, 0, -1):
@@ -157,8 +156,8 @@ def _append(path: Path, line: str) -> None:
         file.write(line)
 
 
-def _cap(path: Path) -> None:
-    """The servers' own output is kept open for append by them, so it is copied and cut where logrotate is absent."""
+def _truncate(path: Path) -> None:
+    """The servers hold their log open for append, so a large one is copied and truncated, for machines without logrotate."""
     if not path.exists() or path.stat().st_size <= RAW_LIMIT_BYTES:
         return
     old = path.with_name(f"{path.name}.1")
@@ -169,16 +168,26 @@ def _cap(path: Path) -> None:
         file.truncate(0)
 
 
-def _push(url: str, exposition: bytes) -> str:
-    reply = exchange(
-        f"{url.rstrip('/')}/metrics/job/glm_health/instance/{platform.node() or 'unknown'}", SEND_LIMIT_S, "PUT", exposition,
-        {"Content-Type": "text/plain; version=0.0.4"},
-    )  # fmt: skip
-    return "" if reply.status in (200, 202) else f"the Pushgateway took nothing: {reply.detail or f'HTTP {reply.status}'}"
+def _push(url: str, registry: CollectorRegistry) -> str:
+    """Replaces the group of this machine at the Pushgateway. Empty if it was accepted, else why not."""
+
+    def put(url: str, method: str, timeout: float, headers: list[tuple[str, str]], data: bytes) -> Callable[[], None]:
+        def send() -> None:
+            reply = exchange(url, timeout, method, data, dict(headers))
+            if reply.status not in (200, 202):
+                raise OSError(reply.detail or f"HTTP {reply.status}")
+
+        return send
+
+    try:
+        push_to_gateway(url, "glm_health", registry, {"instance": platform.node() or "unknown"}, SEND_LIMIT_S, put)
+    except OSError as error:
+        return f"the Pushgateway did not accept the metrics: {error}"
+    return ""
 
 
 def _bulk(url: str, document: Mapping[str, Any], log_dir: Path) -> str:
-    """The last path part is the index. A bulk answer is 200 even when documents were refused: its items tell.
+    """The last path part is the index. A bulk reply is 200 even if documents were refused: its items show it.
 
     Documents that could not be sent wait in a small file beside the log and go first the next time.
     """
@@ -186,7 +195,7 @@ def _bulk(url: str, document: Mapping[str, Any], log_dir: Path) -> str:
     index = parts.path.strip("/") or "glm-health"
     pending = log_dir / ".elasticsearch.pending"
     lines = pending.read_text(encoding="utf-8").splitlines()[-998:] if pending.exists() else []
-    # The same id twice is the same document: sending again after a lost answer does no harm.
+    # The same id twice is the same document: sending it again after a lost reply does no harm.
     name = f"{platform.node()}-{document['@timestamp']}"
     lines += [json.dumps({"index": {"_index": index, "_id": name}}), json.dumps(document, ensure_ascii=False)]
     headers = {"Content-Type": "application/x-ndjson"}
@@ -197,16 +206,16 @@ def _bulk(url: str, document: Mapping[str, Any], log_dir: Path) -> str:
     target = f"{parts.scheme}://{parts.hostname}{port}/_bulk"
     reply = exchange(target, SEND_LIMIT_S, "POST", ("\n".join(lines) + "\n").encode(), headers, connect_s=2.0)
     body = reply.json() or {}
-    # A document that is refused for what it is would be refused for ever, and must not hold up those behind it.
+    # A document that is refused for its content would be refused for ever, and must not block those behind it.
     if reply.status == 200:
         pending.unlink(missing_ok=True)
         refused = [item for row in body.get("items", ()) for item in row.values() if item.get("error")]
         return f"Elasticsearch refused {len(refused)} of {len(lines) // 2}: {refused[0]['error']}"[:300] if refused else ""
     try:
-        reports.replace_file(pending, "\n".join(lines))
+        replace_file(pending, "\n".join(lines))
     except OSError:
-        return "Elasticsearch cannot be reached, and the disk takes nothing that could be sent later"
-    return f"Elasticsearch took nothing: {reply.detail or f'HTTP {reply.status}'}; {len(lines) // 2} documents wait"
+        return "Elasticsearch cannot be reached, and the disk cannot keep the documents for later"
+    return f"Elasticsearch did not accept the documents: {reply.detail or f'HTTP {reply.status}'}; {len(lines) // 2} documents wait"
 
 
 def _as_number(value: bool | None) -> float | None:

@@ -1,6 +1,6 @@
-"""The last report in words, from logs/health.json: it works while the service, the store and the checker are down.
+"""The commands `status` and `watch`: the last report as text, while the service, the store and the checker may be down.
 
-On a full disk the newest report is in memory only, and is taken from there.
+On a full disk the newest report is in shared memory only, and is read from there.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import time
 from datetime import datetime
 from typing import Any
 
-from monitor.judge import report
 from monitor.store.store import Store, kept_path
+from monitor.tell import report
 from settings import Settings
 
 GOOD, BAD = 0, 1
@@ -25,9 +25,9 @@ MARKS = {"healthy": "ok", "busy": "ok", "starting": "..", "degraded": " !", "unk
 def read(settings: Settings) -> tuple[dict[str, Any] | None, float]:
     """(report, its age in seconds)."""
     found = []
-    for last in (_from_file, _from_memory):
+    for read_last in (_from_file, _from_memory):
         try:
-            known = last(settings)
+            known = read_last(settings)
             if known is not None:
                 found.append((datetime.fromisoformat(known["timestamp"]).timestamp(), known))
         except (OSError, ValueError, KeyError, TypeError, sqlite3.Error):
@@ -59,7 +59,7 @@ def show(settings: Settings, as_json: bool) -> int:
         print(report.to_json({**found, "age_s": round(age_s, 1), "stale": stale}))
     else:
         print("\n".join(lines(found, age_s, settings)))
-    # An old report is no answer, however good it was.
+    # A stale report is not good, whatever it says.
     return GOOD if found["service_healthy"] and not stale else BAD
 
 
@@ -79,7 +79,7 @@ def lines(found: dict[str, Any], age_s: float, settings: Settings) -> list[str]:
         out.append(f"  ! {warning['en']} Now {warning['mean']}.")
     check = found.get("check", {})
     if check.get("hold"):
-        out.append(f"    no cure: {check['hold']}")
+        out.append(f"    no restarts: {check['hold']}")
     if check.get("store") not in (None, "ok"):
         out.append(f"  ! {check['store']}")
     gpu = found["evidence"]["gpu"]
@@ -92,7 +92,7 @@ def lines(found: dict[str, Any], age_s: float, settings: Settings) -> list[str]:
 
 
 def watch(settings: Settings, every_s: float, times: int) -> int:
-    """Until Ctrl-C, or so many times."""
+    """Until Ctrl-C, or `times` times."""
     done = 0
     code = BAD
     try:

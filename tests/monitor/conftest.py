@@ -134,9 +134,13 @@ def service(behaviour: Behaviour) -> Iterator[int]:
                 return self.send(403, {})
             key = self.headers["Sec-WebSocket-Key"].encode()
             proof = hashlib.sha1(key + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest()
+            self.protocol_version = "HTTP/1.1"  # RFC 6455 asks for it, and for both headers
             self.send_response(101)
+            self.send_header("Connection", "Upgrade")
+            self.send_header("Upgrade", "websocket")
             self.send_header("Sec-WebSocket-Accept", base64.b64encode(proof).decode())
             self.end_headers()
+            self.close_connection = True
 
         def send(self, status: int, body: dict) -> None:
             self.send_bytes(status, json.dumps(body).encode())

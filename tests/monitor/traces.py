@@ -6,33 +6,34 @@ import random
 from dataclasses import replace
 
 from monitor.judge import history, limiter
-from monitor.judge.evidence import Answer, ApiEvidence, Beat, Look, Moment, Process
+from monitor.judge.api_rules import judge_api
+from monitor.judge.evidence import Answer, ApiEvidence, HealthReply, Heartbeat, Moment, Process
 from monitor.judge.history import History
 from monitor.judge.limiter import Allowance, Decision, Limiter
-from monitor.judge.verdict import Limits, Verdict, judge_api
+from monitor.judge.verdict import Limits, Verdict
 
 URL = "http://127.0.0.1:8080"
 RUNS = Process("runs", 4711, 9000.0, "ours")
-IDLE = Look("answered", 0.01, 200, "idle", "idle", 70, 0, 0.0)
+IDLE = HealthReply("answered", 0.01, 200, "idle", "idle", 70, 0, 0.0)
 RIGHT = (Answer("text", "right", 0.4, 200), Answer("picture", "right", 0.8, 200, "red circle", "red"))
 SILENT = (Answer("text", "silent", 10.0, detail="no answer within 10.0 s"), Answer("picture", "skipped"))
 FULL = (Answer("text", "rejected", 0.1, 503, detail="The queue is full"), Answer("picture", "rejected", 0.1, 503))
-NO_HTTP = Look("silent", 2.0, detail="no answer within 2.0 s")
+NO_HTTP = HealthReply("silent", 2.0, detail="no answer within 2.0 s")
 
 
-def beat(age_s: float = 0.4, written_age_s: float = 0.8, **changes) -> Beat:
-    return replace(Beat(age_s, written_age_s, "idle", "idle", 70, 0, 0.0, 120.0, 1.0), **changes)
+def beat(age_s: float = 0.4, written_age_s: float = 0.8, **changes) -> Heartbeat:
+    return replace(Heartbeat(age_s, written_age_s, "idle", "idle", 70, 0, 0.0, 120.0, 1.0), **changes)
 
 
-def busy(no_progress_s: float = 3.0, steps: int = 70, deadline_s: float = 120.0, phase: str = "decode") -> Look:
-    return Look("answered", 0.01, 200, "busy", phase, steps, 9, no_progress_s, deadline_s)
+def busy(no_progress_s: float = 3.0, steps: int = 70, deadline_s: float = 120.0, phase: str = "decode") -> HealthReply:
+    return HealthReply("answered", 0.01, 200, "busy", phase, steps, 9, no_progress_s, deadline_s)
 
 
 def api(**changes) -> ApiEvidence:
     return replace(ApiEvidence(URL, RUNS, beat(), IDLE, RIGHT), **changes)
 
 
-GONE = api(process=Process("gone", 4711, None, "nobody"), beat=None, first=Look("refused"), answers=())
+GONE = api(process=Process("gone", 4711, None, "nobody"), beat=None, first=HealthReply("refused"), answers=())
 WEDGED = api(first=busy(400, phase="prefill"), answers=SILENT, last=busy(410, phase="prefill"))
 
 
@@ -59,9 +60,9 @@ def alive(rng: random.Random) -> ApiEvidence:
         return zombie(rng.uniform(0, 55))
     if kind == 5:
         share = rng.random()
-        return api(first=Look("answered", 0.1, 503, "loading", "loading", 0, 0, progress=share), answers=(), process=replace(RUNS, age_s=rng.uniform(0, 890)))
+        return api(first=HealthReply("answered", 0.1, 503, "loading", "loading", 0, 0, progress=share), answers=(), process=replace(RUNS, age_s=rng.uniform(0, 890)))
     if kind == 6:  # just started
-        return api(process=replace(RUNS, age_s=rng.uniform(0, 59), port_owner="nobody"), beat=None, first=Look("refused"), answers=())
+        return api(process=replace(RUNS, age_s=rng.uniform(0, 59), port_owner="nobody"), beat=None, first=HealthReply("refused"), answers=())
     if kind == 7:  # the checker cannot reach anything
         return api(blind="its own connection to this machine fails", first=NO_HTTP, answers=SILENT, last=NO_HTTP, beat=None)
     if kind == 8:  # no heartbeat file, all else well
@@ -69,7 +70,7 @@ def alive(rng: random.Random) -> ApiEvidence:
     if kind == 9:  # the first look failed, the second shows steps
         return api(first=NO_HTTP, answers=SILENT, last=busy(2, steps), beat=beat(2, pending=4))
     if kind == 10:  # shutting down
-        return api(first=Look("answered", 0.1, 503, "draining", "draining", steps, 2), answers=())
+        return api(first=HealthReply("answered", 0.1, 503, "draining", "draining", steps, 2), answers=())
     return api(answers=(Answer("text", "credited"), Answer("picture", "right", 1.0, 200)))
 
 

@@ -9,9 +9,9 @@ import pytest
 from traces import IDLE, RIGHT, RUNS, api, busy
 
 from monitor.act import nightly
-from monitor.judge.evidence import Moment
-from monitor.judge.verdict import Limits, judge_api
-from monitor.observe.observe import Observation
+from monitor.judge.api_rules import judge_api
+from monitor.judge.evidence import Moment, Observation
+from monitor.judge.verdict import Limits
 from monitor.store.memory import remember
 from monitor.store.store import Store
 
@@ -19,7 +19,7 @@ NIGHT = datetime(2026, 11, 22, 4, 10, tzinfo=UTC).timestamp()
 DAY_S = 86400.0
 
 
-class Surgeon:
+class Restarter:
     def __init__(self) -> None:
         self.restarts: list[tuple[str, str]] = []
 
@@ -43,9 +43,9 @@ def night(store, make_settings):
         settings = make_settings(1, **{"nightly_restart": "4", "timezone": "UTC", **changes})
         evidence = api(first=first, answers=answers, process=replace(RUNS, age_s=age_s))
         seen = Observation(Moment(at, 1.0), evidence, None, {"process": {"rss_mib": rss_mib}}, {})
-        surgeon = Surgeon()
-        said = nightly.run(settings, store, remember(store, ""), surgeon, {"api": judge_api(evidence, Limits())}, seen, at)
-        return said, surgeon.restarts
+        restarter = Restarter()
+        said = nightly.run(settings, store, remember(store, ""), restarter, {"api": judge_api(evidence, Limits())}, seen, at)
+        return said, restarter.restarts
 
     return run
 

@@ -10,7 +10,7 @@ import pytest
 
 from monitor import check, doctor, schedule
 from monitor.observe.processes import ProcessRecord, boot_id, write_record
-from monitor.tell import chronicle, status
+from monitor.tell import incident_history, status
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_watch_renews_and_ends(dead, capsys):
 
 
 def test_history_counts_what_was_not_looked_at_apart(dead, capsys):
-    assert chronicle.show(dead, 24, as_json=True) == 0
+    assert incident_history.show(dead, 24, as_json=True) == 0
 
     found = json.loads(capsys.readouterr().out)
     assert found["availability"]["api"]["share"] == 0 and found["availability"]["api"]["looks"] == 1
@@ -63,11 +63,11 @@ def test_history_counts_what_was_not_looked_at_apart(dead, capsys):
 
 
 def test_report_tells_an_incident_in_both_languages(dead, capsys):
-    assert chronicle.tell(dead, None) == 0
+    assert incident_history.show_incident(dead, None) == 0
 
     text = capsys.readouterr().out
     assert "The API process (pid 4000000) is gone." in text and "已不存在" in text
-    assert chronicle.tell(dead, "no such") == 1
+    assert incident_history.show_incident(dead, "no such") == 1
 
 
 @pytest.fixture

@@ -17,13 +17,14 @@ import pytest
 
 import settings as settings_module
 from monitor import check
-from monitor.act import restart as cure
+from monitor.act import operator_requests
 from monitor.act.preflight import why_futile
+from monitor.act.restart import Restarter
+from monitor.judge.evidence import Observation
 from monitor.judge.limiter import Decision
 from monitor.judge.verdict import Verdict
 from monitor.observe import processes
-from monitor.observe.observe import Due, Observation, now, observe
-from monitor.store import operator_requests
+from monitor.observe.observe import ProbePlan, now, observe
 from monitor.store.memory import remember
 from monitor.store.store import Store
 from settings import Settings
@@ -53,12 +54,12 @@ class Place:
         return found
 
     def look(self) -> Observation:
-        seen = observe(self.settings, random.Random(1), Due(), now(), self.memory.foreign)
+        seen = observe(self.settings, random.Random(1), ProbePlan(), now(), self.memory.external_engine)
         seen.machine["load_per_core"] = 0.1  # whatever else this machine is doing just now
         return seen
 
-    def surgeon(self, seen: Observation | None = None) -> cure.Surgeon:
-        return cure.Surgeon(self.settings, self.store, self.memory, seen or self.look(), None, self.root)
+    def restarter(self, seen: Observation | None = None) -> Restarter:
+        return Restarter(self.settings, self.store, self.memory, seen or self.look(), None, self.root)
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(settings_module, "ENV_FILE", tmp_path / "no.env")
     # A whole run finds the project by itself; here it must find the copy.
-    monkeypatch.setattr(cure.Surgeon.__init__, "__defaults__", (None, root))
+    monkeypatch.setattr(Restarter.__init__, "__defaults__", (None, root))
     found = Place(root, Settings(_env_file=None, probe_timeout_s=2))
     yield found
     found.store.close()
@@ -98,7 +99,7 @@ def test_a_killed_process_is_started_anew_and_counted(place):
     old = place.record()
     os.kill(old.pid, signal.SIGKILL)
 
-    problem = place.surgeon().restart("api", DEAD, Decision("restart", "dead"))
+    problem = place.restarter().restart("api", DEAD, Decision("restart", "dead"))
 
     assert problem == ""
     assert place.record().pid != old.pid and processes.is_running(place.record())
@@ -120,7 +121,7 @@ def test_a_frozen_process_is_ended_with_its_children_and_replaced(place, monkeyp
     seen = place.look()
     assert seen.api.process.state == "stopped"
 
-    assert place.surgeon(seen).restart("api", WEDGED, Decision("restart", "frozen")) == ""
+    assert place.restarter(seen).restart("api", WEDGED, Decision("restart", "frozen")) == ""
 
     assert processes.members(old) == []
     assert not any(Path(f"/proc/{pid}").exists() and processes.read_stat(pid).running for pid in children)
@@ -129,7 +130,7 @@ def test_a_frozen_process_is_ended_with_its_children_and_replaced(place, monkeyp
 
 def test_the_evidence_is_saved_before_the_end(place):
     place.start()
-    place.surgeon().restart("api", WEDGED, Decision("restart", "wedged"))
+    place.restarter().restart("api", WEDGED, Decision("restart", "wedged"))
 
     (folder,) = (place.settings.log_dir / "incidents").glob("*/1")
     names = {path.name for path in folder.iterdir()}
@@ -143,7 +144,7 @@ def test_a_start_that_fails_is_told_and_the_wish_remains(place, monkeypatch):
     os.kill(place.record().pid, signal.SIGKILL)
     monkeypatch.setenv("STAND_IN_API", "die")
 
-    problem = place.surgeon().restart("api", DEAD, Decision("restart", "dead"))
+    problem = place.restarter().restart("api", DEAD, Decision("restart", "dead"))
 
     assert "there is no such model" in problem
     assert place.look().api.process.state == "gone", "still wanted, so the next run tries again"
@@ -160,7 +161,7 @@ def test_a_stranger_on_the_port_is_left_alone(place):
         time.sleep(0.05)
     with socket.create_server(("127.0.0.1", record.port)):
         seen = place.look()
-        problem = place.surgeon(seen).restart("api", DEAD, Decision("restart", "dead"))
+        problem = place.restarter(seen).restart("api", DEAD, Decision("restart", "dead"))
 
     assert seen.api.process.port_owner == "stranger"
     assert "the port is held by" in problem and str(os.getpid()) in problem

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from monitor.drill import faults
-from monitor.drill import table as drill_table
+from monitor.drill import faults, table
 
 ROOT = Path(__file__).resolve().parents[3]
 DRILLED = ("engine-dead", "clock-jump", "saturated")
@@ -59,30 +58,30 @@ def test_a_short_drill_of_the_real_service_passes(tmp_path, monkeypatch):
 
 
 def test_a_queue_with_room_is_not_passed_off_as_full(make_settings):
-    bench = faults.Bench(make_settings(1), asked_until=time.monotonic())
-    assert "nobody was turned away" in faults.queue_was_full(bench)
+    context = faults.FaultContext(make_settings(1), asked_until=time.monotonic())
+    assert "nobody was turned away" in faults.queue_was_full(context)
 
-    bench.turned_away.append(time.monotonic())
-    assert faults.queue_was_full(bench) == ""
-    assert "nobody was turned away" in faults.queue_was_full(bench), "what was seen before says nothing about now"
+    context.turned_away.append(time.monotonic())
+    assert faults.queue_was_full(context) == ""
+    assert "nobody was turned away" in faults.queue_was_full(context), "what was seen before says nothing about now"
 
 
 def test_parts_of_the_drill_join_in_one_table_within_other_text(tmp_path):
     document = tmp_path / "operations.md"
-    document.write_text(f"# Before\n{drill_table.BEGIN}\n{drill_table.END}\n# After\n")
+    document.write_text(f"# Before\n{table.BEGIN}\n{table.END}\n# After\n")
 
-    drill_table.renew(document, {"third": "| third | old |"}, ORDER)
-    drill_table.renew(document, {"first": "| first | new |", "third": "| third | new |"}, ORDER)
+    table.update(document, {"third": "| third | old |"}, ORDER)
+    table.update(document, {"first": "| first | new |", "third": "| third | new |"}, ORDER)
 
     assert document.read_text().splitlines() == [
-        "# Before", drill_table.BEGIN, *drill_table.HEAD, "| first | new |", "| third | new |", drill_table.END, "# After",
+        "# Before", table.BEGIN, *table.HEAD, "| first | new |", "| third | new |", table.END, "# After",
     ]  # fmt: skip
 
 
 def test_a_file_without_a_place_for_the_table_is_refused_before_the_drill(tmp_path):
     (tmp_path / "notes.md").write_text("my own words\n")
 
-    with pytest.raises(drill_table.NoPlace, match="has no place for the table"):
-        drill_table.check(tmp_path / "notes.md")
-    drill_table.check(tmp_path / "new.md")
+    with pytest.raises(table.MarkersMissing, match="has no place for the table"):
+        table.check(tmp_path / "notes.md")
+    table.check(tmp_path / "new.md")
     assert (tmp_path / "notes.md").read_text() == "my own words\n"

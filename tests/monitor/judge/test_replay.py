@@ -12,7 +12,7 @@ import pytest
 from traces import FULL, GONE, IDLE, RIGHT, RUNS, WEDGED, Replay, alive, api, busy, zombie
 
 from monitor.judge import history
-from monitor.judge.evidence import Answer, Look, api_from_dict
+from monitor.judge.evidence import Answer, ApiEvidence, HealthReply
 from monitor.judge.verdict import Limits
 
 TRACES, RUNS_EACH = 10_000, 30
@@ -141,7 +141,7 @@ def test_what_a_restart_did_not_cure_is_not_tried_for_ever() -> None:
 
 
 def test_loading_beyond_its_deadline_is_restarted_once() -> None:
-    late = api(first=Look("answered", 0, 503, "loading"), answers=(), process=replace(RUNS, age_s=1000))
+    late = api(first=HealthReply("answered", 0, 503, "loading"), answers=(), process=replace(RUNS, age_s=1000))
     replay = Replay()
     for _ in range(30):
         replay.run(late)
@@ -174,7 +174,7 @@ def test_recorded_traces_decide_as_they_did(path: Path) -> None:
     trace = json.loads(path.read_text())
     replay = Replay(Limits(**trace["limits"]))
     for step in trace["runs"]:
-        replay.run(api_from_dict(step["api"]), after_s=step["after_s"])
+        replay.run(ApiEvidence.from_dict(step["api"]), after_s=step["after_s"])
 
     assert [verdict.word for verdict in replay.verdicts] == [step["word"] for step in trace["runs"]]
     assert replay.restarts == trace["restarts"]

@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 from traces import FULL, GONE, IDLE, NO_HTTP, RIGHT, RUNS, SILENT, WEDGED, api, beat, busy, zombie
 
-from monitor.judge.evidence import Answer, Exchange, Look, PageEvidence, Process, api_from_dict
-from monitor.judge.page_verdict import judge_page
-from monitor.judge.verdict import SERVING, WORDS, Limits, judge_api
+from monitor.judge.api_rules import judge_api
+from monitor.judge.evidence import Answer, ApiEvidence, HealthReply, PageEvidence, PageReply, Process
+from monitor.judge.page_rules import judge_page
+from monitor.judge.verdict import SERVING, WORDS, Limits
 
 LIMITS = Limits()
 CASES = {
@@ -17,12 +18,12 @@ CASES = {
     "a credit from users": (api(answers=(Answer("text", "credited"), Answer("picture", "credited"))), "healthy", "answers_right", False),
     "process gone": (GONE, "dead", "process_gone", True),
     "port stolen": (replace(GONE, process=Process("gone", 1, None, "stranger", "pid 9 (nc)")), "dead", "port_taken", False),
-    "never started": (api(process=Process(), first=Look("refused"), answers=(), beat=None), "dead", "not_started", False),
-    "port closed": (api(first=Look("refused"), answers=()), "dead", "port_closed", True),
-    "port not yet open": (api(process=replace(RUNS, age_s=5.0), first=Look("refused"), answers=()), "starting", "process_fresh", False),
-    "engine dead": (api(first=Look("answered", 0, 503, "dead", reason="CUDA error"), answers=()), "dead", "engine_dead", True),
-    "loading": (api(first=Look("answered", 0, 503, "loading", progress=0.4), answers=(), process=replace(RUNS, age_s=800)), "starting", "loading", False),
-    "loading too long": (api(first=Look("answered", 0, 503, "loading"), answers=(), process=replace(RUNS, age_s=901)), "broken", "loading_too_long", True),
+    "never started": (api(process=Process(), first=HealthReply("refused"), answers=(), beat=None), "dead", "not_started", False),
+    "port closed": (api(first=HealthReply("refused"), answers=()), "dead", "port_closed", True),
+    "port not yet open": (api(process=replace(RUNS, age_s=5.0), first=HealthReply("refused"), answers=()), "starting", "process_fresh", False),
+    "engine dead": (api(first=HealthReply("answered", 0, 503, "dead", reason="CUDA error"), answers=()), "dead", "engine_dead", True),
+    "loading": (api(first=HealthReply("answered", 0, 503, "loading", progress=0.4), answers=(), process=replace(RUNS, age_s=800)), "starting", "loading", False),
+    "loading too long": (api(first=HealthReply("answered", 0, 503, "loading"), answers=(), process=replace(RUNS, age_s=901)), "broken", "loading_too_long", True),
     "loop blocked for a minute": (zombie(61), "zombie", "loop_stands_still", True),
     "loop blocked a moment": (zombie(30), "zombie", "loop_stands_still", False),
     "stopped by a signal": (api(process=replace(RUNS, state="stopped"), beat=beat(61), first=NO_HTTP, answers=SILENT, last=NO_HTTP), "zombie", "frozen", True),
@@ -39,7 +40,7 @@ CASES = {
     "stream without end": (api(answers=(Answer("text", "cut", 1, 200, detail="no end"),), last=IDLE), "broken", "text_cut", True),
     "refused as a mistake": (api(answers=(Answer("text", "rejected", 1, 400, detail="bad"),), last=IDLE), "broken", "text_rejected", False),
     "wrong key": (api(answers=(Answer("text", "rejected", 1, 401),), last=IDLE), "broken", "key_refused", False),
-    "draining": (api(first=Look("answered", 0, 503, "draining"), answers=()), "degraded", "draining", False),
+    "draining": (api(first=HealthReply("answered", 0, 503, "draining"), answers=()), "degraded", "draining", False),
     "fatal GPU error": (api(first=NO_HTTP, answers=SILENT, last=NO_HTTP, hardware=("GPU 0: XID 79",)), "hardware", "hardware_fault", False),
     "GPU error but it answers": (api(hardware=("GPU 0: XID 79",)), "degraded", "hardware_warns", False),
     "uninterruptible": (api(process=replace(RUNS, state="stuck"), first=NO_HTTP, answers=SILENT, last=NO_HTTP), "hardware", "hardware_fault", False),
@@ -83,7 +84,7 @@ def test_every_verdict_explains_itself_in_both_languages(name: str) -> None:
 def test_evidence_survives_being_written_down(name: str) -> None:
     seen = CASES[name][0]
 
-    assert judge_api(api_from_dict(seen.to_dict()), LIMITS) == judge_api(seen, LIMITS)
+    assert judge_api(ApiEvidence.from_dict(seen.to_dict()), LIMITS) == judge_api(seen, LIMITS)
 
 
 def test_an_oom_kill_is_named() -> None:
@@ -92,25 +93,25 @@ def test_an_oom_kill_is_named() -> None:
     assert "killed it for memory" in judge_api(seen, LIMITS).en
 
 
-GOOD = Exchange("answered", 0.1, 200)
+GOOD = PageReply("answered", 0.1, 200)
 PAGES = {
     "all good": ({}, "healthy", False),
-    "no script route": ({"script": Exchange("answered", 0, 404)}, "healthy", False),
-    "script broken": ({"script": Exchange("answered", 0, 503, "NameError")}, "broken", True),
-    "websocket refused": ({"websocket": Exchange("answered", 0, 403, "HTTP 403 instead of 101")}, "broken", True),
-    "front broken": ({"front": Exchange("answered", 0, 502)}, "degraded", False),
-    "silent": ({"health": Exchange("silent")}, "zombie", True),
+    "no script route": ({"script": PageReply("answered", 0, 404)}, "healthy", False),
+    "script broken": ({"script": PageReply("answered", 0, 503, "NameError")}, "broken", True),
+    "websocket refused": ({"websocket": PageReply("answered", 0, 403, "HTTP 403 instead of 101")}, "broken", True),
+    "front broken": ({"front": PageReply("answered", 0, 502)}, "degraded", False),
+    "silent": ({"health": PageReply("silent")}, "zombie", True),
     "gone": ({"process": Process("gone", 5)}, "dead", True),
     "port stolen": ({"process": Process("gone", 5, None, "stranger", "pid 9")}, "dead", False),
-    "not started": ({"process": Process(), "health": Exchange("refused")}, "dead", False),
-    "blind": ({"blind": "no loopback", "health": Exchange("silent")}, "unknown", False),
+    "not started": ({"process": Process(), "health": PageReply("refused")}, "dead", False),
+    "blind": ({"blind": "no loopback", "health": PageReply("silent")}, "unknown", False),
 }
 
 
 @pytest.mark.parametrize("name", PAGES)
 def test_the_page(name: str) -> None:
     changes, word, cure = PAGES[name]
-    good = PageEvidence("http://x", Process("runs", 5, 900.0, "ours"), GOOD, Exchange("answered", 0.1, 101), GOOD)
+    good = PageEvidence("http://x", Process("runs", 5, 900.0, "ours"), GOOD, PageReply("answered", 0.1, 101), GOOD)
 
     verdict = judge_page(replace(good, **changes), LIMITS)
 

@@ -10,7 +10,8 @@ import pytest
 from test_check import completion, seen
 
 from monitor import check
-from monitor.observe import external_engine as foreign
+from monitor.judge.evidence import EngineProgress
+from monitor.observe import external_engine
 from monitor.observe.observe import now
 
 VLLM = """# HELP vllm:num_requests_running Number of requests in model execution batches.
@@ -58,7 +59,7 @@ def test_frozen_tokens_with_pending_requests_behind_a_good_health_answer_are_wed
     say(behaviour, text, 3, 5000)
     first = check.run(engine, random.Random(1)).report
 
-    monkeypatch.setattr(foreign, "clock", lambda: time.monotonic() + 130)
+    monkeypatch.setattr(external_engine, "clock", lambda: time.monotonic() + 130)
 
     second = check.run(engine, random.Random(1)).report
 
@@ -76,7 +77,7 @@ def test_moving_tokens_are_busy(engine, behaviour, text, monkeypatch):
     say(behaviour, text, 3, 4999)
     check.run(engine, random.Random(1))
 
-    monkeypatch.setattr(foreign, "clock", lambda: time.monotonic() + 1000)
+    monkeypatch.setattr(external_engine, "clock", lambda: time.monotonic() + 1000)
 
     assert check.run(engine, random.Random(1)).report["verdict"] == "busy"
 
@@ -84,14 +85,14 @@ def test_moving_tokens_are_busy(engine, behaviour, text, monkeypatch):
 def test_counters_are_added_up_over_all_engines_of_a_server():
     text = 'a_total{engine="0"} 1\na_total{engine="1"} 2.5\nb 1e3\n# a_total 9\nc NaN\n'
 
-    found = foreign.parse(text)
+    found = external_engine.parse_metrics(text)
 
     assert (found["a_total"], found["b"]) == (3.5, 1000.0)
 
 
 def test_nothing_counted_before_a_reboot_holds():
-    old = foreign.to_dict(foreign.Memory({"x": 1.0}, 99.0, "boot-1", 4))
+    old = EngineProgress({"x": 1.0}, 99.0, "boot-1", 4).to_dict()
 
-    assert foreign.from_dict(old, "boot-1") == foreign.Memory({"x": 1.0}, 99.0, "boot-1", 4)
-    assert foreign.from_dict(old, "boot-2") == foreign.Memory(boot_id="boot-2")
+    assert EngineProgress.from_dict(old, "boot-1") == EngineProgress({"x": 1.0}, 99.0, "boot-1", 4)
+    assert EngineProgress.from_dict(old, "boot-2") == EngineProgress(boot_id="boot-2")
     assert replace(now(), boot_id="x").boot_id == "x"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from monitor.judge import report
 from monitor.observe import gpu, gpu_child, processes
+from monitor.tell import report
 
 NVML = """
 import os, time

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from monitor.judge import report
 from monitor.store.store import KEEP_REPORTS, Store
+from monitor.tell import report
 
 NOW = 1_800_000_000.0
 ROOT = Path(__file__).resolve().parents[3]

@@ -18,9 +18,9 @@ from traces import GONE, Replay, api
 
 from monitor.judge.history import History, Incident
 from monitor.judge.limiter import Decision
-from monitor.redaction import redact
 from monitor.store.store import Store
 from monitor.tell import alerts, channels
+from monitor.tell.redaction import redact
 
 NOW = 1_800_000_000.0
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from monitor.store.lock import FILE_NAME, Lock
+from monitor.act.lock import FILE_NAME, Lock
 
 ROOT = Path(__file__).resolve().parents[3]
 HOLD = (
-    "import sys, time; from pathlib import Path; from monitor.lock import Lock\n"
+    "import sys, time; from pathlib import Path; from monitor.act.lock import Lock\n"
     "lock = Lock(Path(sys.argv[1])); print(lock.take(float(sys.argv[2]), 'checking') or 'mine', flush=True)\n"
 )
 
@@ -101,7 +101,7 @@ def test_a_pid_that_was_used_again_is_not_ended(tmp_path):
 
 def test_a_disk_that_is_full_keeps_nobody_from_checking(tmp_path):
     code = (
-        "import resource, sys; from pathlib import Path; from monitor.lock import Lock\n"
+        "import resource, sys; from pathlib import Path; from monitor.act.lock import Lock\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1, 1))\n"
         "lock = Lock(Path(sys.argv[1])); print(repr(lock.take(5, 'x' * 9000))); lock.release(); print('released')\n"
     )

@@ -1,4 +1,4 @@
-"""What happened: flips, incidents, actions and availability from the store, as text for people or JSON for programs."""
+"""The commands `history` and `report`: flips, incidents, actions and availability from the store, as text or JSON."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from monitor.judge.report import to_json
 from monitor.judge.verdict import SERVING
 from monitor.store.store import Store
+from monitor.tell.report import to_json
 from settings import Settings
 
 GOOD, BAD = 0, 1
@@ -49,7 +49,7 @@ def show(settings: Settings, hours: float, as_json: bool) -> int:
 
 
 def availability(store: Store, since: float, now: float, period_s: float) -> dict[str, dict[str, Any]]:
-    """Share of looks that served, for each target. Time without a look is unknown and counted apart, never as good."""
+    """Share of runs in which a target served. Time without a run is unknown and counted apart, never as good."""
     span = "minute" if now - since <= 86400 else "hour"
     counts: dict[str, dict[str, int]] = {}
     seen = 0
@@ -69,13 +69,13 @@ def availability(store: Store, since: float, now: float, period_s: float) -> dic
         looked = min(1.0, seen / expected)
         busy = words.get("busy", 0)
         text = f"{100 * share:.2f} % served" if share is not None else "nothing known"
-        text += f" in {judged} looks ({busy} busy); looked at {100 * looked:.0f} % of the time since {_when(first or now)}"
+        text += f" in {judged} runs ({busy} busy); checked {100 * looked:.0f} % of the time since {_when(first or now)}"
         found[target] = {"share": share, "looks": judged, "busy": busy, "words": words, "looked_share": looked, "text": text}
     return found
 
 
-def tell(settings: Settings, name: str | None) -> int:
-    """One incident from the first sign to the end, as a text that can be sent on."""
+def show_incident(settings: Settings, name: str | None) -> int:
+    """One incident from the first symptom to its end, as a text that can be forwarded."""
     store = _open(settings)
     if store is None:
         return BAD
@@ -84,18 +84,18 @@ def tell(settings: Settings, name: str | None) -> int:
         print(f"There is no incident {name!r}." if name else "There has been no incident.", file=sys.stderr)
         store.close()
         return BAD
-    print("\n".join(story(store, rows[0], settings)))
+    print("\n".join(incident_text(store, rows[0], settings)))
     store.close()
     return GOOD
 
 
-def story(store: Store, row: Mapping[str, Any], settings: Settings) -> list[str]:
+def incident_text(store: Store, row: Mapping[str, Any], settings: Settings) -> list[str]:
     end = row["recovered_at"]
     out = [
         f"Incident {row['id']}", "", row["en"], row["zh"], "",
         f"  target           {row['target']}", f"  verdict          {row['word']} (rule {row['rule']})",
-        f"  first seen       {_when(row['first_seen_at'])}", f"  believed         {_when(row['opened_at'])}",
-        f"  recovered        {_when(end) if end else 'not yet'}" + (f"  ({end - row['first_seen_at']:.0f} s after the first sign)" if end else ""),
+        f"  first seen       {_when(row['first_seen_at'])}", f"  confirmed        {_when(row['opened_at'])}",
+        f"  recovered        {_when(end) if end else 'not yet'}" + (f"  ({end - row['first_seen_at']:.0f} s after the first symptom)" if end else ""),
         f"  closed (stable)  {_when(row['closed_at']) if row['closed_at'] else 'not yet'}",
         f"  restarts         {row['restarts']}", f"  symptoms         {', '.join(row['symptoms'] or [])}", "", "Timeline",
     ]  # fmt: skip

@@ -1,6 +1,6 @@
-"""The report that people and machines read: the article's six keys at the top, the evidence below. Standard library only.
+"""The report that people and programs read: the six keys of the contract at the top, the evidence below. Standard library only.
 
-Owns the shape of the JSON and the atomic write. Never NaN: a number that is none becomes null.
+Owns the shape of the JSON and the atomic write. NaN and infinity become null.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def build(
 
 
 def unknown(reason: str) -> dict[str, Any]:
-    """The report of a check that could not look: it does not know, and says so."""
+    """The report of a run that could not observe anything."""
     return build("unknown", None, [reason], {}, {}, {}, 0.0)
 
 

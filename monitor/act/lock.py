@@ -1,7 +1,7 @@
-"""One check at a time. A run that outlives its declared time is ended by the next one.
+"""One run at a time. A run that exceeds its declared time is ended by the next one.
 
 The lock is taken with fcntl in Python, whose descriptors no child inherits: with a shell's `flock`, a server started
-under the lock would hold it for its whole life. The holder writes down who it is and until when it may take.
+under the lock would hold it for its whole life. The holder records its identity and its deadline in the file.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ END_WAIT_S = 3.0
 
 @dataclass(frozen=True)
 class Holder:
-    """Whoever holds the lock. `until` is CLOCK_MONOTONIC; `what` is what it is doing."""
+    """The process that holds the lock. `until` is CLOCK_MONOTONIC; `what` is what it is doing."""
 
     pid: int
     start_time: int
     until: float
     what: str
 
-    def still_there(self) -> bool:
+    def alive(self) -> bool:
         stat = processes.read_stat(self.pid)
         return stat is not None and stat.running and stat.start_time == self.start_time
 
 
 class Lock:
-    """`with` is not enough: a run may extend its time, and children must not inherit anything."""
+    """No context manager: a run may extend its time, and children must not inherit anything."""
 
     def __init__(self, log_dir: Path) -> None:
         self._path = log_dir / FILE_NAME
@@ -45,16 +45,16 @@ class Lock:
         self._until = 0.0
 
     def take(self, for_s: float, what: str) -> str:
-        """Empty if the lock is ours now; otherwise who has it. Ends a holder whose time is over."""
+        """Empty if this process holds the lock now; otherwise who does. Ends a holder whose time is over."""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            # Unbuffered: on a full disk only the note fails, never the lock or its release.
+            # Unbuffered: on a full disk only the record fails, never the lock or its release.
             file = FileIO(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+")
         except OSError:
-            return ""  # without a folder to lock in, a check is better than none
+            return ""  # without a folder to lock in, a run without a lock is better than none
         if not _try(file):
             holder = _read(file)
-            if holder is None or holder.until > time.monotonic() or not holder.still_there():
+            if holder is None or holder.until > time.monotonic() or not holder.alive():
                 if not _try(file):
                     file.close()
                     return _describe(holder)
@@ -62,13 +62,13 @@ class Lock:
                 _end(holder)
                 if not _wait(file):
                     file.close()
-                    return f"{_describe(holder)}, which is over its time and cannot be ended"
+                    return f"{_describe(holder)}, which has exceeded its time and cannot be ended"
         self._file = file
         self.extend(for_s, what)
         return ""
 
     def extend(self, for_s: float, what: str) -> None:
-        """Declare what takes longer, such as a cure, before it does."""
+        """Declares more time before something that takes longer, such as a restart."""
         self._until = time.monotonic() + for_s
         if self._file is None:
             return
@@ -77,13 +77,13 @@ class Lock:
             "pid": os.getpid(), "start_time": stat.start_time if stat else 0, "until": self._until,
             "what": what,
         }  # fmt: skip
-        with contextlib.suppress(OSError):  # a full disk: the lock itself holds without the note
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without the record
             self._file.seek(0)
             self._file.truncate()
             self._file.write(json.dumps(record).encode())
 
-    def over(self) -> bool:
-        """Whether the declared time is up."""
+    def expired(self) -> bool:
+        """Whether the declared time is over."""
         return time.monotonic() >= self._until
 
     def release(self) -> None:
@@ -120,12 +120,12 @@ def _read(file: FileIO) -> Holder | None:
 
 def _end(holder: Holder) -> None:
     for number in (signal.SIGTERM, signal.SIGKILL):
-        if not holder.still_there():
+        if not holder.alive():
             return
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(holder.pid, number)
         deadline = time.monotonic() + END_WAIT_S / 2
-        while holder.still_there() and time.monotonic() < deadline:
+        while holder.alive() and time.monotonic() < deadline:
             time.sleep(0.05)
 
 

@@ -1,4 +1,4 @@
-"""What keeps a run from its work, for logs/health_check.log: with the time, because cron adds none."""
+"""Problems of the checker itself, for logs/health_check.log: with the time, because cron adds none."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import sys
 from datetime import datetime
 
 
-def complain(text: str) -> None:
+def warn(text: str) -> None:
     print(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {text}", file=sys.stderr, flush=True)

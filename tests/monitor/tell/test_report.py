@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from monitor.judge import report
+from monitor.tell import report
 
 
 def a_report(**changes: object) -> dict:

@@ -1,6 +1,6 @@
-"""Asks the API and the page and says what came back. Every probe ends at its deadline. Judges nothing.
+"""Probes the API: GET /health and the real questions. Every probe ends at its deadline. Judges nothing.
 
-At most one question is under way at any time, through the slot that the server keeps for the checker.
+At most one question is in flight at any time, in the slot that the server reserves for the checker.
 """
 
 from __future__ import annotations
@@ -8,19 +8,20 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Iterator
 from http.client import HTTPResponse
 from typing import Any
 
-from monitor.judge.evidence import Answer, Exchange, Look
+from sseclient import SSEClient
+
+from monitor.judge.evidence import Answer, HealthReply
 from monitor.observe import question
-from monitor.observe.exchange import Deadline, Reply, Wire, exchange, failure, opened, since
+from monitor.observe.exchange import Deadline, Reply, Wire, exchange, failure, open_exchange, since
 
 PROBE_HEADER = "X-GLM-Probe"
 
 
-class Asker:
-    """The questions of one run. `model` is named only where another engine insists on it."""
+class Prober:
+    """Asks the questions of one run. `model` is sent only to an external engine, which insists on it."""
 
     def __init__(self, base_url: str, key: str, token: str, rng: random.Random, model: str = "") -> None:
         self._url = f"{base_url}/v1/chat/completions"
@@ -38,26 +39,26 @@ class Asker:
     def about_picture(self, limit_s: float) -> Answer:
         """Ask; after a wrong answer ask about two more pictures, and both must be right.
 
-        No model is right every time, and one slip a hundred would be an alarm twice a day; one that no longer
+        No model is right every time, and one error in a hundred would be an alarm twice a day. A model that no longer
         sees is right once in seven by luck, and seldom twice in a row.
         """
         ends_at = time.monotonic() + limit_s
         first = self._ask(question.about_picture(self._rng), limit_s)
         if first.outcome != "wrong":
             return first
-        told = [first]
+        answers = [first]
         for _ in range(2):
             left_s = ends_at - time.monotonic()
             if left_s <= 0.1:
                 return first
-            told.append(self._ask(question.about_picture(self._rng), left_s))
-            if told[-1].outcome != "right":
+            answers.append(self._ask(question.about_picture(self._rng), left_s))
+            if answers[-1].outcome != "right":
                 break
         else:
-            return told[-1]
-        wrong = [answer for answer in told if answer.outcome == "wrong"]
+            return answers[-1]
+        wrong = [answer for answer in answers if answer.outcome == "wrong"]
         expected, text = (" / ".join(getattr(answer, name) for answer in wrong) for name in ("expected", "text"))
-        seconds = round(sum(answer.seconds for answer in told), 3)
+        seconds = round(sum(answer.seconds for answer in answers), 3)
         return Answer("picture", "wrong", seconds, first.status, expected, text)
 
     def _ask(self, asked: question.Question, limit_s: float) -> Answer:
@@ -68,27 +69,27 @@ class Asker:
         def talk() -> Answer:
             started = time.monotonic()
             try:
-                with opened(wire, self._url, limit_s, "POST", body, self._headers) as reply:
-                    return _read_answer(asked, reply, started)
+                with open_exchange(wire, self._url, limit_s, "POST", body, self._headers) as response:
+                    return _read_answer(asked, response, started)
             except Exception as error:
                 broken = failure(error, started, limit_s)
                 return Answer(asked.kind, broken.outcome, broken.seconds, expected=asked.expected, detail=broken.detail)
 
-        # Shutting the socket at the deadline is what makes the server give up too.
+        # Shutting the socket down at the deadline makes the server cancel the request too.
         return Deadline(talk, limit_s, late, wire.close).result()
 
 
-def _read_answer(asked: question.Question, reply: HTTPResponse, started: float) -> Answer:
+def _read_answer(asked: question.Question, response: HTTPResponse, started: float) -> Answer:
     kind, expected = asked.kind, asked.expected
-    if reply.status != 200:
-        message = _error_message(reply.read(65536), reply.status)
-        return Answer(kind, "rejected", since(started), reply.status, expected, detail=message)
+    if response.status != 200:
+        message = _error_message(response.read(65536), response.status)
+        return Answer(kind, "rejected", since(started), response.status, expected, detail=message)
     text, first_s, gap_s, last = "", None, 0.0, started
-    for data in _events(reply):
-        if data == "[DONE]":
+    for event in SSEClient(response).events():
+        if event.data == "[DONE]":
             outcome = "right" if asked.is_right(text) else "wrong"
             return Answer(kind, outcome, since(started), 200, expected, text[:200], "", first_s, round(gap_s, 3))
-        chunk = _parsed(data)
+        chunk = _parsed(event.data)
         if "error" in chunk:
             message = _message_of(chunk) or "an error event"
             return Answer(kind, "failed", since(started), 200, expected, text[:200], message, first_s)
@@ -102,13 +103,6 @@ def _read_answer(asked: question.Question, reply: HTTPResponse, started: float) 
     return Answer(kind, "cut", since(started), 200, expected, text[:200], detail, first_s, round(gap_s, 3))
 
 
-def _events(reply: HTTPResponse) -> Iterator[str]:
-    for raw in reply:
-        line = raw.decode("utf-8", "replace").strip()
-        if line.startswith("data:"):
-            yield line.removeprefix("data:").strip()
-
-
 def _parsed(data: str) -> dict[str, Any]:
     try:
         chunk = json.loads(data)
@@ -118,13 +112,13 @@ def _parsed(data: str) -> dict[str, Any]:
 
 
 def _delta(chunk: dict[str, Any], kind: str) -> str:
-    """The new text. Thinking shows that the text path lives; only content answers about a picture."""
+    """The new text. Reasoning shows that the text path works; only content answers a question about a picture."""
     try:
         delta = chunk["choices"][0]["delta"]
     except (KeyError, IndexError, TypeError):
         return ""
-    thought = delta.get("reasoning_content") or delta.get("reasoning") if kind == "text" else None
-    return str(delta.get("content") or thought or "")
+    reasoning = delta.get("reasoning_content") or delta.get("reasoning") if kind == "text" else None
+    return str(delta.get("content") or reasoning or "")
 
 
 def _error_message(body: bytes, status: int) -> str:
@@ -141,20 +135,20 @@ def _message_of(body: dict[str, Any]) -> str:
     return str(message or "")[:300]
 
 
-def look(base_url: str, limit_s: float) -> tuple[Look, dict[str, Any]]:
-    """GET /health, and its whole body for what else stands there."""
+def get_health(base_url: str, limit_s: float) -> tuple[HealthReply, dict[str, Any]]:
+    """GET /health: the reply, and its whole body for what else it holds."""
     reply = exchange(f"{base_url}/health", limit_s)
     body = reply.json() or {}
     if reply.outcome == "answered" and not isinstance(body.get("state"), str):
-        return Look("failed", reply.seconds, reply.status, detail=f"HTTP {reply.status} without a state"), body
-    return to_look(reply, body), body
+        return HealthReply("failed", reply.seconds, reply.status, detail=f"HTTP {reply.status} without a state"), body
+    return _health_reply(reply, body), body
 
 
-def to_look(reply: Reply, body: dict[str, Any]) -> Look:
+def _health_reply(reply: Reply, body: dict[str, Any]) -> HealthReply:
     pending = None
     if isinstance(body.get("running"), int) and isinstance(body.get("waiting"), int):
         pending = body["running"] + body["waiting"]
-    return Look(
+    return HealthReply(
         outcome=reply.outcome,
         seconds=reply.seconds,
         status=reply.status,
@@ -162,19 +156,13 @@ def to_look(reply: Reply, body: dict[str, Any]) -> Look:
         phase=str(body.get("phase") or ""),
         steps=body["steps"] if isinstance(body.get("steps"), int) else None,
         pending=pending,
-        no_progress_s=number(body.get("no_progress_s")),
-        deadline_s=number(body.get("phase_deadline_s")),
-        progress=number(body.get("progress")),
+        no_progress_s=_number(body.get("no_progress_s")),
+        deadline_s=_number(body.get("phase_deadline_s")),
+        progress=_number(body.get("progress")),
         reason=str(body.get("reason") or ""),
         detail=reply.detail,
     )
 
 
-def visit(url: str, limit_s: float) -> Exchange:
-    reply = exchange(url, limit_s)
-    said = reply.body.decode("utf-8", "replace").strip()[:200] if reply.status not in (0, 200) else ""
-    return Exchange(reply.outcome, reply.seconds, reply.status, reply.detail or said)
-
-
-def number(value: object) -> float | None:
+def _number(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None

@@ -1,4 +1,4 @@
-"""Every secret of the settings, and text without them: for logs, bundles, alerts and the store."""
+"""Removes every secret of the settings from text for logs, evidence bundles, alerts and the store."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TOKENS_IN_URLS = re.compile(r"((?:access_token|key|token|secret|password|sign)=)
 
 
 def known(settings: Settings) -> list[str]:
-    """Longest first, so that no part of one is left when another is contained in it."""
+    """The secrets, longest first, so that no part of one is left when another is contained in it."""
     values = set()
     for name in SECRETS:
         value = getattr(settings, name.lower(), None)

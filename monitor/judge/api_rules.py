@@ -1,0 +1,312 @@
+"""The rules for the API: pure functions from evidence to a verdict, no clock, no I/O."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from monitor.judge.evidence import Answer, ApiEvidence
+from monitor.judge.verdict import FRESH_PROCESS_S, Limits, Verdict, checker_blind, port_taken, process_gone
+
+BEAT_STALE_S = 5.0
+
+
+def judge_api(evidence: ApiEvidence, limits: Limits) -> Verdict:
+    for rule in (
+        checker_blind, _answers_right, _hardware, _port_taken, _process_gone, _held_by_debugger, _engine_dead, _loading,
+        _stalled, _draining, _key_refused, _silent, _nothing_listens, _busy, _unanswered, _failed,
+    ):  # fmt: skip
+        verdict = rule(evidence, limits)
+        if verdict is not None:
+            return verdict
+    return Verdict(
+        "api", "unknown", "no_evidence", "What was observed fits no rule; nothing is done.", "看到的情况不符合任何规则，不采取行动。"
+    )
+
+
+def _answers_right(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
+    asked = [answer for answer in evidence.answers if answer.outcome != "skipped"]
+    if not asked or not all(answer.good for answer in asked):
+        return None
+    slowest = max(answer.seconds for answer in asked)
+    facts = {"seconds": slowest, **{answer.kind: answer.outcome for answer in asked}}
+    if evidence.hardware:
+        what = "; ".join(evidence.hardware)
+        return Verdict(
+            "api", "degraded", "hardware_warns", f"It answers, but the GPU reports: {what}.", f"仍能回答，但显卡报告：{what}。", facts
+        )
+    return Verdict(
+        "api", "healthy", "answers_right", f"It answered real questions correctly in {slowest:.2f} s.",
+        f"真实提问得到正确回答，用时 {slowest:.2f} 秒。", facts, "every question that was asked",
+    )  # fmt: skip
+
+
+def _hardware(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
+    faults = list(evidence.hardware)
+    if evidence.process.state == "stuck":
+        faults.append(f"process {evidence.process.pid} is in uninterruptible sleep (a driver or disk does not answer)")
+    if not faults:
+        return None
+    what = "; ".join(faults)
+    return Verdict(
+        "api", "hardware", "hardware_fault", f"The hardware has failed: {what}. Reset the GPU or replace the instance; "
+        "a restart of the service cannot help.", f"硬件故障：{what}。请重置显卡或更换实例，重启服务无济于事。",
+        {"faults": faults}, "any fatal GPU error or stuck process", needed=limits.confirm_runs,
+    )  # fmt: skip
+
+
+def _port_taken(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
+    if evidence.process.port_owner != "stranger":
+        return None
+    return port_taken("api", "API", evidence.process)
+
+
+def _process_gone(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
+    if evidence.process.state != "gone":
+        return None
+    return process_gone("api", "API", evidence.process)
+
+
+def _held_by_debugger(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
+    if evidence.process.state != "traced":
+        return None
+    return Verdict(
+        "api", "unknown", "held_by_debugger", f"A debugger holds process {evidence.process.pid}; it is left alone.",
+        f"进程 {evidence.process.pid} 正被调试器控制，不作处理。", {"pid": evidence.process.pid},
+    )  # fmt: skip
+
+
+def _engine_dead(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
+    reply = evidence.last or evidence.first
+    if reply.state != "dead":
+        return None
+    why = reply.reason or "no reason given"
+    return Verdict(
+        "api", "dead", "engine_dead", f"The server answers, but its engine has ended: {why}",
+        f"服务有响应，但推理引擎已停止：{why}", {"reason": why}, "as the engine reports", cure=True,
+    )  # fmt: skip
+
+
+def _loading(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
+    state = evidence.first.state or (evidence.beat.state if evidence.beat and not evidence.first.answered else "")
+    if state != "loading":
+        return None
+    share = evidence.first.progress if evidence.first.progress is not None else (evidence.beat.progress if evidence.beat else None)
+    done = f"{100 * share:.0f} %" if share is not None else "?"
+    age_s = evidence.process.age_s
+    facts = {"progress": share, "age_s": age_s}
+    threshold = f"{limits.start_s:.0f} s from the start of the process"
+    if age_s is not None and age_s > limits.start_s:
+        return Verdict(
+            "api", "broken", "loading_too_long", f"The model has been loading for {age_s / 60:.0f} minutes ({done}), "
+            f"longer than {limits.start_s / 60:.0f}.", f"模型已加载 {age_s / 60:.0f} 分钟（{done}），超过上限 "
+            f"{limits.start_s / 60:.0f} 分钟。", facts, threshold, cure=True, needed=limits.confirm_runs, attempts=1,
+        )  # fmt: skip
+    return Verdict(
+        "api", "starting", "loading", f"The model is loading ({done}).", f"模型正在加载（{done}）。", facts, threshold
+    )
+
+
+def _stalled(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
+    """Work is pending and no step was made past the deadline: seen in two replies, or in the heartbeat file."""
+    stuck = _stuck_for(evidence, limits)
+    if stuck is None:
+        return None
+    for_s, deadline_s, phase, source = stuck
+    if _made_steps(evidence):
+        return None
+    return Verdict(
+        "api", "wedged", "no_progress", f"The engine has work but has made no step for {for_s:.0f} s"
+        f" (phase {phase or 'unknown'}, {deadline_s:.0f} s allowed).",
+        f"引擎有任务，但已 {for_s:.0f} 秒没有任何进展（阶段 {phase or '未知'}，允许 {deadline_s:.0f} 秒）。",
+        {"no_progress_s": for_s, "phase": phase, "source": source, "gpu": "see evidence"},
+        f"{deadline_s:.0f} s without a step while work is pending", cure=True,
+    )  # fmt: skip
+
+
+def _stuck_for(evidence: ApiEvidence, limits: Limits) -> tuple[float, float, str, str] | None:
+    """(seconds without progress, allowed, phase, source), only where the latest timestamps are past the deadline."""
+    reply = evidence.last or evidence.first
+    if reply.answered and reply.pending and reply.no_progress_s is not None:
+        deadline_s = _allowed_s(reply.deadline_s, limits)
+        if reply.no_progress_s > deadline_s:
+            return reply.no_progress_s, deadline_s, reply.phase, "health"
+        return None
+    beat = evidence.beat
+    # A stale file proves nothing about the engine: whoever writes it may itself be stopped.
+    if beat is not None and beat.written_age_s <= BEAT_STALE_S and beat.pending:
+        deadline_s = _allowed_s(beat.deadline_s, limits)
+        if beat.no_progress_s > deadline_s:
+            return beat.no_progress_s, deadline_s, beat.phase, "heartbeat file"
+    return None
+
+
+def _allowed_s(phase_deadline_s: float | None, limits: Limits) -> float:
+    """The engine's estimate for its phase may lengthen the limit, never shorten it: an estimate must not cost a restart."""
+    return max(phase_deadline_s or 0.0, limits.stall_s)
+
+
+def _draining(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
+    if evidence.first.state != "draining":
+        return None
+    return Verdict(
+        "api", "degraded", "draining", "The API is shutting down and takes no new questions.", "接口正在关闭，不再接受新问题。"
+    )
+
+
+def _key_refused(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
+    for answer in evidence.answers:
+        if answer.outcome == "rejected" and answer.status in (401, 403):
+            return Verdict(
+                "api", "broken", "key_refused", "The API refused the checker's key: GLM_API_KEY is not the one it was "
+                f"started with (HTTP {answer.status}).", f"接口拒绝了检查程序的密钥：GLM_API_KEY 与启动时不同（HTTP {answer.status}）。",
+                {"status": answer.status}, needed=limits.confirm_runs,
+            )  # fmt: skip
+    return None
+
+
+def _silent(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
+    """The kernel accepts connections, and the server does not answer."""
+    reply = evidence.last or evidence.first
+    if reply.answered or reply.outcome == "refused" or evidence.process.state == "gone":
+        return None
+    # A server that has written a heartbeat has started: its silence no longer belongs to the start.
+    if evidence.beat is None and _is_fresh(evidence):
+        return _coming_up(evidence)
+    beat_age_s = evidence.beat.beat_age_s if evidence.beat else None
+    facts = {"beat_age_s": beat_age_s, "process": evidence.process.state, "pid": evidence.process.pid}
+    if evidence.process.state != "stopped" and beat_age_s is not None and beat_age_s <= BEAT_STALE_S:
+        return _silent_but_beating(evidence, limits, facts)
+    age_en = "has no heartbeat" if beat_age_s is None else f"has not beaten for {beat_age_s:.0f} s"
+    age_zh = "没有心跳" if beat_age_s is None else f"已 {beat_age_s:.0f} 秒没有跳动"
+    frozen = evidence.process.state == "stopped"
+    long_enough = beat_age_s is None or beat_age_s >= limits.beat_s
+    return Verdict(
+        "api", "zombie", "frozen" if frozen else "loop_stands_still",
+        f"The API accepts connections but answers nothing, and its event loop {age_en}"
+        + (" (the process was stopped by a signal)." if frozen else "."),
+        f"接口接受连接但毫无应答，事件循环{age_zh}" + ("（进程被信号暂停）。" if frozen else "。"), facts,
+        f"no beat for {limits.beat_s:.0f} s, on {limits.confirm_runs} runs in a row",
+        # The heartbeat decides; without one, only more runs can replace it.
+        cure=long_enough, needed=limits.confirm_runs + (1 if beat_age_s is None else 0),
+    )  # fmt: skip
+
+
+def _silent_but_beating(evidence: ApiEvidence, limits: Limits, facts: dict[str, Any]) -> Verdict:
+    """A slow machine answers late too, so this takes more runs to confirm, and is never said while the engine has work."""
+    if evidence.beat is not None and evidence.beat.pending:
+        return Verdict(
+            "api", "busy", "slow_http", "The API is slow to answer over HTTP, but its event loop beats and its engine works.",
+            "接口 HTTP 响应缓慢，但事件循环仍在跳动，引擎仍在工作。", facts, f"a beat within {BEAT_STALE_S:.0f} s",
+        )  # fmt: skip
+    return Verdict(
+        "api", "zombie", "silent_but_beating", "The API does not answer over HTTP, although its event loop beats and its "
+        "engine is idle; connections may be exhausted.", "事件循环仍在跳动、引擎空闲，但接口没有 HTTP 响应，可能是连接耗尽。", facts,
+        f"on {limits.confirm_runs + 3} runs in a row", cure=True, needed=limits.confirm_runs + 3, attempts=1,
+    )  # fmt: skip
+
+
+def _is_fresh(evidence: ApiEvidence) -> bool:
+    return evidence.process.age_s is not None and evidence.process.age_s < FRESH_PROCESS_S
+
+
+def _coming_up(evidence: ApiEvidence) -> Verdict:
+    age_s = evidence.process.age_s or 0.0
+    return Verdict(
+        "api", "starting", "process_fresh", f"The process is {age_s:.0f} s old and opens its port soon.",
+        f"进程刚启动 {age_s:.0f} 秒，端口即将打开。", {"age_s": age_s}, f"{FRESH_PROCESS_S:.0f} s",
+    )  # fmt: skip
+
+
+def _nothing_listens(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
+    if evidence.first.outcome != "refused":
+        return None
+    if evidence.process.state == "unrecorded":
+        return Verdict(
+            "api", "dead", "not_started", f"Nothing listens at {evidence.url}, and no process was started here by start.sh.",
+            f"{evidence.url} 无人监听，本机也没有由 start.sh 启动的进程。", threshold="run ./start.sh",
+        )  # fmt: skip
+    if _is_fresh(evidence):
+        return _coming_up(evidence)
+    return Verdict(
+        "api", "dead", "port_closed", f"Process {evidence.process.pid} runs, but nothing listens at {evidence.url}.",
+        f"进程 {evidence.process.pid} 在运行，但 {evidence.url} 无人监听。", {"age_s": evidence.process.age_s},
+        f"{FRESH_PROCESS_S:.0f} s after its start",
+        cure=True, needed=limits.confirm_runs,
+    )  # fmt: skip
+
+
+def _busy(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
+    """Questions were rejected or not answered in time by an engine that makes steps or is within its deadline: busy, not dead."""
+    waiting = [answer for answer in evidence.answers if _turned_away(answer)]
+    failed = [answer for answer in evidence.answers if not answer.good and answer.outcome != "skipped" and answer not in waiting]
+    if not waiting or failed:
+        return None
+    reply = evidence.last or evidence.first
+    steps_en = steps_zh = ""
+    if _made_steps(evidence) and evidence.first.steps is not None and reply.steps is not None:
+        steps_en = f", while the engine made {reply.steps - evidence.first.steps} steps"
+        steps_zh = f"，期间引擎前进了 {reply.steps - evidence.first.steps} 步"
+    elif not reply.pending:
+        return None
+    elif not _made_steps(evidence):
+        allowed_s = _allowed_s(reply.deadline_s, limits)
+        steps_en = f", and one step is under way for {reply.no_progress_s or 0:.0f} s of {allowed_s:.0f} allowed"
+        steps_zh = f"，当前一步已进行 {reply.no_progress_s or 0:.0f} 秒（允许 {allowed_s:.0f} 秒）"
+    slowest = waiting[0]
+    return Verdict(
+        "api", "busy", "busy", f"It is busy: a question got no answer within {slowest.seconds:.0f} s{steps_en}.",
+        f"服务繁忙：{slowest.seconds:.0f} 秒内没有轮到提问{steps_zh}。",
+        {"pending": reply.pending, "no_progress_s": reply.no_progress_s, "phase": reply.phase},
+        "steps are made, or the phase is within its deadline",
+    )  # fmt: skip
+
+
+def _unanswered(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
+    """The engine is idle, but a question got no answer."""
+    lost = [answer for answer in evidence.answers if _turned_away(answer)]
+    if not lost:
+        return None
+    what = lost[0].detail or "no answer"
+    return Verdict(
+        "api", "broken", "lost_question", f"The engine says it is idle, but a {lost[0].kind} question got no answer: {what}.",
+        f"引擎显示空闲，但{_kind_zh(lost[0])}提问没有回答：{what}。", {"seconds": lost[0].seconds},
+        f"on {limits.confirm_runs} runs in a row", cure=True, needed=limits.confirm_runs, attempts=2,
+    )  # fmt: skip
+
+
+def _failed(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
+    failed = [answer for answer in evidence.answers if not answer.good and answer.outcome != "skipped"]
+    if not failed:
+        return None
+    first = failed[0]
+    good = [answer.kind for answer in evidence.answers if answer.good]
+    besides_en = f" ({good[0]} questions still work)" if good else ""
+    besides_zh = f"（{'文字' if good[0] == 'text' else '图片'}提问仍正常）" if good else ""
+    if first.outcome == "wrong":
+        en = f"The {first.kind} question was answered wrongly: expected {first.expected}, got {first.text!r}{besides_en}."
+        zh = f"{_kind_zh(first)}提问的回答有误：应为 {first.expected}，实为 {first.text!r}{besides_zh}。"
+    else:
+        what = first.detail or f"HTTP {first.status}"
+        en = f"The {first.kind} question failed: {what}{besides_en}."
+        zh = f"{_kind_zh(first)}提问失败：{what}{besides_zh}。"
+    # What the server rejects as a bad request is rejected by the next process too.
+    curable = not (first.outcome == "rejected" and 400 <= first.status < 500)
+    return Verdict(
+        "api", "broken", f"{first.kind}_{first.outcome}", en, zh,
+        {"status": first.status, "expected": first.expected, "answer": first.text},
+        f"on {limits.confirm_runs} runs in a row", cure=curable, needed=limits.confirm_runs, attempts=2,
+    )  # fmt: skip
+
+
+def _turned_away(answer: Answer) -> bool:
+    return answer.outcome == "silent" or (answer.outcome == "rejected" and answer.status in (429, 503))
+
+
+def _made_steps(evidence: ApiEvidence) -> bool:
+    if evidence.last is None or evidence.last.steps is None or evidence.first.steps is None:
+        return False
+    return evidence.last.steps > evidence.first.steps
+
+
+def _kind_zh(answer: Answer) -> str:
+    return "文字" if answer.kind == "text" else "图片"

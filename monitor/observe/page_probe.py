@@ -1,0 +1,80 @@
+"""Probes the page: its health route, the WebSocket that a browser needs, its script, and the way through a reverse proxy.
+
+Every probe ends at its deadline. Judges nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from urllib.parse import quote
+
+from websockets.exceptions import InvalidHandshake, InvalidStatus
+from websockets.sync.client import connect
+from websockets.typing import Subprotocol
+
+from monitor.judge.evidence import PageEvidence, PageReply
+from monitor.observe.exchange import Deadline, exchange, failure, since
+from settings import Settings
+
+LIMIT_S = 10.0
+CLOSE_LIMIT_S = 0.5
+
+
+def probe_page(settings: Settings, with_script: bool) -> PageEvidence:
+    """Takes at most four times LIMIT_S. `with_script` also runs the page's script, which costs the page some work."""
+    url = page_url(settings)
+    health = get(f"{url}/_stcore/health", LIMIT_S)
+    if not health.good:
+        return PageEvidence(url, health=health)
+    # Everything behind the health route needs the token.
+    query = f"?token={quote(settings.web_token.get_secret_value())}" if settings.web_token else ""
+    websocket = handshake(f"{url}/_stcore/stream{query}", LIMIT_S)
+    script = get(f"{url}/_stcore/script-health-check{query}", LIMIT_S) if with_script else None
+    front: PageReply | None = None
+    if settings.front_url:
+        front_url = settings.front_url.rstrip("/")
+        front = get(f"{front_url}/_stcore/health", LIMIT_S)
+        if front.good:
+            front = handshake(f"{front_url}/_stcore/stream{query}", LIMIT_S)
+    return PageEvidence(url, health=health, websocket=websocket, script=script, front=front)
+
+
+def page_url(settings: Settings) -> str:
+    host = settings.web_host
+    if host in ("", "0.0.0.0", "::"):
+        host = "127.0.0.1"
+    return f"http://{f'[{host}]' if ':' in host else host}:{settings.web_port}"
+
+
+def get(url: str, limit_s: float) -> PageReply:
+    reply = exchange(url, limit_s)
+    body = reply.body.decode("utf-8", "replace").strip()[:200] if reply.status not in (0, 200) else ""
+    return PageReply(reply.outcome, reply.seconds, reply.status, reply.detail or body)
+
+
+def handshake(url: str, limit_s: float) -> PageReply:
+    """A WebSocket handshake (RFC 6455) as a browser makes it: the health route may answer while no browser can connect.
+
+    `url` starts with http(s). Good means status 101 and the right Sec-WebSocket-Accept.
+    """
+    late = PageReply("silent", limit_s, detail=f"no handshake within {limit_s:.1f} s")
+    return Deadline(partial(_shake_hands, url, limit_s), limit_s, late).result()
+
+
+def _shake_hands(url: str, limit_s: float) -> PageReply:
+    started = time.monotonic()
+    try:
+        with connect(
+            "ws" + url.removeprefix("http"), subprotocols=[Subprotocol("streamlit")], compression=None, proxy=None,
+            user_agent_header="health_check", open_timeout=limit_s, close_timeout=CLOSE_LIMIT_S,
+        ):  # fmt: skip
+            return PageReply("answered", since(started), 101)
+    except InvalidStatus as error:
+        status = error.response.status_code
+        return PageReply("answered", since(started), status, f"HTTP {status} instead of 101")
+    except InvalidHandshake as error:
+        return PageReply("failed", since(started), 101, f"the handshake is invalid: {error}"[:200])
+    except Exception as error:
+        broken = failure(error, started, limit_s)
+        return PageReply(broken.outcome, broken.seconds, detail=broken.detail)
