@@ -1,6 +1,7 @@
 """The rules of the house: who may import whom, and names that say something."""
 
 import ast
+import re
 import subprocess
 from pathlib import Path
 
@@ -66,69 +67,44 @@ def test_the_checker_stays_light():
     assert offenders(paths, lambda n: n.split(".")[0] in HEAVY) == []
 
 
-# From the top: each room may import itself and those below it.
-ROOMS_OF_THE_PAGE = (
-    "server",      # the process and Streamlit's options
-    "app",         # the script that Streamlit runs
-    "console",     # the operator's page
-    "chat",        # the page of questions and answers
-    "history",     # conversations and their store
-    "images",      # images of a question, boxes of an answer
-    "api_client",  # HTTP to the API
-    "access",      # who may see the page
-    "samples",     # the images of an empty chat
-    "safe_text",   # untrusted Markdown
-    "i18n",        # what people read
-)  # fmt: skip
 WITHOUT_STREAMLIT = ("web/images/", "web/api_client/", "web/access.py", "web/samples/", "web/safe_text.py", "web/i18n/")
+PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+# Each line of the block: a package, and its rooms from the top.
+ORDERS = dict(line.split(maxsplit=1) for line in re.search(r"```rooms\n(.*?)```", PAGE, re.DOTALL)[1].splitlines())
 
 
-def test_rooms_of_the_page_import_downwards():
+@pytest.mark.parametrize("package", ORDERS)
+def test_rooms_import_downwards(package):
+    rooms = ORDERS[package].split(" > ")
+
     def room(module: str) -> int:
-        return ROOMS_OF_THE_PAGE.index(module.split(".")[1])
+        return rooms.index(module.removeprefix(f"{package}.").split(".")[0])
 
-    files = [p for p in sources("web/") if p.as_posix() != "web/__init__.py"]
+    folder = Path(package.replace(".", "/"))
     upwards = [
         f"{path} imports {name}"
-        for path in files
+        for path in sources(f"{folder.as_posix()}/")
+        if path != folder / "__init__.py"
         for name in sorted(imports(path))
-        if name.startswith("web.") and room(name) < room(".".join(path.with_suffix("").parts))
-    ]
-    assert upwards == []
-    assert offenders(sources(*WITHOUT_STREAMLIT), lambda n: n.split(".")[0] == "streamlit") == []
-
-
-# From the top: each room may import itself and those below it.
-ROOMS_OF_THE_API = (
-    "server",    # the process: settings, signals, uvicorn
-    "app",       # the application: routes, middleware, the engine's life
-    "routes",    # one file for each family of endpoints
-    "state",     # what a running server consists of; known to the app and the routes only
-    "requests",  # admission, the life of one request, prompts, sampling parameters
-    "protocol",  # requests and answers as the wires have them
-    "images",    # fetching and decoding
-    "http",      # the connection, keys, the log
-    "health",    # heartbeat, metrics, fault injection
-    "parsing",   # what the model writes
-    "errors",    # what a caller can be told
-    "caller",    # who asks
-    "engine",    # tokens and tensors
-)  # fmt: skip
-
-
-def test_rooms_of_the_api_import_downwards():
-    def room(module: str) -> int:
-        return ROOMS_OF_THE_API.index(module.split(".")[1])
-
-    files = [p for p in sources("api/") if p.as_posix() != "api/__init__.py"]
-    upwards = [
-        f"{path} imports {name}"
-        for path in files
-        for name in sorted(imports(path))
-        if name.startswith("api.") and name != "api.__version__"
+        if name.startswith(f"{package}.") and name != "api.__version__"
         if room(name) < room(".".join(path.with_suffix("").parts))
     ]
     assert upwards == []
+
+
+def test_the_store_of_the_checker_only_reads_and_writes_rows():
+    assert offenders(sources("monitor/store/"), lambda n: n.startswith(("monitor.act", "monitor.observe"))) == []
+
+
+def test_parts_of_the_page_without_streamlit():
+    assert offenders(sources(*WITHOUT_STREAMLIT), lambda n: n.split(".")[0] == "streamlit") == []
+
+
+def test_every_file_that_the_architecture_names_exists():
+    named = re.findall(r"`([a-z_/]+\.py)`", PAGE)
+
+    assert len(named) > 30
+    assert [name for name in named if not (ROOT / name).is_file()] == []
 
 
 def test_names_say_something():
