@@ -15,15 +15,15 @@ from api.protocol.validation import Strict, check, parse_json, parse_object, sho
 
 # Notes for the caller's own use; they have no effect on the answer.
 HARMLESS = {
-    "user": "a note of the caller's",
-    "metadata": "a note of the caller's",
+    "user": "for the caller's own use",
+    "metadata": "for the caller's own use",
     "store": "nothing is stored here",
-    "safety_identifier": "a note of the caller's",
-    "prompt_cache_key": "prompts are found again by their content",
-    "prompt_cache_retention": "prompts stay as long as there is memory",
+    "safety_identifier": "for the caller's own use",
+    "prompt_cache_key": "prompts are cached by their content",
+    "prompt_cache_retention": "prompts are cached while there is memory",
     "service_tier": "there is one tier",
 }
-# Fields of other servers, accepted when they ask for what happens anyway.
+# Fields of other servers, accepted with the one value that matches what this server does.
 WITHOUT_EFFECT: dict[str, Any] = {
     "modalities": ["text"],
     "best_of": 1,

@@ -91,7 +91,7 @@ def _add_ignored(chat: dict[str, Any]) -> None:
     for name, why in HARMLESS.items():
         chat["properties"][name] = {"description": f"Accepted without effect: {why}."}
     for name, value in WITHOUT_EFFECT.items():
-        chat["properties"][name] = {"enum": [value, None], "description": "Only what happens anyway."}
+        chat["properties"][name] = {"enum": [value, None], "description": "Accepted with this value only."}
 
 
 def _error() -> dict[str, Any]:

@@ -9,34 +9,34 @@ from typing import Any
 from api.protocol.schemas import EFFORT_TOKENS, HARMLESS, MAX_BIASES, MAX_STOP, WITHOUT_EFFECT, ChatRequest
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "api.md"
-_PLACE = re.compile(r"(<!-- fields: .*? -->\n).*?(<!-- end of fields -->)", re.DOTALL)
+_TABLE = re.compile(r"(<!-- fields: .*? -->\n).*?(<!-- end of fields -->)", re.DOTALL)
 NOTES = {
-    "messages": "roles system, developer, user, assistant, tool; text and pictures",
+    "messages": "roles system, developer, user, assistant, tool; text and images",
     "model": "must be the one that is served",
-    "max_tokens": "longest answer, and never past the context; without it GLM_DEFAULT_MAX_TOKENS",
+    "max_tokens": "longest answer, limited by the context; default GLM_DEFAULT_MAX_TOKENS",
     "max_completion_tokens": "the newer name of `max_tokens`",
-    "min_tokens": "no end before so many tokens",
-    "ignore_eos": "go on to the longest answer; for benchmarks",
-    "stop": f"one string or up to {MAX_STOP}; not looked for in thoughts",
-    "n": "choices; of one seed each gets its own",
+    "min_tokens": "the answer does not end before so many tokens",
+    "ignore_eos": "continue to the longest answer; for benchmarks",
+    "stop": f"one string or up to {MAX_STOP}; not searched in reasoning",
+    "n": "number of choices; each derives its own seed from `seed`",
     "loop_window": "end with `repetition` when so many tokens repeat one pattern; 0: never; default GLM_LOOP_WINDOW",
     "temperature": "0 is greedy",
-    "top_k": "0 and -1 cut nothing",
-    "min_p": "drops tokens less likely than this part of the best one",
+    "top_k": "0 and -1: no limit",
+    "min_p": "drops tokens less probable than this fraction of the most probable one",
     "logit_bias": f"token id to a bias from -100 to 100; up to {MAX_BIASES}",
-    "seed": "the same seed, the same text, whatever else is running",
+    "seed": "the same seed gives the same text, whatever else is running",
     "stream_options": "`include_usage`",
     "logprobs": "of every token",
     "top_logprobs": "alternatives; needs `logprobs`",
     "response_format": "`text`, `json_object`, `json_schema`; enforced",
-    "tools": "functions with JSON schemas; `strict` binds their calls",
+    "tools": "functions with JSON schemas; `strict` constrains their calls",
     "tool_choice": "`auto`, `none`, `required`, or a named function",
     "parallel_tool_calls": "false: at most one call",
     "chat_template_kwargs": "`enable_thinking`",
-    "reasoning_effort": "`none` does not think; "
+    "reasoning_effort": "`none`: no reasoning; "
     + ", ".join(f"`{word}` {'any length' if n is None else f'up to {n} tokens'}" for word, n in EFFORT_TOKENS.items()),
-    "thinking_token_budget": "longest thinking part, in tokens; wins over `reasoning_effort`",
-    "cache_salt": "nothing is shared with requests of another salt; keys never share",
+    "thinking_token_budget": "longest reasoning, in tokens; overrides `reasoning_effort`",
+    "cache_salt": "no cache is shared with requests of another salt, nor ever between keys",
 }
 
 
@@ -45,12 +45,12 @@ def table() -> str:
     rows = ["| Field | Values | What it does |", "| --- | --- | --- |"]
     rows += [f"| `{name}` | {_values(shape)} | {NOTES.get(name, '')} |" for name, shape in properties.items()]
     rows += [f"| `{name}` | any | ignored: {why} |" for name, why in HARMLESS.items()]
-    rows += [f"| `{name}` | `{_json(value)}` | only what happens anyway |" for name, value in WITHOUT_EFFECT.items()]
+    rows += [f"| `{name}` | `{_json(value)}` | accepted with this value only |" for name, value in WITHOUT_EFFECT.items()]
     return "\n".join([*rows, "| anything else | | 400 that names it |"]) + "\n"
 
 
 def with_table(page: str) -> str:
-    return _PLACE.sub(lambda match: f"{match[1]}{table()}{match[2]}", page)
+    return _TABLE.sub(lambda match: f"{match[1]}{table()}{match[2]}", page)
 
 
 def _values(shape: dict[str, Any]) -> str:
