@@ -195,7 +195,7 @@ class Trainer:
             self.step += 1
             shown.append(loss)
             bar.update()
-            if self.step % 20 == 0 and self.rank == 0:
+            if (self.step % 20 == 0 or self.step == options.steps) and self.rank == 0:
                 bar.set_postfix(loss=f"{np.mean(shown[-20:]):.4f}", **{k: f"{v:.4f}" for k, v in self.parts.items()})
             if self.rank == 0 and (time.monotonic() - saved > options.save_every_s or self.step == options.steps):
                 self._save()
