@@ -62,6 +62,17 @@ def known_outlines(shape: str) -> list[np.ndarray]:
     return [outline(draw_shapes([("blue", shape)], size=(224, 224), seed=seed), "blue") for seed in range(30)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def outlines_known() -> None:
+    learn_outlines()
+
+
+def learn_outlines() -> None:
+    """Before the first question: drawing them may take longer than a question may."""
+    for name in NAMES:
+        known_outlines(name)
+
+
 def completion(text: str) -> dict:
     return {"choices": [{"message": {"role": "assistant", "content": text}}]}
 

@@ -60,8 +60,9 @@ def test_runs_with_an_empty_environment_from_another_folder(copy, tmp_path):
 
 
 def test_healthy_service_exits_0(copy, tmp_path, service, behaviour):
-    from test_check import completion, seen
+    from test_check import completion, learn_outlines, seen
 
+    learn_outlines()
     behaviour.reply = lambda body: (200, completion(seen(body)))
     (copy / ".env").write_text(f"GLM_API_PORT={service}\nGLM_WEB_PORT={service}\n")
 
@@ -138,8 +139,9 @@ def test_unwritable_log_folder_does_not_hide_the_verdict(copy, tmp_path):
 
 
 def test_a_healthy_run_stays_below_60_mb_and_loads_nothing_large(copy, tmp_path, service, behaviour):
-    from test_check import completion, seen
+    from test_check import completion, learn_outlines, seen
 
+    learn_outlines()
     behaviour.reply = lambda body: (200, completion(seen(body)))
     (copy / ".env").write_text(f"GLM_API_PORT={service}\nGLM_WEB_PORT={service}\n")
     code = (
