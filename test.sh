@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# ./test.sh [pytest arguments]   sets up what the tests need and checks everything: ruff, shellcheck, pytest.
+# ./test.sh [pytest arguments]   sets up what the tests need and checks everything: ruff, shellcheck, mypy, pytest.
 #
+# Without arguments all tests run, in parallel, and the coverage of each package is printed and must not fall.
 # Where CI=true a skipped test counts as a failure. Exit code 0 only if every check passed.
 set -euo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
@@ -47,6 +48,7 @@ check() { # NAME COMMAND...
 check ruff "$PYTHON" -m ruff check .
 mapfile -t scripts < <(find . -path ./.venv -prune -o -name '*.sh' -print | sort)
 check shellcheck shellcheck -x "${scripts[@]}" .ci/run
+check mypy "$PYTHON" -m mypy
 
 # pytest comes last, so that its closing line ends the output.
 say "== pytest"
