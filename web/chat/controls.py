@@ -48,8 +48,8 @@ class RequestOptions:
 
 def key(name: str) -> str:
     """A widget's key. "Back to the model's defaults" gives every widget a new key, and so its default value."""
-    round_ = st.session_state.get("options_version", 0)
-    return f"{name}-{round_}" if round_ else name
+    version = st.session_state.get("options_version", 0)
+    return f"{name}-{version}" if version else name
 
 
 def keep_values() -> None:
@@ -185,7 +185,7 @@ def _tools(texts: Texts, problems: list[str]) -> list[dict[str, Any]]:
 @st.fragment
 def _reset_button(texts: Texts) -> None:
     if st.button(texts("side.reset"), icon=":material/restart_alt:", width="stretch", key="reset"):
-        st.session_state["options_version"] = st.session_state.get("wishes_round", 0) + 1
+        st.session_state["options_version"] = st.session_state.get("options_version", 0) + 1
         st.rerun()
 
 

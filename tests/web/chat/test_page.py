@@ -35,7 +35,6 @@ def open_page(fake_api: FakeApi, own_settings: None, monkeypatch: pytest.MonkeyP
     return open_it
 
 
-
 def test_the_empty_page_says_who_answers_and_what_it_knows(open_page: OpenPage) -> None:
     page = open_page()
 
@@ -129,6 +128,17 @@ def test_thinking_and_temperature_go_with_the_question(open_page: OpenPage, fake
     body = fake_api.received[0].body
     assert body["chat_template_kwargs"] == {"enable_thinking": False}
     assert (body["temperature"], body["max_tokens"]) == (0.7, 64)
+
+
+def test_options_are_reset_to_the_model_s_defaults_each_time(open_page: OpenPage) -> None:
+    page = open_page()
+    for number in range(2):
+        page.slider(key=f"temperature-{number}" if number else "temperature").set_value(0.7)
+        page.run()
+
+        page.button(key="reset").click().run()
+
+        assert page.slider(key=f"temperature-{number + 1}").value == 0.0
 
 
 def test_boxes_are_drawn_on_the_picture(open_page: OpenPage, fake_api: FakeApi) -> None:
