@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import socket
+import threading
+import time
+from contextlib import suppress
+
 import pytest
 from page_process import free_port
 from web_fake_api import FakeApi
 
-from web.api_client.client import ApiClient, ApiError, named_failure
+from web.api_client import client
+from web.api_client.client import ApiClient, ApiError, classify_error
 
 
 def test_health_tells_the_state_and_the_loading_progress(fake_api: FakeApi) -> None:
@@ -26,6 +32,30 @@ def test_an_api_that_works_is_ready(fake_api: FakeApi, state: str) -> None:
 
 def test_an_api_that_is_not_there_is_down() -> None:
     assert ApiClient(f"http://127.0.0.1:{free_port()}").health().state == "down"
+
+
+def test_a_response_that_trickles_ends_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "STATUS_DEADLINE_S", 0.3)
+    gone = threading.Event()
+
+    def trickle() -> None:
+        connection, _ = listener.accept()
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+        with suppress(OSError):
+            while not gone.wait(0.05):
+                connection.sendall(b" ")
+        connection.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = threading.Thread(target=trickle)
+        server.start()
+        started = time.monotonic()
+
+        assert ApiClient(f"http://127.0.0.1:{listener.getsockname()[1]}").health_body() == {}
+
+        assert time.monotonic() - started < 2
+        gone.set()
+        server.join()
 
 
 def test_info_names_the_model_and_what_the_demo_knows(fake_api: FakeApi) -> None:
@@ -76,4 +106,4 @@ def test_the_right_key_opens_the_api() -> None:
     ],
 )
 def test_each_failure_of_the_api_has_a_name(status: int, error: dict[str, str], kind: str) -> None:
-    assert named_failure(status, error).kind == kind
+    assert classify_error(status, error).kind == kind
