@@ -18,27 +18,27 @@ TOKEN = "open sesame"
 
 
 def test_a_cookie_is_worth_nothing_with_another_token_or_another_id() -> None:
-    cookie = VisitorCookies(TOKEN).renewed(None)
+    cookie = VisitorCookies(TOKEN).renew(None)
     visitor, _, signature = cookie.partition(".")
 
-    assert VisitorCookies(TOKEN).read(cookie) == visitor
-    assert VisitorCookies("new token").read(cookie) is None
-    assert VisitorCookies(TOKEN).read(f"{'A' * 22}.{signature}") is None
-    assert VisitorCookies(TOKEN).read(f"{visitor}.") is None
-    assert VisitorCookies(TOKEN).read(f"{visitor}.\xe9") is None
-    assert VisitorCookies(TOKEN).read(None) is None
+    assert VisitorCookies(TOKEN).visitor_of(cookie) == visitor
+    assert VisitorCookies("new token").visitor_of(cookie) is None
+    assert VisitorCookies(TOKEN).visitor_of(f"{'A' * 22}.{signature}") is None
+    assert VisitorCookies(TOKEN).visitor_of(f"{visitor}.") is None
+    assert VisitorCookies(TOKEN).visitor_of(f"{visitor}.\xe9") is None
+    assert VisitorCookies(TOKEN).visitor_of(None) is None
 
 
 def test_whoever_comes_back_with_a_new_token_keeps_the_chats() -> None:
-    old = VisitorCookies(TOKEN).renewed(None)
+    old = VisitorCookies(TOKEN).renew(None)
 
-    new = VisitorCookies("new token").renewed(old)
+    new = VisitorCookies("new token").renew(old)
 
-    assert VisitorCookies("new token").read(new) == VisitorCookies(TOKEN).read(old)
+    assert VisitorCookies("new token").visitor_of(new) == VisitorCookies(TOKEN).visitor_of(old)
 
 
 def test_two_browsers_are_two_visitors() -> None:
-    assert VisitorCookies(TOKEN).renewed(None) != VisitorCookies(TOKEN).renewed(None)
+    assert VisitorCookies(TOKEN).renew(None) != VisitorCookies(TOKEN).renew(None)
 
 
 class Client:
@@ -206,7 +206,7 @@ IRREGULAR_COOKIES = (
 
 def test_no_cookie_of_another_program_locks_a_browser_out(page_server: Callable[..., Server]) -> None:
     running = page_server(GLM_WEB_TOKEN=TOKEN, GLM_API_URL="http://127.0.0.1:9")
-    ours = f"{COOKIE}={VisitorCookies(TOKEN).renewed(None)}".encode()
+    ours = f"{COOKIE}={VisitorCookies(TOKEN).renew(None)}".encode()
     upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13",
                "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA=="}  # fmt: skip
 

@@ -321,15 +321,15 @@ TABLE: dict[str, dict[str, str]] = {
         "en": "Something went wrong in this page. Reload it; if it lasts, tell the operator the number {id}.",
         "zh": "页面出错了。请刷新；如果一直如此，请把编号 {id} 告知管理员。",
     },
-    # The gate.
-    "gate.title": {"en": "This page is private", "zh": "此页面需要访问令牌"},
-    "gate.how": {
+    # The login page.
+    "login.title": {"en": "This page is private", "zh": "此页面需要访问令牌"},
+    "login.how": {
         "en": "Ask the operator for the link with the token, or enter the token here.",
         "zh": "请向管理员索取带令牌的链接，或在此输入令牌。",
     },
-    "gate.token": {"en": "Token", "zh": "令牌"},
-    "gate.open": {"en": "Open", "zh": "进入"},
-    "gate.wrong": {
+    "login.token": {"en": "Token", "zh": "令牌"},
+    "login.open": {"en": "Open", "zh": "进入"},
+    "login.wrong": {
         "en": "This token is not right. Copy it again; the operator finds it as GLM_WEB_TOKEN in the file .env.",
         "zh": "令牌不正确。请重新复制；管理员可在 .env 文件的 GLM_WEB_TOKEN 中找到它。",
     },
