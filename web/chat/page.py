@@ -373,7 +373,7 @@ class ChatRun:
                     now = time.monotonic()
                     for event in batch:
                         turn.answer.apply(event, now)
-                    chats.save_now_and_then(conversation)
+                    chats.save_periodically(conversation)
                     live.draw()
         except ApiError as error:
             turn.answer.fail(error, time.monotonic())

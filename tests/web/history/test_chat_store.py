@@ -122,9 +122,9 @@ def test_a_deleted_picture_is_not_left_in_the_file(store: ChatStore, tmp_path: P
 def test_chats_that_nobody_used_are_forgotten(store: ChatStore, tmp_path: Path) -> None:
     store.save("me", chat("old", image()))
 
-    store.forget_old(time.time() + 29 * DAY_S)
+    store.delete_old(time.time() + 29 * DAY_S)
     assert len(store.summaries("me")) == 1
-    store.forget_old(time.time() + 31 * DAY_S)
+    store.delete_old(time.time() + 31 * DAY_S)
 
     assert store.summaries("me") == []
     assert rows(tmp_path / FILE_NAME, "picture_bytes") == 0
