@@ -218,7 +218,7 @@ class Conversation:
         turn.answer.sent = self._to_send()
         return turn
 
-    def give_results(self, results: tuple[ToolResult, ...]) -> Turn:
+    def ask_with_results(self, results: tuple[ToolResult, ...]) -> Turn:
         """Append a turn with the results of the tools that the last answer called."""
         turn = Turn("", results=results)
         self.turns.append(turn)

@@ -10,25 +10,25 @@ from web.chat.presets import OBJECTS_SCHEMA
 
 @pytest.mark.parametrize("text", ["A red circle.", "[see above] it is red", "{not json"])
 def test_plain_words_are_not_taken_for_json(text: str) -> None:
-    assert json_answer.read(text, None) is None
+    assert json_answer.parse(text, None) is None
 
 
 def test_json_that_fits_has_no_problem() -> None:
-    read = json_answer.read('{"objects": [{"color": "red", "shape": "star"}]}', OBJECTS_SCHEMA)
+    read = json_answer.parse('{"objects": [{"color": "red", "shape": "star"}]}', OBJECTS_SCHEMA)
 
     assert read is not None
     assert (read.is_json, read.problem) == (True, "")
 
 
 def test_json_between_marks_is_read() -> None:
-    read = json_answer.read('```json\n{"a": 1}\n```', {})
+    read = json_answer.parse('```json\n{"a": 1}\n```', {})
 
     assert read is not None
     assert read.value == {"a": 1}
 
 
 def test_what_does_not_fit_is_named_with_its_place() -> None:
-    read = json_answer.read('{"objects": [{"color": "red", "shape": 7}]}', OBJECTS_SCHEMA)
+    read = json_answer.parse('{"objects": [{"color": "red", "shape": 7}]}', OBJECTS_SCHEMA)
 
     assert read is not None
     assert read.where == "$.objects[0].shape"
@@ -36,7 +36,7 @@ def test_what_does_not_fit_is_named_with_its_place() -> None:
 
 
 def test_text_where_json_was_wanted_is_a_problem() -> None:
-    read = json_answer.read('{"objects": [', OBJECTS_SCHEMA)
+    read = json_answer.parse('{"objects": [', OBJECTS_SCHEMA)
 
     assert read is not None
     assert not read.is_json
@@ -44,7 +44,7 @@ def test_text_where_json_was_wanted_is_a_problem() -> None:
 
 
 def test_a_very_deep_answer_is_a_problem_and_no_crash() -> None:
-    read = json_answer.read("[" * 100_000, {})
+    read = json_answer.parse("[" * 100_000, {})
 
     assert read is not None
     assert not read.is_json
@@ -53,10 +53,10 @@ def test_a_very_deep_answer_is_a_problem_and_no_crash() -> None:
 @pytest.mark.parametrize(("text", "why"), [("{", "Expecting"), ("[]", "not an object"), ('{"type": "nothing"}', "nothing")])
 def test_a_schema_that_is_none_says_why(text: str, why: str) -> None:
     with pytest.raises(ValueError, match=why):
-        json_answer.read_schema(text)
+        json_answer.parse_schema(text)
 
 
 @pytest.mark.parametrize("text", ["{}", '["a"]', "nonsense"])
 def test_tools_that_are_none_are_refused(text: str) -> None:
     with pytest.raises(ValueError):
-        json_answer.read_tools(text)
+        json_answer.parse_tools(text)

@@ -230,7 +230,7 @@ def test_what_a_tool_gave_goes_back_with_the_call_that_asked_for_it() -> None:
     turn.answer.apply(Finished("tool_calls"), 2.0)
     assert turn.answer.awaits_tool_results
 
-    given = conversation.give_results((ToolResult("call-7", "count", "3"),))
+    given = conversation.ask_with_results((ToolResult("call-7", "count", "3"),))
 
     question, call, result = conversation.messages(url_of)
     assert kinds(question) == ["image_url", "text"]
