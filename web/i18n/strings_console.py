@@ -20,7 +20,7 @@ TABLE: dict[str, dict[str, str]] = {
     "console.context": {"en": "{count} tokens of context", "zh": "上下文 {count} token"},
     "console.slots": {"en": "{count} answers at once", "zh": "并发 {count}"},
     "console.phase": {"en": "engine: {phase}", "zh": "引擎：{phase}"},
-    # The sentence on top.
+    # The current state.
     "state.never": {"en": "No data: nothing has checked this service yet.", "zh": "无数据：尚未进行过检查。"},
     "state.stale": {
         "en": "No data: the last check was {age} ago and said \"{word}\". Is the checker running?",
@@ -64,7 +64,7 @@ TABLE: dict[str, dict[str, str]] = {
     "figure.uptime_24h": {"en": "Up, 24 h", "zh": "可用率 24 小时"},
     "figure.uptime_7d": {"en": "Up, 7 days", "zh": "可用率 7 天"},
     "figure.uptime_30d": {"en": "Up, 30 days", "zh": "可用率 30 天"},
-    "figure.seen": {
+    "figure.coverage": {
         "en": "Of the checks that could judge. {share} % of this time was checked at all.",
         "zh": "按能够判断的检查计算；此时间段内有 {share}% 被检查过。",
     },
@@ -135,13 +135,13 @@ TABLE: dict[str, dict[str, str]] = {
         "zh": "规则 {rule} · 重启 {restarts} 次 · 事件 {id}",
     },
     "incident.evidence": {"en": "Evidence that was saved", "zh": "已保存的证据"},
-    "moment.began": {"en": "began:", "zh": "开始："},
-    "moment.flip": {"en": "changed:", "zh": "变化："},
-    "moment.action": {"en": "acted:", "zh": "操作："},
-    "moment.alert_sent": {"en": "alert sent:", "zh": "告警已发送："},
-    "moment.alert_waits": {"en": "alert not delivered yet:", "zh": "告警尚未送达："},
-    "moment.recovered": {"en": "good again", "zh": "恢复正常"},
-    "moment.closed": {"en": "closed", "zh": "已关闭"},
+    "timeline.began": {"en": "began:", "zh": "开始："},
+    "timeline.flip": {"en": "changed:", "zh": "变化："},
+    "timeline.action": {"en": "acted:", "zh": "操作："},
+    "timeline.alert_sent": {"en": "alert sent:", "zh": "告警已发送："},
+    "timeline.alert_waits": {"en": "alert not delivered yet:", "zh": "告警尚未送达："},
+    "timeline.recovered": {"en": "good again", "zh": "恢复正常"},
+    "timeline.closed": {"en": "closed", "zh": "已关闭"},
     # Requests of operators.
     "request.title": {"en": "What operators asked for", "zh": "操作请求"},
     "request.no_checker": {

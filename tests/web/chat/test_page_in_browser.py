@@ -146,7 +146,7 @@ def test_the_fake_api_tells_what_the_real_one_tells(real_api: Server) -> None:
     assert set(INFO["limits"]) <= set(info["limits"])
     assert set(INFO["generation"]) <= set(info["generation"])
     assert set(HEALTH) <= set(health)
-    assert api_metrics.read(api.metrics_text()).kv_used is not None
+    assert api_metrics.parse(api.metrics_text()).kv_used is not None
 
 
 def test_stop_in_the_middle_keeps_what_was_written_and_frees_the_model(fake_page: Page, fake_api: FakeApi) -> None:

@@ -71,7 +71,7 @@ def test_uptime_counts_the_checks_that_could_judge(tmp_path: Path) -> None:
 
     # 61 good checks, 30 bad ones, 30 that could not judge.
     assert found.share == pytest.approx(61 / 91)
-    assert found.seen == pytest.approx(1, abs=0.02)
+    assert found.coverage == pytest.approx(1, abs=0.02)
 
 
 def test_time_without_checks_lowers_what_was_seen_and_not_the_uptime(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_time_without_checks_lowers_what_was_seen_and_not_the_uptime(tmp_path: P
     found = check_history.uptime(history.minutes, "api", 60, DAY_S, NOW)
 
     assert found.share == 1
-    assert found.seen == pytest.approx(0.25, abs=0.01)
+    assert found.coverage == pytest.approx(0.25, abs=0.01)
 
 
 def test_a_target_that_was_never_checked_has_no_uptime(tmp_path: Path) -> None:

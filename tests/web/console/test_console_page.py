@@ -19,7 +19,7 @@ from web_fake_api import FakeApi
 from monitor.store.store import Store
 from monitor.tell.alerts import queue
 from settings import Settings
-from web.console.page import duration, percent_down
+from web.console.page import format_duration, percent_rounded_down
 from web.i18n.strings import Texts
 
 APP = Path(__file__).resolve().parents[3] / "web" / "app.py"
@@ -171,12 +171,12 @@ def test_actions_open_for_the_right_token_only(open_console: OpenConsole) -> Non
     ("seconds", "text"), [(0, "0 s"), (59, "59 s"), (60, "1 min"), (7800, "2 h 10 min"), (86400, "1 d"), (86460, "1 d")]
 )
 def test_a_duration_has_its_two_largest_units(seconds: float, text: str) -> None:
-    assert duration(seconds, Texts("en")) == text
+    assert format_duration(seconds, Texts("en")) == text
 
 
 @pytest.mark.parametrize(("share", "text"), [(1.0, "100"), (0.99996, "99.99"), (0.5, "50"), (0.0, "0"), (0.999, "99.9")])
 def test_uptime_is_never_rounded_up(share: float, text: str) -> None:
-    assert percent_down(share) == text
+    assert percent_rounded_down(share) == text
 
 
 def test_the_speed_the_cache_and_the_chosen_settings_with_their_reasons_are_told(

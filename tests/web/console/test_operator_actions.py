@@ -30,7 +30,7 @@ def test_a_request_says_until_when(kind: str, expected: dict[str, object]) -> No
 
 
 def test_a_request_is_a_row_that_the_checker_takes(tmp_path: Path) -> None:
-    number = checker_store.ask(tmp_path, "console: Ann", "restart", "api", {})
+    number = checker_store.add_request(tmp_path, "console: Ann", "restart", "api", {})
 
     with closing(Store.open(tmp_path)) as store:
         taken = store.take_request(1.0)
@@ -42,7 +42,7 @@ def test_a_folder_that_takes_nothing_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
 
     with pytest.raises(checker_store.HistoryUnavailable):
-        checker_store.ask(tmp_path / "file", "Ann", "probe", "", {})
+        checker_store.add_request(tmp_path / "file", "Ann", "probe", "", {})
 
 
 def test_evidence_is_only_what_lies_in_the_incident_s_own_folder(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from web.i18n.strings import LANGUAGES, TABLE, Texts, language_for
 WEB = Path(__file__).resolve().parents[3] / "web"
 # Keys that the code puts together from a part: error.<kind>, picture.<kind>, finish.<reason>, preset.<name> and the console's words.
 BUILT = (
-    "error.", "image.", "finish.", "preset.", "state.", "word.", "target.", "figure.uptime_", "trend.", "span.", "moment.",
+    "error.", "image.", "finish.", "preset.", "state.", "word.", "target.", "figure.uptime_", "trend.", "span.", "timeline.",
     "request.", "act.", "size.", "unit.",
 )  # fmt: skip
 
