@@ -203,7 +203,7 @@ def test_an_operator_asks_for_a_restart_by_name_and_typed_word(opened: Opened, t
     name.fill("Ann")
     name.press("Enter")
     confirm.click()
-    expect(page.get_by_text("This is not what stands above")).to_be_visible(timeout=TIMEOUT_MS)
+    expect(page.get_by_text("This does not match the word above")).to_be_visible(timeout=TIMEOUT_MS)
     assert _requests(logs) == []
     word = page.get_by_label("Type glm-shapes-demo to confirm")
     word.fill("glm-shapes-demo")

@@ -103,7 +103,7 @@ def test_the_demo_model_calls_a_tool_and_goes_on_with_its_result(demo_page: Page
     expect(call).to_contain_text("asked for a tool", timeout=TIMEOUT_MS)
     expect(call).to_contain_text("Asks for the tool count_objects")
     assert json.loads(call.get_by_test_id("stCode").inner_text()) == {"color": "red", "shape": "circle"}
-    result = demo_page.get_by_label("What the tool count_objects gave")
+    result = demo_page.get_by_label("Result of the tool count_objects")
     result.fill("7")
     demo_page.get_by_role("button", name="Send to the model").click()
 
