@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from http.cookies import SimpleCookie
 from typing import Any
 
 import pytest
 import requests
+from browsing import TOKEN as PAGE_TOKEN
 from page_process import Server
 
 from web.access import COOKIE, Access, VisitorCookies
@@ -80,19 +80,19 @@ class Client:
         return next((v.decode() for n, v in sent[0]["headers"] if n == name.encode()), "")
 
 
-@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS"])
 @pytest.mark.parametrize(
     "path", ["/", "/console", "/_stcore/stream", "/_stcore/upload_file/a/b", "/media/x.png", "/static/js/index.js",
              "/_stcore/host-config", "/_stcore/health/", "/x/_stcore/health", "/_stcore/agent/openapi.json"]
 )  # fmt: skip
-def test_a_stranger_reaches_nothing(path: str, method: str) -> None:
+def test_a_stranger_reaches_nothing(path: str) -> None:
     client_app = Client()
 
-    sent = client_app.request(path, method=method)
+    for method in ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS"):
+        sent = client_app.request(path, method=method)
 
-    assert sent[0]["status"] == 401
-    assert client_app.reached == []
-    assert b"inside" not in sent[1]["body"]
+        assert sent[0]["status"] == 401, method
+        assert client_app.reached == [], method
+        assert b"inside" not in sent[1]["body"], method
 
 
 def test_a_stranger_s_socket_is_closed_before_it_opens() -> None:
@@ -177,8 +177,8 @@ def test_where_no_token_is_set_each_browser_still_gets_its_own_cookie() -> None:
     assert first != second
 
 
-def test_the_real_page_gives_a_stranger_nothing(page_server: Callable[..., Server]) -> None:
-    running = page_server(GLM_WEB_TOKEN=TOKEN, GLM_API_URL="http://127.0.0.1:9")
+def test_the_real_page_gives_a_stranger_nothing(one_page_server: Server) -> None:
+    running = one_page_server
 
     for path in ("/", "/console", "/_stcore/host-config", "/media/x", "/_stcore/upload_file/a/b", "/static/", "/x?y=1"):
         answer = requests.get(running.url + path, timeout=20)
@@ -191,7 +191,7 @@ def test_the_real_page_gives_a_stranger_nothing(page_server: Callable[..., Serve
     assert requests.get(f"{running.url}/_stcore/stream", headers=upgrade, timeout=20).status_code == 403
 
     session = requests.Session()
-    assert session.get(f"{running.url}/?token={TOKEN}", timeout=20).status_code == 200
+    assert session.get(f"{running.url}/?token={PAGE_TOKEN}", timeout=20).status_code == 200
     assert session.get(f"{running.url}/_stcore/host-config", timeout=20).status_code == 200
     # Streamlit's own guard against forged requests comes after ours.
     assert session.put(f"{running.url}/_stcore/upload_file/a/b", data=b"x", timeout=20).status_code == 403
@@ -204,9 +204,9 @@ IRREGULAR_COOKIES = (
 )  # fmt: skip
 
 
-def test_no_cookie_of_another_program_locks_a_browser_out(page_server: Callable[..., Server]) -> None:
-    running = page_server(GLM_WEB_TOKEN=TOKEN, GLM_API_URL="http://127.0.0.1:9")
-    ours = f"{COOKIE}={VisitorCookies(TOKEN).renew(None)}".encode()
+def test_no_cookie_of_another_program_locks_a_browser_out(one_page_server: Server) -> None:
+    running = one_page_server
+    ours = f"{COOKIE}={VisitorCookies(PAGE_TOKEN).renew(None)}".encode()
     upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13",
                "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA=="}  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import requests
@@ -60,10 +61,10 @@ def test_every_answer_forbids_pictures_from_elsewhere_and_the_process_ends_when_
     assert time.monotonic() - told_at < 10
 
 
-def test_a_port_that_is_taken_stops_the_start(page_server: Callable[..., Server]) -> None:
-    first = page_server(GLM_WEB_TOKEN="right", GLM_API_URL="http://127.0.0.1:9")
+def test_a_port_in_use_stops_the_start(one_page_server: Server, tmp_path: Path) -> None:
+    first = one_page_server
 
-    second = Server("web.server", "/_stcore/health", first.log_path.with_name("second.log"), GLM_WEB_TOKEN="right")
+    second = Server("web.server", "/_stcore/health", tmp_path / "second.log", GLM_WEB_TOKEN="right")
     second.use_port(first.port)
     code = second.run_to_its_end()
 

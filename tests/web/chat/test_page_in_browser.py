@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -196,12 +197,16 @@ def test_an_answer_about_a_sample_can_be_stopped_too(fake_page: Page, fake_api: 
 def test_settings_and_language_changed_while_an_answer_comes_do_not_cut_it_off(
     fake_page: Page, fake_api: FakeApi
 ) -> None:
-    fake_api.answer = Answer(text="word " * 60 + "the end", pause_s=0.1)
+    changed = threading.Event()
+    fake_api.answer = Answer(text="word", pause_s=0.05, repeat_until=changed, ending="the end")
     ask(fake_page, "Tell me everything")
     expect(fake_page.get_by_test_id("stChatMessage").last).to_contain_text("word word", timeout=TIMEOUT_MS)
 
     fake_page.get_by_text("Think before answering").click()
     fake_page.get_by_text("中文").click()
+    words_before = fake_api.received[0].words_sent
+    wait_until(lambda: fake_api.received[0].words_sent > words_before + 20 or fake_api.received[0].ended, "more of the answer")
+    changed.set()
 
     expect(fake_page.get_by_role("button", name="新对话")).to_be_visible(timeout=TIMEOUT_MS)
     expect(fake_page.get_by_test_id("stChatMessage").last).to_contain_text("the end")
