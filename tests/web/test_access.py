@@ -1,4 +1,4 @@
-"""Access to the page: the token, the cookie, and that nobody without them gets anything on any path."""
+"""Access to the page: the token, the cookie, and that no path is open without them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from web.access import COOKIE, Access, VisitorCookies
 TOKEN = "open sesame"
 
 
-def test_a_cookie_is_worth_nothing_with_another_token_or_another_id() -> None:
+def test_a_cookie_is_invalid_with_another_token_or_another_id() -> None:
     cookie = VisitorCookies(TOKEN).renew(None)
     visitor, _, signature = cookie.partition(".")
 
@@ -29,7 +29,7 @@ def test_a_cookie_is_worth_nothing_with_another_token_or_another_id() -> None:
     assert VisitorCookies(TOKEN).visitor_of(None) is None
 
 
-def test_whoever_comes_back_with_a_new_token_keeps_the_chats() -> None:
+def test_a_visitor_with_a_new_token_keeps_their_chats() -> None:
     old = VisitorCookies(TOKEN).renew(None)
 
     new = VisitorCookies("new token").renew(old)
@@ -95,7 +95,7 @@ def test_a_stranger_reaches_nothing(path: str) -> None:
         assert b"inside" not in sent[1]["body"], method
 
 
-def test_a_stranger_s_socket_is_closed_before_it_opens() -> None:
+def test_a_stranger_s_websocket_is_refused() -> None:
     client_app = Client()
 
     assert client_app.request("/_stcore/stream", type="websocket") == [{"type": "websocket.close", "code": 1008}]
@@ -107,14 +107,14 @@ def test_the_health_route_is_open() -> None:
     assert Client().request("/_stcore/health")[0]["status"] == 200
 
 
-def test_the_page_s_own_check_is_for_programs_on_this_machine() -> None:
-    """It runs the whole page each time it is asked: nobody elsewhere may, with the token or without one."""
+def test_the_script_health_check_is_only_for_this_machine() -> None:
+    """Each call runs the whole page: other machines may not call it, with or without the token."""
     path, query = "/_stcore/script-health-check", "token=open+sesame"
 
     assert Client().request(path, query)[0]["status"] == 200
     assert Client().request(path, query, client="::1")[0]["status"] == 200
     assert Client().request(path, query, client="10.0.0.5")[0]["status"] == 200, "its own address"
-    assert Client().request(path)[0]["status"] == 401, "not even here without the token"
+    assert Client().request(path)[0]["status"] == 401, "without the token, not even from this machine"
     for client_app in (Client(), Client(token="")):
         assert client_app.request(path, query, client="10.0.0.9")[0]["status"] == 404
         assert client_app.request(path + "/", query, client="10.0.0.9")[0]["status"] == 404
@@ -123,7 +123,7 @@ def test_the_page_s_own_check_is_for_programs_on_this_machine() -> None:
         assert client_app.reached == []
 
 
-def test_the_token_becomes_a_cookie_and_leaves_the_address() -> None:
+def test_the_token_is_replaced_by_a_cookie_and_removed_from_the_url() -> None:
     client_app = Client()
 
     sent = client_app.request("/console", query="token=open+sesame&lang=zh")
@@ -140,7 +140,7 @@ def test_the_token_becomes_a_cookie_and_leaves_the_address() -> None:
     assert client_app.request("/_stcore/stream", type="websocket", cookie=f"{COOKIE}={value}") == [{"type": "websocket.accept"}]
 
 
-def test_behind_https_the_cookie_never_travels_in_the_clear() -> None:
+def test_behind_https_the_cookie_is_secure() -> None:
     client_app = Client()
 
     sent = client_app.request(query="token=open+sesame", x_forwarded_proto="https")
@@ -148,27 +148,27 @@ def test_behind_https_the_cookie_never_travels_in_the_clear() -> None:
     assert "; Secure" in client_app.header(sent, "set-cookie")
 
 
-def test_a_checker_may_bring_the_token_to_the_socket_itself() -> None:
+def test_a_checker_may_open_the_websocket_with_the_token() -> None:
     client_app = Client()
 
     assert client_app.request("/_stcore/stream", query="token=open+sesame", type="websocket") == [{"type": "websocket.accept"}]
 
 
-def test_a_checker_may_bring_the_token_to_the_programs_addresses() -> None:
+def test_a_checker_may_call_the_program_routes_with_the_token() -> None:
     client_app = Client()
 
     assert client_app.request("/_stcore/script-health-check", query="token=open+sesame")[0]["status"] == 200
     assert client_app.request("/_stcore/script-health-check", query="token=wrong")[0]["status"] == 401
 
 
-def test_a_wrong_token_is_told_in_the_reader_s_language() -> None:
+def test_a_wrong_token_is_reported_in_the_visitor_s_language() -> None:
     page = Client().request(query="token=wrong", accept_language="zh-CN,zh;q=0.9")[1]["body"].decode()
 
     assert "令牌不正确" in page
     assert '<html lang="zh">' in page
 
 
-def test_where_no_token_is_set_each_browser_still_gets_its_own_cookie() -> None:
+def test_without_a_token_each_browser_still_gets_its_own_cookie() -> None:
     client_app = Client(token="")
 
     first, second = (client_app.header(client_app.request(), "set-cookie") for _ in range(2))
@@ -197,7 +197,7 @@ def test_the_real_page_gives_a_stranger_nothing(one_page_server: Server) -> None
     assert session.put(f"{running.url}/_stcore/upload_file/a/b", data=b"x", timeout=20).status_code == 403
 
 
-# Other programs on the same host set cookies that no grammar allows; browsers send them all the same.
+# Other programs on the same host set cookies that no grammar allows, and browsers send them.
 IRREGULAR_COOKIES = (
     b"a[b]=c", b"foo=bar=baz", b"note=two words", b'prefs={"theme": "dark", "sizes": [1, 2]}', "name=王".encode(),
     b"name=J\xfcrgen", b"=no name", b"no-value", b"a,b=1", b'open="quote', b"at@sign=1", b";;",

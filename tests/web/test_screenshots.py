@@ -1,6 +1,6 @@
 """Screenshots of the pages for people to look at; `SCREENSHOTS=docs pytest tests/web/test_screenshots.py` renews them.
 
-Each is taken only when the page shows what it is meant to show, and no page may be wider than its window.
+Each is taken once the page shows its subject; no page may be wider than its window.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from web.samples import sample_named
 DESK = {"width": 1280, "height": 900}
 PHONE = {"width": 390, "height": 844}
 HOUR_S = 3600
-# Nothing fades in any more; spinners run without end.
+# All finite animations have ended; spinners run for ever.
 AT_REST = """document.getAnimations().every(
     a => a.playState !== "running" || a.effect.getComputedTiming().iterations === Infinity)"""
 
@@ -57,7 +57,7 @@ def opened_console(page_server: Callable[..., Server], fake_api: FakeApi, open_p
 def take(page: Page, name: str, tmp_path: Path) -> None:
     folder = Path(os.environ.get("SCREENSHOTS") or tmp_path)
     page.mouse.move(2, 2)
-    # Streamlit fetches the code of its parts one by one and shows grey boxes until they are there.
+    # Streamlit loads the code of its components one by one and shows skeletons meanwhile.
     expect(page.get_by_test_id("stSkeleton")).to_have_count(0, timeout=TIMEOUT_MS)
     page.wait_for_function("[...document.images].every(i => i.complete)")
     page.wait_for_function(AT_REST)
@@ -196,7 +196,7 @@ def test_console_in_an_incident(opened_console: Opened, fake_api: FakeApi, tmp_p
     take(page, "console-incidents", tmp_path)
 
 
-def test_an_operator_asks_for_a_restart_by_name_and_typed_word(opened_console: Opened, tmp_path: Path) -> None:
+def test_an_operator_requests_a_restart_with_name_and_typed_confirmation(opened_console: Opened, tmp_path: Path) -> None:
     logs = tmp_path / "logs"
     record(logs, time.time(), 1, lambda age: HEALTHY)
     page = opened_console()
