@@ -52,9 +52,9 @@ class VisitorCookies:
     def __init__(self, token: str) -> None:
         self.token = token
 
-    def token_matches(self, given: str) -> bool:
+    def token_matches(self, candidate: str) -> bool:
         """Compares in constant time."""
-        return hmac.compare_digest(given.strip().encode(), self.token.encode())
+        return hmac.compare_digest(candidate.strip().encode(), self.token.encode())
 
     def sign(self, visitor: str) -> str:
         return f"{visitor}.{self._signature(visitor)}"
@@ -96,19 +96,19 @@ class Access:
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         connection = HTTPConnection(scope)
         cookie, token, query = _cookie(connection), self._cookies.token, dict(connection.query_params)
-        given = query.get("token", "")
+        candidate = query.get("token", "")
         new_cookie = ""
         if scope["path"].rstrip("/") == SCRIPT_PATH and not _is_local(scope):
             await _respond(send, 404, b"", [])
             return
-        has_token = bool(token) and scope["method"] == "GET" and self._cookies.token_matches(given)
+        has_token = bool(token) and scope["method"] == "GET" and self._cookies.token_matches(candidate)
         from_program = scope["path"].startswith(PROGRAM_PREFIX)
         if has_token and not from_program:
             await _redirect(scope, self._cookies.renew(cookie), query, send)
             return
         if self._cookies.visitor_of(cookie) is None and scope["path"] != OPEN_PATH and not (has_token and from_program):
             if token:
-                await _refuse(scope, bool(given), send)
+                await _refuse(scope, bool(candidate), send)
                 return
             new_cookie = self._cookies.renew(cookie)
 

@@ -280,12 +280,12 @@ def _queue_position(comment: str) -> int | None:
     return int(value.strip()) if value.strip().isdigit() else None
 
 
-def _bounding_box(given: object) -> BoundingBox | InvalidBox | None:
+def _bounding_box(box: object) -> BoundingBox | InvalidBox | None:
     """None for anything that is not a box, a point or a polygon."""
-    if not isinstance(given, dict):
+    if not isinstance(box, dict):
         return None
     for kind in ("bbox", "point", "polygon"):
-        corners = _flat(given.get(f"{kind}_2d"))
+        corners = _flat(box.get(f"{kind}_2d"))
         count = len(corners)
         if not (count == 4 if kind == "bbox" else count == 2 if kind == "point" else count >= 6 and count % 2 == 0):
             continue
@@ -293,11 +293,11 @@ def _bounding_box(given: object) -> BoundingBox | InvalidBox | None:
             return InvalidBox()
         if kind == "bbox" and (corners[2] <= corners[0] or corners[3] <= corners[1]):
             return None
-        image, pixels = given.get("image", 0), _flat(given.get(f"{kind}_pixels"))
+        image, pixels = box.get("image", 0), _flat(box.get(f"{kind}_pixels"))
         if not isinstance(image, int):
             return None
         rounded = tuple(round(value) for value in pixels) if len(pixels) == count else ()
-        return BoundingBox(corners, image, str(given.get("label") or ""), rounded)
+        return BoundingBox(corners, image, str(box.get("label") or ""), rounded)
     return None
 
 

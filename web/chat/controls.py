@@ -113,11 +113,11 @@ def _set_default(name: str, value: object) -> None:
 def _length(info: Info, texts: Texts) -> dict[str, Any]:
     ceiling = min(info.context_tokens or MAX_TOKENS_CEILING, MAX_TOKENS_CEILING)
     _set_default("max-tokens", min(info.limits.get("default_max_tokens", 1024), ceiling))
-    given = st.number_input(
+    max_tokens = st.number_input(
         texts("side.max_tokens"), min_value=1, max_value=max(ceiling, 1), step=64, help=texts("side.max_tokens_help"),
         key=key("max-tokens"), on_change="ignore",
     )  # fmt: skip
-    return {"max_tokens": int(given)}
+    return {"max_tokens": int(max_tokens)}
 
 
 def _sampling(generation: dict[str, Any], texts: Texts) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def _sampling(generation: dict[str, Any], texts: Texts) -> dict[str, Any]:
              "repetition_penalty": _number(generation, "repetition_penalty", 1.0)}  # fmt: skip
     for widget, parameter in (("temperature", "temperature"), ("top-p", "top_p"), ("top-k", "top_k"), ("penalty", "repetition_penalty")):
         _set_default(widget, defaults[parameter])
-    given = {
+    values = {
         "temperature": st.slider(
             texts("side.temperature"), 0.0, 2.0, step=0.05, help=texts("side.temperature_help"),
             key=key("temperature"), on_change="ignore",
@@ -149,7 +149,7 @@ def _sampling(generation: dict[str, Any], texts: Texts) -> dict[str, Any]:
         texts("side.seed"), min_value=0, max_value=2**53 - 1, step=1, help=texts("side.seed_help"), key=key("seed"),
         placeholder=texts("side.seed_none"), on_change="ignore",
     )  # fmt: skip
-    body = {name: value for name, value in given.items() if abs(value - defaults[name]) > 1e-6}
+    body = {name: value for name, value in values.items() if abs(value - defaults[name]) > 1e-6}
     return body if seed is None else {**body, "seed": int(seed)}
 
 
