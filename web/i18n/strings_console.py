@@ -92,11 +92,11 @@ TABLE: dict[str, dict[str, str]] = {
     # Bars and trends.
     "bars.title": {"en": "Last 24 hours", "zh": "最近 24 小时"},
     "bars.alt": {
-        "en": "{target}: {bad} of {count} quarters of an hour with trouble, {none} without data",
+        "en": "{target}: trouble in {bad} of {count} quarter-hours, {none} without data",
         "zh": "{target}：{count} 个一刻钟中 {bad} 个有问题，{none} 个无数据",
     },
     "bars.legend": {
-        "en": "Each bar is 15 minutes and shows the worst state in them. Grey: no data. ! degraded, … starting, "
+        "en": "Each bar covers 15 minutes and shows the worst state in it. Grey: no data. ! degraded, … starting, "
         "✕ down, ? unknown.",
         "zh": "每格 15 分钟，显示期间最差状态。灰色：无数据。! 降级，… 启动中，✕ 故障，? 未知。",
     },
@@ -117,7 +117,7 @@ TABLE: dict[str, dict[str, str]] = {
     "trend.gpu_memory_used_percent": {"en": "GPU memory, share", "zh": "显存占用率"},
     "trend.cpu_percent": {"en": "Processor load", "zh": "处理器负载"},
     "trend.memory_used_percent": {"en": "Memory used", "zh": "内存占用"},
-    "trend.page_s": {"en": "Answer of the page", "zh": "页面响应用时"},
+    "trend.page_s": {"en": "Response of the page", "zh": "页面响应用时"},
     # Incidents.
     "incident.title": {"en": "Incidents", "zh": "事件"},
     "incident.none": {"en": "None in the last 30 days.", "zh": "最近 30 天没有事件。"},
@@ -275,7 +275,7 @@ TABLE: dict[str, dict[str, str]] = {
     "log.title": {"en": "Log", "zh": "日志"},
     "log.file": {"en": "File", "zh": "文件"},
     "log.level": {"en": "Level and above", "zh": "最低级别"},
-    "log.search": {"en": "Contains (such as a request's number)", "zh": "包含（如请求编号）"},
+    "log.search": {"en": "Contains (such as a request id)", "zh": "包含（如请求编号）"},
     "log.again": {"en": "Reload", "zh": "刷新"},
     "log.missing": {"en": "There is no {name} yet.", "zh": "尚无 {name}。"},
     "log.empty": {"en": "No line matches.", "zh": "没有匹配的行。"},
