@@ -2,7 +2,7 @@
 
 Owns the token in the link, the signed cookie that replaces it, and the security headers. It covers pages, uploads,
 media and the WebSocket, so that no route that Streamlit adds can bypass it. The cookie also identifies the browser, so
-that each sees its own chats. Knows nothing of Streamlit or of what the page shows.
+that each visitor sees only their own chats. Knows nothing of Streamlit.
 """
 
 from __future__ import annotations
@@ -24,21 +24,20 @@ from web.i18n.strings import Texts, language_for
 
 COOKIE = "glm_visitor"
 COOKIE_AGE_S = 90 * 86400
-FOR_PROGRAMS = "/_stcore/"  # routes for programs: a checker passes the token in the query and keeps no cookie
-SCRIPT_PATH = "/_stcore/script-health-check"  # runs the whole script, so only this machine may call it
-OPEN_PATH = "/_stcore/health"  # answers "ok" and nothing else; the checker and start.sh call it without the token
+PROGRAM_PREFIX = "/_stcore/"  # for programs: a checker passes the token in the query and stores no cookie
+SCRIPT_PATH = "/_stcore/script-health-check"  # runs the whole page script, so only this machine may call it
+OPEN_PATH = "/_stcore/health"  # says only "ok"; the checker and start.sh call it without the token
 _VISITOR = re.compile(r"[A-Za-z0-9_-]{22}")
 
 HEADERS = {
     # Nothing is loaded from other hosts: text of the model can neither fetch an image nor run a script.
-    # Streamlit's page has one inline script, its charts compile expressions, its styles are inline,
-    # and its camera fetches the photo from a data: address.
+    # Streamlit needs an inline script and inline styles, eval for its charts, and data: URLs for camera photos.
     b"content-security-policy": b"default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
     b"style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; media-src 'self' data: blob:; "
     b"font-src 'self' data:; connect-src 'self' data:; worker-src 'self' blob:; "
     b"object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'",
     b"x-content-type-options": b"nosniff",
-    # A URL may hold the token or a chat's id; it must not be sent with a click on a link.
+    # A URL may hold the token or a chat's id, which must not reach the host of a link.
     b"referrer-policy": b"no-referrer",
     b"permissions-policy": b"camera=(self), microphone=(), geolocation=()",
 }
@@ -53,23 +52,25 @@ class VisitorCookies:
     def __init__(self, token: str) -> None:
         self.token = token
 
-    def token_matches(self, given: str) -> bool:
+    def token_matches(self, candidate: str) -> bool:
         """Compares in constant time."""
-        return hmac.compare_digest(given.strip().encode(), self.token.encode())
+        return hmac.compare_digest(candidate.strip().encode(), self.token.encode())
 
     def sign(self, visitor: str) -> str:
         return f"{visitor}.{self._signature(visitor)}"
 
-    def read(self, cookie: str | None) -> str | None:
-        """The visitor's id, None if the signature is not valid."""
+    def visitor_of(self, cookie: str | None) -> str | None:
+        """The visitor's id, None if the signature is invalid."""
         visitor, _, signature = (cookie or "").partition(".")
         if not _VISITOR.fullmatch(visitor) or not signature.isascii():
             return None
         return visitor if hmac.compare_digest(signature, self._signature(visitor)) else None
 
-    def renewed(self, cookie: str | None) -> str:
-        """A valid cookie for a browser that presented the token. An id signed with an earlier token is kept: it
-        cannot be guessed (132 bits), and that browser's chats belong to it."""
+    def renew(self, cookie: str | None) -> str:
+        """A valid cookie for a browser that presented the token.
+
+        An id signed with an earlier token is kept: nobody can guess its 132 bits, and the browser's chats belong to it.
+        """
         visitor = (cookie or "").partition(".")[0]
         return self.sign(visitor if _VISITOR.fullmatch(visitor) else secrets.token_urlsafe(16))
 
@@ -95,46 +96,46 @@ class Access:
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         connection = HTTPConnection(scope)
         cookie, token, query = _cookie(connection), self._cookies.token, dict(connection.query_params)
-        given = query.get("token", "")
-        sets_cookie = ""
+        candidate = query.get("token", "")
+        new_cookie = ""
         if scope["path"].rstrip("/") == SCRIPT_PATH and not _is_local(scope):
-            await _answer(send, 404, b"", [])
+            await _respond(send, 404, b"", [])
             return
-        has_token = bool(token) and scope["method"] == "GET" and self._cookies.token_matches(given)
-        for_programs = scope["path"].startswith(FOR_PROGRAMS)
-        if has_token and not for_programs:
-            await _redirect(scope, self._cookies.renewed(cookie), query, send)
+        has_token = bool(token) and scope["method"] == "GET" and self._cookies.token_matches(candidate)
+        from_program = scope["path"].startswith(PROGRAM_PREFIX)
+        if has_token and not from_program:
+            await _redirect(scope, self._cookies.renew(cookie), query, send)
             return
-        if self._cookies.read(cookie) is None and scope["path"] != OPEN_PATH and not (has_token and for_programs):
+        if self._cookies.visitor_of(cookie) is None and scope["path"] != OPEN_PATH and not (has_token and from_program):
             if token:
-                await _refuse(scope, bool(given), send)
+                await _refuse(scope, bool(candidate), send)
                 return
-            sets_cookie = self._cookies.renewed(cookie)
+            new_cookie = self._cookies.renew(cookie)
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 _add_headers(message)
-                if sets_cookie and _is_page(message):
-                    message["headers"].append((b"set-cookie", _set_cookie(scope, sets_cookie)))
+                if new_cookie and _is_page(message):
+                    message["headers"].append((b"set-cookie", _set_cookie(scope, new_cookie)))
             await send(message)
 
         await self._app(scope, receive, send_with_headers)
 
     def _may_connect(self, scope: Scope) -> bool:
-        """With a valid cookie, or with the token in the query, for a checker that opens only the WebSocket."""
+        """A browser has the cookie; a checker that opens only the WebSocket has the token in the query."""
         connection = HTTPConnection(scope)
-        if not self._cookies.token or self._cookies.read(_cookie(connection)) is not None:
+        if not self._cookies.token or self._cookies.visitor_of(_cookie(connection)) is not None:
             return True
         return self._cookies.token_matches(connection.query_params.get("token", ""))
 
 
 def _is_local(scope: Scope) -> bool:
-    """Called from this machine and not through a proxy: a local proxy forwards requests of others."""
+    """Sent from this machine and not through a proxy, which forwards requests of other machines."""
     if any(name.startswith(b"x-forwarded-") or name in (b"x-real-ip", b"forwarded") for name, _ in scope["headers"]):
         return False
-    host, here = ((scope.get(end) or ("", 0))[0] for end in ("client", "server"))
+    client, server = ((scope.get(end) or ("", 0))[0] for end in ("client", "server"))
     try:
-        return ip_address(host).is_loopback or host == here  # the page may listen on one external address only
+        return ip_address(client).is_loopback or client == server  # the page may listen on one external address only
     except ValueError:
         return False
 
@@ -146,27 +147,26 @@ async def _redirect(scope: Scope, cookie: str, query: dict[str, str], send: Send
     page = "./" + quote(scope["path"].rpartition("/")[2])
     location = f"{page}?{urlencode(query)}" if query else page
     headers = [(b"location", location.encode()), (b"set-cookie", _set_cookie(scope, cookie))]
-    await _answer(send, 303, b"", headers)
+    await _respond(send, 303, b"", headers)
 
 
-async def _refuse(scope: Scope, was_given: bool, send: Send) -> None:
-    accepted = HTTPConnection(scope).headers.get("accept-language", "").split(",")[0]
-    page = _closed_page(Texts(language_for(accepted)), was_given)
-    await _answer(send, 401, page.encode(), [(b"content-type", b"text/html; charset=utf-8")])
+async def _refuse(scope: Scope, wrong_token: bool, send: Send) -> None:
+    locale = HTTPConnection(scope).headers.get("accept-language", "").split(",")[0]
+    page = _login_page(Texts(language_for(locale)), wrong_token)
+    await _respond(send, 401, page.encode(), [(b"content-type", b"text/html; charset=utf-8")])
 
 
-async def _answer(send: Send, status: int, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
-    start = {"type": "http.response.start", "status": status}
-    length = (b"content-length", str(len(body)).encode())
-    message = {**start, "headers": [*headers, length, (b"cache-control", b"no-store")]}
+async def _respond(send: Send, status: int, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+    headers = [*headers, (b"content-length", str(len(body)).encode()), (b"cache-control", b"no-store")]
+    message = {"type": "http.response.start", "status": status, "headers": headers}
     _add_headers(message)
     await send(message)
     await send({"type": "http.response.body", "body": body})
 
 
 def _add_headers(message: MutableMapping[str, Any]) -> None:
-    kept = [(name, value) for name, value in message.get("headers", []) if name.lower() not in HEADERS]
-    message["headers"] = [*kept, *HEADERS.items()]
+    others = [(name, value) for name, value in message.get("headers", []) if name.lower() not in HEADERS]
+    message["headers"] = [*others, *HEADERS.items()]
 
 
 def _is_page(message: Mapping[str, Any]) -> bool:
@@ -175,30 +175,30 @@ def _is_page(message: Mapping[str, Any]) -> bool:
 
 def _set_cookie(scope: Scope, value: str) -> bytes:
     secure = scope.get("scheme") == "https" or HTTPConnection(scope).headers.get("x-forwarded-proto") == "https"
-    # Without a Path attribute the browser uses the folder of the page, which behind a path prefix is the prefix.
-    # Lax, not Strict: people open the link with the token from mails and chats.
+    # Without a Path attribute the browser uses the page's directory, which behind a path prefix is that prefix.
+    # Lax, not Strict: people follow the link with the token from mails and chats.
     return f"{COOKIE}={value}; Max-Age={COOKIE_AGE_S}; HttpOnly; SameSite=Lax{'; Secure' if secure else ''}".encode()
 
 
 def _cookie(connection: HTTPConnection) -> str | None:
-    # Starlette parses cookies as leniently as browsers: http.cookies drops the whole header when another program on
-    # this host has set a cookie that it does not allow.
+    # Starlette parses cookies as leniently as browsers do. http.cookies would drop the whole header for one irregular
+    # cookie of another program on this host.
     return connection.cookies.get(COOKIE)
 
 
-def _closed_page(texts: Texts, was_given: bool) -> str:
-    wrong = f'<p role="alert" class="wrong">{escape(texts("gate.wrong"))}</p>' if was_given else ""
-    return CLOSED_PAGE.format(
+def _login_page(texts: Texts, wrong_token: bool) -> str:
+    wrong = f'<p role="alert" class="wrong">{escape(texts("login.wrong"))}</p>' if wrong_token else ""
+    return LOGIN_PAGE.format(
         language=texts.language,
-        title=escape(texts("gate.title")),
-        how=escape(texts("gate.how")),
+        title=escape(texts("login.title")),
+        how=escape(texts("login.how")),
         wrong=wrong,
-        token=escape(texts("gate.token")),
-        open=escape(texts("gate.open")),
+        token=escape(texts("login.token")),
+        open=escape(texts("login.open")),
     )
 
 
-CLOSED_PAGE = """<!doctype html>
+LOGIN_PAGE = """<!doctype html>
 <html lang="{language}">
 <head>
 <meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>

@@ -1,4 +1,4 @@
-"""The script that Streamlit runs for each visitor and each click: chooses the language, the visitor and the page."""
+"""The script that Streamlit runs for each visitor and each click: it chooses the language, the visitor and the page."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ def main() -> None:
 def _language() -> str:
     """Chosen on the page or in the link (`?lang=zh`), else the browser's."""
     if "language" not in st.session_state:
-        asked = st.query_params.get("lang", "")
-        st.session_state["language"] = asked if asked in LANGUAGES else language_for(st.context.locale)
+        requested = st.query_params.get("lang", "")
+        st.session_state["language"] = requested if requested in LANGUAGES else language_for(st.context.locale)
     return str(st.session_state["language"])
 
 
 def _visitor(settings: Settings) -> str:
-    """The id whose chats are shown: the one in the signed cookie; without a cookie, one for this session only."""
+    """The id in the signed cookie; without a cookie, an id for this session only."""
     token = settings.web_token.get_secret_value() if settings.web_token else ""
-    signed = access.VisitorCookies(token).read(str(st.context.cookies.get(access.COOKIE, "")))
+    signed = access.VisitorCookies(token).visitor_of(str(st.context.cookies.get(access.COOKIE, "")))
     if signed is not None:
         return signed
     return str(st.session_state.setdefault("visitor", secrets.token_urlsafe(16)))
@@ -64,7 +64,7 @@ def _visitor(settings: Settings) -> str:
 
 @st.cache_resource(show_spinner=False)
 def _store(path: Path, keep_days: int) -> ChatStore | None:
-    """None where the file cannot be made; the page then says that chats are not saved."""
+    """None if the file cannot be created; the page then says that chats are not saved."""
     try:
         return ChatStore(path, keep_days)
     except StoreError:

@@ -1,6 +1,6 @@
-"""`python -m web.server`: serves the page in this very process, so that its pid is the server's.
+"""`python -m web.server`: serves the page in this process, so that its pid is the server's.
 
-Owns Streamlit's options. Who may see the page is `web/access.py`; what it shows is `web/app.py`.
+Owns Streamlit's options. `web/access.py` decides who may see the page, `web/app.py` what it shows.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ log = logging.getLogger("web")
 
 
 def streamlit_options(settings: Settings) -> dict[str, object]:
-    """Streamlit's options, as `streamlit run` would take them from flags."""
+    """The options that `streamlit run` would take as flags."""
     return {
         "server.address": settings.web_host,
         "server.port": settings.web_port,
@@ -39,7 +39,7 @@ def streamlit_options(settings: Settings) -> dict[str, object]:
         "server.enableXsrfProtection": True,
         "server.enableCORS": True,
         "server.enableStaticServing": False,
-        "server.scriptHealthCheckEnabled": True,  # health_check.py asks whether the page itself runs
+        "server.scriptHealthCheckEnabled": True,  # for health_check.py
         "browser.gatherUsageStats": False,
         "client.toolbarMode": "minimal",
         "client.showErrorDetails": "none",
@@ -62,10 +62,10 @@ def create_app(token: str) -> st.App:
 
 
 def _show_failure(error: Exception) -> bool:
-    """A bug in the page: the traceback goes to the log, the visitor sees a sentence and an id to report."""
-    number = uuid.uuid4().hex[:8]
-    log.error("page failed id=%s", number, exc_info=error)
-    st.error(Texts(st.session_state.get("language", "en"))("error.page", id=number))
+    """For a bug in the page: log the traceback, and show the visitor a sentence with an id to report."""
+    failure_id = uuid.uuid4().hex[:8]
+    log.error("page failed id=%s", failure_id, exc_info=error)
+    st.error(Texts(st.session_state.get("language", "en"))("error.page", id=failure_id))
     return True
 
 
@@ -82,10 +82,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m web.server", description="Serve the picture page.")
     parser.add_argument("--host", help="address to listen on (default: GLM_WEB_HOST)")
     parser.add_argument("--port", type=int, help="port to listen on (default: GLM_WEB_PORT)")
-    given = parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     try:
-        settings = settings_module.load(web_host=given.host, web_port=given.port)
+        settings = settings_module.load(web_host=arguments.host, web_port=arguments.port)
     except SettingsError as error:
         print(error, file=sys.stderr)
         return 1
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _share_freed_memory() -> None:
-    """Limit glibc to one malloc arena: each session's thread would otherwise hold an arena full of freed images."""
+    """Limit glibc to one malloc arena: otherwise each session's thread holds an arena full of freed images."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "gnu_get_libc_version"):
         libc.mallopt(-8, 1)  # M_ARENA_MAX

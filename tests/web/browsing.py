@@ -1,4 +1,4 @@
-"""What a person does on the page, as functions: add an image, ask, read the answer."""
+"""Steps of a visitor in the browser: add an image, ask, read the answer."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def ask(page: Page, question: str) -> None:
     expect(box).to_be_enabled(timeout=TIMEOUT_MS)
     box.fill(question)
     send = page.get_by_test_id("stChatInputSubmitButton")
-    expect(send).to_be_enabled(timeout=TIMEOUT_MS)  # an upload that is still under way is not lost
+    expect(send).to_be_enabled(timeout=TIMEOUT_MS)  # not while an upload is still running
     send.click()
 
 

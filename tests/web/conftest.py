@@ -31,7 +31,7 @@ def fake_api(one_fake_api: FakeApi) -> FakeApi:
 
 @pytest.fixture
 def own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No .env and no GLM_ variables of whoever runs the tests."""
+    """Ignores .env and the GLM_ variables of the environment."""
     monkeypatch.setattr(settings_module, "ENV_FILE", tmp_path / "no.env")
     monkeypatch.setitem(settings_module.Settings.model_config, "env_file", None)
     for name in [name for name in os.environ if name.startswith("GLM_")]:
@@ -57,7 +57,7 @@ def page_server(tmp_path: Path) -> Iterator[Callable[..., Server]]:
 
 @pytest.fixture(scope="session")
 def chromium() -> Iterator[Browser]:
-    """A real browser. Without one the tests fail instead of being skipped: nothing else covers this."""
+    """A real browser. Without one the tests fail instead of being skipped, because nothing else covers this."""
     found = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := which(name))), None)
     if found is None:
         pytest.fail("no Chromium on PATH: install it (Debian: apt install chromium) to run the browser tests")
@@ -70,23 +70,23 @@ def chromium() -> Iterator[Browser]:
 
 @pytest.fixture
 def open_page(chromium: Browser) -> Iterator[OpenPage]:
-    """Opens a page of a server; the browser's own settings (locale, colours, size) may be given.
+    """Opens a page of a server; takes Playwright's options of a browser context (locale, colour scheme, viewport).
 
-    Whatever a test does, nothing may be asked of another machine.
+    Fails if the browser requested anything from another machine.
     """
     contexts = []
     elsewhere: list[str] = []
 
-    def note(url: str) -> None:
+    def record(url: str) -> None:
         if urlsplit(url).hostname not in (None, "127.0.0.1"):
             elsewhere.append(url)
 
     def open_it(server: Server | None, query: str = f"?token={TOKEN}", url: str = "", **browser: object) -> Page:
         context = chromium.new_context(**{"locale": "en-US", **browser})  # type: ignore[arg-type]
         contexts.append(context)
-        context.on("request", lambda request: note(request.url))
+        context.on("request", lambda request: record(request.url))
         page = context.new_page()
-        page.on("websocket", lambda socket: note(socket.url))
+        page.on("websocket", lambda socket: record(socket.url))
         page.set_default_timeout(TIMEOUT_MS)
         page.goto(url or f"{server.url}/{query}")  # type: ignore[union-attr]
         return page
@@ -99,7 +99,7 @@ def open_page(chromium: Browser) -> Iterator[OpenPage]:
 
 @pytest.fixture(scope="session")
 def one_page_server(one_fake_api: FakeApi, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One page for all tests that need no settings of their own: each of them is another visitor."""
+    """One page for all tests that need no settings of their own; each test is a new visitor."""
     folder = tmp_path_factory.mktemp("page")
     settings = {"GLM_WEB_TOKEN": TOKEN, "GLM_API_KEY": KEY, "GLM_API_URL": one_fake_api.url, "GLM_LOG_DIR": str(folder)}
     with Server("web.server", "/_stcore/health", folder / "web.log", **settings) as server:
@@ -118,7 +118,7 @@ def real_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("api")
     settings = {
         "GLM_API_KEY": KEY, "GLM_MODEL": str(ROOT / "models" / "shapes"), "GLM_DEVICE": "cpu", "GLM_LOG_DIR": str(folder),
-        "GLM_SLOTS": "2",  # few, so that a test can fill them and wait in line
+        "GLM_SLOTS": "2",  # few, so that a test can occupy them all and queue
     }  # fmt: skip
     with Server("api.server", "/health", folder / "api.log", **settings) as api:
         yield api

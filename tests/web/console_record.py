@@ -1,4 +1,4 @@
-"""Writes a checker's past into a store by the checker's own writer, so that the console reads what it would find."""
+"""Writes a history with the checker's own store, so that the console reads what a checker writes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ INCIDENT: dict[str, Any] = {
 def record(
     log_dir: Path, now: float, hours: float, verdict_at: Callable[[float], dict[str, str] | None], step_s: float = 60.0
 ) -> None:
-    """A run every `step_s` up to `now`; `verdict_at(age_s)` is the API's verdict then, None for a checker that was off."""
+    """Writes a run every `step_s` up to `now`; `verdict_at(age_s)` is the API's verdict, None if the checker was off."""
     with closing(Store.open(log_dir)) as store, store.transaction():
         count = int(hours * 3600 / step_s)
         for n in range(count, -1, -1):

@@ -1,4 +1,4 @@
-"""A real page or API process with settings of its own, and waiting for it."""
+"""Starts a real page or API process with its own settings and waits for it."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def free_port() -> int:
 def wait_until(condition: Callable[[], object], what: str, within_s: float = START_S) -> None:
     deadline = time.monotonic() + within_s
     while not condition():
-        assert time.monotonic() < deadline, f"waited {within_s:.0f} s in vain for {what}"
+        assert time.monotonic() < deadline, f"timed out after {within_s:.0f} s waiting for {what}"
         time.sleep(0.03)
 
 
 def clean_environment(**settings: str) -> dict[str, str]:
     """This process's environment without its GLM_ settings, plus the given ones.
 
-    A server process still reads the checkout's .env; what a test relies on it must therefore give.
+    A server process still reads .env, so a test must set every setting that it relies on.
     """
     kept = {name: value for name, value in os.environ.items() if not name.startswith("GLM_")}
     return {**kept, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", **settings}
@@ -74,7 +74,7 @@ class Server:
             self.process.kill()
             self.process.wait(20)
 
-    def run_to_its_end(self) -> int:
+    def run_until_exit(self) -> int:
         return self._start().wait(START_S)
 
     def log_text(self) -> str:

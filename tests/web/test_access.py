@@ -1,15 +1,15 @@
-"""Access to the page: the token, the cookie, and that nobody without them gets anything on any path."""
+"""Access to the page: the token, the cookie, and that no path is open without them."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from http.cookies import SimpleCookie
 from typing import Any
 
 import pytest
 import requests
+from browsing import TOKEN as PAGE_TOKEN
 from page_process import Server
 
 from web.access import COOKIE, Access, VisitorCookies
@@ -17,28 +17,28 @@ from web.access import COOKIE, Access, VisitorCookies
 TOKEN = "open sesame"
 
 
-def test_a_cookie_is_worth_nothing_with_another_token_or_another_id() -> None:
-    cookie = VisitorCookies(TOKEN).renewed(None)
+def test_a_cookie_is_invalid_with_another_token_or_another_id() -> None:
+    cookie = VisitorCookies(TOKEN).renew(None)
     visitor, _, signature = cookie.partition(".")
 
-    assert VisitorCookies(TOKEN).read(cookie) == visitor
-    assert VisitorCookies("new token").read(cookie) is None
-    assert VisitorCookies(TOKEN).read(f"{'A' * 22}.{signature}") is None
-    assert VisitorCookies(TOKEN).read(f"{visitor}.") is None
-    assert VisitorCookies(TOKEN).read(f"{visitor}.\xe9") is None
-    assert VisitorCookies(TOKEN).read(None) is None
+    assert VisitorCookies(TOKEN).visitor_of(cookie) == visitor
+    assert VisitorCookies("new token").visitor_of(cookie) is None
+    assert VisitorCookies(TOKEN).visitor_of(f"{'A' * 22}.{signature}") is None
+    assert VisitorCookies(TOKEN).visitor_of(f"{visitor}.") is None
+    assert VisitorCookies(TOKEN).visitor_of(f"{visitor}.\xe9") is None
+    assert VisitorCookies(TOKEN).visitor_of(None) is None
 
 
-def test_whoever_comes_back_with_a_new_token_keeps_the_chats() -> None:
-    old = VisitorCookies(TOKEN).renewed(None)
+def test_a_visitor_with_a_new_token_keeps_their_chats() -> None:
+    old = VisitorCookies(TOKEN).renew(None)
 
-    new = VisitorCookies("new token").renewed(old)
+    new = VisitorCookies("new token").renew(old)
 
-    assert VisitorCookies("new token").read(new) == VisitorCookies(TOKEN).read(old)
+    assert VisitorCookies("new token").visitor_of(new) == VisitorCookies(TOKEN).visitor_of(old)
 
 
 def test_two_browsers_are_two_visitors() -> None:
-    assert VisitorCookies(TOKEN).renewed(None) != VisitorCookies(TOKEN).renewed(None)
+    assert VisitorCookies(TOKEN).renew(None) != VisitorCookies(TOKEN).renew(None)
 
 
 class Client:
@@ -80,22 +80,22 @@ class Client:
         return next((v.decode() for n, v in sent[0]["headers"] if n == name.encode()), "")
 
 
-@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS"])
 @pytest.mark.parametrize(
     "path", ["/", "/console", "/_stcore/stream", "/_stcore/upload_file/a/b", "/media/x.png", "/static/js/index.js",
              "/_stcore/host-config", "/_stcore/health/", "/x/_stcore/health", "/_stcore/agent/openapi.json"]
 )  # fmt: skip
-def test_a_stranger_reaches_nothing(path: str, method: str) -> None:
+def test_a_stranger_reaches_nothing(path: str) -> None:
     client_app = Client()
 
-    sent = client_app.request(path, method=method)
+    for method in ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS"):
+        sent = client_app.request(path, method=method)
 
-    assert sent[0]["status"] == 401
-    assert client_app.reached == []
-    assert b"inside" not in sent[1]["body"]
+        assert sent[0]["status"] == 401, method
+        assert client_app.reached == [], method
+        assert b"inside" not in sent[1]["body"], method
 
 
-def test_a_stranger_s_socket_is_closed_before_it_opens() -> None:
+def test_a_stranger_s_websocket_is_refused() -> None:
     client_app = Client()
 
     assert client_app.request("/_stcore/stream", type="websocket") == [{"type": "websocket.close", "code": 1008}]
@@ -107,14 +107,14 @@ def test_the_health_route_is_open() -> None:
     assert Client().request("/_stcore/health")[0]["status"] == 200
 
 
-def test_the_page_s_own_check_is_for_programs_on_this_machine() -> None:
-    """It runs the whole page each time it is asked: nobody elsewhere may, with the token or without one."""
+def test_the_script_health_check_is_only_for_this_machine() -> None:
+    """Each call runs the whole page: other machines may not call it, with or without the token."""
     path, query = "/_stcore/script-health-check", "token=open+sesame"
 
     assert Client().request(path, query)[0]["status"] == 200
     assert Client().request(path, query, client="::1")[0]["status"] == 200
     assert Client().request(path, query, client="10.0.0.5")[0]["status"] == 200, "its own address"
-    assert Client().request(path)[0]["status"] == 401, "not even here without the token"
+    assert Client().request(path)[0]["status"] == 401, "without the token, not even from this machine"
     for client_app in (Client(), Client(token="")):
         assert client_app.request(path, query, client="10.0.0.9")[0]["status"] == 404
         assert client_app.request(path + "/", query, client="10.0.0.9")[0]["status"] == 404
@@ -123,7 +123,7 @@ def test_the_page_s_own_check_is_for_programs_on_this_machine() -> None:
         assert client_app.reached == []
 
 
-def test_the_token_becomes_a_cookie_and_leaves_the_address() -> None:
+def test_the_token_is_replaced_by_a_cookie_and_removed_from_the_url() -> None:
     client_app = Client()
 
     sent = client_app.request("/console", query="token=open+sesame&lang=zh")
@@ -140,7 +140,7 @@ def test_the_token_becomes_a_cookie_and_leaves_the_address() -> None:
     assert client_app.request("/_stcore/stream", type="websocket", cookie=f"{COOKIE}={value}") == [{"type": "websocket.accept"}]
 
 
-def test_behind_https_the_cookie_never_travels_in_the_clear() -> None:
+def test_behind_https_the_cookie_is_secure() -> None:
     client_app = Client()
 
     sent = client_app.request(query="token=open+sesame", x_forwarded_proto="https")
@@ -148,27 +148,27 @@ def test_behind_https_the_cookie_never_travels_in_the_clear() -> None:
     assert "; Secure" in client_app.header(sent, "set-cookie")
 
 
-def test_a_checker_may_bring_the_token_to_the_socket_itself() -> None:
+def test_a_checker_may_open_the_websocket_with_the_token() -> None:
     client_app = Client()
 
     assert client_app.request("/_stcore/stream", query="token=open+sesame", type="websocket") == [{"type": "websocket.accept"}]
 
 
-def test_a_checker_may_bring_the_token_to_the_programs_addresses() -> None:
+def test_a_checker_may_call_the_program_routes_with_the_token() -> None:
     client_app = Client()
 
     assert client_app.request("/_stcore/script-health-check", query="token=open+sesame")[0]["status"] == 200
     assert client_app.request("/_stcore/script-health-check", query="token=wrong")[0]["status"] == 401
 
 
-def test_a_wrong_token_is_told_in_the_reader_s_language() -> None:
+def test_a_wrong_token_is_reported_in_the_visitor_s_language() -> None:
     page = Client().request(query="token=wrong", accept_language="zh-CN,zh;q=0.9")[1]["body"].decode()
 
     assert "令牌不正确" in page
     assert '<html lang="zh">' in page
 
 
-def test_where_no_token_is_set_each_browser_still_gets_its_own_cookie() -> None:
+def test_without_a_token_each_browser_still_gets_its_own_cookie() -> None:
     client_app = Client(token="")
 
     first, second = (client_app.header(client_app.request(), "set-cookie") for _ in range(2))
@@ -177,8 +177,8 @@ def test_where_no_token_is_set_each_browser_still_gets_its_own_cookie() -> None:
     assert first != second
 
 
-def test_the_real_page_gives_a_stranger_nothing(page_server: Callable[..., Server]) -> None:
-    running = page_server(GLM_WEB_TOKEN=TOKEN, GLM_API_URL="http://127.0.0.1:9")
+def test_the_real_page_gives_a_stranger_nothing(one_page_server: Server) -> None:
+    running = one_page_server
 
     for path in ("/", "/console", "/_stcore/host-config", "/media/x", "/_stcore/upload_file/a/b", "/static/", "/x?y=1"):
         answer = requests.get(running.url + path, timeout=20)
@@ -191,22 +191,22 @@ def test_the_real_page_gives_a_stranger_nothing(page_server: Callable[..., Serve
     assert requests.get(f"{running.url}/_stcore/stream", headers=upgrade, timeout=20).status_code == 403
 
     session = requests.Session()
-    assert session.get(f"{running.url}/?token={TOKEN}", timeout=20).status_code == 200
+    assert session.get(f"{running.url}/?token={PAGE_TOKEN}", timeout=20).status_code == 200
     assert session.get(f"{running.url}/_stcore/host-config", timeout=20).status_code == 200
     # Streamlit's own guard against forged requests comes after ours.
     assert session.put(f"{running.url}/_stcore/upload_file/a/b", data=b"x", timeout=20).status_code == 403
 
 
-# Other programs on the same host set cookies that no grammar allows; browsers send them all the same.
+# Other programs on the same host set cookies that no grammar allows, and browsers send them.
 IRREGULAR_COOKIES = (
     b"a[b]=c", b"foo=bar=baz", b"note=two words", b'prefs={"theme": "dark", "sizes": [1, 2]}', "name=王".encode(),
     b"name=J\xfcrgen", b"=no name", b"no-value", b"a,b=1", b'open="quote', b"at@sign=1", b";;",
 )  # fmt: skip
 
 
-def test_no_cookie_of_another_program_locks_a_browser_out(page_server: Callable[..., Server]) -> None:
-    running = page_server(GLM_WEB_TOKEN=TOKEN, GLM_API_URL="http://127.0.0.1:9")
-    ours = f"{COOKIE}={VisitorCookies(TOKEN).renewed(None)}".encode()
+def test_no_cookie_of_another_program_locks_a_browser_out(one_page_server: Server) -> None:
+    running = one_page_server
+    ours = f"{COOKIE}={VisitorCookies(PAGE_TOKEN).renew(None)}".encode()
     upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13",
                "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA=="}  # fmt: skip
 

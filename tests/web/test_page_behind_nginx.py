@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from shutil import which
 
 import pytest
 import requests
-from browsing import KEY, TIMEOUT_MS, TOKEN, add_image, ask, last_answer, png
+from browsing import TIMEOUT_MS, TOKEN, add_image, ask, last_answer, png
 from page_process import ROOT, OpenPage, Server, free_port, wait_until
 from playwright.sync_api import expect
 from web_fake_api import FakeApi
@@ -26,19 +25,19 @@ http {{
 """
 
 
-@pytest.fixture
-def front(page_server: Callable[..., Server], fake_api: FakeApi, tmp_path: Path) -> Iterator[str]:
-    """The address of the page behind nginx, with the configuration that is shipped."""
+@pytest.fixture(scope="module")
+def front(one_page_server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of the page behind nginx, with the configuration that is shipped."""
     nginx = which("nginx") or "/usr/sbin/nginx"
-    server = page_server(GLM_WEB_TOKEN=TOKEN, GLM_API_KEY=KEY, GLM_API_URL=fake_api.url)
+    folder = tmp_path_factory.mktemp("nginx")
     port = free_port()
     shipped = (ROOT / "deploy" / "nginx" / "page.conf").read_text(encoding="utf-8")
     assert "listen 80;" in shipped
     assert "http://127.0.0.1:8081/" in shipped
-    shipped = shipped.replace("listen 80;", f"listen 127.0.0.1:{port};").replace("http://127.0.0.1:8081/", f"{server.url}/")
-    conf = tmp_path / "nginx.conf"
-    conf.write_text(WRAPPED.format(folder=tmp_path, shipped=shipped), encoding="utf-8")
-    process = subprocess.Popen([nginx, "-c", str(conf), "-p", str(tmp_path), "-g", "daemon off;"])
+    shipped = shipped.replace("listen 80;", f"listen 127.0.0.1:{port};").replace("http://127.0.0.1:8081/", f"{one_page_server.url}/")
+    conf = folder / "nginx.conf"
+    conf.write_text(WRAPPED.format(folder=folder, shipped=shipped), encoding="utf-8")
+    process = subprocess.Popen([nginx, "-c", str(conf), "-p", str(folder), "-g", "daemon off;"])
     try:
         url = f"http://127.0.0.1:{port}/glm"
         wait_until(lambda: _answers(f"{url}/_stcore/health"), "nginx", 30)

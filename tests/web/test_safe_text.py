@@ -19,7 +19,7 @@ from web.safe_text import escaped, without_images
         ("Wow!", "Wow!"),
     ],
 )
-def test_pictures_become_links_and_all_else_stays(written: str, shown: str) -> None:
+def test_images_become_links_and_the_rest_stays(written: str, shown: str) -> None:
     assert without_images(written) == shown
 
 

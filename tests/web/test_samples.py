@@ -10,7 +10,7 @@ from web.samples import FOLDER, Sample, sample_named, samples
 
 
 @pytest.mark.parametrize("sample", samples(), ids=lambda sample: sample.file)
-def test_a_sample_is_a_small_picture_with_words_in_every_language(sample: Sample) -> None:
+def test_a_sample_is_a_small_image_with_texts_in_every_language(sample: Sample) -> None:
     assert sample.path.stat().st_size < 30_000
     assert Image.open(sample.path).format == "PNG"
     assert set(sample.alt) == set(sample.questions) == set(LANGUAGES)
@@ -23,7 +23,7 @@ def test_a_first_question_is_short_enough_for_its_button() -> None:
     assert all(len(sample.questions["zh"][0]) <= 10 for sample in samples())
 
 
-def test_every_picture_in_the_folder_is_offered() -> None:
+def test_every_image_in_the_folder_is_a_sample() -> None:
     assert {path.name for path in FOLDER.glob("*.png")} == {sample.file for sample in samples()}
 
 

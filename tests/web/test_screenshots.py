@@ -1,6 +1,6 @@
 """Screenshots of the pages for people to look at; `SCREENSHOTS=docs pytest tests/web/test_screenshots.py` renews them.
 
-Each is taken only when the page shows what it is meant to show, and no page may be wider than its window.
+Each is taken once the page shows its subject; no page may be wider than its window.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from web.samples import sample_named
 DESK = {"width": 1280, "height": 900}
 PHONE = {"width": 390, "height": 844}
 HOUR_S = 3600
+# All finite animations have ended; spinners run for ever.
+AT_REST = """document.getAnimations().every(
+    a => a.playState !== "running" || a.effect.getComputedTiming().iterations === Infinity)"""
 
 Opened = Callable[..., Page]
 
@@ -36,11 +39,17 @@ def really_opened(real_page_server: Server, open_page: OpenPage) -> Opened:
 
 
 @pytest.fixture
-def opened(page_server: Callable[..., Server], fake_api: FakeApi, open_page: OpenPage) -> Opened:
+def opened_without_model(one_page_server: Server, fake_api: FakeApi, open_page: OpenPage) -> Opened:
+    """In front of the fake API."""
+    return lambda **browser: open_page(one_page_server, **{"viewport": DESK, **browser})
+
+
+@pytest.fixture
+def opened_console(page_server: Callable[..., Server], fake_api: FakeApi, open_page: OpenPage) -> Opened:
     server = page_server(GLM_WEB_TOKEN=TOKEN, GLM_API_KEY=KEY, GLM_API_URL=fake_api.url, GLM_OPERATOR_TOKEN="operator", GLM_GPU_MEMORY_LIMIT_MIB="40000")
 
-    def open_it(path: str = "", **browser: object) -> Page:
-        return open_page(server, f"{path}?token={TOKEN}", **{"viewport": DESK, **browser})
+    def open_it(**browser: object) -> Page:
+        return open_page(server, f"console?token={TOKEN}", **{"viewport": DESK, **browser})
 
     return open_it
 
@@ -48,10 +57,10 @@ def opened(page_server: Callable[..., Server], fake_api: FakeApi, open_page: Ope
 def take(page: Page, name: str, tmp_path: Path) -> None:
     folder = Path(os.environ.get("SCREENSHOTS") or tmp_path)
     page.mouse.move(2, 2)
-    # Streamlit fetches the code of its parts one by one and shows grey boxes until they are there.
+    # Streamlit loads the code of its components one by one and shows skeletons meanwhile.
     expect(page.get_by_test_id("stSkeleton")).to_have_count(0, timeout=TIMEOUT_MS)
     page.wait_for_function("[...document.images].every(i => i.complete)")
-    page.wait_for_timeout(600)  # what fades in has come to rest
+    page.wait_for_function(AT_REST)
     page.screenshot(path=folder / f"{name}.png")
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
@@ -69,9 +78,9 @@ def test_chat(really_opened: Opened, tmp_path: Path) -> None:
     take(page, "chat", tmp_path)
 
 
-def test_thinking(opened: Opened, fake_api: FakeApi, tmp_path: Path) -> None:
+def test_thinking(opened_without_model: Opened, fake_api: FakeApi, tmp_path: Path) -> None:
     fake_api.answer = Answer(text="Two.", reasoning="I count the shapes one by one. " * 200, pause_s=0.05)
-    page = opened()
+    page = opened_without_model()
     ask_about_the_sample(page, "What color is the star?")
 
     expect(page.get_by_text("Thinking…")).to_be_visible(timeout=TIMEOUT_MS)
@@ -91,9 +100,9 @@ def test_boxes(really_opened: Opened, tmp_path: Path) -> None:
     take(page, "boxes", tmp_path)
 
 
-def test_error(opened: Opened, fake_api: FakeApi, tmp_path: Path) -> None:
+def test_error(opened_without_model: Opened, fake_api: FakeApi, tmp_path: Path) -> None:
     fake_api.answer = Answer(status=503, error={"code": "queue_full"})
-    page = opened()
+    page = opened_without_model()
     ask(page, "What is in the picture?")
 
     expect(page.get_by_text("Too many people are asking right now.")).to_be_visible(timeout=TIMEOUT_MS)
@@ -132,37 +141,36 @@ def test_phone(really_opened: Opened, tmp_path: Path) -> None:
     take(page, "phone", tmp_path)
 
 
-def test_console_healthy(opened: Opened, fake_api: FakeApi, tmp_path: Path) -> None:
+def test_console_healthy(opened_console: Opened, fake_api: FakeApi, tmp_path: Path) -> None:
     now = time.time()
     fake_api.health |= {"running": 2, "waiting": 0, "version": "0.1.0", "uptime_s": 183_000, "phase": "decode"}
     record(tmp_path / "logs", now, 30, lambda age: None if 14 * HOUR_S < age < 15 * HOUR_S else HEALTHY, 300)
-    page = opened("console")
+    page = opened_console()
 
     expect(page.get_by_text("Operational since")).to_be_visible(timeout=TIMEOUT_MS)
     expect(page.get_by_test_id("stVegaLiteChart").first).to_be_visible(timeout=TIMEOUT_MS)
     take(page, "console", tmp_path)
 
 
-@pytest.mark.parametrize("width", [1280, 390])
-def test_the_console_s_figures_stand_in_full_rows(
-    opened: Opened, fake_api: FakeApi, tmp_path: Path, width: int
-) -> None:
+def test_the_console_s_figures_fill_their_rows(opened_console: Opened, tmp_path: Path) -> None:
     record(tmp_path / "logs", time.time(), 2, lambda age: HEALTHY, 300)
-    page = opened("console", viewport={"width": width, "height": 900})
+    page = opened_console()
     cards = page.get_by_test_id("stMetric")
-    expect(cards).to_have_count(9, timeout=TIMEOUT_MS)
-    expect(page.get_by_test_id("stVegaLiteChart").first).to_be_visible(timeout=TIMEOUT_MS)
-    boxes = [box for card in cards.all() if (box := card.bounding_box())]
+    for width, cards_per_row in ((1280, [3, 3, 3]), (390, [2, 1] * 3)):
+        page.set_viewport_size({"width": width, "height": 900})
+        page.reload()
+        expect(cards).to_have_count(9, timeout=TIMEOUT_MS)
+        expect(page.get_by_test_id("stVegaLiteChart").first).to_be_visible(timeout=TIMEOUT_MS)
+        boxes = [box for card in cards.all() if (box := card.bounding_box())]
 
-    rows = [list(row) for _, row in groupby(boxes, key=lambda box: round(box["y"]))]
-    assert [len(row) for row in rows] == ([3, 3, 3] if width == 1280 else [2, 1] * 3)
-    ends = {round(row[-1]["x"] + row[-1]["width"]) for row in rows}
-    assert max(ends) - min(ends) <= 2, "each row is as wide as the others"
-    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-    page.screenshot(path=tmp_path / "console.png")
+        rows = [list(row) for _, row in groupby(boxes, key=lambda box: round(box["y"]))]
+        assert [len(row) for row in rows] == cards_per_row
+        ends = {round(row[-1]["x"] + row[-1]["width"]) for row in rows}
+        assert max(ends) - min(ends) <= 2, "each row is as wide as the others"
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
 
-def test_console_in_an_incident(opened: Opened, fake_api: FakeApi, tmp_path: Path) -> None:
+def test_console_in_an_incident(opened_console: Opened, fake_api: FakeApi, tmp_path: Path) -> None:
     now, logs = time.time(), tmp_path / "logs"
     fake_api.health |= {"running": 1, "waiting": 3, "version": "0.1.0", "uptime_s": 18_300, "phase": "decode"}
 
@@ -176,7 +184,7 @@ def test_console_in_an_incident(opened: Opened, fake_api: FakeApi, tmp_path: Pat
         store.put_incident(incident_of(now, 15 * 60, None))
         store.put_incident({**incident_of(now, 5.5 * HOUR_S, 5 * HOUR_S), "id": "api-earlier"}, now - 4.8 * HOUR_S)
         store.add_action(now - 60, "api", "restart", "checker", "failed", "no right answer within 90 s", "api-20261122-0310", 94)
-    page = opened("console", viewport={"width": 1200, "height": 1500})
+    page = opened_console(viewport={"width": 1200, "height": 1500})
 
     expect(page.get_by_text("Down since")).to_be_visible(timeout=TIMEOUT_MS)
     expect(page.get_by_text("no right answer within 90 s")).to_be_attached(timeout=TIMEOUT_MS)
@@ -188,10 +196,10 @@ def test_console_in_an_incident(opened: Opened, fake_api: FakeApi, tmp_path: Pat
     take(page, "console-incidents", tmp_path)
 
 
-def test_an_operator_asks_for_a_restart_by_name_and_typed_word(opened: Opened, tmp_path: Path) -> None:
+def test_an_operator_requests_a_restart_with_name_and_typed_confirmation(opened_console: Opened, tmp_path: Path) -> None:
     logs = tmp_path / "logs"
     record(logs, time.time(), 1, lambda age: HEALTHY)
-    page = opened("console")
+    page = opened_console()
 
     page.get_by_label("Operator token").fill("operator")
     page.get_by_role("button", name="Unlock").click()
@@ -203,7 +211,7 @@ def test_an_operator_asks_for_a_restart_by_name_and_typed_word(opened: Opened, t
     name.fill("Ann")
     name.press("Enter")
     confirm.click()
-    expect(page.get_by_text("This is not what stands above")).to_be_visible(timeout=TIMEOUT_MS)
+    expect(page.get_by_text("This does not match the word above")).to_be_visible(timeout=TIMEOUT_MS)
     assert _requests(logs) == []
     word = page.get_by_label("Type glm-shapes-demo to confirm")
     word.fill("glm-shapes-demo")

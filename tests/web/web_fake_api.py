@@ -1,6 +1,6 @@
-"""A small real HTTP server that speaks the API's contract and does what a test tells it.
+"""A small real HTTP server with the API's contract, controlled by the test.
 
-It logs every chat request and when its reader went away, so that tests can assert on the server's side.
+It records every chat request and when its client disconnected, so that tests can assert on the server's side.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import select
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
@@ -39,13 +40,15 @@ glm_request_time_per_output_token_seconds_sum{traffic="user"} 0.1
 
 @dataclass
 class Answer:
-    """What one chat request gets. `pause_s` lies between the words; `queue` heartbeats come first."""
+    """The response to a chat request. `pause_s`: between words; `queue`: the number of heartbeats before the first."""
 
     text: str = "It is a red circle."
     reasoning: str = ""
     boxes: list[dict[str, Any]] = field(default_factory=list)
     call: tuple[str, str] | None = None  # a tool's name and arguments
     pause_s: float = 0.0
+    repeat_until: threading.Event | None = None  # the text is repeated until it is set; then comes `ending`
+    ending: str = ""
     queue: int = 0
     queue_pause_s: float = 0.3
     head_delay_s: float = 0.0
@@ -64,7 +67,7 @@ class Received:
     words_sent: int = 0
     heartbeats_sent: int = 0
     ended: bool = False
-    left_at: float | None = None  # time.monotonic() when the reader went away
+    left_at: float | None = None  # time.monotonic() when the client disconnected
 
 
 class FakeApi:
@@ -78,7 +81,6 @@ class FakeApi:
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
 
     def reset(self) -> None:
-        """As if it had just been made."""
         self.info: dict[str, Any] = json.loads(json.dumps(INFO))
         self.health = dict(HEALTH)
         self.answer = Answer()
@@ -107,7 +109,7 @@ class _Server(ThreadingHTTPServer):
     fake: FakeApi
 
 
-class _ReaderLeft(Exception):
+class _Disconnected(Exception):
     pass
 
 
@@ -148,7 +150,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             self._wait(answer.head_delay_s)
             self._stream(answer, received)
-        except (_ReaderLeft, ConnectionError):
+        except (_Disconnected, ConnectionError):
             received.left_at = time.monotonic()
         finally:
             received.ended = True
@@ -167,7 +169,7 @@ class _Handler(BaseHTTPRequestHandler):
         for word in _words(answer.reasoning):
             self._delta({"reasoning_content": word, "reasoning": word})
             self._wait(answer.pause_s)
-        for number, word in enumerate(_words(answer.text)):
+        for number, word in enumerate(self._words_of(answer)):
             if answer.cut_after == number:
                 return
             self._delta({"content": word})
@@ -189,6 +191,12 @@ class _Handler(BaseHTTPRequestHandler):
         self._send("data: [DONE]\n\n")
         self._send("", last=True)
 
+    def _words_of(self, answer: Answer) -> Iterator[str]:
+        yield from _words(answer.text)
+        while answer.repeat_until and not answer.repeat_until.is_set():
+            yield from _words(answer.text)
+        yield from _words(answer.ending)
+
     def _delta(self, delta: dict[str, Any]) -> None:
         self._data({"choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
 
@@ -204,13 +212,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
     def _wait(self, seconds: float) -> None:
-        """Pause, but notice within 20 ms that the reader hung up."""
+        """Pause, but notice a disconnect within 20 ms."""
         until = time.monotonic() + seconds
         while True:
             left = until - time.monotonic()
             readable, _, _ = select.select([self.connection], [], [], max(0.0, min(left, 0.02)))
             if readable and self.connection.recv(1, socket.MSG_PEEK) == b"":
-                raise _ReaderLeft
+                raise _Disconnected
             if left <= 0:
                 return
 

@@ -1,3 +1,3 @@
-"""Owns the HTTP exchange with the API: health, info, metrics, the streamed answer, and the names of failures.
-It may not know Streamlit, conversations or the page's texts, and it never imports `api`.
+"""Owns the HTTP exchange with the API: health, info, metrics, the streamed answer, and the classification of errors.
+It may not know Streamlit, conversations, the page's texts, or `api`.
 """

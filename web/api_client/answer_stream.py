@@ -1,8 +1,7 @@
 """One streamed answer: its server-sent events as typed records, read in a thread of its own.
 
-Owns the meaning of the events, the reading thread, the wait while the model loads, and closing the connection at once.
-Knows nothing of Streamlit. The thread is needed because a blocked read cannot be interrupted: the page polls for events,
-gets a batch within `wait_s` even if nothing came, and so notices Stop in that time.
+Owns the meaning of the events, the retries while the model loads, and the immediate closing of the connection. A
+blocked read cannot see Stop; the page therefore polls for batches of events, which may be empty.
 """
 
 from __future__ import annotations
@@ -12,28 +11,27 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 import requests
 
-from web.api_client.client import ApiClient, ApiError, failure, named_failure
+from web.api_client.client import ApiClient, ApiError, classify_error, error_of_response, shut_down
 
 LOADING_TIMEOUT_S = 900.0  # enough for a 9B model on a slow disk
-LOADING_RETRY_S = 2.0  # retry at least this often, so that the progress on the page is current
+LOADING_RETRY_S = 2.0  # the longest wait before a retry, so that the page's progress stays current
 
 
 @dataclass(frozen=True)
 class Queued:
-    """A heartbeat before the answer begins. `position`: in the queue, if the API reports it."""
+    """A heartbeat before the answer begins. `position`: in the queue, None if the API does not report it."""
 
     position: int | None
 
 
 @dataclass(frozen=True)
 class Loading:
-    """The model is still loading; the request will be sent again. `progress`: 0 to 1."""
+    """The model is still loading, and the request will be retried. `progress`: 0 to 1."""
 
     progress: float | None
 
@@ -69,7 +67,7 @@ class InvalidBox:
 
 @dataclass(frozen=True)
 class ToolCallDelta:
-    """A part of the tool call `index`: the first has its name and id; the arguments are joined from all."""
+    """A part of the tool call `index`: the first has its name and id; the parts of `arguments` are joined."""
 
     index: int
     name: str = ""
@@ -79,7 +77,7 @@ class ToolCallDelta:
 
 @dataclass(frozen=True)
 class Finished:
-    """The end of an answer, with the API's own figures; None where it gave none."""
+    """The end of an answer, with the API's own figures; None where it reports none."""
 
     reason: str | None
     completion_tokens: int | None = None
@@ -94,9 +92,9 @@ Event = Queued | Loading | ReasoningDelta | TextDelta | BoundingBox | InvalidBox
 
 
 class AnswerStream:
-    """A request that is sent when the context is entered; leaving it closes the connection, which makes the API abort.
+    """A context manager: entering sends the request, leaving closes the connection, so that the API aborts it.
 
-    `batches` belongs to one thread; `close` may be called from any.
+    Only one thread may iterate over `batches`; any may call `close`.
     """
 
     def __init__(self, client: ApiClient, body: dict[str, Any]) -> None:
@@ -120,12 +118,12 @@ class AnswerStream:
         self._closed.set()
         with self._lock:
             if self._response is not None:
-                _shut_down(self._response)
+                shut_down(self._response)
 
     def batches(self, wait_s: float = 0.2, gather_s: float = 0.08) -> Iterator[list[Event]]:
-        """Events in order, as they arrive: gathered for `gather_s`; an empty list if none came within `wait_s`.
+        """Events in order, gathered for `gather_s` from the first one; an empty list if none arrives within `wait_s`.
 
-        Raises ApiError.
+        Raises ApiError after the events that arrived before it.
         """
         ended = False
         while not ended:
@@ -155,14 +153,14 @@ class AnswerStream:
                 self._read(response)
         except ApiError as error:
             self._arrived.put(error)
-        except Exception as error:  # the page must learn of any failure, or it would wait for ever
+        except Exception as error:  # whatever fails, the page must not wait forever
             self._arrived.put(ApiError("broken", type(error).__name__))
         finally:
             self._arrived.put(None)
 
     def _open(self) -> requests.Response | None:
         """The response to read, None if the stream was closed meanwhile. Raises ApiError."""
-        give_up = time.monotonic() + LOADING_TIMEOUT_S
+        deadline = time.monotonic() + LOADING_TIMEOUT_S
         while not self._closed.is_set():
             try:
                 response = self._client.post_stream(self._body)
@@ -177,9 +175,9 @@ class AnswerStream:
                     return None
             if response.status_code == 200:
                 return response
-            error = failure(response)
+            error = error_of_response(response)
             response.close()
-            if error.kind != "loading" or time.monotonic() > give_up:
+            if error.kind != "loading" or time.monotonic() > deadline:
                 raise error
             self._arrived.put(Loading(self._client.health().progress))
             self._closed.wait(min(error.retry_after_s or LOADING_RETRY_S, LOADING_RETRY_S))
@@ -210,20 +208,13 @@ class AnswerStream:
             raise ApiError("lost", request_id=request_id)
 
 
-def _shut_down(response: requests.Response) -> None:
-    # It may have been read to its end, or closed by the other side, at this moment.
-    with suppress(ValueError, RuntimeError, OSError, AttributeError):
-        response.raw.shutdown()
-
-
 @dataclass
 class EventReader:
     """Turns the lines of an event stream into events. Pure: no socket, no thread.
 
-    Not `sseclient-py` or `httpx-sse`: both drop comment lines, as the WHATWG specification of server-sent events asks,
-    and the API reports the queue position in comments (`: queue_position=3`). Without them the page could neither show
-    the position nor notice Stop while it waits. Each `data:` line is one JSON document, as in all OpenAI-compatible
-    streams.
+    Not `sseclient-py` or `httpx-sse`: as the WHATWG specification of server-sent events requires, both drop comment
+    lines, in which the API reports the queue position (`: queue_position=3`). Each `data:` line is one JSON document,
+    as in all OpenAI-compatible streams.
     """
 
     request_id: str = ""
@@ -255,21 +246,21 @@ class EventReader:
 
     def _chunk(self, chunk: dict[str, Any]) -> Iterator[Event]:
         if isinstance(chunk.get("error"), dict):
-            raise named_failure(0, chunk["error"], self.request_id)
+            raise classify_error(0, chunk["error"], self.request_id)
         self._usage = chunk.get("usage") or self._usage
         self._timings = chunk.get("timings") or self._timings
         for choice in chunk.get("choices") or []:
             delta = choice.get("delta") or {}
-            if thought := delta.get("reasoning_content") or delta.get("reasoning"):
-                yield ReasoningDelta(str(thought))
+            if reasoning := delta.get("reasoning_content") or delta.get("reasoning"):
+                yield ReasoningDelta(str(reasoning))
             if text := delta.get("content"):
                 yield TextDelta(str(text))
             for box in delta.get("boxes") or []:
-                if read := _bounding_box(box):
-                    yield read
+                if parsed := _bounding_box(box):
+                    yield parsed
             for call in delta.get("tool_calls") or []:
-                if piece := _tool_call_delta(call):
-                    yield piece
+                if part := _tool_call_delta(call):
+                    yield part
             self._reason = choice.get("finish_reason") or self._reason
 
     def _finished(self) -> Finished:
@@ -289,12 +280,12 @@ def _queue_position(comment: str) -> int | None:
     return int(value.strip()) if value.strip().isdigit() else None
 
 
-def _bounding_box(given: object) -> BoundingBox | InvalidBox | None:
+def _bounding_box(box: object) -> BoundingBox | InvalidBox | None:
     """None for anything that is not a box, a point or a polygon."""
-    if not isinstance(given, dict):
+    if not isinstance(box, dict):
         return None
     for kind in ("bbox", "point", "polygon"):
-        corners = _flat(given.get(f"{kind}_2d"))
+        corners = _flat(box.get(f"{kind}_2d"))
         count = len(corners)
         if not (count == 4 if kind == "bbox" else count == 2 if kind == "point" else count >= 6 and count % 2 == 0):
             continue
@@ -302,14 +293,16 @@ def _bounding_box(given: object) -> BoundingBox | InvalidBox | None:
             return InvalidBox()
         if kind == "bbox" and (corners[2] <= corners[0] or corners[3] <= corners[1]):
             return None
-        image, pixels = given.get("image", 0), _flat(given.get(f"{kind}_pixels"))
-        same = tuple(round(value) for value in pixels) if len(pixels) == count else ()
-        return BoundingBox(corners, image, str(given.get("label") or ""), same) if isinstance(image, int) else None
+        image, pixels = box.get("image", 0), _flat(box.get(f"{kind}_pixels"))
+        if not isinstance(image, int):
+            return None
+        rounded = tuple(round(value) for value in pixels) if len(pixels) == count else ()
+        return BoundingBox(corners, image, str(box.get("label") or ""), rounded)
     return None
 
 
 def _flat(numbers: object) -> tuple[float, ...]:
-    """Empty unless it is a list of numbers, or a list of such lists."""
+    """Flattens a list of numbers or a list of such lists; empty for anything else."""
     if not isinstance(numbers, list):
         return ()
     flat = [each for item in numbers for each in (item if isinstance(item, list) else [item])]

@@ -1,25 +1,27 @@
-"""The HTTP client of the API: its health, its info, its metrics, and one streamed chat request.
+"""The HTTP client of the API: health, info, metrics, and the start of a streamed chat request.
 
-Owns URLs, the key, timeouts and the classification of failures. Knows nothing of Streamlit, of the page's texts or of
-conversations. Every failure becomes an ApiError whose `kind` the page turns into one sentence.
+Owns URLs, the key, deadlines and the classification of errors: each becomes an ApiError whose `kind` the page turns
+into one sentence.
 """
 
 from __future__ import annotations
 
+import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import requests
 
 CONNECT_TIMEOUT_S = 4.0
-STATUS_TIMEOUT_S = 3.0  # for /health, /info and /metrics, which never wait for the model
+STATUS_DEADLINE_S = 3.0  # for /health, /info and /metrics, which never wait for the model
 SILENCE_S = 60.0  # the API sends a heartbeat every second; longer silence means that it hangs
 
 READY_STATES = ("idle", "busy")
 
 
 class ApiError(Exception):
-    """A failed request. `kind`: which sentence to show; `detail`: the API's own message, if any."""
+    """A failed request. `kind`: the key of the sentence to show; `detail`: the API's own message, if any."""
 
     def __init__(self, kind: str, detail: str = "", request_id: str = "", retry_after_s: float | None = None) -> None:
         super().__init__(f"{kind}: {detail}" if detail else kind)
@@ -31,7 +33,7 @@ class ApiError(Exception):
 
 @dataclass(frozen=True)
 class Health:
-    """The answer of `/health`; `state` is "down" if there is none. `progress`: of loading, 0 to 1."""
+    """The body of `/health`; `state` is "down" without a response. `progress`: of loading, 0 to 1."""
 
     state: str
     progress: float | None = None
@@ -43,7 +45,7 @@ class Health:
 
 @dataclass(frozen=True)
 class Info:
-    """The answer of `/info`; an external engine may leave out every part."""
+    """The body of `/info`; an external engine may leave out any field."""
 
     model: str = ""
     demo: bool = False
@@ -54,7 +56,7 @@ class Info:
 
 
 class ApiClient:
-    """One API by its base URL and key. Safe to use from several threads: every call has a session of its own."""
+    """One API by its base URL and key. Thread-safe: every call opens a session of its own."""
 
     def __init__(self, base_url: str, key: str | None = None) -> None:
         self.base_url = base_url.rstrip("/")
@@ -67,17 +69,17 @@ class ApiClient:
         return Health(str(body["state"]), body.get("progress"))
 
     def health_body(self) -> dict[str, Any]:
-        """The whole answer of `/health`; empty if there is none."""
-        return self._get_object("/health")
+        """The whole body of `/health`; empty without a response."""
+        return _json_object(self._get("/health"))
 
     def info(self) -> Info:
         """Raises ApiError."""
-        answer = self._get("/info")
-        if answer is None:
+        response = self._get("/info")
+        if response is None:
             raise ApiError("down")
-        if answer.status_code != 200:
-            raise failure(answer)
-        body = _json_object(answer)
+        if response.status_code != 200:
+            raise error_of_response(response)
+        body = _json_object(response)
         return Info(
             model=str(body.get("model") or ""),
             demo=bool(body.get("demo")),
@@ -88,18 +90,18 @@ class ApiClient:
         )
 
     def info_body(self) -> dict[str, Any]:
-        """The whole answer of `/info`; empty if there is none."""
-        return self._get_object("/info")
+        """The whole body of `/info`; empty without a response."""
+        return _json_object(self._get("/info"))
 
     def metrics_text(self) -> str:
-        """The answer of `/metrics`; empty if there is none."""
-        answer = self._get("/metrics")
-        return answer.text if answer is not None and answer.status_code == 200 else ""
+        """The text of `/metrics`; empty without a response."""
+        response = self._get("/metrics")
+        return response.text if response is not None and response.status_code == 200 else ""
 
     def post_stream(self, body: dict[str, Any]) -> requests.Response:
-        """Send one streamed chat request; returns with the response's headers, whatever its status.
+        """Send one streamed chat request; returns once the headers have arrived, whatever the status.
 
-        Raises requests.RequestException.
+        The caller closes the response. Raises requests.RequestException.
         """
         return self._session().post(
             f"{self.base_url}/v1/chat/completions",
@@ -109,15 +111,21 @@ class ApiClient:
             headers={"Accept": "text/event-stream", "Accept-Encoding": "identity"},
         )
 
-    def _get_object(self, path: str) -> dict[str, Any]:
-        answer = self._get(path)
-        return {} if answer is None else _json_object(answer)
-
     def _get(self, path: str) -> requests.Response | None:
+        """A complete response, None if there is none by the deadline."""
+        timeouts = (CONNECT_TIMEOUT_S, STATUS_DEADLINE_S)
         try:
-            return self._session().get(f"{self.base_url}{path}", timeout=(CONNECT_TIMEOUT_S, STATUS_TIMEOUT_S))
+            response = self._session().get(f"{self.base_url}{path}", timeout=timeouts, stream=True)
+            # The read timeout starts again with every byte, so a server that trickles needs a deadline besides.
+            deadline = threading.Timer(STATUS_DEADLINE_S, shut_down, [response])
+            deadline.start()
+            try:
+                response.content  # noqa: B018  read into the response
+            finally:
+                deadline.cancel()
         except requests.RequestException:
             return None
+        return response
 
     def _session(self) -> requests.Session:
         session = requests.Session()
@@ -127,16 +135,26 @@ class ApiClient:
         return session
 
 
-def failure(answer: requests.Response) -> ApiError:
+def shut_down(response: requests.Response) -> None:
+    """End a blocked read of the response, from any thread."""
+    # It may have been read to its end, or closed by the other side, at this moment.
+    with suppress(ValueError, RuntimeError, OSError, AttributeError):
+        response.raw.shutdown()
+
+
+def error_of_response(response: requests.Response) -> ApiError:
     """The ApiError for a response with an error status."""
-    error = _json_object(answer).get("error")
-    error = error if isinstance(error, dict) else {}
-    return named_failure(
-        answer.status_code, error, answer.headers.get("x-request-id", ""), _seconds(answer.headers.get("Retry-After"))
+    error = _json_object(response).get("error")
+    headers = response.headers
+    return classify_error(
+        response.status_code,
+        error if isinstance(error, dict) else {},
+        headers.get("x-request-id", ""),
+        _seconds(headers.get("Retry-After")),
     )
 
 
-def named_failure(
+def classify_error(
     status: int, error: dict[str, Any], request_id: str = "", retry_after_s: float | None = None
 ) -> ApiError:
     """The ApiError for an HTTP status (0: an event inside a stream) and the API's error object."""
@@ -160,9 +178,10 @@ def _kind(status: int, code: str, message: str) -> str:
     return "unavailable" if status == 503 or code == "dead" else "broken"
 
 
-def _json_object(answer: requests.Response) -> dict[str, Any]:
+def _json_object(response: requests.Response | None) -> dict[str, Any]:
+    """Empty for anything but a JSON object."""
     try:
-        body = answer.json()
+        body = response.json() if response is not None else {}
     except (ValueError, requests.RequestException):
         return {}
     return body if isinstance(body, dict) else {}

@@ -1,3 +1,3 @@
-"""Owns the chat page: input, controls, and how questions and answers look.
-It may not know the console, SQLite, or what the API's HTTP and event stream look like.
+"""Owns the chat page: its input, its controls, and how questions and answers look.
+It may not know the console, SQLite, or the wire format of the API.
 """

@@ -1,6 +1,6 @@
-"""Adds to the next question what the input box does not take: camera photos, images by URL, ready-made questions.
+"""Adds to the next question what the input box does not accept: camera photos, images by URL, ready-made questions.
 
-The input box itself takes files that are dropped, pasted or picked. Images added here are listed above it.
+Images added here are pending: they are listed above the input box and sent with the next question.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def show_pending_images(pending_images: list[AttachedImage], texts: Texts) -> No
     def remove(image: AttachedImage) -> None:
         pending_images.remove(image)
 
-    st.caption(texts("tray.title"))
+    st.caption(texts("pending.title"))
     with st.container(horizontal=True):
         for image in pending_images:
             with st.container(width=THUMBNAIL_WIDTH + 40, border=True):
@@ -36,14 +36,20 @@ def show_pending_images(pending_images: list[AttachedImage], texts: Texts) -> No
                 else:
                     st.markdown(f":material/link: {escaped(image.name)}")
                 st.button(
-                    texts("tray.remove"), key=f"remove-{image.sha}", type="tertiary", icon=":material/close:",
+                    texts("pending.remove"), key=f"remove-{image.sha}", type="tertiary", icon=":material/close:",
                     on_click=remove, args=(image,),
                 )  # fmt: skip
 
 
 def show_attach_controls(
-    pending_images: list[AttachedImage], prepare: Callable[[str, bytes], AttachedImage], limits: str, texts: Texts, by_link: bool, presets_folded: bool = False
+    pending_images: list[AttachedImage],
+    prepare: Callable[[str, bytes], AttachedImage],
+    limits: str,
+    texts: Texts,
+    by_link: bool,
+    presets_folded: bool = False,
 ) -> None:
+    """Camera, image by link (if `by_link`) and, if `presets_folded`, a menu of ready-made questions."""
     with st.container(horizontal=True, vertical_alignment="center"):
         if presets_folded:
             with st.popover(texts("preset.open"), icon=":material/bolt:", type="tertiary"):
@@ -92,8 +98,8 @@ def _link_dialog(pending_images: list[AttachedImage], texts: Texts) -> None:
         with st.form("address", border=False):
             url = st.text_input(texts("url.label"), placeholder="https://")
             st.caption(texts("url.how"))
-            sent = st.form_submit_button(texts("url.add"), type="primary")
-        if sent:
+            submitted = st.form_submit_button(texts("url.add"), type="primary")
+        if submitted:
             _attach(pending_images, lambda: attached_image.remote_image(url), texts)
 
     content()

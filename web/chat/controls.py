@@ -1,4 +1,4 @@
-"""The sidebar's controls for the next request: thinking, length, sampling, format, tools; and the page's language.
+"""The sidebar's controls: thinking, length, sampling, format and tools of the next request; the page's language.
 
 No control interrupts a running answer: its value is read with the next question.
 """
@@ -24,10 +24,10 @@ NAMES = ("thinking", "max-tokens", "temperature", "top-p", "top-k", "penalty", "
 
 @dataclass(frozen=True)
 class RequestOptions:
-    """Options of the next request. `body`: its fields that differ from the API's defaults. `schema`: the JSON schema of
-    the answer; {}: any JSON; None: free text.
+    """Options of the next request. `body`: the fields that differ from the API's defaults.
 
-    `problems`: sentences about options that cannot be sent.
+    `schema`: the JSON schema of the answer ({}: any JSON; None: free text). `problems`: sentences about options that
+    cannot be sent.
     """
 
     thinking: bool
@@ -47,20 +47,20 @@ class RequestOptions:
 
 
 def key(name: str) -> str:
-    """A widget's key. "Back to the model's defaults" gives every widget a new key, and so its default value."""
-    round_ = st.session_state.get("options_version", 0)
-    return f"{name}-{round_}" if round_ else name
+    """A widget's key. A reset changes every key, so that every widget starts with its default value."""
+    version = st.session_state.get("options_version", 0)
+    return f"{name}-{version}" if version else name
 
 
 def keep_values() -> None:
-    """Streamlit drops the value of a widget that a page does not draw, unless it is assigned again."""
+    """Assign all values again: Streamlit drops the value of a widget that the current page does not draw."""
     for name in NAMES:
         if key(name) in st.session_state:
             st.session_state[key(name)] = st.session_state[key(name)]
 
 
 def request_json(schema: dict[str, Any] | None) -> None:
-    """Turn the JSON option on with this schema, or off with None. Call it from a callback."""
+    """Turn the JSON option on with this schema, or off with None. Only a callback may call it."""
     st.session_state[key("json-on")] = schema is not None
     if schema is not None:
         st.session_state[key("json-schema")] = json.dumps(schema, indent=2)
@@ -91,7 +91,7 @@ def show_request_options(info: Info | None, texts: Texts) -> RequestOptions:
 
 @st.fragment
 def show_language(texts: Texts) -> None:
-    """A fragment, so that a click during an answer takes effect afterwards instead of interrupting it."""
+    """A fragment, so that a click while an answer streams takes effect afterwards instead of interrupting it."""
     chosen = st.segmented_control(
         texts("side.language"),
         list(LANGUAGES),
@@ -113,21 +113,21 @@ def _set_default(name: str, value: object) -> None:
 def _length(info: Info, texts: Texts) -> dict[str, Any]:
     ceiling = min(info.context_tokens or MAX_TOKENS_CEILING, MAX_TOKENS_CEILING)
     _set_default("max-tokens", min(info.limits.get("default_max_tokens", 1024), ceiling))
-    given = st.number_input(
+    max_tokens = st.number_input(
         texts("side.max_tokens"), min_value=1, max_value=max(ceiling, 1), step=64, help=texts("side.max_tokens_help"),
         key=key("max-tokens"), on_change="ignore",
     )  # fmt: skip
-    return {"max_tokens": int(given)}
+    return {"max_tokens": int(max_tokens)}
 
 
 def _sampling(generation: dict[str, Any], texts: Texts) -> dict[str, Any]:
-    """Sampling parameters that differ from the model's generation config; the others are left to the API."""
+    """The sampling parameters that differ from the model's generation config."""
     defaults = {"temperature": default_temperature(generation), "top_p": _number(generation, "top_p", 1.0),
              "top_k": int(_number(generation, "top_k", 0)),
              "repetition_penalty": _number(generation, "repetition_penalty", 1.0)}  # fmt: skip
-    for name, field_ in (("temperature", "temperature"), ("top-p", "top_p"), ("top-k", "top_k"), ("penalty", "repetition_penalty")):
-        _set_default(name, defaults[field_])
-    given = {
+    for widget, parameter in (("temperature", "temperature"), ("top-p", "top_p"), ("top-k", "top_k"), ("penalty", "repetition_penalty")):
+        _set_default(widget, defaults[parameter])
+    values = {
         "temperature": st.slider(
             texts("side.temperature"), 0.0, 2.0, step=0.05, help=texts("side.temperature_help"),
             key=key("temperature"), on_change="ignore",
@@ -149,7 +149,7 @@ def _sampling(generation: dict[str, Any], texts: Texts) -> dict[str, Any]:
         texts("side.seed"), min_value=0, max_value=2**53 - 1, step=1, help=texts("side.seed_help"), key=key("seed"),
         placeholder=texts("side.seed_none"), on_change="ignore",
     )  # fmt: skip
-    body = {name: value for name, value in given.items() if abs(value - defaults[name]) > 1e-6}
+    body = {name: value for name, value in values.items() if abs(value - defaults[name]) > 1e-6}
     return body if seed is None else {**body, "seed": int(seed)}
 
 
@@ -163,7 +163,7 @@ def _format(texts: Texts, problems: list[str]) -> dict[str, Any] | None:
     if not text.strip():
         return {}
     try:
-        return json_answer.read_schema(text)
+        return json_answer.parse_schema(text)
     except ValueError as error:
         problems.append(texts("side.schema_wrong", why=escaped(str(error))))
         return None
@@ -176,7 +176,7 @@ def _tools(texts: Texts, problems: list[str]) -> list[dict[str, Any]]:
     if not text.strip():
         return []
     try:
-        return json_answer.read_tools(text)
+        return json_answer.parse_tools(text)
     except ValueError as error:
         problems.append(texts("side.tools_wrong", why=escaped(str(error))))
         return []
@@ -185,17 +185,17 @@ def _tools(texts: Texts, problems: list[str]) -> list[dict[str, Any]]:
 @st.fragment
 def _reset_button(texts: Texts) -> None:
     if st.button(texts("side.reset"), icon=":material/restart_alt:", width="stretch", key="reset"):
-        st.session_state["options_version"] = st.session_state.get("wishes_round", 0) + 1
+        st.session_state["options_version"] = st.session_state.get("options_version", 0) + 1
         st.rerun()
 
 
 def default_temperature(generation: dict[str, Any]) -> float:
-    """The temperature that the model's generation config stands for: 0 where it does not sample."""
+    """The temperature of the model's generation config; 0 if it does not sample."""
     if generation.get("do_sample") is False:
         return 0.0
     return min(2.0, max(0.0, _number(generation, "temperature", 1.0)))
 
 
-def _number(generation: dict[str, Any], name: str, otherwise: float) -> float:
+def _number(generation: dict[str, Any], name: str, default: float) -> float:
     value = generation.get(name)
-    return float(value) if isinstance(value, int | float) else otherwise
+    return float(value) if isinstance(value, int | float) else default

@@ -1,4 +1,4 @@
-"""The top of the page: which model answers, what the demo knows, and why the model is not available."""
+"""The top of the page: which model answers, what the demo model knows, or why the model is not available."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MODEL_CHECK_S = 3  # how often the page polls a model that is not ready
 
 
 def show_heading(client: ApiClient, info: Info | None, info_error: ApiError | None, texts: Texts, at_start: bool) -> None:
-    title, who, state = st.empty(), st.empty(), st.empty()
+    title, model, status = st.empty(), st.empty(), st.empty()
     if at_start:
         title.header(texts("title"), anchor=False)
     ready = client.health().ready
@@ -21,19 +21,19 @@ def show_heading(client: ApiClient, info: Info | None, info_error: ApiError | No
         sentence, knows = _model_line(info, texts)
         gap = "" if texts.language == "zh" else " "
         if at_start:
-            who.markdown(f"{sentence}{gap}{knows}")
+            model.markdown(f"{sentence}{gap}{knows}")
         else:
-            who.caption(f"{sentence}{gap}{texts('model.demo')}" if knows else sentence, help=knows or None)
+            model.caption(f"{sentence}{gap}{texts('model.demo')}" if knows else sentence, help=knows or None)
     if info_error is not None and info_error.kind == "bad_key":
-        with state.container():
+        with status.container():
             show_error(info_error, texts)
     elif not ready:
-        with state.container():
+        with status.container():
             _wait_for_model(client, texts)
 
 
 def _model_line(info: Info | None, texts: Texts) -> tuple[str, str]:
-    """(which model it is, what it knows if it is the demo)."""
+    """(which model answers, what it knows if it is the demo)."""
     if info is None or not info.model:
         return texts("model.unknown"), ""
     sentence = texts("model.plain", model=escaped(info.model.rstrip("/").rsplit("/", 1)[-1]))
@@ -45,15 +45,15 @@ def _model_line(info: Info | None, texts: Texts) -> tuple[str, str]:
 @st.fragment(run_every=MODEL_CHECK_S)
 def _wait_for_model(client: ApiClient, texts: Texts) -> None:
     """Say why the model is not available, until it is."""
-    now = client.health()
-    if now.ready:
+    health = client.health()
+    if health.ready:
         st.rerun()
-    if now.state == "loading":
-        if now.progress is None:
+    if health.state == "loading":
+        if health.progress is None:
             st.info(texts("model.loading_unknown"), icon=":material/hourglass_top:")
         else:
-            percent = f"{100 * now.progress:.0f}"
+            percent = f"{100 * health.progress:.0f}"
             st.info(texts("model.loading", percent=percent), icon=":material/hourglass_top:")
     else:
-        key = "model.down" if now.state == "down" else "model.not_serving"
+        key = "model.down" if health.state == "down" else "model.not_serving"
         st.warning(texts(key), icon=":material/cloud_off:")

@@ -1,4 +1,4 @@
-"""Reads an answer as JSON and validates it against the requested schema. Pure."""
+"""Parses an answer as JSON and validates it against the requested schema. Pure functions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _FENCE = "```"
 
 @dataclass(frozen=True)
 class JsonAnswer:
-    """`value`: the parsed JSON; `problem` and `where`: the first error and its position, empty if there is none."""
+    """`value`: the parsed JSON. `problem` and `where`: the first error and its position, both empty without one."""
 
     value: Any = None
     is_json: bool = True
@@ -21,7 +21,7 @@ class JsonAnswer:
     where: str = ""
 
 
-def read(text: str, schema: dict[str, Any] | None) -> JsonAnswer | None:
+def parse(text: str, schema: dict[str, Any] | None) -> JsonAnswer | None:
     """None for text that is not JSON and was not requested as JSON.
 
     `schema`: the JSON schema that was requested; {}: any JSON; None: free text.
@@ -34,9 +34,9 @@ def read(text: str, schema: dict[str, Any] | None) -> JsonAnswer | None:
     except (ValueError, RecursionError) as error:
         if schema is None:
             return None
-        what = error.msg if isinstance(error, json.JSONDecodeError) else "too deep"
+        problem = error.msg if isinstance(error, json.JSONDecodeError) else "too deep"
         where = f"line {error.lineno}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-        return JsonAnswer(is_json=False, problem=what, where=where)
+        return JsonAnswer(is_json=False, problem=problem, where=where)
     if not schema:
         return JsonAnswer(value)
     errors = jsonschema.Draft202012Validator(schema).iter_errors(value)
@@ -44,7 +44,7 @@ def read(text: str, schema: dict[str, Any] | None) -> JsonAnswer | None:
     return JsonAnswer(value, problem=first.message[:300], where=first.json_path) if first else JsonAnswer(value)
 
 
-def read_schema(text: str) -> dict[str, Any]:
+def parse_schema(text: str) -> dict[str, Any]:
     """Parses a JSON schema. Raises ValueError with the reason if it is not one."""
     schema = json.loads(text)
     if not isinstance(schema, dict):
@@ -56,8 +56,8 @@ def read_schema(text: str) -> dict[str, Any]:
     return schema
 
 
-def read_tools(text: str) -> list[dict[str, Any]]:
-    """Parses tool definitions in the API's form. Raises ValueError with the reason."""
+def parse_tools(text: str) -> list[dict[str, Any]]:
+    """Parses tool definitions of OpenAI's API. Raises ValueError with the reason if they are not."""
     tools = json.loads(text)
     if not isinstance(tools, list) or not all(isinstance(tool, dict) and "function" in tool for tool in tools):
         raise ValueError('not a list of {"type": "function", "function": {...}}')

@@ -1,8 +1,7 @@
-"""The chat page: what one run of the script does, from a click or a question to the answer on the screen.
+"""The chat page: one run of the script, from a click or a question to the answer on the screen.
 
-Owns the order of the page's parts and the way of a question. An answer is a plain object that is changed in place
-while it streams; session state is not accessed meanwhile, because Streamlit ends a stopped run at any such access, and
-the last events would be lost.
+Owns the order of the page's parts. An answer is a plain object, changed in place while it streams. Meanwhile nothing
+accesses session state: Streamlit ends a stopped run at any such access, and the last events would be lost.
 """
 
 from __future__ import annotations
@@ -33,16 +32,16 @@ from web.safe_text import escaped
 from web.samples import Sample, sample_named, samples
 
 SAMPLE_WIDTH = 164  # CSS pixels: four in a row on a desktop, two on a phone
-INFO_FRESH_S = 20
-MAX_TURNS = 100  # in one chat: every run draws all of them
+INFO_CACHE_S = 20
+MAX_TURNS = 100  # of one chat, because every run draws all of them
 OUTAGES = ("down", "silent", "unavailable", "draining")  # kinds of ApiError whose cause the console shows
 
 
 @dataclass
 class Submission:
-    """A question to send in this run. `again`: it replaces the last question, or repeats it if `question` is empty.
+    """A question to send in this run. `again`: it replaces the last one, or repeats it if `question` is empty.
 
-    `results`: instead of a question, the results of the tools that the last answer called.
+    `results`: the results of the tools that the last answer called, instead of a question.
     """
 
     question: str
@@ -54,7 +53,7 @@ class Submission:
 
 @dataclass
 class Chat:
-    """The state of one session. `pending_images`: attached to the next question, besides those of the input box."""
+    """The state of one session. `pending_images`: attached to the next question, besides the input box's own."""
 
     conversation: Conversation = field(default_factory=Conversation)
     pending_images: list[AttachedImage] = field(default_factory=list)
@@ -79,12 +78,12 @@ def show_chat(client: ApiClient, settings: Settings, texts: Texts, chats: Visito
         show_language(texts)
     at_start = not (chat.conversation.turns or chat.next_submission or chat.submitted)
     chat.submitted = False
-    # Each part keeps its slot from run to run, so that what it no longer shows disappears at once, instead of
-    # staying greyed out below an answer until that is complete.
+    # Each part keeps its element from run to run, so that what it no longer shows disappears at once. Otherwise it
+    # would stay, greyed out, below a streaming answer.
     show_heading(client, info, info_error, texts, at_start)
     start_input, start_area, turns, followups = st.empty(), st.empty(), st.container(), st.empty()
     if at_start:
-        # Inside a container: pinned to the bottom, it would make a phone open the page scrolled to its end.
+        # Not pinned to the bottom: a phone would open the page scrolled to its end.
         with start_input.container():
             composer.show_pending_images(chat.pending_images, texts)
             submission = page.read_input(options)
@@ -107,13 +106,13 @@ def show_chat(client: ApiClient, settings: Settings, texts: Texts, chats: Visito
 
 
 def _chat(chats: VisitorChats) -> Chat:
-    """The session's chat; or the one in the URL, after a reload or the browser's back button."""
-    asked = st.query_params.get("chat", "")
+    """The session's chat, or the one in the URL after a reload or the browser's back button."""
+    requested = st.query_params.get("chat", "")
     chat: Chat | None = st.session_state.get("chat")
-    if asked and (chat is None or asked != chat.conversation.id):
-        found = chats.load(asked)
-        if found is not None:
-            chat = Chat(found)
+    if requested and (chat is None or requested != chat.conversation.id):
+        conversation = chats.load(requested)
+        if conversation is not None:
+            chat = Chat(conversation)
         else:
             del st.query_params["chat"]
     st.session_state["chat"] = chat = chat or Chat()
@@ -124,13 +123,13 @@ def _chat(chats: VisitorChats) -> Chat:
 
 def _info(client: ApiClient) -> tuple[Info | None, ApiError | None]:
     try:
-        return _fresh_info(client.base_url, client), None
+        return _cached_info(client.base_url, client), None
     except ApiError as error:
         return None, error
 
 
-@st.cache_data(ttl=INFO_FRESH_S, show_spinner=False)
-def _fresh_info(base_url: str, _client: ApiClient) -> Info:
+@st.cache_data(ttl=INFO_CACHE_S, show_spinner=False)
+def _cached_info(base_url: str, _client: ApiClient) -> Info:
     return _client.info()
 
 
@@ -148,7 +147,7 @@ class ChatRun:
         self._chats = chats
         self._console = console
         limits = self._info.limits
-        self._by_link = bool(limits.get("fetch_images", True))  # an external engine does not say
+        self._by_link = bool(limits.get("fetch_images", True))  # an external engine does not report it
         self._max_images = limits.get("max_images", settings.max_images)
         self._max_bytes = min(limits.get("max_image_bytes", settings.max_image_bytes), settings.max_image_bytes)
         self._max_pixels = min(limits.get("max_image_pixels", settings.max_image_pixels), settings.max_image_pixels)
@@ -160,7 +159,7 @@ class ChatRun:
         texts, chat = self._texts, self._chat
         if (draft := st.session_state.pop("draft", None)) is not None:
             st.session_state["question"] = draft
-        given = st.chat_input(
+        submitted = st.chat_input(
             texts("ask.placeholder_next" if chat.conversation.turns else "ask.placeholder"),
             key="question",
             accept_file="multiple",
@@ -170,23 +169,23 @@ class ChatRun:
             on_submit=self._note_submit,
         )
         clicked, chat.next_submission = chat.next_submission, None
-        submission = self._accept(given) if given else clicked
+        submission = self._accept(submitted) if submitted else clicked
         if submission is not None:
             chat.notices.clear()
             self._check(submission, options)
         return submission
 
-    def _accept(self, given: ChatInputValue) -> Submission:
+    def _accept(self, submitted: ChatInputValue) -> Submission:
         texts = self._texts
         try:
-            images = [*self._chat.pending_images, *(self._prepare(file.name, file.getvalue()) for file in given.files)]
+            images = [*self._chat.pending_images, *(self._prepare(file.name, file.getvalue()) for file in submitted.files)]
         except ImageError as error:
-            self._refuse(composer.image_problem(error, texts), given.text)
+            self._refuse(composer.image_problem(error, texts), submitted.text)
         default = texts("ask.default_many" if len(images) > 1 else "ask.default")
-        return Submission(given.text.strip() or default, images)
+        return Submission(submitted.text.strip() or default, images)
 
     def _check(self, submission: Submission, options: RequestOptions) -> None:
-        """Send nothing that is sure to fail; the question and its images stay."""
+        """Refuse what is certain to fail; the question and its images stay on the page."""
         texts, conversation = self._texts, self._chat.conversation
         if options.problems:
             self._refuse(options.problems[0], submission.question, submission)
@@ -200,7 +199,7 @@ class ChatRun:
         return attached_image.prepare(name, data, self._max_bytes, self._max_pixels)
 
     def _refuse(self, notice: str, question: str, submission: Submission | None = None) -> None:
-        """Say why nothing was sent; the question goes back into the input box, its images above it. Reruns the script."""
+        """Rerun with a notice instead of sending; the question goes back into the input box, its images above it."""
         self._chat.notices = [notice]
         if submission is None or not submission.again:
             st.session_state["draft"] = question
@@ -222,13 +221,13 @@ class ChatRun:
         image = self._prepare(sample.file, sample.path.read_bytes())
         self._chat.next_submission = Submission(question, [image], sample.file)
 
-    def _ask_on(self, question: str) -> None:
+    def _ask_next(self, question: str) -> None:
         self._chat.next_submission = Submission(question)
 
-    def _give_results(self) -> None:
+    def _submit_results(self) -> None:
         calls = self._chat.conversation.turns[-1].answer.calls
-        given = [str(st.session_state.get(f"result-{n}", "")).strip() for n in range(len(calls))]
-        results = tuple(ToolResult(call.id, call.name, text) for call, text in zip(calls, given, strict=True))
+        fields = [str(st.session_state.get(f"result-{n}", "")).strip() for n in range(len(calls))]
+        results = tuple(ToolResult(call.id, call.name, text) for call, text in zip(calls, fields, strict=True))
         self._chat.next_submission = Submission("", results=results)
 
     def _ask_again(self) -> None:
@@ -247,16 +246,16 @@ class ChatRun:
     # Output.
 
     def show_turns(self, submission: Submission | None) -> None:
-        """Every turn except the one that is answered in this run."""
+        """Draw every turn except the one that this run answers."""
         turns = self._chat.conversation.turns
         for turn in turns[:-1] if submission and submission.again else turns:
             if self._chat.editing and turn is turns[-1] and submission is None:
-                self._show_edited(turn)
+                self._show_editor(turn)
             else:
                 show_question(turn, self._chat.conversation, self._chats, self._texts)
             show_answer(turn, self._chat.conversation, self._chats, self._texts)
 
-    def _show_edited(self, turn: Turn) -> None:
+    def _show_editor(self, turn: Turn) -> None:
         texts = self._texts
         with st.chat_message("user", avatar=USER):
             st.session_state.setdefault("edited", turn.question)
@@ -269,7 +268,7 @@ class ChatRun:
         return self._texts("ask.limits", count=self._max_images, size=f"{self._max_bytes / 2**20:g}")
 
     def show_start(self) -> None:
-        """Below the input box of an empty chat: ways to add images, ready-made questions, sample images."""
+        """Below the input box of an empty chat: attaching images, ready-made questions, sample images."""
         texts = self._texts
         composer.show_attach_controls(self._chat.pending_images, self._prepare, self._limits(), texts, self._by_link)
         composer.show_presets(texts)
@@ -294,7 +293,7 @@ class ChatRun:
             st.warning(self._texts("chat.unsaved"), icon=":material/save:")
 
     def show_followups(self) -> None:
-        """Below the last answer: retry, edit, continue; then what can be added to the next question."""
+        """Below the last answer: retry, edit, continue; then attaching images to the next question."""
         texts, conversation = self._texts, self._chat.conversation
         if not conversation.turns:
             return
@@ -317,7 +316,7 @@ class ChatRun:
             if last.was_cut_off:
                 st.button(
                     texts("answer.go_on"), icon=":material/resume:", key="go-on", type="tertiary",
-                    on_click=self._ask_on, args=(texts("answer.go_on_question"),),
+                    on_click=self._ask_next, args=(texts("answer.go_on_question"),),
                 )  # fmt: skip
             if last.text.strip():
                 with st.popover(texts("answer.copy"), icon=":material/content_copy:", type="tertiary"):
@@ -330,14 +329,14 @@ class ChatRun:
         composer.show_pending_images(self._chat.pending_images, texts)
 
     def _show_results_form(self, answer: Answer) -> None:
-        """The page runs no tools: whoever runs them enters their results here."""
+        """The page runs no tools: the visitor runs them and enters the results here."""
         texts = self._texts
         with st.form("tool-results"):
             for n, call in enumerate(answer.calls):
                 st.caption(texts("tool.result", name=escaped(call.name)))
-                # A hidden label is read as plain text, not as Markdown.
+                # A hidden label is plain text, not Markdown.
                 st.text_area(texts("tool.result", name=call.name), key=f"result-{n}", height=80, label_visibility="collapsed")
-            st.form_submit_button(texts("tool.send"), icon=":material/reply:", on_click=self._give_results)
+            st.form_submit_button(texts("tool.send"), icon=":material/reply:", on_click=self._submit_results)
 
     def _show_sample_questions(self) -> None:
         texts, conversation = self._texts, self._chat.conversation
@@ -345,15 +344,15 @@ class ChatRun:
         if sample is None:
             return
         asked = {turn.question for turn in conversation.turns}
-        open_questions = [each for each in sample.questions[texts.language] if each not in asked]
-        if open_questions:
+        questions = [question for question in sample.questions[texts.language] if question not in asked]
+        if questions:
             st.caption(texts("samples.more"))
             with st.container(horizontal=True):
-                for question in open_questions:
-                    st.button(question, key=f"more-{question}", on_click=self._ask_on, args=(question,))
+                for question in questions:
+                    st.button(question, key=f"more-{question}", on_click=self._ask_next, args=(question,))
 
     def answer(self, submission: Submission, options: RequestOptions) -> None:
-        """Send the question and draw the answer while it streams; then rerun, to draw it finished."""
+        """Send the question, draw the answer while it streams, then rerun to draw it finished."""
         conversation, chats = self._chat.conversation, self._chats
         turn = self._new_turn(submission)
         turn.answer.schema = options.schema
@@ -364,7 +363,7 @@ class ChatRun:
         show_question(turn, conversation, chats, self._texts)
         with st.chat_message("assistant", avatar=MODEL):
             live = LiveAnswer(turn.answer, self._texts)
-            # The stop button of the input box is missing after a click on a sample, and it is in English only.
+            # The input box's own stop button is missing after a click on a sample, and it is in English only.
             st.button(self._texts("live.stop"), icon=":material/stop_circle:", key="stop")
         redraw_when_stopped(turn.answer)
         try:
@@ -373,12 +372,12 @@ class ChatRun:
                     now = time.monotonic()
                     for event in batch:
                         turn.answer.apply(event, now)
-                    chats.save_now_and_then(conversation)
+                    chats.save_periodically(conversation)
                     live.draw()
         except ApiError as error:
             turn.answer.fail(error, time.monotonic())
         finally:
-            # Streamlit ends a stopped run here by an exception: what has arrived is kept.
+            # Streamlit ends a stopped run by an exception; what has arrived is saved.
             turn.answer.stop(time.monotonic())
             chats.save(conversation)
         st.rerun()
@@ -386,7 +385,7 @@ class ChatRun:
     def _new_turn(self, submission: Submission) -> Turn:
         conversation = self._chat.conversation
         if submission.results:
-            return conversation.give_results(submission.results)
+            return conversation.ask_with_results(submission.results)
         if submission.again:
             return conversation.ask_again(submission.question)
         return conversation.ask(submission.question, submission.images, submission.sample)

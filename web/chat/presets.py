@@ -24,7 +24,7 @@ OBJECTS_SCHEMA: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Preset:
-    """`question`: by language; it is put into the input box, to be edited or sent."""
+    """A ready-made question, by language, for the input box; a `schema` turns the JSON option on."""
 
     name: str
     icon: str

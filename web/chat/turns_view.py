@@ -1,6 +1,6 @@
 """Draws turns: a question with its images, an answer while it streams, and a finished answer.
 
-`LiveAnswer` touches no session state: Streamlit stops a script at any access to it, and a stopped run draws no more.
+`LiveAnswer` must not touch session state: Streamlit ends a stopped run at any access to it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MODEL = ":material/visibility:"
 ONLY_COORDINATES = re.compile(r"[\[\]\d\s,.]+")  # an answer that consists of boxes only
 ONE_WIDTH, MANY_WIDTH = 340, 200  # of shown images, in CSS pixels
 CURSOR = " ▍"
-STOP_CHECK_S = 0.5  # within this time a stopped answer is drawn as stopped
+STOP_CHECK_S = 0.5  # how soon a stopped answer is drawn as stopped
 
 
 def show_question(turn: Turn, conversation: Conversation, chats: VisitorChats, texts: Texts) -> None:
@@ -39,18 +39,18 @@ def show_question(turn: Turn, conversation: Conversation, chats: VisitorChats, t
         if turn.left_out:
             st.caption(texts("image.left_out"))
         for result in turn.results:
-            st.caption(texts("tool.gave", name=escaped(result.name)))
+            st.caption(texts("tool.result_of", name=escaped(result.name)))
             st.code(result.text, language=None, wrap_lines=True)
         if not turn.results:
             st.text(turn.question)
 
 
-def _show_images(shown: list[AttachedImage], chats: VisitorChats, texts: Texts) -> None:
-    if not shown:
+def _show_images(images: list[AttachedImage], chats: VisitorChats, texts: Texts) -> None:
+    if not images:
         return
-    width = ONE_WIDTH if len(shown) == 1 else MANY_WIDTH
+    width = ONE_WIDTH if len(images) == 1 else MANY_WIDTH
     with st.container(horizontal=True):
-        for image in shown:
+        for image in images:
             if data := chats.bytes_of(image):
                 alt = texts("image.alt", name=image.name)
                 st.image(data, width=min(width, max(image.width, 80)), alt=alt)
@@ -92,7 +92,7 @@ def _show(answer: Answer, conversation: Conversation, chats: VisitorChats, texts
 def show_error(error: ApiError | Failure, texts: Texts) -> None:
     key = f"error.{error.kind}"
     sentence = texts(key if key in TABLE else "error.broken", detail=escaped(error.detail))
-    small = [escaped(error.detail)] if error.kind == "too_long" and error.detail else []  # the number of tokens and the limit
+    small = [escaped(error.detail)] if error.kind == "too_long" and error.detail else []  # has the token count and limit
     small += [texts("error.request_id", id=escaped(error.request_id))] if error.request_id else []
     if small:
         sentence += f"  \n:small[{' · '.join(small)}]"
@@ -100,6 +100,7 @@ def show_error(error: ApiError | Failure, texts: Texts) -> None:
 
 
 def sanitized(markdown: str) -> str:
+    """Markdown of the model, without images and with the host of each link."""
     return with_link_hosts(without_images(markdown))
 
 
@@ -108,23 +109,23 @@ def _show_text(answer: Answer, texts: Texts) -> None:
     if answer.boxes and ONLY_COORDINATES.fullmatch(text):
         st.markdown(texts("answer.marked", box=f"`{text}`"))
         return
-    read = json_answer.read(text, answer.schema)
-    if read is None:
+    parsed = json_answer.parse(text, answer.schema)
+    if parsed is None:
         st.markdown(sanitized(text))
         return
-    if read.is_json:
-        st.code(json.dumps(read.value, indent=2, ensure_ascii=False), language="json", wrap_lines=True)
+    if parsed.is_json:
+        st.code(json.dumps(parsed.value, indent=2, ensure_ascii=False), language="json", wrap_lines=True)
     else:
         st.code(text, language=None, wrap_lines=True)
     if answer.schema is not None:
-        _show_fit(read, bool(answer.schema), texts)
+        _show_validity(parsed, bool(answer.schema), texts)
 
 
-def _show_fit(read: json_answer.JsonAnswer, by_schema: bool, texts: Texts) -> None:
-    if read.problem:
-        key = "json.misfit" if read.is_json else "json.broken"
-        what = texts(key, where=escaped(read.where), problem=escaped(read.problem))
-        st.warning(what, icon=":material/rule:")
+def _show_validity(parsed: json_answer.JsonAnswer, by_schema: bool, texts: Texts) -> None:
+    if parsed.problem:
+        key = "json.misfit" if parsed.is_json else "json.broken"
+        sentence = texts(key, where=escaped(parsed.where), problem=escaped(parsed.problem))
+        st.warning(sentence, icon=":material/rule:")
     else:
         st.caption(f":material/check_circle: {texts('json.fits' if by_schema else 'json.valid')}")
 
@@ -162,7 +163,7 @@ def _list_boxes(
     with st.expander(texts("boxes.title", count=len(boxes), name=escaped(image.name)), type="compact"):
         head = f"| # | {texts('boxes.label')} | {texts('boxes.pixels')} | 0-1000 |\n|---|---|---|---|\n"
         rows = [
-            f"| {n} | {escaped(box.label) or '–'} | {_row(box.pixels or _pixels(box, image))} | {_row(box.corners)} |"
+            f"| {n} | {escaped(box.label) or '–'} | {_numbers(box.pixels or _pixels(box, image))} | {_numbers(box.corners)} |"
             for n, box in enumerate(boxes, start=1)
         ]
         st.markdown(head + "\n".join(rows))
@@ -180,11 +181,12 @@ def _list_boxes(
 
 
 def _pixels(box: BoundingBox, image: AttachedImage) -> tuple[int, ...]:
+    """The corners in pixels; empty if the size of the image is unknown."""
     sides = cycle((image.width, image.height))
     return tuple(round(v * side / 1000) for v, side in zip(box.corners, sides, strict=False)) if image.width else ()
 
 
-def _row(numbers: tuple[float, ...] | tuple[int, ...]) -> str:
+def _numbers(numbers: tuple[float, ...] | tuple[int, ...]) -> str:
     return ", ".join(f"{number:g}" for number in numbers) or "–"
 
 
@@ -193,7 +195,7 @@ def reasoning_label(answer: Answer, texts: Texts) -> str:
 
 
 def numbers_line(answer: Answer, texts: Texts) -> str:
-    """Completion tokens, time to first token, speed and finish reason, as far as the API reports them."""
+    """Completion tokens, time to first token, tokens per second and finish reason, as far as the API reports them."""
     finish = answer.finish
     if finish is None:
         return ""
@@ -239,12 +241,12 @@ class LiveAnswer:
         self._thinking = st.empty()
         self._text = st.empty()
         self._status: StatusContainer | None = None
-        self._thought: DeltaGenerator | None = None
+        self._reasoning: DeltaGenerator | None = None
         self._begun = False
         self.draw()
 
     def draw(self) -> None:
-        """Always sends something to Streamlit, because Stop takes effect there."""
+        """Always calls Streamlit, because Stop takes effect in such a call."""
         answer = self._answer
         if answer.state == "waiting":
             self._waiting.caption(waiting_line(answer, self._texts, time.monotonic()))
@@ -263,9 +265,9 @@ class LiveAnswer:
         if self._status is None:
             label = f":shimmer[{self._texts('live.thinking')}]"
             self._status = self._thinking.status(label, type="compact", expanded=False)
-            self._thought = self._status.empty()
-        if answer.state == "thinking" and self._thought is not None:
-            self._thought.markdown(sanitized(answer.reasoning.strip()))
+            self._reasoning = self._status.empty()
+        if answer.state == "thinking" and self._reasoning is not None:
+            self._reasoning.markdown(sanitized(answer.reasoning.strip()))
         elif answer.thinking_s is not None:
             self._status.update(label=reasoning_label(answer, self._texts), state="complete")
 
@@ -283,9 +285,11 @@ def waiting_line(answer: Answer, texts: Texts, now: float) -> str:
 
 
 def redraw_when_stopped(answer: Answer) -> None:
-    """Draw the answer once more after Stop. Streamlit ends a stopped run without another one, so that the answer would
-    keep its cursor. A timed fragment runs only between runs of the script: its second call means that this run has ended
-    without drawing the finished answer, that is, by Stop."""
+    """Draw the answer once more after Stop: Streamlit starts no new run then, and the answer would keep its cursor.
+
+    A timed fragment runs only between runs of the script. Its second call therefore means that the run has ended without
+    drawing the finished answer, that is, by Stop.
+    """
     _tick(answer, _FirstCall())
 
 

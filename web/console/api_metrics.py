@@ -1,4 +1,4 @@
-"""Key figures from the API's Prometheus text. Pure: text in, numbers out."""
+"""Key figures from the API's metrics in the Prometheus text format. Pure functions."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 @dataclass(frozen=True)
 class ApiMetrics:
-    """None where the API gives no figure, or has served no request yet.
+    """None where the API exports no such metric or has served no request yet.
 
-    `kv_used`: 0 to 1. `tokens_per_s`: of one answer after its first token, mean since the API's start. `reused`: share
-    of the prompt tokens that came from the prefix cache.
+    `kv_used`: share of the KV cache, 0 to 1. `tokens_per_s`: of one answer after its first token, mean since the API's
+    start. `reused`: share of the prompt tokens that came from the prefix cache.
     """
 
     kv_used: float | None = None
@@ -21,8 +21,8 @@ class ApiMetrics:
     reused: float | None = None
 
 
-def read(text: str) -> ApiMetrics:
-    """Counts the traffic of users only, not the checker's requests. Text in another format gives no figures."""
+def parse(text: str) -> ApiMetrics:
+    """Counts user traffic only, not the checker's requests. Text in any other format gives no figures."""
     values: dict[str, float] = {}
     try:
         for family in text_string_to_metric_families(text):
@@ -33,12 +33,12 @@ def read(text: str) -> ApiMetrics:
         return ApiMetrics()
     return ApiMetrics(
         kv_used=values.get("glm_kv_cache_usage_perc"),
-        tokens_per_s=_share(
+        tokens_per_s=_ratio(
             values, "glm_request_time_per_output_token_seconds_count", "glm_request_time_per_output_token_seconds_sum"
         ),
-        reused=_share(values, "glm_prompt_tokens_cached_total", "glm_prompt_tokens_total"),
+        reused=_ratio(values, "glm_prompt_tokens_cached_total", "glm_prompt_tokens_total"),
     )
 
 
-def _share(values: Mapping[str, float], part: str, whole: str) -> float | None:
-    return values.get(part, 0.0) / values[whole] if values.get(whole) else None
+def _ratio(values: Mapping[str, float], numerator: str, denominator: str) -> float | None:
+    return values.get(numerator, 0.0) / values[denominator] if values.get(denominator) else None

@@ -1,4 +1,4 @@
-"""Vega-Lite specifications of the console's charts. Pure: data in, dictionary out."""
+"""Vega-Lite specifications of the console's charts. Pure functions."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ LINE, LIMIT = "#3b5bdb", "#e5484d"
 
 @dataclass(frozen=True)
 class Trend:
-    """One reading over time. `limit`: the threshold of its alert; `limit_name`: the setting that holds it."""
+    """One reading over time. `limit`: the threshold of its alert; `limit_name`: the setting with that threshold."""
 
     title: str
     unit: str
     points: Sequence[Point]
     limit: float | None = None
     limit_name: str = ""
-    clock: str = "%H:%M"
+    time_format: str = "%H:%M"
 
 
 def bars_chart(bars: Sequence[Bar], name: Callable[[Bar], str], description: str) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def trend_chart(trend: Trend, description: str) -> dict[str, Any]:
         "mark": {"type": "line", "color": LINE, "interpolate": "linear", "invalid": "break-paths-show-domains",
                  "point": {"size": 9, "color": LINE}},
         "encoding": {
-            "x": {"field": "at", "type": "temporal", "axis": {"title": None, "grid": False, "tickCount": 5, "format": trend.clock}},
+            "x": {"field": "at", "type": "temporal", "axis": {"title": None, "grid": False, "tickCount": 5, "format": trend.time_format}},
             "y": {"field": "value", "type": "quantitative", "axis": {"title": trend.unit, "tickCount": 4, "format": ",~f"},
                   "scale": {"domainMin": 0, **({} if any(point.value for point in trend.points) else {"domainMax": 1})}},
             "tooltip": [{"field": "at", "type": "temporal", "format": "%d.%m. %H:%M", "title": "•"},

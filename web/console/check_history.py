@@ -1,6 +1,6 @@
-"""What the checker's rows say: the current state with its age, uptime, bars, trends, timelines. Pure functions.
+"""Derives from the checker's rows: the current state with its age, uptime, bars, trends, timelines. Pure functions.
 
-Time without a check is no data: it counts neither as up nor as down, and is shown. All times are Unix seconds.
+Time without a check is shown as no data and counts neither as up nor as down. All times are Unix seconds.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ WORST_LAST: tuple[State, ...] = ("none", "up", "busy", "unknown", "starting", "d
 UP: tuple[State, ...] = ("up", "busy", "degraded")
 STALE_PERIODS = 2.0
 BARS, BAR_S = 96, 900.0
-GAP_WIDTHS = 2.5  # a longer gap between two points breaks the line
+GAP_WIDTHS = 2.5  # a longer gap between two points, in widths of an interval, breaks the line
 
 
 def state_of(word: str) -> State:
@@ -33,9 +33,9 @@ def worst(states: Iterable[State]) -> State:
 
 @dataclass(frozen=True)
 class CurrentState:
-    """The state in the sentence on top. `word`: the verdict; `since`: when it began, None if unknown.
+    """The state of the service. `word`: the verdict; `since`: when it began, None if unknown.
 
-    `age_s`: since the last check, None if there was none; `stale`: too old to say anything about now.
+    `age_s`: since the last check, None if there was none; `stale`: the last check is too old to judge the present.
     """
 
     state: State
@@ -60,47 +60,47 @@ def current_state(runs: Sequence[Mapping[str, Any]], flips: Sequence[Mapping[str
 
 
 def _began(runs: Sequence[Mapping[str, Any]], flips: Sequence[Mapping[str, Any]]) -> float | None:
-    """Since when all checks in a row have had the state of the last one."""
-    same = runs[0]["at"]
+    """When the current state began: the first of the last checks in a row with that state."""
+    began = runs[0]["at"]
     for run in runs:
         if state_of(run["word"]) != state_of(runs[0]["word"]):
-            return same
-        same = run["at"]
-    # It began before the oldest run: the newest flip before that, if there is one.
-    earlier = [flip["at"] for flip in flips if flip["at"] <= same]
-    return max(earlier, default=same)
+            return began
+        began = run["at"]
+    # Earlier than the oldest run: at the newest flip before it, if there is one.
+    earlier = [flip["at"] for flip in flips if flip["at"] <= began]
+    return max(earlier, default=began)
 
 
 @dataclass(frozen=True)
 class Uptime:
-    """`share`: of the checks that found it serving; `seen`: share of the time that was checked at all. Both 0 to 1."""
+    """`share`: of the checks that found it serving; `coverage`: of the time that was checked at all. Both 0 to 1."""
 
     share: float | None
-    seen: float
+    coverage: float
 
 
 def uptime(rollups: Sequence[Mapping[str, Any]], target: str, width_s: float, span_s: float, now: float) -> Uptime:
-    """From roll-ups of `width_s` each. A check with the verdict unknown counts neither way."""
+    """From roll-ups of `width_s` each. Checks with the verdict unknown do not count."""
     up = down = 0
-    seen_s = 0.0
+    covered_s = 0.0
     for row in rollups:
         if row["start"] < now - span_s - width_s:
             continue
-        texts = (row["words"] or {}).get(target)
-        if not texts:
+        counts = (row["words"] or {}).get(target)
+        if not counts:
             continue
-        seen_s += min(width_s, now - row["start"])
-        up += sum(runs for word, runs in texts.items() if state_of(word) in UP)
-        down += sum(runs for word, runs in texts.items() if state_of(word) in ("down", "starting"))
+        covered_s += min(width_s, now - row["start"])
+        up += sum(runs for word, runs in counts.items() if state_of(word) in UP)
+        down += sum(runs for word, runs in counts.items() if state_of(word) in ("down", "starting"))
     share = up / (up + down) if up + down else None
-    return Uptime(share, min(1.0, seen_s / span_s))
+    return Uptime(share, min(1.0, covered_s / span_s))
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One interval of `BAR_S` and the worst state in it. `checks`: 0 where there is no data.
+    """One interval of `BAR_S` and the worst state in it. `checks`: how many there were; 0 for no data.
 
-    `answer_s`: mean duration of the checker's image questions in it, None where none was asked.
+    `answer_s`: mean duration of the checker's image questions, None if it asked none.
     """
 
     start: float
@@ -113,11 +113,11 @@ class Bar:
 def bars(minutes: Sequence[Mapping[str, Any]], target: str, now: float) -> list[Bar]:
     """The last 24 h, oldest first, from minute roll-ups."""
     end = (now // BAR_S + 1) * BAR_S
-    found: dict[float, list[Mapping[str, Any]]] = {end - (n + 1) * BAR_S: [] for n in reversed(range(BARS))}
+    rows_by_start: dict[float, list[Mapping[str, Any]]] = {end - (n + 1) * BAR_S: [] for n in reversed(range(BARS))}
     for row in minutes:
-        if (within := found.get(row["start"] // BAR_S * BAR_S)) is not None:
-            within.append(row)
-    return [_bar(start, rows, target) for start, rows in found.items()]
+        if (rows := rows_by_start.get(row["start"] // BAR_S * BAR_S)) is not None:
+            rows.append(row)
+    return [_bar(start, rows, target) for start, rows in rows_by_start.items()]
 
 
 def _bar(start: float, rows: Sequence[Mapping[str, Any]], target: str) -> Bar:
@@ -125,10 +125,10 @@ def _bar(start: float, rows: Sequence[Mapping[str, Any]], target: str) -> Bar:
     for row in rows:
         for word, runs in ((row["words"] or {}).get(target) or {}).items():
             counts[word] = counts.get(word, 0) + runs
-    asked = [(row["sums"] or {}).get("picture_s") or (0.0, 0, 0.0) for row in rows] if target == "api" else []
-    times = sum(count for _, count, _ in asked)
-    answer_s = sum(total for total, _, _ in asked) / times if times else None
-    worst_word = max(counts, key=lambda each: WORST_LAST.index(state_of(each)), default="")
+    durations = [(row["sums"] or {}).get("picture_s") or (0.0, 0, 0.0) for row in rows] if target == "api" else []
+    questions = sum(count for _, count, _ in durations)
+    answer_s = sum(total for total, _, _ in durations) / questions if questions else None
+    worst_word = max(counts, key=lambda word: WORST_LAST.index(state_of(word)), default="")
     return Bar(start, state_of(worst_word) if worst_word else "none", worst_word, sum(counts.values()), answer_s)
 
 
@@ -153,13 +153,13 @@ def points_of_rollups(rollups: Sequence[Mapping[str, Any]], reading: str) -> lis
 
 
 def with_gaps(points: Sequence[Point], width_s: float) -> list[Point]:
-    """Adds a point without value wherever data is missing, so that the line breaks instead of bridging the gap."""
-    drawn: list[Point] = []
+    """Adds a point without a value to each gap, so that the line breaks there instead of bridging it."""
+    result: list[Point] = []
     for point in points:
-        if drawn and point.at - drawn[-1].at > GAP_WIDTHS * width_s:
-            drawn.append(Point(drawn[-1].at + width_s, None))
-        drawn.append(point)
-    return drawn
+        if result and point.at - result[-1].at > GAP_WIDTHS * width_s:
+            result.append(Point(result[-1].at + width_s, None))
+        result.append(point)
+    return result
 
 
 def percentile(values: Iterable[float | None], share: float) -> float | None:
@@ -187,24 +187,24 @@ def timeline(
     incident: Mapping[str, Any], flips: Sequence[Mapping[str, Any]], actions: Sequence[Mapping[str, Any]],
     messages: Sequence[Mapping[str, Any]] = (),
 ) -> list[TimelineEvent]:  # fmt: skip
-    """What happened to the incident's target from its first sign to its end, oldest first."""
+    """What happened to the incident's target from the first symptom to the end, oldest first."""
     begin = incident["first_seen_at"] or incident["opened_at"]
     end = incident["closed_at"] or float("inf")
-    moments = [TimelineEvent(begin, "began", {"en": incident["en"], "zh": incident["zh"]})]
+    events = [TimelineEvent(begin, "began", {"en": incident["en"], "zh": incident["zh"]})]
     for flip in flips:
         if flip["target"] == incident["target"] and begin < flip["at"] <= end:
             change = f"{flip['before']} → {flip['after']}: "
-            moments.append(TimelineEvent(flip["at"], "flip", {"en": change + flip["en"], "zh": change + flip["zh"]}))
+            events.append(TimelineEvent(flip["at"], "flip", {"en": change + flip["en"], "zh": change + flip["zh"]}))
     for action in actions:
         if action["incident"] == incident["id"]:
             description = f"{action['kind']} ({action['actor']}): {action['outcome']}. {action['detail']}".strip()
-            moments.append(TimelineEvent(action["at"], "action", {"en": description, "zh": description}))
+            events.append(TimelineEvent(action["at"], "action", {"en": description, "zh": description}))
     for message in messages:
         if message["incident"] == incident["id"]:
             kind = "alert_sent" if message["sent_at"] else "alert_waits"
-            by = {"en": message["channel"], "zh": message["channel"]}
-            moments.append(TimelineEvent(message["sent_at"] or message["made_at"], kind, by))
+            channel = {"en": message["channel"], "zh": message["channel"]}
+            events.append(TimelineEvent(message["sent_at"] or message["made_at"], kind, channel))
     for kind in ("recovered", "closed"):
         if at := incident[f"{kind}_at"]:
-            moments.append(TimelineEvent(at, kind, {"en": "", "zh": ""}))
-    return sorted(moments, key=lambda moment: moment.at)
+            events.append(TimelineEvent(at, kind, {"en": "", "zh": ""}))
+    return sorted(events, key=lambda event: event.at)

@@ -1,6 +1,6 @@
-"""The console's access to the checker's store: reads its history, adds requests. Knows nothing of Streamlit.
+"""The console's access to the checker's store: reads the history, adds operators' requests.
 
-The page has no power of its own: a request is a row that the checker carries out and audits.
+Knows nothing of Streamlit. The checker carries out each request and audits it.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ MESSAGES = "SELECT made_at, sent_at, channel, incident FROM outbox WHERE made_at
 
 
 class HistoryUnavailable(Exception):
-    """There is no store to read: the checker has never run here, or the file cannot be read."""
+    """The store cannot be read or written, for instance because the checker has never run here."""
 
 
 @dataclass(frozen=True)
 class History:
-    """Rows as the store's docstring describes them; all but the roll-ups newest first. `messages` are the alerts."""
+    """Rows as the docstring of `Store` describes them, newest first except for the roll-ups. `messages`: the alerts."""
 
     runs: list[dict[str, Any]] = field(default_factory=list)
     minutes: list[dict[str, Any]] = field(default_factory=list)
@@ -59,8 +59,8 @@ def read(log_dir: Path, now: float) -> History:
         raise HistoryUnavailable(str(error)) from None
 
 
-def ask(log_dir: Path, actor: str, kind: str, target: str, arguments: Mapping[str, Any]) -> int:
-    """Add a request of an operator; returns its number. Raises HistoryUnavailable."""
+def add_request(log_dir: Path, actor: str, kind: str, target: str, arguments: Mapping[str, Any]) -> int:
+    """Add an operator's request and return its number. Raises HistoryUnavailable."""
     try:
         with closing(Store.open(log_dir)) as store:
             if store.lost:
@@ -72,7 +72,7 @@ def ask(log_dir: Path, actor: str, kind: str, target: str, arguments: Mapping[st
 
 
 def evidence_files(log_dir: Path, incident: str) -> list[Path]:
-    """The evidence that the checker saved for an incident before it acted, by name."""
+    """The files of evidence that the checker saved for an incident, sorted by path."""
     root = log_dir / "incidents"
     folder = root / incident
     if folder.resolve().parent != root.resolve():

@@ -9,28 +9,27 @@ from pathlib import Path
 MAX_BYTES = 512 * 1024
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 LOGS = ("api.log", "web.log", "health.jsonl")
-_EACH = "|".join(LEVELS)
-_LEVEL = re.compile(rf"\blevel=({_EACH.lower()})\b|\b({_EACH})\b")  # the API's lines, the page's lines
+_ANY_LEVEL = "|".join(LEVELS)
+_LEVEL = re.compile(rf"\blevel=({_ANY_LEVEL.lower()})\b|\b({_ANY_LEVEL})\b")  # lines of the API; of the page
 
 
 def tail(path: Path, lines: int, at_least: str = "DEBUG", contains: str = "") -> list[str]:
-    """The last lines that match, oldest first. A line without a level has the level of the line above; lines before the
-    first level are shown at every level.
+    """The last `lines` lines that match, oldest first. Reads at most MAX_BYTES of the file. Raises OSError.
 
-    Raises OSError. At most MAX_BYTES of the file are read.
+    A line without a level has that of the line above it; lines before the first level match every level.
     """
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - MAX_BYTES))
-        read = file.read(MAX_BYTES)
-    text = read.decode("utf-8", "replace").splitlines()
+        data = file.read(MAX_BYTES)
+    text = data.decode("utf-8", "replace").splitlines()
     if size > MAX_BYTES and text:
-        text = text[1:]  # begins in the middle of a line
+        text = text[1:]  # it begins in the middle of a line
     minimum = LEVELS.index(at_least)
-    found, level = [], len(LEVELS)
+    matching, level = [], len(LEVELS)
     for line in text:
         if match := _LEVEL.search(line[:200]):
             level = LEVELS.index((match[1] or match[2]).upper())
         if level >= minimum and contains.lower() in line.lower():
-            found.append(line)
-    return found[-lines:]
+            matching.append(line)
+    return matching[-lines:]

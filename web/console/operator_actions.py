@@ -1,7 +1,6 @@
 """The actions that an operator may request of the checker. Each is confirmed first and becomes a row in the store.
 
-Shown only where an operator token is set. The token is compared here and not stored: the session remembers for
-`OPEN_FOR_S` that it was right.
+They need an operator token, which is compared and not stored: a session stays unlocked for `UNLOCKED_S`.
 """
 
 from __future__ import annotations
@@ -18,20 +17,20 @@ from web.console import checker_store
 from web.i18n.strings import Texts
 from web.safe_text import escaped
 
-OPEN_FOR_S = 900.0
+UNLOCKED_S = 900.0
 HOUR_S = 3600.0
 HOURS = (1, 2, 4, 8, 24)
 
 
 @dataclass(frozen=True)
 class OperatorAction:
-    """`typed`: confirmed by typing the model's name, because it aborts running answers. `hours`: takes a duration."""
+    """`typed`: confirmed by typing the model's name, because it aborts running answers. `timed`: takes a duration."""
 
     kind: str
     icon: str
     target: str = ""
     typed: bool = False
-    hours: bool = False
+    timed: bool = False
 
     @property
     def name(self) -> str:
@@ -43,15 +42,16 @@ ACTIONS = (
     OperatorAction("restart", ":material/restart_alt:", "api", typed=True),
     OperatorAction("restart", ":material/restart_alt:", "page", typed=True),
     OperatorAction("drain", ":material/logout:", "api", typed=True),
-    OperatorAction("pause", ":material/pause_circle:", hours=True),
-    OperatorAction("silence", ":material/notifications_off:", hours=True),
-    OperatorAction("maintenance", ":material/engineering:", hours=True),
+    OperatorAction("pause", ":material/pause_circle:", timed=True),
+    OperatorAction("silence", ":material/notifications_off:", timed=True),
+    OperatorAction("maintenance", ":material/engineering:", timed=True),
     OperatorAction("resume", ":material/play_circle:"),
     OperatorAction("reset", ":material/replay:", "all"),
 )
 
 
 def arguments_of(action: OperatorAction, hours: int, actor: str, now: float) -> dict[str, Any]:
+    """The arguments of the request. `now`: Unix time in seconds."""
     until = now + hours * HOUR_S
     if action.kind in ("pause", "silence"):
         return {"until": until}
@@ -61,7 +61,7 @@ def arguments_of(action: OperatorAction, hours: int, actor: str, now: float) -> 
 
 
 def show_actions(token: str, log_dir: Path, model: str, texts: Texts) -> None:
-    """Shows nothing where no operator token is set."""
+    """Shows nothing if no operator token is set."""
     if not token:
         return
     st.subheader(texts("act.title"), anchor=False)
@@ -81,12 +81,12 @@ def show_actions(token: str, log_dir: Path, model: str, texts: Texts) -> None:
 def _ask_for_token(token: str, texts: Texts) -> None:
     st.caption(texts("act.locked"))
     with st.form("operator", border=False, clear_on_submit=True), st.container(horizontal=True, vertical_alignment="bottom"):
-        given = st.text_input(texts("act.token"), type="password", autocomplete="off", width=280)
-        opened = st.form_submit_button(texts("act.open"), icon=":material/lock_open:")
-    if opened and hmac.compare_digest(given.strip().encode(), token.encode()):
-        st.session_state["operator_until"] = time.monotonic() + OPEN_FOR_S
+        entered = st.text_input(texts("act.token"), type="password", autocomplete="off", width=280)
+        submitted = st.form_submit_button(texts("act.open"), icon=":material/lock_open:")
+    if submitted and hmac.compare_digest(entered.strip().encode(), token.encode()):
+        st.session_state["operator_until"] = time.monotonic() + UNLOCKED_S
         st.rerun()
-    elif opened:
+    elif submitted:
         time.sleep(1)  # slows down guessing
         st.error(texts("act.wrong"), icon=":material/key_off:")
 
@@ -96,7 +96,7 @@ def _confirm(action: OperatorAction, log_dir: Path, model: str, texts: Texts) ->
     def content() -> None:
         st.markdown(texts(f"act.{action.name}_what"))
         actor = st.text_input(texts("act.actor"), key="act-actor", max_chars=60)
-        hours = st.selectbox(texts("act.hours"), HOURS, key="act-hours") if action.hours else 1
+        hours = st.selectbox(texts("act.hours"), HOURS, key="act-hours") if action.timed else 1
         expected = model or action.kind
         typed = st.text_input(texts("act.type", word=escaped(expected)), key="act-typed") if action.typed else expected
         if not st.button(texts("act.confirm"), type="primary", key="act-confirm", icon=action.icon):
@@ -114,9 +114,9 @@ def _confirm(action: OperatorAction, log_dir: Path, model: str, texts: Texts) ->
 def _submit(action: OperatorAction, hours: int, actor: str, log_dir: Path, texts: Texts) -> None:
     arguments = arguments_of(action, hours, actor, time.time())
     try:
-        number = checker_store.ask(log_dir, f"console: {actor}", action.kind, action.target, arguments)
+        number = checker_store.add_request(log_dir, f"console: {actor}", action.kind, action.target, arguments)
     except checker_store.HistoryUnavailable as error:
         st.error(texts("act.failed", why=escaped(str(error))))
         return
-    st.session_state["asked"] = texts("act.asked", number=number)
+    st.session_state["request_notice"] = texts("act.asked", number=number)
     st.rerun()

@@ -1,6 +1,6 @@
-"""The console: current state, then trends, then causes, from the checker's store and the API.
+"""The console: current state, then trends, then incidents, from the checker's store and the API.
 
-History is shown while the API is down too. The upper part redraws itself every `REFRESH_S`.
+The history is shown even while the API is down. The upper part redraws itself every `REFRESH_S`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from web.i18n.strings import TABLE, Texts
 from web.safe_text import escaped
 
 REFRESH_S = 10
-FRESH_S = 5
+CACHE_S = 5
 SPANS = ("1h", "24h", "7d")
 SPAN_S = {"1h": 3600.0, "24h": DAY_S, "7d": 7 * DAY_S}
 WIDTH_S = {"1h": 60.0, "24h": 60.0, "7d": 3600.0}
@@ -36,9 +36,9 @@ ICONS = {
     "starting": ":material/hourglass_top:", "down": ":material/error:", "unknown": ":material/help:",
     "none": ":material/sensors_off:",
 }  # fmt: skip
-FIGURES_IN_A_ROW = 3
+FIGURES_PER_ROW = 3
 SHOWN_INCIDENTS = 20
-EVIDENCE_BYTES = 64 * 1024
+SHOWN_EVIDENCE_BYTES = 64 * 1024
 
 
 def show_console(client: ApiClient, settings: Settings, texts: Texts) -> None:
@@ -54,23 +54,23 @@ def show_console(client: ApiClient, settings: Settings, texts: Texts) -> None:
 @st.fragment(run_every=REFRESH_S)
 def _live(client: ApiClient, settings: Settings, texts: Texts, zone: tzinfo) -> None:
     now = time.time()
-    asked = st.session_state.pop("asked", None)
-    if asked:
+    notice = st.session_state.pop("request_notice", None)
+    if notice:
         _history.clear()  # so that the operator sees the request at once
     try:
         history = _history(str(settings.log_dir))
     except HistoryUnavailable:
         history = History()
-    live = _live_numbers(client.base_url, client)
+    health = _health(client.base_url, client)
     info, metrics = _info(client.base_url, client), _metrics(client.base_url, client)
     current = check_history.current_state(history.runs, history.flips, now, settings.check_period_s)
-    _show_sentence(current, {**info, **live}, history.report, texts, zone, now)
-    if asked:
-        st.success(asked, icon=":material/outgoing_mail:")
+    _show_state(current, {**info, **health}, history.report, texts, zone, now)
+    if notice:
+        st.success(notice, icon=":material/outgoing_mail:")
     if not history.runs and not history.hours:
         st.info(texts("console.no_history"), icon=":material/schedule:")
         return
-    _show_figures(history, live, metrics, texts, now)
+    _show_figures(history, health, metrics, texts, now)
     _show_bars(history, texts, now)
     _show_trends(history, settings, texts, now)
     _show_incidents(history, settings, texts, zone, now)
@@ -78,29 +78,28 @@ def _live(client: ApiClient, settings: Settings, texts: Texts, zone: tzinfo) -> 
     _show_advice(history, info, texts, zone, now)
 
 
-@st.cache_data(ttl=FRESH_S, show_spinner=False)
+@st.cache_data(ttl=CACHE_S, show_spinner=False)
 def _history(log_dir: str) -> History:
-    """Cached, so that all visitors share one reading."""
     return checker_store.read(Path(log_dir), time.time())
 
 
-@st.cache_data(ttl=FRESH_S, show_spinner=False)
-def _live_numbers(base_url: str, _client: ApiClient) -> dict[str, Any]:
+@st.cache_data(ttl=CACHE_S, show_spinner=False)
+def _health(base_url: str, _client: ApiClient) -> dict[str, Any]:
     return _client.health_body()
 
 
-@st.cache_data(ttl=FRESH_S, show_spinner=False)
+@st.cache_data(ttl=CACHE_S, show_spinner=False)
 def _metrics(base_url: str, _client: ApiClient) -> ApiMetrics:
-    return api_metrics.read(_client.metrics_text())
+    return api_metrics.parse(_client.metrics_text())
 
 
-@st.cache_data(ttl=FRESH_S, show_spinner=False)
+@st.cache_data(ttl=CACHE_S, show_spinner=False)
 def _info(base_url: str, _client: ApiClient) -> dict[str, Any]:
     return _client.info_body()
 
 
 def _model(client: ApiClient) -> str:
-    return str(_live_numbers(client.base_url, client).get("model") or "")
+    return str(_health(client.base_url, client).get("model") or "")
 
 
 def _zone() -> tzinfo:
@@ -110,48 +109,48 @@ def _zone() -> tzinfo:
         return UTC
 
 
-# The sentence on top.
+# The current state.
 
 
-def _show_sentence(
-    current: CurrentState, live: dict[str, Any], report: dict[str, Any], texts: Texts, zone: tzinfo, now: float
+def _show_state(
+    current: CurrentState, service: dict[str, Any], report: dict[str, Any], texts: Texts, zone: tzinfo, now: float
 ) -> None:
-    box: Callable[..., Any] = {"up": st.success, "busy": st.success, "down": st.error, "none": st.info}.get(
+    callout: Callable[..., Any] = {"up": st.success, "busy": st.success, "down": st.error, "none": st.info}.get(
         current.state, st.warning
     )
     if current.age_s is None:
         sentence = texts("state.never")
     elif current.stale:
-        sentence = texts("state.stale", age=duration(current.age_s, texts), word=_word(current.word, texts))
+        sentence = texts("state.stale", age=format_duration(current.age_s, texts), word=_word(current.word, texts))
     else:
         since = current.since if current.since is not None else now
         sentence = texts(
-            f"state.{current.state}", since=clock(since, zone, now), span=duration(now - since, texts),
-            age=duration(current.age_s, texts),
+            f"state.{current.state}", since=format_time(since, zone, now), span=format_duration(now - since, texts),
+            age=format_duration(current.age_s, texts),
         )  # fmt: skip
-    box(sentence, icon=ICONS[current.state])
+    callout(sentence, icon=ICONS[current.state])
     for reason in current.reasons:
         target, word = texts(target_key(reason["target"])), _word(reason["word"], texts)
         st.markdown(f"**{target}: {word}** — {escaped(reason[texts.language])}")
-    st.caption(_service_line(live, report, texts))
+    st.caption(_service_line(service, report, texts))
 
 
-def _service_line(live: dict[str, Any], report: dict[str, Any], texts: Texts) -> str:
-    """The model, its device and its uptime, from `/info`, `/health` and the last check."""
-    if not live:
+def _service_line(service: dict[str, Any], report: dict[str, Any], texts: Texts) -> str:
+    """The model, its device and its uptime, from `/info`, `/health` (`service`) and the last check (`report`)."""
+    if not service:
         return texts("console.api_silent")
-    parts = [escaped(str(live.get("model") or "?"))]
-    if live.get("version"):
-        parts.append(texts("console.version", version=escaped(str(live["version"]))))
-    parts += sorted({escaped(str(card["name"])) for card in _cards(report) if card.get("name")}) or [escaped(str(live.get("device") or ""))]
-    parts.append(escaped(str(live.get("dtype") or "")))
-    if isinstance(live.get("context_tokens"), int):
-        parts.append(texts("console.context", count=f"{live['context_tokens']:,}"))
-    if isinstance(live.get("slots"), int):
-        parts.append(texts("console.slots", count=live["slots"]))
-    if isinstance(live.get("uptime_s"), int | float):
-        parts.append(texts("console.runs_for", span=duration(live["uptime_s"], texts)))
-    if phase := live.get("phase"):
+    parts = [escaped(str(service.get("model") or "?"))]
+    if service.get("version"):
+        parts.append(texts("console.version", version=escaped(str(service["version"]))))
+    parts += sorted({escaped(str(card["name"])) for card in _cards(report) if card.get("name")}) or [escaped(str(service.get("device") or ""))]
+    parts.append(escaped(str(service.get("dtype") or "")))
+    if isinstance(service.get("context_tokens"), int):
+        parts.append(texts("console.context", count=f"{service['context_tokens']:,}"))
+    if isinstance(service.get("slots"), int):
+        parts.append(texts("console.slots", count=service["slots"]))
+    if isinstance(service.get("uptime_s"), int | float):
+        parts.append(texts("console.runs_for", span=format_duration(service["uptime_s"], texts)))
+    if phase := service.get("phase"):
         parts.append(texts("console.phase", phase=escaped(str(phase))))
     return " · ".join(part for part in parts if part)
 
@@ -176,33 +175,34 @@ def target_key(target: str) -> str:
 # Figures, bars, trends.
 
 
-def _show_figures(history: History, live: dict[str, Any], metrics: ApiMetrics, texts: Texts, now: float) -> None:
+def _show_figures(history: History, health: dict[str, Any], metrics: ApiMetrics, texts: Texts, now: float) -> None:
     spans = (("24h", history.minutes, 60.0, DAY_S), ("7d", history.hours, 3600.0, 7 * DAY_S), ("30d", history.hours, 3600.0, 30 * DAY_S))
     figures: list[tuple[str, str, str | None]] = []
     for name, rows, width_s, span_s in spans:
-        found = check_history.uptime(rows, "api", width_s, span_s, now)
-        share = "–" if found.share is None else f"{percent_down(found.share)} %"
-        figures.append((texts(f"figure.uptime_{name}"), share, texts("figure.seen", share=f"{100 * found.seen:.0f}")))
-    first = [(run["readings"] or {}).get("first_token_s") for run in history.runs]
-    p95 = check_history.percentile(first, 0.95)
+        uptime = check_history.uptime(rows, "api", width_s, span_s, now)
+        share = "–" if uptime.share is None else f"{percent_rounded_down(uptime.share)} %"
+        help = texts("figure.coverage", share=f"{100 * uptime.coverage:.0f}")
+        figures.append((texts(f"figure.uptime_{name}"), share, help))
+    ttfts = [(run["readings"] or {}).get("first_token_s") for run in history.runs]
+    p95 = check_history.percentile(ttfts, 0.95)
     figures.append((texts("figure.first_word"), "–" if p95 is None else f"{p95:.2f} s", texts("figure.first_word_help")))
-    running, waiting = live.get("running"), live.get("waiting")
+    running, waiting = health.get("running"), health.get("waiting")
     figures.append((texts("figure.load"), "–" if running is None else f"{running} / {waiting}", texts("figure.load_help")))
     if metrics.tokens_per_s is not None:
-        figures.append((texts("figure.speed"), f"{short(metrics.tokens_per_s)} t/s", texts("figure.speed_help")))
+        figures.append((texts("figure.speed"), f"{format_number(metrics.tokens_per_s)} t/s", texts("figure.speed_help")))
     if metrics.kv_used is not None:
         reused = None if metrics.reused is None else texts("figure.reused", share=f"{100 * metrics.reused:.0f}")
         figures.append((texts("figure.kv"), f"{100 * metrics.kv_used:.0f} %", reused))
     figures.append(_gpu_figure(history.report, texts))
     figures.append((texts("figure.failed"), str(check_history.failed_checks(history.runs, now - 3600)), None))
-    for left in range(0, len(figures), FIGURES_IN_A_ROW):
+    for start in range(0, len(figures), FIGURES_PER_ROW):
         with st.container(horizontal=True):  # wraps again on a phone
-            for label, value, help in figures[left : left + FIGURES_IN_A_ROW]:
-                st.metric(label, value, border=True, help=help)
+            for label, value, tooltip in figures[start : start + FIGURES_PER_ROW]:
+                st.metric(label, value, border=True, help=tooltip)
 
 
-def percent_down(share: float) -> str:
-    """Never rounded up to 100: 99.996 % is not 100 %."""
+def percent_rounded_down(share: float) -> str:
+    """So that 99.996 % is not shown as 100 %."""
     hundredths = int(share * 10_000 + 1e-9)
     return f"{hundredths / 100:.2f}".rstrip("0").rstrip(".")
 
@@ -212,10 +212,10 @@ def _gpu_figure(report: dict[str, Any], texts: Texts) -> tuple[str, str, str | N
     if not cards:
         return texts("figure.gpu"), texts("figure.no_gpu"), None
     card = max(cards, key=lambda each: each.get("memory_used_mib") or 0)
-    used, total, hot = card.get("memory_used_mib"), card.get("memory_total_mib"), card.get("temperature_c")
+    used, total, temperature = card.get("memory_used_mib"), card.get("memory_total_mib"), card.get("temperature_c")
     memory = "–" if used is None else f"{used / 1024:.1f} GiB"
     parts = [texts("figure.gpu_of", total=f"{total / 1024:.0f}", name=card.get("name") or "GPU")] if total else []
-    return texts("figure.gpu"), memory, " · ".join([*parts, *([] if hot is None else [f"{hot:g} °C"])]) or None
+    return texts("figure.gpu"), memory, " · ".join([*parts, *([] if temperature is None else [f"{temperature:g} °C"])]) or None
 
 
 def _show_bars(history: History, texts: Texts, now: float) -> None:
@@ -230,8 +230,8 @@ def _show_bars(history: History, texts: Texts, now: float) -> None:
         if target == "page" and all(bar.state == "none" for bar in bars):
             continue
         bad = sum(1 for bar in bars if bar.state not in ("up", "busy", "none"))
-        blank = sum(1 for bar in bars if bar.state == "none")
-        summary = texts("bars.alt", target=texts(f"target.{target}"), bad=bad, none=blank, count=len(bars))
+        empty = sum(1 for bar in bars if bar.state == "none")
+        summary = texts("bars.alt", target=texts(f"target.{target}"), bad=bad, none=empty, count=len(bars))
         st.caption(summary)
         st.vega_lite_chart(spec=bars_chart(bars, name, summary), width="stretch", key=f"bars-{target}")
     st.caption(texts("bars.legend"))
@@ -247,26 +247,26 @@ def _show_trends(history: History, settings: Settings, texts: Texts, now: float)
     shown = [trend for trend in trends if any(point.value is not None for point in trend.points)]
     if not shown:
         st.caption(texts("trend.none"))
-    for left in range(0, len(shown), 2):
-        for column, trend in zip(st.columns(2), shown[left : left + 2], strict=False):
+    for start in range(0, len(shown), 2):
+        for column, trend in zip(st.columns(2), shown[start : start + 2], strict=False):
             with column:
-                known = [point.value for point in trend.points if point.value is not None]
-                limit = "" if trend.limit is None else " · " + texts("trend.limit", limit=f"{short(trend.limit)} {trend.unit}")
-                st.caption(f"**{trend.title}** {short(known[-1])} {trend.unit}{limit}")
+                values = [point.value for point in trend.points if point.value is not None]
+                limit = "" if trend.limit is None else " · " + texts("trend.limit", limit=f"{format_number(trend.limit)} {trend.unit}")
+                st.caption(f"**{trend.title}** {format_number(values[-1])} {trend.unit}{limit}")
                 st.vega_lite_chart(spec=trend_chart(trend, trend.title), width="stretch", key=f"trend-{trend.title}")
 
 
 def trends_of(history: History, settings: Settings, span: str, texts: Texts, now: float) -> list[Trend]:
-    """Each with the limit at which the checker warns."""
+    """The trends of a span, each with the limit at which the checker alerts."""
     since = now - SPAN_S[span]
 
     def points(reading: str) -> list[Point]:
         if span == "1h":
-            found = check_history.points_of_runs([run for run in history.runs if run["at"] >= since], reading)
+            known = check_history.points_of_runs([run for run in history.runs if run["at"] >= since], reading)
         else:
             rows = history.minutes if span == "24h" else history.hours
-            found = check_history.points_of_rollups([row for row in rows if row["start"] >= since], reading)
-        return check_history.with_gaps(found, max(WIDTH_S[span], settings.check_period_s))
+            known = check_history.points_of_rollups([row for row in rows if row["start"] >= since], reading)
+        return check_history.with_gaps(known, max(WIDTH_S[span], settings.check_period_s))
 
     in_percent = settings.gpu_memory_limit_mib == 0
     gpu_memory = "gpu_memory_used_percent" if in_percent else "gpu_memory_used"
@@ -281,15 +281,15 @@ def trends_of(history: History, settings: Settings, span: str, texts: Texts, now
         ("memory_used_percent", "%", settings.memory_limit_percent, "GLM_MEMORY_LIMIT_PERCENT"),
         ("page_s", "s", None, ""),
     )
-    form = "%d.%m." if span == "7d" else "%H:%M"
-    return [Trend(texts(f"trend.{name}"), unit, points(name), limit, setting, form) for name, unit, limit, setting in rows]
+    time_format = "%d.%m." if span == "7d" else "%H:%M"
+    return [Trend(texts(f"trend.{name}"), unit, points(name), limit, setting, time_format) for name, unit, limit, setting in rows]
 
 
-def short(value: float) -> str:
+def format_number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-# Causes.
+# Incidents, requests, advice.
 
 
 def _show_incidents(history: History, settings: Settings, texts: Texts, zone: tzinfo, now: float) -> None:
@@ -298,11 +298,11 @@ def _show_incidents(history: History, settings: Settings, texts: Texts, zone: tz
         st.caption(texts("incident.none"))
     for incident in history.incidents[:SHOWN_INCIDENTS]:
         begin, end = incident["first_seen_at"] or incident["opened_at"], incident["closed_at"]
-        span = duration((incident["recovered_at"] or end or now) - begin, texts)
-        over = bool(incident["recovered_at"]) and not end
-        icon = ":material/check:" if end else ":material/visibility:" if over else ":material/error:"
+        span = format_duration((incident["recovered_at"] or end or now) - begin, texts)
+        recovered = bool(incident["recovered_at"]) and not end
+        icon = ":material/check:" if end else ":material/visibility:" if recovered else ":material/error:"
         label = texts(
-            "incident.line" if end else "incident.watched_line" if over else "incident.open_line", at=clock(begin, zone, now), span=span,
+            "incident.line" if end else "incident.watched_line" if recovered else "incident.open_line", at=format_time(begin, zone, now), span=span,
             target=texts(target_key(incident["target"])), word=_word(incident["word"], texts),
         )  # fmt: skip
         with st.expander(label, icon=icon, expanded=not end):
@@ -316,9 +316,9 @@ def _show_incident(
     st.markdown(f"{escaped(incident[texts.language])}  \n:small[{escaped(incident[other])}]")
     st.caption(texts("incident.facts", rule=escaped(incident["rule"]), restarts=incident["restarts"] or 0, id=incident["id"]))
     lines = []
-    for moment in check_history.timeline(incident, history.flips, history.actions, history.messages):
-        description = escaped(moment.text[texts.language])
-        lines.append(f"- `{clock(moment.at, zone, now, seconds=True)}` {texts(f'moment.{moment.kind}')} {description}")
+    for event in check_history.timeline(incident, history.flips, history.actions, history.messages):
+        description = escaped(event.text[texts.language])
+        lines.append(f"- `{format_time(event.at, zone, now, seconds=True)}` {texts(f'timeline.{event.kind}')} {description}")
     st.markdown("\n".join(lines))
     files = checker_store.evidence_files(settings.log_dir, incident["id"])
     if files:
@@ -327,7 +327,7 @@ def _show_incident(
         name = st.selectbox(texts("incident.evidence"), list(names), index=None, key=f"evidence-{incident['id']}")
         if name:
             data = names[name].read_bytes()
-            st.code(data[:EVIDENCE_BYTES].decode("utf-8", "replace"), language=None, wrap_lines=True, height=320)
+            st.code(data[:SHOWN_EVIDENCE_BYTES].decode("utf-8", "replace"), language=None, wrap_lines=True, height=320)
             st.download_button(texts("log.save"), data, names[name].name, on_click="ignore", key=f"save-{incident['id']}")
 
 
@@ -339,7 +339,7 @@ def _show_requests(history: History, current: CurrentState, texts: Texts, zone: 
         st.warning(texts("request.no_checker"), icon=":material/sensors_off:")
     head = "| # | " + " | ".join(texts(f"request.{name}") for name in ("at", "actor", "what", "state", "outcome")) + " |"
     rows = [
-        f"| {row['id']} | {clock(row['made_at'], zone, time.time(), seconds=True)} | {escaped(row['actor'] or '')} "
+        f"| {row['id']} | {format_time(row['made_at'], zone, time.time(), seconds=True)} | {escaped(row['actor'] or '')} "
         f"| {escaped(row['kind'])} {escaped(row['target'] or '')} | {_request_state(row['state'], texts)} "
         f"| {escaped(row['outcome'] or '')} |"
         for row in history.requests[:10]
@@ -352,7 +352,7 @@ def _show_advice(history: History, info: dict[str, Any], texts: Texts, zone: tzi
     total = max((card.get("memory_total_mib") or 0 for card in _cards(history.report)), default=0) or None
     week = right_sizing.summarize_week(history.hours, now, int(info.get("slots") or 1), zone)
     advice = right_sizing.advise(week, total)
-    st.markdown("\n".join(f"- {texts(each.key, **each.values)}" for each in advice))
+    st.markdown("\n".join(f"- {texts(item.key, **item.values)}" for item in advice))
 
 
 # The log.
@@ -376,16 +376,17 @@ def _show_log(settings: Settings, texts: Texts) -> None:
     st.download_button(texts("log.save"), text, name, "text/plain", on_click="ignore", icon=":material/download:")
 
 
-def duration(seconds: float, texts: Texts) -> str:
+def format_duration(seconds: float, texts: Texts) -> str:
     """The two largest units: 2 h 10 min."""
     whole = max(0, int(seconds))
     parts = [(whole // 86400, "day"), (whole % 86400 // 3600, "hour"), (whole % 3600 // 60, "minute"), (whole % 60, "second")]
     first = next((index for index, (count, _) in enumerate(parts) if count), 3)
-    kept = [texts(f"unit.{unit}", count=count) for count, unit in parts[first : first + 2] if count]
-    return " ".join(kept) if kept else texts("unit.second", count=0)
+    shown = [texts(f"unit.{unit}", count=count) for count, unit in parts[first : first + 2] if count]
+    return " ".join(shown) if shown else texts("unit.second", count=0)
 
 
-def clock(at: float, zone: tzinfo, now: float, seconds: bool = False) -> str:
+def format_time(at: float, zone: tzinfo, now: float, seconds: bool = False) -> str:
+    """The time of day; with the date if it is more than half a day ago."""
     moment = datetime.fromtimestamp(at, zone)
-    form = "%H:%M:%S" if seconds else "%H:%M"
-    return moment.strftime(form if now - at < DAY_S / 2 else f"%Y-%m-%d {form}")
+    time_format = "%H:%M:%S" if seconds else "%H:%M"
+    return moment.strftime(time_format if now - at < DAY_S / 2 else f"%Y-%m-%d {time_format}")

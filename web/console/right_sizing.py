@@ -1,6 +1,6 @@
-"""Advice on the size of the instance from the last week: too large, too small, busy and quiet hours. Pure functions.
+"""Advice on the size of the instance, from the last week: too large, too small, busy and quiet hours. Pure functions.
 
-Advice needs at least a day of data and gives the figures that it is based on.
+Needs at least a day of data. Each piece of advice states the figures that it is based on.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ MEMORY_TIGHT, MEMORY_LOOSE = 0.92, 0.5
 LOAD_LOW, LOAD_HIGH = 15.0, 70.0
 WAITING_SHARE = 0.05
 CARDS_GIB = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141)  # common sizes of rented GPUs
-SPARE = 1.2
+HEADROOM = 1.2  # of the peak, on a smaller card
 
 
 @dataclass(frozen=True)
 class Advice:
-    """`key`: of the sentence in the table of texts; `values`: for its placeholders."""
+    """`key`: of a sentence in `web.i18n`; `values`: for its placeholders."""
 
     key: str
     values: Mapping[str, object]
@@ -30,35 +30,35 @@ class Advice:
 
 @dataclass(frozen=True)
 class Week:
-    """Readings of the hours that were checked; None where there was no reading."""
+    """Readings of the hours that were checked; None without a reading. Loads are in percent."""
 
     hours: int
     gpu_load: float | None
     gpu_peak_mib: float | None
     memory_peak_percent: float | None
     cpu_load: float | None
-    waiting_share: float  # of the hours, in which more waited than `slots`
+    waiting_share: float  # of the hours in which more requests than `slots` were pending
     by_hour: Mapping[int, float]  # hour of the day -> mean load
 
 
 def summarize_week(hours: Sequence[Mapping[str, Any]], now: float, slots: int, zone: tzinfo | None) -> Week:
-    """From hourly roll-ups."""
+    """From hourly roll-ups. `zone`: of the hours of the day."""
     rows = [row for row in hours if row["start"] >= now - WEEK_S]
     load_name = "gpu_load" if any(_count(row, "gpu_load") for row in rows) else "cpu_percent"
     loads: dict[int, list[float]] = {}
     for row in rows:
         if _count(row, load_name):
             loads.setdefault(datetime.fromtimestamp(row["start"], zone).hour, []).append(_mean(row, load_name))
-    waited = [row for row in rows if _count(row, "pending") and _most(row, "pending") > slots]
+    waiting = [row for row in rows if _count(row, "pending") and _max(row, "pending") > slots]
     return Week(
         hours=len(rows),
-        gpu_load=_overall(rows, "gpu_load"),
-        gpu_peak_mib=max((_most(row, "gpu_memory_used") for row in rows if _count(row, "gpu_memory_used")), default=None),
+        gpu_load=_overall_mean(rows, "gpu_load"),
+        gpu_peak_mib=max((_max(row, "gpu_memory_used") for row in rows if _count(row, "gpu_memory_used")), default=None),
         memory_peak_percent=max(
-            (_most(row, "memory_used_percent") for row in rows if _count(row, "memory_used_percent")), default=None
+            (_max(row, "memory_used_percent") for row in rows if _count(row, "memory_used_percent")), default=None
         ),
-        cpu_load=_overall(rows, "cpu_percent"),
-        waiting_share=len(waited) / len(rows) if rows else 0.0,
+        cpu_load=_overall_mean(rows, "cpu_percent"),
+        waiting_share=len(waiting) / len(rows) if rows else 0.0,
         by_hour={hour: sum(values) / len(values) for hour, values in sorted(loads.items())},
     )
 
@@ -91,7 +91,7 @@ def _memory_advice(peak_mib: float, total_mib: float) -> Advice:
     share = peak_mib / total_mib
     if share > MEMORY_TIGHT:
         return Advice("size.memory_tight", values)
-    smaller = next((size for size in CARDS_GIB if size * 1024 >= peak_mib * SPARE), None)
+    smaller = next((size for size in CARDS_GIB if size * 1024 >= peak_mib * HEADROOM), None)
     if share < MEMORY_LOOSE and smaller is not None and smaller * 1024 < total_mib * 0.9:
         return Advice("size.memory_loose", {**values, "smaller": smaller})
     return Advice("size.memory_fits", values)
@@ -102,11 +102,11 @@ def busiest_hour(by_hour: Mapping[int, float]) -> int | None:
 
 
 def quiet_hours(by_hour: Mapping[int, float]) -> tuple[int, int] | None:
-    """(first, last) of the longest run of quiet hours of the day, over midnight too; None if there is none."""
-    most = max(by_hour.values(), default=0.0)
-    if most <= 0 or len(by_hour) < 24:
+    """(first, last) of the longest run of quiet hours of the day, which may span midnight; None if there is none."""
+    highest = max(by_hour.values(), default=0.0)
+    if highest <= 0 or len(by_hour) < 24:
         return None
-    quiet = [by_hour[hour] < QUIET_SHARE * most for hour in range(24)]
+    quiet = [by_hour[hour] < QUIET_SHARE * highest for hour in range(24)]
     best: tuple[int, int] | None = None
     length = 0
     for first in range(24):
@@ -125,11 +125,11 @@ def _mean(row: Mapping[str, Any], name: str) -> float:
     return float(total) / count
 
 
-def _most(row: Mapping[str, Any], name: str) -> float:
+def _max(row: Mapping[str, Any], name: str) -> float:
     return float(row["sums"][name][2])
 
 
-def _overall(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    known = [row["sums"][name] for row in rows if _count(row, name)]
-    count = sum(entry[1] for entry in known)
-    return float(sum(entry[0] for entry in known) / count) if count else None
+def _overall_mean(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    sums = [row["sums"][name] for row in rows if _count(row, name)]
+    count = sum(entry[1] for entry in sums)
+    return float(sum(entry[0] for entry in sums) / count) if count else None

@@ -1,4 +1,4 @@
-"""The settings in force: the model server's automatic choices with their reasons, and every GLM_ setting. No secrets."""
+"""The effective settings: the API's automatic choices with their reasons, and every GLM_ setting. Secrets are masked."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def show_settings(info: dict[str, Any], settings: Settings, texts: Texts) -> Non
         choices = info.get("choices") or {}
         if choices:
             st.caption(texts("set.chosen"))
-            lines = [f"| {escaped(str(name))} | {escaped(_chosen(info, name))} | {escaped(str(why))} |" for name, why in choices.items()]
+            lines = [f"| {escaped(str(name))} | {escaped(_effective(info, name))} | {escaped(str(why))} |" for name, why in choices.items()]
             st.markdown("\n".join([f"| | {texts('set.value')} | {texts('set.why')} |", "|---|---|---|", *lines]))
         st.caption(texts("set.given"))
         rows = [
@@ -27,11 +27,10 @@ def show_settings(info: dict[str, Any], settings: Settings, texts: Texts) -> Non
         st.markdown("\n".join([f"| | {texts('set.value')} | |", "|---|---|---|", *rows]))
 
 
-def _chosen(info: dict[str, Any], name: str) -> str:
+def _effective(info: dict[str, Any], name: str) -> str:
     value = info.get(name, info.get(f"{name}_tokens", ""))
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def _value(value: object) -> str:
-    """Secrets are masked."""
     return "•••" if isinstance(value, SecretStr) else "–" if value in (None, "") else str(value)

@@ -1,3 +1,3 @@
-"""Owns conversations: their turns, what of them is sent, their store, their list and their export.
-It may not know the chat page or the console, and it calls the API nowhere.
+"""Owns conversations: their turns, which of them are sent, their store, their list and their export.
+It may not know the chat page, the console, or how to call the API.
 """

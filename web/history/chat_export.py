@@ -1,6 +1,6 @@
-"""A chat as a file: Markdown for people, JSON for programs, both with the images embedded.
+"""A chat as a file: Markdown for people, JSON for programs. Pure functions.
 
-Pure: no Streamlit, no SQLite. Both hold everything that the page shows.
+Both formats hold all that the page shows, with the images embedded.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ def to_json(conversation: Conversation, url_of: UrlOf) -> str:
         for turn in conversation.turns
     ]
     images = {
-        sha: {"name": p.name, "width": p.width, "height": p.height, "url": url_of(p)}
-        for sha, p in conversation.images.items()
+        sha: {"name": image.name, "width": image.width, "height": image.height, "url": url_of(image)}
+        for sha, image in conversation.images.items()
     }
-    whole = {"format": FORMAT, "version": VERSION, "title": conversation.title, "turns": turns, "pictures": images}
-    return json.dumps(whole, ensure_ascii=False, indent=2)
+    document = {"format": FORMAT, "version": VERSION, "title": conversation.title, "turns": turns, "pictures": images}
+    return json.dumps(document, ensure_ascii=False, indent=2)
 
 
 def to_markdown(conversation: Conversation, url_of: UrlOf, texts: Texts) -> str:
@@ -44,7 +44,7 @@ def to_markdown(conversation: Conversation, url_of: UrlOf, texts: Texts) -> str:
         parts.append(f"## {texts('export.question')} · {_time(turn.asked_at)}")
         for sha in turn.images:
             image = conversation.images[sha]
-            parts.append(f"![{_inside_brackets(image.name)}]({url_of(image)})")
+            parts.append(f"![{_without_brackets(image.name)}]({url_of(image)})")
         parts += [f"`{result.name}`\n\n{_fenced(result.text)}" for result in turn.results] or [turn.question]
         for answer in [*turn.earlier, turn.answer]:
             parts += _markdown_answer(answer, texts)
@@ -53,8 +53,8 @@ def to_markdown(conversation: Conversation, url_of: UrlOf, texts: Texts) -> str:
 
 def _markdown_answer(answer: Answer, texts: Texts) -> list[str]:
     parts = [f"### {texts('export.answer')}"]
-    if thought := answer.reasoning.strip():
-        parts.append("\n".join(f"> {line}".rstrip() for line in thought.splitlines()))
+    if reasoning := answer.reasoning.strip():
+        parts.append("\n".join(f"> {line}".rstrip() for line in reasoning.splitlines()))
     parts += [f"`{call.name}` `{call.arguments}`" for call in answer.calls]
     if text := answer.text.strip():
         parts.append(text)
@@ -91,7 +91,7 @@ def _corners(corners: tuple[float, ...]) -> str:
     return ", ".join(f"{value:g}" for value in corners)
 
 
-def _inside_brackets(name: str) -> str:
+def _without_brackets(name: str) -> str:
     return re.sub(r"[\[\]\\\n]", " ", name)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import streamlit as st
 
 from web.history import chat_export
-from web.history.chat_store import VisitorChats
+from web.history.chat_store import ChatSummary, VisitorChats
 from web.history.conversation import Conversation
 from web.i18n.strings import Texts
 from web.safe_text import escaped
@@ -25,21 +25,21 @@ def show_chats(
         return
     st.caption(texts("side.chats"))
     with st.container(key="chats", gap="xxsmall"):
-        _show_summaries([(summary.id, summary.title) for summary in summaries[:SHOWN]], conversation.id, open_chat)
+        _show_summaries(summaries[:SHOWN], conversation.id, open_chat)
         if len(summaries) > SHOWN:
             with st.expander(texts("side.more", count=len(summaries) - SHOWN), type="compact"):
-                _show_summaries([(summary.id, summary.title) for summary in summaries[SHOWN:]], conversation.id, open_chat)
+                _show_summaries(summaries[SHOWN:], conversation.id, open_chat)
 
 
-def _show_summaries(summaries: list[tuple[str, str]], current: str, open_chat: Callable[[str], None]) -> None:
-    for id, title in summaries:
+def _show_summaries(summaries: list[ChatSummary], current: str, open_chat: Callable[[str], None]) -> None:
+    for summary in summaries:
         st.button(
-            escaped(title),
-            key=f"chat-{id}",
-            type="secondary" if id == current else "tertiary",
+            escaped(summary.title),
+            key=f"chat-{summary.id}",
+            type="secondary" if summary.id == current else "tertiary",
             width="stretch",
             on_click=open_chat,
-            args=(id,),
+            args=(summary.id,),
         )
 
 

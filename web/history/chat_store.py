@@ -1,8 +1,8 @@
-"""The store of chats: one SQLite file for all, and `VisitorChats`, one visitor's access to it.
+"""The store of chats: one SQLite file for all visitors, and `VisitorChats`, one visitor's access to it.
 
-Owns the tables, the bytes of the images (stored once, by hash) and what is removed when. Knows nothing of Streamlit.
-Every query names the visitor as well as the chat, so that a copied URL shows nothing to others. Every change is one
-transaction: a killed process loses at most the last second of an answer.
+Owns the tables, the bytes of the images (stored once, by hash) and their deletion. Knows nothing of Streamlit. Every
+query names the visitor as well as the chat, so that a copied URL shows nothing to others. Every change is one
+transaction.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FILE_NAME = "chats.db"
 LIST_LENGTH = 100
 DAY_S = 86400
 BUSY_S = 5.0
-SAVE_EVERY_S = 1.0  # while an answer streams; a killed process loses at most this much
+SAVE_EVERY_S = 1.0  # while an answer streams; a killed process loses at most this much of it
 VERSION = 1
 
 TABLES = """
@@ -68,10 +68,10 @@ class ChatSummary:
 
 
 class ChatStore:
-    """Safe to use from several threads and processes: every call opens its own connection. Calls raise StoreError."""
+    """Safe for several threads and processes: every call opens its own connection. Every call may raise StoreError."""
 
     def __init__(self, path: Path, keep_days: int) -> None:
-        """Creates the file. Raises StoreError."""
+        """Creates the file and deletes old chats."""
         self._path = path
         self._keep_days = keep_days
         with _as_store_error():
@@ -82,7 +82,7 @@ class ChatStore:
             db.execute("PRAGMA journal_mode = WAL")
             db.executescript(TABLES)
             db.execute(f"PRAGMA user_version = {VERSION}")
-        self.forget_old(time.time())
+        self.delete_old(time.time())
 
     def summaries(self, visitor: str) -> list[ChatSummary]:
         """The visitor's chats, most recently used first."""
@@ -96,23 +96,23 @@ class ChatStore:
     def load(self, visitor: str, chat: str) -> Conversation | None:
         """None if the visitor has no such chat."""
         with self._connection() as db:
-            head = db.execute("SELECT title FROM chats WHERE id = ? AND visitor = ?", (chat, visitor)).fetchone()
-            if head is None:
+            row = db.execute("SELECT title FROM chats WHERE id = ? AND visitor = ?", (chat, visitor)).fetchone()
+            if row is None:
                 return None
             turns = db.execute("SELECT body FROM turns WHERE chat = ? ORDER BY number", (chat,)).fetchall()
             images = db.execute("SELECT body FROM chat_pictures WHERE chat = ?", (chat,)).fetchall()
         try:
-            known = [_IMAGE.validate_json(body) for (body,) in images]
-            found = [_TURN.validate_json(body) for (body,) in turns]
+            parsed_images = [_IMAGE.validate_json(body) for (body,) in images]
+            parsed_turns = [_TURN.validate_json(body) for (body,) in turns]
         except ValidationError as error:
             raise StoreError(f"{len(error.errors())} fields of the chat cannot be read") from None
-        return Conversation(chat, head[0], found, {image.sha: image for image in known})
+        return Conversation(chat, row[0], parsed_turns, {image.sha: image for image in parsed_images})
 
     def save(self, visitor: str, conversation: Conversation, number: int | None = None) -> None:
         """Save one turn (the last by default) with its new images; the conversation then drops their bytes."""
         number = len(conversation.turns) - 1 if number is None else number
         turn = conversation.turns[number]
-        fresh = {sha: conversation.images[sha] for sha in turn.images}
+        images = {sha: conversation.images[sha] for sha in turn.images}
         with self._connection() as db:
             db.execute(
                 "INSERT INTO chats (id, visitor, title, updated) VALUES (?, ?, ?, ?)"
@@ -123,7 +123,7 @@ class ChatStore:
                 "INSERT OR REPLACE INTO turns (chat, number, body) VALUES (?, ?, ?)",
                 (conversation.id, number, _TURN.dump_json(turn, by_alias=True).decode()),
             )
-            for sha, image in fresh.items():
+            for sha, image in images.items():
                 body = _IMAGE.dump_json(image.without_bytes()).decode()
                 db.execute(
                     "INSERT OR IGNORE INTO chat_pictures (chat, sha, body) VALUES (?, ?, ?)",
@@ -131,7 +131,7 @@ class ChatStore:
                 )
                 if image.data:
                     db.execute("INSERT OR IGNORE INTO picture_bytes (sha, data) VALUES (?, ?)", (sha, image.data))
-        conversation.without_bytes(set(fresh))
+        conversation.drop_bytes(set(images))
 
     def rename(self, visitor: str, chat: str, title: str) -> None:
         with self._connection() as db:
@@ -149,14 +149,14 @@ class ChatStore:
         with self._connection() as db:
             row = db.execute("SELECT data FROM picture_bytes WHERE sha = ?", (image.sha,)).fetchone()
         if row is None:
-            raise StoreError(f"the bytes of {image.name} are gone")
+            raise StoreError(f"the bytes of {image.name} are missing")
         return bytes(row[0])
 
-    def forget_old(self, now: float) -> None:
-        """Remove chats that were not used for `keep_days`. `now`: Unix time in seconds."""
+    def delete_old(self, now: float) -> None:
+        """Delete chats that were not used for `keep_days`. `now`: Unix time in seconds."""
         with self._connection() as db:
-            gone = db.execute("DELETE FROM chats WHERE updated < ?", (now - self._keep_days * DAY_S,)).rowcount
-            if gone:
+            deleted = db.execute("DELETE FROM chats WHERE updated < ?", (now - self._keep_days * DAY_S,)).rowcount
+            if deleted:
                 _drop_unused_images(db)
 
     @contextmanager
@@ -175,10 +175,9 @@ class ChatStore:
 
 
 class VisitorChats:
-    """Errors of the store are logged and shown, never raised into the page: a full disk must not cost the answer on
-    the screen.
+    """One visitor's chats. Store errors are logged and shown but never raised: a full disk must not break an answer.
 
-    `failed`: True from the first change that could not be saved to the next one that could.
+    `failed`: the last access failed, or there is no store.
     """
 
     def __init__(self, store: ChatStore | None, visitor: str) -> None:
@@ -203,7 +202,8 @@ class VisitorChats:
             conversation.turns[number].left_out = True
             self._try(lambda store, number=number: store.save(self._visitor, conversation, number))  # type: ignore[misc]
 
-    def save_now_and_then(self, conversation: Conversation) -> None:
+    def save_periodically(self, conversation: Conversation) -> None:
+        """Save if SAVE_EVERY_S have passed since the last time."""
         if time.monotonic() - self._saved_at >= SAVE_EVERY_S:
             self.save(conversation)
 
@@ -215,27 +215,27 @@ class VisitorChats:
         self._try(lambda store: store.delete(self._visitor, chat))
 
     def bytes_of(self, image: AttachedImage) -> bytes | None:
-        """None for a remote image or one whose bytes are missing."""
+        """None for a remote image, or if the bytes are missing."""
         if image.data or image.url:
             return image.data or None
         return self._try(lambda store: store.image_bytes(image))
 
     def url_of(self, image: AttachedImage) -> str:
-        """The URL to send. Missing bytes give a data URL that the API rejects with a message."""
+        """The URL to send. For missing bytes, an empty data URL, which the API rejects with a message."""
         return image.url or data_url(image.mime, self.bytes_of(image) or b"")
 
-    def _try(self, act: Callable[[ChatStore], T]) -> T | None:
+    def _try(self, access: Callable[[ChatStore], T]) -> T | None:
         if self._store is None:
             return None
         try:
-            done = act(self._store)
+            result = access(self._store)
         except StoreError as error:
             if not self.failed:
                 log.warning("event=chat_not_kept reason=%r", str(error))
             self.failed = True
             return None
         self.failed = False
-        return done
+        return result
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """The turns of one chat, and which of them are sent with the next question.
 
 Owns turns, their images and the rule of what is resent. Knows nothing of Streamlit, HTTP or SQLite. A turn is changed
-in place while its answer streams, so that an interrupted run loses nothing. Fields with an alias are stored under it:
-the keys in chats.db do not change.
+in place while its answer streams, so that an interrupted run loses nothing. chats.db stores fields with an alias under
+their alias, because its keys must not change.
 """
 
 from __future__ import annotations
@@ -33,16 +33,17 @@ from web.images.attached_image import AttachedImage
 
 State = Literal["waiting", "thinking", "writing", "done", "stopped", "failed"]
 UNFINISHED: tuple[State, ...] = ("waiting", "thinking", "writing")
-# After these errors the same images would fail again, so they are not carried into the next question.
+# The same images would fail again after these errors, so the next question does not carry them.
 REFUSALS = ("refused", "too_large", "too_long")
 TITLE_LENGTH = 60
+MAX_TOOL_CALLS = 64  # in one answer; an index beyond it is ignored
 
 UrlOf = Callable[[AttachedImage], str]  # the URL to send: a data: URL, or a remote one that the API fetches
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why an answer failed: the part of an ApiError that is stored."""
+    """The part of an ApiError that is stored with a failed answer."""
 
     kind: str
     detail: str = ""
@@ -51,7 +52,7 @@ class Failure:
 
 @dataclass
 class ToolCall:
-    """A tool call of the model; `arguments` is JSON as the model wrote it."""
+    """A tool call of the model. `arguments`: JSON as the model wrote it."""
 
     name: str
     arguments: str = ""
@@ -59,7 +60,7 @@ class ToolCall:
 
     @property
     def is_complete(self) -> bool:
-        """Its arguments are a JSON object; a call that was cut off cannot be sent back."""
+        """Whether the arguments are a JSON object; a call that was cut off cannot be sent back."""
         try:
             return isinstance(json.loads(self.arguments), dict)
         except ValueError:
@@ -68,7 +69,7 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class ToolResult:
-    """The result of a tool for the call with this id."""
+    """The result of the tool call with this id."""
 
     id: str
     name: str
@@ -77,9 +78,9 @@ class ToolResult:
 
 @dataclass
 class Answer:
-    """One answer. `sent`: hashes of the request's images in order, which `BoundingBox.image` indexes.
+    """One answer. `sent`: hashes of the request's images in order, indexed by `BoundingBox.image`.
 
-    `question`: what it answered, if the turn's question was edited later. `schema`: the JSON schema that was requested
+    `question`: the question that it answered, if that was edited later. `schema`: the JSON schema that was requested
     ({}: any JSON; None: free text). `begun`, `thinking_began`: monotonic seconds.
     """
 
@@ -111,7 +112,7 @@ class Answer:
 
     @property
     def was_cut_off(self) -> bool:
-        """It has text, and ended early: by its maximum length, by Stop or by a broken connection."""
+        """It has text but ended early: by its maximum length, by Stop or by a broken connection."""
         by_length = self.finish is not None and self.finish.reason == "length"
         return bool(self.text.strip()) and (by_length or self.state in ("stopped", "failed"))
 
@@ -121,7 +122,7 @@ class Answer:
 
     def apply(self, event: Event, now: float) -> None:
         if not self.unfinished:
-            return  # stopped from another thread: later events do not count
+            return  # stopped from another thread
         self.loading = isinstance(event, Loading)
         match event:
             case Queued(position):
@@ -143,7 +144,7 @@ class Answer:
             case ToolCallDelta():
                 self._end_thinking(now)
                 self.state = "writing"
-                self._apply_tool_call(event)
+                self._append_tool_call(event)
             case Finished():
                 self._end_thinking(now)
                 self.state = "done"
@@ -159,13 +160,13 @@ class Answer:
             self._end_thinking(now)
             self.state = "stopped"
 
-    def _apply_tool_call(self, piece: ToolCallDelta) -> None:
-        while len(self.calls) <= piece.index < 64:
+    def _append_tool_call(self, delta: ToolCallDelta) -> None:
+        while len(self.calls) <= delta.index < MAX_TOOL_CALLS:
             self.calls.append(ToolCall(""))
-        if piece.index < len(self.calls):
-            call = self.calls[piece.index]
-            call.name, call.arguments = call.name or piece.name, call.arguments + piece.arguments
-            call.id = call.id or piece.id or f"call_{piece.index}"
+        if delta.index < len(self.calls):
+            call = self.calls[delta.index]
+            call.name, call.arguments = call.name or delta.name, call.arguments + delta.arguments
+            call.id = call.id or delta.id or f"call_{delta.index}"
 
     def _end_thinking(self, now: float) -> None:
         if self.thinking_began is not None and self.thinking_s is None:
@@ -195,13 +196,13 @@ class Turn:
 
 
 def new_id() -> str:
-    """For the URL; whoever guesses it still needs the visitor's cookie."""
+    """A chat's id in the URL. It is no secret: reading the chat takes the visitor's cookie too."""
     return secrets.token_urlsafe(12)
 
 
 @dataclass
 class Conversation:
-    """`images`: by hash, without their bytes once these are in the store."""
+    """One chat. `images`: by hash; their bytes are dropped once they are in the store."""
 
     id: str = field(default_factory=new_id)
     title: str = ""
@@ -213,11 +214,11 @@ class Conversation:
         self.images.update({image.sha: image for image in images})
         turn = Turn(question, tuple(dict.fromkeys(image.sha for image in images)), sample)
         self.turns.append(turn)
-        self.title = self.title or _short(question)
+        self.title = self.title or _title_of(question)
         turn.answer.sent = self._to_send()
         return turn
 
-    def give_results(self, results: tuple[ToolResult, ...]) -> Turn:
+    def ask_with_results(self, results: tuple[ToolResult, ...]) -> Turn:
         """Append a turn with the results of the tools that the last answer called."""
         turn = Turn("", results=results)
         self.turns.append(turn)
@@ -225,7 +226,7 @@ class Conversation:
         return turn
 
     def ask_again(self, question: str = "") -> Turn:
-        """Repeat the last question, or replace it; its answer is kept as an earlier one."""
+        """Repeat the last question, or replace it; the answer becomes an earlier one."""
         turn = self.turns[-1]
         if question and question != turn.question:
             turn.answer.question, turn.question = turn.question, question
@@ -240,7 +241,7 @@ class Conversation:
         return [number for number, turn in enumerate(self.turns) if turn.images_to_send][:-1]
 
     def stop_unfinished(self, now: float) -> None:
-        """Mark answers that an interrupted run left unfinished as stopped. `now`: monotonic seconds."""
+        """Mark answers as stopped that an interrupted run left unfinished. `now`: monotonic seconds."""
         for turn in self.turns:
             turn.answer.stop(now)
 
@@ -254,34 +255,34 @@ class Conversation:
         return len(carried) + new
 
     def messages(self, url_of: UrlOf) -> list[dict[str, Any]]:
-        """The messages of the next request. Images stay in their turn; reasoning is never sent back."""
+        """The messages of the next request, as in OpenAI's API. Images stay in their turn; reasoning is never resent."""
         messages: list[dict[str, Any]] = []
         for turn, shas in self._exchanges():
-            messages += [{"role": "tool", "tool_call_id": each.id, "content": each.text} for each in turn.results]
+            messages += [{"role": "tool", "tool_call_id": r.id, "content": r.text} for r in turn.results]
             parts: list[dict[str, Any]] = [
                 {"type": "image_url", "image_url": {"url": url_of(self.images[sha])}} for sha in shas
             ]
             if not turn.results:
                 messages.append({"role": "user", "content": [*parts, {"type": "text", "text": turn.question}]})
             if turn is not self.turns[-1]:
-                messages.append(self._answered(turn))
+                messages.append(self._answer_message(turn))
         return messages
 
-    def _answered(self, turn: Turn) -> dict[str, Any]:
+    def _answer_message(self, turn: Turn) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": turn.answer.text or None}
-        if self._has_tool_results(turn):
+        if self._has_results(turn):
             message["tool_calls"] = [
                 {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
                 for call in turn.answer.calls
             ]
         return message
 
-    def _has_tool_results(self, turn: Turn) -> bool:
+    def _has_results(self, turn: Turn) -> bool:
         following = next((after for before, after in pairwise(self.turns) if before is turn), None)
         return following is not None and bool(following.results)
 
-    def without_bytes(self, shas: set[str]) -> None:
-        """Drop the bytes of images that are in the store now."""
+    def drop_bytes(self, shas: set[str]) -> None:
+        """Drop the bytes of images that are now in the store."""
         self.images.update({sha: replace(self.images[sha], data=b"") for sha in shas if sha in self.images})
 
     def _to_send(self) -> tuple[str, ...]:
@@ -290,7 +291,7 @@ class Conversation:
     def _exchanges(self, extra: bool = False) -> list[tuple[Turn, tuple[str, ...]]]:
         """(turn, hashes of its images) of every turn that is sent; the last one has no answer yet.
 
-        A turn without an answer is left out, but its images move to the next turn: a question after a failure still
+        A turn without an answer is omitted, but its images move to the next turn: a question after a failure still
         refers to the image on the screen. `extra` appends an empty turn.
         """
         turns = [*self.turns, Turn("")] if extra else self.turns
@@ -298,7 +299,7 @@ class Conversation:
         carried: tuple[str, ...] = ()
         for turn in turns:
             shas = tuple(dict.fromkeys(carried + turn.images_to_send))
-            has_answer = turn.answer.text.strip() or self._has_tool_results(turn)
+            has_answer = turn.answer.text.strip() or self._has_results(turn)
             if turn is not turns[-1] and not has_answer:
                 refused = turn.answer.error is not None and turn.answer.error.kind in REFUSALS
                 carried = () if refused else shas
@@ -308,6 +309,6 @@ class Conversation:
         return exchanges
 
 
-def _short(question: str) -> str:
+def _title_of(question: str) -> str:
     title = " ".join(question.split())
     return title if len(title) <= TITLE_LENGTH else title[: TITLE_LENGTH - 1].rstrip() + "…"

@@ -18,23 +18,23 @@ TABLE: dict[str, dict[str, str]] = {
         "zh": "由 **{model}** 回答。",
     },
     "model.demo": {"en": "It is a small demo model.", "zh": "这是一个小型演示模型。"},
-    "model.unknown": {"en": "The model server has not told its name yet.", "zh": "模型服务尚未告知模型名称。"},
+    "model.unknown": {"en": "The model server has not reported its model yet.", "zh": "模型服务尚未告知模型名称。"},
     "model.loading": {
-        "en": "The model is still loading ({percent} %). You can ask already: the question waits for it.",
+        "en": "The model is still loading ({percent} %). You can already ask: the question will wait.",
         "zh": "模型正在加载（{percent} %）。您可以先提问，加载完成后会自动回答。",
     },
     "model.loading_unknown": {
-        "en": "The model is still loading. You can ask already: the question waits for it.",
+        "en": "The model is still loading. You can already ask: the question will wait.",
         "zh": "模型正在加载。您可以先提问，加载完成后会自动回答。",
     },
     "model.down": {
         "en": "The model server does not answer right now. This page keeps trying; "
-        "if it lasts, ask the operator to look at it.",
+        "if this continues, ask the operator to look into it.",
         "zh": "模型服务暂时没有响应。页面会持续重试；如果一直如此，请联系管理员。",
     },
     "model.not_serving": {
-        "en": "The model server takes no questions right now. This page keeps looking; "
-        "if it lasts, ask the operator to look at it.",
+        "en": "The model server is not accepting questions right now. This page keeps checking; "
+        "if this continues, ask the operator to look into it.",
         "zh": "模型服务暂时不接受提问。页面会持续检查；如果一直如此，请联系管理员。",
     },
     # Asking.
@@ -53,7 +53,7 @@ TABLE: dict[str, dict[str, str]] = {
     "add.url": {"en": "Picture by link", "zh": "图片链接"},
     "camera.label": {"en": "Take a picture", "zh": "拍照"},
     "camera.how": {
-        "en": "The browser asks for leave to use the camera; it needs https or this very machine.",
+        "en": "The browser asks for permission to use the camera. This works only over https or on the server's own machine.",
         "zh": "浏览器会请求使用摄像头；需要 https 或在本机访问。",
     },
     "url.label": {"en": "Address of the picture", "zh": "图片地址"},
@@ -62,8 +62,8 @@ TABLE: dict[str, dict[str, str]] = {
         "zh": "由模型服务获取图片，且仅限公网地址。",
     },
     "url.add": {"en": "Add", "zh": "添加"},
-    "tray.title": {"en": "Goes with the next question", "zh": "将随下一个问题发送"},
-    "tray.remove": {"en": "Remove", "zh": "移除"},
+    "pending.title": {"en": "Goes with the next question", "zh": "将随下一个问题发送"},
+    "pending.remove": {"en": "Remove", "zh": "移除"},
     "preset.title": {"en": "What do you want to know?", "zh": "您想知道什么？"},
     "preset.open": {"en": "Ready-made questions", "zh": "常用问题"},
     "preset.describe": {"en": "Describe", "zh": "描述图片"},
@@ -85,7 +85,7 @@ TABLE: dict[str, dict[str, str]] = {
     "side.settings": {"en": "Answer settings", "zh": "回答设置"},
     "side.system": {"en": "Instructions for every answer", "zh": "系统提示词"},
     "side.system_help": {
-        "en": "The system prompt: how the model shall behave in this chat.",
+        "en": "The system prompt: how the model should behave in this chat.",
         "zh": "系统提示：规定模型在对话中的行为。",
     },
     "side.max_tokens": {"en": "Longest answer, in tokens", "zh": "最长回答（token 数）"},
@@ -100,17 +100,17 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "side.top_p": {"en": "Top p", "zh": "核采样 top_p"},
     "side.top_p_help": {
-        "en": "Only the likeliest words that together have this probability.",
+        "en": "Chooses only among the likeliest words whose probabilities add up to this.",
         "zh": "只从累计概率达到该值的候选词中选取。",
     },
     "side.top_k": {"en": "Top k", "zh": "候选数 top_k"},
     "side.top_k_help": {
-        "en": "Only so many of the likeliest words; 0 means no such limit.",
+        "en": "Chooses only among this many of the likeliest words; 0 means no limit.",
         "zh": "只从概率最高的若干个词中选取；0 表示不限制。",
     },
     "side.penalty": {"en": "Repetition penalty", "zh": "重复惩罚"},
     "side.penalty_help": {
-        "en": "Above 1 makes words that were said less likely.",
+        "en": "Above 1, words that were already used become less likely.",
         "zh": "大于 1 时，已出现的词更不易重复。",
     },
     "side.seed": {"en": "Seed", "zh": "随机种子"},
@@ -120,21 +120,21 @@ TABLE: dict[str, dict[str, str]] = {
     "side.format": {"en": "JSON and tools", "zh": "JSON 与工具"},
     "side.json": {"en": "Answer as JSON", "zh": "以 JSON 回答"},
     "side.json_help": {
-        "en": "The answer is held to the schema below and checked; an empty schema takes any JSON.",
+        "en": "The answer must follow the schema below and is checked against it; an empty schema allows any JSON.",
         "zh": "回答须符合下方模式并会被校验；模式留空则接受任意 JSON。",
     },
     "side.schema": {"en": "JSON schema", "zh": "JSON 模式（schema）"},
     "side.schema_wrong": {
-        "en": "The JSON schema cannot be used ({why}). Put it right under \"JSON and tools\"; nothing was sent.",
+        "en": "The JSON schema cannot be used ({why}). Correct it under \"JSON and tools\"; nothing was sent.",
         "zh": "JSON 模式无法使用（{why}）。请在“JSON 与工具”中更正；问题尚未发送。",
     },
     "side.tools": {"en": "Tools, as JSON", "zh": "工具定义（JSON）"},
     "side.tools_help": {
-        "en": "Definitions in OpenAI's form. The page runs nothing: it shows what the model calls and sends the results that you enter.",
+        "en": "Definitions in OpenAI's format. The page runs no tools: it shows which ones the model calls and sends the results that you enter.",
         "zh": "采用 OpenAI 格式的定义。页面不会执行工具：它显示模型要调用什么，并把您填写的结果发回模型。",
     },
     "side.tools_wrong": {
-        "en": "The tools cannot be used ({why}). Put them right under \"JSON and tools\"; nothing was sent.",
+        "en": "The tools cannot be used ({why}). Correct them under \"JSON and tools\"; nothing was sent.",
         "zh": "工具定义无法使用（{why}）。请在“JSON 与工具”中更正；问题尚未发送。",
     },
     "side.language": {"en": "Language", "zh": "语言"},
@@ -169,11 +169,11 @@ TABLE: dict[str, dict[str, str]] = {
         "zh": "排队中，第 {position} 位……{seconds} 秒",
     },
     "live.loading": {
-        "en": "The model is still loading. Your question is asked as soon as it is ready… {seconds} s",
+        "en": "The model is still loading. Your question will be sent as soon as it is ready… {seconds} s",
         "zh": "模型正在加载，就绪后会立即提问……{seconds} 秒",
     },
     "live.loading_percent": {
-        "en": "The model is still loading ({percent} %). Your question is asked as soon as it is ready… {seconds} s",
+        "en": "The model is still loading ({percent} %). Your question will be sent as soon as it is ready… {seconds} s",
         "zh": "模型正在加载（{percent} %），就绪后会立即提问……{seconds} 秒",
     },
     "live.thinking": {"en": "Thinking…", "zh": "正在思考……"},
@@ -195,13 +195,13 @@ TABLE: dict[str, dict[str, str]] = {
     "finish.tool_calls": {"en": "asked for a tool", "zh": "请求调用工具"},
     "finish.repetition": {"en": "ended, because it repeated itself", "zh": "因内容重复而结束"},
     "answer.prompt_tokens": {"en": "{count} tokens in the question", "zh": "问题含 {count} 个 token"},
-    "answer.cached": {"en": "{count} of them known from before", "zh": "其中 {count} 个来自缓存"},
+    "answer.cached": {"en": "{count} of them from the cache", "zh": "其中 {count} 个来自缓存"},
     "answer.earlier": {"en": "Earlier answer", "zh": "之前的回答"},
     "answer.earlier_to": {"en": "Earlier answer to: {question}", "zh": "之前的回答：{question}"},
     "answer.call": {"en": "Asks for the tool **{name}**", "zh": "请求调用工具 **{name}**"},
-    "tool.result": {"en": "What the tool {name} gave", "zh": "工具 {name} 的结果"},
+    "tool.result": {"en": "Result of the tool {name}", "zh": "工具 {name} 的结果"},
     "tool.send": {"en": "Send to the model", "zh": "发送给模型"},
-    "tool.gave": {"en": "Result of {name}", "zh": "{name} 的结果"},
+    "tool.result_of": {"en": "Result of {name}", "zh": "{name} 的结果"},
     "answer.again": {"en": "Try again", "zh": "重试"},
     "answer.other": {"en": "Answer again", "zh": "重新回答"},
     "answer.fewer": {"en": "Ask without the older pictures", "zh": "不带较早的图片重试"},
@@ -228,7 +228,7 @@ TABLE: dict[str, dict[str, str]] = {
         "zh": "此图片仅模型服务持有，因此下方只列出位置，不作标注。",
     },
     "boxes.outside": {
-        "en": "{count} cannot be drawn: the numbers are not within 0-1000. Ask for places in 0-1000 of width and height.",
+        "en": "{count} cannot be drawn: the numbers are not within 0-1000. Ask for coordinates from 0 to 1000 of width and height.",
         "zh": "有 {count} 处无法标出：坐标不在 0-1000 内。请要求按宽高的 0-1000 给出位置。",
     },
     "image.alt": {"en": "Picture: {name}", "zh": "图片：{name}"},
@@ -262,12 +262,12 @@ TABLE: dict[str, dict[str, str]] = {
     # What can go wrong with a question.
     "error.down": {
         "en": "The model server does not answer. Wait a moment and try again; "
-        "if it lasts, look at the console page or ask the operator.",
+        "if this continues, look at the console page or ask the operator.",
         "zh": "模型服务没有响应。请稍后重试；如果一直如此，请查看控制台页面或联系管理员。",
     },
     "error.silent": {
         "en": "The model server took the question but has gone quiet. "
-        "Try again; if it lasts, ask the operator to look at it.",
+        "Try again; if this continues, ask the operator to look into it.",
         "zh": "模型服务收到问题后没有动静。请重试；如果一直如此，请联系管理员。",
     },
     "error.lost": {
@@ -292,8 +292,8 @@ TABLE: dict[str, dict[str, str]] = {
         "zh": "模型服务正在重启。请一分钟后重试。",
     },
     "error.unavailable": {
-        "en": "The model server takes no questions right now. Try again in a minute; "
-        "if it lasts, ask the operator to look at it.",
+        "en": "The model server is not accepting questions right now. Try again in a minute; "
+        "if this continues, ask the operator to look into it.",
         "zh": "模型服务暂时不接受提问。请一分钟后重试；如果一直如此，请联系管理员。",
     },
     "error.too_large": {
@@ -313,23 +313,23 @@ TABLE: dict[str, dict[str, str]] = {
         "zh": "模型服务没有接受这个问题：{detail}",
     },
     "error.broken": {
-        "en": "Something went wrong inside the model server. Try again; if it lasts, tell the operator.",
+        "en": "Something went wrong inside the model server. Try again; if this continues, tell the operator.",
         "zh": "模型服务内部出错。请重试；如果一直如此，请告知管理员。",
     },
     "error.request_id": {"en": "Request {id}", "zh": "请求编号 {id}"},
     "error.page": {
-        "en": "Something went wrong in this page. Reload it; if it lasts, tell the operator the number {id}.",
+        "en": "Something went wrong in this page. Reload it; if this continues, give the operator the number {id}.",
         "zh": "页面出错了。请刷新；如果一直如此，请把编号 {id} 告知管理员。",
     },
-    # The gate.
-    "gate.title": {"en": "This page is private", "zh": "此页面需要访问令牌"},
-    "gate.how": {
+    # The login page.
+    "login.title": {"en": "This page is private", "zh": "此页面需要访问令牌"},
+    "login.how": {
         "en": "Ask the operator for the link with the token, or enter the token here.",
         "zh": "请向管理员索取带令牌的链接，或在此输入令牌。",
     },
-    "gate.token": {"en": "Token", "zh": "令牌"},
-    "gate.open": {"en": "Open", "zh": "进入"},
-    "gate.wrong": {
+    "login.token": {"en": "Token", "zh": "令牌"},
+    "login.open": {"en": "Open", "zh": "进入"},
+    "login.wrong": {
         "en": "This token is not right. Copy it again; the operator finds it as GLM_WEB_TOKEN in the file .env.",
         "zh": "令牌不正确。请重新复制；管理员可在 .env 文件的 GLM_WEB_TOKEN 中找到它。",
     },

@@ -8,7 +8,7 @@ TABLE: dict[str, dict[str, str]] = {
     "console.title": {"en": "Console", "zh": "控制台"},
     "console.no_history": {
         "en": "The checker has not run here yet. Start it with `health_check.py install` (cron) or "
-        "`health_check.py loop`; this page then fills by itself.",
+        "`health_check.py loop`; this page then fills in automatically.",
         "zh": "检查程序尚未在此运行。请用 `health_check.py install`（cron）或 `health_check.py loop` 启动，本页会自动更新。",
     },
     "console.api_silent": {
@@ -20,7 +20,7 @@ TABLE: dict[str, dict[str, str]] = {
     "console.context": {"en": "{count} tokens of context", "zh": "上下文 {count} token"},
     "console.slots": {"en": "{count} answers at once", "zh": "并发 {count}"},
     "console.phase": {"en": "engine: {phase}", "zh": "引擎：{phase}"},
-    # The sentence on top.
+    # The current state.
     "state.never": {"en": "No data: nothing has checked this service yet.", "zh": "无数据：尚未进行过检查。"},
     "state.stale": {
         "en": "No data: the last check was {age} ago and said \"{word}\". Is the checker running?",
@@ -31,7 +31,7 @@ TABLE: dict[str, dict[str, str]] = {
         "zh": "自 {since} 起运行正常（{span}）。{age} 前检查。",
     },
     "state.busy": {
-        "en": "Operational and busy since {since} ({span}): people wait, and the engine works. Checked {age} ago.",
+        "en": "Operational and busy since {since} ({span}): people are waiting, and the engine is working. Checked {age} ago.",
         "zh": "自 {since} 起繁忙但正常（{span}）：有人排队，引擎在工作。{age} 前检查。",
     },
     "state.degraded": {
@@ -44,7 +44,7 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "state.down": {"en": "Down since {since} ({span}). Checked {age} ago.", "zh": "自 {since} 起故障（{span}）。{age} 前检查。"},
     "state.unknown": {
-        "en": "Not known since {since} ({span}): the checker could not judge. Checked {age} ago.",
+        "en": "Unknown since {since} ({span}): the checks were inconclusive. Checked {age} ago.",
         "zh": "自 {since} 起状态未知（{span}）：检查程序无法判断。{age} 前检查。",
     },
     "target.api": {"en": "Model server", "zh": "模型服务"},
@@ -64,8 +64,8 @@ TABLE: dict[str, dict[str, str]] = {
     "figure.uptime_24h": {"en": "Up, 24 h", "zh": "可用率 24 小时"},
     "figure.uptime_7d": {"en": "Up, 7 days", "zh": "可用率 7 天"},
     "figure.uptime_30d": {"en": "Up, 30 days", "zh": "可用率 30 天"},
-    "figure.seen": {
-        "en": "Of the checks that could judge. {share} % of this time was checked at all.",
+    "figure.coverage": {
+        "en": "Share of the conclusive checks. {share} % of this time was checked at all.",
         "zh": "按能够判断的检查计算；此时间段内有 {share}% 被检查过。",
     },
     "figure.first_word": {"en": "First word, p95", "zh": "首字 p95"},
@@ -77,12 +77,12 @@ TABLE: dict[str, dict[str, str]] = {
     "figure.load_help": {"en": "Requests in the model server right now.", "zh": "模型服务当前的请求数。"},
     "figure.speed": {"en": "Answer speed", "zh": "生成速度"},
     "figure.speed_help": {
-        "en": "Written for one user after the first word; the mean since the model server's start.",
+        "en": "For one user, after the first word; mean since the model server started.",
         "zh": "首字之后每个用户的生成速度；自模型服务启动以来的平均值。",
     },
     "figure.reused": {
-        "en": "{share} % of the questions' tokens were known and not read again.",
-        "zh": "{share} % 的提问词元已在缓存中，无需重算。",
+        "en": "{share} % of the questions' tokens came from the cache.",
+        "zh": "{share}% 的提问 token 来自缓存，无需重算。",
     },
     "figure.kv": {"en": "KV cache used", "zh": "KV 缓存占用"},
     "figure.gpu": {"en": "GPU memory", "zh": "显存"},
@@ -92,11 +92,11 @@ TABLE: dict[str, dict[str, str]] = {
     # Bars and trends.
     "bars.title": {"en": "Last 24 hours", "zh": "最近 24 小时"},
     "bars.alt": {
-        "en": "{target}: {bad} of {count} quarters of an hour with trouble, {none} without data",
+        "en": "{target}: trouble in {bad} of {count} quarter-hours, {none} without data",
         "zh": "{target}：{count} 个一刻钟中 {bad} 个有问题，{none} 个无数据",
     },
     "bars.legend": {
-        "en": "Each bar is 15 minutes and shows the worst that was seen. Grey: no data. ! degraded, … starting, "
+        "en": "Each bar covers 15 minutes and shows the worst state in it. Grey: no data. ! degraded, … starting, "
         "✕ down, ? unknown.",
         "zh": "每格 15 分钟，显示期间最差状态。灰色：无数据。! 降级，… 启动中，✕ 故障，? 未知。",
     },
@@ -110,14 +110,14 @@ TABLE: dict[str, dict[str, str]] = {
     "span.24h": {"en": "24 hours", "zh": "24 小时"},
     "span.7d": {"en": "7 days", "zh": "7 天"},
     "trend.picture_s": {"en": "Answer to a picture question", "zh": "图片提问用时"},
-    "trend.first_token_s": {"en": "First word of it", "zh": "首字用时"},
+    "trend.first_token_s": {"en": "First word of that answer", "zh": "首字用时"},
     "trend.pending": {"en": "Requests in the server", "zh": "服务中的请求"},
     "trend.gpu_load": {"en": "GPU load", "zh": "显卡负载"},
     "trend.gpu_memory_used": {"en": "GPU memory", "zh": "显存占用"},
     "trend.gpu_memory_used_percent": {"en": "GPU memory, share", "zh": "显存占用率"},
     "trend.cpu_percent": {"en": "Processor load", "zh": "处理器负载"},
     "trend.memory_used_percent": {"en": "Memory used", "zh": "内存占用"},
-    "trend.page_s": {"en": "Answer of the page", "zh": "页面响应用时"},
+    "trend.page_s": {"en": "Response of the page", "zh": "页面响应用时"},
     # Incidents.
     "incident.title": {"en": "Incidents", "zh": "事件"},
     "incident.none": {"en": "None in the last 30 days.", "zh": "最近 30 天没有事件。"},
@@ -135,17 +135,17 @@ TABLE: dict[str, dict[str, str]] = {
         "zh": "规则 {rule} · 重启 {restarts} 次 · 事件 {id}",
     },
     "incident.evidence": {"en": "Evidence that was saved", "zh": "已保存的证据"},
-    "moment.began": {"en": "began:", "zh": "开始："},
-    "moment.flip": {"en": "changed:", "zh": "变化："},
-    "moment.action": {"en": "acted:", "zh": "操作："},
-    "moment.alert_sent": {"en": "alert sent:", "zh": "告警已发送："},
-    "moment.alert_waits": {"en": "alert not delivered yet:", "zh": "告警尚未送达："},
-    "moment.recovered": {"en": "good again", "zh": "恢复正常"},
-    "moment.closed": {"en": "closed", "zh": "已关闭"},
+    "timeline.began": {"en": "began:", "zh": "开始："},
+    "timeline.flip": {"en": "changed:", "zh": "变化："},
+    "timeline.action": {"en": "acted:", "zh": "操作："},
+    "timeline.alert_sent": {"en": "alert sent:", "zh": "告警已发送："},
+    "timeline.alert_waits": {"en": "alert not delivered yet:", "zh": "告警尚未送达："},
+    "timeline.recovered": {"en": "good again", "zh": "恢复正常"},
+    "timeline.closed": {"en": "closed", "zh": "已关闭"},
     # Requests of operators.
-    "request.title": {"en": "What operators asked for", "zh": "操作请求"},
+    "request.title": {"en": "Operators' requests", "zh": "操作请求"},
     "request.no_checker": {
-        "en": "The checker is silent: what is asked for waits until it runs again.",
+        "en": "The checker is not running: requests wait until it runs again.",
         "zh": "检查程序没有运行：请求将等到它恢复后执行。",
     },
     "request.at": {"en": "When", "zh": "时间"},
@@ -171,7 +171,7 @@ TABLE: dict[str, dict[str, str]] = {
     "act.wrong": {"en": "This operator token is not right.", "zh": "操作令牌不正确。"},
     "act.probe": {"en": "Check now", "zh": "立即检查"},
     "act.probe_what": {
-        "en": "Asks the real questions on the checker's next run, whatever users' answers could stand in for.",
+        "en": "On its next run the checker asks all its own questions, even where answers to users could replace them.",
         "zh": "检查程序下次运行时进行真实提问，不以用户回答代替。",
     },
     "act.restart_api": {"en": "Restart the model server", "zh": "重启模型服务"},
@@ -182,8 +182,8 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "act.restart_page": {"en": "Restart the page", "zh": "重启页面"},
     "act.restart_page_what": {
-        "en": "Stops and starts this page. **Answers that are coming are cut off;** chats are kept, and open tabs "
-        "connect again by themselves.",
+        "en": "Stops and starts this page. **Answers that are still running are cut off;** chats are kept, and open tabs "
+        "reconnect automatically.",
         "zh": "停止并重新启动本页面。**正在生成的回答会中断；**对话会保留，打开的标签页会自动重连。",
     },
     "act.drain": {"en": "Drain", "zh": "停止接收"},
@@ -221,19 +221,19 @@ TABLE: dict[str, dict[str, str]] = {
     "act.type": {"en": "Type {word} to confirm", "zh": "输入 {word} 以确认"},
     "act.confirm": {"en": "Ask the checker to do it", "zh": "提交请求"},
     "act.no_actor": {"en": "Say who you are: the audit log needs a name.", "zh": "请填写姓名：审计日志需要。"},
-    "act.mistyped": {"en": "This is not what stands above: {word}", "zh": "与要求不符：{word}"},
+    "act.mistyped": {"en": "This does not match the word above: {word}", "zh": "与要求不符：{word}"},
     "act.asked": {
-        "en": "Request {number} is written down. The checker carries it out on its next run; its state stands below.",
+        "en": "Request {number} is recorded. The checker carries it out on its next run; its state is shown below.",
         "zh": "请求 {number} 已记录，检查程序将在下次运行时执行；状态见下方。",
     },
     "act.failed": {
-        "en": "The request could not be written down: {why}. Is the disk full?",
+        "en": "The request could not be recorded: {why}. Is the disk full?",
         "zh": "请求未能记录：{why}。磁盘是否已满？",
     },
     # Right size.
     "size.title": {"en": "Is the machine the right size?", "zh": "实例规格是否合适"},
     "size.too_early": {
-        "en": "Too early to say: {hours} of {enough} hours that are needed have been seen.",
+        "en": "Too early to say: {hours} of the {enough} hours that are needed have been observed.",
         "zh": "尚早：已观察 {hours} 小时，至少需要 {enough} 小时。",
     },
     "size.no_gpu": {
@@ -275,13 +275,13 @@ TABLE: dict[str, dict[str, str]] = {
     "log.title": {"en": "Log", "zh": "日志"},
     "log.file": {"en": "File", "zh": "文件"},
     "log.level": {"en": "Level and above", "zh": "最低级别"},
-    "log.search": {"en": "Contains (such as a request's number)", "zh": "包含（如请求编号）"},
-    "log.again": {"en": "Read again", "zh": "刷新"},
+    "log.search": {"en": "Contains (such as a request id)", "zh": "包含（如请求编号）"},
+    "log.again": {"en": "Reload", "zh": "刷新"},
     "log.missing": {"en": "There is no {name} yet.", "zh": "尚无 {name}。"},
     "log.empty": {"en": "No line matches.", "zh": "没有匹配的行。"},
     "log.save": {"en": "Save", "zh": "保存"},
     "set.title": {"en": "Settings in force", "zh": "当前设置"},
-    "set.chosen": {"en": "What the model server chose by itself, and why", "zh": "模型服务的自动选择及原因"},
+    "set.chosen": {"en": "What the model server chose automatically, and why", "zh": "模型服务的自动选择及原因"},
     "set.given": {"en": "Every setting; those marked were changed from the default", "zh": "全部设置；有标记的为已修改项"},
     "set.value": {"en": "Value", "zh": "值"},
     "set.why": {"en": "Why", "zh": "原因"},

@@ -1,7 +1,6 @@
-"""An image that goes with a question: decoded, turned upright, scaled down, identified by its hash.
+"""An image that goes with a question: decoded, rotated upright, scaled down, identified by its hash.
 
-Owns limits and encoding. Knows nothing of Streamlit, HTTP or conversations. Re-encoding also drops the EXIF data that a
-camera writes into the file, such as the location and the owner's name.
+Owns limits and encoding. Re-encoding also drops the EXIF data that a camera writes, such as the location.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from PIL import Image, ImageOps
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff")
-MAX_SENT_PIXELS = 3_200_000  # more than the vision encoder uses for one image, small enough to resend with each question
+MAX_SENT_PIXELS = 3_200_000  # more than the vision encoder uses, small enough to resend with each question
 MAX_PNG_BYTES = 1_500_000
 JPEG_QUALITY = 92
 
@@ -38,9 +37,10 @@ class ImageError(Exception):
 
 @dataclass(frozen=True)
 class AttachedImage:
-    """The bytes that are shown and sent. `sha`: their SHA-256; they are in the store if `data` is empty.
+    """An image as it is shown and sent. `sha`: the SHA-256 of `data`, whose bytes are in the store if it is empty.
 
-    An image with a `url` is remote: the API fetches it through its guard, this process never does.
+    An image with a `url` is remote: the API fetches it through its guard, the page never does. Its `sha` is that of the
+    URL, and its size is unknown (0).
     """
 
     sha: str
@@ -60,7 +60,7 @@ def data_url(mime: str, data: bytes) -> str:
 
 
 def remote_image(url: str) -> AttachedImage:
-    """An image by its URL. Raises ImageError (no_url) for anything but http(s) with a host."""
+    """An image by its URL. Raises ImageError (no_url) unless it is an http or https URL with a host."""
     url = url.strip()
     try:
         parts = urlsplit(url)
@@ -74,14 +74,14 @@ def remote_image(url: str) -> AttachedImage:
 
 
 def prepare(name: str, data: bytes, max_bytes: int, max_pixels: int) -> AttachedImage:
-    """Decode, turn upright, scale down and encode again. Raises ImageError."""
+    """Decode, rotate upright by the EXIF data, scale down to MAX_SENT_PIXELS and encode again. Raises ImageError."""
     if len(data) > max_bytes:
         raise ImageError("too_big", name, max_bytes / 2**20)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below replaces it
             opened = Image.open(io.BytesIO(data), formats=FORMATS)
-            # The header holds the size, so that a small file that decodes to gigabytes is never decoded.
+            # The size is in the header, so that a small file that would decode to gigabytes is never decoded.
             if opened.width * opened.height > max_pixels:
                 raise ImageError("too_many_pixels", name, max_pixels / 1e6)
             source_format = opened.format
@@ -90,7 +90,7 @@ def prepare(name: str, data: bytes, max_bytes: int, max_pixels: int) -> Attached
         raise
     except Image.DecompressionBombError:
         raise ImageError("too_many_pixels", name, max_pixels / 1e6) from None
-    except Exception:  # for damaged files Pillow raises anything from SyntaxError to struct.error
+    except Exception:  # Pillow raises anything from SyntaxError to struct.error for damaged files
         raise ImageError("unreadable", name) from None
     image = _shrink(image)
     encoded, mime = encode(image, lossless=source_format != "JPEG")
@@ -117,6 +117,7 @@ def _shrink(image: Image.Image) -> Image.Image:
 
 
 def encode(image: Image.Image, lossless: bool) -> tuple[bytes, str]:
+    """(bytes, MIME type): PNG if `lossless` and at most MAX_PNG_BYTES, else JPEG."""
     if lossless:
         buffer = io.BytesIO()
         image.save(buffer, "PNG")

@@ -1,7 +1,4 @@
-"""Draws the bounding boxes, points and polygons of an answer on the image that they belong to.
-
-Knows nothing of Streamlit, HTTP or conversations.
-"""
+"""Draws the bounding boxes, points and polygons of an answer on the image that they belong to."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ BOX_COLORS = ("#3e63dd", "#e5484d", "#30a46c", "#f76b15", "#8e4ec6", "#0090ff", 
 
 @lru_cache(maxsize=16)
 def draw_boxes(data: bytes, boxes: tuple[BoundingBox, ...]) -> tuple[bytes, str]:
-    """(bytes, MIME type) of the image with its boxes drawn, numbered where there are several."""
+    """(bytes, MIME type) of the image with its boxes drawn, numbered if there are several."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     draw = ImageDraw.Draw(image)
     line = max(2, round(min(image.size) / 120))
@@ -45,7 +42,7 @@ def _outline(draw: ImageDraw.ImageDraw, points: list[tuple[float, float]], color
         draw.rectangle([left - rim, top - rim, right + rim, bottom + rim], outline="white", width=line + 2 * rim)
         draw.rectangle([left, top, right, bottom], outline=color, width=line)
     else:
-        around = [*points, points[0], points[1]]  # past the first corner, so that this one is joined too
+        around = [*points, points[0], points[1]]  # beyond the first corner, so that it is joined too
         draw.line(around, fill="white", width=line + 2 * rim, joint="curve")
         draw.line(around, fill=color, width=line, joint="curve")
 

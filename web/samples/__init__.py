@@ -1,6 +1,5 @@
-"""The sample images of an empty chat and their questions. Knows nothing of Streamlit.
-
-Owns the files of this folder: `python -m web.samples.draw` draws the images, `samples.json` holds the questions.
+"""Owns the sample images of an empty chat, which `draw.py` draws, and their questions in `samples.json`.
+It may not know Streamlit or any other room.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ FOLDER = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Sample:
-    """`alt` and `questions`: by language; a click asks the first question."""
+    """`alt` and `questions` are by language; a click on the sample asks the first question."""
 
     file: str
     alt: dict[str, str]

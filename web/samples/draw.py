@@ -1,4 +1,4 @@
-"""`python -m web.samples.draw`: draws the page's icon and sample images; run it only to change them."""
+"""`python -m web.samples.draw`: draws the page's icon and sample images. Needed only to change them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An answer as it arrives, read from a real HTTP server."""
+"""A streamed answer, read from a real HTTP server."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def text_of(events: list[Event]) -> str:
     return "".join(event.text for event in events if isinstance(event, TextDelta))
 
 
-def test_an_answer_arrives_with_its_thoughts_its_end_and_its_numbers(fake_api: FakeApi) -> None:
+def test_an_answer_arrives_with_its_reasoning_its_end_and_its_figures(fake_api: FakeApi) -> None:
     fake_api.answer = Answer(text="It is red.", reasoning="I look.")
 
     events = read_all(fake_api.url)
@@ -41,7 +41,7 @@ def test_the_request_asks_for_a_stream_with_usage(fake_api: FakeApi) -> None:
     assert body["stream_options"] == {"include_usage": True}
 
 
-def test_heartbeats_are_handed_over_as_places_in_the_line(fake_api: FakeApi) -> None:
+def test_heartbeats_report_the_queue_position(fake_api: FakeApi) -> None:
     fake_api.answer = Answer(queue=2, queue_pause_s=0.05)
 
     events = read_all(fake_api.url)
@@ -49,7 +49,7 @@ def test_heartbeats_are_handed_over_as_places_in_the_line(fake_api: FakeApi) -> 
     assert [event for event in events if isinstance(event, Queued)] == [Queued(2), Queued(1)]
 
 
-def test_batches_keep_coming_while_the_api_says_nothing(fake_api: FakeApi) -> None:
+def test_batches_keep_coming_while_the_api_is_silent(fake_api: FakeApi) -> None:
     fake_api.answer = Answer(head_delay_s=30)
 
     with AnswerStream(ApiClient(fake_api.url), QUESTION) as stream:
@@ -57,7 +57,7 @@ def test_batches_keep_coming_while_the_api_says_nothing(fake_api: FakeApi) -> No
         assert [next(batches) for _ in range(3)] == [[], [], []]
 
 
-def test_closing_makes_the_api_see_the_reader_leave_at_once(fake_api: FakeApi) -> None:
+def test_closing_disconnects_from_the_api_at_once(fake_api: FakeApi) -> None:
     fake_api.answer = Answer(text="word " * 1000, pause_s=0.05)
 
     with AnswerStream(ApiClient(fake_api.url), QUESTION) as stream:
@@ -70,7 +70,7 @@ def test_closing_makes_the_api_see_the_reader_leave_at_once(fake_api: FakeApi) -
     assert fake_api.received[0].words_sent < 100
 
 
-def test_closing_while_queued_makes_the_api_see_the_reader_leave_at_once(fake_api: FakeApi) -> None:
+def test_closing_while_queued_disconnects_from_the_api_at_once(fake_api: FakeApi) -> None:
     fake_api.answer = Answer(queue=1, queue_pause_s=60)
 
     with AnswerStream(ApiClient(fake_api.url), QUESTION) as stream:
@@ -81,7 +81,7 @@ def test_closing_while_queued_makes_the_api_see_the_reader_leave_at_once(fake_ap
     assert (fake_api.received[0].left_at or 0) - closed_at < 2
 
 
-def test_a_question_asked_while_the_model_loads_is_asked_again_until_it_is_answered(fake_api: FakeApi) -> None:
+def test_a_question_is_retried_while_the_model_loads(fake_api: FakeApi) -> None:
     fake_api.health = {"state": "loading", "progress": 0.25}
     fake_api.answer = Answer(status=503, error={"code": "loading"}, headers={"Retry-After": "0.1"})
     seen: list[Event] = []
@@ -96,14 +96,14 @@ def test_a_question_asked_while_the_model_loads_is_asked_again_until_it_is_answe
     assert text_of(seen).strip() == "Ready now."
 
 
-def test_an_api_that_is_not_there_is_told_as_down() -> None:
+def test_an_unreachable_api_is_down() -> None:
     with pytest.raises(ApiError) as caught:
         read_all(f"http://127.0.0.1:{free_port()}")
 
     assert caught.value.kind == "down"
 
 
-def test_a_refusal_carries_the_api_s_words_and_the_request_id(fake_api: FakeApi) -> None:
+def test_a_refusal_carries_the_api_s_message_and_the_request_id(fake_api: FakeApi) -> None:
     fake_api.answer = Answer(status=400, error={"message": "`seed` must be >= 0. Given: -1", "code": "invalid_value"})
 
     with pytest.raises(ApiError) as caught:
@@ -113,7 +113,7 @@ def test_a_refusal_carries_the_api_s_words_and_the_request_id(fake_api: FakeApi)
     assert caught.value.detail == "`seed` must be >= 0. Given: -1"
 
 
-def test_a_connection_that_breaks_keeps_what_had_come(fake_api: FakeApi) -> None:
+def test_a_lost_connection_keeps_what_arrived(fake_api: FakeApi) -> None:
     fake_api.answer = Answer(text="one two three four", cut_after=2, pause_s=0.02)
     seen: list[Event] = []
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import socket
+import threading
+import time
+from contextlib import suppress
+
 import pytest
 from page_process import free_port
 from web_fake_api import FakeApi
 
-from web.api_client.client import ApiClient, ApiError, named_failure
+from web.api_client import client
+from web.api_client.client import ApiClient, ApiError, classify_error
 
 
-def test_health_tells_the_state_and_the_loading_progress(fake_api: FakeApi) -> None:
+def test_health_has_the_state_and_the_loading_progress(fake_api: FakeApi) -> None:
     fake_api.health = {"state": "loading", "progress": 0.4, "model": "glm-shapes-demo"}
 
     health = ApiClient(fake_api.url).health()
@@ -18,17 +24,41 @@ def test_health_tells_the_state_and_the_loading_progress(fake_api: FakeApi) -> N
 
 
 @pytest.mark.parametrize("state", ["idle", "busy"])
-def test_an_api_that_works_is_ready(fake_api: FakeApi, state: str) -> None:
+def test_an_idle_or_busy_api_is_ready(fake_api: FakeApi, state: str) -> None:
     fake_api.health["state"] = state
 
     assert ApiClient(fake_api.url).health().ready
 
 
-def test_an_api_that_is_not_there_is_down() -> None:
+def test_an_unreachable_api_has_the_state_down() -> None:
     assert ApiClient(f"http://127.0.0.1:{free_port()}").health().state == "down"
 
 
-def test_info_names_the_model_and_what_the_demo_knows(fake_api: FakeApi) -> None:
+def test_a_response_that_trickles_ends_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "STATUS_DEADLINE_S", 0.3)
+    gone = threading.Event()
+
+    def trickle() -> None:
+        connection, _ = listener.accept()
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+        with suppress(OSError):
+            while not gone.wait(0.05):
+                connection.sendall(b" ")
+        connection.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = threading.Thread(target=trickle)
+        server.start()
+        started = time.monotonic()
+
+        assert ApiClient(f"http://127.0.0.1:{listener.getsockname()[1]}").health_body() == {}
+
+        assert time.monotonic() - started < 2
+        gone.set()
+        server.join()
+
+
+def test_info_has_the_model_and_what_the_demo_knows(fake_api: FakeApi) -> None:
     info = ApiClient(fake_api.url).info()
 
     assert info.model == "glm-shapes-demo"
@@ -44,7 +74,7 @@ def test_a_proxy_in_the_environment_never_sees_a_call(fake_api: FakeApi, monkeyp
     assert ApiClient(fake_api.url).info().model == "glm-shapes-demo"
 
 
-def test_a_wrong_key_is_named() -> None:
+def test_a_wrong_key_has_its_own_kind_of_error() -> None:
     with FakeApi(key="right") as fake, pytest.raises(ApiError) as caught:
         ApiClient(fake.url, "wrong").info()
 
@@ -75,5 +105,5 @@ def test_the_right_key_opens_the_api() -> None:
         (0, {"code": "internal_error"}, "broken"),
     ],
 )
-def test_each_failure_of_the_api_has_a_name(status: int, error: dict[str, str], kind: str) -> None:
-    assert named_failure(status, error).kind == kind
+def test_each_error_of_the_api_has_a_kind(status: int, error: dict[str, str], kind: str) -> None:
+    assert classify_error(status, error).kind == kind

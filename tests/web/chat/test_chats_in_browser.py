@@ -1,4 +1,4 @@
-"""Chats in a real Chromium: kept over a reload and a page switch, and never another's."""
+"""Chats in a real Chromium: they survive reloads and page switches, and nobody sees another's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def words_in(message: str) -> int:
     return len(re.findall(r"\bword\b", message))
 
 
-def test_two_pictures_are_shown_and_sent_and_are_there_after_a_reload(fake_page: Page, fake_api: FakeApi) -> None:
+def test_two_pictures_are_shown_and_sent_and_survive_a_reload(fake_page: Page, fake_api: FakeApi) -> None:
     add_image(fake_page, "one.png", png(("red", "star"), seed=1))
     add_image(fake_page, "two.png", png(("blue", "circle"), seed=2))
     ask(fake_page, "Compare them")
@@ -35,7 +35,7 @@ def test_two_pictures_are_shown_and_sent_and_are_there_after_a_reload(fake_page:
     assert [part["type"] for part in fake_api.received[0].body["messages"][0]["content"]] == ["image_url", "image_url", "text"]
 
 
-def test_a_page_switch_ends_the_answer_and_keeps_what_came(fake_page: Page, fake_api: FakeApi) -> None:
+def test_a_page_switch_ends_the_answer_and_keeps_what_arrived(fake_page: Page, fake_api: FakeApi) -> None:
     fake_api.answer = Answer(text="word " * 2000, pause_s=0.05)
     ask(fake_page, "Tell me everything")
     expect(fake_page.get_by_test_id("stChatMessage").last).to_contain_text("word word", timeout=TIMEOUT_MS)
@@ -49,7 +49,7 @@ def test_a_page_switch_ends_the_answer_and_keeps_what_came(fake_page: Page, fake
     expect(fake_page.get_by_text("Stopped. What had been written is kept.")).to_be_visible()
 
 
-def test_a_reload_in_the_middle_frees_the_model_and_keeps_what_came(fake_page: Page, fake_api: FakeApi) -> None:
+def test_a_reload_ends_the_request_and_keeps_what_arrived(fake_page: Page, fake_api: FakeApi) -> None:
     fake_api.answer = Answer(text="word " * 2000, pause_s=0.05)
     ask(fake_page, "Tell me everything")
     expect(fake_page.get_by_test_id("stChatMessage").last).to_contain_text("word " * 30, timeout=TIMEOUT_MS)
@@ -115,7 +115,7 @@ def test_chats_are_opened_renamed_saved_and_deleted(fake_page: Page, one_page_se
     assert b"The very first question" not in (one_page_server.log_path.parent / FILE_NAME).read_bytes()
 
 
-def test_an_answer_is_asked_for_again_and_a_question_changed(fake_page: Page, fake_api: FakeApi) -> None:
+def test_an_answer_is_regenerated_and_a_question_edited(fake_page: Page, fake_api: FakeApi) -> None:
     ask(fake_page, "What is it?")
     last_answer(fake_page)
     fake_api.answer = Answer(text="Another answer.")
@@ -135,7 +135,7 @@ def test_an_answer_is_asked_for_again_and_a_question_changed(fake_page: Page, fa
     ]  # fmt: skip
 
 
-def test_a_file_that_is_too_large_is_told_before_it_is_sent(fake_page: Page, fake_api: FakeApi) -> None:
+def test_a_file_that_is_too_large_is_rejected_before_it_is_sent(fake_page: Page, fake_api: FakeApi) -> None:
     box = fake_page.get_by_test_id("stChatInput")
     expect(box).to_be_visible(timeout=TIMEOUT_MS)
     box.locator("input[type=file]").set_input_files({"name": "big.png", "mimeType": "image/png", "buffer": b"x" * (3 * 2**20)})
@@ -171,7 +171,7 @@ def test_a_preset_fills_the_box_and_json_is_checked_against_its_schema(fake_page
     assert response_format["json_schema"]["schema"]["required"] == ["objects"]
 
 
-def test_what_can_be_pressed_has_a_name_for_screen_readers(fake_page: Page) -> None:
+def test_every_button_has_a_name_for_screen_readers(fake_page: Page) -> None:
     for name in ("Camera", "Picture by link", "New chat", "Send"):
         expect(fake_page.get_by_role("button", name=re.compile(name)).first).to_be_visible(timeout=TIMEOUT_MS)
 

@@ -21,7 +21,7 @@ OpenPage = Callable[..., AppTest]
 
 @pytest.fixture
 def open_page(fake_api: FakeApi, own_settings: None, monkeypatch: pytest.MonkeyPatch) -> OpenPage:
-    """Opens the page with the given GLM_ settings; it asks the fake API unless told otherwise."""
+    """Opens the page with the given GLM_ settings, in front of the fake API by default."""
 
     def open_it(query: dict[str, str] | None = None, **settings: str) -> AppTest:
         st.cache_data.clear()
@@ -35,7 +35,6 @@ def open_page(fake_api: FakeApi, own_settings: None, monkeypatch: pytest.MonkeyP
     return open_it
 
 
-
 def test_the_empty_page_says_who_answers_and_what_it_knows(open_page: OpenPage) -> None:
     page = open_page()
 
@@ -45,7 +44,7 @@ def test_the_empty_page_says_who_answers_and_what_it_knows(open_page: OpenPage) 
     assert "up to 4 pictures, 2 MB each" in shown_text(page)
 
 
-def test_a_full_model_is_not_called_a_demo(open_page: OpenPage, fake_api: FakeApi) -> None:
+def test_a_full_model_is_not_called_a_demo_model(open_page: OpenPage, fake_api: FakeApi) -> None:
     fake_api.info |= {"model": "zai-org/GLM-4.6V-Flash", "demo": False, "knows": None}
 
     page = open_page()
@@ -81,7 +80,7 @@ def test_a_question_with_a_picture_is_sent_and_its_answer_shown(open_page: OpenP
     assert "temperature" not in body
 
 
-def test_a_second_question_is_about_the_same_picture_and_without_the_thoughts(
+def test_a_second_question_resends_the_picture_but_not_the_reasoning(
     open_page: OpenPage, fake_api: FakeApi
 ) -> None:
     fake_api.answer = Answer(text="Red.", reasoning="secret thoughts")
@@ -97,7 +96,7 @@ def test_a_second_question_is_about_the_same_picture_and_without_the_thoughts(
     assert len(page.chat_message) == 4
 
 
-def test_a_picture_without_words_is_described(open_page: OpenPage, fake_api: FakeApi) -> None:
+def test_a_picture_without_a_question_is_described(open_page: OpenPage, fake_api: FakeApi) -> None:
     ask(open_page(), "", ("a.png", png()), ("b.png", png("blue")))
 
     *images, text = fake_api.received[0].body["messages"][0]["content"]
@@ -131,6 +130,17 @@ def test_thinking_and_temperature_go_with_the_question(open_page: OpenPage, fake
     assert (body["temperature"], body["max_tokens"]) == (0.7, 64)
 
 
+def test_options_are_reset_to_the_model_s_defaults_each_time(open_page: OpenPage) -> None:
+    page = open_page()
+    for number in range(2):
+        page.slider(key=f"temperature-{number}" if number else "temperature").set_value(0.7)
+        page.run()
+
+        page.button(key="reset").click().run()
+
+        assert page.slider(key=f"temperature-{number + 1}").value == 0.0
+
+
 def test_boxes_are_drawn_on_the_picture(open_page: OpenPage, fake_api: FakeApi) -> None:
     fake_api.answer = Answer(text="[[100,200,500,600]]", boxes=[{"bbox_2d": [100, 200, 500, 600], "image": 0}])
 
@@ -148,7 +158,7 @@ def test_an_answer_that_is_json_is_shown_as_code(open_page: OpenPage, fake_api: 
     assert '"color": "red"' in page.code[0].value
 
 
-def test_a_new_chat_forgets_everything(open_page: OpenPage, fake_api: FakeApi) -> None:
+def test_a_new_chat_starts_empty(open_page: OpenPage, fake_api: FakeApi) -> None:
     page = ask(open_page(), "What color is it?", ("mine.png", png()))
 
     page = page.button(key="new-chat").click().run()
@@ -157,7 +167,7 @@ def test_a_new_chat_forgets_everything(open_page: OpenPage, fake_api: FakeApi) -
     assert len(fake_api.received[1].body["messages"]) == 1
 
 
-def test_a_chat_too_long_tells_the_numbers_and_is_asked_again_without_the_older_pictures(
+def test_a_chat_that_is_too_long_can_be_retried_without_the_older_pictures(
     open_page: OpenPage, fake_api: FakeApi
 ) -> None:
     page = ask(open_page(), "What is it?", ("old.png", png()))
@@ -187,7 +197,7 @@ def test_a_chat_too_long_tells_the_numbers_and_is_asked_again_without_the_older_
         (Answer(status=500), False),
     ],
 )
-def test_an_answer_that_was_cut_off_can_be_gone_on_with(
+def test_an_answer_that_was_cut_off_can_be_continued(
     open_page: OpenPage, fake_api: FakeApi, answer: Answer, can_go_on: bool
 ) -> None:
     fake_api.answer = answer
@@ -197,7 +207,7 @@ def test_an_answer_that_was_cut_off_can_be_gone_on_with(
     assert ("go-on" in [button.key for button in page.button]) is can_go_on
 
 
-def test_places_outside_the_picture_are_told_and_not_drawn(open_page: OpenPage, fake_api: FakeApi) -> None:
+def test_boxes_outside_the_picture_are_counted_and_not_drawn(open_page: OpenPage, fake_api: FakeApi) -> None:
     boxes = [{"bbox_2d": [100, 200, 500, 1600], "normalized": False, "image": 0}]
     fake_api.answer = Answer(text="[[100,200,500,1600]]", boxes=boxes)
 
@@ -232,7 +242,7 @@ def test_each_failure_is_one_sentence_with_the_request_id(
     assert "req-42" in page.error[0].value
 
 
-def test_a_broken_answer_keeps_its_words_and_can_be_asked_again(open_page: OpenPage, fake_api: FakeApi) -> None:
+def test_a_broken_answer_keeps_its_text_and_can_be_retried(open_page: OpenPage, fake_api: FakeApi) -> None:
     fake_api.answer = Answer(text="one two three", cut_after=2, pause_s=0.02)
     page = ask(open_page(), "Count", ("mine.png", png()))
     assert "one two" in shown_text(page)
@@ -245,7 +255,7 @@ def test_a_broken_answer_keeps_its_words_and_can_be_asked_again(open_page: OpenP
     assert fake_api.received[1].body["messages"] == fake_api.received[0].body["messages"]
 
 
-def test_an_api_that_is_not_there_is_told_before_and_after_asking(open_page: OpenPage) -> None:
+def test_an_unreachable_api_is_reported_before_and_after_asking(open_page: OpenPage) -> None:
     page = open_page(GLM_API_URL=f"http://127.0.0.1:{free_port()}")
     assert "The model server does not answer right now." in page.warning[0].value
 
@@ -256,7 +266,7 @@ def test_an_api_that_is_not_there_is_told_before_and_after_asking(open_page: Ope
     assert [link.proto.label for link in page.get("page_link")] == ["Console"]
 
 
-def test_a_wrong_key_is_told_at_once(open_page: OpenPage) -> None:
+def test_a_wrong_key_is_reported_at_once(open_page: OpenPage) -> None:
     with FakeApi(key="right") as closed:
         page = open_page(GLM_API_URL=closed.url, GLM_API_KEY="wrong")
 
@@ -264,7 +274,7 @@ def test_a_wrong_key_is_told_at_once(open_page: OpenPage) -> None:
     assert "wrong" not in shown_text(page).replace("is wrong or", "")
 
 
-def test_a_model_that_loads_is_told_with_its_progress(open_page: OpenPage, fake_api: FakeApi) -> None:
+def test_a_loading_model_is_shown_with_its_progress(open_page: OpenPage, fake_api: FakeApi) -> None:
     fake_api.health = {"state": "loading", "progress": 0.4}
 
     page = open_page()
@@ -272,7 +282,7 @@ def test_a_model_that_loads_is_told_with_its_progress(open_page: OpenPage, fake_
     assert "still loading (40 %)" in page.info[0].value
 
 
-def test_a_file_that_is_no_picture_is_named_and_the_question_kept(open_page: OpenPage, fake_api: FakeApi) -> None:
+def test_a_file_that_is_not_a_picture_is_named_and_the_question_stays(open_page: OpenPage, fake_api: FakeApi) -> None:
     page = ask(open_page(), "What is it?", ("notes_*1*.png", b"not a picture"))
 
     assert not page.exception
@@ -281,7 +291,7 @@ def test_a_file_that_is_no_picture_is_named_and_the_question_kept(open_page: Ope
     assert fake_api.received == []
 
 
-def test_a_picture_with_too_many_pixels_is_told_with_the_limit(open_page: OpenPage, fake_api: FakeApi) -> None:
+def test_a_picture_with_too_many_pixels_is_rejected_with_the_limit(open_page: OpenPage, fake_api: FakeApi) -> None:
     fake_api.info["limits"]["max_image_pixels"] = 4_000_000
     buffer = io.BytesIO()
     Image.new("1", (2500, 2000)).save(buffer, "PNG")
@@ -292,7 +302,7 @@ def test_a_picture_with_too_many_pixels_is_told_with_the_limit(open_page: OpenPa
     assert fake_api.received == []
 
 
-def test_more_pictures_than_allowed_are_told_before_anything_is_sent(open_page: OpenPage, fake_api: FakeApi) -> None:
+def test_more_pictures_than_allowed_are_rejected_before_anything_is_sent(open_page: OpenPage, fake_api: FakeApi) -> None:
     page = ask(open_page(), "Compare", *[(f"{n}.png", png()) for n in range(5)])
 
     assert "would hold 5 pictures; 4 are allowed" in page.warning[0].value
@@ -307,7 +317,7 @@ def test_a_picture_by_link_is_offered_only_where_the_api_fetches_pictures(open_p
     assert "add-url" not in [button.key for button in open_page().button]
 
 
-def test_what_a_tool_gave_is_entered_and_goes_back_to_the_model(open_page: OpenPage, fake_api: FakeApi) -> None:
+def test_a_tool_s_result_is_entered_and_sent_to_the_model(open_page: OpenPage, fake_api: FakeApi) -> None:
     fake_api.answer = Answer(text="", call=("count_objects", '{"color": "red"}'), finish_reason="tool_calls")
     page = ask(open_page(), "How many are red?", ("mine.png", png()))
     fake_api.answer = Answer(text="There are three.")

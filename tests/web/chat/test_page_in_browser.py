@@ -1,13 +1,14 @@
-"""The page in a real Chromium: what only a browser can show, and the true answer of the demo model.
+"""The page in a real Chromium: what only a browser can show, and real answers of the demo model.
 
-The vision path cannot be faked: the same question about two images drawn here, alike but for the colour, gets two
-different right answers, and a blank image neither.
+The vision path cannot be faked: the same question about two images that differ only in colour gets two different
+correct answers, and a blank image neither.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import threading
 import time
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -24,7 +25,7 @@ from web.api_client.client import ApiClient
 from web.console import api_metrics
 
 SOON_MS = 30_000
-SEED = 90210  # places and sizes; images with the same seed differ in nothing but what is asked for
+SEED = 90210  # of positions and sizes
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def ask_in_a_new_chat(page: Page, name: str, image: bytes, question: str) -> str
     return last_answer(page)
 
 
-def test_the_demo_model_sees_the_pictures_and_does_not_guess(demo_page: Page) -> None:
+def test_the_demo_model_answers_from_the_pictures(demo_page: Page) -> None:
     question = "What color is the circle?"
     expect(demo_page.get_by_test_id("stMarkdown").first).to_contain_text("demo", timeout=TIMEOUT_MS)
 
@@ -66,7 +67,7 @@ def test_a_second_question_is_answered_about_the_same_picture(demo_page: Page) -
     assert re.findall(r"There (?:is|are) (\w+)", second) == ["1"], second
 
 
-def test_where_something_is_is_drawn_on_the_picture(demo_page: Page) -> None:
+def test_the_place_of_an_object_is_drawn_on_the_picture(demo_page: Page) -> None:
     demo_page.get_by_role("button", name="Where is the heart?").click()
     drawn = demo_page.get_by_role("img", name="Where it is, drawn on")
     expect(drawn).to_be_visible(timeout=TIMEOUT_MS)
@@ -91,7 +92,7 @@ def test_json_by_schema_is_right_and_fits(demo_page: Page) -> None:
     assert json.loads(answer) == {"objects": [{"color": "red", "shape": "circle"}]}
 
 
-def test_the_demo_model_calls_a_tool_and_goes_on_with_its_result(demo_page: Page, real_api: Server) -> None:
+def test_the_demo_model_calls_a_tool_and_uses_its_result(demo_page: Page, real_api: Server) -> None:
     add_image(demo_page, "three.png", png(("red", "circle"), ("red", "circle"), ("blue", "star"), seed=SEED))
     demo_page.get_by_text("JSON and tools").click()
     tools = demo_page.get_by_role("textbox", name="Tools, as JSON")
@@ -103,15 +104,15 @@ def test_the_demo_model_calls_a_tool_and_goes_on_with_its_result(demo_page: Page
     expect(call).to_contain_text("asked for a tool", timeout=TIMEOUT_MS)
     expect(call).to_contain_text("Asks for the tool count_objects")
     assert json.loads(call.get_by_test_id("stCode").inner_text()) == {"color": "red", "shape": "circle"}
-    result = demo_page.get_by_label("What the tool count_objects gave")
+    result = demo_page.get_by_label("Result of the tool count_objects")
     result.fill("7")
     demo_page.get_by_role("button", name="Send to the model").click()
 
     expect(demo_page.get_by_test_id("stChatMessage")).to_have_count(4, timeout=TIMEOUT_MS)
-    assert re.search(r"\b(7|seven)\b", last_answer(demo_page)), "what the tool said, not what the picture shows"
+    assert re.search(r"\b(7|seven)\b", last_answer(demo_page)), "the tool's result, not what the picture shows"
 
 
-def test_stop_while_waiting_in_the_real_engine_s_line_gives_the_place_back(demo_page: Page, real_api: Server) -> None:
+def test_stop_while_queued_in_the_real_engine_leaves_the_queue(demo_page: Page, real_api: Server) -> None:
     api = ApiClient(real_api.url, KEY)
     endless = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 3000, "ignore_eos": True}
     with ExitStack() as holders:
@@ -128,9 +129,9 @@ def test_stop_while_waiting_in_the_real_engine_s_line_gives_the_place_back(demo_
         wait_until(lambda: api.health_body()["waiting"] == 0, "the line to be empty", 10)
         left_after_s = time.monotonic() - stopped_at
         expect(demo_page.get_by_text("Stopped before the answer began.")).to_be_visible(timeout=SOON_MS)
-        # On a busy machine the browser may lose the page for a moment; until it is back, nothing can be typed.
+        # On a busy machine the browser may reconnect; until then nothing can be typed.
         expect(demo_page.get_by_test_id("stChatInputTextArea")).to_be_enabled(timeout=SOON_MS)
-        assert api.health_body()["running"] == 2, "who was served is served still"
+        assert api.health_body()["running"] == 2, "the running requests continue"
 
     assert left_after_s < 2
     wait_until(lambda: api.health_body()["running"] == 0, "the slots to be free again", 30)
@@ -138,7 +139,7 @@ def test_stop_while_waiting_in_the_real_engine_s_line_gives_the_place_back(demo_
     assert last_answer(demo_page)
 
 
-def test_the_fake_api_tells_what_the_real_one_tells(real_api: Server) -> None:
+def test_the_fake_api_has_the_fields_of_the_real_one(real_api: Server) -> None:
     api = ApiClient(real_api.url, KEY)
     info, health = api.info_body(), api.health_body()
 
@@ -146,10 +147,10 @@ def test_the_fake_api_tells_what_the_real_one_tells(real_api: Server) -> None:
     assert set(INFO["limits"]) <= set(info["limits"])
     assert set(INFO["generation"]) <= set(info["generation"])
     assert set(HEALTH) <= set(health)
-    assert api_metrics.read(api.metrics_text()).kv_used is not None
+    assert api_metrics.parse(api.metrics_text()).kv_used is not None
 
 
-def test_stop_in_the_middle_keeps_what_was_written_and_frees_the_model(fake_page: Page, fake_api: FakeApi) -> None:
+def test_stop_keeps_what_was_written_and_ends_the_request(fake_page: Page, fake_api: FakeApi) -> None:
     fake_api.answer = Answer(text="word " * 2000, pause_s=0.05)
     ask(fake_page, "Tell me everything")
     expect(fake_page.get_by_test_id("stChatMessage").last).to_contain_text("word word word", timeout=TIMEOUT_MS)
@@ -165,7 +166,7 @@ def test_stop_in_the_middle_keeps_what_was_written_and_frees_the_model(fake_page
     expect(fake_page.get_by_role("button", name="Try again")).to_be_visible()
 
 
-def test_stop_while_waiting_in_line_frees_the_place(fake_page: Page, fake_api: FakeApi) -> None:
+def test_stop_while_queued_ends_the_request(fake_page: Page, fake_api: FakeApi) -> None:
     ask(fake_page, "Hello")
     last_answer(fake_page)
     fake_api.answer = Answer(queue=500, queue_pause_s=1)
@@ -193,15 +194,19 @@ def test_an_answer_about_a_sample_can_be_stopped_too(fake_page: Page, fake_api: 
     expect(fake_page.get_by_text("Stopped. What had been written is kept.")).to_be_visible(timeout=TIMEOUT_MS)
 
 
-def test_settings_and_language_changed_while_an_answer_comes_do_not_cut_it_off(
+def test_changing_settings_or_language_does_not_interrupt_an_answer(
     fake_page: Page, fake_api: FakeApi
 ) -> None:
-    fake_api.answer = Answer(text="word " * 60 + "the end", pause_s=0.1)
+    changed = threading.Event()
+    fake_api.answer = Answer(text="word", pause_s=0.05, repeat_until=changed, ending="the end")
     ask(fake_page, "Tell me everything")
     expect(fake_page.get_by_test_id("stChatMessage").last).to_contain_text("word word", timeout=TIMEOUT_MS)
 
     fake_page.get_by_text("Think before answering").click()
     fake_page.get_by_text("中文").click()
+    words_before = fake_api.received[0].words_sent
+    wait_until(lambda: fake_api.received[0].words_sent > words_before + 20 or fake_api.received[0].ended, "more of the answer")
+    changed.set()
 
     expect(fake_page.get_by_role("button", name="新对话")).to_be_visible(timeout=TIMEOUT_MS)
     expect(fake_page.get_by_test_id("stChatMessage").last).to_contain_text("the end")
@@ -212,7 +217,7 @@ def test_settings_and_language_changed_while_an_answer_comes_do_not_cut_it_off(
     assert fake_api.received[1].body["chat_template_kwargs"] == {"enable_thinking": False}
 
 
-def test_what_a_model_writes_is_never_run_and_never_fetches_anything(fake_page: Page, fake_api: FakeApi) -> None:
+def test_text_of_the_model_runs_nothing_and_fetches_nothing(fake_page: Page, fake_api: FakeApi) -> None:
     beacon = f"{fake_api.url}/beacon.png"
     fake_api.answer = Answer(
         text=f"<img src='{beacon}?html' onerror='window.hacked=1'><script>window.hacked=1</script> "
@@ -227,7 +232,7 @@ def test_what_a_model_writes_is_never_run_and_never_fetches_anything(fake_page: 
     assert "<b>bold</b>" in text
     assert "The last word." in text
     assert fake_page.evaluate("window.hacked") is None
-    # Even a page that forgot to take images out could not load them: this one tries, and is refused.
+    # Even if the page had left an image in, the Content-Security-Policy would refuse to load it.
     refused = fake_page.evaluate(
         "url => new Promise(done => {const i = new Image(); i.onload = () => done(false);"
         " i.onerror = () => done(true); i.src = url})",
@@ -237,7 +242,7 @@ def test_what_a_model_writes_is_never_run_and_never_fetches_anything(fake_page: 
     assert fake_api.other_hits == []
 
 
-def test_a_wrong_token_is_told_and_the_right_one_opens(one_page_server: Server, open_page: OpenPage) -> None:
+def test_a_wrong_token_is_refused_and_the_right_one_opens_the_page(one_page_server: Server, open_page: OpenPage) -> None:
     page = open_page(one_page_server, query="?token=wrong")
     expect(page.get_by_text("This token is not right.")).to_be_visible(timeout=TIMEOUT_MS)
     expect(page.get_by_test_id("stChatInput")).to_have_count(0)
@@ -261,7 +266,7 @@ def test_a_chinese_browser_on_a_phone_gets_a_chinese_page_that_fits(
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
-def test_a_page_opened_before_its_model_is_ready_notices_when_it_is(fake_api: FakeApi, fake_page: Page) -> None:
+def test_a_page_opened_while_the_model_loads_notices_when_it_is_ready(fake_api: FakeApi, fake_page: Page) -> None:
     fake_api.health = {"state": "loading", "progress": 0.5}
     fake_page.reload()
     expect(fake_page.get_by_text("still loading (50 %)")).to_be_visible(timeout=TIMEOUT_MS)
@@ -300,7 +305,7 @@ def test_a_dropped_picture_reaches_the_model(demo_page: Page, tmp_path: Path) ->
     devtools = demo_page.context.new_cdp_session(demo_page)
 
     def drag(kind: str) -> None:
-        """As the operating system would: Chromium itself finds what lies under the pointer."""
+        """As the operating system does: Chromium finds the element under the pointer."""
         where = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
         data = {"items": [], "files": [str(file)], "dragOperationsMask": 1}
         devtools.send("Input.dispatchDragEvent", {"type": kind, **where, "data": data})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from web.console.api_metrics import ApiMetrics, read
+from web.console.api_metrics import ApiMetrics, parse
 
 TEXT = """# HELP glm_kv_cache_usage_perc Share.
 # TYPE glm_kv_cache_usage_perc gauge
@@ -20,11 +20,11 @@ glm_prompt_tokens_cached_total{traffic="user"} 50.0
 """
 
 
-def test_the_figures_are_of_users_and_not_of_the_checker() -> None:
-    assert read(TEXT) == ApiMetrics(kv_used=0.25, tokens_per_s=40.0, reused=0.25)
+def test_the_figures_count_users_and_not_the_checker() -> None:
+    assert parse(TEXT) == ApiMetrics(kv_used=0.25, tokens_per_s=40.0, reused=0.25)
 
 
-def test_what_was_not_told_is_none() -> None:
-    assert read("") == ApiMetrics()
-    assert read('{"error": "no metrics here"}') == ApiMetrics()
-    assert read(TEXT.replace("user", "other")) == ApiMetrics(kv_used=0.25)
+def test_a_missing_metric_is_none() -> None:
+    assert parse("") == ApiMetrics()
+    assert parse('{"error": "no metrics here"}') == ApiMetrics()
+    assert parse(TEXT.replace("user", "other")) == ApiMetrics(kv_used=0.25)

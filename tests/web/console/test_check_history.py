@@ -25,7 +25,7 @@ def now_of(history: History, now: float = NOW) -> check_history.CurrentState:
     return check_history.current_state(history.runs, history.flips, now, 60)
 
 
-def test_a_store_that_is_not_there_is_no_crash(tmp_path: Path) -> None:
+def test_a_missing_store_is_an_expected_error(tmp_path: Path) -> None:
     with pytest.raises(HistoryUnavailable):
         checker_store.read(tmp_path, NOW)
 
@@ -44,7 +44,7 @@ def test_a_healthy_service_is_up_since_the_trouble_ended(tmp_path: Path) -> None
     assert what.reasons == ()
 
 
-def test_trouble_names_the_target_and_the_reason_in_both_languages(tmp_path: Path) -> None:
+def test_a_bad_verdict_has_its_target_and_reason_in_both_languages(tmp_path: Path) -> None:
     what = now_of(past(tmp_path, lambda age: WEDGED if age < 300 else HEALTHY))
 
     assert (what.state, what.word) == ("down", "wedged")
@@ -55,7 +55,7 @@ def test_trouble_names_the_target_and_the_reason_in_both_languages(tmp_path: Pat
     assert "没有进展" in reason["zh"]
 
 
-def test_an_old_check_says_nothing_about_now(tmp_path: Path) -> None:
+def test_an_old_check_gives_no_current_state(tmp_path: Path) -> None:
     history = past(tmp_path, lambda age: HEALTHY)
 
     assert now_of(history, NOW + 119).state == "up"
@@ -63,7 +63,7 @@ def test_an_old_check_says_nothing_about_now(tmp_path: Path) -> None:
     assert (what.state, what.stale, what.word) == ("none", True, "healthy")
 
 
-def test_uptime_counts_the_checks_that_could_judge(tmp_path: Path) -> None:
+def test_uptime_counts_only_conclusive_checks(tmp_path: Path) -> None:
     unknown = {**HEALTHY, "word": "unknown"}
     history = past(tmp_path, lambda age: WEDGED if age < 1800 else unknown if age < 3600 else HEALTHY)
 
@@ -71,16 +71,16 @@ def test_uptime_counts_the_checks_that_could_judge(tmp_path: Path) -> None:
 
     # 61 good checks, 30 bad ones, 30 that could not judge.
     assert found.share == pytest.approx(61 / 91)
-    assert found.seen == pytest.approx(1, abs=0.02)
+    assert found.coverage == pytest.approx(1, abs=0.02)
 
 
-def test_time_without_checks_lowers_what_was_seen_and_not_the_uptime(tmp_path: Path) -> None:
+def test_time_without_checks_lowers_the_coverage_and_not_the_uptime(tmp_path: Path) -> None:
     history = past(tmp_path, lambda age: HEALTHY if age < 6 * 3600 else None, hours=12)
 
     found = check_history.uptime(history.minutes, "api", 60, DAY_S, NOW)
 
     assert found.share == 1
-    assert found.seen == pytest.approx(0.25, abs=0.01)
+    assert found.coverage == pytest.approx(0.25, abs=0.01)
 
 
 def test_a_target_that_was_never_checked_has_no_uptime(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_a_start_is_not_uptime(tmp_path: Path) -> None:
     assert check_history.uptime(history.minutes, "api", 60, DAY_S, NOW).share == 0
 
 
-def test_the_bars_show_the_worst_of_each_quarter_and_grey_for_no_data(tmp_path: Path) -> None:
+def test_the_bars_show_the_worst_state_of_each_quarter_hour(tmp_path: Path) -> None:
     # One bad check in an hour of good ones, and a checker that was off before.
     history = past(tmp_path, lambda age: None if age > 4 * 3600 else WEDGED if age == 7200 else HEALTHY, hours=10)
 
@@ -121,7 +121,7 @@ def test_a_line_breaks_where_data_is_missing() -> None:
     assert check_history.with_gaps(points, 60) == [Point(0, 1.0), Point(60, 2.0), Point(120, None), Point(600, 3.0)]
 
 
-def test_points_are_oldest_first_and_means(tmp_path: Path) -> None:
+def test_points_are_means_and_oldest_first(tmp_path: Path) -> None:
     history = past(tmp_path, lambda age: HEALTHY, hours=0.1, step_s=30)
 
     of_runs = check_history.points_of_runs(history.runs, "gpu_memory_used")
@@ -141,7 +141,7 @@ def test_a_percentile_is_one_of_the_values(values: list[float | None], share: fl
     assert check_history.percentile(values, share) == expected
 
 
-def test_a_timeline_holds_what_belongs_to_the_incident_in_order() -> None:
+def test_a_timeline_has_the_events_of_its_incident_in_order() -> None:
     incident = {**incident_of(NOW, 600, 120), "closed_at": NOW - 60}
     flips = [
         {"target": "api", "at": NOW - 300, "before": "wedged", "after": "starting", "en": "It loads.", "zh": "加载。"},

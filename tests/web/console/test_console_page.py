@@ -1,4 +1,4 @@
-"""The console's behaviour without a browser: Streamlit's own test driver, a store written by the checker's writer."""
+"""The console's behaviour without a browser: Streamlit's own test driver, and a store written by the checker."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from web_fake_api import FakeApi
 from monitor.store.store import Store
 from monitor.tell.alerts import queue
 from settings import Settings
-from web.console.page import duration, percent_down
+from web.console.page import format_duration, percent_rounded_down
 from web.i18n.strings import Texts
 
 APP = Path(__file__).resolve().parents[3] / "web" / "app.py"
@@ -42,7 +42,7 @@ def open_console(fake_api: FakeApi, own_settings: None, monkeypatch: pytest.Monk
         page = AppTest.from_file(str(APP), default_timeout=60)
         page.session_state["language"] = language
         page.run()
-        page._page_hash = calc_hash("console")  # the driver's own way to a page knows files only
+        page._page_hash = calc_hash("console")  # switch_page of the driver supports only pages that are files
         return page.run()
 
     return open_it
@@ -52,7 +52,7 @@ def figure(page: AppTest, label: str) -> str:
     return next(metric.value for metric in page.metric if metric.label == label)
 
 
-def test_before_the_first_check_it_says_no_data_and_what_to_do(open_console: OpenConsole) -> None:
+def test_before_the_first_check_the_console_says_what_to_do(open_console: OpenConsole) -> None:
     page = open_console()
 
     assert not page.exception
@@ -60,7 +60,7 @@ def test_before_the_first_check_it_says_no_data_and_what_to_do(open_console: Ope
     assert "health_check.py install" in page.info[1].value
 
 
-def test_a_healthy_service_is_one_sentence_and_its_figures(open_console: OpenConsole, logs: Path) -> None:
+def test_a_healthy_service_is_summed_up_in_one_sentence_and_figures(open_console: OpenConsole, logs: Path) -> None:
     record(logs, time.time(), 2, lambda age: HEALTHY)
 
     page = open_console()
@@ -74,7 +74,7 @@ def test_a_healthy_service_is_one_sentence_and_its_figures(open_console: OpenCon
     assert "None in the last 30 days." in shown_text(page)
 
 
-def test_trouble_tells_its_reason_its_incident_and_its_timeline(open_console: OpenConsole, logs: Path) -> None:
+def test_an_outage_shows_its_reason_its_incident_and_its_timeline(open_console: OpenConsole, logs: Path) -> None:
     now = time.time()
     record(logs, now, 2, lambda age: WEDGED if age < 600 else HEALTHY)
     with closing(Store.open(logs)) as store, store.transaction():
@@ -97,7 +97,7 @@ def test_trouble_tells_its_reason_its_incident_and_its_timeline(open_console: Op
     assert int(figure(page, "Failed checks, 1 h")) == 10
 
 
-def test_a_checker_that_stopped_is_no_data_and_not_up(open_console: OpenConsole, logs: Path) -> None:
+def test_a_checker_that_stopped_means_no_data(open_console: OpenConsole, logs: Path) -> None:
     record(logs, time.time() - 600, 2, lambda age: HEALTHY)
 
     page = open_console()
@@ -106,7 +106,7 @@ def test_a_checker_that_stopped_is_no_data_and_not_up(open_console: OpenConsole,
     assert "No data: the last check was 10 min" in page.info[0].value
 
 
-def test_history_is_there_when_the_api_is_down(open_console: OpenConsole, logs: Path) -> None:
+def test_history_is_shown_while_the_api_is_down(open_console: OpenConsole, logs: Path) -> None:
     record(logs, time.time(), 2, lambda age: HEALTHY)
 
     page = open_console(GLM_API_URL=f"http://127.0.0.1:{free_port()}")
@@ -116,7 +116,7 @@ def test_history_is_there_when_the_api_is_down(open_console: OpenConsole, logs: 
     assert figure(page, "Up, 24 h") == "100 %"
 
 
-def test_it_speaks_chinese(open_console: OpenConsole, logs: Path) -> None:
+def test_the_console_is_available_in_chinese(open_console: OpenConsole, logs: Path) -> None:
     record(logs, time.time(), 2, lambda age: WEDGED)
 
     page = open_console(language="zh")
@@ -125,7 +125,7 @@ def test_it_speaks_chinese(open_console: OpenConsole, logs: Path) -> None:
     assert "引擎 140 秒没有进展" in shown_text(page)
 
 
-def test_the_log_is_filtered_and_shown_as_it_is(open_console: OpenConsole, logs: Path) -> None:
+def test_the_log_is_filtered_and_shown_verbatim(open_console: OpenConsole, logs: Path) -> None:
     logs.mkdir()
     (logs / "api.log").write_text("INFO a <b>x</b> ![i](http://x/y)\nDEBUG hidden\nERROR request=r7 boom\n")
 
@@ -153,7 +153,7 @@ def test_without_an_operator_token_there_are_no_actions(open_console: OpenConsol
     assert not [button for button in page.button if str(button.key).startswith("act-")]
 
 
-def test_actions_open_for_the_right_token_only(open_console: OpenConsole) -> None:
+def test_only_the_right_token_unlocks_the_actions(open_console: OpenConsole) -> None:
     page = open_console(GLM_OPERATOR_TOKEN=OPERATOR)
     assert not [button for button in page.button if str(button.key).startswith("act-")]
 
@@ -171,15 +171,15 @@ def test_actions_open_for_the_right_token_only(open_console: OpenConsole) -> Non
     ("seconds", "text"), [(0, "0 s"), (59, "59 s"), (60, "1 min"), (7800, "2 h 10 min"), (86400, "1 d"), (86460, "1 d")]
 )
 def test_a_duration_has_its_two_largest_units(seconds: float, text: str) -> None:
-    assert duration(seconds, Texts("en")) == text
+    assert format_duration(seconds, Texts("en")) == text
 
 
 @pytest.mark.parametrize(("share", "text"), [(1.0, "100"), (0.99996, "99.99"), (0.5, "50"), (0.0, "0"), (0.999, "99.9")])
 def test_uptime_is_never_rounded_up(share: float, text: str) -> None:
-    assert percent_down(share) == text
+    assert percent_rounded_down(share) == text
 
 
-def test_the_speed_the_cache_and_the_chosen_settings_with_their_reasons_are_told(
+def test_speed_cache_and_automatic_settings_with_their_reasons_are_shown(
     open_console: OpenConsole, logs: Path
 ) -> None:
     record(logs, time.time(), 2, lambda age: HEALTHY)

@@ -1,4 +1,4 @@
-"""The end of a log."""
+"""The last lines of a log."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def log(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_last_lines_come_in_order(log: Path) -> None:
+def test_the_last_lines_are_in_order(log: Path) -> None:
     assert log_tail.tail(log, 2) == LINES[-2:]
 
 
-def test_a_trace_stays_with_its_error(log: Path) -> None:
+def test_a_traceback_stays_with_its_error(log: Path) -> None:
     assert log_tail.tail(log, 100, at_least="ERROR") == LINES[2:5]
 
 
-def test_a_request_is_found_by_its_number(log: Path) -> None:
+def test_a_request_is_found_by_its_id(log: Path) -> None:
     assert log_tail.tail(log, 100, contains="XYZ") == [LINES[2]]
 
 
@@ -48,13 +48,13 @@ def test_a_huge_log_is_read_from_its_end_only(log: Path) -> None:
     assert sum(len(line) + 1 for line in found) <= log_tail.MAX_BYTES
 
 
-def test_bytes_that_are_no_text_do_not_stop_it(log: Path) -> None:
+def test_invalid_utf_8_does_not_raise(log: Path) -> None:
     log.write_bytes(b"\xff\xfe\x00 rubbish\nINFO end\n")
 
     assert log_tail.tail(log, 1) == ["INFO end"]
 
 
-def test_the_level_of_the_api_s_own_lines_is_understood_and_lines_without_any_are_shown(tmp_path: Path) -> None:
+def test_levels_of_the_api_s_log_format_are_read_and_lines_without_one_are_shown(tmp_path: Path) -> None:
     path = tmp_path / "mixed.log"
     lines = "2026-11-22T22:04:03.842+00:00 level=info event=request note=ERROR", "2026-11-22 level=error event=boom"
     path.write_text("\n".join(["starting", *lines]) + "\n")

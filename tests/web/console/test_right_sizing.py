@@ -1,4 +1,4 @@
-"""Advice about the instance, from a week of hourly roll-ups."""
+"""Advice on the size of the instance, from a week of hourly roll-ups."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def keys(rows: list[dict], total_gib: float | None = 48, slots: int = 4) -> list
     return [each.key for each in advise(summarize_week(rows, NOW, slots, UTC), total_gib and total_gib * GIB)]
 
 
-def test_a_few_hours_are_too_early() -> None:
+def test_a_few_hours_are_not_enough_for_advice() -> None:
     (only,) = advise(summarize_week(hours(23), NOW, 4, UTC), 48 * GIB)
 
     assert (only.key, only.values["hours"]) == ("size.too_early", 23)
 
 
-def test_a_half_empty_card_names_the_smaller_one_that_would_do() -> None:
+def test_a_half_empty_card_leads_to_advice_for_a_smaller_one() -> None:
     found = {each.key: each.values for each in advise(summarize_week(hours(48, peak_gib=18), NOW, 4, UTC), 80 * GIB)}
 
     assert found["size.memory_loose"] == {"peak": "18.0", "total": "80", "smaller": 24}

@@ -1,4 +1,4 @@
-"""A chat as a file: nothing that the page shows is missing from it."""
+"""A chat as a file, with all that the page shows."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def conversation() -> Conversation:
     return conversation
 
 
-def test_json_holds_questions_answers_boxes_calls_and_the_pictures_themselves() -> None:
+def test_json_has_questions_answers_boxes_calls_and_the_image_data() -> None:
     whole = json.loads(chat_export.to_json(conversation(), url_of))
 
     turn = whole["turns"][0]
@@ -39,7 +39,7 @@ def test_json_holds_questions_answers_boxes_calls_and_the_pictures_themselves() 
     assert whole["pictures"]["a"]["url"] == "data:image/png;base64,Y2F0"
 
 
-def test_markdown_reads_well_and_shows_the_pictures() -> None:
+def test_markdown_is_readable_and_embeds_the_images() -> None:
     text = chat_export.to_markdown(conversation(), url_of, Texts("en"))
 
     assert text.startswith("# Where is it?\n\n## Question")

@@ -1,4 +1,4 @@
-"""Chats in SQLite: they survive, they belong to one visitor, and nothing that was deleted stays."""
+"""Chats in SQLite: they are durable, belong to one visitor, and are deleted completely."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def rows(path: Path, table: str) -> int:
         return int(db.execute(f"SELECT COUNT(*) FROM {table}").fetchone()[0])
 
 
-def test_a_chat_comes_back_as_it_was(store: ChatStore) -> None:
+def test_a_chat_is_loaded_as_it_was_saved(store: ChatStore) -> None:
     conversation = chat("What is it?", image(), remote_image("https://example.org/b.png"))
     conversation.turns[0].earlier.append(Conversation().ask("x", []).answer)
     conversation.turns[0].answer.fail(ApiError("lost", "gone", "r2"), 6.0)
@@ -55,7 +55,7 @@ def test_a_chat_comes_back_as_it_was(store: ChatStore) -> None:
     assert store.image_bytes(found.images["a"]) == b"bytes of a"
 
 
-def test_a_saved_chat_lets_go_of_its_pictures_bytes(store: ChatStore) -> None:
+def test_a_saved_chat_drops_the_bytes_of_its_images(store: ChatStore) -> None:
     conversation = chat("What is it?", image())
 
     store.save("me", conversation)
@@ -63,7 +63,7 @@ def test_a_saved_chat_lets_go_of_its_pictures_bytes(store: ChatStore) -> None:
     assert conversation.images["a"].data == b""
 
 
-def test_nobody_reads_renames_or_deletes_another_s_chat(store: ChatStore) -> None:
+def test_no_visitor_reads_renames_or_deletes_another_s_chat(store: ChatStore) -> None:
     conversation = chat("secret", image())
     store.save("me", conversation)
 
@@ -75,7 +75,7 @@ def test_nobody_reads_renames_or_deletes_another_s_chat(store: ChatStore) -> Non
     assert [head.title for head in store.summaries("me")] == ["secret"]
 
 
-def test_the_list_begins_with_the_chat_used_last(store: ChatStore) -> None:
+def test_the_list_starts_with_the_chat_used_last(store: ChatStore) -> None:
     first, second = chat("first"), chat("second")
     for each in (first, second, first):
         store.save("me", each)
@@ -83,7 +83,7 @@ def test_the_list_begins_with_the_chat_used_last(store: ChatStore) -> None:
     assert [head.title for head in store.summaries("me")] == ["first", "second"]
 
 
-def test_a_new_name_stays_when_the_chat_goes_on(store: ChatStore) -> None:
+def test_a_new_name_survives_the_next_question(store: ChatStore) -> None:
     conversation = chat("first")
     store.save("me", conversation)
 
@@ -94,7 +94,7 @@ def test_a_new_name_stays_when_the_chat_goes_on(store: ChatStore) -> None:
     assert store.summaries("me")[0].title == "My name"
 
 
-def test_a_deleted_chat_takes_its_pictures_along_but_not_those_of_others(store: ChatStore, tmp_path: Path) -> None:
+def test_deleting_a_chat_deletes_its_images_but_not_shared_ones(store: ChatStore, tmp_path: Path) -> None:
     chats, yours = chat("mine", image("a"), image("b")), chat("yours", image("b"))
     store.save("me", chats)
     store.save("you", yours)
@@ -107,7 +107,7 @@ def test_a_deleted_chat_takes_its_pictures_along_but_not_those_of_others(store: 
         store.image_bytes(image("a").without_bytes())
 
 
-def test_a_deleted_picture_is_not_left_in_the_file(store: ChatStore, tmp_path: Path) -> None:
+def test_a_deleted_image_is_overwritten_in_the_file(store: ChatStore, tmp_path: Path) -> None:
     secret = b"a secret that must go" * 1000
     conversation = chat("mine", AttachedImage("s", "s.png", "image/png", 8, 8, data=secret))
     store.save("me", conversation)
@@ -119,18 +119,18 @@ def test_a_deleted_picture_is_not_left_in_the_file(store: ChatStore, tmp_path: P
     assert b"a secret that must go" not in (tmp_path / FILE_NAME).read_bytes()
 
 
-def test_chats_that_nobody_used_are_forgotten(store: ChatStore, tmp_path: Path) -> None:
+def test_unused_chats_are_deleted_after_the_retention_time(store: ChatStore, tmp_path: Path) -> None:
     store.save("me", chat("old", image()))
 
-    store.forget_old(time.time() + 29 * DAY_S)
+    store.delete_old(time.time() + 29 * DAY_S)
     assert len(store.summaries("me")) == 1
-    store.forget_old(time.time() + 31 * DAY_S)
+    store.delete_old(time.time() + 31 * DAY_S)
 
     assert store.summaries("me") == []
     assert rows(tmp_path / FILE_NAME, "picture_bytes") == 0
 
 
-def test_the_file_is_for_its_owner_only(store: ChatStore, tmp_path: Path) -> None:
+def test_only_the_owner_may_read_the_file(store: ChatStore, tmp_path: Path) -> None:
     store.save("me", chat())
 
     assert {oct(path.stat().st_mode & 0o777) for path in tmp_path.glob(f"{FILE_NAME}*")} == {"0o600"}
@@ -151,7 +151,7 @@ def test_a_killed_process_loses_nothing_that_was_saved(tmp_path: Path) -> None:
     assert found.turns[0].question == "kept?"
 
 
-def test_a_damaged_row_is_told_and_does_not_crash(store: ChatStore, tmp_path: Path) -> None:
+def test_a_damaged_row_raises_a_store_error(store: ChatStore, tmp_path: Path) -> None:
     conversation = chat()
     store.save("me", conversation)
     with sqlite3.connect(tmp_path / FILE_NAME) as db:
@@ -161,7 +161,7 @@ def test_a_damaged_row_is_told_and_does_not_crash(store: ChatStore, tmp_path: Pa
         store.load("me", conversation.id)
 
 
-def test_a_disk_that_takes_nothing_costs_no_answer(tmp_path: Path) -> None:
+def test_a_damaged_store_does_not_lose_the_open_chat(tmp_path: Path) -> None:
     store = ChatStore(tmp_path / FILE_NAME, 30)
     chats, conversation = VisitorChats(store, "me"), chat("What is it?", image())
     os.truncate(tmp_path / FILE_NAME, 0)
@@ -174,7 +174,7 @@ def test_a_disk_that_takes_nothing_costs_no_answer(tmp_path: Path) -> None:
     assert chats.summaries() == []
 
 
-def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_raises_a_store_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
 
     with pytest.raises(StoreError):
@@ -193,7 +193,7 @@ TURN_AS_STORED = (
 IMAGE_AS_STORED = '{"sha":"aa","name":"a.png","mime":"image/png","width":4,"height":3,"url":"","data":""}'
 
 
-def test_a_chat_keeps_the_form_in_which_it_was_first_stored(store: ChatStore, tmp_path: Path) -> None:
+def test_the_stored_format_of_a_chat_does_not_change(store: ChatStore, tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / FILE_NAME) as db:
         db.execute("INSERT INTO chats (id, visitor, title, updated) VALUES ('old', 'me', 'Where?', ?)", (time.time(),))
         db.execute("INSERT INTO turns (chat, number, body) VALUES ('old', 0, ?)", (TURN_AS_STORED,))

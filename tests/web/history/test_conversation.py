@@ -1,4 +1,4 @@
-"""What a chat holds and what of it goes with the next question."""
+"""The turns of a chat, and which of them are sent with the next question."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def kinds(message: dict[str, Any]) -> list[str]:
     return [part["type"] for part in message["content"]]
 
 
-def test_pictures_are_resent_in_the_turn_that_brought_them() -> None:
+def test_images_are_resent_in_their_own_turn() -> None:
     conversation = Conversation()
     answered(conversation, "What is it?", [image("a")], "A circle.")
 
@@ -64,7 +64,7 @@ def test_reasoning_is_never_resent() -> None:
     assert "secret thoughts" not in str(conversation.messages(url_of))
 
 
-def test_a_failed_question_is_left_out_but_its_picture_goes_with_the_next() -> None:
+def test_a_failed_question_is_omitted_but_its_image_moves_to_the_next() -> None:
     conversation = Conversation()
     conversation.ask("What is it?", [image("a")]).answer.fail(ApiError("down"), 1.0)
 
@@ -77,7 +77,7 @@ def test_a_failed_question_is_left_out_but_its_picture_goes_with_the_next() -> N
 
 
 @pytest.mark.parametrize("kind", ["refused", "too_large", "too_long"])
-def test_a_picture_that_was_refused_is_not_sent_again(kind: str) -> None:
+def test_a_refused_image_is_not_resent(kind: str) -> None:
     conversation = Conversation()
     conversation.ask("What is it?", [image("a")]).answer.fail(ApiError(kind), 1.0)
 
@@ -86,7 +86,7 @@ def test_a_picture_that_was_refused_is_not_sent_again(kind: str) -> None:
     assert kinds(conversation.messages(url_of)[0]) == ["text"]
 
 
-def test_a_stopped_answer_stays_in_the_chat_with_what_it_said() -> None:
+def test_a_stopped_answer_stays_in_the_chat() -> None:
     conversation = Conversation()
     turn = conversation.ask("Tell me", [])
     turn.answer.apply(TextDelta("Once upon"), 1.0)
@@ -99,7 +99,7 @@ def test_a_stopped_answer_stays_in_the_chat_with_what_it_said() -> None:
     assert conversation.messages(url_of)[1]["content"] == "Once upon"
 
 
-def test_thinking_is_timed_from_its_first_word_to_the_answer_s_first() -> None:
+def test_thinking_is_timed_from_its_first_word_to_that_of_the_answer() -> None:
     answer = Conversation().ask("Why?", []).answer
 
     answer.apply(Queued(1), 10.0)
@@ -120,7 +120,7 @@ def test_a_stop_while_thinking_ends_the_thinking() -> None:
     assert (answer.state, answer.thinking_s) == ("stopped", 2.0)
 
 
-def test_waiting_states_follow_what_the_api_says_last() -> None:
+def test_the_waiting_state_follows_the_last_event() -> None:
     answer = Conversation().ask("Why?", []).answer
 
     answer.apply(Loading(0.5), 1.0)
@@ -130,7 +130,7 @@ def test_waiting_states_follow_what_the_api_says_last() -> None:
     assert (answer.loading, answer.queue_position, answer.state) == (False, 3, "waiting")
 
 
-def test_asking_again_keeps_the_earlier_answer_and_sends_the_same_pictures() -> None:
+def test_asking_again_keeps_the_earlier_answer_and_resends_the_images() -> None:
     conversation = Conversation()
     answered(conversation, "What is it?", [image("a")], "A circle.")
 
@@ -142,14 +142,14 @@ def test_asking_again_keeps_the_earlier_answer_and_sends_the_same_pictures() -> 
     assert "A circle." not in str(conversation.messages(url_of))
 
 
-def test_asking_again_after_a_failure_keeps_no_empty_answer() -> None:
+def test_asking_again_after_a_failure_drops_the_empty_answer() -> None:
     conversation = Conversation()
     conversation.ask("What is it?", [image("a")]).answer.fail(ApiError("down"), 1.0)
 
     assert conversation.ask_again().earlier == []
 
 
-def test_a_changed_question_takes_the_old_one_s_place_and_its_answer_remembers_what_it_answered() -> None:
+def test_an_edited_question_replaces_the_old_one_which_stays_with_its_answer() -> None:
     conversation = Conversation()
     answered(conversation, "What is it?", [image("a")], "A circle.")
 
@@ -160,7 +160,7 @@ def test_a_changed_question_takes_the_old_one_s_place_and_its_answer_remembers_w
     assert conversation.messages(url_of)[0]["content"][1]["text"] == "What color is it?"
 
 
-def test_the_pieces_of_tool_calls_are_put_together() -> None:
+def test_the_parts_of_tool_calls_are_joined() -> None:
     answer = Answer()
 
     for piece in (ToolCallDelta(0, "count", '{"col'), ToolCallDelta(1, "draw", "{}"), ToolCallDelta(0, "", 'or": "red"}')):
@@ -169,7 +169,7 @@ def test_the_pieces_of_tool_calls_are_put_together() -> None:
     assert answer.calls == [ToolCall("count", '{"color": "red"}', "call_0"), ToolCall("draw", "{}", "call_1")]
 
 
-def test_a_chat_takes_its_name_from_the_first_question() -> None:
+def test_a_chat_is_named_after_its_first_question() -> None:
     conversation = Conversation()
 
     conversation.ask("word " * 40, [])
@@ -179,7 +179,7 @@ def test_a_chat_takes_its_name_from_the_first_question() -> None:
     assert len(conversation.title) <= 60
 
 
-def test_older_pictures_can_be_left_out_and_the_newest_stay() -> None:
+def test_older_images_can_be_left_out() -> None:
     conversation = Conversation()
     for name in "abc":
         turn = conversation.ask(f"About {name}", [AttachedImage(name, f"{name}.png", data=b"x")] if name != "b" else [])
@@ -196,7 +196,7 @@ def test_older_pictures_can_be_left_out_and_the_newest_stay() -> None:
     assert conversation.image_count() == 1
 
 
-def test_the_picture_count_is_that_of_the_next_request() -> None:
+def test_the_image_count_is_that_of_the_next_request() -> None:
     conversation = Conversation()
     answered(conversation, "One", [image("a"), image("b")], "Fine.")
     conversation.ask("Two", [image("c")]).answer.fail(ApiError("too_large"), 1.0)
@@ -204,7 +204,7 @@ def test_the_picture_count_is_that_of_the_next_request() -> None:
     assert conversation.image_count(new=1) == 3
 
 
-def test_the_same_picture_twice_in_one_question_is_kept_and_sent_once() -> None:
+def test_an_image_attached_twice_is_sent_once() -> None:
     conversation = Conversation()
 
     turn = conversation.ask("Same?", [image("a"), image("a")])
@@ -212,7 +212,7 @@ def test_the_same_picture_twice_in_one_question_is_kept_and_sent_once() -> None:
     assert turn.images == ("a",)
 
 
-def test_boxes_are_kept_with_the_order_of_the_pictures_that_were_sent() -> None:
+def test_boxes_refer_to_the_images_in_the_order_sent() -> None:
     conversation = Conversation()
     answered(conversation, "One", [image("a")], "Fine.")
     turn = conversation.ask("Where?", [image("b")])
@@ -223,14 +223,14 @@ def test_boxes_are_kept_with_the_order_of_the_pictures_that_were_sent() -> None:
     assert turn.answer.boxes == [BoundingBox((1, 2, 3, 4), 1)]
 
 
-def test_what_a_tool_gave_goes_back_with_the_call_that_asked_for_it() -> None:
+def test_a_tool_s_result_is_sent_with_its_call() -> None:
     conversation = Conversation()
     turn = conversation.ask("How many?", [image("a")])
     turn.answer.apply(ToolCallDelta(0, "count", '{"color": "red"}', "call-7"), 1.0)
     turn.answer.apply(Finished("tool_calls"), 2.0)
     assert turn.answer.awaits_tool_results
 
-    given = conversation.give_results((ToolResult("call-7", "count", "3"),))
+    given = conversation.ask_with_results((ToolResult("call-7", "count", "3"),))
 
     question, call, result = conversation.messages(url_of)
     assert kinds(question) == ["image_url", "text"]
@@ -242,7 +242,7 @@ def test_what_a_tool_gave_goes_back_with_the_call_that_asked_for_it() -> None:
     assert given.answer.sent == ("a",)
 
 
-def test_a_call_that_was_cut_off_takes_no_result() -> None:
+def test_a_call_that_was_cut_off_awaits_no_result() -> None:
     turn = Conversation().ask("How many?", [])
     turn.answer.apply(ToolCallDelta(0, "count", '{"color": "re'), 1.0)
     turn.answer.apply(Finished("length"), 2.0)

@@ -28,7 +28,7 @@ def opened(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data))
 
 
-def test_a_drawn_picture_keeps_every_pixel() -> None:
+def test_a_small_png_keeps_every_pixel() -> None:
     drawn = draw_shapes([("red", "circle")], (320, 240), seed=5)
 
     ready = prepare("drawn.png", encoded(drawn), LARGE, MANY)
@@ -37,7 +37,7 @@ def test_a_drawn_picture_keeps_every_pixel() -> None:
     assert opened(ready.data).convert("RGB").tobytes() == drawn.convert("RGB").tobytes()
 
 
-def test_the_same_picture_has_the_same_name_and_another_has_another() -> None:
+def test_the_hash_depends_on_the_image_and_not_on_its_name() -> None:
     red = encoded(draw_shapes([("red", "circle")], seed=5))
     blue = encoded(draw_shapes([("blue", "circle")], seed=5))
 
@@ -45,7 +45,7 @@ def test_the_same_picture_has_the_same_name_and_another_has_another() -> None:
     assert prepare("a.png", red, LARGE, MANY).sha != prepare("a.png", blue, LARGE, MANY).sha
 
 
-def test_a_photo_taken_sideways_stands_upright_and_forgets_where_it_was_taken() -> None:
+def test_a_photo_is_rotated_upright_and_loses_its_exif_data() -> None:
     photo = Image.new("RGB", (60, 40), "white")
     photo.paste((255, 0, 0), (0, 0, 20, 20))
     exif = Image.Exif()
@@ -60,7 +60,7 @@ def test_a_photo_taken_sideways_stands_upright_and_forgets_where_it_was_taken() 
     assert b"secret" not in ready.data
 
 
-def test_transparency_becomes_white_paper() -> None:
+def test_transparency_becomes_white() -> None:
     clear = Image.new("RGBA", (10, 10), (255, 0, 0, 0))
 
     ready = prepare("clear.png", encoded(clear), LARGE, MANY)
@@ -69,7 +69,7 @@ def test_transparency_becomes_white_paper() -> None:
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "I;16", "CMYK"])
-def test_every_kind_of_pixel_can_be_read(mode: str) -> None:
+def test_every_pixel_format_can_be_read(mode: str) -> None:
     image = Image.new(mode, (12, 8))
     format = "JPEG" if mode == "CMYK" else "PNG"
 
@@ -78,7 +78,7 @@ def test_every_kind_of_pixel_can_be_read(mode: str) -> None:
     assert opened(ready.data).mode == "RGB"
 
 
-def test_a_large_photo_is_made_smaller_in_its_own_shape() -> None:
+def test_a_large_photo_is_scaled_down_with_its_aspect_ratio() -> None:
     photo = Image.new("RGB", (4000, 2000), "green")
 
     ready = prepare("large.jpg", encoded(photo, "JPEG"), LARGE, MANY)
@@ -87,7 +87,7 @@ def test_a_large_photo_is_made_smaller_in_its_own_shape() -> None:
     assert abs(ready.width / ready.height - 2) < 0.01
 
 
-def test_a_noisy_picture_is_not_sent_as_a_huge_png() -> None:
+def test_a_noisy_image_is_sent_as_jpeg() -> None:
     noise = Image.effect_noise((1600, 1200), 90).convert("RGB")
 
     ready = prepare("noise.png", encoded(noise), LARGE, MANY)
@@ -95,14 +95,14 @@ def test_a_noisy_picture_is_not_sent_as_a_huge_png() -> None:
     assert ready.mime == "image/jpeg"
 
 
-def test_a_file_over_the_limit_is_told_with_the_limit() -> None:
+def test_a_file_over_the_limit_is_rejected_with_the_limit() -> None:
     with pytest.raises(ImageError) as caught:
         prepare("big.png", b"x" * (2 * 2**20 + 1), 2 * 2**20, MANY)
 
     assert (caught.value.kind, caught.value.name, caught.value.limit) == ("too_big", "big.png", 2)
 
 
-def test_a_small_file_that_would_unpack_to_gigabytes_is_refused_by_its_header() -> None:
+def test_a_decompression_bomb_is_rejected_by_its_header() -> None:
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -119,14 +119,14 @@ def test_a_small_file_that_would_unpack_to_gigabytes_is_refused_by_its_header() 
     "data",
     [b"", b"hello", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%PDF-1.4", b"\x89PNG\r\n\x1a\n" + b"\0" * 40],
 )
-def test_what_is_no_picture_is_unreadable(data: bytes) -> None:
+def test_a_file_that_is_not_an_image_is_unreadable(data: bytes) -> None:
     with pytest.raises(ImageError) as caught:
         prepare("notes.png", data, LARGE, MANY)
 
     assert caught.value.kind == "unreadable"
 
 
-def test_a_picture_that_was_cut_off_is_unreadable() -> None:
+def test_a_truncated_image_is_unreadable() -> None:
     whole = encoded(Image.effect_noise((200, 200), 90).convert("RGB"))
 
     with pytest.raises(ImageError) as caught:
@@ -135,7 +135,7 @@ def test_a_picture_that_was_cut_off_is_unreadable() -> None:
     assert caught.value.kind == "unreadable"
 
 
-def test_the_data_url_holds_the_very_bytes() -> None:
+def test_the_data_url_has_the_same_bytes() -> None:
     ready = prepare("a.png", encoded(Image.new("RGB", (4, 4), "red")), LARGE, MANY)
 
     head, _, body = data_url(ready.mime, ready.data).partition(",")
@@ -144,7 +144,7 @@ def test_the_data_url_holds_the_very_bytes() -> None:
     assert base64.b64decode(body) == ready.data
 
 
-def test_a_picture_elsewhere_is_known_by_its_address_and_never_fetched() -> None:
+def test_a_remote_image_is_identified_by_its_url_and_not_fetched() -> None:
     image = remote_image(" https://example.org/a/cat.jpg?size=9 ")
 
     assert (image.url, image.name) == ("https://example.org/a/cat.jpg?size=9", "cat.jpg (example.org)")
@@ -154,7 +154,7 @@ def test_a_picture_elsewhere_is_known_by_its_address_and_never_fetched() -> None
 @pytest.mark.parametrize(
     "url", ["", "cat.jpg", "file:///etc/passwd", "ftp://example.org/a.png", "https://", "https://a b/c.png", "http://[::1"]
 )
-def test_an_address_that_is_none_is_refused(url: str) -> None:
+def test_an_invalid_url_is_rejected(url: str) -> None:
     with pytest.raises(ImageError) as caught:
         remote_image(url)
 

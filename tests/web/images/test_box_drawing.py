@@ -22,7 +22,7 @@ def opened(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data))
 
 
-def test_a_box_is_drawn_where_it_says_and_nowhere_else() -> None:
+def test_a_box_is_drawn_at_its_corners_and_nowhere_else() -> None:
     white = encoded(Image.new("RGB", (200, 100), "white"))
 
     drawn = opened(draw_boxes(white, (BoundingBox((250, 200, 750, 800)),))[0]).convert("RGB")
@@ -35,7 +35,7 @@ def test_a_box_is_drawn_where_it_says_and_nowhere_else() -> None:
 
 
 @pytest.mark.parametrize("paper", ["white", "black", *BOX_COLORS])
-def test_a_box_is_seen_on_a_background_of_any_colour_from_both_sides(paper: str) -> None:
+def test_a_box_is_visible_on_a_background_of_any_colour(paper: str) -> None:
     flat = encoded(Image.new("RGB", (240, 240), paper))
 
     drawn = opened(draw_boxes(flat, (BoundingBox((250, 250, 750, 750)),))[0]).convert("RGB")
@@ -48,7 +48,7 @@ def test_a_box_is_seen_on_a_background_of_any_colour_from_both_sides(paper: str)
     assert len(strokes) == (3 if paper == "white" else 5), strokes
 
 
-def test_a_point_and_a_polygon_are_drawn_where_they_are() -> None:
+def test_a_point_and_a_polygon_are_drawn_at_their_corners() -> None:
     white = encoded(Image.new("RGB", (200, 100), "white"))
 
     drawn = opened(draw_boxes(white, (BoundingBox((500, 500)), BoundingBox((50, 100, 300, 100, 50, 900))))[0]).convert("RGB")
@@ -60,7 +60,7 @@ def test_a_point_and_a_polygon_are_drawn_where_they_are() -> None:
     assert len({x < 20 for x in row}) == 2
 
 
-def test_a_box_over_the_whole_picture_stays_inside_it() -> None:
+def test_a_box_around_the_whole_image_stays_inside_it() -> None:
     white = encoded(Image.new("RGB", (40, 30), "white"))
 
     drawn = opened(draw_boxes(white, (BoundingBox((0, 0, 1000, 1000)), BoundingBox((0, 0, 1, 1))))[0]).convert("RGB")
