@@ -45,7 +45,7 @@ CHAT = "/v1/chat/completions"
 def main(arguments: list[str]) -> int:
     root = Path(arguments[0]).resolve() if arguments else ROOT
     with tempfile.TemporaryDirectory() as logs:
-        for part, value in run(root, Path(logs)).items():
+        for part, value in run(root, Path(logs), _free_ports()).items():
             (RECORDED / f"{part}.json").write_text(_pretty(value), encoding="utf-8")
     return 0
 
@@ -59,9 +59,12 @@ def recorded(part: str) -> Any:
     return json.loads((RECORDED / f"{part}.json").read_text(encoding="utf-8"))
 
 
-def run(root: Path, logs: Path) -> dict[str, Any]:
-    """One life of the bundle in `root`: start.sh, every request, one check, stop.sh. A value for each of PARTS."""
-    api_port, web_port = _free_ports()
+def run(root: Path, logs: Path, ports: tuple[int, int]) -> dict[str, Any]:
+    """One life of the bundle in `root`: start.sh, every request, one check, stop.sh. A value for each of PARTS.
+
+    `ports`: of the API and of the page.
+    """
+    api_port, web_port = ports
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("GLM_", "PYTHON"))}
     environment |= SETTINGS | {
         "GLM_API_PORT": str(api_port),

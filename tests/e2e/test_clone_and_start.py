@@ -20,6 +20,7 @@ import requests
 from dotenv import dotenv_values
 from openai import AuthenticationError, OpenAI
 from PIL import Image
+from ports import free_port
 
 from models.shapes.pictures import COLORS, draw_shapes
 
@@ -100,13 +101,6 @@ def image_part(picture: Image.Image) -> dict:
     return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
 
 
-def free_ports() -> tuple[int, int]:
-    with socket.socket() as first, socket.socket() as second:
-        first.bind(("127.0.0.1", 0))
-        second.bind(("127.0.0.1", 0))
-        return first.getsockname()[1], second.getsockname()[1]
-
-
 def named_colors(answer: str) -> set[str]:
     return {color for color in COLORS if re.search(rf"\b{color}\b", answer)}
 
@@ -115,7 +109,7 @@ def named_colors(answer: str) -> set[str]:
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clone]:
     folder = tmp_path_factory.mktemp("newcomer") / "clone"
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True, timeout=300)
-    clone = Clone(folder, free_ports())
+    clone = Clone(folder, (free_port(), free_port()))
     started = clone.run("./start.sh", limit_s=START_LIMIT_S)
     assert started.returncode == 0, started.stdout[-4000:] + started.stderr[-4000:]
     clone.first_start = started.stdout

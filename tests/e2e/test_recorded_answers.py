@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ports import free_port
 from record import PARTS, ROOT, differences, recorded, requests, run
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    yield run(ROOT, Path(tmp_path_factory.mktemp("recorded")))
+    yield run(ROOT, Path(tmp_path_factory.mktemp("recorded")), (free_port(), free_port()))
 
 
 @pytest.mark.parametrize("name", [request["name"] for request in requests()])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -13,16 +12,11 @@ from typing import Self
 
 import requests
 from playwright.sync_api import Page
+from ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 OpenPage = Callable[..., Page]
 START_S = 120.0  # a loaded machine imports slowly
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_until(condition: Callable[[], object], what: str, within_s: float = START_S) -> None:

@@ -9,8 +9,9 @@ from shutil import which
 import pytest
 import requests
 from browsing import TIMEOUT_MS, TOKEN, add_image, ask, last_answer, png
-from page_process import ROOT, OpenPage, Server, free_port, wait_until
+from page_process import ROOT, OpenPage, Server, wait_until
 from playwright.sync_api import expect
+from ports import free_port
 from web_fake_api import FakeApi
 
 WRAPPED = """

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 
 import pytest
-from page_process import free_port, wait_until
+from page_process import wait_until
+from ports import free_port
 from web_fake_api import Answer, FakeApi
 
 from web.api_client.answer_stream import AnswerStream, Event, Finished, Loading, Queued, ReasoningDelta, TextDelta

@@ -8,7 +8,7 @@ import time
 from contextlib import suppress
 
 import pytest
-from page_process import free_port
+from ports import free_port
 from web_fake_api import FakeApi
 
 from web.api_client import client

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import streamlit as st
 from app_driver import ask, png, shown_text
-from page_process import free_port
 from PIL import Image
+from ports import free_port
 from streamlit.testing.v1 import AppTest
 from web_fake_api import Answer, FakeApi
 

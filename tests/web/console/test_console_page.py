@@ -11,7 +11,7 @@ import pytest
 import streamlit as st
 from app_driver import shown_text
 from console_record import HEALTHY, WEDGED, incident_of, record
-from page_process import free_port
+from ports import free_port
 from streamlit.testing.v1 import AppTest
 from streamlit.util import calc_hash
 from web_fake_api import FakeApi
