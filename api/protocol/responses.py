@@ -11,8 +11,16 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from api.errors import ServingError, invalid
-from api.protocol.schemas import HARMLESS, ChatRequest, check_agreement, known_fields
-from api.protocol.validation import Strict, check, parse_object, shown
+from api.protocol.schemas import (
+    HARMLESS,
+    ChatRequest,
+    Strict,
+    check,
+    check_agreement,
+    known_fields,
+    parse_object,
+    shown,
+)
 
 
 class Part(Strict):

@@ -24,7 +24,7 @@ BODY = b"picture"
 
 
 class Site(BaseHTTPRequestHandler):
-    """/ok /gone /to?<url> /loop /large /endless /drip /slow-head /short /zipped /no-place"""
+    """/ok /gone /to?<url> /loop /large /endless /drip /slow-head /short /zipped /no-location"""
 
     seen: ClassVar[list[tuple[str, str]]] = []
 
@@ -52,7 +52,7 @@ class Site(BaseHTTPRequestHandler):
     def get_loop(self, query: str) -> None:
         self.answer(307, Location="/loop")
 
-    def get_no_place(self, query: str) -> None:
+    def get_no_location(self, query: str) -> None:
         self.answer(301)
 
     def get_large(self, query: str) -> None:
@@ -228,7 +228,7 @@ def test_redirects_are_counted(fetcher, site: int) -> None:
 
 @pytest.mark.parametrize(
     ("path", "said"),
-    [("gone", "answered 404"), ("no-place", "without a place"), ("short", "cannot be fetched"), ("large", "10001")],
+    [("gone", "answered 404"), ("no-location", "answered 301 without a Location header."), ("short", "cannot be fetched"), ("large", "10001")],
 )
 def test_what_is_no_whole_picture_is_refused(path: str, said: str, fetcher, site: int) -> None:
     assert said in refusal(fetcher(), f"http://127.0.0.1:{site}/{path}").message

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from api.errors import ServingError
-from api.protocol.schemas import HARMLESS, WITHOUT_EFFECT, parse_chat
-from api.protocol.validation import MAX_DEPTH
+from api.protocol.schemas import HARMLESS, MAX_DEPTH, WITHOUT_EFFECT, parse_chat
 
 TOOL = {"type": "function", "function": {"name": "f"}}
 USER = {"role": "user", "content": "hello"}
