@@ -1,4 +1,4 @@
-"""Admission, and the life of one request: prompt, sampling parameters, submission, events.
+"""Owns admission and the life of one request: prompt, sampling parameters, submission, events.
 
-May not know routes, connections or HTTP; whoever watches the client cancels or closes a handler.
+May not know routes, connections or HTTP.
 """

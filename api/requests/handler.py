@@ -241,7 +241,7 @@ class RequestHandler:
             now, before = time.monotonic(), self._last_text_at.get(index)
             self._last_text_at[index] = now
             gap_s = None if before is None else now - before
-            self._metrics.wrote(event.tokens, self._engine.steps, gap_s, self._permit.caller.probe)
+            self._metrics.generated(event.tokens, self._engine.steps, gap_s, self._permit.caller.probe)
         self._inbox.deliver(index, event)
 
     def _checked(self, index: int, event: Done | Failed) -> Done:

@@ -39,7 +39,7 @@ async def answer(
 ) -> Response:
     """Every question takes this way; another wire format brings its own `parse` and `formatter`.
 
-    Raises ServingError or ClientGone.
+    Raises ServingError or ClientDisconnected.
     """
     arrived_at = time.monotonic()
     server: ServerState = request.app.state.server
