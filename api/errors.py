@@ -136,4 +136,6 @@ def grammar_failed(reason: str) -> ServingError:
 
 
 def internal() -> ServingError:
-    return ServingError(500, "Internal server error; the server's log has the details.", "server_error", "internal_error")
+    return ServingError(
+        500, "Internal server error; the server's log has the details.", "server_error", "internal_error"
+    )

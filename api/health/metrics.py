@@ -26,7 +26,8 @@ _TPOT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2
 _E2E_BUCKETS = (0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600)
 _TOKEN_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 _BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-CAPACITY_LABELS = {"encoder_cache_bytes": "picture_cache_bytes"}  # labels whose names differ from the fields of Capacity
+# Labels whose names differ from the fields of Capacity.
+CAPACITY_LABELS = {"encoder_cache_bytes": "picture_cache_bytes"}
 _STAGES = {
     "queue_s": ("request_queue_time_seconds", "Waiting for the engine."),
     "preprocess_s": (
@@ -49,9 +50,7 @@ class AdmissionLoad(NamedTuple):
 class Metrics:
     """Thread-safe. `admission` and `loop_lag_s` are called at each scrape."""
 
-    def __init__(
-        self, engine: Engine, admission: Callable[[], AdmissionLoad], loop_lag_s: Callable[[], float]
-    ) -> None:
+    def __init__(self, engine: Engine, admission: Callable[[], AdmissionLoad], loop_lag_s: Callable[[], float]) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         GCCollector(registry=self.registry)
@@ -59,7 +58,9 @@ class Metrics:
         self._ttft = self._histogram("time_to_first_token_seconds", "From arrival to the first token.", _TTFT_BUCKETS)
         self._tpot = self._histogram("request_time_per_output_token_seconds", "After the first one.", _TPOT_BUCKETS)
         self._e2e = self._histogram("e2e_request_latency_seconds", "From arrival to the last token.", _E2E_BUCKETS)
-        self._stages = {key: self._histogram(name, description, _TTFT_BUCKETS) for key, (name, description) in _STAGES.items()}
+        self._stages = {
+            key: self._histogram(name, description, _TTFT_BUCKETS) for key, (name, description) in _STAGES.items()
+        }
         self._inference = self._histogram(
             "request_inference_time_seconds", "From the engine's start on a request to its last token.", _E2E_BUCKETS
         )
@@ -70,7 +71,10 @@ class Metrics:
             "inter_token_latency_seconds", "Between one piece of an answer's text and the next.", _TPOT_BUCKETS
         )
         self._iteration = Histogram(
-            "glm_iteration_tokens_total", "Written in one step of the engine.", registry=self.registry, buckets=_BATCH_BUCKETS
+            "glm_iteration_tokens_total",
+            "Written in one step of the engine.",
+            registry=self.registry,
+            buckets=_BATCH_BUCKETS,
         )
         self._prompt_size = self._histogram("request_prompt_tokens", "Of one prompt, images included.", _TOKEN_BUCKETS)
         self._answer_size = self._histogram("request_generation_tokens", "Of one request's answers.", _TOKEN_BUCKETS)
@@ -164,9 +168,7 @@ class Metrics:
 class _EngineCollector:
     """Reads the engine's own counters at each scrape."""
 
-    def __init__(
-        self, engine: Engine, admission: Callable[[], AdmissionLoad], loop_lag_s: Callable[[], float]
-    ) -> None:
+    def __init__(self, engine: Engine, admission: Callable[[], AdmissionLoad], loop_lag_s: Callable[[], float]) -> None:
         self._engine = engine
         self._admission = admission
         self._loop_lag_s = loop_lag_s

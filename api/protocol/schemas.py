@@ -22,7 +22,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from api.errors import ServingError, invalid
 
-# Notes for the caller's own use; they have no effect on the answer.
+# Fields without an effect on the answer, and why.
 HARMLESS = {
     "user": "for the caller's own use",
     "metadata": "for the caller's own use",
@@ -45,7 +45,7 @@ MAX_STOP = 4
 MAX_CHOICES = 8
 MAX_TOP_LOGPROBS = 20
 MAX_BIASES = 1024
-# How long a model that thinks may do so, in tokens. None: as long as it likes.
+# The longest reasoning in tokens; None: any length.
 EFFORT_TOKENS: dict[str, int | None] = {"minimal": 64, "low": 512, "medium": 2048, "high": None, "xhigh": None}
 MAX_DETOKENIZE = 1_000_000
 MAX_DEPTH = 64  # of nested lists and objects; far more than any schema or call has
@@ -65,7 +65,7 @@ class TextPart(Strict):
 
 class ImageUrl(Strict):
     url: str
-    detail: str | None = None  # harmless: images are always taken at the processor's own resolution
+    detail: str | None = None  # harmless: images are always processed at the model's own resolution
 
 
 class ImagePart(Strict):
@@ -119,7 +119,7 @@ class Message(Strict):
     reasoning: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
-    # What an answer carries besides, so that it can be sent back as it came.
+    # Other fields of an answer, so that it can be sent back unchanged.
     boxes: Any = None
     refusal: None = None
     annotations: Any = None
@@ -134,7 +134,7 @@ class Message(Strict):
             raise PydanticCustomError("tool_calls", "`tool_calls` belong to a message of the role 'assistant'")
         has_images = isinstance(self.content, list) and any(isinstance(p, ImagePart) for p in self.content)
         if has_images and self.role not in ("user", "tool"):
-            raise PydanticCustomError("pictures", "pictures belong to a message of the role 'user' or 'tool'")
+            raise PydanticCustomError("images", "pictures belong to a message of the role 'user' or 'tool'")
         return self
 
 
@@ -171,7 +171,7 @@ ToolChoice = Annotated[
 
 class StreamOptions(Strict):
     include_usage: bool = False
-    include_obfuscation: bool | None = None  # harmless: padding against listeners, which TLS in front has to keep out
+    include_obfuscation: bool | None = None  # harmless: padding against eavesdroppers, which TLS protects from
 
 
 class TemplateOptions(Strict):
@@ -213,7 +213,7 @@ ResponseFormat = Annotated[
 class ChatRequest(Strict):
     messages: list[Message] = Field(min_length=1)
     model: str | None = None
-    # How long, and how many.
+    # Length and number of answers.
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     min_tokens: int | None = Field(None, ge=0)
@@ -221,7 +221,7 @@ class ChatRequest(Strict):
     stop: str | list[str] | None = None
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     loop_window: int | None = Field(None, ge=0, le=4096, description="tokens that repeat one pattern; 0: go on")
-    # Which tokens.
+    # Sampling.
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=-1)
@@ -231,7 +231,7 @@ class ChatRequest(Strict):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[str, float] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    # What comes back.
+    # Form of the answer.
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     logprobs: bool | None = None
@@ -240,11 +240,11 @@ class ChatRequest(Strict):
     tools: list[Tool] | None = Field(None, max_length=128)
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    # Thinking.
+    # Reasoning.
     chat_template_kwargs: TemplateOptions | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     thinking_token_budget: int | None = Field(None, ge=0)
-    # Whose cache.
+    # Caching.
     cache_salt: str | None = Field(None, min_length=1, max_length=256)
 
     @property
@@ -257,18 +257,19 @@ class ChatRequest(Strict):
 
     @property
     def enable_thinking(self) -> bool:
-        asked = self.chat_template_kwargs.enable_thinking if self.chat_template_kwargs else None
-        return self.reasoning_effort != "none" if asked is None else asked
+        explicit = self.chat_template_kwargs.enable_thinking if self.chat_template_kwargs else None
+        return self.reasoning_effort != "none" if explicit is None else explicit
 
     @property
     def thinking_tokens(self) -> int | None:
+        """The longest reasoning in tokens; None: any length."""
         if self.thinking_token_budget is not None:
             return self.thinking_token_budget
         return EFFORT_TOKENS.get(self.reasoning_effort or "high")
 
     @property
     def active_tools(self) -> list[Tool]:
-        """What the model may call: with a named choice only that one."""
+        """The tools that the model may call: with a named `tool_choice` only that one."""
         if self.tool_choice == "none":
             return []
         if isinstance(self.tool_choice, NamedTool):
@@ -290,19 +291,19 @@ class ChatRequest(Strict):
         return None
 
     @property
-    def asked_max_tokens(self) -> int | None:
+    def requested_max_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
 
 def parse_chat(body: bytes) -> ChatRequest:
     """Raises the 400 error that names the first field that is wrong."""
     chat = check(ChatRequest, known_fields(parse_object(body)))
-    check_agreement(chat)
+    check_consistency(chat)
     return chat
 
 
 def known_fields(data: dict[str, Any]) -> dict[str, Any]:
-    """The fields that have an effect. Raises the 400 error for one that would be dropped silently."""
+    """The fields that have an effect. Raises the 400 error for a field that would be dropped silently."""
     known: dict[str, Any] = {}
     for name, value in data.items():
         if name in ChatRequest.model_fields:
@@ -331,12 +332,12 @@ def _check_stop(stop: Any) -> None:
         raise invalid(f"`stop` must have <= {MAX_STOP} strings. Given: {len(strings)}", "stop")
 
 
-def check_agreement(chat: ChatRequest) -> None:
-    """Raises the 400 error for a field that makes another one meaningless."""
+def check_consistency(chat: ChatRequest) -> None:
+    """Raises the 400 error for fields that contradict each other."""
     names = [tool.function.name for tool in chat.tools or []]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise _conflict("tools", f"two functions have the name '{twice}'")
+    duplicate = next((name for name in names if names.count(name) > 1), None)
+    if duplicate is not None:
+        raise _conflict("tools", f"two functions have the name '{duplicate}'")
     if chat.must_call and not names:
         raise _conflict("tool_choice", "there are no `tools` to choose from")
     if chat.must_call and not chat.active_tools:
@@ -345,18 +346,18 @@ def check_agreement(chat: ChatRequest) -> None:
         raise _conflict("top_logprobs", "needs `logprobs` to be true")
     if chat.stream_options is not None and not chat.stream:
         raise _conflict("stream_options", "needs `stream` to be true")
-    asked = chat.chat_template_kwargs.enable_thinking if chat.chat_template_kwargs else None
-    if asked is not None and chat.reasoning_effort is not None and asked != (chat.reasoning_effort != "none"):
+    explicit = chat.chat_template_kwargs.enable_thinking if chat.chat_template_kwargs else None
+    if explicit is not None and chat.reasoning_effort is not None and explicit != (chat.reasoning_effort != "none"):
         raise _conflict("reasoning_effort", "contradicts `chat_template_kwargs.enable_thinking`")
     if chat.max_tokens and chat.max_completion_tokens and chat.max_tokens != chat.max_completion_tokens:
         raise _conflict("max_tokens", "differs from `max_completion_tokens`; give one of them")
-    longest = chat.asked_max_tokens
+    longest = chat.requested_max_tokens
     if longest is not None and (chat.min_tokens or 0) > longest:
         raise _conflict("min_tokens", f"must be <= {longest}, the longest answer. Given: {chat.min_tokens}")
-    bound = "response_format" if chat.answer_schema is not None else "tool_choice" if chat.must_call else None
-    endless = "ignore_eos" if chat.ignore_eos else "min_tokens" if chat.min_tokens else None
-    if bound and endless:
-        raise _conflict(endless, f"cannot go on past the end that `{bound}` sets")
+    constraint = "response_format" if chat.answer_schema is not None else "tool_choice" if chat.must_call else None
+    extension = "ignore_eos" if chat.ignore_eos else "min_tokens" if chat.min_tokens else None
+    if constraint and extension:
+        raise _conflict(extension, f"cannot continue past the end that `{constraint}` sets")
     for token, bias in (chat.logit_bias or {}).items():
         if not (token.isascii() and token.isdigit() and len(token) < 10):
             raise _conflict("logit_bias", f"its names must be token ids. Given: {shown(token)}")
@@ -405,20 +406,20 @@ def parse_object(body: bytes) -> dict[str, Any]:
         data = json.loads(body)
         _refuse_lone_surrogates(body, data)
     except json.JSONDecodeError as error:
-        raise _no_object(f"It is not JSON: {error.msg} at character {error.pos}.") from None
+        raise _not_an_object(f"It is not JSON: {error.msg} at character {error.pos}.") from None
     except UnicodeError:
-        raise _no_object("It is not whole Unicode characters in UTF-8.") from None
-    except (ValueError, RecursionError):  # a number of thousands of digits, thousands of brackets
-        raise _no_object("It is not JSON that can be read.") from None
+        raise _not_an_object("It is not whole Unicode characters in UTF-8.") from None
+    except (ValueError, RecursionError):  # thousands of digits in a number, or thousands of brackets
+        raise _not_an_object("It cannot be parsed: it is nested too deeply, or a number is too long.") from None
     if not isinstance(data, dict):
-        raise _no_object(f"Given: {shown(data)}")
+        raise _not_an_object(f"Given: {shown(data)}")
     if (name := too_deep(data)) is not None:
         raise invalid(f"`{name}` must have <= {MAX_DEPTH} levels of lists and objects.", name, "too_deep")
     return data
 
 
-def _no_object(why: str) -> ServingError:
-    return invalid(f"The body must be a JSON object. {why}", code="invalid_json")
+def _not_an_object(reason: str) -> ServingError:
+    return invalid(f"The body must be a JSON object. {reason}", code="invalid_json")
 
 
 def parse_json(text: str) -> Any:
@@ -463,14 +464,14 @@ def check(kind: type[Checked], data: dict[str, Any]) -> Checked:
         raise _explain(error.errors()[0]) from None
 
 
-# What pydantic's kinds of error mean to a caller.
+# Pydantic's types of error, in terms of the API.
 _BOUNDS = {"greater_than_equal": (">=", "ge"), "less_than_equal": ("<=", "le"), "greater_than": (">", "gt"),
            "less_than": ("<", "lt")}  # fmt: skip
 _COUNTS = {"too_short": (">=", "min_length", "items"), "too_long": ("<=", "max_length", "items"),
            "string_too_short": (">=", "min_length", "characters"),
            "string_too_long": ("<=", "max_length", "characters")}  # fmt: skip
 _KINDS = {
-    "string_type": "a string", "string_unicode": "a string of whole characters", "bool_type": "true or false",
+    "string_type": "a string", "string_unicode": "a string of whole Unicode characters", "bool_type": "true or false",
     "int_type": "an integer", "int_from_float": "an integer", "float_type": "a number",
     "finite_number": "a finite number", "list_type": "a list", "dict_type": "an object", "model_type": "an object",
 }  # fmt: skip
@@ -514,6 +515,6 @@ def _path(location: tuple[int | str, ...]) -> str:
 
 
 def shown(value: Any) -> str:
-    """Enough of a value to recognise it; never a whole prompt or image."""
+    """A value as JSON, cut to 60 characters: enough to recognise it, never a whole prompt or image."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else f"{text[:57]}..."

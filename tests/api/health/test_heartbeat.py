@@ -57,10 +57,10 @@ def test_work_without_a_step_past_its_deadline_is_stalled_and_a_step_makes_it_go
     heart._end.set()  # the observer must not look again in between
     heart._thread.join(WAIT_S)
     guess = Stats(**{**stats.__dict__, "phase_deadline_s": 0.5})
-    heart._pulse = heart._look(guess)
+    heart._pulse = heart._take_pulse(guess)
     assert served.client.get("/health").json()["state"] == "busy", "the engine's guess does not shorten the limit"
     heart._stall_s = 0.5
-    heart._pulse = heart._look(guess)
+    heart._pulse = heart._take_pulse(guess)
     stalled = served.client.get("/health")
     assert (stalled.status_code, stalled.json()["state"]) == (503, "stalled")
     assert int(stalled.headers["Retry-After"]) > 0
@@ -132,10 +132,10 @@ def test_waiting_work_after_a_long_idle_time_is_not_stalled(tmp_path: Path) -> N
     heart = Heartbeat(engine=None, log_dir=tmp_path, stall_s=5, check_silent_s=60)  # type: ignore[arg-type]
     idle = Stats("idle", 1.0, "idle", 0, 0, 7, 900.0, 0.1, None)
     heart._progress_at -= 900
-    heart._pulse = heart._look(idle)
+    heart._pulse = heart._take_pulse(idle)
 
     busy = Stats("busy", 1.0, "idle", 0, 1, 7, 900.0, 0.1, None)
-    heart._pulse = heart._look(busy)
+    heart._pulse = heart._take_pulse(busy)
 
     assert heart.state(busy) == "busy"
 

@@ -119,8 +119,8 @@ def test_a_wrong_field_is_named_with_what_is_allowed(fields: dict[str, Any], par
 @pytest.mark.parametrize(
     ("body", "words"),
     [(b"", "at character 0"), (b'{"a" 1}', "Expecting ':' delimiter at character 5"), (b"[]", "Given: []"),
-     (b"null", "Given: null"), (b'"x"', 'Given: "x"'), (b"[" * 100_000, "not JSON that can be read"),
-     (b'{"a": ' + b"9" * 5000 + b"}", "not JSON that can be read"), (b"{\xff\xfe}", "UTF-8")],
+     (b"null", "Given: null"), (b'"x"', 'Given: "x"'), (b"[" * 100_000, "cannot be parsed"),
+     (b'{"a": ' + b"9" * 5000 + b"}", "cannot be parsed"), (b"{\xff\xfe}", "UTF-8")],
 )  # fmt: skip
 def test_what_is_no_json_object_is_refused_with_the_reason(body: bytes, words: str) -> None:
     with pytest.raises(ServingError) as caught:
@@ -185,7 +185,7 @@ def test_an_answer_can_be_sent_back_as_it_came() -> None:
 def test_what_is_given_is_what_is_used() -> None:
     chat = parse(stop="x", tools=[{"type": "function", "function": {"name": "f"}}], max_completion_tokens=3)
 
-    assert (chat.stop_strings, len(chat.active_tools), chat.asked_max_tokens) == (("x",), 1, 3)
+    assert (chat.stop_strings, len(chat.active_tools), chat.requested_max_tokens) == (("x",), 1, 3)
     assert chat.enable_thinking is True
     assert parse(chat_template_kwargs={"enable_thinking": False}).enable_thinking is False
     assert parse(tools=[{"type": "function", "function": {"name": "f"}}], tool_choice="none").active_tools == []

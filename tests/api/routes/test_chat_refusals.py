@@ -272,7 +272,7 @@ def test_a_drain_that_runs_out_is_an_error_event(serve) -> None:
 
 
 def test_while_a_stream_waits_it_tells_its_place_in_the_queue(serve, monkeypatch) -> None:
-    monkeypatch.setattr("api.requests.handler.HEARTBEAT_S", 0.01)
+    monkeypatch.setattr("api.requests.handler.COMMENT_S", 0.01)
     served = serve()
     blocker = threading.Thread(target=served.chat, args=("HANG",))
     blocker.start()
