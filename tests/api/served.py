@@ -58,7 +58,7 @@ def sse_data(text: str) -> list[Any]:
     return [item if item == "[DONE]" else json.loads(item) for item in data]
 
 
-def picture_part(colour: str | tuple[int, ...] = "red", size: tuple[int, int] = (56, 56)) -> dict[str, Any]:
+def image_part(colour: str | tuple[int, ...] = "red", size: tuple[int, int] = (56, 56)) -> dict[str, Any]:
     buffer = io.BytesIO()
     Image.new("RGB", size, colour).save(buffer, "PNG")
     url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
-from served import KEY, Served, picture_part, sse_data, text_part, wait_for
+from served import KEY, Served, image_part, sse_data, text_part, wait_for
 
 from api.engine.config import EngineConfig
 from api.engine.engine import Engine
@@ -61,7 +61,7 @@ def test_a_streamed_image_question_passes_few_modules(tmp_path: Path) -> None:
         with served.client:
             wait_for(lambda: served.engine.stats().state == "idle")
             tracer.start()
-            question = [picture_part("red", (112, 112)), text_part("Where is the red circle?")]
+            question = [image_part("red", (112, 112)), text_part("Where is the red circle?")]
             answered = served.chat(question, stream=True, stream_options={"include_usage": True})
             tracer.stop()
     finally:

@@ -46,7 +46,7 @@ def ask(server: Server, key: str, content: str = "hi", **headers: str) -> httpx.
                       headers={"Authorization": f"Bearer {key}", **headers})  # fmt: skip
 
 
-def test_who_is_refused_need_not_send_the_body(start) -> None:
+def test_a_refused_client_need_not_send_its_body(start) -> None:
     server = start(GLM_KEY_REQUESTS_PER_MINUTE="1", GLM_MAX_BODY_BYTES="10000000", GLM_API_KEYS=f"other:{OTHER}")
     assert ask(server, KEY).status_code == 200
     refusals = [
@@ -71,7 +71,7 @@ def test_who_is_refused_need_not_send_the_body(start) -> None:
     assert ask(server, OTHER).status_code == 200
 
 
-def test_a_refused_client_that_goes_on_sending_is_not_cut_off_and_then_let_go(start) -> None:
+def test_a_refused_client_that_keeps_sending_is_not_reset(start) -> None:
     server = start(GLM_KEY_REQUESTS_PER_MINUTE="1")
     ask(server, KEY)
     with connected(server) as wire:
@@ -83,7 +83,7 @@ def test_a_refused_client_that_goes_on_sending_is_not_cut_off_and_then_let_go(st
         assert wire.recv(100) == b""  # the end, and no reset
 
 
-def test_a_refused_client_that_stalls_is_let_go(start) -> None:
+def test_a_refused_client_that_stalls_is_disconnected(start) -> None:
     server = start()
     with connected(server) as wire:
         wire.sendall(head("wrong") + b"x")
@@ -95,7 +95,7 @@ def test_a_refused_client_that_stalls_is_let_go(start) -> None:
     assert time.monotonic() - began < 30
 
 
-def test_a_small_refused_request_keeps_its_shape_for_every_client(start) -> None:
+def test_a_small_refused_request_is_answered_in_the_usual_format(start) -> None:
     server = start(GLM_KEY_REQUESTS_PER_MINUTE="1")
     with httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=WAIT_S) as client:
         statuses = [client.post("/v1/chat/completions", json=chat_body()).status_code for _ in range(3)]
@@ -107,7 +107,7 @@ def test_a_small_refused_request_keeps_its_shape_for_every_client(start) -> None
 
 
 @pytest.mark.parametrize("share", [1, 3])
-def test_the_unfinished_bodies_of_one_key_keep_out_neither_others_nor_probes(share: int, start) -> None:
+def test_unfinished_bodies_of_one_key_block_neither_others_nor_probes(share: int, start) -> None:
     """`share`: how many bodies the share of one key is filled with."""
     largest = 300_000
     server = start(GLM_MAX_BODY_BYTES=str(largest), GLM_API_KEYS=f"other:{OTHER}", GLM_PROBE_TOKEN=PROBE)
@@ -144,7 +144,7 @@ def arriving(server: Server) -> int:
     return int(float(value))
 
 
-def test_bodies_that_hold_nothing_yet_count_for_nothing(start) -> None:
+def test_only_received_bytes_count(start) -> None:
     """What is announced is no memory: a hundred clients that say much and send little keep nobody out."""
     server = start(GLM_MAX_BODY_BYTES="100000", GLM_API_KEYS=f"other:{OTHER}")
     with contextlib.ExitStack() as stack:

@@ -85,7 +85,7 @@ def test_sixteen_bit_grey_keeps_its_brightness() -> None:
     assert take(encoded(image)).getpixel((4, 4)) == (128, 128, 128)
 
 
-def test_a_print_picture_becomes_rgb() -> None:
+def test_cmyk_becomes_rgb() -> None:
     assert take(encoded(Image.new("CMYK", (8, 8), (0, 0, 0, 0)), "JPEG")).getpixel((4, 4)) == (255, 255, 255)
 
 
@@ -119,34 +119,34 @@ def test_too_many_pixels_are_refused_from_the_header_alone() -> None:
     assert "<= 1000000 pixels. Given: 10000000000" in error.message
 
 
-def test_a_very_long_picture_is_refused() -> None:
+def test_a_very_long_image_is_refused() -> None:
     assert "ratio <= 200. Given: 2010x10" in refusal(url(encoded(Image.new("L", (2010, 10))))).message
 
 
-def test_what_is_no_picture_is_refused() -> None:
+def test_other_data_is_refused() -> None:
     assert "must be a picture in one of PNG" in refusal(url(b"hello")).message
     assert "must be a picture in one of PNG" in refusal(url(b"<svg/>", "image/svg+xml")).message
 
 
-def test_a_cut_off_picture_is_refused() -> None:
+def test_a_truncated_image_is_refused() -> None:
     whole = encoded(Image.effect_noise((60, 60), 90))
 
     assert refusal(url(whole[: len(whole) // 2])).code == "invalid_image"
 
 
-def test_an_empty_picture_is_refused() -> None:
+def test_an_empty_image_is_refused() -> None:
     assert "has 0 bytes" in refusal("data:image/png;base64,").message
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
-def test_a_moving_picture_is_refused_with_its_frames(kind: str) -> None:
+def test_an_animation_is_refused_with_its_number_of_frames(kind: str) -> None:
     frames = [Image.new("RGB", (8, 8), (n * 80, 0, 0)) for n in range(3)]
     error = refusal(url(encoded(frames[0], kind, save_all=True, append_images=frames[1:])))
 
     assert error.code == "animated_image" and "Given: 3 frames" in error.message
 
 
-def test_a_cameras_picture_with_a_second_view_is_its_first() -> None:
+def test_of_a_camera_image_with_two_views_the_first_is_used() -> None:
     first, second = Image.new("RGB", (16, 8), (250, 0, 0)), Image.new("RGB", (16, 8), (0, 0, 250))
 
     image = take(encoded(first, "MPO", save_all=True, append_images=[second]))
@@ -155,7 +155,7 @@ def test_a_cameras_picture_with_a_second_view_is_its_first() -> None:
 
 
 @pytest.mark.parametrize("size", [(20_000, 1), (1, 20_000)])
-def test_a_thread_of_pixels_is_refused(size: tuple[int, int]) -> None:
+def test_a_line_of_pixels_is_refused(size: tuple[int, int]) -> None:
     assert "ratio <= 200" in refusal(url(encoded(Image.new("L", size)))).message
 
 
@@ -165,7 +165,7 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
-def test_a_picture_cut_anywhere_is_a_picture_or_a_refusal(kind: str) -> None:
+def test_an_image_truncated_anywhere_is_decoded_or_refused(kind: str) -> None:
     whole = encoded(Image.effect_noise((40, 40), 90).convert("RGB"), kind)
 
     for end in range(1, len(whole), max(1, len(whole) // 60)):
@@ -176,7 +176,7 @@ def test_a_picture_cut_anywhere_is_a_picture_or_a_refusal(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
-def test_a_picture_with_broken_bytes_is_a_picture_or_a_refusal(kind: str) -> None:
+def test_an_image_with_corrupt_bytes_is_decoded_or_refused(kind: str) -> None:
     rng = random.Random(3)
     whole = encoded(Image.effect_noise((40, 40), 90).convert("RGB"), kind)
 
@@ -190,5 +190,5 @@ def test_a_picture_with_broken_bytes_is_a_picture_or_a_refusal(kind: str) -> Non
             assert error.status in (400, 413)
 
 
-def test_a_single_pixel_is_a_picture() -> None:
+def test_a_single_pixel_is_an_image() -> None:
     assert take(encoded(Image.new("L", (1, 1)))).size == (1, 1)

@@ -136,7 +136,7 @@ def resolve(monkeypatch, *answers: list[str]) -> list[str]:
     return asked
 
 
-def test_a_picture_is_fetched(fetcher, site: int) -> None:
+def test_an_image_is_fetched(fetcher, site: int) -> None:
     assert fetcher().fetch(f"http://127.0.0.1:{site}/ok", P) == BODY
 
 
@@ -167,7 +167,7 @@ def test_addresses_that_are_public(address: str) -> None:
     ["127.0.0.1", "localhost", "127.1", "2130706433", "0x7f000001", "0177.0.0.1", "[::1]", "[::ffff:127.0.0.1]", "0",
      "localhost.", "127.0.0.1."],
 )  # fmt: skip
-def test_no_spelling_of_this_machine_gets_through(host: str, fetcher, site: int) -> None:
+def test_every_spelling_of_this_machine_is_refused(host: str, fetcher, site: int) -> None:
     Site.seen.clear()
 
     assert "ok" not in str(refusal(fetcher(public=is_public), f"http://{host}:{site}/ok").message)
@@ -181,7 +181,7 @@ def test_no_spelling_of_this_machine_gets_through(host: str, fetcher, site: int)
      "http://1.1.1.1%00.example.org/", "http://1.1.1.1\r\nHost: x/", "http://1.1.1.1:99999/", "http://1.1.1.1:x/",
      "http://①②⑦.⓪.⓪.①/", "http://exa mple.org/", "//1.1.1.1/x", "/etc/passwd", "http://1.1.1.1/\u2028"],
 )  # fmt: skip
-def test_urls_that_parsers_read_differently_are_refused_unread(url: str, fetcher, monkeypatch) -> None:
+def test_urls_that_parsers_read_differently_are_refused_without_a_lookup(url: str, fetcher, monkeypatch) -> None:
     asked = resolve(monkeypatch, ["127.0.0.1"])
 
     assert refusal(fetcher(ports=frozenset({80, 443})), url).code == "unsupported_url"
@@ -201,7 +201,7 @@ def test_one_private_address_among_public_ones_is_enough_to_refuse(fetcher, site
     assert "not public" in refusal(fetcher(public=is_public), f"http://both.example:{site}/ok").message
 
 
-def test_the_address_that_was_checked_is_the_one_that_is_called(fetcher, site: int, monkeypatch) -> None:
+def test_the_connection_goes_to_the_address_that_was_checked(fetcher, site: int, monkeypatch) -> None:
     Site.seen.clear()
     asked = resolve(monkeypatch, ["127.0.0.1"], ["10.255.255.1"])
 
@@ -230,11 +230,11 @@ def test_redirects_are_counted(fetcher, site: int) -> None:
     ("path", "said"),
     [("gone", "answered 404"), ("no-location", "answered 301 without a Location header."), ("short", "cannot be fetched"), ("large", "10001")],
 )
-def test_what_is_no_whole_picture_is_refused(path: str, said: str, fetcher, site: int) -> None:
+def test_an_unusable_response_is_refused(path: str, said: str, fetcher, site: int) -> None:
     assert said in refusal(fetcher(), f"http://127.0.0.1:{site}/{path}").message
 
 
-def test_bytes_are_counted_while_they_come(fetcher, site: int) -> None:
+def test_bytes_are_counted_while_they_arrive(fetcher, site: int) -> None:
     error = refusal(fetcher(), f"http://127.0.0.1:{site}/endless")
 
     assert (error.status, error.code) == (413, "image_too_large") and "<= 10000 bytes" in error.message
@@ -245,14 +245,14 @@ def test_compressed_bytes_are_not_unpacked(fetcher, site: int) -> None:
 
 
 @pytest.mark.parametrize("path", ["drip", "slow-head"])
-def test_a_server_that_drips_is_given_up(path: str, fetcher, site: int) -> None:
+def test_a_slow_server_times_out(path: str, fetcher, site: int) -> None:
     began = time.monotonic()
 
     assert "did not arrive within 0.5 s" in refusal(fetcher(timeout_s=0.5), f"http://127.0.0.1:{site}/{path}").message
     assert time.monotonic() - began < 10
 
 
-def test_a_server_that_says_nothing_is_given_up(fetcher) -> None:
+def test_a_silent_server_times_out(fetcher) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         error = refusal(fetcher(timeout_s=0.5, ports=frozenset({port})), f"http://127.0.0.1:{port}/")
@@ -260,7 +260,7 @@ def test_a_server_that_says_nothing_is_given_up(fetcher) -> None:
     assert "did not arrive within 0.5 s" in error.message
 
 
-def test_only_listed_hosts_are_asked_if_any_are_listed(fetcher, site: int) -> None:
+def test_only_listed_hosts_are_contacted_if_any_are_listed(fetcher, site: int) -> None:
     listed = fetcher(hosts=frozenset({"127.0.0.1"}))
 
     assert listed.fetch(f"http://127.0.0.1:{site}/ok", P) == BODY
@@ -286,7 +286,7 @@ def certificate(tmp_path_factory) -> tuple[Path, Path]:
     return key, cert
 
 
-def test_a_certificate_must_fit_the_name_although_the_address_is_pinned(certificate, fetcher, monkeypatch) -> None:
+def test_a_certificate_must_match_the_name_although_the_address_is_pinned(certificate, fetcher, monkeypatch) -> None:
     key, cert = certificate
     server = ThreadingHTTPServer(("127.0.0.1", 0), Site)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

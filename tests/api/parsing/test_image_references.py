@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from served import picture_part, text_part
+from served import image_part, text_part
 
 from api.parsing.boxes import image_references
 
@@ -30,11 +30,11 @@ from api.parsing.boxes import image_references
         ("第一个是红色", []),
     ],
 )
-def test_mentions(text: str, named: list[int]) -> None:
+def test_references(text: str, named: list[int]) -> None:
     assert [index for _, index in image_references(text, 3)] == named
 
 
-def test_of_one_picture_there_is_nothing_to_tell() -> None:
+def test_a_single_image_is_never_referred_to() -> None:
     assert image_references("the first picture", 1) == []
 
 
@@ -54,11 +54,11 @@ JSON = '{"bbox_2d": [0, 0, 500, 500], "label": "cat"}'
         (f"<think>the second image</think>{JSON}", "Where?", [1]),
     ],
 )
-def test_a_place_is_in_the_picture_that_the_answer_or_the_question_names(
+def test_a_region_is_in_the_image_that_the_answer_or_the_question_refers_to(
     answer: str, question: str, images: list[int], serve
 ) -> None:
     sizes = ((100, 50), (200, 60), (300, 70))
-    content: Any = [*(picture_part("red", size) for size in sizes), text_part(question)]
+    content: Any = [*(image_part("red", size) for size in sizes), text_part(question)]
 
     served = serve(answer=lambda prompt, pictures: answer)
     boxes = served.chat(content).json()["choices"][0]["message"]["boxes"]
@@ -71,7 +71,7 @@ def test_a_place_is_in_the_picture_that_the_answer_or_the_question_names(
 
 def test_only_the_last_question_counts(serve) -> None:
     served = serve(answer=lambda prompt, pictures: BOX)
-    first = [picture_part(), picture_part(), text_part("What is in the first picture?")]
+    first = [image_part(), image_part(), text_part("What is in the first picture?")]
     messages = [{"role": "user", "content": first}, {"role": "assistant", "content": "A cat."},
                 {"role": "user", "content": "Where is it?"}]  # fmt: skip
 

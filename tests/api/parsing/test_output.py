@@ -129,7 +129,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_answer_is_sorted(name: str) -> None:
+def test_an_answer_is_parsed(name: str) -> None:
     text, expected = CASES[name]
 
     assert parse([text]) == expected
@@ -164,11 +164,11 @@ def test_every_cut_of_random_tag_soup_gives_the_same_result() -> None:
         assert parse([text[:place], text[place:]], stopped) == whole, text
 
 
-def test_thinking_cut_off_by_the_length_limit_stays_reasoning() -> None:
+def test_reasoning_cut_off_by_the_length_limit_stays_reasoning() -> None:
     assert parse(["<think>still going"], stopped=False) == Answer("still going", "")
 
 
-def test_a_template_that_opens_the_thinking_part_is_followed() -> None:
+def test_the_template_may_open_the_reasoning() -> None:
     assert parse(["why</think>yes"], starts_thinking=True) == Answer("why", "yes")
 
 
@@ -185,6 +185,6 @@ def test_text_streams_as_soon_as_it_cannot_be_a_tag() -> None:
     assert parser.feed("s> there") == [Content(" <this> there")]
 
 
-def test_an_answer_kept_whole_is_split_into_thoughts_and_text() -> None:
+def test_an_earlier_answer_is_split_into_reasoning_and_content() -> None:
     assert split_thinking("\n<think> a </think>\nb") == ("a", "b")
     assert split_thinking("about <think> tags") == ("", "about <think> tags")

@@ -95,7 +95,7 @@ def test_a_field_reaches_the_engine_or_the_answer(name: str, asked) -> None:
     assert holds(requests, answer.json() if answer.status_code == 200 else None)
 
 
-def test_the_shape_of_the_answer_is_as_asked(asked) -> None:
+def test_stream_and_stream_options_select_the_form_of_the_answer(asked) -> None:
     served, _ = asked
 
     assert served.chat(stream=False).json()["object"] == "chat.completion"
@@ -114,7 +114,7 @@ def test_an_ignored_field_changes_nothing(name: str, asked) -> None:
 
 
 @pytest.mark.parametrize("name", ["made_up", "functions", "suffix", "best_of", "video", *sorted(WITHOUT_EFFECT)])
-def test_anything_else_is_refused_by_name(name: str, asked) -> None:
+def test_other_fields_are_refused_by_name(name: str, asked) -> None:
     served, requests = asked
 
     error = served.chat("hello", **{name: {"other": 1}}).json()["error"]

@@ -8,11 +8,11 @@ from typing import Any
 import openai
 import pytest
 from pydantic import BaseModel
-from served import KEY, picture_part, sse_data
+from served import KEY, image_part, sse_data
 
 from api.engine.request import Request
 
-PICTURE: Any = {"type": "input_image", "image_url": picture_part()["image_url"]["url"]}
+PICTURE: Any = {"type": "input_image", "image_url": image_part()["image_url"]["url"]}
 TOOL: Any = {
     "type": "function", "name": "count", "strict": True,
     "parameters": {"type": "object", "properties": {"limit": {"type": "integer"}}, "required": ["limit"],
@@ -30,7 +30,7 @@ def client_of(server: Any) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0)
 
 
-def test_the_client_asks_streams_and_is_told_its_mistakes(start) -> None:
+def test_answers_streams_and_errors(start) -> None:
     client = client_of(start())
     question: Any = [{"role": "user", "content": [PICTURE, {"type": "input_text", "text": "hello"}]}]
 
@@ -54,7 +54,7 @@ def test_the_client_asks_streams_and_is_told_its_mistakes(start) -> None:
         list(client.responses.create(model="fake", input="FAIL", stream=True))
 
 
-def test_tools_thoughts_and_the_way_back(start) -> None:
+def test_tool_calls_reasoning_and_the_next_request(start) -> None:
     client = client_of(start(FAKE_ANSWER=CALL))
 
     answer = client.responses.create(model="fake", input="hello", tools=[TOOL], tool_choice="required")
@@ -104,7 +104,7 @@ def test_the_events_of_a_stream_add_up_to_the_whole(text: str, serve) -> None:
         assert "".join(deltas) == (item["arguments"] if item["type"] == "function_call" else item["content"][0]["text"])
 
 
-def test_everything_reaches_the_engine(serve) -> None:
+def test_the_fields_reach_the_engine(serve) -> None:
     served = serve()
     requests: list[Request] = []
     submit = served.engine.submit
@@ -143,7 +143,7 @@ def test_everything_reaches_the_engine(serve) -> None:
         ({"input": "x", "model": "other"}, "model", "other"),
     ],
 )  # fmt: skip
-def test_a_mistake_is_told_by_its_own_name(fields: dict[str, Any], param: str, words: str, serve) -> None:
+def test_errors_use_the_field_names_of_this_format(fields: dict[str, Any], param: str, words: str, serve) -> None:
     answer = serve().client.post("/v1/responses", json=fields)
 
     error = answer.json()["error"]

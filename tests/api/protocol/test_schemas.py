@@ -109,7 +109,7 @@ def content(*parts: Any) -> dict[str, Any]:
         ),
     ],
 )  # fmt: skip
-def test_a_wrong_field_is_named_with_what_is_allowed(fields: dict[str, Any], param: str, message: str) -> None:
+def test_an_invalid_field_is_named_with_its_limit(fields: dict[str, Any], param: str, message: str) -> None:
     error = refusal(**fields)
 
     assert error.param == param
@@ -122,7 +122,7 @@ def test_a_wrong_field_is_named_with_what_is_allowed(fields: dict[str, Any], par
      (b"null", "Given: null"), (b'"x"', 'Given: "x"'), (b"[" * 100_000, "cannot be parsed"),
      (b'{"a": ' + b"9" * 5000 + b"}", "cannot be parsed"), (b"{\xff\xfe}", "UTF-8")],
 )  # fmt: skip
-def test_what_is_no_json_object_is_refused_with_the_reason(body: bytes, words: str) -> None:
+def test_anything_but_a_json_object_is_refused_with_the_reason(body: bytes, words: str) -> None:
     with pytest.raises(ServingError) as caught:
         parse_chat(body)
 
@@ -131,7 +131,7 @@ def test_what_is_no_json_object_is_refused_with_the_reason(body: bytes, words: s
 
 
 @pytest.mark.parametrize("shape", ["[%s]", '{"a": %s}'])
-def test_what_is_nested_too_deep_is_refused_by_name(shape: str) -> None:
+def test_a_field_nested_too_deeply_is_refused_by_name(shape: str) -> None:
     value = "1"
     for _ in range(MAX_DEPTH + 1):
         value = shape % value
@@ -141,7 +141,7 @@ def test_what_is_nested_too_deep_is_refused_by_name(shape: str) -> None:
     assert (caught.value.param, caught.value.code) == ("tools", "too_deep")
 
 
-def test_half_a_character_is_refused() -> None:
+def test_a_lone_surrogate_is_refused() -> None:
     with pytest.raises(ServingError) as caught:
         parse_chat(b'{"messages": [{"role": "user", "content": "\\ud83d"}]}')
     assert "whole Unicode characters" in caught.value.message
@@ -150,7 +150,7 @@ def test_half_a_character_is_refused() -> None:
     assert "function.arguments`" in refusal(messages=[{"role": "assistant", "tool_calls": [arguments]}]).message
 
 
-def test_an_escaped_pair_is_one_character() -> None:
+def test_an_escaped_surrogate_pair_is_one_character() -> None:
     assert parse(messages=[{"role": "user", "content": "😀"}]).messages[0].content == "😀"
 
 
@@ -164,12 +164,12 @@ def test_harmless_fields_are_accepted(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(WITHOUT_EFFECT))
-def test_fields_that_ask_for_what_happens_anyway_are_accepted(name: str) -> None:
+def test_fields_of_other_servers_are_accepted_with_the_value_that_holds_here(name: str) -> None:
     parse(**{name: WITHOUT_EFFECT[name]})
     parse(**{name: None})
 
 
-def test_an_answer_can_be_sent_back_as_it_came() -> None:
+def test_an_answer_can_be_sent_back_unchanged() -> None:
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     answer = {
         "role": "assistant", "content": None, "refusal": None, "annotations": None, "audio": None,
@@ -182,7 +182,7 @@ def test_an_answer_can_be_sent_back_as_it_came() -> None:
     assert chat.messages[1].tool_calls is not None
 
 
-def test_what_is_given_is_what_is_used() -> None:
+def test_the_given_values_are_used() -> None:
     chat = parse(stop="x", tools=[{"type": "function", "function": {"name": "f"}}], max_completion_tokens=3)
 
     assert (chat.stop_strings, len(chat.active_tools), chat.requested_max_tokens) == (("x",), 1, 3)
@@ -213,13 +213,13 @@ def test_a_named_tool_is_the_only_one_and_must_be_called() -> None:
         ({"chat_template_kwargs": {}}, True, None),
     ],
 )
-def test_how_long_it_thinks(fields: dict[str, Any], thinks: bool, tokens: int | None) -> None:
+def test_the_limit_of_reasoning(fields: dict[str, Any], thinks: bool, tokens: int | None) -> None:
     chat = parse(**fields)
 
     assert (chat.enable_thinking, chat.thinking_tokens) == (thinks, tokens)
 
 
-def test_the_answers_form_is_a_schema() -> None:
+def test_response_format_gives_a_schema() -> None:
     schema = {"type": "object", "properties": {}}
     wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
 

@@ -89,7 +89,7 @@ FAST = settings(max_examples=400, deadline=None, suppress_health_check=list(Heal
 
 @FAST
 @given(TEXTS, st.lists(st.integers(0, 400), max_size=12), st.sampled_from(list(FinishReason)), st.booleans())
-def test_chunks_join_to_the_whole(text: str, places: list[int], reason: FinishReason, literal: bool) -> None:
+def test_chunks_add_up_to_the_whole(text: str, places: list[int], reason: FinishReason, literal: bool) -> None:
     chunks, body = run(cut(text, places), reason, literal)
     [choice] = body["choices"]
     stream = joined(chunks)
@@ -101,7 +101,7 @@ def test_chunks_join_to_the_whole(text: str, places: list[int], reason: FinishRe
 
 @FAST
 @given(TEXTS, st.lists(st.integers(0, 400), max_size=12), st.sampled_from(list(FinishReason)), st.booleans())
-def test_every_cut_says_the_same(text: str, places: list[int], reason: FinishReason, literal: bool) -> None:
+def test_every_cut_gives_the_same_answer(text: str, places: list[int], reason: FinishReason, literal: bool) -> None:
     whole = run([text], reason, literal)[1]["choices"][0]
 
     for pieces in (cut(text, places), list(text)):
@@ -111,7 +111,7 @@ def test_every_cut_says_the_same(text: str, places: list[int], reason: FinishRea
 
 
 @pytest.mark.parametrize("text", [*WHOLE, "红😀 <think>想</think>第二张图 <|begin_of_box|>蓝色<|end_of_box|>é"])
-def test_true_tokens_and_every_cut_of_the_bytes_say_the_same(text: str) -> None:
+def test_real_tokens_and_every_cut_of_the_bytes_give_the_same_answer(text: str) -> None:
     """As the demo model's own tokens bring it, and cut in two anywhere, in the midst of a character too."""
     vocabulary = Vocabulary(Tokenizer.from_file(str(ROOT / "models" / "shapes" / "tokenizer.json")))
     ids, data = vocabulary.encode(text), text.encode()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from served import picture_part, text_part
+from served import image_part, text_part
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -67,7 +67,7 @@ def test_a_conversation_is_counted_as_the_engine_counts_it(serve) -> None:
         ("/detokenize", {"model": "other", "tokens": []}, "model"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(path: str, body: dict[str, Any], param: str, serve) -> None:
+def test_an_invalid_field_is_refused_by_name(path: str, body: dict[str, Any], param: str, serve) -> None:
     answer = serve().client.post(path, json=body)
 
     assert answer.status_code in (400, 404), answer.text
@@ -76,7 +76,7 @@ def test_what_does_not_fit_is_refused_by_name(path: str, body: dict[str, Any], p
 
 def test_an_answer_is_counted_in_tokens_times_and_reasons(serve) -> None:
     served = serve()
-    usage = served.chat([picture_part(), text_part("hi")]).json()["usage"]
+    usage = served.chat([image_part(), text_part("hi")]).json()["usage"]
     served.chat("hi", max_tokens=2)
     served.chat("FAIL")
 
@@ -97,7 +97,7 @@ def test_an_answer_is_counted_in_tokens_times_and_reasons(serve) -> None:
     assert of(found, "num_requests_running") == of(found, "num_requests_waiting") == 0
 
 
-def test_what_is_asked_and_written_is_measured_as_it_comes(serve) -> None:
+def test_parameters_and_tokens_are_measured_as_they_arise(serve) -> None:
     served = serve(token_s=0.01)
     answer = served.chat("hi", n=2, max_tokens=7).json()
 
@@ -116,7 +116,7 @@ def test_what_is_asked_and_written_is_measured_as_it_comes(serve) -> None:
               picture_cache_bytes="1000") == 1  # fmt: skip
 
 
-def test_the_tokens_of_one_step_are_told(serve) -> None:
+def test_the_tokens_of_a_step_are_measured(serve) -> None:
     """One slot writes one token in a step, four slots four; the last step is known to be over when another comes."""
     for slots in (1, 4):
         served = serve(slots=slots)
@@ -129,7 +129,7 @@ def test_the_tokens_of_one_step_are_told(serve) -> None:
         assert tokens / steps == pytest.approx(slots, rel=0.25)
 
 
-def test_an_answer_that_nobody_waits_for_is_counted_as_far_as_it_came(serve) -> None:
+def test_a_failed_request_counts_the_tokens_it_generated(serve) -> None:
     served = serve()
     served.chat("FAIL")
     served.chat("hi", max_tokens=2)
@@ -152,7 +152,7 @@ def test_probes_are_counted_apart(serve) -> None:
     assert ("glm_request_success_total", (("finished_reason", "stop"), ("traffic", "user"))) not in found
 
 
-def test_who_is_turned_away_is_counted_by_reason(serve) -> None:
+def test_rejections_are_counted_by_reason(serve) -> None:
     served = serve(key_requests_per_minute=1)
     statuses = [served.chat("hi").status_code for _ in range(3)]
     served.client.get("/nothing", headers={"Authorization": "none"})
@@ -165,7 +165,7 @@ def test_who_is_turned_away_is_counted_by_reason(serve) -> None:
     assert of(found, "http_requests_total", method="other", route="other", status="401") == 1
 
 
-def test_names_keep_to_the_customs(serve) -> None:
+def test_names_follow_the_conventions(serve) -> None:
     served = serve()
     served.chat("hi")
 
@@ -176,7 +176,7 @@ def test_names_keep_to_the_customs(serve) -> None:
     assert {"glm_prefix_cache_hits_total", "glm_mm_cache_hits_total", "glm_kv_cache_usage_perc"} <= own
 
 
-def test_the_page_lists_the_metrics_that_there_are(serve) -> None:
+def test_the_documentation_lists_the_metrics(serve) -> None:
     served = serve()
     served.chat("hi")
     text = served.client.get("/metrics").text

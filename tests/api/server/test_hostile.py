@@ -19,11 +19,11 @@ import httpx
 import psutil
 import pytest
 from PIL import Image
-from served import KEY, chat_body, picture_part, text_part, wait_for
+from served import KEY, chat_body, image_part, text_part, wait_for
 from server_process import HEADERS, WAIT_S, Server, free_port
 
 URL = "/v1/chat/completions"
-QUESTION = [picture_part("red"), text_part("hello")]
+QUESTION = [image_part("red"), text_part("hello")]
 ANSWER = "I see 1 pictures. hello"
 NOTHING = {"requests": 0, "tokens": 0, "running": 0, "waiting": 0, "arriving": 0}
 
@@ -174,7 +174,7 @@ def data_part(data: bytes) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_hostile_pictures(name: str, server: Server) -> None:
+def test_hostile_images(name: str, server: Server) -> None:
     answer = server.post(chat_body([data_part(PICTURES[name])]))
 
     assert answer.status_code in (400, 413) or (name == "text bomb" and answer.status_code == 200)
@@ -219,7 +219,7 @@ def test_slow_senders_and_half_closed_sockets_hold_nothing(server: Server) -> No
     wait_for(lambda: held(server)["arriving"] == 0)
 
 
-def test_a_client_that_closes_its_side_has_gone(server: Server) -> None:
+def test_a_client_that_closes_its_side_counts_as_disconnected(server: Server) -> None:
     """TCP does not tell one that only has said all from one that has gone; the work for it ends either way."""
     body = json.dumps(chat_body("x" * 3000)).encode()
 
@@ -289,7 +289,7 @@ def test_load_with_aborts_leaks_nothing(server: Server) -> None:
     assert process.memory_info().rss < before[1] + 100 * 2**20
 
 
-def test_the_log_tells_no_secret_and_no_mistake_of_ours(server: Server) -> None:
+def test_the_log_has_no_secret_and_no_internal_error(server: Server) -> None:
     text = server.log.read_text()
 
     assert "event=request_failed" not in text and "event=stream_failed" not in text

@@ -55,7 +55,7 @@ def answer(server: Server) -> tuple[str, Any]:
     return message["content"], message.get("reasoning")
 
 
-def test_after_all_of_it_the_model_sees_the_same_and_holds_no_more(server: Server) -> None:
+def test_answers_and_resources_are_unchanged_afterwards(server: Server) -> None:
     process = psutil.Process(server.process.pid)
     first = answer(server)
     storm(server)  # once, so that caches, pools and heaps have the size they come to

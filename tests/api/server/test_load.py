@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 import uvicorn
-from served import Served, chat_body, picture_part, text_part, wait_for
+from served import Served, chat_body, image_part, text_part, wait_for
 from server_process import HEADERS, WAIT_S, free_port
 
 COLOURS = ("red", "green", "blue", "white")
@@ -36,7 +36,7 @@ def rush(url: str, seed: int, wrong: list[str]) -> None:
     for number in range(10):
         colours = rng.choices(COLOURS, k=rng.randrange(3))
         question = f"{seed}-{number}-{'x' * rng.randrange(120)}"
-        content = [*(picture_part(colour) for colour in colours), text_part(question)]
+        content = [*(image_part(colour) for colour in colours), text_part(question)]
         body = chat_body(content, n=rng.choice((1, 1, 2)), stream=rng.random() < 0.5)
         leaves = rng.random() < 0.4
         with contextlib.suppress(httpx.ReadTimeout, httpx.RemoteProtocolError):
