@@ -45,7 +45,9 @@ def table() -> str:
     rows = ["| Field | Values | What it does |", "| --- | --- | --- |"]
     rows += [f"| `{name}` | {_values(shape)} | {NOTES.get(name, '')} |" for name, shape in properties.items()]
     rows += [f"| `{name}` | any | ignored: {why} |" for name, why in HARMLESS.items()]
-    rows += [f"| `{name}` | `{_json(value)}` | accepted with this value only |" for name, value in WITHOUT_EFFECT.items()]
+    rows += [
+        f"| `{name}` | `{_json(value)}` | accepted with this value only |" for name, value in WITHOUT_EFFECT.items()
+    ]
     return "\n".join([*rows, "| anything else | | 400 that names it |"]) + "\n"
 
 

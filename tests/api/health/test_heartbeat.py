@@ -1,4 +1,4 @@
-"""The signs of life: written while the loop works, hangs or serves, and honest about the checker."""
+"""The heartbeat file and the state that it gives, while the loop and the engine work or hang."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def test_work_without_progress_past_its_deadline_is_stalled_until_the_next_step(
     wait_for(lambda: read(beat_file(served))["in_flight"])
     text = beat_file(served).read_text()
     (request,) = json.loads(text)["in_flight"]
-    assert request["running"] and request["prompt_tokens"] > 0 and "HANG" not in text, "how far it is, not what it says"
-    heart._end.set()  # the observer must not look again in between
+    assert request["running"] and request["prompt_tokens"] > 0 and "HANG" not in text, "progress, but no content"
+    heart._end.set()  # the observer must not interfere
     heart._thread.join(WAIT_S)
     guess = Stats(**{**stats.__dict__, "phase_deadline_s": 0.5})
     heart._pulse = heart._take_pulse(guess)
-    assert served.client.get("/health").json()["state"] == "busy", "the engine's guess does not shorten the limit"
+    assert served.client.get("/health").json()["state"] == "busy", "the engine's estimate does not shorten the limit"
     heart._stall_s = 0.5
     heart._pulse = heart._take_pulse(guess)
     stalled = served.client.get("/health")

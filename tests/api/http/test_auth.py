@@ -1,4 +1,4 @@
-"""Nobody gets in without the key, on any route, but for /health."""
+"""Every route except /health requires a valid key."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def walk(routes):
         elif inner:
             yield from walk(inner)
         else:
-            raise AssertionError(f"a route that this test does not understand: {route!r}")
+            raise AssertionError(f"a route that this test does not know: {route!r}")
 
 
 def test_only_health_is_open() -> None:
@@ -105,12 +105,12 @@ def test_several_named_keys_are_accepted_and_only_their_names_are_logged(serve, 
 
 
 @pytest.mark.parametrize(
-    ("listed", "said"),
+    ("listed", "message"),
     [("ann", "name:key"), ("a b:x", "name:key"), ("ann:", "name:key"), ("ann:x,ann:y", "'ann' is taken"),
      ("default:x", "'default' is taken"), ("ann:sha256:12", "64 hex digits"), ("ann:sha256:zz", "64 hex digits")],
 )  # fmt: skip
-def test_an_invalid_list_of_keys_stops_the_start(listed: str, said: str) -> None:
-    with pytest.raises(SettingsError, match=said) as caught:
+def test_an_invalid_list_of_keys_stops_the_start(listed: str, message: str) -> None:
+    with pytest.raises(SettingsError, match=message) as caught:
         KeyRing.of(Settings(api_key=KEY, api_keys=listed))
 
     assert KEY not in str(caught.value)
@@ -163,7 +163,7 @@ def test_a_probe_with_an_image_is_answered_while_users_images_occupy_the_threads
     answered = served.client.post("/v1/chat/completions", json=question, headers={"x-glm-probe": "pt"})
 
     assert answered.json()["choices"][0]["message"]["content"] == "I see 1 pictures. hi"
-    assert users._work_queue.qsize() > 0  # they wait still
+    assert users._work_queue.qsize() > 0  # the users are still waiting
     done.set()
 
 

@@ -1,4 +1,4 @@
-"""Regions in every bracket style of the model, and what is none."""
+"""Regions in every notation of the model, and text that is none."""
 
 from __future__ import annotations
 
@@ -39,7 +39,10 @@ def test_text_without_a_region(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["[[1,2],[3,4]]", "((1,2),(3,4))", '{"points": [[1,2],[3,4]]}'])
 def test_points(text: str) -> None:
-    assert [(region.kind, region.points) for region in read_tagged(text)] == [("point", ((1, 2),)), ("point", ((3, 4),))]
+    assert [(region.kind, region.points) for region in read_tagged(text)] == [
+        ("point", ((1, 2),)),
+        ("point", ((3, 4),)),
+    ]
 
 
 def test_labels_and_polygons() -> None:

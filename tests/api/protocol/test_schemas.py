@@ -201,7 +201,7 @@ def test_a_named_tool_is_the_only_one_and_must_be_called() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "thinks", "tokens"),
+    ("fields", "thinking", "tokens"),
     [
         ({}, True, None),
         ({"reasoning_effort": "none"}, False, None),
@@ -213,16 +213,16 @@ def test_a_named_tool_is_the_only_one_and_must_be_called() -> None:
         ({"chat_template_kwargs": {}}, True, None),
     ],
 )
-def test_the_limit_of_reasoning(fields: dict[str, Any], thinks: bool, tokens: int | None) -> None:
+def test_the_limit_of_reasoning(fields: dict[str, Any], thinking: bool, tokens: int | None) -> None:
     chat = parse(**fields)
 
-    assert (chat.enable_thinking, chat.thinking_tokens) == (thinks, tokens)
+    assert (chat.enable_thinking, chat.thinking_tokens) == (thinking, tokens)
 
 
 def test_response_format_gives_a_schema() -> None:
     schema = {"type": "object", "properties": {}}
-    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
+    response_format = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
 
-    assert parse(response_format=wanted).answer_schema == schema
+    assert parse(response_format=response_format).answer_schema == schema
     assert parse(response_format={"type": "json_object"}).answer_schema == {"type": "object"}
     assert parse(response_format={"type": "text"}).answer_schema is None

@@ -1,4 +1,4 @@
-"""How much is let in: by requests, by tokens, by key; and that all of it is released."""
+"""The limits of admission by requests, tokens and keys, and their release."""
 
 from __future__ import annotations
 

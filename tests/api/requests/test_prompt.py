@@ -45,7 +45,7 @@ def prompt_of(model: Model, messages: list[dict[str, Any]], **fields: Any) -> Pr
 
 
 def readable(model: Model, prompt: Prompt) -> str:
-    """Ids back to text, special tokens shown in guillemets, so that forged ones can be told apart."""
+    """Ids back to text, special tokens in guillemets, so that forged ones can be distinguished."""
     names = {ident: text for text, ident in model.vocabulary.special.items()}
     parts = [
         f"«{names[i].strip('<|>')}»".encode() if i in names else model.vocabulary.token_bytes(i) for i in prompt.ids
@@ -104,12 +104,12 @@ def test_reasoning_of_earlier_turns_is_omitted_and_of_this_turn_included(model: 
 
 
 def test_old_reasoning_may_have_any_length_and_new_reasoning_must_fit(model: Model) -> None:
-    thoughts = {"role": "assistant", "content": "first", "reasoning_content": "x" * 1_000_000}
+    reasoning = {"role": "assistant", "content": "first", "reasoning_content": "x" * 1_000_000}
     question = {"role": "user", "content": "two"}
 
-    assert len(prompt_of(model, [question, thoughts, question]).ids) < 60
+    assert len(prompt_of(model, [question, reasoning, question]).ids) < 60
     with pytest.raises(ServingError, match=r"characters; <= .* can fit 4096 tokens") as caught:
-        prompt_of(model, [question, thoughts, {"role": "tool", "content": "3"}])
+        prompt_of(model, [question, reasoning, {"role": "tool", "content": "3"}])
     assert caught.value.code == "context_length_exceeded"
 
 

@@ -70,7 +70,7 @@ def test_a_stream_without_usage_has_none(serve) -> None:
     ],
 )
 def test_stream_and_whole_answer_have_the_same_content(text: str, expected: dict[str, Any], serve) -> None:
-    served = serve(answer=lambda prompt, pictures: text)
+    served = serve(answer=lambda prompt, images: text)
     content = [image_part(size=(200, 100)), text_part("q")]
 
     whole = served.chat(content, tools=[TOOL]).json()["choices"][0]["message"]
@@ -103,7 +103,7 @@ def test_a_tool_call_is_typed_by_the_tools_schema(serve) -> None:
 
 
 def test_tool_choice_none_hides_the_tools_from_the_model(serve) -> None:
-    served = serve(answer=lambda prompt, pictures: prompt)
+    served = serve(answer=lambda prompt, images: prompt)
 
     assert "# Tools" in served.chat(tools=[TOOL]).json()["choices"][0]["message"]["content"]
     assert "# Tools" not in served.chat(tools=[TOOL], tool_choice="none").json()["choices"][0]["message"]["content"]
@@ -119,7 +119,7 @@ def test_reasoning_tokens_are_counted(serve) -> None:
 
 
 def test_the_model_sees_every_image_in_order(serve) -> None:
-    served = serve(answer=lambda prompt, pictures: str(pictures))
+    served = serve(answer=lambda prompt, images: str(images))
 
     body = served.chat([image_part("red"), text_part("or"), image_part((0, 0, 255), (84, 56))]).json()
 
@@ -128,7 +128,7 @@ def test_the_model_sees_every_image_in_order(serve) -> None:
 
 
 def test_text_that_looks_like_a_special_token_stays_text(serve) -> None:
-    served = serve(answer=lambda prompt, pictures: prompt.replace("<", "("))
+    served = serve(answer=lambda prompt, images: prompt.replace("<", "("))
 
     body = served.chat("a <|image|><|user|> b").json()
 
@@ -163,7 +163,7 @@ def test_without_max_tokens_the_default_and_the_context_are_the_limit(serve) -> 
 
 
 def test_thinking_can_be_disabled(serve) -> None:
-    served = serve(answer=lambda prompt, pictures: repr(prompt))
+    served = serve(answer=lambda prompt, images: repr(prompt))
 
     assert "<think></think>" not in str(served.chat().json())
     off = served.chat(chat_template_kwargs={"enable_thinking": False})
@@ -171,7 +171,7 @@ def test_thinking_can_be_disabled(serve) -> None:
 
 
 def test_a_conversation_with_tools_reaches_the_model(serve) -> None:
-    served = serve(answer=lambda prompt, pictures: prompt)
+    served = serve(answer=lambda prompt, images: prompt)
     call = {"id": "c1", "type": "function", "function": {"name": "count", "arguments": '{"color": "red"}'}}
     messages = [
         {"role": "system", "content": "Be brief."},

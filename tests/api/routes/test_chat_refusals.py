@@ -1,4 +1,4 @@
-"""Chat completions that do not succeed: each ends once, in the shape of OpenAI, and releases its permit."""
+"""Chat completions that fail: each ends once, with an error in OpenAI's format, and releases its permit."""
 
 from __future__ import annotations
 
@@ -172,9 +172,9 @@ def test_a_prompt_with_too_many_tokens_for_the_queue_is_refused(serve) -> None:
 
 
 def test_a_schema_that_cannot_be_enforced_is_refused_by_name(serve) -> None:
-    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "strange"}}}
+    response_format = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "strange"}}}
 
-    error = error_of(serve().chat(response_format=wanted), 400)
+    error = error_of(serve().chat(response_format=response_format), 400)
 
     assert (error["param"], error["code"]) == ("response_format", "unsupported_schema")
 
@@ -277,13 +277,13 @@ def test_a_waiting_stream_reports_its_position_in_the_queue(serve, monkeypatch) 
     blocker = threading.Thread(target=served.chat, args=("HANG",))
     blocker.start()
     assert served.runner.hanging.wait(WAIT_S)
-    told: list[int | None] = []
+    positions: list[int | None] = []
     position = served.engine.position
-    monkeypatch.setattr(served.engine, "position", lambda name: told.append(position(name)) or told[-1])
+    monkeypatch.setattr(served.engine, "position", lambda name: positions.append(position(name)) or positions[-1])
     texts: list[str] = []
     asking = threading.Thread(target=lambda: texts.append(served.chat("hi", stream=True).text))
     asking.start()
-    wait_for(lambda: len(told) > 2)
+    wait_for(lambda: len(positions) > 2)
     served.runner.release.set()
     for thread in (blocker, asking):
         thread.join(WAIT_S)

@@ -1,4 +1,4 @@
-"""OpenAI's own client against the running server: whole, streamed, async, structured, with tools, and its errors."""
+"""OpenAI's own client against the running server: whole, streamed, async, structured, tools, and errors."""
 
 from __future__ import annotations
 

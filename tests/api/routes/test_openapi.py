@@ -1,4 +1,4 @@
-"""The OpenAPI document is honest: whatever is sent, no 500 and no status that it does not name."""
+"""The OpenAPI document is true: whatever is sent, there is no 500 and no status that it does not list."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SCHEMA = schemathesis.openapi.from_dict(DOCUMENT)
 
 
 async def without_lifespan(scope: Scope, receive: Receive, send: Send) -> None:
-    """Each call brings a client of its own, and would start the engine anew."""
+    """Each call creates a client of its own, whose lifespan would start the engine again."""
     if scope["type"] != "lifespan":
         await SERVED.app(scope, receive, send)
         return

@@ -1,4 +1,4 @@
-"""/health tells the state without waiting for anything, /info and /v1/models what is served."""
+"""/health reports the state without waiting for anything, /info and /v1/models what is served."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The real server around the real demo model: what the sampler, the grammar and the cache make of a request."""
+"""The real server with the demo model: sampling, grammars and caches as a client sees them."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def part(image: Image.Image) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url}}
 
 
-PICTURE = part(draw_shapes([("red", "circle"), ("blue", "square")], size=(320, 240), seed=1))
-ASK = [{"role": "user", "content": [PICTURE, text_part("How many red shapes are there?")]}]
+IMAGE = part(draw_shapes([("red", "circle"), ("blue", "square")], size=(320, 240), seed=1))
+ASK = [{"role": "user", "content": [IMAGE, text_part("How many red shapes are there?")]}]
 TEXT = [{"role": "user", "content": "What can you do?"}]
 
 
@@ -135,20 +135,20 @@ def test_a_stream_equals_the_whole_answer(fields: dict[str, Any], server: Server
         assert "".join(p["delta"].get(name) or "" for p in parts) == (whole["message"].get(name) or "")
     assert [p["finish_reason"] for p in parts if p["finish_reason"]] == [whole["finish_reason"]]
     if whole["logprobs"]:
-        told = [token["token"] for p in parts for token in (p["logprobs"] or {}).get("content", [])]
-        assert told == [token["token"] for token in whole["logprobs"]["content"]]
+        streamed = [token["token"] for p in parts for token in (p["logprobs"] or {}).get("content", [])]
+        assert streamed == [token["token"] for token in whole["logprobs"]["content"]]
 
 
 def test_a_seed_gives_the_same_answer_whatever_else_runs(server: Server) -> None:
-    wanted = {"temperature": 1.2, "seed": 11, "n": 2, "max_tokens": 40}
-    alone = [choice["message"] for choice in ask(server, **wanted)["choices"]]
+    fields = {"temperature": 1.2, "seed": 11, "n": 2, "max_tokens": 40}
+    alone = [choice["message"] for choice in ask(server, **fields)["choices"]]
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
         others = [pool.submit(ask, server, TEXT, temperature=1.0) for _ in range(5)]
-        crowded = [choice["message"] for choice in pool.submit(ask, server, **wanted).result()["choices"]]
+        crowded = [choice["message"] for choice in pool.submit(ask, server, **fields).result()["choices"]]
         concurrent.futures.wait(others)
 
     assert alone == crowded
-    second = ask(server, **{**wanted, "n": 1, "seed": 12})["choices"][0]["message"]
+    second = ask(server, **{**fields, "n": 1, "seed": 12})["choices"][0]["message"]
     assert second == alone[1]
 
 
@@ -190,8 +190,8 @@ def test_endless_repetition_is_ended_and_reported(server: Server) -> None:
 
 
 def test_a_second_question_about_an_image_hits_the_cache(server: Server) -> None:
-    picture = part(draw_shapes([("green", "star")], size=(320, 240), seed=random.Random(os.getpid()).randrange(10**6)))
-    messages = [{"role": "user", "content": [picture, text_part("What is it?")]}]
+    image = part(draw_shapes([("green", "star")], size=(320, 240), seed=random.Random(os.getpid()).randrange(10**6)))
+    messages = [{"role": "user", "content": [image, text_part("What is it?")]}]
     first = ask(server, messages)["usage"]["prompt_tokens_details"]
     second = ask(server, messages)["usage"]["prompt_tokens_details"]
     other = ask(server, messages, cache_salt="another")["usage"]["prompt_tokens_details"]
@@ -201,11 +201,11 @@ def test_a_second_question_about_an_image_hits_the_cache(server: Server) -> None
 
 
 def test_the_time_in_the_vision_encoder_is_reported_once_for_an_image(server: Server) -> None:
-    picture = part(draw_shapes([("red", "star")], size=(320, 240), seed=random.Random(os.getpid()).randrange(10**6)))
-    messages = [{"role": "user", "content": [picture, text_part("What is it?")]}]
+    image = part(draw_shapes([("red", "star")], size=(320, 240), seed=random.Random(os.getpid()).randrange(10**6)))
+    messages = [{"role": "user", "content": [image, text_part("What is it?")]}]
     before = metrics(server)
     first = ask(server, messages)["timings"]
-    second = ask(server, [{"role": "user", "content": [picture, text_part("What color is it?")]}])["timings"]
+    second = ask(server, [{"role": "user", "content": [image, text_part("What color is it?")]}])["timings"]
     after = metrics(server)
 
     def grown(name: str) -> float:

@@ -1,4 +1,4 @@
-"""Many clients at once, some of which vanish: afterwards nothing is held, neither by the API nor by the engine."""
+"""Many concurrent clients, some of which disconnect: afterwards neither the API nor the engine holds anything."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COLOURS = ("red", "green", "blue", "white")
 
 @pytest.fixture
 def listening(serve) -> Iterator[tuple[Served, str]]:
-    """An app in this process behind a real socket; few pages, so that requests must give way to each other."""
+    """An app in this process behind a real socket; few pages, so that requests preempt each other."""
     served = serve(slots=4, pages=60, context_tokens=512, token_s=0.0005, queue_size=24)
     port = free_port()
     config = uvicorn.Config(served.app, host="127.0.0.1", port=port, log_config=None, lifespan="off")
@@ -58,8 +58,8 @@ def test_load_with_random_aborts_leaves_nothing_behind(listening) -> None:
     admission = served.app.state.server.admission
     wrong: list[str] = []
     counted: list[int] = []
-    for turn in range(3):
-        threads = [threading.Thread(target=rush, args=(url, 10 * turn + n, wrong)) for n in range(6)]
+    for batch in range(3):
+        threads = [threading.Thread(target=rush, args=(url, 10 * batch + n, wrong)) for n in range(6)]
         for thread in threads:
             thread.start()
         for thread in threads:

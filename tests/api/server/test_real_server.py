@@ -1,4 +1,4 @@
-"""The server as a process: real sockets, real signals. The model is the fake one."""
+"""The server as a process of its own, with the fake model: real sockets, real signals."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def test_disconnecting_from_a_stream_stops_the_work_within_a_second(start) -> No
     with contextlib.ExitStack() as stack:
         stream = server.open_stream(stack, "x" * 1000)
         next(stream.iter_lines())
-    left = time.monotonic()
+    disconnected_at = time.monotonic()
 
     health = server.until(lambda health: health["running"] == 0)
 
-    assert time.monotonic() - left < 5  # a second, and patience with a slow machine
+    assert time.monotonic() - disconnected_at < 5  # a second, and a margin for slow machines
     assert health["state"] == "idle" and health["steps"] < 200
     server.until_logged("failure=client_gone")
 
@@ -40,10 +40,10 @@ def test_disconnecting_from_a_plain_request_stops_the_work_within_a_second(start
 
     with pytest.raises(httpx.ReadTimeout):
         server.post(chat_body("x" * 1000), timeout=1.0)
-    left = time.monotonic()
+    disconnected_at = time.monotonic()
     server.until(lambda health: health["running"] == 0)
 
-    assert time.monotonic() - left < 5
+    assert time.monotonic() - disconnected_at < 5
     server.until_logged("status=499")
     metrics = httpx.get(f"{server.url}/metrics", headers=HEADERS, timeout=WAIT_S).text
     assert 'glm_request_failure_total{reason="client_gone",traffic="user"} 1.0' in metrics
@@ -194,18 +194,18 @@ def test_a_slow_request_head_times_out(start) -> None:
         first, second = (
             stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_S)) for _ in range(2)
         )
-        second.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")  # one that knows how, and drips afterwards
+        second.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")  # a complete request first, then slowly
         assert second.recv(65536).startswith(b"HTTP/1.1 200")
         dripping = [first, second]
         while dripping and time.monotonic() - began < 30:
             time.sleep(0.5)
-            dripping = [each for each in dripping if _takes(each, b"G")]
+            dripping = [each for each in dripping if _is_open(each, b"G")]
 
     assert dripping == []
     assert 9 < time.monotonic() - began < 20
 
 
-def _takes(connection: socket.socket, data: bytes) -> bool:
+def _is_open(connection: socket.socket, data: bytes) -> bool:
     """Whether the other end still has the connection open."""
     try:
         connection.sendall(data)

@@ -1,4 +1,4 @@
-"""The way of an event from the engine thread into an asyncio loop."""
+"""The inbox of a request handler passes events from the engine thread to an event loop."""
 
 from __future__ import annotations
 
