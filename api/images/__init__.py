@@ -1,4 +1,3 @@
 """Owns the images of callers: guarded fetching, limits, decoding to upright RGB.
-
 May not know models, prompts or requests.
 """

@@ -1,4 +1,3 @@
 """Owns the endpoints, one file for each family: what is called in which order for a request.
-
 May not know the application that they are part of; only this room reads ServerState.
 """
