@@ -1,4 +1,4 @@
-"""create_app: routes, middleware, error shapes, and the engine's life around them."""
+"""create_app: assembles routes, middleware and error handlers; the engine starts and stops with the application."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 def create_app(settings: Settings, engine: Engine) -> FastAPI:
+    """`engine` must not have been started yet. Raises SettingsError for API keys that do not parse."""
     admission = Admission(settings, engine.slots)
     metrics = Metrics(engine, admission.load, lambda: heartbeat.pulse.loop_lag_s)
     heartbeat = Heartbeat(engine, settings.log_dir, settings.stall_s, settings.check_silent_s, metrics.success_age_s)
@@ -55,7 +56,7 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
         grammars.close()
 
     # FastAPI's own document lacks the bodies that the routes parse themselves; /openapi.json has them.
-    # A path with one slash too many is a 404: after a redirect some clients send a POST as a GET.
+    # A trailing slash is a 404 and not a redirect: some clients follow the redirect of a POST with a GET.
     app = FastAPI(
         title="GLM-4.6V-Flash-WEB", version=__version__, lifespan=lifespan, openapi_url=None, redirect_slashes=False
     )
@@ -64,10 +65,10 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
         app.include_router(routes.router)
     app.add_exception_handler(ServingError, _serving_error)
     app.add_exception_handler(HTTPException, _http_error)
-    # The last one added is the outermost: a refused request gets its id and its log line too.
+    # The middleware added last is the outermost, so that refused requests get an id and a log line too.
     app.add_middleware(KeyMiddleware, keys=KeyRing.of(settings))
     if origins := [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]:
-        # Outside of the key: a browser sends its preflight request without one.
+        # Outside of authentication: a browser sends its preflight request without one.
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(RequestMiddleware, count=metrics.http)
     app.add_middleware(LingerMiddleware)
@@ -83,9 +84,9 @@ async def _serving_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:
-    """What the router itself refuses: an unknown path, a wrong method."""
+    """Errors of the router itself: an unknown path or a wrong method."""
     assert isinstance(error, HTTPException)
-    shaped = unknown_route(request.method, request.url.path)
+    refusal = unknown_route(request.method, request.url.path)
     if error.status_code != 404:
-        shaped = wrong_method(request.method, request.url.path, (error.headers or {}).get("Allow", "another method"))
-    return JSONResponse(shaped.body(), shaped.status, error.headers)
+        refusal = wrong_method(request.method, request.url.path, (error.headers or {}).get("Allow", "another method"))
+    return JSONResponse(refusal.body(), refusal.status, error.headers)

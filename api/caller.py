@@ -1,4 +1,4 @@
-"""Who sends a request: the name of a key, for the log, the limits and the labels of metrics."""
+"""The caller of a request: the name of its key, for the log, the limits and the labels of metrics."""
 
 from __future__ import annotations
 
@@ -13,4 +13,4 @@ class Caller:
     probe: bool = False
 
 
-NOBODY = Caller("-")  # where no key is set
+NOBODY = Caller("-")  # where no key is configured, and on open paths

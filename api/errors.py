@@ -1,6 +1,6 @@
 """All errors that a caller can receive, in OpenAI's format.
 
-Raised anywhere above the engine; only the edge turns it into a status or an error event.
+Raised anywhere above the engine. Only `api.app` turns one into a response, and the request handler into an event.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from api.engine.request import Failure
 
 
 class ServingError(Exception):
-    """`type` and `code` are stable words for programs, `message` is for people, `param` names the field."""
+    """`type` and `code` are stable values for programs, `message` is for people, `param` names the field."""
 
     def __init__(
         self,
@@ -85,11 +85,11 @@ def too_many_tokens(limit: int, under_way: int, given: int) -> ServingError:
 
 
 def too_many_bytes(limit: int) -> ServingError:
-    return unavailable(f"Too many request bodies are arriving: <= {limit} bytes together.", "queue_full", 2)
+    return unavailable(f"Too many request bodies are arriving at once: <= {limit} bytes in total.", "queue_full", 2)
 
 
 def too_many_bytes_of_key(limit: int) -> ServingError:
-    message = f"This key's request bodies that are still arriving may have <= {limit} bytes together."
+    message = f"The request bodies of this key that are still arriving must have <= {limit} bytes in total."
     return ServingError(429, message, "rate_limit_error", "arriving_limit_exceeded", retry_after_s=2)
 
 
@@ -112,7 +112,7 @@ def not_accepting(state: str, progress: float, reason: str | None) -> ServingErr
     if state == "draining":
         return unavailable("The server is shutting down.", "draining", 30)
     if state == "stalled":
-        return unavailable("The model makes no progress; its restart is due.", "stalled", 60)
+        return unavailable("The model makes no progress and is about to be restarted.", "stalled", 60)
     return unavailable(f"The model is not running: {reason}", "dead", 60)
 
 
@@ -130,10 +130,12 @@ def failed(kind: Failure, message: str) -> ServingError:
 
 
 def grammar_failed(reason: str) -> ServingError:
-    """`reason` is the grammar's own error, of which the caller needs the first line at most."""
+    """`reason` is the grammar's own error; only its first line helps the caller."""
     message = f"Structured output failed: {reason.partition(chr(10))[0][:300]}"
     return ServingError(500, message, "server_error", "grammar_failed")
 
 
 def internal() -> ServingError:
-    return ServingError(500, "Internal server error; the server's log has the details.", "server_error", "internal_error")
+    return ServingError(
+        500, "Internal server error; the server's log has the details.", "server_error", "internal_error"
+    )

@@ -1,7 +1,7 @@
 """python -m api.server: settings, engine, app, uvicorn, signals.
 
-Exit codes: 0 after a drained end, 1 if the port cannot be had, 2 if the settings do not fit, 70 if the model was
-lost while it served (a CUDA error, say): only a new process can have the device again.
+Exit codes: 0 after draining, 1 if the port cannot be bound, 2 for invalid settings, 70 if the device was lost while
+serving (a CUDA error, for example): only a new process can use it again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from settings import ROOT, Settings, SettingsError, load
 
 logger = logging.getLogger(__name__)
 
-CLOSE_S = 5  # after the drain, for the last bytes to leave
+CLOSE_S = 5  # after draining, for the last bytes to be sent
 KEEP_ALIVE_S = 5  # of an idle connection
 DEVICE_LOST = 70
 ERROR_GRACE_S = 2.0  # for the error to reach the waiting clients
@@ -39,13 +39,13 @@ ERROR_GRACE_S = 2.0  # for the error to reach the waiting clients
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m api.server", description="The model server.")
-    parser.add_argument("--host", help="address to listen on; wins over GLM_API_HOST")
-    parser.add_argument("--port", type=int, help="port to listen on; wins over GLM_API_PORT")
-    parser.add_argument("--model", help="hub id, folder, or auto; wins over GLM_MODEL")
-    given = parser.parse_args(arguments)
+    parser.add_argument("--host", help="address to listen on; overrides GLM_API_HOST")
+    parser.add_argument("--port", type=int, help="port to listen on; overrides GLM_API_PORT")
+    parser.add_argument("--model", help="hub id, folder, or auto; overrides GLM_MODEL")
+    options = parser.parse_args(arguments)
     process.configure()
     try:
-        settings = load(api_host=given.host, api_port=given.port, model=given.model)
+        settings = load(api_host=options.host, api_port=options.port, model=options.model)
         check_bind_address(settings)
         if settings.test_faults and FaultInjection(settings.log_dir).active()[0] == "crash-start":
             return 1
@@ -86,6 +86,7 @@ def engine_config(settings: Settings) -> EngineConfig:
 
 
 def serve(settings: Settings, engine: Engine) -> int:
+    """Serve until a signal or a lost device; returns the exit code. Call in the main thread."""
     logs.set_up(settings.log_level)
     config = uvicorn.Config(
         create_app(settings, engine),
@@ -130,7 +131,7 @@ def _is_loopback(host: str) -> bool:
 
 
 class DrainingServer(uvicorn.Server):
-    """On SIGTERM or SIGINT the port stays open, /health says draining, and running answers may finish."""
+    """On SIGTERM or SIGINT the port stays open, /health reports `draining`, and running answers may finish."""
 
     def __init__(self, config: uvicorn.Config, engine: Engine, drain_s: float) -> None:
         super().__init__(config)
@@ -144,11 +145,11 @@ class DrainingServer(uvicorn.Server):
         if self._drain.ident is None:
             logger.info(logs.line("drain", signal=sig, deadline_s=self._drain_s))
             self._drain.start()
-        else:  # the second signal ends it at once
+        else:  # a second signal ends the process at once
             self.should_exit = self.force_exit = True
 
     def _watch(self) -> None:
-        """End the process once the engine has died with its model; one that never loaded stays to say why."""
+        """End the process once the engine dies after loading; if loading failed, it stays up to report the reason."""
         while self._engine.stats().state != "dead" or self._engine.model is None:
             if self.should_exit:
                 return
@@ -158,7 +159,7 @@ class DrainingServer(uvicorn.Server):
         time.sleep(ERROR_GRACE_S)
         self.should_exit = True
         time.sleep(CLOSE_S + ERROR_GRACE_S)
-        os._exit(DEVICE_LOST)  # the event loop hangs too
+        os._exit(DEVICE_LOST)  # the event loop hangs as well
 
     def _drain_then_exit(self) -> None:
         finished = self._engine.drain(self._drain_s)

@@ -1,4 +1,4 @@
-"""What a running server consists of: made by `app`, read by the routes, and known to nothing below them."""
+"""The parts of a running server: created by `app`, read by the routes, unknown to everything below them."""
 
 from __future__ import annotations
 

@@ -1,15 +1,15 @@
-"""Fault injection for `health_check.py drill`. Nothing of this is active unless GLM_TEST_FAULTS is on.
+"""Fault injection for `health_check.py drill`; inactive unless GLM_TEST_FAULTS is on.
 
 `logs/api.fault` names one fault: {"fault": NAME, "seconds": S, "pid": PID}. With a pid only that process is affected,
-so the one that is started in its place is sound again. Names:
+so that a restart ends the fault. Names:
 
     hang-step     the next step of the engine never ends
     slow-step     the next step takes S seconds, once
     kill-engine   the next step loses the device
     blind         every step that encodes an image raises
-    block-loop    the event loop stands still for S seconds
+    block-loop    the event loop is blocked for S seconds
     slow-start    loading takes S seconds longer
-    crash-start   the process ends as soon as it is started
+    crash-start   the process exits as soon as it is started
 """
 
 from __future__ import annotations
@@ -33,15 +33,17 @@ POLL_S = 0.2
 
 
 class DeviceLost(RuntimeError):
-    """Stands for a CUDA error."""
+    """Simulates a CUDA error."""
 
 
 class FaultInjection:
+    """Reads the fault file whenever a fault could apply. Thread-safe: it has no state but the file."""
+
     def __init__(self, log_dir: Path) -> None:
         self._path = log_dir / FILE_NAME
 
     def active(self) -> tuple[str, float]:
-        """The fault that this process is to have now, and its seconds; ("", 0) for none."""
+        """The fault to inject into this process now, and its seconds; ("", 0) for none."""
         try:
             raw = json.loads(self._path.read_text(encoding="utf-8"))
             if raw.get("pid") not in (None, os.getpid()):
@@ -51,18 +53,20 @@ class FaultInjection:
             return "", 0.0
 
     def at_start(self) -> None:
+        """Called in the engine thread before the model is loaded."""
         fault, seconds = self.active()
         if fault == "slow-start":
             time.sleep(seconds)
 
     def wrap(self, model: Model) -> Model:
+        """The model with a runner that applies the active fault before each step."""
         return replace(model, runner=_FaultyRunner(model.runner, self))
 
     def before_step(self, step: str) -> None:
         """Called in the engine thread before each step."""
         fault, seconds = self.active()
         if fault == "hang-step":
-            while True:  # nothing but the end of the process ends this, like a kernel that never returns
+            while True:  # as with a kernel that never returns, only the end of the process ends this
                 time.sleep(3600)
         if fault == "slow-step":
             self._path.unlink(missing_ok=True)
@@ -73,7 +77,7 @@ class FaultInjection:
             raise ValueError("fault injection: images cannot be encoded (GLM_TEST_FAULTS)")
 
     async def watch_loop(self) -> None:
-        """Blocks the event loop when told to; runs until it is cancelled."""
+        """Blocks the event loop while `block-loop` is active; runs until it is cancelled."""
         while True:
             await asyncio.sleep(POLL_S)
             fault, seconds = self.active()

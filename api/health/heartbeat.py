@@ -1,9 +1,9 @@
 """The heartbeat file: the event loop's beat and the engine's progress, written by a thread of its own.
 
 The event loop stamps a beat, the engine counts its steps, and the observer thread here compares both with the
-clock and writes `api.heartbeat.json` each second. A reader judges a server that answers no HTTP by that file:
-`beat_at` old while `written_at` is fresh means that the loop stands still, both old that the whole process does.
-Stamps are seconds of CLOCK_MONOTONIC, which all processes of a machine share and which no clock change moves.
+clock and writes `api.heartbeat.json` each second. A reader can judge by it a server that answers no HTTP: an old
+`beat_at` with a fresh `written_at` means that the event loop is blocked, both old that the whole process is stopped.
+Timestamps are seconds of CLOCK_MONOTONIC, which all processes of a machine share and no clock change affects.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ FILE_NAME = "api.heartbeat.json"
 STACKS_NAME = "api.stacks.txt"
 BEAT_EVERY_S = 0.5
 WRITE_EVERY_S = 1.0
-IN_FLIGHT_KEPT = 64
-# Keys of the file that are not called as in Stats.
+MAX_IN_FLIGHT = 64  # requests listed in the file
+# Keys of the file whose names differ from those of Stats.
 STATS_KEYS = {
     "prefix_cache_hits": "prefix_hits",
     "prefix_cache_queries": "prefix_queries",
     "encoder_cache_hits": "picture_hits",
     "encoder_cache_queries": "picture_queries",
 }
-CHECK_FILE = "health.json"  # what health_check.py writes at every run
+CHECK_FILE = "health.json"  # written by health_check.py at every run
 
 
 @dataclass(frozen=True)
 class Checker:
-    """What the server knows of the checker that watches it. `state`: watching, silent, never seen."""
+    """The checker that watches this server, judged by its last report. `state`: watching, silent, never seen."""
 
     state: str
     last_run_age_s: float | None
@@ -51,7 +51,7 @@ class Checker:
 
 @dataclass(frozen=True)
 class Pulse:
-    """One look of the observer. Ages are seconds; `no_progress_s` counts only while work is pending."""
+    """One observation. Ages are seconds; `no_progress_s` counts only while work is pending."""
 
     loop_lag_s: float
     no_progress_s: float
@@ -60,7 +60,10 @@ class Pulse:
 
 
 class Heartbeat:
-    """`success_age_s` returns the seconds since the last success of each kind."""
+    """Observes the engine and the event loop, and writes the file, in a thread of its own.
+
+    `success_age_s` returns the seconds since the last success of each kind.
+    """
 
     def __init__(
         self,
@@ -87,11 +90,11 @@ class Heartbeat:
         self._identity = {"pid": os.getpid(), "start_time": _start_time(), "boot_id": _boot_id()}
 
     def start(self) -> None:
-        """Call in the running event loop. SIGUSR1 writes every thread's stack from here on."""
+        """Call in the running event loop. From here on SIGUSR1 writes the stacks of all threads to `api.stacks.txt`."""
         with contextlib.suppress(OSError):  # a full or read-only disk must not keep the server from serving
             self._log_dir.mkdir(parents=True, exist_ok=True)
             self._stacks = (self._log_dir / STACKS_NAME).open("w", encoding="utf-8")
-            # faulthandler works from the signal itself: no bytecode needs to run, so a blocked loop is no matter.
+            # faulthandler runs inside the signal handler, without bytecode, and so works while the event loop is blocked.
             faulthandler.register(signal.SIGUSR1, file=self._stacks, all_threads=True)
         self._beat(asyncio.get_running_loop())
         self._thread.start()
@@ -105,6 +108,7 @@ class Heartbeat:
 
     @property
     def pulse(self) -> Pulse:
+        """The last observation. Any thread may read it."""
         return self._pulse
 
     def state(self, stats: Stats) -> str:
@@ -122,12 +126,12 @@ class Heartbeat:
         while not self._end.wait(WRITE_EVERY_S):
             try:
                 stats = self._engine.stats()
-                self._pulse = self._look(stats)
+                self._pulse = self._take_pulse(stats)
                 self._write(stats)
-            except Exception:  # the observer outlives whatever it observes
+            except Exception:  # the observer must survive any failure of what it observes
                 logger.exception("event=heartbeat_failed")
 
-    def _look(self, stats: Stats) -> Pulse:
+    def _take_pulse(self, stats: Stats) -> Pulse:
         now = time.monotonic()
         pending = stats.running + stats.waiting
         mark = (stats.steps, stats.phase, stats.progress)
@@ -136,13 +140,13 @@ class Heartbeat:
         return Pulse(
             loop_lag_s=round(max(0.0, now - self._beat_at - BEAT_EVERY_S), 3),
             no_progress_s=round(now - self._progress_at, 3),
-            # The engine's own guess lengthens the limit and never shortens it: a batch on a machine that swaps or is
-            # shared may take far longer than the batches before it, and comes to its end.
+            # The engine's estimate may lengthen the limit but never shortens it: on a machine that swaps or is shared,
+            # a batch may take far longer than the ones before it and still finish.
             deadline_s=max(stats.phase_deadline_s or 0.0, self._stall_s),
-            checker=self._look_at_checker(),
+            checker=self._checker(),
         )
 
-    def _look_at_checker(self) -> Checker:
+    def _checker(self) -> Checker:
         try:
             written = (self._log_dir / CHECK_FILE).stat().st_mtime
         except OSError:
@@ -161,7 +165,7 @@ class Heartbeat:
             **{STATS_KEYS.get(k, k): v for k, v in asdict(stats).items() if k != "state"},
             **{k: v for k, v in asdict(self._pulse).items() if k != "checker"},
             "success_age_s": self._success_age_s(),
-            "in_flight": self._engine.in_flight()[:IN_FLIGHT_KEPT],
+            "in_flight": self._engine.in_flight()[:MAX_IN_FLIGHT],
         }
         path = self._log_dir / FILE_NAME
         temporary = path.with_suffix(".tmp")
@@ -182,7 +186,7 @@ class Heartbeat:
 
 
 def _start_time() -> int:
-    """Clock ticks since boot, as in the pid file: pid and start time together name a process for good."""
+    """Clock ticks since boot, as in the pid file: pid and start time together identify a process uniquely."""
     try:
         return int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
     except (OSError, ValueError, IndexError):

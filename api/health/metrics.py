@@ -1,4 +1,4 @@
-"""Prometheus metrics, named as vLLM's after the prefix `glm_`. The label `traffic` keeps probes apart.
+"""Prometheus metrics with vLLM's names after the prefix `glm_`. The label `traffic` separates probes from users.
 
 Counters of the engine are read at each scrape, so measuring costs the engine nothing.
 """
@@ -18,15 +18,16 @@ from prometheus_client.process_collector import ProcessCollector
 from api import __version__
 from api.engine.engine import Engine, Stats
 
-disable_created_metrics()  # they double the page, and say only when this process began to count
+disable_created_metrics()  # they double the output, and only give the time at which this process began to count
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 STATES = ("loading", "idle", "busy", "draining", "dead")
-_FIRST_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
-_TOKEN_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
-_WHOLE_S = (0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600)
-_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
-CAPACITY_LABELS = {"encoder_cache_bytes": "picture_cache_bytes"}  # where the label is not the field of Capacity
-_BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_TPOT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
+_E2E_BUCKETS = (0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600)
+_TOKEN_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+_BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+# Labels whose names differ from the fields of Capacity.
+CAPACITY_LABELS = {"encoder_cache_bytes": "picture_cache_bytes"}
 _STAGES = {
     "queue_s": ("request_queue_time_seconds", "Waiting for the engine."),
     "preprocess_s": (
@@ -39,7 +40,7 @@ _STAGES = {
 
 
 class AdmissionLoad(NamedTuple):
-    """What is under way: requests, their tokens, and bytes of bodies that are still arriving."""
+    """Admitted requests, their tokens, and the bytes of bodies that are still arriving."""
 
     requests: int
     tokens: int
@@ -47,34 +48,37 @@ class AdmissionLoad(NamedTuple):
 
 
 class Metrics:
-    """Thread-safe. `admission` and `loop_lag_s` are asked at each scrape."""
+    """Thread-safe. `admission` and `loop_lag_s` are called at each scrape."""
 
-    def __init__(
-        self, engine: Engine, admission: Callable[[], AdmissionLoad], loop_lag_s: Callable[[], float]
-    ) -> None:
+    def __init__(self, engine: Engine, admission: Callable[[], AdmissionLoad], loop_lag_s: Callable[[], float]) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         GCCollector(registry=self.registry)
         self.registry.register(_EngineCollector(engine, admission, loop_lag_s))
-        self._ttft = self._histogram("time_to_first_token_seconds", "From arrival to the first token.", _FIRST_S)
-        self._tpot = self._histogram("request_time_per_output_token_seconds", "After the first one.", _TOKEN_S)
-        self._e2e = self._histogram("e2e_request_latency_seconds", "From arrival to the last token.", _WHOLE_S)
-        self._stages = {key: self._histogram(name, about, _FIRST_S) for key, (name, about) in _STAGES.items()}
+        self._ttft = self._histogram("time_to_first_token_seconds", "From arrival to the first token.", _TTFT_BUCKETS)
+        self._tpot = self._histogram("request_time_per_output_token_seconds", "After the first one.", _TPOT_BUCKETS)
+        self._e2e = self._histogram("e2e_request_latency_seconds", "From arrival to the last token.", _E2E_BUCKETS)
+        self._stages = {
+            key: self._histogram(name, description, _TTFT_BUCKETS) for key, (name, description) in _STAGES.items()
+        }
         self._inference = self._histogram(
-            "request_inference_time_seconds", "From the engine's start on a request to its last token.", _WHOLE_S
+            "request_inference_time_seconds", "From the engine's start on a request to its last token.", _E2E_BUCKETS
         )
         self._vision = self._histogram(
-            "request_vision_encode_time_seconds", "In the vision encoder, where an image was new.", _FIRST_S
+            "request_vision_encode_time_seconds", "In the vision encoder, where an image was new.", _TTFT_BUCKETS
         )
-        self._between = self._histogram(
-            "inter_token_latency_seconds", "Between one piece of an answer's text and the next.", _TOKEN_S
+        self._itl = self._histogram(
+            "inter_token_latency_seconds", "Between one piece of an answer's text and the next.", _TPOT_BUCKETS
         )
         self._iteration = Histogram(
-            "glm_iteration_tokens_total", "Written in one step of the engine.", registry=self.registry, buckets=_BATCH
+            "glm_iteration_tokens_total",
+            "Written in one step of the engine.",
+            registry=self.registry,
+            buckets=_BATCH_BUCKETS,
         )
-        self._prompt_size = self._histogram("request_prompt_tokens", "Of one prompt, images included.", _TOKENS)
-        self._answer_size = self._histogram("request_generation_tokens", "Of one request's answers.", _TOKENS)
-        self._longest = self._histogram("request_params_max_tokens", "The longest answer allowed.", _TOKENS)
+        self._prompt_size = self._histogram("request_prompt_tokens", "Of one prompt, images included.", _TOKEN_BUCKETS)
+        self._answer_size = self._histogram("request_generation_tokens", "Of one request's answers.", _TOKEN_BUCKETS)
+        self._max_tokens = self._histogram("request_params_max_tokens", "The longest answer allowed.", _TOKEN_BUCKETS)
         self._choices = self._histogram("request_params_n", "Answers asked for.", (1, 2, 4, 8))
         self._prompt = self._counter("prompt_tokens", "Tokens read, images included.", "traffic")
         self._cached = self._counter("prompt_tokens_cached", "Of those, found in the prefix cache.", "traffic")
@@ -89,11 +93,14 @@ class Metrics:
             "admission_rejections", "Requests turned away before work.", "reason", "traffic"
         )
         self._http = self._counter("http_requests", "Every request.", "method", "route", "status")
-        self._step, self._written = 0, 0  # the last step that wrote, and its tokens
+        self._step, self._step_tokens = 0, 0  # the last step that generated tokens, and how many
         self._succeeded_at: dict[str, float] = {}
 
     def success_age_s(self) -> dict[str, float]:
-        """Seconds since a user's question was last answered to its end; the checker may take it in place of its own."""
+        """Seconds since the last complete answer to a user, by kind (text, picture).
+
+        The checker may accept it in place of an answer to its own probe.
+        """
         now = time.monotonic()
         return {kind: round(now - at, 1) for kind, at in list(self._succeeded_at.items())}
 
@@ -101,19 +108,19 @@ class Metrics:
         return generate_latest(self.registry)
 
     def submitted(self, longest: int, choices: int, probe: bool) -> None:
-        self._longest.labels(_traffic(probe)).observe(longest)
+        self._max_tokens.labels(_traffic(probe)).observe(longest)
         self._choices.labels(_traffic(probe)).observe(choices)
 
-    def wrote(self, tokens: int, step: int, gap_s: float | None, probe: bool) -> None:
-        """The engine's `step` wrote a piece of text, `gap_s` after the one before it. Called in the engine thread."""
+    def generated(self, tokens: int, step: int, gap_s: float | None, probe: bool) -> None:
+        """The engine's `step` generated a piece of text, `gap_s` after the one before. Called in the engine thread."""
         self._generated.labels(_traffic(probe)).inc(tokens)
         if gap_s is not None:
-            self._between.labels(_traffic(probe)).observe(gap_s)
-        if step != self._step and self._written:  # that step is over
-            self._iteration.observe(self._written)
-            self._written = 0
+            self._itl.labels(_traffic(probe)).observe(gap_s)
+        if step != self._step and self._step_tokens:  # the step before has ended
+            self._iteration.observe(self._step_tokens)
+            self._step_tokens = 0
         self._step = step
-        self._written += tokens
+        self._step_tokens += tokens
 
     def answered(
         self, usage: dict[str, Any], timings: dict[str, float], reasons: list[str], images: int, probe: bool
@@ -151,31 +158,29 @@ class Metrics:
     def http(self, method: str, route: str, status: int) -> None:
         self._http.labels(method, route, str(status)).inc()
 
-    def _histogram(self, name: str, about: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(f"glm_{name}", about, ["traffic"], registry=self.registry, buckets=buckets)
+    def _histogram(self, name: str, description: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"glm_{name}", description, ["traffic"], registry=self.registry, buckets=buckets)
 
-    def _counter(self, name: str, about: str, *labels: str) -> Counter:
-        return Counter(f"glm_{name}", about, labels, registry=self.registry)
+    def _counter(self, name: str, description: str, *labels: str) -> Counter:
+        return Counter(f"glm_{name}", description, labels, registry=self.registry)
 
 
 class _EngineCollector:
     """Reads the engine's own counters at each scrape."""
 
-    def __init__(
-        self, engine: Engine, admission: Callable[[], AdmissionLoad], loop_lag_s: Callable[[], float]
-    ) -> None:
+    def __init__(self, engine: Engine, admission: Callable[[], AdmissionLoad], loop_lag_s: Callable[[], float]) -> None:
         self._engine = engine
         self._admission = admission
         self._loop_lag_s = loop_lag_s
 
     def collect(self) -> Iterator[Any]:
         stats, model = self._engine.stats(), self._engine.model
-        for name, about, value in _gauges(stats, self._admission()):
-            yield GaugeMetricFamily(f"glm_{name}", about, value=value)
+        for name, description, value in _gauges(stats, self._admission()):
+            yield GaugeMetricFamily(f"glm_{name}", description, value=value)
         lag_s = self._loop_lag_s()
         yield GaugeMetricFamily("glm_event_loop_lag_seconds", "How late the event loop beats.", value=lag_s)
-        for name, about, count in _counts(stats):
-            yield CounterMetricFamily(f"glm_{name}", about, value=count)
+        for name, description, count in _counts(stats):
+            yield CounterMetricFamily(f"glm_{name}", description, value=count)
         state = GaugeMetricFamily("glm_engine_state", "1 for the state that the engine is in.", labels=["state"])
         for name in STATES:
             state.add_metric([name], float(stats.state == name))

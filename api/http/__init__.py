@@ -1,4 +1,3 @@
-"""The client's connection, authentication, and the log with its line for each request.
-
+"""Owns the client's connection: authentication, limits, bodies, server-sent events, and the request log.
 May not know what a request asks for, nor the model.
 """

@@ -22,14 +22,14 @@ _HASHED = "sha256:"
 
 
 class KeyRing:
-    """Keys by name; only their SHA-256 digests are kept in memory."""
+    """Keys by name; only their SHA-256 digests are held in memory."""
 
     def __init__(self, digests: dict[str, bytes]) -> None:
         self._digests = digests
 
     @classmethod
     def of(cls, settings: Settings) -> KeyRing:
-        """Raises SettingsError."""
+        """The keys of the settings. Raises SettingsError for entries that do not parse."""
         digests: dict[str, bytes] = {}
         if settings.api_key:
             digests["default"] = _digest(settings.api_key.get_secret_value())
@@ -53,20 +53,20 @@ class KeyRing:
         """The owner of the key in `headers`, or None if there is no valid one."""
         scheme, _, token = headers.get("authorization", "").partition(" ")
         given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-        name = self._named(given) if self else NOBODY.name
+        name = self._name_of(given) if self else NOBODY.name
         if name is None:
             return None
-        return Caller(name, name == PROBE or self._named(headers.get(PROBE_HEADER, "")) == PROBE)
+        return Caller(name, name == PROBE or self._name_of(headers.get(PROBE_HEADER, "")) == PROBE)
 
-    def _named(self, given: str) -> str | None:
-        # All digests are compared, and all have the same length: the time taken reveals nothing about a key.
+    def _name_of(self, given: str) -> str | None:
+        # All digests are compared, and all have the same length, so that the time taken reveals nothing about a key.
         digest = sha256(given.encode()).digest()
-        hits = [name for name, known in self._digests.items() if hmac.compare_digest(digest, known)]
-        return hits[0] if hits else None
+        names = [name for name, known in self._digests.items() if hmac.compare_digest(digest, known)]
+        return names[0] if names else None
 
 
 class KeyMiddleware:
-    """Denies by default: a route added later needs a key until its path is listed in OPEN_PATHS."""
+    """Denies by default: a new route needs a key until its path is listed in OPEN_PATHS."""
 
     def __init__(self, app: ASGIApp, keys: KeyRing) -> None:
         self._app = app

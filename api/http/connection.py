@@ -1,6 +1,6 @@
-"""One client's connection: time limits on what it sends and takes, its body, its end, and the answer in events.
+"""One client's connection: its time limits, reading its body, detecting its disconnect, and sending events.
 
-uvicorn limits how long a connection may be idle, but not how slowly headers may arrive or an answer be taken.
+uvicorn limits how long a connection may be idle, but not how slowly headers may arrive or an answer may be read.
 """
 
 from __future__ import annotations
@@ -23,52 +23,53 @@ T = TypeVar("T")
 
 HEADERS_S = 10.0  # from opening a connection, or the first byte after an answer, to the end of a request's headers
 BODY_S = 60.0
-SEND_S = 30.0  # a client that takes nothing for so long has gone, even if its connection stands
+SEND_S = 30.0  # a client that reads nothing for so long counts as disconnected
 LARGE_BODY_BYTES = 64 * 1024
+# How much of a body is read and discarded after an early answer, and for how long.
 LINGER_S = 10.0
 LINGER_BYTES = 256 * 2**20
 
 
-class ClientGone(Exception):
-    """The client has closed the connection; there is no one to answer."""
+class ClientDisconnected(Exception):
+    """The client has closed the connection, so no answer can be sent."""
 
 
 class Connection(H11Protocol):
     """uvicorn's HTTP/1.1 protocol with a time limit on a request's headers.
 
-    Without the limit, a client without a key that sends a byte now and then holds a file descriptor for each connection.
+    Without it, a client that sends a byte now and then could hold any number of file descriptors, and needs no key.
     """
 
-    _limit: asyncio.TimerHandle | None = None
+    _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._update_limit()
+        self._update_timer()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        self._update_limit()
+        self._update_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._cancel_limit()
+        self._cancel_timer()
         super().connection_lost(exc)
 
-    def _update_limit(self) -> None:
+    def _update_timer(self) -> None:
         if self.cycle is not None and not self.cycle.response_complete:
-            self._cancel_limit()
-        elif self._limit is None:
-            self._limit = self.loop.call_later(HEADERS_S, self.transport.close)
+            self._cancel_timer()
+        elif self._timer is None:
+            self._timer = self.loop.call_later(HEADERS_S, self.transport.close)
 
-    def _cancel_limit(self) -> None:
-        if self._limit is not None:
-            self._limit.cancel()
-            self._limit = None
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
 
 async def read_body(request: Request, max_bytes: int, on_bytes: Callable[[int], None]) -> bytes:
-    """The body. `on_bytes` is called with the size of each piece before it is kept, and may raise a ServingError.
+    """The body. `on_bytes` is called with the size of each piece before it is stored, and may raise a ServingError.
 
-    Raises ServingError (408 too slow, 413 larger than `max_bytes`, 400 empty) or ClientGone.
+    Raises ServingError (408 too slow, 413 larger than `max_bytes`, 400 empty) or ClientDisconnected.
     """
     announced = request.headers.get("content-length", "")
     size = int(announced) if announced.isdigit() else 0
@@ -94,7 +95,7 @@ async def read_body(request: Request, max_bytes: int, on_bytes: Callable[[int], 
 async def _next_chunk(request: Request) -> tuple[bytes, bool]:
     message = await request.receive()
     if message["type"] == "http.disconnect":
-        raise ClientGone
+        raise ClientDisconnected
     return message.get("body", b""), message.get("more_body", False)
 
 
@@ -106,17 +107,20 @@ async def parse_body(parse: Callable[[bytes], T], body: bytes, pool: Executor) -
 
 
 async def while_connected(request: Request, work: Awaitable[T]) -> T:
-    """Await `work`; if the client goes first, cancel it and raise ClientGone. The body must have been read."""
+    """Await `work`; if the client disconnects first, cancel it and raise ClientDisconnected.
+
+    The body must have been read: whatever arrives now is discarded.
+    """
     task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(request))
+    disconnect = asyncio.ensure_future(_disconnected(request))
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, disconnect}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise ClientGone
+            raise ClientDisconnected
         return task.result()
     finally:
         task.cancel()
-        gone.cancel()
+        disconnect.cancel()
 
 
 async def _disconnected(request: Request) -> None:
@@ -125,9 +129,9 @@ async def _disconnected(request: Request) -> None:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events, already encoded; `close` is called once nothing more is sent.
+    """A response of encoded server-sent events; `close` is called when it ends, however it ends.
 
-    Also when the client goes before the first byte. starlette cancels the stream as soon as the client disconnects.
+    starlette cancels the stream as soon as the client disconnects, which may be before the first byte.
     """
 
     media_type = "text/event-stream"
@@ -144,10 +148,10 @@ class EventStream(StreamingResponse):
                 async with asyncio.timeout(SEND_S):
                     await send(message)
             except TimeoutError:
-                raise ClientGone from None
+                raise ClientDisconnected from None
 
         try:
-            with suppress(ClientGone):
+            with suppress(ClientDisconnected):
                 await super().__call__(scope, receive, send_in_time)
         finally:
             self._close()
@@ -155,10 +159,10 @@ class EventStream(StreamingResponse):
 
 
 class LingerMiddleware:
-    """Answers a request whose body is still arriving at once, then reads and discards the rest for a while.
+    """Sends an early answer at once, then reads and discards the rest of the body for a while.
 
-    A request refused for its key, path or a limit is answered before its body is sent. A connection closed on a client
-    that still sends would be reset, and the answer lost with it.
+    A request refused for its key, path or a limit is answered before its body has arrived. Closing the connection
+    while the client still sends would reset it, and the client could lose the answer (nginx: `lingering_close`).
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -176,7 +180,7 @@ class _Exchange:
         self._receive = receive
         self._send = send
         self._arriving = True
-        self._end_pending = False  # the last message of the answer, which closes the connection
+        self._end_pending = False  # the last message of the answer is held back, since it closes the connection
 
     async def run(self, app: ASGIApp, scope: Scope) -> None:
         await app(scope, self.receive, self.send)
@@ -191,17 +195,17 @@ class _Exchange:
 
     async def send(self, message: Message) -> None:
         if self._arriving and message["type"] == "http.response.start":
-            MutableHeaders(scope=message)["Connection"] = "close"  # what still comes would be taken for a request
+            MutableHeaders(scope=message)["Connection"] = "close"  # the rest of the body would be parsed as a request
         if self._arriving and message["type"] == "http.response.body" and not message.get("more_body", False):
             message, self._end_pending = {**message, "more_body": True}, True
         await self._send(message)
 
     async def _discard(self) -> None:
-        left = LINGER_BYTES
+        remaining = LINGER_BYTES
         with suppress(TimeoutError):
             async with asyncio.timeout(LINGER_S):
-                while self._arriving and left > 0:
-                    left -= len((await self.receive()).get("body", b""))
+                while self._arriving and remaining > 0:
+                    remaining -= len((await self.receive()).get("body", b""))
 
 
 def _has_body(headers: Headers) -> bool:

@@ -1,6 +1,6 @@
 """The log on standard output: one line per event (time, level, then key=value), and one per request with its id.
 
-Prompts, images and keys are never given to it.
+Prompts, images and keys are never logged.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.errors import internal
-from api.http.connection import ClientGone
+from api.http.connection import ClientDisconnected
 
 logger = logging.getLogger(__name__)
 
 QUIET_PATHS = frozenset({"/health", "/metrics"})
-CLIENT_GONE = 499  # nginx's number; no one receives it
+CLIENT_CLOSED_REQUEST = 499  # nginx's status; it is logged and counted, never sent
 _SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -33,13 +33,14 @@ class LineFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         stamp = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         message = record.getMessage()
-        if not message.startswith("event="):  # a library's line
+        if not message.startswith("event="):  # logged by a library
             message = f"event=log logger={record.name} message={json.dumps(message, ensure_ascii=False)}"
         line = f"{stamp} level={record.levelname.lower()} {message}"
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
 def set_up(level: str = "info") -> None:
+    """Configure the root logger of the process, once, before the server starts."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(LineFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
@@ -62,10 +63,10 @@ def _quoted(value: object) -> str:
 
 
 class RequestMiddleware:
-    """Gives each request its id and its log line, and an answer if all else has failed.
+    """Gives each request an id and a log line, and answers 500 after an unhandled exception.
 
-    A client may send its own x-request-id; one that could garble a log line is replaced. What the layers inside know
-    of a request they add to `request.state.log`. `count` is called with each request's method, route and status.
+    A client may send its own x-request-id; one that could garble a log line is replaced. Inner layers add their
+    fields of the line to `request.state.log`. `count` is called with each request's method, route and status.
     """
 
     def __init__(self, app: ASGIApp, count: Callable[[str, str, int], None]) -> None:
@@ -93,15 +94,15 @@ class RequestMiddleware:
 
         try:
             await self._app(scope, receive, send_with_id)
-        except ClientGone:
-            status = CLIENT_GONE
+        except ClientDisconnected:
+            status = CLIENT_CLOSED_REQUEST
             log["failure"] = "client_gone"
-        except Exception:  # the last guard: the client gets an answer, the log gets the trace
+        except Exception:  # the client gets an answer, the log the traceback
             logger.exception(line("request_failed", request=request_id))
             if status == 0:
                 error = internal()
                 await JSONResponse(error.body(), error.status)(scope, receive, send_with_id)
-        # The path as the routes spell it: a caller must not be able to make up new label values.
+        # The path of the route, not of the request: callers must not be able to create label values.
         route = getattr(scope.get("route"), "path", "other")
         self._count(scope["method"] if route != "other" else "other", route, status)
         if scope["path"] not in QUIET_PATHS:

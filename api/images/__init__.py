@@ -1,4 +1,3 @@
-"""Images from callers: fetched under guard, checked against limits, decoded to upright RGB.
-
+"""Owns the images of callers: guarded fetching, limits, decoding to upright RGB.
 May not know models, prompts or requests.
 """

@@ -1,7 +1,6 @@
-"""Images as they arrive: the bytes of a `data:` URL or of a fetched one to an upright RGB image, within limits.
+"""Decodes the bytes of a `data:` URL or of a fetched image to an upright RGB image, within limits.
 
 Every limit is checked before the work it limits: bytes before base64, pixels before decoding.
-Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ Image.MAX_IMAGE_PIXELS = None
 
 
 def read_data_url(url: str, param: str, settings: Settings) -> bytes:
+    """The bytes of a base64 `data:` URL. Raises the 400 or 413 error that names `param`."""
     scheme, _, rest = url.partition(":")
     if scheme.lower() != "data" or "," not in rest:
         raise invalid(f"`{param}` must be a data: URL, or http(s) where it is fetched.", param, "unsupported_url")
@@ -41,7 +41,7 @@ def read_data_url(url: str, param: str, settings: Settings) -> bytes:
 
 
 def open_image(data: bytes, param: str, settings: Settings) -> Image.Image:
-    """Read the header only: the format is taken from the content, the size checked against the limits.
+    """Read the header only: the format is detected from the content, and the size checked against the limits.
 
     Raises the 400 or 413 error that names `param`.
     """
@@ -65,12 +65,12 @@ def open_image(data: bytes, param: str, settings: Settings) -> Image.Image:
 
 
 def _frames(image: Image.Image) -> int:
-    """How many frames an animation has. A camera's JPEG may hold a second view (MPO), which is no animation."""
+    """How many frames an animation has. A camera's JPEG may hold a second view (MPO), which is not an animation."""
     if image.format == "MPO":
         return 1
     try:
         return getattr(image, "n_frames", 1)
-    except Exception:  # a decoder may raise anything; if the first frame is damaged too, decoding says so
+    except Exception:  # a decoder may raise anything; a damaged first frame is refused when it is decoded
         return 1
     finally:
         with suppress(Exception):
@@ -93,7 +93,7 @@ def decode(image: Image.Image, param: str) -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # a broken orientation tag is no reason to refuse a good image
+    except Exception:  # an image with a broken orientation tag is still accepted
         return image
 
 

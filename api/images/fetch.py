@@ -1,8 +1,7 @@
 """Fetches an image from a caller's URL, and never from an address of this machine or of its private network.
 
-Each hop is checked alone: scheme, port, host list, and every address the name resolves to. The connection goes to
-the very address that was checked, so a name that resolves differently a moment later changes nothing. Runs in a
-thread of its own pool. Knows nothing of image formats.
+Every redirect is checked again: scheme, port, host list, and all addresses that the host name resolves to. The
+connection goes to the address that was checked, so that DNS rebinding has no effect. Knows nothing of image formats.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ from settings import Settings
 MAX_REDIRECTS = 3
 MAX_URL = 4096
 PORTS = frozenset({80, 443})
-_ODD = re.compile(r"[\x00-\x20\x7f\\<>\"{}|^`]")
+_FORBIDDEN_CHARACTERS = re.compile(r"[\x00-\x20\x7f\\<>\"{}|^`]")
 _CHUNK = 64 * 1024
-# Networks that carry an IPv4 address inside: they could lead back to a private one.
+# IPv6 networks that embed an IPv4 address, which may be a private one.
 _TUNNELS = tuple(ipaddress.ip_network(n) for n in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32"))
 
 
 def is_public(address: str) -> bool:
-    """Whether an address is public. An IPv4-mapped one is judged by the IPv4 address; one that may tunnel is not public."""
+    """Whether an IP address is public. IPv4-mapped ones are judged by the IPv4 address; tunnels are never public."""
     parsed = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(parsed, ipaddress.IPv6Address):
         if parsed.ipv4_mapped is not None:
@@ -47,7 +46,7 @@ def is_public(address: str) -> bool:
 
 @dataclass(frozen=True)
 class Fetcher:
-    """`hosts`: the only ones allowed, if any are named. `public` and `ports` are changed by tests alone."""
+    """Thread-safe. `hosts`: if not empty, the only ones allowed. Only tests set `public`, `ports` and `authorities`."""
 
     enabled: bool
     hosts: frozenset[str]
@@ -63,94 +62,94 @@ class Fetcher:
         return cls(settings.fetch_images, hosts, settings.fetch_timeout_s, settings.max_image_bytes)
 
     def fetch(self, url: str, param: str) -> bytes:
-        """The bytes at `url`. Raises the 400 or 413 error that names `param` and the reason."""
+        """The bytes at `url`. Blocks up to `timeout_s`. Raises the 400 or 413 error that names `param` and the reason."""
         if not self.enabled:
             raise _refused(param, "remote pictures are not fetched here (GLM_FETCH_IMAGES); send a data: URL")
-        ends_at = time.monotonic() + self.timeout_s
+        deadline = time.monotonic() + self.timeout_s
         for _ in range(MAX_REDIRECTS + 1):
-            location, data = self._hop(url, param, ends_at)
+            location, data = self._hop(url, param, deadline)
             if location is None:
                 return data
             url = urljoin(url, location)
         raise _refused(param, f"more than {MAX_REDIRECTS} redirects")
 
-    def _hop(self, url: str, param: str, ends_at: float) -> tuple[str | None, bytes]:
-        """One request: where it redirects to, or its bytes."""
+    def _hop(self, url: str, param: str, deadline: float) -> tuple[str | None, bytes]:
+        """One request: the URL it redirects to, or the bytes."""
         parts, port = self._checked(url, param)
         host = parts.hostname or ""
-        connection = self._connection(parts.scheme, host, self._address(host, port, param), port, ends_at)
+        connection = self._connection(parts.scheme, host, self._address(host, port, param), port, deadline)
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         headers = {"Host": parts.netloc, "Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "glm-web"}
-        late = threading.Timer(max(ends_at - time.monotonic(), 0), _shut_down, [connection])
-        late.daemon = True
-        late.start()
+        timer = threading.Timer(max(deadline - time.monotonic(), 0), _shut_down, [connection])
+        timer.daemon = True
+        timer.start()
         try:
             connection.request("GET", path, headers=headers, preload_content=False, decode_content=False)
-            return self._read(connection.getresponse(), param, ends_at)
+            return self._read(connection.getresponse(), param, deadline)
         except (HTTPError, HTTPException, OSError, ValueError) as error:
-            if time.monotonic() >= ends_at - 0.01:
+            if time.monotonic() >= deadline - 0.01:
                 raise self._too_slow(param) from None
             raise _refused(param, f"it cannot be fetched ({type(error).__name__})") from None
         finally:
-            late.cancel()
+            timer.cancel()
             connection.close()
 
-    def _read(self, answer: Any, param: str, ends_at: float) -> tuple[str | None, bytes]:
-        if answer.status in (301, 302, 303, 307, 308):
-            location = answer.headers.get("Location")
+    def _read(self, response: Any, param: str, deadline: float) -> tuple[str | None, bytes]:
+        if response.status in (301, 302, 303, 307, 308):
+            location = response.headers.get("Location")
             if not location:
-                raise _refused(param, f"the server answered {answer.status} without a Location header")
+                raise _refused(param, f"the server answered {response.status} without a Location header")
             return location, b""
-        if answer.status != 200:
-            raise _refused(param, f"the server answered {answer.status}")
-        announced = answer.headers.get("Content-Length", "")
+        if response.status != 200:
+            raise _refused(param, f"the server answered {response.status}")
+        announced = response.headers.get("Content-Length", "")
         if announced.isdigit() and int(announced) > self.max_bytes:
             raise self._too_large(param, announced)
         data = bytearray()
-        while piece := answer.read1(_CHUNK):
+        while piece := response.read1(_CHUNK):
             data += piece
             if len(data) > self.max_bytes:
                 raise self._too_large(param, f"{len(data)} or more")
-            if time.monotonic() > ends_at:
+            if time.monotonic() > deadline:
                 raise self._too_slow(param)
-        if time.monotonic() > ends_at or (announced.isdigit() and len(data) < int(announced)):
-            raise _refused(param, "the answer was cut off")
+        if time.monotonic() > deadline or (announced.isdigit() and len(data) < int(announced)):
+            raise _refused(param, "the response was cut off")
         return None, bytes(data)
 
     def _checked(self, url: str, param: str) -> tuple[SplitResult, int]:
         """The parts and port of a URL that every parser reads the same way. Raises the 400 error."""
         if len(url) > MAX_URL:
             raise invalid(f"`{param}` must have <= {MAX_URL} characters. Given: {len(url)}", param, "unsupported_url")
-        if _ODD.search(url) or not url.isascii():
-            raise _refused(param, "it has characters that do not belong into a URL")
+        if _FORBIDDEN_CHARACTERS.search(url) or not url.isascii():
+            raise _refused(param, "it contains characters that are not allowed in a URL")
         try:
             parts = urlsplit(url)
             port = parts.port or (443 if parts.scheme == "https" else 80)
         except ValueError:
-            raise _refused(param, "it is no URL") from None
+            raise _refused(param, "it is not a valid URL") from None
         if parts.scheme not in ("http", "https"):
             raise _refused(param, f"its scheme must be http, https or data. Given: {parts.scheme[:20]!r}")
         if not parts.hostname or "@" in parts.netloc or "%" in parts.netloc:
-            raise _refused(param, "it must name a host, and no user")
+            raise _refused(param, "it must have a host name and no user name")
         if port not in self.ports:
             raise _refused(param, f"its port must be one of {sorted(self.ports)}. Given: {port}")
         if self.hosts and parts.hostname.rstrip(".").lower() not in self.hosts:
-            raise _refused(param, "its host is not among those allowed here (GLM_FETCH_HOSTS)")
+            raise _refused(param, "its host is not one of those allowed (GLM_FETCH_HOSTS)")
         return parts, port
 
     def _address(self, host: str, port: int, param: str) -> str:
         try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            resolved = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError):
-            raise _refused(param, "its host has no address") from None
-        addresses = [str(entry[4][0]) for entry in found]
-        # One private address among public ones is how a private one is smuggled in.
+            raise _refused(param, "its host name cannot be resolved") from None
+        addresses = [str(entry[4][0]) for entry in resolved]
+        # All of them: a private address may hide among public ones.
         if not addresses or not all(self.public(address) for address in addresses):
             raise _refused(param, "its host has an address that is not public")
         return addresses[0]
 
-    def _connection(self, scheme: str, host: str, address: str, port: int, ends_at: float) -> HTTPConnection:
-        limit_s = max(ends_at - time.monotonic(), 0.01)
+    def _connection(self, scheme: str, host: str, address: str, port: int, deadline: float) -> HTTPConnection:
+        limit_s = max(deadline - time.monotonic(), 0.01)
         if scheme == "http":
             return HTTPConnection(address, port, timeout=limit_s)
         name = host.rstrip(".")
@@ -167,11 +166,11 @@ class Fetcher:
 
 
 def _shut_down(connection: HTTPConnection) -> None:
-    """End a transfer past its deadline: the limit on one read never expires while a byte comes now and then."""
+    """End a transfer at its deadline: the timeout of a single read never expires while bytes keep trickling in."""
     with suppress(OSError):
         if connection.sock is not None:
             connection.sock.shutdown(socket.SHUT_RDWR)
 
 
-def _refused(param: str, why: str) -> ServingError:
-    return invalid(f"`{param}`: {why}.", param, "unsupported_url")
+def _refused(param: str, reason: str) -> ServingError:
+    return invalid(f"`{param}`: {reason}.", param, "unsupported_url")

@@ -1,7 +1,7 @@
 """Regions of an image (bounding boxes, points, polygons) as the model writes them, read into one form.
 
-Also which image of the request a region is in, by references in prose: "the second image", "image 2", "图2",
-"第二张图". Numbers are thousandths of the image's width and height, from its upper left corner.
+Also finds the image that a region is in, by references in prose: "the second image", "image 2", "图2", "第二张图".
+Numbers are thousandths of the image's width and height, from its upper left corner.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 MAX_REGIONS = 200
-FULL = 1000
+SCALE = 1000
 Kind = Literal["bbox", "point", "polygon"]
 
 _NUMBER = r"\s*(-?\d{1,6}(?:\.\d{1,6})?)\s*"
@@ -29,7 +29,7 @@ _IMAGE_WORD = r"(?:picture|image|photo(?:graph)?)"
 _REFERENCE = re.compile(
     rf"\b({'|'.join(_ENGLISH)}|last)\s+{_IMAGE_WORD}\b"
     rf"|\b(\d\d?)(?:st|nd|rd|th)\s+{_IMAGE_WORD}\b"
-    # "in the picture 3 cats" counts cats.
+    # In "in the picture 3 cats" the number counts cats.
     rf"|(?<!\bthe )(?<!\bthis )(?<!\beach )\b{_IMAGE_WORD}\s*(?:no\.\s*|number\s+|#\s*)?(\d\d?)\b"
     rf"|第\s*([{_CHINESE}]|\d\d?)\s*(?:张|幅|个?图)"
     rf"|图[片像]?\s*(\d\d?)(?!\d)"
@@ -45,56 +45,57 @@ class Region:
     kind: Kind
     points: tuple[tuple[int, int], ...]
     label: str | None = None
-    image: int | None = None  # of the request, from 0; None: the model does not say
+    image: int | None = None  # of the request, from 0; None: the model does not refer to one
 
     @property
     def normalized(self) -> bool:
-        """False if the numbers leave the range 0 to 1000, as pixels may: they then name no part of the image."""
-        return all(0 <= value <= FULL for point in self.points for value in point)
+        """False if the numbers leave the range 0 to 1000 and so are no thousandths (pixels, perhaps)."""
+        return all(0 <= value <= SCALE for point in self.points for value in point)
 
 
 def read_tagged(text: str, image: int | None = None) -> tuple[Region, ...]:
     """All regions inside one pair of box tags, each in `image`. A tagged answer in words gives none."""
+    regions: list[Region | None]
     try:
-        found = list(_walk(json.loads(text), None))
+        regions = _walk(json.loads(text), None)
     except (ValueError, RecursionError):
-        found = [_box(match.groups(), None) for match in _QUAD.finditer(text)]
-        if not found and text.lstrip()[:1] in ("[", "(", "<") and text.lstrip()[1:].lstrip()[:1] in ("[", "(", "<"):
-            found = [_point(match.groups(), None) for match in _PAIR.finditer(text)]
-    return _kept(found, image)
+        regions = [_box(match.groups(), None) for match in _QUAD.finditer(text)]
+        if not regions and text.lstrip()[:1] in ("[", "(", "<") and text.lstrip()[1:].lstrip()[:1] in ("[", "(", "<"):
+            regions = [_point(match.groups(), None) for match in _PAIR.finditer(text)]
+    return _in_image(regions, image)
 
 
 def read_untagged(text: str, images: int = 0, image: int | None = None) -> tuple[Region, ...]:
     """Regions in text outside of box tags: only those that JSON calls `bbox_2d` or `point_2d`.
 
-    Each is in the image that the text before it referred to last, of so many `images`; without one in `image`.
+    Each is in the image that the text before it refers to last, of so many `images`, or else in `image`.
     """
-    found: list[Region] = []
+    regions: list[Region] = []
     references = image_references(text, images)
     for match in _NAMED.finditer(text):
         before = bisect(references, (match.start(), images))
         with suppress(ValueError, RecursionError):
-            found += _kept(_walk(json.loads(match[0]), None), references[before - 1][1] if before else image)
-    return tuple(found[:MAX_REGIONS])
+            regions += _in_image(_walk(json.loads(match[0]), None), references[before - 1][1] if before else image)
+    return tuple(regions[:MAX_REGIONS])
 
 
-def _kept(found: list[Region | None], image: int | None) -> tuple[Region, ...]:
-    return tuple([replace(region, image=image) for region in found if region is not None][:MAX_REGIONS])
+def _in_image(regions: list[Region | None], image: int | None) -> tuple[Region, ...]:
+    return tuple([replace(region, image=image) for region in regions if region is not None][:MAX_REGIONS])
 
 
 def _walk(value: Any, label: str | None) -> list[Region | None]:
     """JSON: objects with `bbox_2d`, `point_2d` or `polygon`, bare quads, and points in a list of their own."""
     if isinstance(value, dict):
         own_label = next((value[name] for name in _LABELS if isinstance(value.get(name), str)), label)
-        found: list[Region | None] = []
+        regions: list[Region | None] = []
         for key, inner in value.items():
             if key == "bbox_2d":
-                found += _walk(inner, own_label)
+                regions += _walk(inner, own_label)
             elif key in ("point_2d", "points", "polygon"):
-                found += _labelled_points(key, inner, own_label)
+                regions += _labelled_points(key, inner, own_label)
             elif isinstance(inner, list) and key != "bbox_3d" and any(isinstance(item, dict) for item in inner):
-                found += _walk(inner, own_label)
-        return found
+                regions += _walk(inner, own_label)
+        return regions
     if not isinstance(value, list):
         return []
     if _numbers(value, 4):
@@ -139,15 +140,17 @@ def _pair(numbers: Any) -> tuple[int, int]:
 
 
 def _rounded(number: Any) -> int:
-    """A value just below 0 is taken for the edge."""
+    """A value slightly below 0 counts as the edge."""
     value = round(float(number))
     return 0 if -10 <= value < 0 else value
 
 
-def region_entry(region: Region, sizes: tuple[tuple[int, int], ...], asked: int | None = None) -> dict[str, Any]:
+def region_entry(
+    region: Region, sizes: tuple[tuple[int, int], ...], question_image: int | None = None
+) -> dict[str, Any]:
     """An entry of the answer's `boxes`.
 
-    The image is the one that the answer refers to, else the one that the question `asked` about, else the last one.
+    The image is the one that the answer refers to, else `question_image`, to which the question refers, else the last.
     `sizes` are width and height in pixels of the request's images, upright.
     """
     out: dict[str, Any] = {} if region.label is None else {"label": region.label}
@@ -155,11 +158,11 @@ def region_entry(region: Region, sizes: tuple[tuple[int, int], ...], asked: int 
     if not region.normalized:
         out["normalized"] = False
     if sizes:
-        number = next(n for n in (region.image, asked, len(sizes) - 1) if n is not None)
+        number = next(n for n in (region.image, question_image, len(sizes) - 1) if n is not None)
         out["image"] = number
         if region.normalized:
             width, height = sizes[number]
-            pixels = tuple((round(x * width / FULL), round(y * height / FULL)) for x, y in region.points)
+            pixels = tuple((round(x * width / SCALE), round(y * height / SCALE)) for x, y in region.points)
             out[f"{region.kind}_pixels"] = _flat(region, pixels)
     return out
 
@@ -174,10 +177,10 @@ def image_references(text: str, images: int) -> list[tuple[int, int]]:
     """Where each reference to one of so many images ends in the text, and which image it means, from 0."""
     if images < 2:
         return []
-    found = [
+    references = [
         (match.end(), _index(next(filter(None, match.groups())).lower(), images)) for match in _REFERENCE.finditer(text)
     ]
-    return [(end, index) for end, index in found if 0 <= index < images]
+    return [(end, index) for end, index in references if 0 <= index < images]
 
 
 def _index(word: str, images: int) -> int:

@@ -1,7 +1,7 @@
 """The model's text, separated as it streams into reasoning, content, boxes and tool calls.
 
-The result is the same however the text is cut into pieces. Nothing that the model wrote is lost: what does not parse
-comes out as content.
+The result is the same however the text is cut into pieces. Text that does not parse becomes content, so that nothing
+the model wrote is dropped.
 """
 
 from __future__ import annotations
@@ -84,6 +84,7 @@ class OutputParser:
         return self._state == "thinking"
 
     def feed(self, text: str) -> list[Piece]:
+        """The pieces that are complete once `text` has been added."""
         self._buffer += text
         pieces: list[Piece] = []
         while (more := self._advance()) is not None:
@@ -91,12 +92,12 @@ class OutputParser:
         return pieces
 
     def finish(self, stopped: bool) -> list[Piece]:
-        """The rest. `stopped`: the model ended by itself, not at a length limit."""
+        """The remaining pieces. `stopped`: the model ended the answer, instead of reaching a length limit."""
         rest, self._buffer = self._buffer, ""
         if self._state == "thinking":
             pieces = self._reasoning_pieces(rest)
             if stopped:
-                # A model that never closes its reasoning has put its answer there.
+                # Reasoning that is never closed contains the answer.
                 pieces += self._content_pieces(self._reasoning_text)
         else:
             pieces = self._content_pieces(CALL + rest if self._state == "call" else rest)
@@ -104,7 +105,7 @@ class OutputParser:
         return [*pieces, *([Boxes(regions)] if regions else [])]
 
     def _advance(self) -> list[Piece] | None:
-        """One transition: the pieces that came of it, or None when more text is needed."""
+        """One state transition: the pieces that it yields, or None if more text is needed."""
         if self._state == "thinking":
             return self._to_tag((END_THINK,), self._reasoning_pieces)
         if self._state == "box":
@@ -116,12 +117,12 @@ class OutputParser:
             return self._content_pieces(text) if text else None
         if self._literal:
             return self._before_literal()
-        # A closing tag alone has no meaning; it is dropped.
+        # A closing tag without an opening one is dropped.
         tags = (THINK, END_THINK, BOX, END_BOX, *((CALL,) if self._tools else ()))
         return self._to_tag(tags, self._content_pieces)
 
     def _before_literal(self) -> list[Piece] | None:
-        """Reasoning may precede the answer, and tool calls may replace it; after that nothing is markup."""
+        """Reasoning may precede the answer, and tool calls may replace it; in the answer nothing is markup."""
         bare = self._buffer.lstrip()
         tags = (THINK, *((CALL,) if self._tools else ()))
         if bare.startswith(tags):
@@ -132,12 +133,12 @@ class OutputParser:
         return []
 
     def _to_tag(self, tags: tuple[str, ...], emit: Any) -> list[Piece] | None:
-        found = [(start, tag) for tag in tags if (start := self._buffer.find(tag)) >= 0]
-        if not found:
+        matches = [(start, tag) for tag in tags if (start := self._buffer.find(tag)) >= 0]
+        if not matches:
             free = len(self._buffer) - held_back(self._buffer, tags)
             text, self._buffer = self._buffer[:free], self._buffer[free:]
             return emit(text) if text else None
-        start, tag = min(found)
+        start, tag = min(matches)
         text, self._buffer = self._buffer[:start], self._buffer[start + len(tag) :]
         pieces = emit(text)
         self._state = {THINK: "thinking", BOX: "box", CALL: "call"}.get(tag, "content")
@@ -219,7 +220,7 @@ class _Trim:
 
 
 def split_thinking(text: str) -> tuple[str, str]:
-    """Reasoning and answer of an earlier reply that was sent back with its `<think>` tags."""
+    """Reasoning and content of an earlier answer that is sent back with its `<think>` tags."""
     bare = text.lstrip()
     if not bare.startswith(THINK) or END_THINK not in bare:
         return "", text

@@ -1,4 +1,3 @@
-"""Requests and answers as OpenAI's API has them: bodies, validation, completions, /v1/responses.
-
+"""Owns requests and answers as OpenAI's API defines them: schemas, completions, /v1/responses.
 May not know how a request is run, nor where its bytes come from.
 """

@@ -1,4 +1,4 @@
-"""Engine events to OpenAI's chat completions: deltas while it streams, the message, usage and timings at the end.
+"""Turns engine events into chat completions: deltas while they stream; message, usage and timings at the end.
 
 The message is assembled from the same deltas that a stream sends, so both have the same content.
 """
@@ -23,16 +23,16 @@ Chunk = dict[str, Any]
 
 @dataclass(frozen=True)
 class PromptFacts:
-    """What an answer needs to know of its prompt."""
+    """The facts about a prompt that its answer needs."""
 
     image_tokens: int = 0
     image_sizes: tuple[tuple[int, int], ...] = ()  # width and height in pixels, upright
-    asked_image: int | None = None  # the one, and only one, that the last question refers to
+    question_image: int | None = None  # the image that the last question refers to, if it is exactly one
 
 
 @dataclass
 class Choice:
-    """One of the `n` answers to a request."""
+    """One of the `n` answers to a request. `feed` and `finish` return its part of each chunk."""
 
     index: int
     call_id: str
@@ -60,7 +60,7 @@ class Choice:
         return [self._chunk(self._delta(piece)) for piece in pieces]
 
     def finish(self, done: Done) -> list[Chunk]:
-        """The deltas of what was held back, and last the one with the finish reason."""
+        """The deltas of the text that was still held back, and at last the one with the finish reason."""
         self.done = done
         pieces = self.parser.finish(stopped=done.reason == "stop")
         deltas = [self._delta(piece) for piece in pieces]
@@ -103,7 +103,7 @@ class Choice:
                 return {"content": text}
             case Boxes(regions):
                 prompt = self.prompt
-                boxes = [region_entry(region, prompt.image_sizes, prompt.asked_image) for region in regions]
+                boxes = [region_entry(region, prompt.image_sizes, prompt.question_image) for region in regions]
                 self._boxes += boxes
                 return {"boxes": boxes}
             case Call(name, arguments):
@@ -125,7 +125,7 @@ class Choice:
 
 @dataclass
 class Completion:
-    """The answer to one request: its choices and what they share."""
+    """The answer to one request: its choices and what they share. Used in the event loop only."""
 
     id: str
     request_id: str
@@ -186,7 +186,7 @@ class Completion:
         }
 
     def timings(self) -> dict[str, float]:
-        """Seconds, and tokens in a second. Of several choices the slowest counts."""
+        """Seconds, and tokens per second. Of several choices the slowest counts."""
         done = self._done()
         now = time.monotonic()
         after_first = [
@@ -225,7 +225,11 @@ class ServerSentEvent(NamedTuple):
 
     def encode(self) -> bytes:
         """The bytes of the event on the wire (WHATWG HTML, section "Server-sent events")."""
-        text = self.data if isinstance(self.data, str) else json.dumps(self.data, ensure_ascii=False, separators=(",", ":"))
+        text = (
+            self.data
+            if isinstance(self.data, str)
+            else json.dumps(self.data, ensure_ascii=False, separators=(",", ":"))
+        )
         return format_sse_event(data_str=text, event=self.name)
 
 

@@ -1,6 +1,6 @@
 """OpenAI's newer request format (POST /v1/responses), translated into a chat request.
 
-Nothing is stored, so a conversation is sent whole each time: `previous_response_id` is refused.
+Nothing is stored, so every request must contain the whole conversation; `previous_response_id` is refused.
 """
 
 from __future__ import annotations
@@ -11,8 +11,16 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from api.errors import ServingError, invalid
-from api.protocol.schemas import HARMLESS, ChatRequest, check_agreement, known_fields
-from api.protocol.validation import Strict, check, parse_object, shown
+from api.protocol.schemas import (
+    HARMLESS,
+    ChatRequest,
+    Strict,
+    check,
+    check_consistency,
+    known_fields,
+    parse_object,
+    shown,
+)
 
 
 class Part(Strict):
@@ -84,7 +92,7 @@ class ResponseRequest(Strict):
     parallel_tool_calls: bool | None = None
 
 
-# Fields of the chat request, and what they are called here.
+# Fields of the chat request, and their names in this format.
 _NAMES = (
     (r"max_tokens", "max_output_tokens"),
     (r"response_format\.json_schema", "text.format"),
@@ -96,11 +104,11 @@ _NAMES = (
 
 
 class Translation:
-    """Translates one request into a chat request, and the errors of that back into this request's field names."""
+    """Translates one request into a chat request, and the errors of the chat request back into this one's field names."""
 
     def __init__(self) -> None:
-        self.asked = ResponseRequest(input="")
-        self._origins: list[str] = []  # of each message: the field it came from
+        self.request = ResponseRequest(input="")
+        self._origins: list[str] = []  # for each message, the field it came from
 
     def parse(self, body: bytes) -> ChatRequest:
         """Raises the 400 error that names the field of this request."""
@@ -108,9 +116,9 @@ class Translation:
         for name, value in data.items():
             if name not in ResponseRequest.model_fields and value is not None:
                 raise invalid(f"`{name}` is not supported.", name, "unsupported_parameter")
-        self.asked = check(ResponseRequest, {k: v for k, v in data.items() if k in ResponseRequest.model_fields})
+        self.request = check(ResponseRequest, {k: v for k, v in data.items() if k in ResponseRequest.model_fields})
         chat = check(ChatRequest, known_fields(self._fields()))
-        check_agreement(chat)
+        check_consistency(chat)
         return chat
 
     def renamed(self, error: ServingError) -> ServingError:
@@ -125,29 +133,29 @@ class Translation:
         return ServingError(error.status, message, error.type, error.code, param or None, error.retry_after_s)
 
     def _fields(self) -> dict[str, Any]:
-        asked = self.asked
-        fields: dict[str, Any] = {"messages": self._messages(), "max_tokens": asked.max_output_tokens}
+        request = self.request
+        fields: dict[str, Any] = {"messages": self._messages(), "max_tokens": request.max_output_tokens}
         for name in ("model", "temperature", "top_p", "stream", "parallel_tool_calls"):
-            fields[name] = getattr(asked, name)
-        if asked.reasoning:
-            fields["reasoning_effort"] = asked.reasoning.effort
-        if asked.text and asked.text.format:
-            fields["response_format"] = _format(asked.text.format)
-        if asked.tools is not None:
-            fields["tools"] = [{"type": "function", "function": t.model_dump(exclude={"type"})} for t in asked.tools]
-        fields["tool_choice"] = asked.tool_choice
-        if isinstance(asked.tool_choice, dict) and "name" in asked.tool_choice:
-            kind = {k: v for k, v in asked.tool_choice.items() if k != "name"}
-            fields["tool_choice"] = {**kind, "function": {"name": asked.tool_choice["name"]}}
+            fields[name] = getattr(request, name)
+        if request.reasoning:
+            fields["reasoning_effort"] = request.reasoning.effort
+        if request.text and request.text.format:
+            fields["response_format"] = _format(request.text.format)
+        if request.tools is not None:
+            fields["tools"] = [{"type": "function", "function": t.model_dump(exclude={"type"})} for t in request.tools]
+        fields["tool_choice"] = request.tool_choice
+        if isinstance(request.tool_choice, dict) and "name" in request.tool_choice:
+            kind = {k: v for k, v in request.tool_choice.items() if k != "name"}
+            fields["tool_choice"] = {**kind, "function": {"name": request.tool_choice["name"]}}
         return {name: value for name, value in fields.items() if value is not None}
 
     def _messages(self) -> list[dict[str, Any]]:
-        """One message for each turn: consecutive reasoning, text and calls of the assistant become one message."""
+        """Consecutive reasoning, text and calls of the assistant become one message."""
         messages: list[dict[str, Any]] = []
-        if self.asked.instructions:
+        if self.request.instructions:
             self._origins.append("instructions")
-            messages.append({"role": "system", "content": self.asked.instructions})
-        items = self.asked.input
+            messages.append({"role": "system", "content": self.request.instructions})
+        items = self.request.input
         for number, item in enumerate([Item(role="user", content=items)] if isinstance(items, str) else items):
             field = "input" if isinstance(items, str) else f"input[{number}]"
             message = _message(item, field)
@@ -164,9 +172,9 @@ class Translation:
 
 
 def _message(item: Item, field: str) -> dict[str, Any]:
-    needed = {"message": ("role", "content"), "function_call": ("name", "arguments"),
+    required = {"message": ("role", "content"), "function_call": ("name", "arguments"),
               "function_call_output": ("call_id", "output"), "reasoning": ()}  # fmt: skip
-    for name in needed[item.type]:
+    for name in required[item.type]:
         if getattr(item, name) is None:
             raise invalid(f"`{field}.{name}` is required.", f"{field}.{name}", "missing_required_parameter")
     if item.type == "function_call":
@@ -185,22 +193,22 @@ def _content(content: Any, field: str) -> Any:
         return content
     parts: list[dict[str, Any]] = []
     for number, part in enumerate(content):
-        needed = "image_url" if part.type == "input_image" else "text"
-        if getattr(part, needed, None) is None:
-            name = f"{field}[{number}].{needed}"
+        required = "image_url" if part.type == "input_image" else "text"
+        if getattr(part, required, None) is None:
+            name = f"{field}[{number}].{required}"
             raise invalid(f"`{name}` is required.", name, "missing_required_parameter")
         image = {"type": "image_url", "image_url": {"url": getattr(part, "image_url", None)}}
-        parts.append(image if needed == "image_url" else {"type": "text", "text": part.text})
+        parts.append(image if required == "image_url" else {"type": "text", "text": part.text})
     if all(part["type"] == "text" for part in parts):
         return "\n".join(part["text"] for part in parts)
     return parts
 
 
-def _format(asked: dict[str, Any]) -> dict[str, Any]:
-    if asked.get("type") != "json_schema":
-        if asked.get("type") not in ("text", "json_object"):
+def _format(given: dict[str, Any]) -> dict[str, Any]:
+    if given.get("type") != "json_schema":
+        if given.get("type") not in ("text", "json_object"):
             allowed = "'text', 'json_object', 'json_schema'"
-            message = f"`text.format.type` must be one of {allowed}. Given: {shown(asked.get('type'))}"
+            message = f"`text.format.type` must be one of {allowed}. Given: {shown(given.get('type'))}"
             raise invalid(message, "text.format.type")
-        return asked
-    return {"type": "json_schema", "json_schema": {name: value for name, value in asked.items() if name != "type"}}
+        return given
+    return {"type": "json_schema", "json_schema": {name: value for name, value in given.items() if name != "type"}}

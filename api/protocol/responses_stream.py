@@ -1,4 +1,4 @@
-"""An answer in the format of /v1/responses, as one body or as events."""
+"""Formats an answer for /v1/responses, as one body or as events."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from api.protocol.responses import ResponseRequest
 
 
 class ResponsesFormatter:
-    """Items of the output, each opened, filled and closed in turn."""
+    """Writes the items of the output: each is opened, filled and closed before the next. Implements ResponseFormatter."""
 
-    def __init__(self, asked: ResponseRequest, completion: Completion) -> None:
-        self._asked = asked
+    def __init__(self, request: ResponseRequest, completion: Completion) -> None:
+        self._request = request
         self._completion = completion
         self._output: list[dict[str, Any]] = []
         self._boxes: list[dict[str, Any]] = []
@@ -40,7 +40,10 @@ class ResponsesFormatter:
         events = self._close()
         if not any(item["type"] != "reasoning" for item in self._output):
             events += [*self._text("message", ""), *self._close()]
-        return [*events, self._event("completed" if self._status == "completed" else "incomplete", response=self.body())]
+        return [
+            *events,
+            self._event("completed" if self._status == "completed" else "incomplete", response=self.body()),
+        ]
 
     def failed(self, error: ServingError) -> ServerSentEvent:
         fields = error.body()["error"]
@@ -48,7 +51,7 @@ class ResponsesFormatter:
         return ServerSentEvent("error", {**fields, "type": "error", "error": fields, "sequence_number": self._sent})
 
     def body(self) -> dict[str, Any]:
-        completion, asked = self._completion, self._asked
+        completion, request = self._completion, self._request
         done = completion.finished
         tokens = completion.usage() if done else None
         incomplete = None
@@ -58,10 +61,10 @@ class ResponsesFormatter:
         return {
             "id": f"resp_{completion.id}", "object": "response", "created_at": completion.created,
             "status": self._status, "model": completion.model, "request_id": completion.request_id,
-            "error": None, "incomplete_details": incomplete, "instructions": asked.instructions, "metadata": {},
-            "max_output_tokens": asked.max_output_tokens, "temperature": asked.temperature, "top_p": asked.top_p,
-            "parallel_tool_calls": asked.parallel_tool_calls is not False, "tool_choice": asked.tool_choice or "auto",
-            "tools": [tool.model_dump() for tool in asked.tools or []], "store": False,
+            "error": None, "incomplete_details": incomplete, "instructions": request.instructions, "metadata": {},
+            "max_output_tokens": request.max_output_tokens, "temperature": request.temperature, "top_p": request.top_p,
+            "parallel_tool_calls": request.parallel_tool_calls is not False, "tool_choice": request.tool_choice or "auto",
+            "tools": [tool.model_dump() for tool in request.tools or []], "store": False,
             "output": list(self._output),
             **({"boxes": self._boxes} if self._boxes else {}),
             "usage": tokens and {

@@ -1,19 +1,28 @@
-"""The bodies of requests: chat completions, /tokenize and /detokenize. Which fields there are and what they may be.
+"""Request bodies of chat completions, /tokenize and /detokenize: their fields, their limits, and the 400 errors.
 
 A field is honoured or refused; only the harmless ones listed here are accepted without effect.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import json
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from api.errors import ServingError, invalid
-from api.protocol.validation import Strict, check, parse_json, parse_object, shown
 
-# Notes for the caller's own use; they have no effect on the answer.
+# Fields without an effect on the answer, and why.
 HARMLESS = {
     "user": "for the caller's own use",
     "metadata": "for the caller's own use",
@@ -36,9 +45,17 @@ MAX_STOP = 4
 MAX_CHOICES = 8
 MAX_TOP_LOGPROBS = 20
 MAX_BIASES = 1024
-# How long a model that thinks may do so, in tokens. None: as long as it likes.
+# The longest reasoning in tokens; None: any length.
 EFFORT_TOKENS: dict[str, int | None] = {"minimal": 64, "low": 512, "medium": 2048, "high": None, "xhigh": None}
 MAX_DETOKENIZE = 1_000_000
+MAX_DEPTH = 64  # of nested lists and objects; far more than any schema or call has
+Checked = TypeVar("Checked", bound=BaseModel)
+
+
+class Strict(BaseModel):
+    """An unknown field is an error, and no value is converted into another type."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class TextPart(Strict):
@@ -48,7 +65,7 @@ class TextPart(Strict):
 
 class ImageUrl(Strict):
     url: str
-    detail: str | None = None  # harmless: images are always taken at the processor's own resolution
+    detail: str | None = None  # harmless: images are always processed at the model's own resolution
 
 
 class ImagePart(Strict):
@@ -102,7 +119,7 @@ class Message(Strict):
     reasoning: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
-    # What an answer carries besides, so that it can be sent back as it came.
+    # Other fields of an answer, so that it can be sent back unchanged.
     boxes: Any = None
     refusal: None = None
     annotations: Any = None
@@ -117,7 +134,7 @@ class Message(Strict):
             raise PydanticCustomError("tool_calls", "`tool_calls` belong to a message of the role 'assistant'")
         has_images = isinstance(self.content, list) and any(isinstance(p, ImagePart) for p in self.content)
         if has_images and self.role not in ("user", "tool"):
-            raise PydanticCustomError("pictures", "pictures belong to a message of the role 'user' or 'tool'")
+            raise PydanticCustomError("images", "pictures belong to a message of the role 'user' or 'tool'")
         return self
 
 
@@ -154,7 +171,7 @@ ToolChoice = Annotated[
 
 class StreamOptions(Strict):
     include_usage: bool = False
-    include_obfuscation: bool | None = None  # harmless: padding against listeners, which TLS in front has to keep out
+    include_obfuscation: bool | None = None  # harmless: padding against eavesdroppers, which TLS protects from
 
 
 class TemplateOptions(Strict):
@@ -196,7 +213,7 @@ ResponseFormat = Annotated[
 class ChatRequest(Strict):
     messages: list[Message] = Field(min_length=1)
     model: str | None = None
-    # How long, and how many.
+    # Length and number of answers.
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     min_tokens: int | None = Field(None, ge=0)
@@ -204,7 +221,7 @@ class ChatRequest(Strict):
     stop: str | list[str] | None = None
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     loop_window: int | None = Field(None, ge=0, le=4096, description="tokens that repeat one pattern; 0: go on")
-    # Which tokens.
+    # Sampling.
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=-1)
@@ -214,7 +231,7 @@ class ChatRequest(Strict):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[str, float] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    # What comes back.
+    # Form of the answer.
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     logprobs: bool | None = None
@@ -223,11 +240,11 @@ class ChatRequest(Strict):
     tools: list[Tool] | None = Field(None, max_length=128)
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    # Thinking.
+    # Reasoning.
     chat_template_kwargs: TemplateOptions | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     thinking_token_budget: int | None = Field(None, ge=0)
-    # Whose cache.
+    # Caching.
     cache_salt: str | None = Field(None, min_length=1, max_length=256)
 
     @property
@@ -240,18 +257,19 @@ class ChatRequest(Strict):
 
     @property
     def enable_thinking(self) -> bool:
-        asked = self.chat_template_kwargs.enable_thinking if self.chat_template_kwargs else None
-        return self.reasoning_effort != "none" if asked is None else asked
+        explicit = self.chat_template_kwargs.enable_thinking if self.chat_template_kwargs else None
+        return self.reasoning_effort != "none" if explicit is None else explicit
 
     @property
     def thinking_tokens(self) -> int | None:
+        """The longest reasoning in tokens; None: any length."""
         if self.thinking_token_budget is not None:
             return self.thinking_token_budget
         return EFFORT_TOKENS.get(self.reasoning_effort or "high")
 
     @property
     def active_tools(self) -> list[Tool]:
-        """What the model may call: with a named choice only that one."""
+        """The tools that the model may call: with a named `tool_choice` only that one."""
         if self.tool_choice == "none":
             return []
         if isinstance(self.tool_choice, NamedTool):
@@ -273,19 +291,19 @@ class ChatRequest(Strict):
         return None
 
     @property
-    def asked_max_tokens(self) -> int | None:
+    def requested_max_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
 
 def parse_chat(body: bytes) -> ChatRequest:
     """Raises the 400 error that names the first field that is wrong."""
     chat = check(ChatRequest, known_fields(parse_object(body)))
-    check_agreement(chat)
+    check_consistency(chat)
     return chat
 
 
 def known_fields(data: dict[str, Any]) -> dict[str, Any]:
-    """The fields that have an effect. Raises the 400 error for one that would be dropped silently."""
+    """The fields that have an effect. Raises the 400 error for a field that would be dropped silently."""
     known: dict[str, Any] = {}
     for name, value in data.items():
         if name in ChatRequest.model_fields:
@@ -314,12 +332,12 @@ def _check_stop(stop: Any) -> None:
         raise invalid(f"`stop` must have <= {MAX_STOP} strings. Given: {len(strings)}", "stop")
 
 
-def check_agreement(chat: ChatRequest) -> None:
-    """Raises the 400 error for a field that makes another one meaningless."""
+def check_consistency(chat: ChatRequest) -> None:
+    """Raises the 400 error for fields that contradict each other."""
     names = [tool.function.name for tool in chat.tools or []]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise _conflict("tools", f"two functions have the name '{twice}'")
+    duplicate = next((name for name in names if names.count(name) > 1), None)
+    if duplicate is not None:
+        raise _conflict("tools", f"two functions have the name '{duplicate}'")
     if chat.must_call and not names:
         raise _conflict("tool_choice", "there are no `tools` to choose from")
     if chat.must_call and not chat.active_tools:
@@ -328,18 +346,18 @@ def check_agreement(chat: ChatRequest) -> None:
         raise _conflict("top_logprobs", "needs `logprobs` to be true")
     if chat.stream_options is not None and not chat.stream:
         raise _conflict("stream_options", "needs `stream` to be true")
-    asked = chat.chat_template_kwargs.enable_thinking if chat.chat_template_kwargs else None
-    if asked is not None and chat.reasoning_effort is not None and asked != (chat.reasoning_effort != "none"):
+    explicit = chat.chat_template_kwargs.enable_thinking if chat.chat_template_kwargs else None
+    if explicit is not None and chat.reasoning_effort is not None and explicit != (chat.reasoning_effort != "none"):
         raise _conflict("reasoning_effort", "contradicts `chat_template_kwargs.enable_thinking`")
     if chat.max_tokens and chat.max_completion_tokens and chat.max_tokens != chat.max_completion_tokens:
         raise _conflict("max_tokens", "differs from `max_completion_tokens`; give one of them")
-    longest = chat.asked_max_tokens
+    longest = chat.requested_max_tokens
     if longest is not None and (chat.min_tokens or 0) > longest:
         raise _conflict("min_tokens", f"must be <= {longest}, the longest answer. Given: {chat.min_tokens}")
-    bound = "response_format" if chat.answer_schema is not None else "tool_choice" if chat.must_call else None
-    endless = "ignore_eos" if chat.ignore_eos else "min_tokens" if chat.min_tokens else None
-    if bound and endless:
-        raise _conflict(endless, f"cannot go on past the end that `{bound}` sets")
+    constraint = "response_format" if chat.answer_schema is not None else "tool_choice" if chat.must_call else None
+    extension = "ignore_eos" if chat.ignore_eos else "min_tokens" if chat.min_tokens else None
+    if constraint and extension:
+        raise _conflict(extension, f"cannot continue past the end that `{constraint}` sets")
     for token, bias in (chat.logit_bias or {}).items():
         if not (token.isascii() and token.isdigit() and len(token) < 10):
             raise _conflict("logit_bias", f"its names must be token ids. Given: {shown(token)}")
@@ -380,3 +398,123 @@ class DetokenizeRequest(Strict):
 def parse_detokenize(body: bytes) -> DetokenizeRequest:
     """Raises the 400 error that names the first field that is wrong."""
     return check(DetokenizeRequest, parse_object(body))
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """Raises the 400 error for anything but a JSON object."""
+    try:
+        data = json.loads(body)
+        _refuse_lone_surrogates(body, data)
+    except json.JSONDecodeError as error:
+        raise _not_an_object(f"It is not JSON: {error.msg} at character {error.pos}.") from None
+    except UnicodeError:
+        raise _not_an_object("It is not whole Unicode characters in UTF-8.") from None
+    except (ValueError, RecursionError):  # thousands of digits in a number, or thousands of brackets
+        raise _not_an_object("It cannot be parsed: it is nested too deeply, or a number is too long.") from None
+    if not isinstance(data, dict):
+        raise _not_an_object(f"Given: {shown(data)}")
+    if (name := too_deep(data)) is not None:
+        raise invalid(f"`{name}` must have <= {MAX_DEPTH} levels of lists and objects.", name, "too_deep")
+    return data
+
+
+def _not_an_object(reason: str) -> ServingError:
+    return invalid(f"The body must be a JSON object. {reason}", code="invalid_json")
+
+
+def parse_json(text: str) -> Any:
+    """The value, or None if it is not JSON or has a lone surrogate in it."""
+    try:
+        value = json.loads(text)
+        _refuse_lone_surrogates(text, value)
+        return value
+    except (ValueError, RecursionError):
+        return None
+
+
+def _refuse_lone_surrogates(text: str | bytes, value: Any) -> None:
+    """Raises UnicodeError: JSON can escape a lone surrogate, which UTF-8 cannot encode."""
+    if "\\u" in text if isinstance(text, str) else b"\\u" in text:
+        json.dumps(value, ensure_ascii=False).encode()
+
+
+def too_deep(data: dict[str, Any]) -> str | None:
+    """The first field that is nested deeper than MAX_DEPTH."""
+    for name, value in data.items():
+        level = [value]
+        for _ in range(MAX_DEPTH):
+            level = [
+                inner
+                for outer in level
+                if isinstance(outer, dict | list)
+                for inner in (outer.values() if isinstance(outer, dict) else outer)
+            ]
+            if not level:
+                break
+        if level:
+            return name
+    return None
+
+
+def check(kind: type[Checked], data: dict[str, Any]) -> Checked:
+    """Raises the 400 error that names the first field that is wrong."""
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise _explain(error.errors()[0]) from None
+
+
+# Pydantic's types of error, in terms of the API.
+_BOUNDS = {"greater_than_equal": (">=", "ge"), "less_than_equal": ("<=", "le"), "greater_than": (">", "gt"),
+           "less_than": ("<", "lt")}  # fmt: skip
+_COUNTS = {"too_short": (">=", "min_length", "items"), "too_long": ("<=", "max_length", "items"),
+           "string_too_short": (">=", "min_length", "characters"),
+           "string_too_long": ("<=", "max_length", "characters")}  # fmt: skip
+_KINDS = {
+    "string_type": "a string", "string_unicode": "a string of whole Unicode characters", "bool_type": "true or false",
+    "int_type": "an integer", "int_from_float": "an integer", "float_type": "a number",
+    "finite_number": "a finite number", "list_type": "a list", "dict_type": "an object", "model_type": "an object",
+}  # fmt: skip
+
+
+def _explain(problem: ErrorDetails) -> ServingError:
+    param = _path(problem["loc"])
+    context, kind = problem.get("ctx", {}), problem["type"]
+    given = f" Given: {shown(problem['input'])}"
+    if kind == "missing":
+        return invalid(f"`{param}` is required.", param, "missing_required_parameter")
+    if kind == "extra_forbidden":
+        return invalid(f"`{param}` is not supported.", param, "unsupported_parameter")
+    if kind in _BOUNDS:
+        sign, bound = _BOUNDS[kind]
+        return invalid(f"`{param}` must be {sign} {context[bound]:g}.{given}", param)
+    if kind in _COUNTS:
+        sign, bound, things = _COUNTS[kind]
+        count = context.get("actual_length") or len(problem["input"])
+        return invalid(f"`{param}` must have {sign} {context[bound]} {things}. Given: {count}", param)
+    if kind == "literal_error":
+        return invalid(f"`{param}` must be {context['expected']}.{given}", param)
+    if kind == "string_pattern_mismatch":
+        return invalid(f"`{param}` must match {context['pattern']}.{given}", param)
+    if kind in _KINDS:
+        return invalid(f"`{param}` must be {_KINDS[kind]}.{given}", param)
+    if problem["msg"].startswith("must be"):
+        return invalid(f"`{param}` {problem['msg']}.{given}", param)
+    return invalid(f"`{param}`: {problem['msg']}.", param)
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    """`messages[0].content[1].text`; a step that begins with # is a tag of a union, not a field."""
+    path = ""
+    for step in location:
+        if isinstance(step, int):
+            path += f"[{step}]"
+        elif not step.startswith("#"):
+            path += f".{step}" if path else step
+    return path
+
+
+def shown(value: Any) -> str:
+    """A value as JSON, cut to 60 characters: enough to recognise it, never a whole prompt or image."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,4 +1,3 @@
-"""Admission, and the life of one request: prompt, sampling parameters, submission, events.
-
-May not know routes, connections or HTTP; whoever watches the client cancels or closes a handler.
+"""Owns admission and the life of one request: prompt, sampling parameters, submission, events.
+May not know routes, connections or HTTP.
 """

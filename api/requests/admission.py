@@ -1,9 +1,9 @@
-"""Admission control: how much may be under way at once, from before images are decoded to the last token.
+"""Admission control: limits the requests in progress, from before their images are decoded to their last token.
 
-Bounded by requests, by their tokens, and for one key by its rate and its number. The engine bounds its own queue
-too; this also covers the work before it. A body still arriving holds no permit, so that slow senders keep no one
-out; the bytes received of all such bodies are limited, and those of one key lower, so that no key keeps out another.
-Health probes have permits of their own. Used in the event loop only.
+It limits the number of requests and their tokens, and for each key the rate and the concurrency. The engine limits
+its own queue too; admission also covers the work before it. A body that is still arriving holds no permit, so that
+slow senders cannot block others; the bytes received of such bodies are limited in total, and more strictly for each
+key, so that one key cannot block another. Health probes have permits of their own. Called in the event loop only.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from api.errors import (
 from api.health.metrics import AdmissionLoad
 from settings import Settings
 
-PROBES = 2  # at a time: one of the checker, and one by hand
+PROBES = 2  # at a time: the checker's, and one made by hand
 MINUTE_S = 60.0
-LARGEST_BODIES = 4  # so many of the largest size may be in memory while they arrive
+LARGEST_BODIES = 4  # bodies of the largest size that may be in memory while they arrive
 LARGEST_BODIES_OF_KEY = 2
 
 
@@ -65,6 +65,7 @@ class Admission:
         return AdmissionLoad(self.active, self.tokens, self.arriving_bytes)
 
     def arriving(self, caller: Caller) -> ArrivingBody:
+        """A context in which the bytes of one arriving body are counted."""
         return ArrivingBody(self, caller)
 
     def _check_rate(self, key: str) -> deque[float] | None:
@@ -92,16 +93,16 @@ class Admission:
             if self.probes + requests > PROBES:
                 raise queue_full(PROBES)
             return
-        own = self._settings.key_concurrency
-        if own and self._of_key[caller.name] + requests > own:
-            raise too_many_at_once(own)
+        limit = self._settings.key_concurrency
+        if limit and self._of_key[caller.name] + requests > limit:
+            raise too_many_at_once(limit)
         if self.active + requests > self._settings.queue_size + self._slots():
             raise queue_full(self._settings.queue_size)
 
     def _arrive(self, caller: Caller, size: int) -> None:
-        largest, own = self._settings.max_body_bytes, self._arriving_of_key[caller.name]
+        largest = self._settings.max_body_bytes
         if not caller.probe:
-            if own + size > LARGEST_BODIES_OF_KEY * largest:
+            if self._arriving_of_key[caller.name] + size > LARGEST_BODIES_OF_KEY * largest:
                 raise too_many_bytes_of_key(LARGEST_BODIES_OF_KEY * largest)
             if self.arriving_bytes + size > LARGEST_BODIES * largest:
                 raise too_many_bytes(LARGEST_BODIES * largest)
@@ -132,7 +133,7 @@ class Admission:
 
 
 class Permit:
-    """What one request holds of the limits. Released once, however often `release` is called."""
+    """The share of the limits that one request holds. `release` may be called more than once."""
 
     def __init__(self, admission: Admission, caller: Caller) -> None:
         self._admission = admission
@@ -141,7 +142,7 @@ class Permit:
         self._tokens = 0
 
     def take_requests(self, requests: int) -> None:
-        """Count more of the engine's requests, one for each choice. Raises the 429 or 503 error."""
+        """Count more requests to the engine: each choice is one. Raises the 429 or 503 error."""
         self._admission._take_requests(self.caller, requests)
         self._requests += requests
 

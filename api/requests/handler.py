@@ -1,7 +1,7 @@
 """The life of one accepted chat request, from its preparation to its last event.
 
-However it ends, it ends once, in a completion or an error, and releases all that it holds. Knows nothing of the
-connection: whoever watches it cancels `start`, or calls `close`.
+It ends exactly once, in a completion or an error, and releases everything that it holds. It does not know the
+connection: when the client disconnects, the route cancels `start` or calls `close`.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from settings import Settings
 
 logger = logging.getLogger(__name__)
 
-HEARTBEAT_S = 1.0  # a stream without an event for so long sends a comment
+COMMENT_S = 1.0  # a stream without an event for so long sends a comment
 
 
 @dataclass(frozen=True)
 class RequestHandlers:
-    """Starts the handlers of chat requests, and holds what all of them use."""
+    """Starts the handlers of chat requests, and holds what they share."""
 
     settings: Settings
     engine: Engine
@@ -52,9 +52,10 @@ class RequestHandlers:
     async def start(
         self, chat: ChatRequest, permit: Permit, request_id: str, log: dict[str, Any], arrived_at: float
     ) -> RequestHandler:
-        """Build the prompt, weigh it, compile grammars, submit. Raises ServingError, and cancelled submits nothing.
+        """Build the prompt, count its tokens, compile grammars, submit. Raises ServingError.
 
-        `permit` stays the caller's to release until the handler is returned. `log` takes the facts for the log line.
+        Until a handler is returned nothing has been submitted, and `permit` is the caller's to release. `log` receives
+        the fields of the request's log line. `arrived_at` is a monotonic timestamp.
         """
         model = loaded_model(self.engine)
         if chat.model is not None and chat.model != model.id:
@@ -89,7 +90,7 @@ class RequestHandlers:
 
 
 def loaded_model(engine: Engine) -> Model:
-    """The model, or the 503 error that says why there is none."""
+    """The engine's model. Raises the 503 error with the reason if it is not loaded."""
     if engine.model is None:
         stats = engine.stats()
         raise not_accepting(stats.state, stats.progress, stats.reason)
@@ -117,7 +118,7 @@ def _completion(
 
 
 class Inbox:
-    """Brings the events of all choices from the engine thread into the event loop that made it."""
+    """Passes the events of all choices from the engine thread to the event loop that created it."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -125,12 +126,12 @@ class Inbox:
 
     def deliver(self, index: int, event: Event) -> None:
         """Called in any thread."""
-        # A closed loop means that the process is ending and no one reads any more.
+        # The loop is closed only when the process is ending; nothing reads the event then.
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
     async def next(self, timeout_s: float | None = None) -> tuple[int, Event] | None:
-        """The next event and its choice, or None if none came in time."""
+        """The index of a choice and its next event, or None after `timeout_s` without one."""
         try:
             async with asyncio.timeout(timeout_s):
                 return await self._events.get()
@@ -139,7 +140,7 @@ class Inbox:
 
 
 class RequestHandler:
-    """One submitted request. Called in the event loop only, but for `_deliver`."""
+    """One submitted request. Called in the event loop only, except `_deliver`."""
 
     def __init__(
         self,
@@ -164,7 +165,7 @@ class RequestHandler:
         return self.completion.id if len(self.completion.choices) == 1 else f"{self.completion.id}-{index}"
 
     def submit(self, requests: list[EngineRequest], queue_size: int) -> None:
-        """Submit every choice, or none. Raises the 503 error."""
+        """Submit all choices, or none. Raises the 503 error."""
         self._log |= {"engine_request": self.completion.id, "images": len(requests[0].images)}
         for index, request in enumerate(requests):
             try:
@@ -195,7 +196,7 @@ class RequestHandler:
         try:
             for event in formatter.opening():
                 yield event.encode()
-            async for chunk in self._chunks(HEARTBEAT_S):
+            async for chunk in self._chunks(COMMENT_S):
                 if chunk is None:
                     yield format_sse_event(comment=self._progress())
                     continue
@@ -212,16 +213,16 @@ class RequestHandler:
             yield formatter.failed(internal()).encode()
 
     def close(self) -> None:
-        """Release what the request holds, and abort it if it runs. Without an outcome by now, the client has gone."""
+        """Release what the request holds, and abort it if it is running: without an outcome, the client has disconnected."""
         if not self._outcome_known:
             self._fail("client_gone")
         self._release()
 
-    async def _chunks(self, heartbeat_s: float | None) -> AsyncIterator[Chunk | None]:
-        """Chunks as they come, and None after each `heartbeat_s` without one. Raises ServingError."""
+    async def _chunks(self, comment_s: float | None) -> AsyncIterator[Chunk | None]:
+        """The chunks as they become available, and None after each `comment_s` without one. Raises ServingError."""
         completion = self.completion
         while not completion.finished:
-            received = await self._inbox.next(heartbeat_s)
+            received = await self._inbox.next(comment_s)
             if received is None:
                 yield None
                 continue
@@ -241,11 +242,11 @@ class RequestHandler:
             now, before = time.monotonic(), self._last_text_at.get(index)
             self._last_text_at[index] = now
             gap_s = None if before is None else now - before
-            self._metrics.wrote(event.tokens, self._engine.steps, gap_s, self._permit.caller.probe)
+            self._metrics.generated(event.tokens, self._engine.steps, gap_s, self._permit.caller.probe)
         self._inbox.deliver(index, event)
 
     def _checked(self, index: int, event: Done | Failed) -> Done:
-        """Raises the ServingError of a failure, and of a grammar that could not go on."""
+        """The event of a finished choice. Raises the ServingError of a failed request or a failed grammar."""
         if isinstance(event, Failed):
             self._fail(event.kind.value)
             raise failed(event.kind, event.message)
@@ -257,7 +258,7 @@ class RequestHandler:
 
     def _succeed(self) -> None:
         self._outcome_known = True
-        self._permit.release()  # a client that reads slowly holds no permit
+        self._permit.release()  # a slow reader must not hold a permit
         completion = self.completion
         usage, timings = completion.usage(), completion.timings()
         reasons = [choice.finish_reason for choice in completion.choices]
@@ -279,7 +280,7 @@ class RequestHandler:
         self._permit.release()
 
     def _progress(self) -> str:
-        """The comment for a client that waits."""
+        """The comment for a waiting client."""
         if self.completion.first_token_at is not None:
             return "waiting for the next token"
         positions = [self._engine.position(self.engine_id(c.index)) or 0 for c in self.completion.choices]

@@ -1,6 +1,6 @@
-"""Messages to what the model reads: chat template, token ids, processed images.
+"""Turns messages into the input of the model: chat template, token ids, processed images.
 
-Runs in preprocessing threads. Text from the caller cannot forge special tokens (see `Vocabulary`).
+Text from the caller cannot forge special tokens (see `Vocabulary`).
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from api.protocol.schemas import ChatRequest, ImagePart, Message, TextPart, Tool
 from settings import Settings
 
 PREPROCESS_THREADS = 2
-FETCH_THREADS = 8  # they wait for other servers, not for the processor
-SHORT_TOKEN = 8  # characters; shorter texts, for each token of the context, are not checked more closely
+FETCH_THREADS = 8  # they wait for the network, not for the CPU
+SHORT_TOKEN = 8  # a text with fewer characters for each token of the context is not checked further
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Prompt:
     ids: tuple[int, ...]
     images: tuple[ImageInput, ...]
     image_sizes: tuple[tuple[int, int], ...]  # width and height in pixels, upright
-    starts_thinking: bool  # the template itself has opened the thinking block
-    asked_image: int | None = None  # the one, and only one, that the last question refers to
+    starts_thinking: bool  # the template ends with an open `<think>`
+    question_image: int | None = None  # the image that the last question refers to, if it is exactly one
 
     @property
     def image_tokens(self) -> int:
@@ -50,24 +50,24 @@ class Prompt:
 
     @property
     def facts(self) -> PromptFacts:
-        return PromptFacts(self.image_tokens, self.image_sizes, self.asked_image)
+        return PromptFacts(self.image_tokens, self.image_sizes, self.question_image)
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A prompt whose images are measured but not yet decoded: its cost is known."""
+    """A prompt whose images are measured but not yet decoded, so that its number of tokens is known."""
 
     ids: tuple[int, ...]  # one image token for each image
     opened: tuple[tuple[str, Image.Image], ...]  # field, image of which only the header is read
     tokens: int
     starts_thinking: bool
-    asked_image: int | None
+    question_image: int | None
 
 
 class PromptBuilder:
-    """Builds prompts in threads, so that the event loop never waits; called in the event loop only.
+    """Builds prompts in worker threads; called in the event loop only.
 
-    Fetching has a pool of its own, so that a slow server delays no image at hand, and so have health probes.
+    Fetching has its own threads, so that a slow remote server does not delay other requests, and so have health probes.
     """
 
     def __init__(self, settings: Settings, fetcher: Fetcher) -> None:
@@ -78,6 +78,7 @@ class PromptBuilder:
         self._fetch_pool = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="fetch")
 
     def pool(self, caller: Caller) -> ThreadPoolExecutor:
+        """The threads in which to parse and preprocess the requests of `caller`."""
         return self._probe_pool if caller.probe else self._preprocess_pool
 
     async def draft(self, chat: ChatRequest, model: Model, caller: Caller) -> Draft:
@@ -107,20 +108,20 @@ class PromptBuilder:
 
 def image_urls(chat: ChatRequest, settings: Settings) -> list[tuple[str, str]]:
     """Field and URL of each image, in order. Raises the 400 error if there are too many."""
-    found = [
+    urls = [
         (f"messages[{m}].content[{p}].image_url.url", part.image_url.url)
         for m, message in enumerate(chat.messages)
         if isinstance(message.content, list)
         for p, part in enumerate(message.content)
         if isinstance(part, ImagePart)
     ]
-    if len(found) > settings.max_images:
-        raise invalid(f"`messages` must have <= {settings.max_images} pictures. Given: {len(found)}", "messages")
-    return found
+    if len(urls) > settings.max_images:
+        raise invalid(f"`messages` must have <= {settings.max_images} pictures. Given: {len(urls)}", "messages")
+    return urls
 
 
 def draft(chat: ChatRequest, fetched: Mapping[str, bytes], model: Model, settings: Settings) -> Draft:
-    """`fetched` has the bytes of the remote images, by URL. Raises the 400 or 413 error before any image is decoded."""
+    """`fetched` holds the remote images by URL. Decodes no image. Raises the 400 or 413 error."""
     opened = []
     for param, url in image_urls(chat, settings):
         data = fetched[url] if is_remote(url) else read_data_url(url, param, settings)
@@ -133,9 +134,9 @@ def draft(chat: ChatRequest, fetched: Mapping[str, bytes], model: Model, setting
     tokens = len(ids) - len(opened) + expected
     if tokens >= model.context_tokens:
         raise _too_long(tokens, model, "The prompt has")
-    asked = {image for _, image in image_references(_last_question(chat.messages), len(opened))}
-    asked_image = asked.pop() if len(asked) == 1 else None
-    return Draft(tuple(ids), tuple(opened), tokens, _opens_thinking(ids, model), asked_image)
+    referenced = {image for _, image in image_references(_last_question(chat.messages), len(opened))}
+    question_image = referenced.pop() if len(referenced) == 1 else None
+    return Draft(tuple(ids), tuple(opened), tokens, _opens_thinking(ids, model), question_image)
 
 
 def _last_question(messages: list[Message]) -> str:
@@ -146,7 +147,10 @@ def _last_question(messages: list[Message]) -> str:
 
 
 def rendered_ids(messages: list[Message], tools: list[Tool], enable_thinking: bool, model: Model) -> list[int]:
-    """Token ids of the conversation as the chat template renders it, one image token for each image."""
+    """Token ids of the conversation as the chat template renders it, one image token for each image.
+
+    Raises the 400 error for text that cannot fit the context, or messages that the template refuses.
+    """
     vocabulary = model.vocabulary
     template_messages = [_for_template(message) for message in messages]
     template_tools = [tool.model_dump(exclude_none=True) for tool in tools]
@@ -154,13 +158,13 @@ def rendered_ids(messages: list[Message], tools: list[Tool], enable_thinking: bo
     protected, protected_tools = vocabulary.protect(template_messages), vocabulary.protect(template_tools) or None
     try:
         rendered = model.template.render(protected, protected_tools, enable_thinking)
-    except TemplateError as error:  # a template may refuse an order of roles
+    except TemplateError as error:  # a template may refuse the order of roles
         raise invalid(f"`messages` do not fit the model's chat template: {error}", "messages") from None
     return vocabulary.encode(rendered)
 
 
 def _opens_thinking(ids: list[int], model: Model) -> bool:
-    """Whether the template itself has written `<think>` last, but for white space."""
+    """Whether the prompt ends with `<think>`, apart from white space."""
     for token in reversed(ids):
         if token == model.vocabulary.special.get(THINK):
             return True
@@ -179,14 +183,14 @@ def finish(draft: Draft, model: Model) -> Prompt:
     image_id = model.vocabulary.special[model.image_token]
     remaining = iter(images)
     expanded = [i for token in draft.ids for i in ([token] if token != image_id else [token] * next(remaining).tokens)]
-    # Turned upright, an image may round to other sides than expected.
+    # Rotated upright, an image may have another number of tokens than expected.
     if len(expanded) >= model.context_tokens:
         raise _too_long(len(expanded), model, "The prompt has")
-    return Prompt(tuple(expanded), tuple(images), tuple(sizes), draft.starts_thinking, draft.asked_image)
+    return Prompt(tuple(expanded), tuple(images), tuple(sizes), draft.starts_thinking, draft.question_image)
 
 
 def _with_key(processed: ImageInput, image: Image.Image) -> ImageInput:
-    """With the hash of its content as the key, where the image processor has set none."""
+    """`processed` with the hash of its content as its key, unless the image processor has set one."""
     if processed.key:
         return processed
     digest = sha256(f"{image.mode} {image.size} {processed.grid} ".encode())
@@ -224,23 +228,23 @@ def _for_template(message: Message) -> dict[str, Any]:
 
 
 def check_characters(value: Any, param: str, model: Model) -> None:
-    """Raise the 400 error for text too long for the context even in the longest tokens.
+    """Raise the 400 error for text that would not fit the context even in the longest tokens.
 
-    Counting its tokens would take minutes.
+    Tokenizing it would take minutes.
     """
     count = _characters(value)
     if count <= SHORT_TOKEN * model.context_tokens:
         return
-    most = longest_token(model.vocabulary) * model.context_tokens
-    if count > most:
+    limit = longest_token(model.vocabulary) * model.context_tokens
+    if count > limit:
         message = (
-            f"`{param}` has {count} characters; <= {most} can fit {model.context_tokens} tokens, the context length."
+            f"`{param}` has {count} characters; <= {limit} can fit {model.context_tokens} tokens, the context length."
         )
         raise invalid(message, param, "context_length_exceeded")
 
 
 def _without_old_reasoning(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A template may leave out the reasoning before the last question."""
+    """A template may omit the reasoning before the last question, so that it need not fit the context."""
     last = max((n for n, message in enumerate(messages) if message["role"] == "user"), default=0)
     return [{k: v for k, v in m.items() if n >= last or k != "reasoning_content"} for n, m in enumerate(messages)]
 
@@ -254,7 +258,7 @@ def _characters(value: Any) -> int:
 
 @lru_cache(maxsize=1)
 def longest_token(vocabulary: Vocabulary) -> int:
-    """Bytes of the longest token, and so the most characters that one can hold."""
+    """Bytes of the longest token, which bound the characters that one token can hold."""
     return max(map(len, json.loads(vocabulary.definition())["model"]["vocab"]))
 
 

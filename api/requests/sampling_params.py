@@ -1,4 +1,4 @@
-"""A chat request's fields as the engine's sampling parameters: how tokens are chosen, the grammar, when to stop."""
+"""Translates the fields of a chat request into the engine's sampling parameters, and compiles its grammar."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def answer_form(chat: ChatRequest, starts_thinking: bool) -> AnswerForm:
 
 
 class Grammars:
-    """Compiles the grammars of requests, in threads of its own."""
+    """Compiles the grammars of requests in worker threads."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(GRAMMAR_THREADS, thread_name_prefix="grammar")
         self._compiler: GrammarCompiler | None = None
 
     async def compile(self, chat: ChatRequest, starts_thinking: bool, model: Model) -> list[MatcherGrammar | None]:
-        """One for each choice, or None where nothing constrains the answer. Called in the event loop only.
+        """One grammar for each choice, or None where nothing constrains the answer. Called in the event loop only.
 
         Raises the 400 error for a schema that cannot be enforced.
         """
@@ -55,9 +55,7 @@ class Grammars:
         if self._compiler is None:
             self._compiler = GrammarCompiler(model.vocabulary, model.end_ids)
         param = "response_format" if form.schema is not None else "tools"
-        work = asyncio.get_running_loop().run_in_executor(
-            self._pool, _compile_all, self._compiler, form, chat.choices
-        )
+        work = asyncio.get_running_loop().run_in_executor(self._pool, _compile_all, self._compiler, form, chat.choices)
         try:
             return await asyncio.wait_for(work, COMPILE_S)
         except GrammarError as error:
@@ -77,8 +75,8 @@ def _compile_all(compiler: GrammarCompiler, form: AnswerForm, count: int) -> lis
 
 
 def longest_answer(chat: ChatRequest, model: Model, prompt_tokens: int, settings: Settings) -> int:
-    """Tokens that the answer may have at most."""
-    return min(chat.asked_max_tokens or settings.default_max_tokens, model.context_tokens - prompt_tokens)
+    """The largest number of tokens that the answer may have."""
+    return min(chat.requested_max_tokens or settings.default_max_tokens, model.context_tokens - prompt_tokens)
 
 
 def sampling_params(
@@ -88,7 +86,7 @@ def sampling_params(
     thinking_tokens = chat.thinking_tokens if chat.enable_thinking and END_THINK in model.vocabulary.special else None
     loop_window = settings.loop_window if chat.loop_window is None else chat.loop_window
     if chat.loop_window is None and chat.ignore_eos:
-        loop_window = 0  # a benchmark needs the number of tokens, whatever they are
+        loop_window = 0  # a benchmark needs the full number of tokens, whatever they are
     return SamplingParams(
         max_tokens=longest_answer(chat, model, prompt_tokens, settings),
         temperature=defaults.temperature if chat.temperature is None else chat.temperature,

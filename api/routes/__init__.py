@@ -1,4 +1,3 @@
-"""One file for each family of endpoints: what is called in which order for a request.
-
-The only room that knows ServerState. Nothing below may import it.
+"""Owns the endpoints, one file for each family: what is called in which order for a request.
+May not know the application that they are part of; only this room reads ServerState.
 """

@@ -37,9 +37,9 @@ async def answer(
     parse: Callable[[bytes], ChatRequest],
     formatter: Callable[[ChatRequest, Completion], ResponseFormatter],
 ) -> Response:
-    """Every question takes this way; another wire format brings its own `parse` and `formatter`.
+    """Answer one request, in the wire format that `parse` and `formatter` implement.
 
-    Raises ServingError or ClientGone.
+    Raises ServingError or ClientDisconnected.
     """
     arrived_at = time.monotonic()
     server: ServerState = request.app.state.server
@@ -47,7 +47,7 @@ async def answer(
     stats = server.engine.stats()
     if stats.state in ("loading", "draining", "dead"):
         raise not_accepting(stats.state, stats.progress, stats.reason)
-    server.admission.check(caller)  # before the body: whoever is refused need not send it
+    server.admission.check(caller)  # before the body, so that a refused client need not send it
     with server.admission.arriving(caller) as arriving:
         body = await read_body(request, server.settings.max_body_bytes, arriving.add)
     permit = server.admission.admit(caller)

@@ -1,4 +1,4 @@
-"""The OpenAPI document: the bodies that the routes parse themselves, and every status they may answer with."""
+"""The OpenAPI document: the bodies that the routes parse themselves, and every status that they may answer with."""
 
 from __future__ import annotations
 

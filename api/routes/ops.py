@@ -1,4 +1,4 @@
-"""GET /health for health checks, /info for people, /metrics for Prometheus, /openapi.json for programs."""
+"""GET /health, /info, /metrics and /openapi.json: state, facts and limits, counters, and the description of the API."""
 
 from __future__ import annotations
 

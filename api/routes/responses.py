@@ -20,7 +20,7 @@ async def create_response(request: Request) -> Response:
     translation = Translation()
     try:
         return await answer(
-            request, translation.parse, lambda _, completion: ResponsesFormatter(translation.asked, completion)
+            request, translation.parse, lambda _, completion: ResponsesFormatter(translation.request, completion)
         )
     except ServingError as error:
         raise translation.renamed(error) from None

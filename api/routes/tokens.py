@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize: text to the model's tokens and back."""
+"""POST /tokenize and /detokenize: text to the ids of the model's tokens, and back."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ async def _answer(
     parse: Callable[[bytes], TokenRequest],
     compute: Callable[[TokenRequest, Model], dict[str, Any]],
 ) -> dict[str, Any]:
-    """Admitted as a question is, and computed in a preprocessing thread: a text may be long."""
+    """Admitted like a chat request, and computed in a preprocessing thread, since the text may be long."""
     server: ServerState = request.app.state.server
     caller: Caller = request.state.caller
     model = loaded_model(server.engine)
@@ -73,7 +73,7 @@ def _detokenized(request: DetokenizeRequest, model: Model) -> dict[str, Any]:
 
 
 def _ids(request: TokenizeRequest, model: Model) -> list[int]:
-    """Special tokens in a plain text are text here as everywhere."""
+    """The ids of the text or conversation; special tokens in a text are plain text here too."""
     if request.prompt is not None:
         check_characters(request.prompt, "prompt", model)
         return model.vocabulary.encode(model.vocabulary.protect(request.prompt))

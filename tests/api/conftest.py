@@ -16,8 +16,9 @@ from api.engine.kernels import build
 from api.engine.loaded_model import Model
 from settings import Settings
 
-# Nothing is compiled for a processor that does not fit.
+# Kernels are compiled only for processors that support them.
 collect_ignore = [] if build.fit_processor() else ["server/test_compiled_server.py"]
+
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Callable[..., Served]]:

@@ -12,10 +12,10 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "api.md"
 _TABLE = re.compile(r"(<!-- fields: .*? -->\n).*?(<!-- end of fields -->)", re.DOTALL)
 NOTES = {
     "messages": "roles system, developer, user, assistant, tool; text and images",
-    "model": "must be the one that is served",
+    "model": "id of the served model; another one is a 404",
     "max_tokens": "longest answer, limited by the context; default GLM_DEFAULT_MAX_TOKENS",
     "max_completion_tokens": "the newer name of `max_tokens`",
-    "min_tokens": "the answer does not end before so many tokens",
+    "min_tokens": "shortest answer, in tokens",
     "ignore_eos": "continue to the longest answer; for benchmarks",
     "stop": f"one string or up to {MAX_STOP}; not searched in reasoning",
     "n": "number of choices; each derives its own seed from `seed`",
@@ -45,7 +45,9 @@ def table() -> str:
     rows = ["| Field | Values | What it does |", "| --- | --- | --- |"]
     rows += [f"| `{name}` | {_values(shape)} | {NOTES.get(name, '')} |" for name, shape in properties.items()]
     rows += [f"| `{name}` | any | ignored: {why} |" for name, why in HARMLESS.items()]
-    rows += [f"| `{name}` | `{_json(value)}` | accepted with this value only |" for name, value in WITHOUT_EFFECT.items()]
+    rows += [
+        f"| `{name}` | `{_json(value)}` | accepted with this value only |" for name, value in WITHOUT_EFFECT.items()
+    ]
     return "\n".join([*rows, "| anything else | | 400 that names it |"]) + "\n"
 
 

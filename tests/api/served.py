@@ -1,4 +1,4 @@
-"""The app around a fake model, called in process; and pictures to send."""
+"""The app around a fake model, called in process, and the parts of requests to it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KEY = "sk-test-0123456789"
 
 
 class Served:
-    """A running app and what tests want to know about it."""
+    """A running app, its client, and the model and engine behind it."""
 
     def __init__(self, settings: Settings, model: Model, engine: Engine) -> None:
         self.model, self.engine = model, engine
@@ -44,7 +44,7 @@ class Served:
 def wait_for(condition: Callable[[], bool], limit_s: float = 60.0) -> None:
     deadline = time.monotonic() + limit_s
     while not condition():
-        assert time.monotonic() < deadline, "it never came true"
+        assert time.monotonic() < deadline, f"not within {limit_s:g} s"
         time.sleep(0.005)
 
 
@@ -58,7 +58,7 @@ def sse_data(text: str) -> list[Any]:
     return [item if item == "[DONE]" else json.loads(item) for item in data]
 
 
-def picture_part(colour: str | tuple[int, ...] = "red", size: tuple[int, int] = (56, 56)) -> dict[str, Any]:
+def image_part(colour: str | tuple[int, ...] = "red", size: tuple[int, int] = (56, 56)) -> dict[str, Any]:
     buffer = io.BytesIO()
     Image.new("RGB", size, colour).save(buffer, "PNG")
     url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

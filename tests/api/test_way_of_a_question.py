@@ -1,4 +1,4 @@
-"""How many of the API's modules one streamed image question passes, by the functions that run while it is answered."""
+"""Counts the API's modules that one streamed image question passes: those whose functions run meanwhile."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
-from served import KEY, Served, picture_part, sse_data, text_part, wait_for
+from served import KEY, Served, image_part, sse_data, text_part, wait_for
 
 from api.engine.config import EngineConfig
 from api.engine.engine import Engine
@@ -16,14 +16,14 @@ from api.engine.loading.loader import load
 from settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
-# A module that is added to the way of every question needs a reason to raise these.
-ABOVE_THE_ENGINE, IN_THE_ENGINE = 15, 18
+# Adding a module to the way of every question needs a reason.
+ABOVE_THE_ENGINE, IN_THE_ENGINE = 14, 18
 
 
 class Tracer:
-    """Collects the files of all Python functions that are called in any thread, between `start` and `stop`.
+    """Collects the files of all Python functions that are called in any thread between `start` and `stop`.
 
-    Made before the threads that it is to see. What runs for other reasons, beside every request, is left out.
+    It must be created before the threads that it traces. Background work that belongs to no request is left out.
     """
 
     BACKGROUND = ("heartbeat",)  # threads
@@ -61,7 +61,7 @@ def test_a_streamed_image_question_passes_few_modules(tmp_path: Path) -> None:
         with served.client:
             wait_for(lambda: served.engine.stats().state == "idle")
             tracer.start()
-            question = [picture_part("red", (112, 112)), text_part("Where is the red circle?")]
+            question = [image_part("red", (112, 112)), text_part("Where is the red circle?")]
             answered = served.chat(question, stream=True, stream_options={"include_usage": True})
             tracer.stop()
     finally:
@@ -72,5 +72,7 @@ def test_a_streamed_image_question_passes_few_modules(tmp_path: Path) -> None:
     passed = tracer.modules()
     engine = {path for path in passed if path.startswith("api/engine/")}
     print(*sorted(passed - engine), "", *sorted(engine), sep="\n")
-    assert {"api/routes/chat.py", "api/images/decode.py", "api/engine/scheduler.py"} <= passed, "the tracer sees nothing"
+    assert {"api/routes/chat.py", "api/images/decode.py", "api/engine/scheduler.py"} <= passed, (
+        "the tracer does not work"
+    )
     assert len(passed - engine) <= ABOVE_THE_ENGINE and len(engine) <= IN_THE_ENGINE

@@ -1,4 +1,4 @@
-"""The signs of life: written while the loop works, hangs or serves, and honest about the checker."""
+"""The heartbeat file and the state that it gives, while the loop and the engine work or hang."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from served import picture_part, text_part, wait_for
+from served import image_part, text_part, wait_for
 
 from api.engine.engine import Stats
 from api.health.heartbeat import Heartbeat
@@ -26,7 +26,7 @@ def read(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
-def test_the_file_names_the_process_and_goes_on_by_itself(serve) -> None:
+def test_the_file_identifies_the_process_and_is_rewritten(serve) -> None:
     path = beat_file(serve())
     wait_for(path.exists)
     first = read(path)
@@ -39,7 +39,7 @@ def test_the_file_names_the_process_and_goes_on_by_itself(serve) -> None:
     assert 0 <= time.monotonic() - record["written_at"] < WAIT_S
 
 
-def test_work_without_a_step_past_its_deadline_is_stalled_and_a_step_makes_it_good_again(serve) -> None:
+def test_work_without_progress_past_its_deadline_is_stalled_until_the_next_step(serve) -> None:
     served = serve()
     heart = served.app.state.server.heartbeat
     asking = threading.Thread(target=lambda: served.chat("HANG"))
@@ -53,14 +53,14 @@ def test_work_without_a_step_past_its_deadline_is_stalled_and_a_step_makes_it_go
     wait_for(lambda: read(beat_file(served))["in_flight"])
     text = beat_file(served).read_text()
     (request,) = json.loads(text)["in_flight"]
-    assert request["running"] and request["prompt_tokens"] > 0 and "HANG" not in text, "how far it is, not what it says"
-    heart._end.set()  # the observer must not look again in between
+    assert request["running"] and request["prompt_tokens"] > 0 and "HANG" not in text, "progress, but no content"
+    heart._end.set()  # the observer must not interfere
     heart._thread.join(WAIT_S)
     guess = Stats(**{**stats.__dict__, "phase_deadline_s": 0.5})
-    heart._pulse = heart._look(guess)
-    assert served.client.get("/health").json()["state"] == "busy", "the engine's guess does not shorten the limit"
+    heart._pulse = heart._take_pulse(guess)
+    assert served.client.get("/health").json()["state"] == "busy", "the engine's estimate does not shorten the limit"
     heart._stall_s = 0.5
-    heart._pulse = heart._look(guess)
+    heart._pulse = heart._take_pulse(guess)
     stalled = served.client.get("/health")
     assert (stalled.status_code, stalled.json()["state"]) == (503, "stalled")
     assert int(stalled.headers["Retry-After"]) > 0
@@ -90,7 +90,7 @@ def test_a_blocked_loop_shows_in_the_file_and_the_stacks_name_the_line(serve) ->
     assert "in _observe" in stacks, "every thread is there"
 
 
-def test_a_checker_that_falls_silent_is_told(serve) -> None:
+def test_a_silent_checker_is_reported(serve) -> None:
     served = serve(check_silent_s=60)
     report = served.app.state.server.settings.log_dir / "health.json"
     ask = lambda: served.client.get("/health").json()["checker"]["state"]  # noqa: E731
@@ -104,20 +104,20 @@ def test_a_checker_that_falls_silent_is_told(serve) -> None:
     wait_for(lambda: ask() == "silent")
 
 
-def test_a_users_answer_is_remembered_by_kind(serve) -> None:
+def test_the_last_success_is_recorded_by_kind(serve) -> None:
     served = serve()
     success_age_s = served.app.state.server.metrics.success_age_s
 
     assert success_age_s() == {}
     assert served.chat("hi").status_code == 200
     assert set(success_age_s()) == {"text"}
-    assert served.chat([picture_part(), text_part("hi")]).status_code == 200
+    assert served.chat([image_part(), text_part("hi")]).status_code == 200
     assert set(success_age_s()) == {"text", "picture"}
     path = beat_file(served)
     wait_for(lambda: path.exists() and set(read(path)["success_age_s"]) == {"text", "picture"})
 
 
-def test_a_disk_that_takes_nothing_is_told_and_does_not_stop_the_server(serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_and_does_not_stop_the_server(serve, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(self: Path, *_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -132,10 +132,10 @@ def test_waiting_work_after_a_long_idle_time_is_not_stalled(tmp_path: Path) -> N
     heart = Heartbeat(engine=None, log_dir=tmp_path, stall_s=5, check_silent_s=60)  # type: ignore[arg-type]
     idle = Stats("idle", 1.0, "idle", 0, 0, 7, 900.0, 0.1, None)
     heart._progress_at -= 900
-    heart._pulse = heart._look(idle)
+    heart._pulse = heart._take_pulse(idle)
 
     busy = Stats("busy", 1.0, "idle", 0, 1, 7, 900.0, 0.1, None)
-    heart._pulse = heart._look(busy)
+    heart._pulse = heart._take_pulse(busy)
 
     assert heart.state(busy) == "busy"
 

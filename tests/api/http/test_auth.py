@@ -1,4 +1,4 @@
-"""Nobody gets in without the key, on any route, but for /health."""
+"""Every route except /health requires a valid key."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hashlib import sha256
 
 import pytest
 from fastapi.routing import APIRoute
-from served import KEY, chat_body, picture_part, text_part
+from served import KEY, chat_body, image_part, text_part
 from starlette.datastructures import Headers
 
 from api.caller import Caller
@@ -48,7 +48,7 @@ def walk(routes):
         elif inner:
             yield from walk(inner)
         else:
-            raise AssertionError(f"a route that this test does not understand: {route!r}")
+            raise AssertionError(f"a route that this test does not know: {route!r}")
 
 
 def test_only_health_is_open() -> None:
@@ -67,7 +67,7 @@ def test_paths_that_do_not_exist_need_the_key_too(path: str, serve) -> None:
 
 
 @pytest.mark.parametrize("headers", WRONG)
-def test_a_wrong_key_is_refused_in_the_shape_of_openai(headers: dict[str, str], serve) -> None:
+def test_a_wrong_key_is_refused_in_openais_format(headers: dict[str, str], serve) -> None:
     served = serve()
     del served.client.headers["Authorization"]
 
@@ -79,7 +79,7 @@ def test_a_wrong_key_is_refused_in_the_shape_of_openai(headers: dict[str, str], 
 
 
 @pytest.mark.parametrize("headers", [{"Authorization": f"bearer {KEY}"}, {"x-api-key": KEY}])
-def test_the_key_is_taken_from_either_header(headers: dict[str, str], serve) -> None:
+def test_the_key_is_accepted_in_either_header(headers: dict[str, str], serve) -> None:
     served = serve()
     del served.client.headers["Authorization"]
 
@@ -89,7 +89,7 @@ def test_the_key_is_taken_from_either_header(headers: dict[str, str], serve) -> 
 SECOND = "sk-second-key"
 
 
-def test_several_named_keys_get_in_and_the_log_tells_their_names_only(serve, caplog) -> None:
+def test_several_named_keys_are_accepted_and_only_their_names_are_logged(serve, caplog) -> None:
     caplog.set_level("INFO")
     hashed = sha256(SECOND.encode()).hexdigest()
     client = serve(api_keys=f"ann:sk-ann, ben:sha256:{hashed}").client
@@ -105,12 +105,12 @@ def test_several_named_keys_get_in_and_the_log_tells_their_names_only(serve, cap
 
 
 @pytest.mark.parametrize(
-    ("listed", "said"),
+    ("listed", "message"),
     [("ann", "name:key"), ("a b:x", "name:key"), ("ann:", "name:key"), ("ann:x,ann:y", "'ann' is taken"),
      ("default:x", "'default' is taken"), ("ann:sha256:12", "64 hex digits"), ("ann:sha256:zz", "64 hex digits")],
 )  # fmt: skip
-def test_a_list_of_keys_that_does_not_fit_stops_the_start(listed: str, said: str) -> None:
-    with pytest.raises(SettingsError, match=said) as caught:
+def test_an_invalid_list_of_keys_stops_the_start(listed: str, message: str) -> None:
+    with pytest.raises(SettingsError, match=message) as caught:
         KeyRing.of(Settings(api_key=KEY, api_keys=listed))
 
     assert KEY not in str(caught.value)
@@ -153,17 +153,17 @@ def test_a_probe_is_answered_while_users_fill_the_queue(serve) -> None:
         permit.release()
 
 
-def test_a_probe_with_a_picture_is_answered_while_users_pictures_keep_the_threads_busy(serve) -> None:
+def test_a_probe_with_an_image_is_answered_while_users_images_occupy_the_threads(serve) -> None:
     served = serve(probe_token="pt")
     users, done = served.app.state.server.prompts.pool(Caller("ann")), threading.Event()
     for _ in range(10):
         users.submit(done.wait, 60)
 
-    question = chat_body([picture_part(), text_part("hi")])
+    question = chat_body([image_part(), text_part("hi")])
     answered = served.client.post("/v1/chat/completions", json=question, headers={"x-glm-probe": "pt"})
 
     assert answered.json()["choices"][0]["message"]["content"] == "I see 1 pictures. hi"
-    assert users._work_queue.qsize() > 0  # they wait still
+    assert users._work_queue.qsize() > 0  # the users are still waiting
     done.set()
 
 

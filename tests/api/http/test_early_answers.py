@@ -1,4 +1,4 @@
-"""Who is refused hears so before the body is sent, and one key's slow bodies keep nobody else out. Real sockets."""
+"""Refusals are sent before the body arrives, and one key's slow bodies do not block others. Real sockets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from served import KEY, chat_body
 from server_process import WAIT_S, Server
 
-SOON_S = 5.0  # at once, on a slow machine
+SOON_S = 5.0  # generous for slow machines
 OTHER = "sk-other-0123456789"
 PROBE = "probe-token-0123456789"
 
@@ -46,7 +46,7 @@ def ask(server: Server, key: str, content: str = "hi", **headers: str) -> httpx.
                       headers={"Authorization": f"Bearer {key}", **headers})  # fmt: skip
 
 
-def test_who_is_refused_need_not_send_the_body(start) -> None:
+def test_a_refused_client_need_not_send_its_body(start) -> None:
     server = start(GLM_KEY_REQUESTS_PER_MINUTE="1", GLM_MAX_BODY_BYTES="10000000", GLM_API_KEYS=f"other:{OTHER}")
     assert ask(server, KEY).status_code == 200
     refusals = [
@@ -71,7 +71,7 @@ def test_who_is_refused_need_not_send_the_body(start) -> None:
     assert ask(server, OTHER).status_code == 200
 
 
-def test_a_refused_client_that_goes_on_sending_is_not_cut_off_and_then_let_go(start) -> None:
+def test_a_refused_client_that_keeps_sending_is_not_reset(start) -> None:
     server = start(GLM_KEY_REQUESTS_PER_MINUTE="1")
     ask(server, KEY)
     with connected(server) as wire:
@@ -80,10 +80,10 @@ def test_a_refused_client_that_goes_on_sending_is_not_cut_off_and_then_let_go(st
         for _ in range(3):
             wire.sendall(b"x" * 1_000_000)
 
-        assert wire.recv(100) == b""  # the end, and no reset
+        assert wire.recv(100) == b""  # closed, not reset
 
 
-def test_a_refused_client_that_stalls_is_let_go(start) -> None:
+def test_a_refused_client_that_stalls_is_disconnected(start) -> None:
     server = start()
     with connected(server) as wire:
         wire.sendall(head("wrong") + b"x")
@@ -95,7 +95,7 @@ def test_a_refused_client_that_stalls_is_let_go(start) -> None:
     assert time.monotonic() - began < 30
 
 
-def test_a_small_refused_request_keeps_its_shape_for_every_client(start) -> None:
+def test_a_small_refused_request_is_answered_in_the_usual_format(start) -> None:
     server = start(GLM_KEY_REQUESTS_PER_MINUTE="1")
     with httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=WAIT_S) as client:
         statuses = [client.post("/v1/chat/completions", json=chat_body()).status_code for _ in range(3)]
@@ -103,22 +103,22 @@ def test_a_small_refused_request_keeps_its_shape_for_every_client(start) -> None
 
     assert statuses == [200, 429, 429]
     assert [answer.status_code for answer in models] == [200, 200]
-    assert "connection" not in models[0].headers  # nothing was to be read: the connection stays
+    assert "connection" not in models[0].headers  # there was no body to discard, so the connection stays open
 
 
 @pytest.mark.parametrize("share", [1, 3])
-def test_the_unfinished_bodies_of_one_key_keep_out_neither_others_nor_probes(share: int, start) -> None:
-    """`share`: how many bodies the share of one key is filled with."""
+def test_unfinished_bodies_of_one_key_block_neither_others_nor_probes(share: int, start) -> None:
+    """`share`: how many pairs of bodies use up the share of one key."""
     largest = 300_000
     server = start(GLM_MAX_BODY_BYTES=str(largest), GLM_API_KEYS=f"other:{OTHER}", GLM_PROBE_TOKEN=PROBE)
     with contextlib.ExitStack() as stack:
-        left = 2 * largest  # one key's share of what may arrive
+        remaining = 2 * largest  # one key's share of the arriving bytes
         for _ in range(2 * share):
             wire = stack.enter_context(connected(server))
             size = 2 * largest // (2 * share) - 1
             wire.sendall(head(length=largest) + b" " * size)
-            left -= size
-        wait_for_bytes(server, 2 * largest - left)
+            remaining -= size
+        wait_for_bytes(server, 2 * largest - remaining)
 
         own = ask(server, KEY, "x" * 1000)
         other = ask(server, OTHER, "x" * 1000)
@@ -144,8 +144,8 @@ def arriving(server: Server) -> int:
     return int(float(value))
 
 
-def test_bodies_that_hold_nothing_yet_count_for_nothing(start) -> None:
-    """What is announced is no memory: a hundred clients that say much and send little keep nobody out."""
+def test_only_received_bytes_count(start) -> None:
+    """A hundred clients that announce large bodies and send little do not block others."""
     server = start(GLM_MAX_BODY_BYTES="100000", GLM_API_KEYS=f"other:{OTHER}")
     with contextlib.ExitStack() as stack:
         for _ in range(100):

@@ -1,4 +1,4 @@
-"""Pictures: what is taken, what is refused, and that refusal comes before the work."""
+"""Which images are accepted and which refused, and that limits are checked before the work."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def url(data: bytes, mime: str = "image/png") -> str:
     return f"data:{mime};base64,{base64.b64encode(data).decode()}"
 
 
-def take(data: bytes, settings: Settings = SETTINGS) -> Image.Image:
+def accept(data: bytes, settings: Settings = SETTINGS) -> Image.Image:
     return decode(open_image(read_data_url(url(data), P, settings), P, settings), P)
 
 
@@ -42,7 +42,7 @@ def refusal(address: str, settings: Settings = SETTINGS) -> ServingError:
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
 def test_the_type_is_read_from_the_content(kind: str) -> None:
-    image = take(encoded(Image.new("RGB", (40, 30), (250, 0, 0)), kind))
+    image = accept(encoded(Image.new("RGB", (40, 30), (250, 0, 0)), kind))
 
     assert (image.mode, image.size) == ("RGB", (40, 30))
     red, green, blue = image.getpixel((20, 15))
@@ -51,11 +51,11 @@ def test_the_type_is_read_from_the_content(kind: str) -> None:
 
 def test_orientation_is_applied() -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned
+    exif[0x0112] = 6  # rotated by 90 degrees
     image = Image.new("RGB", (40, 30), "white")
     image.paste((0, 0, 250), (0, 0, 20, 30))
 
-    upright = take(encoded(image, "JPEG", exif=exif))
+    upright = accept(encoded(image, "JPEG", exif=exif))
 
     assert upright.size == (30, 40)
     assert upright.getpixel((15, 5))[2] > 200 and upright.getpixel((15, 5))[0] < 60
@@ -69,24 +69,24 @@ def test_orientation_is_applied() -> None:
     ],
 )
 def test_transparent_parts_become_white(image: Image.Image) -> None:
-    assert take(encoded(image)).getpixel((4, 4)) == (255, 255, 255)
+    assert accept(encoded(image)).getpixel((4, 4)) == (255, 255, 255)
 
 
 def test_a_transparent_palette_becomes_white() -> None:
     image = Image.new("P", (8, 8), 0)
     image.putpalette([0, 0, 0, 255, 0, 0])
 
-    assert take(encoded(image, transparency=0)).getpixel((4, 4)) == (255, 255, 255)
+    assert accept(encoded(image, transparency=0)).getpixel((4, 4)) == (255, 255, 255)
 
 
 def test_sixteen_bit_grey_keeps_its_brightness() -> None:
     image = Image.new("I;16", (8, 8), 0x8000)
 
-    assert take(encoded(image)).getpixel((4, 4)) == (128, 128, 128)
+    assert accept(encoded(image)).getpixel((4, 4)) == (128, 128, 128)
 
 
-def test_a_print_picture_becomes_rgb() -> None:
-    assert take(encoded(Image.new("CMYK", (8, 8), (0, 0, 0, 0)), "JPEG")).getpixel((4, 4)) == (255, 255, 255)
+def test_cmyk_becomes_rgb() -> None:
+    assert accept(encoded(Image.new("CMYK", (8, 8), (0, 0, 0, 0)), "JPEG")).getpixel((4, 4)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("address", ["file:///etc/passwd", "/etc/passwd", "", "data:image/png;base64", "data:,hello"])
@@ -109,7 +109,7 @@ def test_too_many_pixels_are_refused_from_the_header_alone() -> None:
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    # A header that promises 10^10 pixels, and no pixels: decoding it would fail in another way.
+    # A header that announces 10^10 pixels without any data: decoding it would fail with another error.
     bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0))
     bomb += chunk(b"IDAT", b"")
 
@@ -119,64 +119,64 @@ def test_too_many_pixels_are_refused_from_the_header_alone() -> None:
     assert "<= 1000000 pixels. Given: 10000000000" in error.message
 
 
-def test_a_very_long_picture_is_refused() -> None:
+def test_a_very_long_image_is_refused() -> None:
     assert "ratio <= 200. Given: 2010x10" in refusal(url(encoded(Image.new("L", (2010, 10))))).message
 
 
-def test_what_is_no_picture_is_refused() -> None:
+def test_other_data_is_refused() -> None:
     assert "must be a picture in one of PNG" in refusal(url(b"hello")).message
     assert "must be a picture in one of PNG" in refusal(url(b"<svg/>", "image/svg+xml")).message
 
 
-def test_a_cut_off_picture_is_refused() -> None:
+def test_a_truncated_image_is_refused() -> None:
     whole = encoded(Image.effect_noise((60, 60), 90))
 
     assert refusal(url(whole[: len(whole) // 2])).code == "invalid_image"
 
 
-def test_an_empty_picture_is_refused() -> None:
+def test_an_empty_image_is_refused() -> None:
     assert "has 0 bytes" in refusal("data:image/png;base64,").message
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
-def test_a_moving_picture_is_refused_with_its_frames(kind: str) -> None:
+def test_an_animation_is_refused_with_its_number_of_frames(kind: str) -> None:
     frames = [Image.new("RGB", (8, 8), (n * 80, 0, 0)) for n in range(3)]
     error = refusal(url(encoded(frames[0], kind, save_all=True, append_images=frames[1:])))
 
     assert error.code == "animated_image" and "Given: 3 frames" in error.message
 
 
-def test_a_cameras_picture_with_a_second_view_is_its_first() -> None:
+def test_of_a_camera_image_with_two_views_the_first_is_used() -> None:
     first, second = Image.new("RGB", (16, 8), (250, 0, 0)), Image.new("RGB", (16, 8), (0, 0, 250))
 
-    image = take(encoded(first, "MPO", save_all=True, append_images=[second]))
+    image = accept(encoded(first, "MPO", save_all=True, append_images=[second]))
 
     assert image.size == (16, 8) and image.getpixel((4, 4))[0] > 200
 
 
 @pytest.mark.parametrize("size", [(20_000, 1), (1, 20_000)])
-def test_a_thread_of_pixels_is_refused(size: tuple[int, int]) -> None:
+def test_a_line_of_pixels_is_refused(size: tuple[int, int]) -> None:
     assert "ratio <= 200" in refusal(url(encoded(Image.new("L", size)))).message
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "I;16"])
 def test_every_mode_becomes_rgb(mode: str) -> None:
-    assert take(encoded(Image.new(mode, (8, 8)))).mode == "RGB"
+    assert accept(encoded(Image.new(mode, (8, 8)))).mode == "RGB"
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
-def test_a_picture_cut_anywhere_is_a_picture_or_a_refusal(kind: str) -> None:
+def test_an_image_truncated_anywhere_is_decoded_or_refused(kind: str) -> None:
     whole = encoded(Image.effect_noise((40, 40), 90).convert("RGB"), kind)
 
     for end in range(1, len(whole), max(1, len(whole) // 60)):
         try:
-            assert take(whole[:end]).mode == "RGB"
+            assert accept(whole[:end]).mode == "RGB"
         except ServingError as error:
             assert error.status == 400
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
-def test_a_picture_with_broken_bytes_is_a_picture_or_a_refusal(kind: str) -> None:
+def test_an_image_with_corrupt_bytes_is_decoded_or_refused(kind: str) -> None:
     rng = random.Random(3)
     whole = encoded(Image.effect_noise((40, 40), 90).convert("RGB"), kind)
 
@@ -185,10 +185,10 @@ def test_a_picture_with_broken_bytes_is_a_picture_or_a_refusal(kind: str) -> Non
         for _ in range(8):
             broken[rng.randrange(len(broken))] = rng.randrange(256)
         try:
-            assert take(bytes(broken)).mode == "RGB"
+            assert accept(bytes(broken)).mode == "RGB"
         except ServingError as error:
             assert error.status in (400, 413)
 
 
-def test_a_single_pixel_is_a_picture() -> None:
-    assert take(encoded(Image.new("L", (1, 1)))).size == (1, 1)
+def test_a_single_pixel_is_an_image() -> None:
+    assert accept(encoded(Image.new("L", (1, 1)))).size == (1, 1)

@@ -1,4 +1,4 @@
-"""The guarded fetcher, against real servers on this machine: what it takes, and everything it does not."""
+"""The guarded fetcher, against real servers on this machine: what it fetches, and everything it refuses."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from api.images.fetch import MAX_REDIRECTS, Fetcher, is_public
 from settings import Settings
 
 P = "messages[0].content[0].image_url.url"
-BODY = b"picture"
+BODY = b"image"
 
 
 class Site(BaseHTTPRequestHandler):
-    """/ok /gone /to?<url> /loop /large /endless /drip /slow-head /short /zipped /no-place"""
+    """/ok /gone /to?<url> /loop /large /endless /drip /slow-head /short /zipped /no-location"""
 
     seen: ClassVar[list[tuple[str, str]]] = []
 
@@ -52,7 +52,7 @@ class Site(BaseHTTPRequestHandler):
     def get_loop(self, query: str) -> None:
         self.answer(307, Location="/loop")
 
-    def get_no_place(self, query: str) -> None:
+    def get_no_location(self, query: str) -> None:
         self.answer(301)
 
     def get_large(self, query: str) -> None:
@@ -103,7 +103,7 @@ def site() -> Iterator[int]:
 
 @pytest.fixture
 def fetcher(site: int) -> Callable[..., Fetcher]:
-    """One that takes this machine for public, unless told otherwise."""
+    """A fetcher that by default treats this machine as public."""
 
     def make(**options) -> Fetcher:
         given = {"public": lambda address: address == "127.0.0.1", "ports": frozenset({site}), "timeout_s": 20.0}
@@ -120,23 +120,23 @@ def refusal(fetcher: Fetcher, url: str) -> ServingError:
 
 
 def resolve(monkeypatch, *answers: list[str]) -> list[str]:
-    """Names resolve to each of `answers` in turn, and to the last one from then on."""
-    asked: list[str] = []
-    left = list(answers)
+    """Names resolve to `answers` one after the other, then always to the last. Returns the names looked up."""
+    lookups: list[str] = []
+    remaining = list(answers)
     real = socket.getaddrinfo
 
     def getaddrinfo(host: str, port: int, *rest, **named):
-        if host[0].isdigit():  # an address: the connection itself asks so
+        if host[0].isdigit():  # an address, looked up by the connection itself
             return real(host, port, *rest, **named)
-        asked.append(host)
-        addresses = left.pop(0) if len(left) > 1 else left[0]
+        lookups.append(host)
+        addresses = remaining.pop(0) if len(remaining) > 1 else remaining[0]
         return [(socket.AF_INET6 if ":" in a else socket.AF_INET, 1, 6, "", (a, port)) for a in addresses]
 
     monkeypatch.setattr("api.images.fetch.socket.getaddrinfo", getaddrinfo)
-    return asked
+    return lookups
 
 
-def test_a_picture_is_fetched(fetcher, site: int) -> None:
+def test_an_image_is_fetched(fetcher, site: int) -> None:
     assert fetcher().fetch(f"http://127.0.0.1:{site}/ok", P) == BODY
 
 
@@ -167,7 +167,7 @@ def test_addresses_that_are_public(address: str) -> None:
     ["127.0.0.1", "localhost", "127.1", "2130706433", "0x7f000001", "0177.0.0.1", "[::1]", "[::ffff:127.0.0.1]", "0",
      "localhost.", "127.0.0.1."],
 )  # fmt: skip
-def test_no_spelling_of_this_machine_gets_through(host: str, fetcher, site: int) -> None:
+def test_every_spelling_of_this_machine_is_refused(host: str, fetcher, site: int) -> None:
     Site.seen.clear()
 
     assert "ok" not in str(refusal(fetcher(public=is_public), f"http://{host}:{site}/ok").message)
@@ -181,11 +181,11 @@ def test_no_spelling_of_this_machine_gets_through(host: str, fetcher, site: int)
      "http://1.1.1.1%00.example.org/", "http://1.1.1.1\r\nHost: x/", "http://1.1.1.1:99999/", "http://1.1.1.1:x/",
      "http://①②⑦.⓪.⓪.①/", "http://exa mple.org/", "//1.1.1.1/x", "/etc/passwd", "http://1.1.1.1/\u2028"],
 )  # fmt: skip
-def test_urls_that_parsers_read_differently_are_refused_unread(url: str, fetcher, monkeypatch) -> None:
-    asked = resolve(monkeypatch, ["127.0.0.1"])
+def test_urls_that_parsers_read_differently_are_refused_without_a_lookup(url: str, fetcher, monkeypatch) -> None:
+    lookups = resolve(monkeypatch, ["127.0.0.1"])
 
     assert refusal(fetcher(ports=frozenset({80, 443})), url).code == "unsupported_url"
-    assert asked == []
+    assert lookups == []
 
 
 def test_other_ports_are_refused(fetcher) -> None:
@@ -201,12 +201,12 @@ def test_one_private_address_among_public_ones_is_enough_to_refuse(fetcher, site
     assert "not public" in refusal(fetcher(public=is_public), f"http://both.example:{site}/ok").message
 
 
-def test_the_address_that_was_checked_is_the_one_that_is_called(fetcher, site: int, monkeypatch) -> None:
+def test_the_connection_goes_to_the_address_that_was_checked(fetcher, site: int, monkeypatch) -> None:
     Site.seen.clear()
-    asked = resolve(monkeypatch, ["127.0.0.1"], ["10.255.255.1"])
+    lookups = resolve(monkeypatch, ["127.0.0.1"], ["10.255.255.1"])
 
     assert fetcher().fetch(f"http://moves.example:{site}/ok", P) == BODY
-    assert asked.count("moves.example") == 1  # asked once: a second answer could be another
+    assert lookups.count("moves.example") == 1  # only once: a second answer could differ
     assert Site.seen == [("/ok", f"moves.example:{site}")]
 
 
@@ -215,7 +215,7 @@ def test_a_redirect_is_followed_and_checked_again(fetcher, site: int, monkeypatc
     for target in (f"http://10.0.0.1:{site}/ok", f"http://[::1]:{site}/ok", "file:///etc/passwd", "http://127.0.0.1:22/",
                    "//169.254.169.254/latest"):  # fmt: skip
         refusal(fetcher(), f"http://127.0.0.1:{site}/to?{target}")
-    resolve(monkeypatch, ["127.0.0.1"], ["10.0.0.1"])  # the name moves between the hops
+    resolve(monkeypatch, ["127.0.0.1"], ["10.0.0.1"])  # the name resolves differently for the second request
     assert "not public" in refusal(fetcher(), f"http://moves.example:{site}/to?/ok").message
 
 
@@ -227,14 +227,19 @@ def test_redirects_are_counted(fetcher, site: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "said"),
-    [("gone", "answered 404"), ("no-place", "without a place"), ("short", "cannot be fetched"), ("large", "10001")],
+    ("path", "message"),
+    [
+        ("gone", "answered 404"),
+        ("no-location", "answered 301 without a Location header."),
+        ("short", "cannot be fetched"),
+        ("large", "10001"),
+    ],
 )
-def test_what_is_no_whole_picture_is_refused(path: str, said: str, fetcher, site: int) -> None:
-    assert said in refusal(fetcher(), f"http://127.0.0.1:{site}/{path}").message
+def test_an_unusable_response_is_refused(path: str, message: str, fetcher, site: int) -> None:
+    assert message in refusal(fetcher(), f"http://127.0.0.1:{site}/{path}").message
 
 
-def test_bytes_are_counted_while_they_come(fetcher, site: int) -> None:
+def test_bytes_are_counted_while_they_arrive(fetcher, site: int) -> None:
     error = refusal(fetcher(), f"http://127.0.0.1:{site}/endless")
 
     assert (error.status, error.code) == (413, "image_too_large") and "<= 10000 bytes" in error.message
@@ -245,14 +250,14 @@ def test_compressed_bytes_are_not_unpacked(fetcher, site: int) -> None:
 
 
 @pytest.mark.parametrize("path", ["drip", "slow-head"])
-def test_a_server_that_drips_is_given_up(path: str, fetcher, site: int) -> None:
+def test_a_slow_server_times_out(path: str, fetcher, site: int) -> None:
     began = time.monotonic()
 
     assert "did not arrive within 0.5 s" in refusal(fetcher(timeout_s=0.5), f"http://127.0.0.1:{site}/{path}").message
     assert time.monotonic() - began < 10
 
 
-def test_a_server_that_says_nothing_is_given_up(fetcher) -> None:
+def test_a_silent_server_times_out(fetcher) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         error = refusal(fetcher(timeout_s=0.5, ports=frozenset({port})), f"http://127.0.0.1:{port}/")
@@ -260,7 +265,7 @@ def test_a_server_that_says_nothing_is_given_up(fetcher) -> None:
     assert "did not arrive within 0.5 s" in error.message
 
 
-def test_only_listed_hosts_are_asked_if_any_are_listed(fetcher, site: int) -> None:
+def test_only_listed_hosts_are_contacted_if_any_are_listed(fetcher, site: int) -> None:
     listed = fetcher(hosts=frozenset({"127.0.0.1"}))
 
     assert listed.fetch(f"http://127.0.0.1:{site}/ok", P) == BODY
@@ -286,7 +291,7 @@ def certificate(tmp_path_factory) -> tuple[Path, Path]:
     return key, cert
 
 
-def test_a_certificate_must_fit_the_name_although_the_address_is_pinned(certificate, fetcher, monkeypatch) -> None:
+def test_a_certificate_must_match_the_name_although_the_address_is_pinned(certificate, fetcher, monkeypatch) -> None:
     key, cert = certificate
     server = ThreadingHTTPServer(("127.0.0.1", 0), Site)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

@@ -1,4 +1,4 @@
-"""Regions in every bracket style of the model, and what is none."""
+"""Regions in every notation of the model, and text that is none."""
 
 from __future__ import annotations
 
@@ -33,13 +33,16 @@ def test_several_boxes() -> None:
     ["blue", "42", "[1, 2, 3]", "[1, 2]", "3, 4, 5, 6", "[a,b,c,d]", "[5,5,5,9]", '{"bbox_3d": [1,2,3,4,5,6,7,8,9]}',
      "[true,1,2,3]", "", "[[[[", '{"bbox_2d": "left"}', "[99999999999,1,2,3]"],
 )  # fmt: skip
-def test_what_is_no_region(text: str) -> None:
+def test_text_without_a_region(text: str) -> None:
     assert read_tagged(text) == ()
 
 
 @pytest.mark.parametrize("text", ["[[1,2],[3,4]]", "((1,2),(3,4))", '{"points": [[1,2],[3,4]]}'])
 def test_points(text: str) -> None:
-    assert [(region.kind, region.points) for region in read_tagged(text)] == [("point", ((1, 2),)), ("point", ((3, 4),))]
+    assert [(region.kind, region.points) for region in read_tagged(text)] == [
+        ("point", ((1, 2),)),
+        ("point", ((3, 4),)),
+    ]
 
 
 def test_labels_and_polygons() -> None:
@@ -52,13 +55,13 @@ def test_labels_and_polygons() -> None:
     )
 
 
-def test_in_prose_only_json_with_the_name_of_a_box_counts() -> None:
+def test_in_prose_only_json_with_the_key_of_a_box_counts() -> None:
     text = 'The list [1,2,3,4] is not; {"bbox_2d": [1,2,3,4], "label": "cat"} is, and {"bbox_2d": broken} is not.'
 
     assert read_untagged(text) == (Region("bbox", Q, "cat"),)
 
 
-def test_a_described_box_has_thousandths_pixels_and_its_picture() -> None:
+def test_an_entry_has_thousandths_pixels_and_its_image() -> None:
     region = Region("bbox", ((0, 250), (500, 1000)), "cat")
 
     assert region_entry(region, ((10, 10), (200, 100))) == {
@@ -67,17 +70,17 @@ def test_a_described_box_has_thousandths_pixels_and_its_picture() -> None:
     assert region_entry(region, ()) == {"label": "cat", "bbox_2d": [0, 250, 500, 1000]}
 
 
-def test_numbers_outside_the_picture_are_told_and_have_no_pixels() -> None:
+def test_numbers_outside_the_image_are_marked_and_have_no_pixels() -> None:
     [region] = read_tagged("[10, 20, 1500, 900]")
 
     assert region_entry(region, ((100, 100),)) == {"bbox_2d": [10, 20, 1500, 900], "normalized": False, "image": 0}
 
 
-def test_a_hair_outside_is_the_edge() -> None:
+def test_slightly_outside_counts_as_the_edge() -> None:
     assert quads("[-2, 0, 10, 10]") == [((0, 0), (10, 10))]
 
 
-def test_points_and_polygons_are_described_in_their_own_words() -> None:
+def test_points_and_polygons_have_keys_of_their_own() -> None:
     sizes = ((200, 100),)
 
     assert region_entry(Region("point", ((500, 500),)), sizes) == {
@@ -93,6 +96,6 @@ def test_the_number_of_regions_is_capped() -> None:
 
 
 @pytest.mark.parametrize("text", ["[" * 30_000, "{" * 30_000, '{"bbox_2d"' * 5_000, "(1,2,3," * 8_000, "[1," * 9_000])
-def test_nonsense_is_read_soon(text: str) -> None:
+def test_malformed_text_is_read_quickly(text: str) -> None:
     read_tagged(text)
     read_untagged(text)

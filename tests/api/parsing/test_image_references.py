@@ -1,17 +1,17 @@
-"""Which picture a text speaks of decides in which picture a place is."""
+"""References to images in the text decide which image a region is in."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
-from served import picture_part, text_part
+from served import image_part, text_part
 
 from api.parsing.boxes import image_references
 
 
 @pytest.mark.parametrize(
-    ("text", "named"),
+    ("text", "expected"),
     [
         ("In the first picture, and then in the Second image.", [0, 1]),
         ("image 2", [1]),
@@ -21,7 +21,7 @@ from api.parsing.boxes import image_references
         ("第二张图里的猫", [1]),
         ("图1和图片3", [0, 2]),
         ("第3张，最后一张", [2, 2]),
-        ("picture 4", []),  # there is none
+        ("picture 4", []),  # there are only three
         ("image 0", []),
         ("image 2000 px wide", []),
         ("in the picture 2 cats sit, and this image 1 dog", []),
@@ -30,11 +30,11 @@ from api.parsing.boxes import image_references
         ("第一个是红色", []),
     ],
 )
-def test_mentions(text: str, named: list[int]) -> None:
-    assert [index for _, index in image_references(text, 3)] == named
+def test_references(text: str, expected: list[int]) -> None:
+    assert [index for _, index in image_references(text, 3)] == expected
 
 
-def test_of_one_picture_there_is_nothing_to_tell() -> None:
+def test_a_single_image_is_never_referred_to() -> None:
     assert image_references("the first picture", 1) == []
 
 
@@ -47,20 +47,20 @@ JSON = '{"bbox_2d": [0, 0, 500, 500], "label": "cat"}'
     [
         (BOX, "Where is it?", [2]),
         (BOX, "Where is it in the first picture?", [0]),
-        (BOX, "Compare image 1 and image 2.", [2]),  # the question names two: it does not say
+        (BOX, "Compare image 1 and image 2.", [2]),  # two in the question: undecided
         (f"In image 2: {BOX}. In image 1: {BOX}", "Where is it in the last picture?", [1, 0]),
         (f"<think>I look at the second picture.</think>{BOX}", "Where is it?", [1]),
         (f"Image 1: {JSON} Image 2: {JSON}", "Where?", [0, 1]),
         (f"<think>the second image</think>{JSON}", "Where?", [1]),
     ],
 )
-def test_a_place_is_in_the_picture_that_the_answer_or_the_question_names(
+def test_a_region_is_in_the_image_that_the_answer_or_the_question_refers_to(
     answer: str, question: str, images: list[int], serve
 ) -> None:
     sizes = ((100, 50), (200, 60), (300, 70))
-    content: Any = [*(picture_part("red", size) for size in sizes), text_part(question)]
+    content: Any = [*(image_part("red", size) for size in sizes), text_part(question)]
 
-    served = serve(answer=lambda prompt, pictures: answer)
+    served = serve(answer=lambda prompt, images: answer)
     boxes = served.chat(content).json()["choices"][0]["message"]["boxes"]
 
     assert [box["image"] for box in boxes] == images
@@ -70,8 +70,8 @@ def test_a_place_is_in_the_picture_that_the_answer_or_the_question_names(
 
 
 def test_only_the_last_question_counts(serve) -> None:
-    served = serve(answer=lambda prompt, pictures: BOX)
-    first = [picture_part(), picture_part(), text_part("What is in the first picture?")]
+    served = serve(answer=lambda prompt, images: BOX)
+    first = [image_part(), image_part(), text_part("What is in the first picture?")]
     messages = [{"role": "user", "content": first}, {"role": "assistant", "content": "A cat."},
                 {"role": "user", "content": "Where is it?"}]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Model text to reasoning, content, boxes and tool calls, the same however it is cut."""
+"""The model's text becomes reasoning, content, boxes and tool calls, the same however it is cut."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class Answer:
                     self.reasoning += text
                 case Content(text):
                     self.content += text
-                case Boxes(places):
-                    self.boxes += [tuple(value for point in place.points for value in point) for place in places]
+                case Boxes(regions):
+                    self.boxes += [tuple(value for point in region.points for value in point) for region in regions]
                 case Call(name, arguments):
                     self.calls.append((name, arguments))
 
@@ -70,7 +70,7 @@ CASES = {
     "empty thinking": ("<think></think>\nyes", Answer("", "yes")),
     "never closed": ("<think> all of it \n", Answer("all of it", "all of it")),
     "thinks later": ("yes<think>hm</think> and no", Answer("hm", "yes and no")),
-    "second thought never closed": ("<think>a</think>b<think>c", Answer("ac", "bc")),
+    "second reasoning never closed": ("<think>a</think>b<think>c", Answer("ac", "bc")),
     "stray end": ("yes</think> and no", Answer("", "yes and no")),
     "nothing": ("", Answer()),
     "box": ("at <|begin_of_box|>[[1,2,3,4]]<|end_of_box|>.", Answer("", "at [[1,2,3,4]].", [(1, 2, 3, 4)])),
@@ -129,7 +129,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_answer_is_sorted(name: str) -> None:
+def test_an_answer_is_parsed(name: str) -> None:
     text, expected = CASES[name]
 
     assert parse([text]) == expected
@@ -143,12 +143,12 @@ def test_every_cut_gives_the_same_result(name: str, stopped: bool) -> None:
     rng = random.Random(1)
 
     assert parse(list(text), stopped) == whole
-    for place in range(len(text)):
-        assert parse([text[:place], text[place:]], stopped) == whole
+    for cut in range(len(text)):
+        assert parse([text[:cut], text[cut:]], stopped) == whole
     for _ in range(200):
-        places = sorted(rng.choices(range(len(text) + 1), k=rng.randrange(1, 9)))
-        cut = [text[a:b] for a, b in itertools.pairwise([0, *places, len(text)])]
-        assert parse(cut, stopped) == whole, cut
+        cuts = sorted(rng.choices(range(len(text) + 1), k=rng.randrange(1, 9)))
+        pieces = [text[a:b] for a, b in itertools.pairwise([0, *cuts, len(text)])]
+        assert parse(pieces, stopped) == whole, pieces
 
 
 def test_every_cut_of_random_tag_soup_gives_the_same_result() -> None:
@@ -160,15 +160,15 @@ def test_every_cut_of_random_tag_soup_gives_the_same_result() -> None:
         stopped = rng.random() < 0.5
         whole = parse([text], stopped)
         assert parse(list(text), stopped) == whole, text
-        place = rng.randrange(len(text) + 1)
-        assert parse([text[:place], text[place:]], stopped) == whole, text
+        cut = rng.randrange(len(text) + 1)
+        assert parse([text[:cut], text[cut:]], stopped) == whole, text
 
 
-def test_thinking_cut_off_by_the_length_limit_stays_reasoning() -> None:
+def test_reasoning_cut_off_by_the_length_limit_stays_reasoning() -> None:
     assert parse(["<think>still going"], stopped=False) == Answer("still going", "")
 
 
-def test_a_template_that_opens_the_thinking_part_is_followed() -> None:
+def test_the_template_may_open_the_reasoning() -> None:
     assert parse(["why</think>yes"], starts_thinking=True) == Answer("why", "yes")
 
 
@@ -185,6 +185,6 @@ def test_text_streams_as_soon_as_it_cannot_be_a_tag() -> None:
     assert parser.feed("s> there") == [Content(" <this> there")]
 
 
-def test_an_answer_kept_whole_is_split_into_thoughts_and_text() -> None:
+def test_an_earlier_answer_is_split_into_reasoning_and_content() -> None:
     assert split_thinking("\n<think> a </think>\nb") == ("a", "b")
     assert split_thinking("about <think> tags") == ("", "about <think> tags")

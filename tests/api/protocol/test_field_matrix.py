@@ -1,4 +1,4 @@
-"""The table of fields in docs/api.md is the schema's, and every field in it does what it says."""
+"""The table of fields in docs/api.md is generated from the schema, and every field has an effect."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": 
 JSON = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object", "properties": {}}}}
 Check = Callable[[list[Request], Any], bool]
 
-# What shows that a field is honoured: the fields sent, and what must be true of the engine's requests and the answer.
+# Evidence that a field is honoured: the fields sent, and a check of the engine's requests and the answer.
 WITNESSES: dict[str, tuple[dict[str, Any], Check]] = {
     "messages": ({}, lambda r, a: "hello" in text(a)),
     "model": ({"model": "fake"}, lambda r, a: a["model"] == "fake"),
@@ -51,7 +51,7 @@ WITNESSES: dict[str, tuple[dict[str, Any], Check]] = {
                               lambda r, a: r[0].sampling.thinking_tokens == 9 and len(r[0].sampling.thinking_end_ids) == 1),
     "cache_salt": ({"cache_salt": "x"}, lambda r, a: r[0].salt == "default:x"),
 }  # fmt: skip
-SHAPE = {"stream", "stream_options"}  # of the answer: looked at below
+SHAPE = {"stream", "stream_options"}  # form of the answer: tested below
 
 
 def text(answer: Any) -> str:
@@ -64,8 +64,8 @@ def closes_thinking(requests: list[Request]) -> bool:
 
 
 @pytest.fixture
-def asked(serve) -> tuple[Served, list[Request]]:
-    """A server, and what it asks of its engine."""
+def recorded(serve) -> tuple[Served, list[Request]]:
+    """A server, and the requests that it submits to its engine."""
     served = serve()
     requests: list[Request] = []
     submit = served.engine.submit
@@ -85,26 +85,26 @@ def test_every_field_has_a_witness() -> None:
 
 
 @pytest.mark.parametrize("name", WITNESSES)
-def test_a_field_reaches_the_engine_or_the_answer(name: str, asked) -> None:
-    served, requests = asked
+def test_a_field_reaches_the_engine_or_the_answer(name: str, recorded) -> None:
+    served, requests = recorded
     fields, holds = WITNESSES[name]
-    # The fake model knows no grammar: its text is no failure here.
+    # With a grammar the request fails, since the fake model's text does not match it.
     answer = served.client.post("/v1/chat/completions", json=chat_body("hello", **fields))
 
     assert requests, answer.text
     assert holds(requests, answer.json() if answer.status_code == 200 else None)
 
 
-def test_the_shape_of_the_answer_is_as_asked(asked) -> None:
-    served, _ = asked
+def test_stream_and_stream_options_select_the_form_of_the_answer(recorded) -> None:
+    served, _ = recorded
 
     assert served.chat(stream=False).json()["object"] == "chat.completion"
     assert served.stream(stream_options={"include_usage": True})[-2]["usage"]["prompt_tokens"] > 0
 
 
 @pytest.mark.parametrize("name", sorted(HARMLESS))
-def test_an_ignored_field_changes_nothing(name: str, asked) -> None:
-    served, requests = asked
+def test_an_ignored_field_changes_nothing(name: str, recorded) -> None:
+    served, requests = recorded
 
     served.chat("hello")
     served.chat("hello", **{name: {"any": "thing"}})
@@ -114,8 +114,8 @@ def test_an_ignored_field_changes_nothing(name: str, asked) -> None:
 
 
 @pytest.mark.parametrize("name", ["made_up", "functions", "suffix", "best_of", "video", *sorted(WITHOUT_EFFECT)])
-def test_anything_else_is_refused_by_name(name: str, asked) -> None:
-    served, requests = asked
+def test_other_fields_are_refused_by_name(name: str, recorded) -> None:
+    served, requests = recorded
 
     error = served.chat("hello", **{name: {"other": 1}}).json()["error"]
 

@@ -1,4 +1,4 @@
-"""POST /v1/responses with OpenAI's own client: the same answers as chat completions, in the other words."""
+"""POST /v1/responses with OpenAI's own client: the same answers as chat completions, in the other format."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import openai
 import pytest
 from pydantic import BaseModel
-from served import KEY, picture_part, sse_data
+from served import KEY, image_part, sse_data
 
 from api.engine.request import Request
 
-PICTURE: Any = {"type": "input_image", "image_url": picture_part()["image_url"]["url"]}
+IMAGE: Any = {"type": "input_image", "image_url": image_part()["image_url"]["url"]}
 TOOL: Any = {
     "type": "function", "name": "count", "strict": True,
     "parameters": {"type": "object", "properties": {"limit": {"type": "integer"}}, "required": ["limit"],
@@ -30,9 +30,9 @@ def client_of(server: Any) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0)
 
 
-def test_the_client_asks_streams_and_is_told_its_mistakes(start) -> None:
+def test_answers_streams_and_errors(start) -> None:
     client = client_of(start())
-    question: Any = [{"role": "user", "content": [PICTURE, {"type": "input_text", "text": "hello"}]}]
+    question: Any = [{"role": "user", "content": [IMAGE, {"type": "input_text", "text": "hello"}]}]
 
     whole = client.responses.create(model="fake", input=question, instructions="be short", max_output_tokens=50)
     with client.responses.stream(model="fake", input=question) as stream:
@@ -54,19 +54,19 @@ def test_the_client_asks_streams_and_is_told_its_mistakes(start) -> None:
         list(client.responses.create(model="fake", input="FAIL", stream=True))
 
 
-def test_tools_thoughts_and_the_way_back(start) -> None:
+def test_tool_calls_reasoning_and_the_next_request(start) -> None:
     client = client_of(start(FAKE_ANSWER=CALL))
 
     answer = client.responses.create(model="fake", input="hello", tools=[TOOL], tool_choice="required")
     with client.responses.stream(model="fake", input="hello", tools=[TOOL]) as stream:
         streamed = stream.get_final_response()
-    thoughts, call = answer.output
-    result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": [PICTURE]}  # type: ignore[union-attr]
+    reasoning, call = answer.output
+    result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": [IMAGE]}  # type: ignore[union-attr]
     again = client.responses.create(
         model="fake", input=[{"role": "user", "content": "hello"}, *answer.output, result], tools=[TOOL]
     )
 
-    assert thoughts.type == "reasoning" and thoughts.content and thoughts.content[0].text == "so"
+    assert reasoning.type == "reasoning" and reasoning.content and reasoning.content[0].text == "so"
     assert call.type == "function_call" and (call.name, json.loads(call.arguments)) == ("count", {"limit": 4})
     assert [item.type for item in streamed.output] == ["reasoning", "function_call"]
     assert again.usage is not None and again.usage.input_tokens_details.to_dict()["image_tokens"] == 4
@@ -86,16 +86,16 @@ def test_a_structured_answer_is_parsed(start) -> None:
      "<tool_call>count</tool_call> and then <think>more</think> words"],
 )  # fmt: skip
 def test_the_events_of_a_stream_add_up_to_the_whole(text: str, serve) -> None:
-    served = serve(answer=lambda prompt, pictures: text)
-    body = {"input": [{"role": "user", "content": [PICTURE]}], "tools": [{**TOOL, "strict": False}]}
+    served = serve(answer=lambda prompt, images: text)
+    body = {"input": [{"role": "user", "content": [IMAGE]}], "tools": [{**TOOL, "strict": False}]}
 
     whole = served.client.post("/v1/responses", json=body).json()
     events = sse_data(served.client.post("/v1/responses", json={**body, "stream": True}).text)
 
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     final = events[-1]["response"]
-    told = [{k: v for k, v in item.items() if k not in ("id", "call_id")} for item in final["output"]]
-    assert told == [{k: v for k, v in item.items() if k not in ("id", "call_id")} for item in whole["output"]]
+    streamed = [{k: v for k, v in item.items() if k not in ("id", "call_id")} for item in final["output"]]
+    assert streamed == [{k: v for k, v in item.items() if k not in ("id", "call_id")} for item in whole["output"]]
     assert final.get("boxes") == whole.get("boxes") and bool(whole.get("boxes")) == ("box" in text)
     done = [event["item"] for event in events if event["type"] == "response.output_item.done"]
     assert done == final["output"]
@@ -104,7 +104,7 @@ def test_the_events_of_a_stream_add_up_to_the_whole(text: str, serve) -> None:
         assert "".join(deltas) == (item["arguments"] if item["type"] == "function_call" else item["content"][0]["text"])
 
 
-def test_everything_reaches_the_engine(serve) -> None:
+def test_the_fields_reach_the_engine(serve) -> None:
     served = serve()
     requests: list[Request] = []
     submit = served.engine.submit
@@ -129,7 +129,7 @@ def test_everything_reaches_the_engine(serve) -> None:
         ({"input": [{"role": "user"}]}, "input[0].content", "is required"),
         ({"input": [{"type": "function_call_output", "output": "x"}]}, "input[0].call_id", "is required"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0].image_url", "is required"),
-        ({"input": [{"role": "user", "content": "a"}, {"role": "user", "content": [{**PICTURE, "image_url": "file:///x"}]}]},
+        ({"input": [{"role": "user", "content": "a"}, {"role": "user", "content": [{**IMAGE, "image_url": "file:///x"}]}]},
          "input[1].content[0].image_url", "data: URL"),
         ({"input": "x", "temperature": 3}, "temperature", "<= 2"),
         ({"input": "x", "reasoning": {"effort": "huge"}}, "reasoning.effort", "huge"),
@@ -143,7 +143,7 @@ def test_everything_reaches_the_engine(serve) -> None:
         ({"input": "x", "model": "other"}, "model", "other"),
     ],
 )  # fmt: skip
-def test_a_mistake_is_told_by_its_own_name(fields: dict[str, Any], param: str, words: str, serve) -> None:
+def test_errors_use_the_field_names_of_this_format(fields: dict[str, Any], param: str, words: str, serve) -> None:
     answer = serve().client.post("/v1/responses", json=fields)
 
     error = answer.json()["error"]

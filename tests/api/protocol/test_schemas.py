@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from api.errors import ServingError
-from api.protocol.schemas import HARMLESS, WITHOUT_EFFECT, parse_chat
-from api.protocol.validation import MAX_DEPTH
+from api.protocol.schemas import HARMLESS, MAX_DEPTH, WITHOUT_EFFECT, parse_chat
 
 TOOL = {"type": "function", "function": {"name": "f"}}
 USER = {"role": "user", "content": "hello"}
@@ -110,7 +109,7 @@ def content(*parts: Any) -> dict[str, Any]:
         ),
     ],
 )  # fmt: skip
-def test_a_wrong_field_is_named_with_what_is_allowed(fields: dict[str, Any], param: str, message: str) -> None:
+def test_an_invalid_field_is_named_with_its_limit(fields: dict[str, Any], param: str, message: str) -> None:
     error = refusal(**fields)
 
     assert error.param == param
@@ -120,10 +119,10 @@ def test_a_wrong_field_is_named_with_what_is_allowed(fields: dict[str, Any], par
 @pytest.mark.parametrize(
     ("body", "words"),
     [(b"", "at character 0"), (b'{"a" 1}', "Expecting ':' delimiter at character 5"), (b"[]", "Given: []"),
-     (b"null", "Given: null"), (b'"x"', 'Given: "x"'), (b"[" * 100_000, "not JSON that can be read"),
-     (b'{"a": ' + b"9" * 5000 + b"}", "not JSON that can be read"), (b"{\xff\xfe}", "UTF-8")],
+     (b"null", "Given: null"), (b'"x"', 'Given: "x"'), (b"[" * 100_000, "cannot be parsed"),
+     (b'{"a": ' + b"9" * 5000 + b"}", "cannot be parsed"), (b"{\xff\xfe}", "UTF-8")],
 )  # fmt: skip
-def test_what_is_no_json_object_is_refused_with_the_reason(body: bytes, words: str) -> None:
+def test_anything_but_a_json_object_is_refused_with_the_reason(body: bytes, words: str) -> None:
     with pytest.raises(ServingError) as caught:
         parse_chat(body)
 
@@ -132,7 +131,7 @@ def test_what_is_no_json_object_is_refused_with_the_reason(body: bytes, words: s
 
 
 @pytest.mark.parametrize("shape", ["[%s]", '{"a": %s}'])
-def test_what_is_nested_too_deep_is_refused_by_name(shape: str) -> None:
+def test_a_field_nested_too_deeply_is_refused_by_name(shape: str) -> None:
     value = "1"
     for _ in range(MAX_DEPTH + 1):
         value = shape % value
@@ -142,7 +141,7 @@ def test_what_is_nested_too_deep_is_refused_by_name(shape: str) -> None:
     assert (caught.value.param, caught.value.code) == ("tools", "too_deep")
 
 
-def test_half_a_character_is_refused() -> None:
+def test_a_lone_surrogate_is_refused() -> None:
     with pytest.raises(ServingError) as caught:
         parse_chat(b'{"messages": [{"role": "user", "content": "\\ud83d"}]}')
     assert "whole Unicode characters" in caught.value.message
@@ -151,7 +150,7 @@ def test_half_a_character_is_refused() -> None:
     assert "function.arguments`" in refusal(messages=[{"role": "assistant", "tool_calls": [arguments]}]).message
 
 
-def test_an_escaped_pair_is_one_character() -> None:
+def test_an_escaped_surrogate_pair_is_one_character() -> None:
     assert parse(messages=[{"role": "user", "content": "😀"}]).messages[0].content == "😀"
 
 
@@ -165,12 +164,12 @@ def test_harmless_fields_are_accepted(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(WITHOUT_EFFECT))
-def test_fields_that_ask_for_what_happens_anyway_are_accepted(name: str) -> None:
+def test_fields_of_other_servers_are_accepted_with_the_value_that_holds_here(name: str) -> None:
     parse(**{name: WITHOUT_EFFECT[name]})
     parse(**{name: None})
 
 
-def test_an_answer_can_be_sent_back_as_it_came() -> None:
+def test_an_answer_can_be_sent_back_unchanged() -> None:
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     answer = {
         "role": "assistant", "content": None, "refusal": None, "annotations": None, "audio": None,
@@ -183,10 +182,10 @@ def test_an_answer_can_be_sent_back_as_it_came() -> None:
     assert chat.messages[1].tool_calls is not None
 
 
-def test_what_is_given_is_what_is_used() -> None:
+def test_the_given_values_are_used() -> None:
     chat = parse(stop="x", tools=[{"type": "function", "function": {"name": "f"}}], max_completion_tokens=3)
 
-    assert (chat.stop_strings, len(chat.active_tools), chat.asked_max_tokens) == (("x",), 1, 3)
+    assert (chat.stop_strings, len(chat.active_tools), chat.requested_max_tokens) == (("x",), 1, 3)
     assert chat.enable_thinking is True
     assert parse(chat_template_kwargs={"enable_thinking": False}).enable_thinking is False
     assert parse(tools=[{"type": "function", "function": {"name": "f"}}], tool_choice="none").active_tools == []
@@ -202,7 +201,7 @@ def test_a_named_tool_is_the_only_one_and_must_be_called() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "thinks", "tokens"),
+    ("fields", "thinking", "tokens"),
     [
         ({}, True, None),
         ({"reasoning_effort": "none"}, False, None),
@@ -214,16 +213,16 @@ def test_a_named_tool_is_the_only_one_and_must_be_called() -> None:
         ({"chat_template_kwargs": {}}, True, None),
     ],
 )
-def test_how_long_it_thinks(fields: dict[str, Any], thinks: bool, tokens: int | None) -> None:
+def test_the_limit_of_reasoning(fields: dict[str, Any], thinking: bool, tokens: int | None) -> None:
     chat = parse(**fields)
 
-    assert (chat.enable_thinking, chat.thinking_tokens) == (thinks, tokens)
+    assert (chat.enable_thinking, chat.thinking_tokens) == (thinking, tokens)
 
 
-def test_the_answers_form_is_a_schema() -> None:
+def test_response_format_gives_a_schema() -> None:
     schema = {"type": "object", "properties": {}}
-    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
+    response_format = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
 
-    assert parse(response_format=wanted).answer_schema == schema
+    assert parse(response_format=response_format).answer_schema == schema
     assert parse(response_format={"type": "json_object"}).answer_schema == {"type": "object"}
     assert parse(response_format={"type": "text"}).answer_schema is None

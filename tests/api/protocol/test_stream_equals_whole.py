@@ -1,4 +1,4 @@
-"""A stream and a whole answer say the same in every field, however the text is cut into tokens."""
+"""A stream and a whole answer have equal fields, however the text is cut into tokens."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ TEXTS = st.one_of(st.sampled_from(WHOLE), st.lists(st.sampled_from(ATOMS), max_s
 VOCABULARY = fake_model().vocabulary
 
 
-def cut(text: str, places: list[int]) -> list[str]:
-    bounds = [0, *sorted(place % (len(text) + 1) for place in places), len(text)]
+def cut(text: str, cuts: list[int]) -> list[str]:
+    bounds = [0, *sorted(offset % (len(text) + 1) for offset in cuts), len(text)]
     return [text[a:b] for a, b in itertools.pairwise(bounds)]
 
 
@@ -78,8 +78,8 @@ def joined(chunks: list[dict[str, Any]]) -> dict[str, Any]:
     return {"message": message, "logprobs": logprobs, "reasons": reasons}
 
 
-def told(message: dict[str, Any]) -> dict[str, Any]:
-    """What a message says, without the fields that are empty."""
+def without_empty(message: dict[str, Any]) -> dict[str, Any]:
+    """A message without its empty fields."""
     calls = [{k: v for k, v in call.items() if k != "index"} for call in message.get("tool_calls", [])]
     return {k: v for k, v in {**message, "tool_calls": calls}.items() if v}
 
@@ -89,30 +89,30 @@ FAST = settings(max_examples=400, deadline=None, suppress_health_check=list(Heal
 
 @FAST
 @given(TEXTS, st.lists(st.integers(0, 400), max_size=12), st.sampled_from(list(FinishReason)), st.booleans())
-def test_chunks_join_to_the_whole(text: str, places: list[int], reason: FinishReason, literal: bool) -> None:
-    chunks, body = run(cut(text, places), reason, literal)
+def test_chunks_add_up_to_the_whole(text: str, cuts: list[int], reason: FinishReason, literal: bool) -> None:
+    chunks, body = run(cut(text, cuts), reason, literal)
     [choice] = body["choices"]
     stream = joined(chunks)
 
-    assert told(stream["message"]) == told(choice["message"])
-    assert stream["logprobs"] == choice["logprobs"]["content"] and len(stream["logprobs"]) == len(cut(text, places))
+    assert without_empty(stream["message"]) == without_empty(choice["message"])
+    assert stream["logprobs"] == choice["logprobs"]["content"] and len(stream["logprobs"]) == len(cut(text, cuts))
     assert stream["reasons"] == [choice["finish_reason"]]
 
 
 @FAST
 @given(TEXTS, st.lists(st.integers(0, 400), max_size=12), st.sampled_from(list(FinishReason)), st.booleans())
-def test_every_cut_says_the_same(text: str, places: list[int], reason: FinishReason, literal: bool) -> None:
+def test_every_cut_gives_the_same_answer(text: str, cuts: list[int], reason: FinishReason, literal: bool) -> None:
     whole = run([text], reason, literal)[1]["choices"][0]
 
-    for pieces in (cut(text, places), list(text)):
+    for pieces in (cut(text, cuts), list(text)):
         choice = run(pieces, reason, literal)[1]["choices"][0]
         assert choice["message"] == whole["message"]
         assert choice["finish_reason"] == whole["finish_reason"]
 
 
 @pytest.mark.parametrize("text", [*WHOLE, "红😀 <think>想</think>第二张图 <|begin_of_box|>蓝色<|end_of_box|>é"])
-def test_true_tokens_and_every_cut_of_the_bytes_say_the_same(text: str) -> None:
-    """As the demo model's own tokens bring it, and cut in two anywhere, in the midst of a character too."""
+def test_real_tokens_and_every_cut_of_the_bytes_give_the_same_answer(text: str) -> None:
+    """Cut by the demo model's own tokens, and in two at any byte, even inside a character."""
     vocabulary = Vocabulary(Tokenizer.from_file(str(ROOT / "models" / "shapes" / "tokenizer.json")))
     ids, data = vocabulary.encode(text), text.encode()
     tokens = [vocabulary.token_bytes(token) for token in ids]
@@ -122,10 +122,10 @@ def test_true_tokens_and_every_cut_of_the_bytes_say_the_same(text: str) -> None:
 
     for pieces in cuts:
         detokenizer = Detokenizer(())
-        told_pieces = [detokenizer.feed(piece) for piece in pieces]
-        chunks, body = run([*told_pieces, detokenizer.finish()], FinishReason.STOP, literal=False)
+        texts = [detokenizer.feed(piece) for piece in pieces]
+        chunks, body = run([*texts, detokenizer.finish()], FinishReason.STOP, literal=False)
         assert body["choices"][0]["message"] == whole["message"]
-        assert told(joined(chunks)["message"]) == told(whole["message"])
+        assert without_empty(joined(chunks)["message"]) == without_empty(whole["message"])
 
 
 @FAST

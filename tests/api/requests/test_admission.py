@@ -1,4 +1,4 @@
-"""How much is let in: by requests, by tokens, by key; and that all of it is released."""
+"""The limits of admission by requests, tokens and keys, and their release."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def refusal(act) -> ServingError:
     return caught.value
 
 
-def test_the_queue_and_the_slots_are_the_limit() -> None:
+def test_the_queue_and_the_slots_limit_requests() -> None:
     admission = Admission(Settings(queue_size=2), lambda: 3)
     permits = [admission.admit(ANN) for _ in range(5)]
 
@@ -52,7 +52,7 @@ def test_probes_have_permits_of_their_own() -> None:
     assert refusal(lambda: admission.admit(PROBE)).code == "queue_full"
 
 
-def test_tokens_are_a_limit_of_their_own_but_one_request_is_always_let_in() -> None:
+def test_tokens_are_limited_but_a_single_request_is_always_admitted() -> None:
     admission = Admission(Settings(queue_tokens=100))
     large, small = admission.admit(ANN), admission.admit(ANN)
     large.take_tokens(5_000)
@@ -65,7 +65,7 @@ def test_tokens_are_a_limit_of_their_own_but_one_request_is_always_let_in() -> N
     assert admission.tokens == 60
 
 
-def test_a_key_may_ask_so_often_in_a_minute() -> None:
+def test_the_rate_of_a_key_is_limited() -> None:
     clock = Clock()
     admission = Admission(Settings(key_requests_per_minute=2), clock=clock)
     admission.admit(ANN).release()
@@ -81,7 +81,7 @@ def test_a_key_may_ask_so_often_in_a_minute() -> None:
     admission.admit(ANN).release()
 
 
-def test_a_key_may_have_so_many_at_a_time_counting_choices() -> None:
+def test_the_concurrency_of_a_key_is_limited_and_counts_choices() -> None:
     admission = Admission(Settings(key_concurrency=3))
     permit = admission.admit(ANN)
     permit.take_requests(2)
@@ -109,7 +109,7 @@ def test_a_permit_is_released_once_and_completely() -> None:
     assert (admission.active, admission.tokens, admission.probes) == (0, 0, 0)
 
 
-def test_checking_takes_no_permit_and_counts_for_no_rate() -> None:
+def test_checking_takes_no_permit_and_does_not_count_towards_the_rate() -> None:
     clock = Clock()
     admission = Admission(Settings(queue_size=1, key_requests_per_minute=2), clock=clock)
     for _ in range(5):
@@ -122,7 +122,7 @@ def test_checking_takes_no_permit_and_counts_for_no_rate() -> None:
     assert refusal(lambda: admission.check(BEN)).code == "queue_full"
 
 
-def test_the_bytes_of_bodies_on_their_way_are_limited_together() -> None:
+def test_the_bytes_of_arriving_bodies_are_limited_in_total() -> None:
     admission = Admission(Settings(max_body_bytes=100))
     with ExitStack() as stack:
         for name in ("ann", "ben"):
@@ -139,7 +139,7 @@ def test_the_bytes_of_bodies_on_their_way_are_limited_together() -> None:
         body.add(100)
 
 
-def test_one_keys_arriving_bodies_keep_nobody_else_out() -> None:
+def test_arriving_bodies_of_one_key_do_not_block_others() -> None:
     admission = Admission(Settings(max_body_bytes=100))
     with admission.arriving(ANN) as first, admission.arriving(ANN) as second:
         first.add(LARGEST_BODIES_OF_KEY * 100 - 1)

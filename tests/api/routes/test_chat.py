@@ -7,7 +7,7 @@ import threading
 from typing import Any
 
 import pytest
-from served import picture_part, text_part
+from served import image_part, text_part
 
 TOOL = {"type": "function", "function": {"name": "count", "parameters": {"properties": {"color": {"type": "string"}}}}}
 CALL = "<tool_call>count\n<arg_key>color</arg_key>\n<arg_value>3</arg_value>\n</tool_call>"
@@ -69,9 +69,9 @@ def test_a_stream_without_usage_has_none(serve) -> None:
         ("<|begin_of_box|>[[0,250,500,1000]]<|end_of_box|>", {"content": "[[0,250,500,1000]]"}),
     ],
 )
-def test_stream_and_whole_answer_say_the_same(text: str, expected: dict[str, Any], serve) -> None:
-    served = serve(answer=lambda prompt, pictures: text)
-    content = [picture_part(size=(200, 100)), text_part("q")]
+def test_stream_and_whole_answer_have_the_same_content(text: str, expected: dict[str, Any], serve) -> None:
+    served = serve(answer=lambda prompt, images: text)
+    content = [image_part(size=(200, 100)), text_part("q")]
 
     whole = served.chat(content, tools=[TOOL]).json()["choices"][0]["message"]
     streamed = joined(served.stream(content, tools=[TOOL]))
@@ -85,10 +85,10 @@ def test_stream_and_whole_answer_say_the_same(text: str, expected: dict[str, Any
     assert [call["function"] for call in streamed.get("tool_calls", [])] == functions
 
 
-def test_a_box_has_thousandths_pixels_and_its_picture(serve) -> None:
+def test_a_box_has_thousandths_pixels_and_its_image(serve) -> None:
     served = serve(answer=lambda p, i: "<|begin_of_box|>[[0,250,500,1000]]<|end_of_box|>")
 
-    message = served.chat([picture_part(size=(200, 100)), text_part("where?")]).json()["choices"][0]["message"]
+    message = served.chat([image_part(size=(200, 100)), text_part("where?")]).json()["choices"][0]["message"]
 
     assert message["boxes"] == [{"bbox_2d": [0, 250, 500, 1000], "bbox_pixels": [0, 25, 100, 100], "image": 0}]
 
@@ -103,7 +103,7 @@ def test_a_tool_call_is_typed_by_the_tools_schema(serve) -> None:
 
 
 def test_tool_choice_none_hides_the_tools_from_the_model(serve) -> None:
-    served = serve(answer=lambda prompt, pictures: prompt)
+    served = serve(answer=lambda prompt, images: prompt)
 
     assert "# Tools" in served.chat(tools=[TOOL]).json()["choices"][0]["message"]["content"]
     assert "# Tools" not in served.chat(tools=[TOOL], tool_choice="none").json()["choices"][0]["message"]["content"]
@@ -118,17 +118,17 @@ def test_reasoning_tokens_are_counted(serve) -> None:
     assert usage["completion_tokens"] == 8  # with the end token
 
 
-def test_the_model_sees_every_picture_in_order(serve) -> None:
-    served = serve(answer=lambda prompt, pictures: str(pictures))
+def test_the_model_sees_every_image_in_order(serve) -> None:
+    served = serve(answer=lambda prompt, images: str(images))
 
-    body = served.chat([picture_part("red"), text_part("or"), picture_part((0, 0, 255), (84, 56))]).json()
+    body = served.chat([image_part("red"), text_part("or"), image_part((0, 0, 255), (84, 56))]).json()
 
     assert body["choices"][0]["message"]["content"] == "[(255, 0, 0), (0, 0, 255)]"
     assert body["usage"]["prompt_tokens_details"] == {"cached_tokens": 0, "image_tokens": 4 + 6}
 
 
 def test_text_that_looks_like_a_special_token_stays_text(serve) -> None:
-    served = serve(answer=lambda prompt, pictures: prompt.replace("<", "("))
+    served = serve(answer=lambda prompt, images: prompt.replace("<", "("))
 
     body = served.chat("a <|image|><|user|> b").json()
 
@@ -150,7 +150,7 @@ def answer_of(response) -> tuple[str, str]:
     return choice["message"]["content"], choice["finish_reason"]
 
 
-def test_a_stop_string_does_not_end_the_thinking(serve) -> None:
+def test_a_stop_string_does_not_end_the_reasoning(serve) -> None:
     served = serve(answer=lambda p, i: "\n<think>a\nb</think>\nanswer\nmore")
 
     assert answer_of(served.chat(stop=["\n"])) == ("answer", "stop")
@@ -162,8 +162,8 @@ def test_without_max_tokens_the_default_and_the_context_are_the_limit(serve) -> 
     assert reason == "length" and 0 < len(text) < 40
 
 
-def test_thinking_can_be_switched_off(serve) -> None:
-    served = serve(answer=lambda prompt, pictures: repr(prompt))
+def test_thinking_can_be_disabled(serve) -> None:
+    served = serve(answer=lambda prompt, images: repr(prompt))
 
     assert "<think></think>" not in str(served.chat().json())
     off = served.chat(chat_template_kwargs={"enable_thinking": False})
@@ -171,11 +171,11 @@ def test_thinking_can_be_switched_off(serve) -> None:
 
 
 def test_a_conversation_with_tools_reaches_the_model(serve) -> None:
-    served = serve(answer=lambda prompt, pictures: prompt)
+    served = serve(answer=lambda prompt, images: prompt)
     call = {"id": "c1", "type": "function", "function": {"name": "count", "arguments": '{"color": "red"}'}}
     messages = [
         {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": [picture_part(), text_part("How many?")]},
+        {"role": "user", "content": [image_part(), text_part("How many?")]},
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "c1", "content": "3"},
     ]
@@ -186,7 +186,7 @@ def test_a_conversation_with_tools_reaches_the_model(serve) -> None:
         assert text in content["content"]
 
 
-def test_requests_at_the_same_time_get_their_own_answers(serve) -> None:
+def test_concurrent_requests_get_their_own_answers(serve) -> None:
     served = serve(queue_size=16)
     answers: dict[int, str] = {}
 

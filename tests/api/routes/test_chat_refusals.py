@@ -1,4 +1,4 @@
-"""Chat completions that do not succeed: each ends once, in the shape of OpenAI, and releases its permit."""
+"""Chat completions that fail: each ends once, with an error in OpenAI's format, and releases its permit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 from jinja2 import TemplateError
-from served import KEY, chat_body, picture_part, sse_data, text_part, wait_for
+from served import KEY, chat_body, image_part, sse_data, text_part, wait_for
 
 from api.caller import Caller
 
@@ -33,14 +33,14 @@ def test_the_right_model_is_accepted(serve) -> None:
     assert serve().chat(model="fake").status_code == 200
 
 
-def test_a_prompt_longer_than_the_context_says_both_numbers(serve) -> None:
+def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(serve) -> None:
     error = error_of(serve(context_tokens=100).chat("x" * 200), 400)
 
     assert error["code"] == "context_length_exceeded"
     assert "205 tokens" in error["message"] and "100" in error["message"]
 
 
-def test_a_text_far_longer_than_the_context_is_refused_before_its_tokens_are_counted(serve) -> None:
+def test_a_text_far_longer_than_the_context_is_refused_before_it_is_tokenized(serve) -> None:
     served = serve(context_tokens=100)
     encoded = []
     served.model.vocabulary.encode = encoded.append
@@ -51,19 +51,19 @@ def test_a_text_far_longer_than_the_context_is_refused_before_its_tokens_are_cou
     assert "100000" in error["message"] and "100 tokens" in error["message"]
 
 
-def test_pictures_longer_than_the_context_are_refused_before_they_are_decoded(serve) -> None:
+def test_images_longer_than_the_context_are_refused_before_they_are_decoded(serve) -> None:
     served = serve(context_tokens=100)
     processed = []
     served.model.image_processor.process = processed.append
 
-    error = error_of(served.chat([picture_part(size=(560, 560)), text_part("q")]), 400)
+    error = error_of(served.chat([image_part(size=(560, 560)), text_part("q")]), 400)
 
     assert error["code"] == "context_length_exceeded" and "400 tokens" in error["message"]
     assert processed == []
 
 
-def test_too_many_pictures_are_refused(serve) -> None:
-    error = error_of(serve(max_images=2).chat([picture_part()] * 3), 400)
+def test_too_many_images_are_refused(serve) -> None:
+    error = error_of(serve(max_images=2).chat([image_part()] * 3), 400)
 
     assert error["message"] == "`messages` must have <= 2 pictures. Given: 3"
 
@@ -133,7 +133,7 @@ def test_a_failing_engine_is_an_error_event_in_a_stream(serve) -> None:
     assert "[DONE]" not in events
 
 
-def test_a_dying_engine_is_an_error_for_everyone_and_later_503(serve) -> None:
+def test_a_dying_engine_is_an_error_and_later_503(serve) -> None:
     served = serve()
 
     assert error_of(served.chat("CRASH"), 503)["code"] == "dead"
@@ -141,7 +141,7 @@ def test_a_dying_engine_is_an_error_for_everyone_and_later_503(serve) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_request_past_its_time_is_ended_and_told(stream: bool, serve) -> None:
+def test_a_request_past_its_deadline_ends_with_an_error(stream: bool, serve) -> None:
     served = serve(request_timeout_s=0.2, token_s=0.02)
 
     answer = served.chat("x" * 500, stream=stream)
@@ -159,7 +159,7 @@ def test_too_many_choices_for_the_queue_are_refused_together(serve) -> None:
     assert served.engine.stats().waiting == served.app.state.server.admission.active == 0
 
 
-def test_a_prompt_too_heavy_for_what_is_under_way_waits_outside(serve) -> None:
+def test_a_prompt_with_too_many_tokens_for_the_queue_is_refused(serve) -> None:
     served = serve(queue_tokens=100)
     permit = served.app.state.server.admission.admit(Caller("ann"))
     permit.take_tokens(90)
@@ -172,9 +172,9 @@ def test_a_prompt_too_heavy_for_what_is_under_way_waits_outside(serve) -> None:
 
 
 def test_a_schema_that_cannot_be_enforced_is_refused_by_name(serve) -> None:
-    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "strange"}}}
+    response_format = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "strange"}}}
 
-    error = error_of(serve().chat(response_format=wanted), 400)
+    error = error_of(serve().chat(response_format=response_format), 400)
 
     assert (error["param"], error["code"]) == ("response_format", "unsupported_schema")
 
@@ -204,7 +204,7 @@ def test_a_template_that_refuses_the_messages_is_quoted(serve) -> None:
     assert error["param"] == "messages" and "Roles must alternate." in error["message"]
 
 
-def test_a_body_that_never_comes_is_given_up(serve, monkeypatch) -> None:
+def test_a_body_that_never_arrives_times_out(serve, monkeypatch) -> None:
     monkeypatch.setattr("api.http.connection.BODY_S", 0.05)
     served = serve()
 
@@ -234,7 +234,7 @@ def test_a_body_that_never_comes_is_given_up(serve, monkeypatch) -> None:
     assert served.app.state.server.admission.active == 0
 
 
-def test_a_mistake_of_our_own_is_a_500_without_details(serve) -> None:
+def test_an_internal_error_is_a_500_without_details(serve) -> None:
     served = serve()
 
     def broken(*args: object) -> str:
@@ -247,7 +247,7 @@ def test_a_mistake_of_our_own_is_a_500_without_details(serve) -> None:
     assert "private detail" not in response.text and response.headers["x-request-id"]
 
 
-def test_a_mistake_of_our_own_in_a_stream_is_an_error_event(serve, monkeypatch) -> None:
+def test_an_internal_error_in_a_stream_is_an_error_event(serve, monkeypatch) -> None:
     def broken(*args: object) -> None:
         raise RuntimeError("private detail")
 
@@ -257,7 +257,7 @@ def test_a_mistake_of_our_own_in_a_stream_is_an_error_event(serve, monkeypatch) 
     assert events[-1]["error"]["code"] == "internal_error" and "private" not in str(events)
 
 
-def test_a_drain_that_runs_out_is_an_error_event(serve) -> None:
+def test_a_drain_past_its_deadline_is_an_error_event(serve) -> None:
     served = serve()
     texts: list[str] = []
     body = chat_body("HANG", stream=True)
@@ -271,19 +271,19 @@ def test_a_drain_that_runs_out_is_an_error_event(serve) -> None:
     assert sse_data(texts[0])[-1]["error"]["code"] == "draining"
 
 
-def test_while_a_stream_waits_it_tells_its_place_in_the_queue(serve, monkeypatch) -> None:
-    monkeypatch.setattr("api.requests.handler.HEARTBEAT_S", 0.01)
+def test_a_waiting_stream_reports_its_position_in_the_queue(serve, monkeypatch) -> None:
+    monkeypatch.setattr("api.requests.handler.COMMENT_S", 0.01)
     served = serve()
     blocker = threading.Thread(target=served.chat, args=("HANG",))
     blocker.start()
     assert served.runner.hanging.wait(WAIT_S)
-    told: list[int | None] = []
+    positions: list[int | None] = []
     position = served.engine.position
-    monkeypatch.setattr(served.engine, "position", lambda name: told.append(position(name)) or told[-1])
+    monkeypatch.setattr(served.engine, "position", lambda name: positions.append(position(name)) or positions[-1])
     texts: list[str] = []
     asking = threading.Thread(target=lambda: texts.append(served.chat("hi", stream=True).text))
     asking.start()
-    wait_for(lambda: len(told) > 2)
+    wait_for(lambda: len(positions) > 2)
     served.runner.release.set()
     for thread in (blocker, asking):
         thread.join(WAIT_S)

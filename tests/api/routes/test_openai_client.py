@@ -1,4 +1,4 @@
-"""OpenAI's own client against the running server: whole, streamed, async, structured, with tools, and its errors."""
+"""OpenAI's own client against the running server: whole, streamed, async, structured, tools, and errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import openai
 import pytest
 from pydantic import BaseModel
-from served import KEY, picture_part, text_part
+from served import KEY, image_part, text_part
 
 MESSAGES: Any = [{"role": "user", "content": "hello"}]
 TOOL: Any = {
@@ -71,9 +71,9 @@ def test_answers_streams_models_and_errors(start) -> None:
         client_of(server, "wrong").models.list()
 
 
-def test_everything_a_program_may_ask_at_once(start) -> None:
+def test_all_fields_of_a_request_at_once(start) -> None:
     client = client_of(start())
-    content: Any = [picture_part(), text_part("what?")]
+    content: Any = [image_part(), text_part("what?")]
 
     answer = client.chat.completions.create(
         model="fake", messages=[{"role": "user", "content": content}], n=2, seed=5, temperature=0.5, top_p=0.9,
@@ -87,7 +87,7 @@ def test_everything_a_program_may_ask_at_once(start) -> None:
     assert answer.usage is not None and answer.usage.completion_tokens == 18
 
 
-def test_asynchronously_many_at_once(start) -> None:
+def test_concurrent_asynchronous_requests(start) -> None:
     server = start()
 
     async def ask() -> list[str | None]:
@@ -120,7 +120,7 @@ def test_tools_are_called_with_typed_arguments(choice: Any, start) -> None:
     message = whole.choices[0].message
     assert message.tool_calls is not None
     [call] = message.tool_calls
-    result: Any = {"role": "tool", "tool_call_id": call.id, "content": [picture_part(), text_part("there")]}
+    result: Any = {"role": "tool", "tool_call_id": call.id, "content": [image_part(), text_part("there")]}
     after = client.chat.completions.create(model="fake", messages=[*MESSAGES, message, result], tools=[TOOL])
 
     assert whole.choices[0].finish_reason == "tool_calls"

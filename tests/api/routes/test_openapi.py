@@ -1,4 +1,4 @@
-"""The OpenAPI document is honest: whatever is sent, no 500 and no status that it does not name."""
+"""The OpenAPI document is true: whatever is sent, there is no 500 and no status that it does not list."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SCHEMA = schemathesis.openapi.from_dict(DOCUMENT)
 
 
 async def without_lifespan(scope: Scope, receive: Receive, send: Send) -> None:
-    """Each call brings a client of its own, and would start the engine anew."""
+    """Each call creates a client of its own, whose lifespan would start the engine again."""
     if scope["type"] != "lifespan":
         await SERVED.app(scope, receive, send)
         return
@@ -56,7 +56,7 @@ def teardown_module() -> None:
     SERVED.client.__exit__(None, None, None)
 
 
-def test_every_route_is_in_the_document_and_says_what_it_may_answer() -> None:
+def test_every_route_is_in_the_document_with_its_statuses() -> None:
     paths = {(method, path) for path, methods in DOCUMENT["paths"].items() for method in methods}
 
     assert {("post", "/v1/chat/completions"), ("post", "/tokenize"), ("get", "/metrics"), ("get", "/health")} <= paths
@@ -80,11 +80,11 @@ def test_every_field_is_in_the_document() -> None:
 
 @SCHEMA.parametrize()
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-def test_nothing_that_is_sent_breaks_it(case: schemathesis.Case) -> None:
+def test_every_response_conforms_to_the_document(case: schemathesis.Case) -> None:
     case.call_and_validate(headers=HEADERS, checks=CHECKS)
 
 
-def test_it_still_answers_afterwards() -> None:
+def test_the_server_still_answers_afterwards() -> None:
     answer = SERVED.chat("hello", max_tokens=40)
 
     assert answer.json()["choices"][0]["message"]["content"] == "I see 0 pictures. hello"

@@ -1,4 +1,4 @@
-"""/health tells the state without waiting for anything, /info and /v1/models what is served."""
+"""/health reports the state without waiting for anything, /info and /v1/models what is served."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_health_answers_while_a_step_hangs(serve) -> None:
     asking.join(WAIT_S)
 
 
-def test_a_loading_server_says_how_far_it_is_and_when_to_come_back(serve) -> None:
+def test_a_loading_server_reports_its_progress_and_when_to_retry(serve) -> None:
     go, begun = threading.Event(), threading.Event()
 
     def load(progress):
@@ -58,7 +58,7 @@ def test_a_loading_server_says_how_far_it_is_and_when_to_come_back(serve) -> Non
         assert "loading (25%)" in answer.json()["error"]["message"]
 
 
-def test_a_server_whose_model_cannot_be_loaded_says_why_and_goes_on_answering(serve) -> None:
+def test_a_server_whose_model_cannot_be_loaded_reports_why_and_keeps_answering(serve) -> None:
     def load(progress):
         raise LoadError("models/x: there is no chat template.")
 
@@ -71,7 +71,7 @@ def test_a_server_whose_model_cannot_be_loaded_says_why_and_goes_on_answering(se
     assert (chat.status_code, chat.json()["error"]["code"]) == (503, "dead")
 
 
-def test_a_draining_server_says_so(serve) -> None:
+def test_a_draining_server_reports_it(serve) -> None:
     served = serve()
     served.engine.drain(0)
 
@@ -81,7 +81,7 @@ def test_a_draining_server_says_so(serve) -> None:
     assert (chat.status_code, chat.json()["error"]["code"]) == (503, "draining")
 
 
-def test_info_tells_limits_and_facts_and_no_secret(serve) -> None:
+def test_info_has_limits_and_facts_and_no_secret(serve) -> None:
     answer = serve(max_images=3).client.get("/info")
 
     body = answer.json()
@@ -91,7 +91,7 @@ def test_info_tells_limits_and_facts_and_no_secret(serve) -> None:
     assert "sk-test" not in answer.text
 
 
-def test_the_one_model_is_listed(serve) -> None:
+def test_the_model_is_listed(serve) -> None:
     client = serve().client
 
     assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["fake"]
@@ -101,7 +101,7 @@ def test_the_one_model_is_listed(serve) -> None:
     assert "'org/other'" in missing.json()["error"]["message"]
 
 
-def test_an_unknown_route_and_a_wrong_method_have_the_shape_of_openai(serve) -> None:
+def test_an_unknown_route_and_a_wrong_method_are_refused_in_openais_format(serve) -> None:
     client = serve().client
 
     unknown, wrong = client.get("/v1/nothing"), client.get("/v1/chat/completions")
@@ -113,7 +113,7 @@ def test_an_unknown_route_and_a_wrong_method_have_the_shape_of_openai(serve) -> 
         assert client.post(path, json={}, follow_redirects=False).status_code == 404
 
 
-def test_every_answer_has_a_request_id_and_a_clients_own_is_kept(serve) -> None:
+def test_every_answer_has_a_request_id_and_a_clients_own_is_used(serve) -> None:
     client = serve().client
 
     assert len(client.get("/health").headers["x-request-id"]) == 32

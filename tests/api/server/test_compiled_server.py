@@ -15,7 +15,7 @@ from test_demo_model import ASK
 
 @pytest.fixture
 def serve_demo(tmp_path: Path) -> Iterator[Callable[..., Server]]:
-    """With a cache of compiled kernels that is empty at first."""
+    """The cache of compiled kernels is empty at first."""
     servers: list[Server] = []
 
     def start(**settings: str) -> Server:
@@ -42,9 +42,9 @@ def test_a_server_compiles_before_it_is_ready_and_answers_as_torch_does(
 
     assert value == "compiled" and reason.startswith(str(tmp_path / "cache")) and Path(reason).is_file()
     assert kernels(plain) == ("torch", "set by GLM_KERNELS")
-    said = answer(server)
-    assert said == answer(plain)
-    assert "1" in said or "one" in said.lower()
+    text = answer(server)
+    assert text == answer(plain)
+    assert "1" in text or "one" in text.lower()
     server.until_logged("name=kernels value=compiled")
 
 

@@ -1,4 +1,4 @@
-"""The real server around the real demo model: what the sampler, the grammar and the cache make of a request."""
+"""The real server with the demo model: sampling, grammars and caches as a client sees them."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def part(image: Image.Image) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url}}
 
 
-PICTURE = part(draw_shapes([("red", "circle"), ("blue", "square")], size=(320, 240), seed=1))
-ASK = [{"role": "user", "content": [PICTURE, text_part("How many red shapes are there?")]}]
+IMAGE = part(draw_shapes([("red", "circle"), ("blue", "square")], size=(320, 240), seed=1))
+ASK = [{"role": "user", "content": [IMAGE, text_part("How many red shapes are there?")]}]
 TEXT = [{"role": "user", "content": "What can you do?"}]
 
 
@@ -87,7 +87,7 @@ def message(answer: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("thinks", [True, False])
-def test_a_schema_binds_every_answer_of_a_batch(thinks: bool, server: Server) -> None:
+def test_a_schema_is_enforced_in_every_answer_of_a_batch(thinks: bool, server: Server) -> None:
     options = {"chat_template_kwargs": {"enable_thinking": thinks}, "response_format": JSON, "temperature": 1.5}
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
         bound = [pool.submit(ask, server, seed=seed, max_tokens=300, **options) for seed in range(5)]
@@ -111,7 +111,7 @@ def test_json_objects_are_enforced_too(server: Server) -> None:
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "count"}}])
 @pytest.mark.parametrize("seed", range(3))
-def test_a_forced_call_is_a_call_that_fits(choice: Any, seed: int, server: Server) -> None:
+def test_a_forced_call_matches_the_schema(choice: Any, seed: int, server: Server) -> None:
     fields = {"tool_choice": choice, "parallel_tool_calls": False, "temperature": 1.5, "seed": seed, "max_tokens": 300}
 
     answer = ask(server, TEXT, tools=[LOOK, COUNT], **fields)
@@ -125,7 +125,7 @@ def test_a_forced_call_is_a_call_that_fits(choice: Any, seed: int, server: Serve
 
 
 @pytest.mark.parametrize("fields", [{}, {"temperature": 1.0, "seed": 4}, {"response_format": JSON}, {"logprobs": True}])
-def test_a_stream_says_what_the_whole_says(fields: dict[str, Any], server: Server) -> None:
+def test_a_stream_equals_the_whole_answer(fields: dict[str, Any], server: Server) -> None:
     whole = ask(server, **fields)["choices"][0]
     body = {"messages": ASK, "max_tokens": 60, "stream": True, **fields}
     answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=HEADERS, timeout=300)
@@ -135,20 +135,20 @@ def test_a_stream_says_what_the_whole_says(fields: dict[str, Any], server: Serve
         assert "".join(p["delta"].get(name) or "" for p in parts) == (whole["message"].get(name) or "")
     assert [p["finish_reason"] for p in parts if p["finish_reason"]] == [whole["finish_reason"]]
     if whole["logprobs"]:
-        told = [token["token"] for p in parts for token in (p["logprobs"] or {}).get("content", [])]
-        assert told == [token["token"] for token in whole["logprobs"]["content"]]
+        streamed = [token["token"] for p in parts for token in (p["logprobs"] or {}).get("content", [])]
+        assert streamed == [token["token"] for token in whole["logprobs"]["content"]]
 
 
-def test_the_same_seed_says_the_same_whatever_else_runs(server: Server) -> None:
-    wanted = {"temperature": 1.2, "seed": 11, "n": 2, "max_tokens": 40}
-    alone = [choice["message"] for choice in ask(server, **wanted)["choices"]]
+def test_a_seed_gives_the_same_answer_whatever_else_runs(server: Server) -> None:
+    fields = {"temperature": 1.2, "seed": 11, "n": 2, "max_tokens": 40}
+    alone = [choice["message"] for choice in ask(server, **fields)["choices"]]
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
         others = [pool.submit(ask, server, TEXT, temperature=1.0) for _ in range(5)]
-        crowded = [choice["message"] for choice in pool.submit(ask, server, **wanted).result()["choices"]]
+        crowded = [choice["message"] for choice in pool.submit(ask, server, **fields).result()["choices"]]
         concurrent.futures.wait(others)
 
     assert alone == crowded
-    second = ask(server, **{**wanted, "n": 1, "seed": 12})["choices"][0]["message"]
+    second = ask(server, **{**fields, "n": 1, "seed": 12})["choices"][0]["message"]
     assert second == alone[1]
 
 
@@ -165,7 +165,7 @@ def test_logprobs_are_those_of_the_tokens(server: Server) -> None:
     assert (message(answer).get("reasoning") or message(answer)["content"]).split()[0] in text
 
 
-def test_thoughts_are_cut_at_their_budget(server: Server) -> None:
+def test_reasoning_is_cut_at_its_budget(server: Server) -> None:
     long = ask(server, thinking_token_budget=1000)["usage"]["completion_tokens_details"]["reasoning_tokens"]
     short = ask(server, thinking_token_budget=2)
 
@@ -174,13 +174,13 @@ def test_thoughts_are_cut_at_their_budget(server: Server) -> None:
     assert message(short)["content"]
 
 
-def test_lengths_are_kept(server: Server) -> None:
+def test_length_limits_are_honoured(server: Server) -> None:
     assert ask(server, TEXT, ignore_eos=True, max_tokens=70)["usage"]["completion_tokens"] == 70
     usual = ask(server, TEXT, max_tokens=200)["usage"]["completion_tokens"]
     assert usual < ask(server, TEXT, min_tokens=usual + 5, max_tokens=200)["usage"]["completion_tokens"]
 
 
-def test_endless_repetition_is_ended_and_told(server: Server) -> None:
+def test_endless_repetition_is_ended_and_reported(server: Server) -> None:
     [token] = httpx.post(f"{server.url}/tokenize", json={"prompt": "x"}, headers=HEADERS, timeout=60).json()["tokens"]
 
     answer = ask(server, TEXT, logit_bias={str(token): 100}, loop_window=16, max_tokens=500)
@@ -189,9 +189,9 @@ def test_endless_repetition_is_ended_and_told(server: Server) -> None:
     assert answer["usage"]["completion_tokens"] < 100
 
 
-def test_a_second_question_about_a_picture_finds_the_first_in_the_cache(server: Server) -> None:
-    picture = part(draw_shapes([("green", "star")], size=(320, 240), seed=random.Random(os.getpid()).randrange(10**6)))
-    messages = [{"role": "user", "content": [picture, text_part("What is it?")]}]
+def test_a_second_question_about_an_image_hits_the_cache(server: Server) -> None:
+    image = part(draw_shapes([("green", "star")], size=(320, 240), seed=random.Random(os.getpid()).randrange(10**6)))
+    messages = [{"role": "user", "content": [image, text_part("What is it?")]}]
     first = ask(server, messages)["usage"]["prompt_tokens_details"]
     second = ask(server, messages)["usage"]["prompt_tokens_details"]
     other = ask(server, messages, cache_salt="another")["usage"]["prompt_tokens_details"]
@@ -200,12 +200,12 @@ def test_a_second_question_about_a_picture_finds_the_first_in_the_cache(server: 
     assert second["cached_tokens"] > first["image_tokens"] > 0
 
 
-def test_the_time_of_the_vision_tower_is_told_once_for_a_picture(server: Server) -> None:
-    picture = part(draw_shapes([("red", "star")], size=(320, 240), seed=random.Random(os.getpid()).randrange(10**6)))
-    messages = [{"role": "user", "content": [picture, text_part("What is it?")]}]
+def test_the_time_in_the_vision_encoder_is_reported_once_for_an_image(server: Server) -> None:
+    image = part(draw_shapes([("red", "star")], size=(320, 240), seed=random.Random(os.getpid()).randrange(10**6)))
+    messages = [{"role": "user", "content": [image, text_part("What is it?")]}]
     before = metrics(server)
     first = ask(server, messages)["timings"]
-    second = ask(server, [{"role": "user", "content": [picture, text_part("What color is it?")]}])["timings"]
+    second = ask(server, [{"role": "user", "content": [image, text_part("What color is it?")]}])["timings"]
     after = metrics(server)
 
     def grown(name: str) -> float:
@@ -220,7 +220,7 @@ def test_the_time_of_the_vision_tower_is_told_once_for_a_picture(server: Server)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (27, 27), (1, 30), (199, 1), (3000, 20)])
-def test_small_and_narrow_pictures_are_seen(size: tuple[int, int], server: Server) -> None:
+def test_small_and_narrow_images_are_accepted(size: tuple[int, int], server: Server) -> None:
     answer = ask(server, [{"role": "user", "content": [part(Image.new("RGB", size, "red")), text_part("What?")]}])
 
     assert answer["usage"]["prompt_tokens_details"]["image_tokens"] > 0

@@ -1,4 +1,4 @@
-"""Everything ugly that a stranger with a key can send, to one running server that must come through it unharmed."""
+"""Malformed and hostile requests to one running server, which must be unharmed afterwards."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ import httpx
 import psutil
 import pytest
 from PIL import Image
-from served import KEY, chat_body, picture_part, text_part, wait_for
+from served import KEY, chat_body, image_part, text_part, wait_for
 from server_process import HEADERS, WAIT_S, Server, free_port
 
 URL = "/v1/chat/completions"
-QUESTION = [picture_part("red"), text_part("hello")]
+QUESTION = [image_part("red"), text_part("hello")]
 ANSWER = "I see 1 pictures. hello"
 NOTHING = {"requests": 0, "tokens": 0, "running": 0, "waiting": 0, "arriving": 0}
 
@@ -56,7 +56,7 @@ def held(server: Server) -> dict[str, int]:
 
 
 def raw(server: Server, data: bytes, finish: bool = False) -> bytes:
-    """Send bytes as they are; whatever comes back until the server hangs up or 20 s pass."""
+    """Send raw bytes; returns what arrives until the server closes the connection or 20 s pass."""
     answer = b""
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as wire, contextlib.suppress(OSError):
         wire.sendall(data)
@@ -85,7 +85,7 @@ def chunked(*pieces: bytes) -> bytes:
 GOOD = json.dumps(chat_body("hi")).encode()
 
 
-# 0: the server hangs up without a word on a client that has said all it will say, and not enough.
+# 0: the client closes its side before its request is complete, and the server closes without an answer.
 BROKEN: list[tuple[bytes, set[int]]] = [
     (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", {400}),  # TLS to a plain port
     (b"\x00" * 1000, {0, 400}),
@@ -104,7 +104,7 @@ BROKEN: list[tuple[bytes, set[int]]] = [
     (request(GOOD, "Content-Length: 3"), {400}),
     (request(GOOD, length=10**15), {413}),
     (request(GOOD, "Content-Length: " + "9" * 5_000), {400}),
-    (request(GOOD, length=len(GOOD) + 10), {0, 400}),  # less than announced, and then the end
+    (request(GOOD, length=len(GOOD) + 10), {0, 400}),  # less than announced
     (request(GOOD, length=5), {400}),
     (request(GOOD, "Transfer-Encoding: chunked"), {0, 400}),
     (chunked(b"zzz\r\n" + GOOD + b"\r\n0\r\n\r\n"), {0, 400}),
@@ -152,7 +152,7 @@ def saved(kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-PICTURES = {
+IMAGES = {
     "bomb": png(100_000, 100_000, zlib.compress(b"\0" * 10_000_000)),
     "no side": png(0, 10),
     "huge side": png(2**31 - 1, 1),
@@ -173,9 +173,9 @@ def data_part(data: bytes) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(data).decode()}}
 
 
-@pytest.mark.parametrize("name", PICTURES)
-def test_hostile_pictures(name: str, server: Server) -> None:
-    answer = server.post(chat_body([data_part(PICTURES[name])]))
+@pytest.mark.parametrize("name", IMAGES)
+def test_hostile_images(name: str, server: Server) -> None:
+    answer = server.post(chat_body([data_part(IMAGES[name])]))
 
     assert answer.status_code in (400, 413) or (name == "text bomb" and answer.status_code == 200)
     if answer.status_code != 200:
@@ -201,7 +201,7 @@ def test_hostile_urls(url: str, server: Server) -> None:
 
 
 def test_slow_senders_and_half_closed_sockets_hold_nothing(server: Server) -> None:
-    """More of them than there are places: nobody else waits for that."""
+    """There are more of them than permits, and they do not block others."""
     wires = []
     for _ in range(60):
         wire = socket.create_connection(("127.0.0.1", server.port), timeout=20)
@@ -219,8 +219,8 @@ def test_slow_senders_and_half_closed_sockets_hold_nothing(server: Server) -> No
     wait_for(lambda: held(server)["arriving"] == 0)
 
 
-def test_a_client_that_closes_its_side_has_gone(server: Server) -> None:
-    """TCP does not tell one that only has said all from one that has gone; the work for it ends either way."""
+def test_a_client_that_closes_its_side_counts_as_disconnected(server: Server) -> None:
+    """The server cannot tell whether it still reads, so the work for it ends."""
     body = json.dumps(chat_body("x" * 3000)).encode()
 
     assert raw(server, request(body), finish=True) == b""
@@ -249,13 +249,13 @@ def test_hostile_schemas(schema: dict[str, Any], server: Server) -> None:
     assert answer.status_code in (200, 400, 500), answer.text
     if answer.status_code == 400:
         assert answer.json()["error"]["param"] == "response_format"
-    if answer.status_code == 500:  # the fake model's words do not fit the schema
+    if answer.status_code == 500:  # the fake model's text does not match the schema
         assert answer.json()["error"]["code"] in ("engine_error", "grammar_failed")
 
 
 def bound(schema: dict[str, Any]) -> dict[str, Any]:
-    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
-    return chat_body("hi", response_format=wanted, max_tokens=2)
+    response_format = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    return chat_body("hi", response_format=response_format, max_tokens=2)
 
 
 def test_load_with_aborts_leaks_nothing(server: Server) -> None:
@@ -289,7 +289,7 @@ def test_load_with_aborts_leaks_nothing(server: Server) -> None:
     assert process.memory_info().rss < before[1] + 100 * 2**20
 
 
-def test_the_log_tells_no_secret_and_no_mistake_of_ours(server: Server) -> None:
+def test_the_log_has_no_secret_and_no_internal_error(server: Server) -> None:
     text = server.log.read_text()
 
     assert "event=request_failed" not in text and "event=stream_failed" not in text

@@ -1,4 +1,4 @@
-"""The same attacks on the demo model: afterwards it sees what it saw, and memory, threads and files are where they were."""
+"""The same attacks on the demo model: afterwards its answers are the same, and memory, threads and files did not grow."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import psutil
 import pytest
 from served import chat_body, text_part, wait_for
 from server_process import HEADERS, WAIT_S, Server, free_port
-from test_demo_model import PICTURE
-from test_hostile import BROKEN, NOTHING, PICTURES, SCHEMAS, URL, URLS, bound, data_part, held, raw, status
+from test_demo_model import IMAGE
+from test_hostile import BROKEN, IMAGES, NOTHING, SCHEMAS, URL, URLS, bound, data_part, held, raw, status
 
-QUESTION = chat_body([PICTURE, text_part("How many red shapes are there?")], temperature=0, max_tokens=60)
+QUESTION = chat_body([IMAGE, text_part("How many red shapes are there?")], temperature=0, max_tokens=60)
 GROWTH_BYTES = 64 * 2**20
 
 
@@ -32,11 +32,11 @@ def server(tmp_path_factory) -> Iterator[Server]:
 
 
 def storm(server: Server) -> None:
-    with ThreadPoolExecutor(12) as pool:  # some of them wait for the server to hang up
+    with ThreadPoolExecutor(12) as pool:  # some of them wait for the server to close the connection
         answers = [(pool.submit(raw, server, data, 0 in statuses), statuses) for data, statuses in BROKEN]
     for future, statuses in answers:
         assert status(future.result()) in statuses
-    for data in PICTURES.values():
+    for data in IMAGES.values():
         assert server.post(chat_body([data_part(data)], max_tokens=2)).status_code in (200, 400, 413)
     for url in URLS:
         part = {"type": "image_url", "image_url": {"url": url.replace("{port}", str(server.port))}}
@@ -55,10 +55,10 @@ def answer(server: Server) -> tuple[str, Any]:
     return message["content"], message.get("reasoning")
 
 
-def test_after_all_of_it_the_model_sees_the_same_and_holds_no_more(server: Server) -> None:
+def test_answers_and_resources_are_unchanged_afterwards(server: Server) -> None:
     process = psutil.Process(server.process.pid)
     first = answer(server)
-    storm(server)  # once, so that caches, pools and heaps have the size they come to
+    storm(server)  # once, so that caches, pools and heaps reach their final size
     wait_for(lambda: held(server) == NOTHING)
     before = (process.memory_info().rss, process.num_fds(), process.num_threads())
 

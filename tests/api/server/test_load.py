@@ -1,4 +1,4 @@
-"""Many clients at once, some of which vanish: afterwards nothing is held, neither by the API nor by the engine."""
+"""Many concurrent clients, some of which disconnect: afterwards neither the API nor the engine holds anything."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 import uvicorn
-from served import Served, chat_body, picture_part, text_part, wait_for
+from served import Served, chat_body, image_part, text_part, wait_for
 from server_process import HEADERS, WAIT_S, free_port
 
 COLOURS = ("red", "green", "blue", "white")
@@ -18,7 +18,7 @@ COLOURS = ("red", "green", "blue", "white")
 
 @pytest.fixture
 def listening(serve) -> Iterator[tuple[Served, str]]:
-    """An app in this process behind a real socket; few pages, so that requests must give way to each other."""
+    """An app in this process behind a real socket; few pages, so that requests preempt each other."""
     served = serve(slots=4, pages=60, context_tokens=512, token_s=0.0005, queue_size=24)
     port = free_port()
     config = uvicorn.Config(served.app, host="127.0.0.1", port=port, log_config=None, lifespan="off")
@@ -36,7 +36,7 @@ def rush(url: str, seed: int, wrong: list[str]) -> None:
     for number in range(10):
         colours = rng.choices(COLOURS, k=rng.randrange(3))
         question = f"{seed}-{number}-{'x' * rng.randrange(120)}"
-        content = [*(picture_part(colour) for colour in colours), text_part(question)]
+        content = [*(image_part(colour) for colour in colours), text_part(question)]
         body = chat_body(content, n=rng.choice((1, 1, 2)), stream=rng.random() < 0.5)
         leaves = rng.random() < 0.4
         with contextlib.suppress(httpx.ReadTimeout, httpx.RemoteProtocolError):
@@ -58,8 +58,8 @@ def test_load_with_random_aborts_leaves_nothing_behind(listening) -> None:
     admission = served.app.state.server.admission
     wrong: list[str] = []
     counted: list[int] = []
-    for turn in range(3):
-        threads = [threading.Thread(target=rush, args=(url, 10 * turn + n, wrong)) for n in range(6)]
+    for batch in range(3):
+        threads = [threading.Thread(target=rush, args=(url, 10 * batch + n, wrong)) for n in range(6)]
         for thread in threads:
             thread.start()
         for thread in threads:

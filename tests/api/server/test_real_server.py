@@ -1,4 +1,4 @@
-"""The server as a process: real sockets, real signals. The model is the fake one."""
+"""The server as a process of its own, with the fake model: real sockets, real signals."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ from server_process import HEADERS, ROOT, WAIT_S, Server
 from api.server import DEVICE_LOST
 
 
-def test_a_client_that_leaves_a_stream_stops_the_work_within_a_second(start) -> None:
+def test_disconnecting_from_a_stream_stops_the_work_within_a_second(start) -> None:
     server = start(FAKE_TOKEN_S="0.05")  # the answer would take 50 s
     with contextlib.ExitStack() as stack:
         stream = server.open_stream(stack, "x" * 1000)
         next(stream.iter_lines())
-    left = time.monotonic()
+    disconnected_at = time.monotonic()
 
     health = server.until(lambda health: health["running"] == 0)
 
-    assert time.monotonic() - left < 5  # a second, and patience with a slow machine
+    assert time.monotonic() - disconnected_at < 5  # a second, and a margin for slow machines
     assert health["state"] == "idle" and health["steps"] < 200
     server.until_logged("failure=client_gone")
 
 
-def test_a_client_that_leaves_a_plain_request_stops_the_work_within_a_second(start) -> None:
+def test_disconnecting_from_a_plain_request_stops_the_work_within_a_second(start) -> None:
     server = start(FAKE_TOKEN_S="0.05")
 
     with pytest.raises(httpx.ReadTimeout):
         server.post(chat_body("x" * 1000), timeout=1.0)
-    left = time.monotonic()
+    disconnected_at = time.monotonic()
     server.until(lambda health: health["running"] == 0)
 
-    assert time.monotonic() - left < 5
+    assert time.monotonic() - disconnected_at < 5
     server.until_logged("status=499")
     metrics = httpx.get(f"{server.url}/metrics", headers=HEADERS, timeout=WAIT_S).text
     assert 'glm_request_failure_total{reason="client_gone",traffic="user"} 1.0' in metrics
 
 
-def test_a_client_that_leaves_while_it_waits_frees_its_place(start) -> None:
+def test_disconnecting_while_queued_releases_the_permit(start) -> None:
     server = start(GLM_QUEUE_SIZE="1", FAKE_TOKEN_S="0.05")
     with contextlib.ExitStack() as running:
         server.open_stream(running, "x" * 1000)
@@ -63,7 +63,7 @@ def test_a_client_that_leaves_while_it_waits_frees_its_place(start) -> None:
             assert server.open_stream(next_one, "z").status_code == 200
 
 
-def test_sigterm_lets_a_running_answer_finish_and_then_ends_with_zero(start) -> None:
+def test_sigterm_lets_a_running_answer_finish_and_then_exits_with_zero(start) -> None:
     server = start(FAKE_TOKEN_S="0.02")
     with contextlib.ExitStack() as stack:
         stream = server.open_stream(stack, "x" * 100)
@@ -96,7 +96,7 @@ def test_sigterm_with_a_hung_engine_ends_the_answer_with_an_error_event_at_the_d
     assert "event=drained finished=False" in server.log.read_text()
 
 
-def test_a_second_signal_ends_it_at_once(start) -> None:
+def test_a_second_signal_ends_the_process_at_once(start) -> None:
     server = start(GLM_DRAIN_S="600")
     with contextlib.ExitStack() as stack:
         server.open_stream(stack, "HANG")
@@ -107,7 +107,7 @@ def test_a_second_signal_ends_it_at_once(start) -> None:
         assert server.process.wait(WAIT_S) == 0
 
 
-def test_health_goes_on_answering_while_the_engine_hangs(start) -> None:
+def test_health_keeps_answering_while_the_engine_hangs(start) -> None:
     server = start()
     with contextlib.ExitStack() as stack:
         server.open_stream(stack, "HANG")
@@ -117,7 +117,7 @@ def test_health_goes_on_answering_while_the_engine_hangs(start) -> None:
         assert server.health()["state"] == "busy"
 
 
-def test_a_client_that_sends_too_much_still_reads_why(start) -> None:
+def test_a_client_that_sends_too_much_still_receives_the_error(start) -> None:
     server = start(GLM_MAX_BODY_BYTES="100000")
 
     response = server.post(chat_body("x" * 5_000_000))
@@ -125,7 +125,7 @@ def test_a_client_that_sends_too_much_still_reads_why(start) -> None:
     assert (response.status_code, response.json()["error"]["code"]) == (413, "body_too_large")
 
 
-def test_a_client_that_is_turned_away_while_it_sends_still_reads_why(start) -> None:
+def test_a_client_refused_while_it_sends_still_receives_the_error(start) -> None:
     server = start(GLM_QUEUE_SIZE="1")
     with contextlib.ExitStack() as stack:
         for content, count in (("HANG", "running"), ("wait", "waiting")):
@@ -137,7 +137,7 @@ def test_a_client_that_is_turned_away_while_it_sends_still_reads_why(start) -> N
     assert (response.status_code, response.json()["error"]["code"]) == (503, "queue_full")
 
 
-def test_a_port_that_is_taken_is_said_and_ends_with_one(start, tmp_path: Path) -> None:
+def test_a_port_in_use_is_reported_and_exits_with_one(start, tmp_path: Path) -> None:
     server = start()
 
     second = Server(server.port, tmp_path / "second.log")
@@ -156,7 +156,7 @@ def test_health_is_not_logged(start) -> None:
     assert "/health" not in server.until_logged("path=/v1/chat/completions")
 
 
-def test_a_lost_device_ends_the_process_with_its_own_code_after_the_clients_are_told(start) -> None:
+def test_a_lost_device_exits_with_its_own_code_after_the_clients_received_the_error(start) -> None:
     server = start()
 
     refused = server.post(chat_body("CRASH"))
@@ -166,7 +166,7 @@ def test_a_lost_device_ends_the_process_with_its_own_code_after_the_clients_are_
     assert "event=device_lost code=70" in server.log.read_text()
 
 
-def test_a_lost_device_is_told_in_a_stream_too(start) -> None:
+def test_a_lost_device_is_an_error_event_in_a_stream(start) -> None:
     server = start()
     with contextlib.ExitStack() as stack:
         events = sse_data("\n".join(server.open_stream(stack, "CRASH").iter_lines()))
@@ -187,25 +187,25 @@ def test_an_idle_connection_is_closed_after_five_seconds(start) -> None:
     assert 3 < time.monotonic() - began < 30
 
 
-def test_a_request_head_that_drips_in_is_not_waited_for(start) -> None:
+def test_a_slow_request_head_times_out(start) -> None:
     server = start()
     began = time.monotonic()
     with contextlib.ExitStack() as stack:
         first, second = (
             stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_S)) for _ in range(2)
         )
-        second.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")  # one that knows how, and drips afterwards
+        second.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")  # a complete request first, then slowly
         assert second.recv(65536).startswith(b"HTTP/1.1 200")
         dripping = [first, second]
         while dripping and time.monotonic() - began < 30:
             time.sleep(0.5)
-            dripping = [each for each in dripping if _takes(each, b"G")]
+            dripping = [each for each in dripping if _is_open(each, b"G")]
 
     assert dripping == []
     assert 9 < time.monotonic() - began < 20
 
 
-def _takes(connection: socket.socket, data: bytes) -> bool:
+def _is_open(connection: socket.socket, data: bytes) -> bool:
     """Whether the other end still has the connection open."""
     try:
         connection.sendall(data)
@@ -219,7 +219,7 @@ def _takes(connection: socket.socket, data: bytes) -> bool:
         connection.setblocking(True)
 
 
-def test_an_abort_by_reset_stops_the_work(start) -> None:
+def test_a_connection_reset_stops_the_work(start) -> None:
     server = start(FAKE_TOKEN_S="0.05")
     body = json.dumps(chat_body("x" * 1000, stream=True)).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
@@ -247,7 +247,7 @@ def test_a_client_that_does_not_read_holds_no_slot(start) -> None:
         assert server.post(chat_body("next")).status_code == 200
 
 
-def test_without_a_key_it_refuses_to_listen_to_everyone(tmp_path: Path) -> None:
+def test_without_a_key_only_loopback_addresses_are_allowed(tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("GLM_")}
     environment |= {"PYTHONPATH": str(ROOT), "GLM_API_KEY": ""}
     no_file = "import settings; settings.ENV_FILE = settings.ROOT / 'no.env'; settings.Settings.model_config['env_file'] = None"
@@ -259,7 +259,7 @@ def test_without_a_key_it_refuses_to_listen_to_everyone(tmp_path: Path) -> None:
     assert "GLM_API_KEY is not set" in done.stderr and "start.sh" in done.stderr
 
 
-def test_a_bad_setting_is_named_and_ends_with_two(tmp_path: Path) -> None:
+def test_an_invalid_setting_is_named_and_exits_with_two(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLM_QUEUE_SIZE": "none"}
     command = [sys.executable, "-m", "api.server"]
 

@@ -1,4 +1,4 @@
-"""The way of an event from the engine thread into an asyncio loop."""
+"""The inbox of a request handler passes events from the engine thread to an event loop."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def test_events_of_another_thread_arrive_in_order_with_their_choice() -> None:
     assert asyncio.run(read()) == [(0, "a"), (1, "b"), (0, "c")]
 
 
-def test_waiting_ends_without_an_event() -> None:
+def test_waiting_times_out_without_an_event() -> None:
     async def wait() -> object:
         return await Inbox().next(0.01)
 
     assert asyncio.run(wait()) is None
 
 
-def test_an_event_for_a_closed_loop_does_not_hurt_the_engines_thread() -> None:
+def test_an_event_for_a_closed_loop_is_dropped() -> None:
     async def leave() -> Inbox:
         return Inbox()
 

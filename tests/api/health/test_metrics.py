@@ -1,4 +1,4 @@
-"""/tokenize and /detokenize, and /metrics: what operators and clients read besides answers."""
+"""/metrics: what is counted and measured, and its documentation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from served import picture_part, text_part
+from served import image_part, text_part
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -28,55 +28,9 @@ def of(found: dict, name: str, **labels: str) -> float:
     return found[(f"glm_{name}", tuple(sorted(labels.items())))]
 
 
-def test_text_becomes_tokens_and_tokens_become_text(serve) -> None:
-    client = serve().client
-
-    there = client.post("/tokenize", json={"prompt": "héllo <|user|>", "return_token_strs": True}).json()
-    back = client.post("/detokenize", json={"tokens": there["tokens"]}).json()
-
-    assert there["count"] == len(there["tokens"]) == len("héllo <|user|>".encode())
-    assert there["max_model_len"] == 4096 and len(there["token_strs"]) == there["count"]
-    assert back == {"prompt": "héllo <|user|>"}
-
-
-def test_a_conversation_is_counted_as_the_engine_counts_it(serve) -> None:
-    served = serve()
-    messages = [{"role": "user", "content": "hello"}]
-
-    counted = served.client.post("/tokenize", json={"messages": messages}).json()["count"]
-    without = served.client.post(
-        "/tokenize", json={"messages": messages, "chat_template_kwargs": {"enable_thinking": False}}
-    ).json()["count"]
-
-    assert counted == served.chat("hello").json()["usage"]["prompt_tokens"] and without == counted + 3
-
-
-@pytest.mark.parametrize(
-    ("path", "body", "param"),
-    [
-        ("/tokenize", {}, "prompt"),
-        ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "b"}]}, "prompt"),
-        ("/tokenize", {"prompt": "x" * 4_000_000}, "prompt"),
-        ("/tokenize", {"messages": [{"role": "user", "content": "x" * 4_000_000}]}, "messages"),
-        ("/tokenize", {"prompt": 1}, "prompt"),
-        ("/tokenize", {"prompt": "a", "add_special_tokens": True}, "add_special_tokens"),
-        ("/detokenize", {"tokens": [99999]}, "tokens[0]"),
-        ("/detokenize", {"tokens": [1, -1]}, "tokens[1]"),
-        ("/detokenize", {"tokens": [2**70]}, "tokens[0]"),
-        ("/detokenize", {"tokens": "x"}, "tokens"),
-        ("/detokenize", {"model": "other", "tokens": []}, "model"),
-    ],
-)
-def test_what_does_not_fit_is_refused_by_name(path: str, body: dict[str, Any], param: str, serve) -> None:
-    answer = serve().client.post(path, json=body)
-
-    assert answer.status_code in (400, 404), answer.text
-    assert answer.json()["error"]["param"] == param
-
-
 def test_an_answer_is_counted_in_tokens_times_and_reasons(serve) -> None:
     served = serve()
-    usage = served.chat([picture_part(), text_part("hi")]).json()["usage"]
+    usage = served.chat([image_part(), text_part("hi")]).json()["usage"]
     served.chat("hi", max_tokens=2)
     served.chat("FAIL")
 
@@ -97,7 +51,7 @@ def test_an_answer_is_counted_in_tokens_times_and_reasons(serve) -> None:
     assert of(found, "num_requests_running") == of(found, "num_requests_waiting") == 0
 
 
-def test_what_is_asked_and_written_is_measured_as_it_comes(serve) -> None:
+def test_parameters_and_tokens_are_measured_as_they_arise(serve) -> None:
     served = serve(token_s=0.01)
     answer = served.chat("hi", n=2, max_tokens=7).json()
 
@@ -116,7 +70,7 @@ def test_what_is_asked_and_written_is_measured_as_it_comes(serve) -> None:
               picture_cache_bytes="1000") == 1  # fmt: skip
 
 
-def test_the_tokens_of_one_step_are_told(serve) -> None:
+def test_the_tokens_of_a_step_are_measured(serve) -> None:
     """One slot writes one token in a step, four slots four; the last step is known to be over when another comes."""
     for slots in (1, 4):
         served = serve(slots=slots)
@@ -129,7 +83,7 @@ def test_the_tokens_of_one_step_are_told(serve) -> None:
         assert tokens / steps == pytest.approx(slots, rel=0.25)
 
 
-def test_an_answer_that_nobody_waits_for_is_counted_as_far_as_it_came(serve) -> None:
+def test_a_failed_request_counts_the_tokens_it_generated(serve) -> None:
     served = serve()
     served.chat("FAIL")
     served.chat("hi", max_tokens=2)
@@ -152,7 +106,7 @@ def test_probes_are_counted_apart(serve) -> None:
     assert ("glm_request_success_total", (("finished_reason", "stop"), ("traffic", "user"))) not in found
 
 
-def test_who_is_turned_away_is_counted_by_reason(serve) -> None:
+def test_rejections_are_counted_by_reason(serve) -> None:
     served = serve(key_requests_per_minute=1)
     statuses = [served.chat("hi").status_code for _ in range(3)]
     served.client.get("/nothing", headers={"Authorization": "none"})
@@ -165,7 +119,7 @@ def test_who_is_turned_away_is_counted_by_reason(serve) -> None:
     assert of(found, "http_requests_total", method="other", route="other", status="401") == 1
 
 
-def test_names_keep_to_the_customs(serve) -> None:
+def test_names_follow_the_conventions(serve) -> None:
     served = serve()
     served.chat("hi")
 
@@ -176,7 +130,7 @@ def test_names_keep_to_the_customs(serve) -> None:
     assert {"glm_prefix_cache_hits_total", "glm_mm_cache_hits_total", "glm_kv_cache_usage_perc"} <= own
 
 
-def test_the_page_lists_the_metrics_that_there_are(serve) -> None:
+def test_the_documentation_lists_the_metrics(serve) -> None:
     served = serve()
     served.chat("hi")
     text = served.client.get("/metrics").text
