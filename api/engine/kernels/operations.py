@@ -9,10 +9,16 @@ from __future__ import annotations
 import torch
 
 from api.engine.kernels.build import multiplies
-from api.engine.model.forward_batch import AttentionMetadata, ForwardBatch
-from api.engine.model.linear import Linear, TorchLinear
-from api.engine.model.operations import FusedBlock, FusedDecoder
-from api.engine.model.weights import DecoderLayer, VisionBlock
+from api.engine.model.operations import (
+    AttentionMetadata,
+    DecoderLayer,
+    ForwardBatch,
+    FusedBlock,
+    FusedDecoder,
+    Linear,
+    TorchLinear,
+    VisionBlock,
+)
 
 # What a panel of products.h consists of: output features, and input features multiplied at once.
 PANEL, PAIR = 32, 2

@@ -12,8 +12,7 @@ import torch
 
 from api.engine.kernels.build import PAGE_TOKENS, KernelError
 from api.engine.kernels.operations import CompiledOperations
-from api.engine.model.forward_batch import AttentionMetadata
-from api.engine.model.operations import Operations, TorchOperations
+from api.engine.model.operations import AttentionMetadata, Operations, TorchOperations
 
 TOLERANCE = 0.05  # of numbers about 1, in bfloat16
 THREADS = 2

@@ -5,19 +5,23 @@ Works without torchvision: images go through the PIL backend of the processor.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
-from PIL import Image
 
 from api.engine.config import EngineConfig
-from api.engine.loaded_model import Capacity, LoadError, Model, SamplingDefaults
+from api.engine.loaded_model import (
+    Capacity,
+    CheckpointImageProcessor,
+    CheckpointTemplate,
+    LoadError,
+    Model,
+    SamplingDefaults,
+)
 from api.engine.loading.download import download
 from api.engine.loading.operations import OperationsChoice, without_compiled
 from api.engine.loading.placement import (
@@ -35,7 +39,6 @@ from api.engine.loading.progress import Progress, part, weights_progress
 from api.engine.model.operations import TorchOperations
 from api.engine.model.runner import Glm4vRunner
 from api.engine.process import release_freed_memory
-from api.engine.request import ImageInput
 from api.engine.text.tokenizer import UnsupportedTokenizer, Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -136,8 +139,8 @@ def _assemble(
         id=model_id,
         runner=runner,
         vocabulary=vocabulary,
-        template=_Template(tokenizer),
-        image_processor=_ImageProcessor(transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")),
+        template=CheckpointTemplate(tokenizer),
+        image_processor=CheckpointImageProcessor(transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")),
         end_ids=_end_ids(generation.eos_token_id, vocabulary),
         context_tokens=context_tokens,
         capacity=capacity,
@@ -157,34 +160,6 @@ def _runner(
             raise
         operations, kernels = without_compiled(error)  # no memory for weights in panels
         return Glm4vRunner(network, capacity, context_tokens, operations), kernels
-
-
-class _Template:
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-
-    def render(self, messages: list[dict[str, Any]], tools: list[Any] | None, enable_thinking: bool) -> str:
-        return self._tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=True, enable_thinking=enable_thinking
-        )
-
-
-class _ImageProcessor:
-    def __init__(self, processor: Any) -> None:
-        self._processor = processor
-
-    def count_tokens(self, width: int, height: int) -> int:
-        return self._processor.get_number_of_image_patches(height, width) // self._processor.merge_size**2
-
-    def process(self, image: Image.Image) -> ImageInput:
-        output = self._processor(images=[image], return_tensors="np")
-        frames, rows, columns = (int(n) for n in output["image_grid_thw"][0])
-        tokens = frames * rows * columns // self._processor.merge_size**2
-        patches = np.ascontiguousarray(output["pixel_values"])
-        # The processor's output is hashed, so pixels, size and all its settings count.
-        key = hashlib.blake2b(repr((frames, rows, columns, patches.dtype.str)).encode(), digest_size=16)
-        key.update(patches.data)
-        return ImageInput(patches=patches, grid=(frames, rows, columns), tokens=tokens, key=key.digest())
 
 
 def _local_folder(model: str, root: Path) -> Path | None:

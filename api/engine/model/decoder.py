@@ -13,11 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from api.engine.model.forward_batch import ForwardBatch
-from api.engine.model.linear import Linear
-from api.engine.model.operations import Operations
+from api.engine.model.operations import DecoderLayer, ForwardBatch, Linear, Operations
 from api.engine.model.rotary import Rotary, half_split_order
-from api.engine.model.weights import DecoderLayer
 
 
 class Decoder:

@@ -16,8 +16,7 @@ import torch
 from api.engine.kv_cache import Copy
 from api.engine.loaded_model import Capacity, SampledToken
 from api.engine.model.decoder import Decoder
-from api.engine.model.forward_batch import AttentionMetadata, ForwardBatch
-from api.engine.model.operations import Operations
+from api.engine.model.operations import AttentionMetadata, ForwardBatch, Operations
 from api.engine.model.rotary import rope_positions
 from api.engine.model.sampler import Sampler
 from api.engine.model.vision_encoder import VisionEncoder

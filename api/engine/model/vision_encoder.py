@@ -15,9 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from api.engine.model.linear import Linear
-from api.engine.model.operations import Operations
-from api.engine.model.weights import VisionBlock
+from api.engine.model.operations import Linear, Operations, VisionBlock
 
 Grid = tuple[int, int, int]  # frames, rows, columns, in patches
 KEPT_GRIDS = 8  # position tables of the latest image sizes

@@ -15,8 +15,7 @@ from api.engine.kernels.build import KernelError
 from api.engine.loaded_model import Model
 from api.engine.loading import operations as choice
 from api.engine.loading.loader import load
-from api.engine.model.forward_batch import AttentionMetadata
-from api.engine.model.operations import TorchOperations
+from api.engine.model.operations import AttentionMetadata, TorchOperations
 
 HAS_INSTRUCTION = build.fit_processor()
 CPU_WITH = "avx512f avx512_bf16"

@@ -11,9 +11,7 @@ import torch
 
 from api.engine.kernels import build
 from api.engine.kernels.operations import CompiledOperations, PackedLinear
-from api.engine.model.forward_batch import AttentionMetadata
-from api.engine.model.linear import TorchLinear
-from api.engine.model.operations import TorchOperations
+from api.engine.model.operations import AttentionMetadata, TorchLinear, TorchOperations
 
 PAGE = build.PAGE_TOKENS
 THEIRS = TorchOperations(PAGE)

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from api.engine.text.detokenizer import Detokenizer
+from api.engine.text.output import Detokenizer
 
 THINK = ("<think>", "</think>")
 

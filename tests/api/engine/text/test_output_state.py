@@ -1,4 +1,4 @@
-"""What an answer must, may and must not say next, and when its thinking has lasted long enough."""
+"""Constraints on the next token, the thinking budget and the finish reason of one output."""
 
 from __future__ import annotations
 
