@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 from pathlib import Path
@@ -17,7 +18,7 @@ from settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 # A module that is added to the way of every question needs a reason to raise these.
-ABOVE_THE_ENGINE, IN_THE_ENGINE = 15, 18
+ABOVE_THE_ENGINE, IN_THE_ENGINE = 15, 15
 
 
 class Tracer:
@@ -40,10 +41,13 @@ class Tracer:
             self.codes.add(frame.f_code)
 
     def start(self) -> None:
+        gc.collect()
+        gc.disable()  # a finalizer of something that an earlier test left behind would count
         self._on = True
 
     def stop(self) -> None:
         self._on = False
+        gc.enable()
         threading.setprofile(None)
         sys.setprofile(None)
 

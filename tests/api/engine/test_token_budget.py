@@ -17,7 +17,7 @@ def taught(base_s: float = 0.046, row_s: float = 0.001) -> TokenBudget:
     for _ in range(50):
         for decoding, tokens in ((4, 0), (4, FREE_ROWS - 4), (0, 100), (4, 30)):
             rows = decoding + max(tokens - (FREE_ROWS - decoding), 0)
-            pace.saw_batch(decoding, tokens, base_s + row_s * rows)
+            pace.record_batch(decoding, tokens, base_s + row_s * rows)
     return pace
 
 
@@ -48,7 +48,7 @@ def test_after_a_picture_as_many_prompt_tokens_are_read_as_cost_nothing() -> Non
 
 def test_the_first_pass_may_be_of_very_few_tokens() -> None:
     pace = TokenBudget(512)
-    pace.saw_batch(0, 1, 0.05)
+    pace.record_batch(0, 1, 0.05)
 
     assert pace.chunk_tokens(1) >= MIN_CHUNK_TOKENS
 
@@ -65,7 +65,7 @@ def test_what_a_row_costs_is_not_learnt_from_passes_of_like_size() -> None:
     pace = taught()
     expected = pace.chunk_tokens(4)
     for number in range(200):
-        pace.saw_batch(4 + number % 2, 0, 0.050 + 0.004 * (number % 3))  # noise
+        pace.record_batch(4 + number % 2, 0, 0.050 + 0.004 * (number % 3))  # noise
 
     assert abs(pace.chunk_tokens(4) - expected) < 0.2 * expected
 
@@ -73,7 +73,7 @@ def test_what_a_row_costs_is_not_learnt_from_passes_of_like_size() -> None:
 def test_one_disturbed_step_changes_little() -> None:
     pace = taught()
     expected = pace.chunk_tokens(4)
-    pace.saw_batch(4, 0, 5.0)
+    pace.record_batch(4, 0, 5.0)
 
     assert abs(pace.chunk_tokens(4) - expected) < 0.5 * expected
 
