@@ -1,8 +1,8 @@
 """The scheduler: first come, first served, from a bounded queue, as far as slots and KV pages allow.
 
 A sequence waits until it gets a slot; then its images are encoded, its prompt is prefilled in chunks, and it decodes
-in every batch until it ends. Bookkeeping only: no tensors, no clock. Not thread-safe; the engine holds its lock around
-every call that changes something.
+in every batch until it ends. Bookkeeping only: no tensors, no clock. Not thread-safe: the engine's lock guards the queue,
+slots and pages.
 """
 
 from __future__ import annotations

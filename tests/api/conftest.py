@@ -17,7 +17,7 @@ from api.engine.loaded_model import Model
 from settings import Settings
 
 # Nothing is compiled for a processor that does not fit.
-collect_ignore = [] if build.fit_processor() else ["server/test_compiled_server.py"]
+collect_ignore = [] if build.processor_supported() else ["server/test_compiled_server.py"]
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Callable[..., Served]]:

@@ -20,7 +20,8 @@ from api.engine.loaded_model import Capacity, Model, SampledToken, SamplingDefau
 from api.engine.request import ImageInput
 from api.engine.scheduler import Batch, EncodeTask
 from api.engine.sequence import Sequence
-from api.engine.text.tokenizer import MARKUP, Vocabulary
+from api.engine.text.markup import MARKUP
+from api.engine.text.tokenizer import Vocabulary
 
 SPECIAL = (
     "<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>",

@@ -1,6 +1,6 @@
-"""From a model id or folder to a loaded model: weights on their device, tokenizer, template, image processing.
+"""Loads a model by id or folder: weights on their device, tokenizer, chat template, image processor.
 
-Works without torchvision: images go through the PIL backend of the processor.
+Works without torchvision: the image processor uses its PIL backend.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ from api.engine.text.tokenizer import UnsupportedTokenizer, Vocabulary
 logger = logging.getLogger(__name__)
 
 CLASSES = {"glm4v": "Glm4vForConditionalGeneration", "glm46v": "Glm46VForConditionalGeneration"}
-LONGEST_CONTEXT = 8192  # unless more is asked for: memory for the KV cache stays modest
+DEFAULT_MAX_CONTEXT = 8192  # keeps the KV cache small; GLM_CONTEXT_TOKENS may set more
 
 
 def load(config: EngineConfig, progress: Progress) -> Model:
-    """Choose, fetch, load. Runs in the engine thread, whose torch thread count it sets. Raises LoadError."""
+    """Choose, download, load. Runs in the engine thread, whose torch thread count it sets. Raises LoadError."""
     progress(0.02)  # torch and transformers are imported
     # 1. Choose what to run and where.
     device = choose_device(config)
     if device.value == "cuda" and not torch.cuda.is_available():
         raise LoadError("GLM_DEVICE is cuda, but torch finds no CUDA GPU.")
     chosen = choose_model(config, device.value, free_gpu_bytes(device.value))
-    # 2. Have its files here.
+    # 2. Locate or download its files.
     local = _local_folder(chosen.value, config.root)
     folder = local or download(chosen.value, config.hub, part(progress, 0.01, 0.5))
     model_type = _read_json(folder / "config.json").get("model_type")
@@ -68,7 +68,7 @@ def load(config: EngineConfig, progress: Progress) -> Model:
     choices = {"model": chosen, "device": device, "dtype": dtype, "threads": threads}
     for name, choice in choices.items():
         logger.info("event=choice name=%s value=%s reason=%s", name, choice.value, json.dumps(choice.reason))
-    # 3. Load the weights, and compile meanwhile what computes with them.
+    # 3. Load the weights while the kernels are compiled.
     progress(0.05)
     torch_dtype = getattr(torch, dtype.value)
     operations = OperationsChoice(config, device.value, torch_dtype, transformers.AutoConfig.from_pretrained(folder))
@@ -78,7 +78,7 @@ def load(config: EngineConfig, progress: Progress) -> Model:
     progress(0.95)
     model = _assemble(config, chosen, folder if local else None, folder, network, choices, operations)
     del network
-    release_freed_memory()  # the weights as they were before they were packed
+    release_freed_memory()  # of the unpacked weights
     return model
 
 
@@ -93,7 +93,7 @@ def _assemble(
 ) -> Model:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     if not getattr(tokenizer, "chat_template", None):
-        raise LoadError(f"{folder}: there is no chat template (chat_template.jinja).")
+        raise LoadError(f"{folder}: the chat template (chat_template.jinja) is missing.")
     try:
         vocabulary = Vocabulary(tokenizer.backend_tokenizer)
     except (AttributeError, UnsupportedTokenizer) as error:
@@ -104,9 +104,9 @@ def _assemble(
     if kv.number < context_tokens:
         if config.context_tokens:
             raise LoadError(
-                f"GLM_CONTEXT_TOKENS must be <= {kv.number}, what the KV cache holds. Given: {context_tokens}"
+                f"GLM_CONTEXT_TOKENS must be <= {kv.number}, the size of the KV cache. Given: {context_tokens}"
             )
-        context_tokens, context_reason = kv.number, f"all that the KV cache holds; {context_reason}"
+        context_tokens, context_reason = kv.number, f"limited by the KV cache; {context_reason}"
     capacity = Capacity(
         slots=slots.number,
         pages=kv.number // PAGE_TOKENS,
@@ -158,12 +158,12 @@ def _runner(
     except (RuntimeError, MemoryError) as error:
         if isinstance(operations, TorchOperations):
             raise
-        operations, kernels = without_compiled(error)  # no memory for weights in panels
+        operations, kernels = without_compiled(error)  # not enough memory for packed weights
         return Glm4vRunner(network, capacity, context_tokens, operations), kernels
 
 
 def _local_folder(model: str, root: Path) -> Path | None:
-    """The folder a model name stands for, seen from the working directory or from `root`; None for a hub id."""
+    """The folder that a model name refers to, relative to the working directory or `root`; None for a hub id."""
     for folder in (Path(model), root / model):
         if folder.is_dir():
             if not (folder / "config.json").is_file() or not _weights_bytes(folder):
@@ -188,10 +188,10 @@ def _read_json(file: Path) -> dict[str, Any]:
 def _context(config: EngineConfig, allowed: int) -> tuple[int, str]:
     asked = config.context_tokens
     if asked > allowed:
-        raise LoadError(f"GLM_CONTEXT_TOKENS must be <= {allowed}, the longest this model allows. Given: {asked}")
+        raise LoadError(f"GLM_CONTEXT_TOKENS must be <= {allowed}, the limit of this model. Given: {asked}")
     if asked:
         return asked, "set by GLM_CONTEXT_TOKENS"
-    return min(allowed, LONGEST_CONTEXT), f"the model allows {allowed}; at most {LONGEST_CONTEXT} unless set"
+    return min(allowed, DEFAULT_MAX_CONTEXT), f"the model allows {allowed}; at most {DEFAULT_MAX_CONTEXT} unless set"
 
 
 def kv_token_bytes(network: Any) -> int:
@@ -202,7 +202,7 @@ def kv_token_bytes(network: Any) -> int:
 
 
 def _end_ids(configured: int | list[int] | None, vocabulary: Vocabulary) -> frozenset[int]:
-    """The end tokens of the generation config; without them, those that every GLM model has."""
+    """The end tokens of the generation config, by default those of all GLM models."""
     if configured is None:
         names = ("<|endoftext|>", "<|user|>", "<|observation|>")
         return frozenset(vocabulary.special[name] for name in names if name in vocabulary.special)

@@ -22,11 +22,12 @@ MAX_SCORES = 2**23
 
 @dataclass(frozen=True)
 class AttentionMetadata:
-    """Rows `start` to `end` of a forward batch that attend in the same way.
+    """Rows `start` to `end` of a forward batch and the pages that they attend to.
 
-    Either one new token for each of several requests: `pages` [rows, pages] and `lengths` [rows], the number of tokens
-    that a row sees. Or several tokens of one request: `pages` [pages], and `first` tokens before them. `mask` is added
-    to the scores by operations that need it; None for rows that begin their request, where causal attention is enough.
+    Decode, one new token of each of several sequences: `pages` [rows, pages] are their block tables, `lengths` [rows] the
+    tokens that a row attends to. Prefill, consecutive tokens of one sequence: `pages` [pages], after `first` earlier
+    tokens. `mask` [rows, ...] is added to the scores by operations that need it; None for the first chunk of a sequence,
+    where causal attention is enough.
     """
 
     start: int
@@ -38,7 +39,7 @@ class AttentionMetadata:
 
     @property
     def decode(self) -> bool:
-        """Whether these are single new tokens of several requests."""
+        """Whether the rows are single new tokens of several sequences."""
         return self.lengths is not None
 
 
@@ -47,9 +48,9 @@ class ForwardBatch:
     """Tensors of one forward pass over `rows` tokens."""
 
     inputs: torch.Tensor  # [rows, hidden]: embeddings of tokens and images
-    cos: torch.Tensor  # [rows, heads of q, k and v, head_dim]; values are rotated by the angle zero
+    cos: torch.Tensor  # [rows, heads + 2 * kv_heads, head_dim]; values are rotated by the angle zero
     sin: torch.Tensor
-    slot_mapping: torch.Tensor  # [rows] int64: the row of the KV cache that takes each token's key and value
+    slot_mapping: torch.Tensor  # [rows] int64: row of the KV cache that each token's key and value are written to
     attention: tuple[AttentionMetadata, ...]
     logits_indices: torch.Tensor | None  # [n] int64: rows whose logits are computed; None: all
 
@@ -68,7 +69,7 @@ class Linear(Protocol):
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """A layer of the text model. Norm weights are [hidden]."""
+    """The weights of a layer of the text model. Norm weights are [hidden]."""
 
     qkv: Linear
     out: Linear
@@ -82,7 +83,7 @@ class DecoderLayer:
 
 @dataclass(frozen=True)
 class VisionBlock:
-    """A block of the vision encoder. Norm weights are [hidden]."""
+    """The weights of a block of the vision encoder. Norm weights are [hidden]."""
 
     norm1: torch.Tensor
     qkv: Linear
@@ -102,10 +103,10 @@ class Operations(Protocol):
     needs_masks: bool  # whether AttentionMetadata must carry masks
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None, gated: bool = False) -> Linear:
-        """A matrix [out_features, in_features] in the form that these operations multiply."""
+        """Prepare a matrix [out_features, in_features] and a bias [out_features] for these operations."""
 
     def fuse_decoder(self, first_norm: torch.Tensor, layers: list[DecoderLayer], eps: float) -> FusedDecoder | None:
-        """All layers in one call, or None if these operations compute them one by one."""
+        """All layers in one call, or None if these operations have no such call for these weights."""
 
     def fuse_block(self, block: VisionBlock, heads: int, eps: float) -> FusedBlock | None:
         """A block of the vision encoder in one call, or None."""
@@ -113,26 +114,25 @@ class Operations(Protocol):
     def add_norm(
         self, x: torch.Tensor, delta: torch.Tensor, delta_norm: torch.Tensor, next_norm: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The residual stream x + rms_norm(delta) [rows, hidden] and its own norm: the end of one block, the start of
-        the next."""
+        """y = x + rms_norm(delta, delta_norm) and rms_norm(y, next_norm); x, delta and both results [rows, hidden]."""
 
     def rotate_store(
         self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kv: torch.Tensor, slot_mapping: torch.Tensor
     ) -> torch.Tensor:
-        """Rotated qkv [rows, heads + 2 * kv_heads, head_dim], whose keys and values are then also in the rows
-        `slot_mapping` of kv [tokens, 2 * kv_heads, head_dim]."""
+        """Rotate the queries and keys of qkv [rows, heads + 2 * kv_heads, head_dim] and write keys and values to the rows
+        `slot_mapping` of kv [tokens, 2 * kv_heads, head_dim]. Returns the rotated qkv; the argument may be overwritten."""
 
     def attend_decode(self, qkv: torch.Tensor, kv: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
-        """One token of each of several requests: its rows of qkv -> [rows, heads * head_dim]."""
+        """Decode rows of qkv [rows, heads + 2 * kv_heads, head_dim] -> [rows, heads * head_dim]."""
 
     def attend_prefill(self, qkv: torch.Tensor, kv: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
-        """Several tokens of one request: its rows of qkv -> [rows, heads * head_dim]."""
+        """Prefill rows of qkv [rows, heads + 2 * kv_heads, head_dim] -> [rows, heads * head_dim]."""
 
     def attend_image(
         self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, frames: int, heads: int
     ) -> torch.Tensor:
-        """Patches that see all of their frame: qkv [patches, 3 * heads * head_dim], float32 cos and sin
-        [patches, head_dim] -> [patches, heads * head_dim]."""
+        """Attention of patches within their frame: qkv [patches, 3 * heads * head_dim] not yet rotated, float32 cos and
+        sin [patches, head_dim] -> [patches, heads * head_dim]."""
 
 
 class TorchOperations:
@@ -164,7 +164,7 @@ class TorchOperations:
         return qkv
 
     def attend_decode(self, qkv: torch.Tensor, kv: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
-        """Query heads that share a key head stand where tokens usually stand."""
+        """Query heads that share a key head take the dimension of the tokens."""
         (rows, _, head_dim), kv_heads = qkv.shape, kv.shape[1] // 2
         q = qkv[:, : -2 * kv_heads].view(rows, kv_heads, -1, head_dim)
         stored = self._read(kv, metadata.pages.flatten()).view(rows, -1, 2 * kv_heads, head_dim)
@@ -192,7 +192,7 @@ class TorchOperations:
         return attended.transpose(1, 2).reshape(patches, -1)
 
     def _read(self, kv: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
-        """Tokens of some pages, in order: [pages * page_tokens, 2 * kv_heads, head_dim]."""
+        """Gather the rows of pages, in order: [pages * page_tokens, 2 * kv_heads, head_dim]."""
         by_page = kv.view(-1, self._page_tokens * kv.shape[1] * kv.shape[2])
         return by_page.index_select(0, pages).view(-1, *kv.shape[1:])
 
@@ -204,8 +204,8 @@ def _rotate_exact(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torc
 
 
 class TorchLinear:
-    """On the CPU the weights are packed once for oneDNN, which `F.linear` would do at every call (measured on 2 cores,
-    8192 x 1024, bf16: 2.8 times as fast for one row, 1.9 times for 16)."""
+    """On the CPU, weights are packed once for oneDNN; `F.linear` does so at every call (2 cores, 8192 x 1024, bf16:
+    2.8 times as fast for one row, 1.9 times for 16)."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, gated: bool = False) -> None:
         self.out_features, self.in_features = weight.shape
@@ -226,7 +226,7 @@ class TorchLinear:
 
 @cache
 def has_onednn(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies numbers of this kind on this device."""
+    """Whether oneDNN has fast products for this device and number format."""
     if device_type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if dtype == torch.bfloat16:
@@ -241,18 +241,23 @@ def _packed_for_onednn(weight: torch.Tensor) -> torch.Tensor:
 
 
 def has_fast_products(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether batched products run on oneDNN's bfloat16 kernels."""
+    """Whether `attend` runs on oneDNN's bfloat16 products."""
     return dtype == torch.bfloat16 and has_onednn(device.type, dtype)
 
 
 def attend(
-    q: torch.Tensor,  # [kv_heads, shared, rows, head_dim]: the query heads that share a key head
+    q: torch.Tensor,  # [kv_heads, shared, rows, head_dim]: `shared` query heads for each key head
     k: torch.Tensor,  # [kv_heads, keys, head_dim]
     v: torch.Tensor,  # [kv_heads, keys, head_dim]
     mask: torch.Tensor | None = None,  # [rows, keys], added to the scores
-    causal: bool = False,  # without a mask: row i sees keys 0 to i
+    causal: bool = False,  # without a mask: row i attends to keys 0 to i
 ) -> torch.Tensor:
-    """softmax(q k^T / sqrt(head_dim) + mask) v: [kv_heads, shared, rows, head_dim]."""
+    """softmax(q k^T / sqrt(head_dim) + mask) v: [kv_heads, shared, rows, head_dim].
+
+    Torch's fused kernel is the right one on GPUs and in float32. In bfloat16 on a CPU it does not use the processor's
+    bfloat16 instructions, and two batched products with a softmax between them, as in `eager_attention_forward` of
+    transformers' glm4v, take less than half its time (torch 2.13; docs/performance.md).
+    """
     if has_fast_products(q.device, q.dtype):
         return _attend_by_products(q, k, v, mask, causal)
     k, v = (t[:, None].expand(-1, q.shape[1], -1, -1) for t in (k, v))
@@ -268,17 +273,17 @@ def _attend_by_products(
     outs = []
     for start in range(0, rows, block):
         part = q[:, :, start : start + block]
-        seen = min(start + block, rows) if causal else k.shape[1]
-        scores = torch.bmm(part.reshape(kv_heads, -1, head_dim), keys[:, :, :seen]).view(*part.shape[:3], seen)
+        visible = min(start + block, rows) if causal else k.shape[1]
+        scores = torch.bmm(part.reshape(kv_heads, -1, head_dim), keys[:, :, :visible]).view(*part.shape[:3], visible)
         if causal:
-            scores += _hide_later(part.shape[2], seen, scores)
+            scores += _causal_mask(part.shape[2], visible, scores)
         elif mask is not None:
             scores += mask[start : start + block]
-        probabilities = torch.softmax(scores, dim=-1).view(kv_heads, -1, seen)
-        outs.append(torch.bmm(probabilities, v[:, :seen]).view(part.shape))
+        probabilities = torch.softmax(scores, dim=-1).view(kv_heads, -1, visible)
+        outs.append(torch.bmm(probabilities, v[:, :visible]).view(part.shape))
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
 
 
-def _hide_later(rows: int, keys: int, like: torch.Tensor) -> torch.Tensor:
-    """Causal mask [rows, keys] for the last `rows` of `keys` tokens."""
+def _causal_mask(rows: int, keys: int, like: torch.Tensor) -> torch.Tensor:
+    """Mask [rows, keys] of the last `rows` of `keys` tokens."""
     return torch.full((rows, keys), -torch.inf, dtype=like.dtype, device=like.device).triu(keys - rows + 1)

@@ -17,14 +17,14 @@ from api.engine.loading import operations as choice
 from api.engine.loading.loader import load
 from api.engine.model.operations import AttentionMetadata, TorchOperations
 
-HAS_INSTRUCTION = build.fit_processor()
+HAS_INSTRUCTION = build.processor_supported()
 CPU_WITH = "avx512f avx512_bf16"
 
 
 @pytest.fixture
 def processor(monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor that says it has AVX512_BF16, and code for one that has, whatever there is."""
-    monkeypatch.setattr(build, "_processor", lambda: CPU_WITH)
+    monkeypatch.setattr(build, "_processor_flags", lambda: CPU_WITH)
     monkeypatch.setattr(build, "TARGET", ("-march=cooperlake",))
 
 
@@ -40,53 +40,53 @@ def untried(library: Path) -> Path:
 
 
 def test_they_fit_bfloat16_on_a_cpu_that_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "_processor", lambda: CPU_WITH)
+    monkeypatch.setattr(build, "_processor_flags", lambda: CPU_WITH)
 
-    assert build.obstacle("cpu", torch.bfloat16, 16, (128, 80)) is None
-    assert "float32" in str(build.obstacle("cpu", torch.float32, 16, (128, 64)))
-    assert "CPU" in str(build.obstacle("cuda", torch.bfloat16, 16, (128, 64)))
-    assert "88" in str(build.obstacle("cpu", torch.bfloat16, 16, (128, 88)))
-    assert "32" in str(build.obstacle("cpu", torch.bfloat16, 32, (64, 64)))
-    monkeypatch.setattr(build, "_processor", lambda: "avx2 avx512f")
-    assert "AVX512_BF16" in str(build.obstacle("cpu", torch.bfloat16, 16, (128, 64)))
+    assert build.unsupported("cpu", torch.bfloat16, 16, (128, 80)) is None
+    assert "float32" in str(build.unsupported("cpu", torch.float32, 16, (128, 64)))
+    assert "CPU" in str(build.unsupported("cuda", torch.bfloat16, 16, (128, 64)))
+    assert "88" in str(build.unsupported("cpu", torch.bfloat16, 16, (128, 88)))
+    assert "32" in str(build.unsupported("cpu", torch.bfloat16, 32, (64, 64)))
+    monkeypatch.setattr(build, "_processor_flags", lambda: "avx2 avx512f")
+    assert "AVX512_BF16" in str(build.unsupported("cpu", torch.bfloat16, 16, (128, 64)))
 
 
 def test_where_the_processor_has_amx_onednn_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "_processor", lambda: CPU_WITH)
-    assert build.multiplies()
-    monkeypatch.setattr(build, "_processor", lambda: "avx512_bf16 amx_tile amx_bf16")
-    assert not build.multiplies()
+    monkeypatch.setattr(build, "_processor_flags", lambda: CPU_WITH)
+    assert build.has_fast_products()
+    monkeypatch.setattr(build, "_processor_flags", lambda: "avx512_bf16 amx_tile amx_bf16")
+    assert not build.has_fast_products()
 
 
 def test_they_are_compiled_once(processor: None, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = build.compiled(cache)
+    first = build.compile_library(cache)
     monkeypatch.setattr(build, "_run", lambda command: pytest.fail("compiled again"))
 
-    assert build.compiled(cache) == first
+    assert build.compile_library(cache) == first
     assert [file.name for file in cache.iterdir() if file.suffix == ".so"] == [first.name]
 
 
 def test_an_instruction_that_the_processor_lacks_ends_the_child_only(
     processor: None, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    library = untried(build.compiled(cache))
+    library = untried(build.compile_library(cache))
     if HAS_INSTRUCTION:
-        assert build.tried(library) == library
+        assert build.try_library(library) == library
         return
 
     with pytest.raises(KernelError, match="SIGILL"):
-        build.tried(library)
+        build.try_library(library)
 
     monkeypatch.setattr(build, "_try_in_child", lambda library: pytest.fail("tried again"))
     with pytest.raises(KernelError, match=r"SIGILL.*remove .*\.trial to try again"):
-        build.tried(library)
+        build.try_library(library)
 
 
 def test_a_server_with_such_a_library_answers_with_torch(
     processor: None, cache: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build, "cache_folder", lambda: cache)
-    untried(build.compiled(cache))
+    untried(build.compile_library(cache))
     for _ in range(2):  # two starts; the second must not try it again
         model = loaded(tiny_checkpoint)
 
@@ -102,11 +102,11 @@ def test_a_trial_that_does_not_end_is_ended_and_remembered(tmp_path: Path, monke
     monkeypatch.setattr(build, "TRIAL_LIMIT_S", 0.2)  # torch alone takes longer to import
 
     with pytest.raises(KernelError, match=r"did not finish their trial within 0\.2 s"):
-        build.tried(library)
+        build.try_library(library)
 
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: pytest.fail("tried again"))
     with pytest.raises(KernelError, match="did not finish"):
-        build.tried(library)
+        build.try_library(library)
 
 
 def test_a_file_that_is_no_library_is_refused_with_its_name(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_a_file_that_is_no_library_is_refused_with_its_name(tmp_path: Path) -> N
     library.write_text("cut off")
 
     with pytest.raises(KernelError, match=r"kernels\.so"):
-        build.tried(library)
+        build.try_library(library)
 
 
 def test_a_library_that_computes_something_else_does_not_pass() -> None:

@@ -20,7 +20,7 @@ EPS = 1e-5
 
 @pytest.fixture(scope="module")
 def ours() -> CompiledOperations:
-    torch.ops.load_library(str(build.tried(build.compiled(build.cache_folder()))))
+    torch.ops.load_library(str(build.try_library(build.compile_library(build.cache_folder()))))
     return CompiledOperations()
 
 

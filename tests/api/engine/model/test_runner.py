@@ -170,7 +170,7 @@ def test_the_demo_checkpoint_answers_as_generate_does() -> None:
 NEAR_TIE = 0.15
 
 
-@pytest.mark.parametrize("computed_by", ["torch", *(["compiled"] if kernels.fit_processor() else [])])
+@pytest.mark.parametrize("computed_by", ["torch", *(["compiled"] if kernels.processor_supported() else [])])
 def test_in_bf16_tokens_differ_from_generate_at_near_ties_only(computed_by: str, tiny_checkpoint: Path) -> None:
     from transformers import Glm4vForConditionalGeneration
 
@@ -200,7 +200,7 @@ def test_in_bf16_tokens_differ_from_generate_at_near_ties_only(computed_by: str,
 def test_all_layers_in_one_call_compute_what_they_do_one_by_one(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not kernels.multiplies():
+    if not kernels.has_fast_products():
         return  # every product is oneDNN's, and called from here anyway
     half = load_half(tiny_checkpoint, "auto")
     requests = [request_for(half, *prompt, name=name) for name, prompt in PROMPTS.items()]
