@@ -79,7 +79,7 @@ def _corpus(rng: random.Random, samples: int):
             yield from lines + answers * 5
 
 
-def picture_token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+def image_token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     """What a glm4v config wants to know of the tokenizer."""
     token_id = tokenizer.convert_tokens_to_ids
     return {
@@ -97,7 +97,7 @@ def config_for(tokenizer: PreTrainedTokenizerFast) -> Glm4vConfig:
     token_id = tokenizer.convert_tokens_to_ids
     hidden = 192
     return Glm4vConfig(
-        **picture_token_ids(tokenizer),
+        **image_token_ids(tokenizer),
         text_config={
             "vocab_size": -(-len(tokenizer) // 64) * 64,
             "hidden_size": hidden,
