@@ -31,7 +31,7 @@ def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tenso
     return F.softmax(scores.masked_fill(hidden, -torch.inf), dim=-1) @ v
 
 
-def test_without_a_mask_every_key_is_seen(most_scores: int) -> None:
+def test_without_a_mask_every_key_is_attended_to(most_scores: int) -> None:
     q, k, v = tensors(ROWS, KEYS)
 
     found = operations._attend_by_products(q, k, v, None, causal=False)
@@ -39,7 +39,7 @@ def test_without_a_mask_every_key_is_seen(most_scores: int) -> None:
     torch.testing.assert_close(found.double(), exact(q, k, v, torch.zeros(ROWS, KEYS).bool()), atol=0.02, rtol=0)
 
 
-def test_causal_rows_see_no_later_key(most_scores: int) -> None:
+def test_causal_rows_do_not_attend_to_later_keys(most_scores: int) -> None:
     q, k, v = tensors(ROWS, ROWS)
     later = torch.ones(ROWS, ROWS).triu(1).bool()
 
@@ -48,7 +48,7 @@ def test_causal_rows_see_no_later_key(most_scores: int) -> None:
     torch.testing.assert_close(found.double(), exact(q, k, v, later), atol=0.02, rtol=0)
 
 
-def test_a_mask_hides_what_it_says(most_scores: int) -> None:
+def test_masked_keys_are_not_attended_to(most_scores: int) -> None:
     q, k, v = tensors(ROWS, KEYS)
     later = torch.arange(KEYS) > torch.arange(EARLIER, EARLIER + ROWS)[:, None]
     mask = torch.zeros(ROWS, KEYS).masked_fill(later, -torch.inf).bfloat16()

@@ -51,7 +51,7 @@ def test_greedy_tokens_equal_those_of_generate(name: str, chunk_tokens: int, mod
 
 
 @pytest.mark.parametrize("chunk_tokens", [512, 40], ids=["whole", "chunked"])
-def test_a_batch_of_all_kinds_changes_nobodys_tokens(chunk_tokens: int, model: Model, reference) -> None:
+def test_a_mixed_batch_does_not_change_the_tokens(chunk_tokens: int, model: Model, reference) -> None:
     requests = [request_for(model, *prompt, name=name) for name, prompt in PROMPTS.items()]
 
     together = Steps(model, chunk_tokens).run(*requests)
@@ -59,7 +59,7 @@ def test_a_batch_of_all_kinds_changes_nobodys_tokens(chunk_tokens: int, model: M
     assert together == [generate(reference, model, request) for request in requests]
 
 
-def test_requests_that_join_and_leave_at_any_step_get_their_own_tokens(model: Model, reference) -> None:
+def test_requests_may_join_and_leave_at_any_step(model: Model, reference) -> None:
     steps = Steps(model, 48)
     kinds = list(PROMPTS.values())
     requests = [
@@ -76,7 +76,7 @@ def test_requests_that_join_and_leave_at_any_step_get_their_own_tokens(model: Mo
     assert [s.output_ids for s in sequences] == [generate(reference, model, r) for r in requests]
 
 
-def test_a_follow_up_computes_only_what_is_new_and_says_the_same(model: Model, reference) -> None:
+def test_a_follow_up_computes_only_new_tokens_with_the_same_result(model: Model, reference) -> None:
     steps = Steps(model)
     images = [picture(7, (140, 140))]
     first = request_for(model, [ask("What is it? Tell me more about this.", 1)], images)
@@ -93,7 +93,7 @@ def test_a_follow_up_computes_only_what_is_new_and_says_the_same(model: Model, r
     assert sequence.output_ids == generate(reference, model, second)
 
 
-def test_a_question_about_a_known_picture_reuses_it_for_another_user(model: Model, reference) -> None:
+def test_a_cached_image_is_reused_by_another_request(model: Model, reference) -> None:
     steps = Steps(model)
     images = [picture(8, (140, 140))]
     steps.run(request_for(model, [ask("What is it?", 1)], images))
@@ -107,7 +107,7 @@ def test_a_question_about_a_known_picture_reuses_it_for_another_user(model: Mode
     assert sequence.output_ids == generate(reference, model, other)
 
 
-def test_a_picture_of_the_same_size_is_never_taken_for_another(model: Model, reference) -> None:
+def test_images_of_the_same_size_are_not_confused(model: Model, reference) -> None:
     steps = Steps(model)
     requests = [
         request_for(model, [ask("What is it?", 1)], [picture(seed, (112, 112))], name=str(seed)) for seed in (4, 5, 6)
@@ -119,7 +119,7 @@ def test_a_picture_of_the_same_size_is_never_taken_for_another(model: Model, ref
     assert len({tuple(answer) for answer in answers}) > 1
 
 
-def test_a_request_that_had_to_give_way_goes_on_as_if_nothing_had_happened(model: Model, reference) -> None:
+def test_preemption_does_not_change_the_tokens(model: Model, reference) -> None:
     requests = [request_for(model, *prompt, name=name, max_tokens=60) for name, prompt in PROMPTS.items()]
     needed = [-(-(len(r.prompt_ids) + 60) // 16) for r in requests]
     steps = Steps(model, pages=max(needed) + 6)
@@ -197,7 +197,7 @@ def test_in_bf16_tokens_differ_from_generate_at_near_ties_only(computed_by: str,
     assert off["ours"] <= off["generate's"] + 1, off
 
 
-def test_all_layers_in_one_call_compute_what_they_do_one_by_one(
+def test_the_fused_layers_equal_the_single_operations(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not kernels.has_fast_products():

@@ -33,14 +33,14 @@ def test_single_bytes_make_whole_characters(text: str) -> None:
     assert not any("\ufffd" in piece for piece in pieces)
 
 
-def test_a_character_that_is_never_completed_shows_at_the_end() -> None:
+def test_an_incomplete_character_is_replaced_at_the_end() -> None:
     detokenizer = Detokenizer()
 
     assert detokenizer.feed("语".encode()[:2]) == ""
     assert detokenizer.finish() == "\ufffd"
 
 
-def test_bytes_that_are_no_text_do_not_hold_up_what_follows() -> None:
+def test_invalid_bytes_do_not_hold_back_what_follows() -> None:
     assert Detokenizer().feed(b"\xff\xfe ok") == "\ufffd\ufffd ok"
 
 

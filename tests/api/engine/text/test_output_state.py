@@ -61,18 +61,18 @@ def test_end_tokens_are_barred_until_the_answer_is_long_enough() -> None:
     assert barred == [True, True, False]
 
 
-def test_an_end_token_has_no_text_and_ends() -> None:
+def test_an_end_token_finishes_without_text() -> None:
     assert say(answer(), "ab<|user|>") == ("ab", FinishReason.STOP)
 
 
 @pytest.mark.parametrize(
     ("tokens", "period"), [("aaaa", 1), ("abab", 2), ("abcab", 3), ("abcd", 4), ("aab", 3), ("", 0)]
 )
-def test_the_smallest_period(tokens: str, period: int) -> None:
+def test_smallest_period(tokens: str, period: int) -> None:
     assert smallest_period([ord(c) for c in tokens]) == period
 
 
-def test_varied_text_is_no_repetition() -> None:
+def test_varied_text_is_not_taken_for_repetition() -> None:
     text = " ".join(str(number) for number in range(200))
 
     assert say(answer(max_tokens=2000, loop_window=64), text)[1] is None
