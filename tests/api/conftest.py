@@ -16,7 +16,7 @@ from api.engine.kernels import build
 from api.engine.loaded_model import Model
 from settings import Settings
 
-# Nothing is compiled for a processor that does not fit.
+# Kernels are compiled for supported processors only.
 collect_ignore = [] if build.processor_supported() else ["server/test_compiled_server.py"]
 
 @pytest.fixture

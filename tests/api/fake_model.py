@@ -1,7 +1,7 @@
-"""A model without weights for tests: same interface, instant, deterministic, and obedient to orders.
+"""A model without weights for tests: the same interface, instant and deterministic, with failures on demand.
 
-What it answers is given by a function of the prompt text. A prompt that contains HANG, FAIL or CRASH
-makes its step hang until released, raise, or lose the device.
+A function of the prompt text gives the answer. A prompt that contains HANG, FAIL or CRASH makes its step hang until
+released, raise, or lose the device.
 """
 
 from __future__ import annotations
@@ -28,8 +28,6 @@ SPECIAL = (
     "<|begin_of_image|>", "<|end_of_image|>", "<|image|>",
 )  # fmt: skip
 END = ("<|endoftext|>", "<|user|>", "<|observation|>")
-
-
 FAIL_COLOUR = (6, 6, 6)  # an image of this colour cannot be encoded
 
 
@@ -44,7 +42,7 @@ class OutOfMemory(RuntimeError):
 def byte_tokenizer() -> Tokenizer:
     """One token per byte, and GLM's special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={char: place for place, char in enumerate(alphabet)}, merges=[]))
+    tokenizer = Tokenizer(models.BPE(vocab={char: index for index, char in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(text, special=True) for text in SPECIAL])
@@ -53,7 +51,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 class FakeTemplate:
-    """GLM's prompt format, as far as tests look at it."""
+    """The parts of GLM's prompt format that tests look at."""
 
     def render(self, messages: list[dict[str, Any]], tools: list[Any] | None, enable_thinking: bool) -> str:
         out = "[gMASK]<sop>"
@@ -75,7 +73,7 @@ class FakeTemplate:
 
 
 class FakeImageProcessor:
-    """One token for each 28 x 28 pixels; the patches are the mean colour, so a test can see the image."""
+    """One token for each 28 x 28 pixels; the patches are the mean colour, by which tests recognize the image."""
 
     def count_tokens(self, width: int, height: int) -> int:
         rows, columns = max(height // 28, 1), max(width // 28, 1)
@@ -89,7 +87,7 @@ class FakeImageProcessor:
 
 
 class FakeRunner:
-    """Its KV cache holds the keys of the tokens themselves, so that every read can be checked."""
+    """Its KV cache stores the tokens' prefix cache keys, so that every read can be checked."""
 
     def __init__(
         self,
@@ -102,34 +100,34 @@ class FakeRunner:
         self._answer = answer
         self._token_s = token_s
         self._page_tokens = page_tokens
-        self._kv: dict[tuple[int, int], Any] = {}  # page and place in it -> key of the token stored there
-        self.release = threading.Event()  # lets a hanging step go on
+        self._kv: dict[tuple[int, int], Any] = {}  # page and index in it -> key of the token stored there
+        self.release = threading.Event()  # lets a hanging step continue
         self.hanging = threading.Event()  # set when a step has begun to hang
         self.decoded: list[str] = []  # request ids in the order of their tokens
-        self.encoded: list[Any] = []  # the patches of every image that went through the vision encoder
+        self.encoded: list[Any] = []  # the patches of every encoded image
         self.batches: list[Batch] = []
-        self.most_rows = 10**9  # more decoding sequences than this do not fit into memory
-        self.slices = 1  # steps that an image takes
+        self.most_rows = 10**9  # more sequences in a batch do not fit into memory
+        self.slices = 1  # steps that encoding an image takes
 
     def warm_up(self) -> None:
         pass
 
-    def encode(self, job: EncodeTask, limit_s: float) -> Any | None:
-        job.state = (job.state or 0) + 1
-        if job.image.patches == FAIL_COLOUR:
+    def encode(self, task: EncodeTask, limit_s: float) -> Any | None:
+        task.state = (task.state or 0) + 1
+        if task.image.patches == FAIL_COLOUR:
             raise ValueError("told to fail on this image")
-        if job.state < self.slices:
+        if task.state < self.slices:
             return None
-        self.encoded.append(job.image.patches)
-        return job.image.patches
+        self.encoded.append(task.image.patches)
+        return task.image.patches
 
     def size_bytes(self, features: Any) -> int:
         return 100
 
     def copy_pages(self, copies: Items[Copy]) -> None:
         for copy in copies:
-            for place in range(copy.tokens):
-                self._kv[copy.target, place] = self._kv[copy.source, place]
+            for index in range(copy.tokens):
+                self._kv[copy.target, index] = self._kv[copy.source, index]
 
     def begin(self, sequence: Sequence) -> None:
         if sequence.state is None:
@@ -141,7 +139,7 @@ class FakeRunner:
         if len(batch.sequences) > self.most_rows:
             raise OutOfMemory("told to have little memory")
         for chunk in batch.chunks:
-            self._obey(chunk.sequence.state[0])
+            self._fail_on_demand(chunk.sequence.state[0])
         time.sleep(self._token_s)
         self.batches.append(batch)
         for sequence in batch.decode:
@@ -157,19 +155,19 @@ class FakeRunner:
 
     def _compute(self, sequence: Sequence, start: int, end: int) -> None:
         assert sequence.block_table is not None
-        places = [(sequence.block_table.pages[i // self._page_tokens], i % self._page_tokens) for i in range(end)]
-        stored = [self._kv.get(place) for place in places[:start]]
-        assert stored == sequence.keys[:start], f"{sequence.request.id} would read somebody else's keys and values"
+        slots = [(sequence.block_table.pages[i // self._page_tokens], i % self._page_tokens) for i in range(end)]
+        stored = [self._kv.get(slot) for slot in slots[:start]]
+        assert stored == sequence.keys[:start], f"{sequence.request.id} would read another request's keys and values"
         for number, span in enumerate(sequence.spans):
             if start < span.end and end > span.start:
                 assert sequence.features[number] == span.image.patches, "these are another image's features"
-        self._kv.update(zip(places[start:], sequence.keys[start:end], strict=True))
+        self._kv.update(zip(slots[start:], sequence.keys[start:end], strict=True))
 
     def _next(self, sequence: Sequence) -> SampledToken:
         self.decoded.append(sequence.request.id)
         return SampledToken(sequence.state[1][len(sequence.output_ids)])
 
-    def _obey(self, prompt: str) -> None:
+    def _fail_on_demand(self, prompt: str) -> None:
         if "HANG" in prompt:
             self.hanging.set()
             self.release.wait()
@@ -180,7 +178,7 @@ class FakeRunner:
 
 
 def echo(prompt: str, images: list[Any]) -> str:
-    """Answer with the last thing that was said; the byte tokenizer has no text for special tokens."""
+    """Answer with the last line of the prompt; the byte tokenizer has no text for special tokens."""
     return f"I see {len(images)} pictures. " + prompt.rsplit("\n", 1)[-1].removesuffix("<think></think>")
 
 

@@ -11,7 +11,7 @@ from driving import WAIT_S, Driver
 
 from api.engine.kernels import build
 
-# Nothing is compiled for a processor that does not fit; that it then stays with torch is tested everywhere.
+# Kernels are compiled for supported processors only; the fallback to torch is tested on all.
 collect_ignore = [] if build.processor_supported() else ["kernels/test_kernels.py"]
 SHAPES = Path(__file__).resolve().parents[3] / "models" / "shapes"
 SENTENCES = ["Hello, what is in the picture?", "The red circle is left of the blue square.", "你好，图里有什么？"]

@@ -19,7 +19,7 @@ from api.engine.sequence import Sequence, make_sequence
 STEPS = 12
 
 
-def picture(seed: int, size: tuple[int, int]) -> Image.Image:
+def draw_image(seed: int, size: tuple[int, int]) -> Image.Image:
     rng = random.Random(seed)
     image = Image.new("RGB", size, tuple(rng.randrange(256) for _ in range(3)))
     draw = ImageDraw.Draw(image)

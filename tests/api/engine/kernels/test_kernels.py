@@ -124,10 +124,10 @@ def test_attend_decode(dim: int, kv_heads: int, shared: int, lengths: list[int],
     metadata = AttentionMetadata(0, len(lengths), pages, mask, torch.tensor(lengths))
     qkv = random(len(lengths), kv_heads * (shared + 2), dim) * 2
 
-    found = ours.attend_decode(qkv, kv, metadata)
+    result = ours.attend_decode(qkv, kv, metadata)
 
     exact = replace(metadata, mask=mask.float())
-    assert close(found, THEIRS.attend_decode(qkv.float(), kv.float(), exact))
+    assert close(result, THEIRS.attend_decode(qkv.float(), kv.float(), exact))
 
 
 # Prompts from their beginning and from within a page; as many queries of a head as a thread takes, and one more.
@@ -157,10 +157,10 @@ def test_attend_prefill(
     kv[slots] = qkv[:, -2 * kv_heads :]  # as after rotate_store
     metadata = AttentionMetadata(0, rows, pages, later if first else None, first=first)
 
-    found = ours.attend_prefill(qkv, kv, metadata)
+    result = ours.attend_prefill(qkv, kv, metadata)
 
     exact = replace(metadata, mask=None if metadata.mask is None else metadata.mask.float())
-    assert close(found, THEIRS.attend_prefill(qkv.float(), kv.float(), exact))
+    assert close(result, THEIRS.attend_prefill(qkv.float(), kv.float(), exact))
 
 
 @pytest.mark.parametrize(
@@ -170,9 +170,9 @@ def test_attend_prefill(
 def test_attend_image(heads: int, dim: int, frames: int, patches: int, ours: CompiledOperations) -> None:
     qkv, angles = random(frames * patches, 3 * heads * dim), torch.rand(frames * patches, dim) * 6
 
-    found = ours.attend_image(qkv, angles.cos(), angles.sin(), frames, heads)
+    result = ours.attend_image(qkv, angles.cos(), angles.sin(), frames, heads)
 
-    assert close(found, THEIRS.attend_image(qkv.float(), angles.cos(), angles.sin(), frames, heads))
+    assert close(result, THEIRS.attend_image(qkv.float(), angles.cos(), angles.sin(), frames, heads))
 
 
 def test_tokens_beyond_a_length_are_never_read(ours: CompiledOperations) -> None:
@@ -182,8 +182,8 @@ def test_tokens_beyond_a_length_are_never_read(ours: CompiledOperations) -> None
     decode = AttentionMetadata(0, 1, torch.tensor([[0, 1]]), None, torch.tensor([20]))
     prefill = AttentionMetadata(0, 1, torch.tensor([0, 1]), None, first=19)
 
-    for found in (ours.attend_decode(qkv, kv, decode), ours.attend_prefill(qkv, kv, prefill)):
-        assert found.isfinite().all() and found.abs().max() < 10
+    for result in (ours.attend_decode(qkv, kv, decode), ours.attend_prefill(qkv, kv, prefill)):
+        assert result.isfinite().all() and result.abs().max() < 10
 
 
 QKV, KV = random(2, 3, 64), random(2 * PAGE, 2, 64)  # one query head, one key head

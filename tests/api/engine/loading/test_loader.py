@@ -1,4 +1,4 @@
-"""From a configuration to a model: what is chosen, why, and what is said when it cannot be."""
+"""From a configuration to a model: the choices, their reasons, and the errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bfloat16 way of attention against the exact one, in one block and in many."""
+"""The bfloat16 attention by products against exact attention, in one block and in several."""
 
 from __future__ import annotations
 

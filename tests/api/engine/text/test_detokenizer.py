@@ -1,4 +1,4 @@
-"""Whole characters only, and stop strings wherever the tokens cut them."""
+"""Only whole characters are emitted, and stop strings are found however tokens split them."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def feed_all(detokenizer: Detokenizer, pieces: list[bytes]) -> list[str]:
 
 
 def cut(data: bytes, rng: random.Random) -> list[bytes]:
-    places = sorted(rng.sample(range(len(data) + 1), rng.randrange(min(8, len(data)))))
-    return [data[a:b] for a, b in zip([0, *places], [*places, len(data)], strict=True)]
+    cuts = sorted(rng.sample(range(len(data) + 1), rng.randrange(min(8, len(data)))))
+    return [data[a:b] for a, b in zip([0, *cuts], [*cuts, len(data)], strict=True)]
 
 
 @pytest.mark.parametrize("text", ["plain", "中文和 emoji 👩‍🔬 mixed", "é" * 9])

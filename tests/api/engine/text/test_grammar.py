@@ -1,4 +1,4 @@
-"""Grammars: what they let through, what they refuse, and that thinking belongs to them."""
+"""Grammars: the answers that they accept and reject, with and without thinking."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_grammars_do_not_share_state(compiler, vocabulary) -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "said"),
+    ("form", "message"),
     [
         (AnswerForm({"type": "strange"}), "strange"),
         (AnswerForm({"$ref": "#/$defs/none"}), "none"),
@@ -173,8 +173,8 @@ def test_grammars_do_not_share_state(compiler, vocabulary) -> None:
         (AnswerForm({"enum": ["x" * 300_000]}), "characters"),
     ],
 )
-def test_unenforceable_forms_are_refused(form: AnswerForm, said: str, compiler) -> None:
-    with pytest.raises(GrammarError, match=re.escape(said)):
+def test_unenforceable_forms_are_refused(form: AnswerForm, message: str, compiler) -> None:
+    with pytest.raises(GrammarError, match=re.escape(message)):
         compiler.compile(form)
 
 

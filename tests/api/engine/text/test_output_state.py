@@ -19,11 +19,11 @@ def answer(prompt: str = "q<|assistant|>", **sampling) -> OutputState:
     return OutputState(request, VOCABULARY, ENDS, context_tokens=1000)
 
 
-def say(one: OutputState, text: str) -> tuple[str, FinishReason | None]:
-    """What a model would say that wants to say `text`, but says what it must."""
-    out, wanted = "", VOCABULARY.encode(text)
-    while wanted or one.forced is not None:
-        token = wanted.pop(0) if one.forced is None else one.forced
+def feed(one: OutputState, text: str) -> tuple[str, FinishReason | None]:
+    """Feed the tokens of `text`, and forced tokens where there are any."""
+    out, tokens = "", VOCABULARY.encode(text)
+    while tokens or one.forced is not None:
+        token = tokens.pop(0) if one.forced is None else one.forced
         piece, reason = one.feed(token)
         out += piece
         if reason:
@@ -44,11 +44,11 @@ def say(one: OutputState, text: str) -> tuple[str, FinishReason | None]:
     ],
 )
 def test_thinking_ends_when_its_budget_is_spent(prompt: str, text: str, expected: str) -> None:
-    assert say(answer(prompt, thinking_tokens=3, thinking_end_ids=CLOSE), text)[0] == expected
+    assert feed(answer(prompt, thinking_tokens=3, thinking_end_ids=CLOSE), text)[0] == expected
 
 
 def test_without_a_budget_nothing_is_forced() -> None:
-    assert say(answer("<|assistant|><think>"), "x" * 50)[0] == "x" * 50
+    assert feed(answer("<|assistant|><think>"), "x" * 50)[0] == "x" * 50
 
 
 def test_end_tokens_are_barred_until_the_answer_is_long_enough() -> None:
@@ -56,13 +56,13 @@ def test_end_tokens_are_barred_until_the_answer_is_long_enough() -> None:
     barred = []
     for letter in "abc":
         barred.append(bool(one.barred_ids))
-        say(one, letter)
+        feed(one, letter)
 
     assert barred == [True, True, False]
 
 
 def test_an_end_token_finishes_without_text() -> None:
-    assert say(answer(), "ab<|user|>") == ("ab", FinishReason.STOP)
+    assert feed(answer(), "ab<|user|>") == ("ab", FinishReason.STOP)
 
 
 @pytest.mark.parametrize(
@@ -75,4 +75,4 @@ def test_smallest_period(tokens: str, period: int) -> None:
 def test_varied_text_is_not_taken_for_repetition() -> None:
     text = " ".join(str(number) for number in range(200))
 
-    assert say(answer(max_tokens=2000, loop_window=64), text)[1] is None
+    assert feed(answer(max_tokens=2000, loop_window=64), text)[1] is None

@@ -1,4 +1,4 @@
-"""Callers' text cannot forge special tokens, and means the same as to any tokenizer otherwise."""
+"""Callers' text cannot inject special tokens, and is otherwise tokenized as by any tokenizer."""
 
 from __future__ import annotations
 
