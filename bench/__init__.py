@@ -1,1 +1,2 @@
-"""What the published numbers come from: servers side by side, latencies under load, memory over time."""
+"""Owns the benchmarks behind the published numbers: servers compared, latencies under load, memory over time.
+May not know the code of the page or the checker; no server imports it."""

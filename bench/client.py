@@ -1,4 +1,4 @@
-"""One streamed chat completion, with the moment of every piece of its answer."""
+"""One streamed chat completion, with the arrival time of every chunk of text."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ TIMEOUT_S = 900.0
 @dataclass
 class Sample:
     started: float
-    moments: list[float] = field(default_factory=list)  # when each piece of text came
+    moments: list[float] = field(default_factory=list)  # arrival of each chunk of text
     text: str = ""
-    tokens: int = 0  # as the server counts them; where it does not, the pieces
+    tokens: int = 0  # of the server's usage, else the number of chunks
     prompt_tokens: int = 0
     ended: float = 0.0
     error: str | None = None
@@ -29,7 +29,7 @@ class Sample:
 
     @property
     def tpot_s(self) -> float:
-        """Mean time between tokens; servers may send several in one piece."""
+        """Mean time between tokens; a chunk may have several."""
         return (self.moments[-1] - self.moments[0]) / max(self.tokens - 1, 1)
 
 
@@ -53,7 +53,7 @@ async def ask(
     tokens: int,
     sample: Sample | None = None,
 ) -> Sample:
-    """Never raises for what the server does: the sample says it. One that is given is filled as the answer comes."""
+    """Never raises for a failure of the server; `Sample.error` holds it. A given sample is filled while the answer streams."""
     sample = sample or Sample(time.perf_counter())
     body = {
         "messages": messages, "max_tokens": tokens, "temperature": 0, "stream": True,

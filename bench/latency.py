@@ -1,8 +1,8 @@
-"""python -m bench.latency: do running answers keep their pace, and does a health probe get through?
+"""python -m bench.latency: the latencies of running answers and of health probes under load.
 
-pictures: text streams run, then many pictures arrive at once; how far apart are the streams' tokens?
-probe: more requests than the server has slots, and every half second a probe's question; how long until
-it gets its first token? Meanwhile /health is asked too.
+pictures: text streams run, then many images arrive at once; measures the gaps between the streams' tokens.
+probe: more requests than the server has slots, and a probe's question every half second; measures the time to the
+probe's first token, and the latency of /health.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from bench.report import percentile
 from bench.workloads import WORKLOADS, converse, question, turns
 from models.shapes.checkpoint import FOLDER as DEMO
 
-STREAM_TOKENS = 200  # then the stream asks anew
+STREAM_TOKENS = 200  # for each request of a stream
 PACE_LIMIT = 3.0  # times the unloaded gap between tokens
 PROBE_LIMIT_S = 2.0
 PROBE_EVERY_S = 0.5
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", help="default: bfloat16 for the mid shape, float32 for the demo")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--set", action="append", default=[], metavar="GLM_X=VALUE", help="a setting of the server")
-    parser.add_argument("--seconds", type=float, default=20.0, help="how long to look, unloaded or under saturation")
+    parser.add_argument("--seconds", type=float, default=20.0, help="duration, unloaded or under saturation")
     parser.add_argument("--streams", type=int, default=4)
     parser.add_argument("--arrivals", type=int, default=16)
     given = parser.parse_args(arguments)
@@ -65,40 +65,40 @@ def main(arguments: list[str] | None = None) -> int:
         return asyncio.run(interrupt(server.address, given.streams, given.arrivals, given.seconds))
 
 
-# Pictures arrive while text streams run.
+# Images arrive while text streams run.
 
 
 async def interrupt(address: Address, streams: int, arrivals: int, seconds: float) -> int:
     samples: list[Sample] = []
-    asked = [turns(WORKLOADS["B"], f"picture {number}") for number in range(arrivals)]
+    conversations = [turns(WORKLOADS["B"], f"picture {number}") for number in range(arrivals)]
     async with address.client() as client:
         await converse(client, address, turns(WORKLOADS["B"], "warm-up"), 8)
         tasks = [asyncio.create_task(_stream(client, address, number, samples)) for number in range(streams)]
-        await asyncio.sleep(seconds / 4)  # the prompts are through
+        await asyncio.sleep(seconds / 4)  # until the prompts are prefilled
         alone = Window(time.perf_counter(), time.perf_counter() + seconds)
         await asyncio.sleep(seconds)
         began = time.perf_counter()
-        arrived = await asyncio.gather(*(converse(client, address, conversation) for conversation in asked))
+        answered = await asyncio.gather(*(converse(client, address, conversation) for conversation in conversations))
         loaded = Window(began, time.perf_counter())
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-    pictures = [sample for conversation in arrived for sample in conversation]
-    # While pictures are still to come in; afterwards there is only a larger batch.
-    arriving = Window(began, max(s.moments[0] for s in pictures if s.moments))
-    print(f"{streams} text streams, then {arrivals} pictures at once; gaps between a stream's tokens")
+    images = [sample for conversation in answered for sample in conversation]
+    # Until the last image is prefilled; afterwards only the batch is larger.
+    arriving = Window(began, max(s.moments[0] for s in images if s.moments))
+    print(f"{streams} text streams, then {arrivals} images at once; gaps between a stream's tokens")
     base = _gaps("alone", samples, alone)
-    ratio = _gaps("pictures arriving", samples, arriving) / base
+    ratio = _gaps("images arriving", samples, arriving) / base
     _gaps("until the last answer", samples, loaded)
-    ttft = [s.ttft_s for s in pictures if s.moments]
-    failed = sum(s.error is not None for s in (*samples, *pictures))
-    print(f"pictures: TTFT p50 {percentile(ttft, 0.5):.2f} s, p95 {percentile(ttft, 0.95):.2f} s; errors {failed}")
-    print(f"p95 while pictures arrive: {ratio:.2f} times that alone (limit {PACE_LIMIT:g})")
+    ttft = [s.ttft_s for s in images if s.moments]
+    failed = sum(s.error is not None for s in (*samples, *images))
+    print(f"images: TTFT p50 {percentile(ttft, 0.5):.2f} s, p95 {percentile(ttft, 0.95):.2f} s; errors {failed}")
+    print(f"p95 while images arrive: {ratio:.2f} times that alone (limit {PACE_LIMIT:g})")
     return 0 if ratio <= PACE_LIMIT and not failed else 1
 
 
 async def _stream(client: httpx.AsyncClient, address: Address, number: int, samples: list[Sample]) -> None:
-    """Ask again and again; a sample is listed while it still grows."""
+    """One request after another; a sample is in the list while it is still being filled."""
     rng = random.Random(f"stream {number}")
     while True:
         sample = Sample(time.perf_counter())
@@ -112,7 +112,7 @@ def _gaps(name: str, samples: list[Sample], window: Window) -> float:
     gaps = list(_between(samples, window))
     p95 = percentile(gaps, 0.95) or float("nan")
     print(
-        f"  {name}: {len(gaps)} gaps, p50 {percentile(gaps, 0.5) or 0:.3f} s, p95 {p95:.3f} s, most {max(gaps):.3f} s"
+        f"  {name}: {len(gaps)} gaps, p50 {percentile(gaps, 0.5) or 0:.3f} s, p95 {p95:.3f} s, max {max(gaps):.3f} s"
     )
     return p95
 
@@ -131,12 +131,12 @@ async def saturate(address: Address, parallel: int, seconds: float) -> int:
     until = time.perf_counter() + seconds
     refused: list[Sample] = []
 
-    async def crowd(number: int) -> None:
+    async def client_of_load(number: int) -> None:
         workload = WORKLOADS["B" if number % 2 else "A"]
         async with address.client() as client:
             for turn in itertools.takewhile(lambda _: time.perf_counter() < until, itertools.count()):
-                asked = turns(workload, f"crowd {number} {turn}")
-                refused.extend(s for s in await converse(client, address, asked, STREAM_TOKENS) if s.error)
+                conversation = turns(workload, f"crowd {number} {turn}")
+                refused.extend(s for s in await converse(client, address, conversation, STREAM_TOKENS) if s.error)
 
     async def health() -> list[float]:
         times = []
@@ -150,25 +150,25 @@ async def saturate(address: Address, parallel: int, seconds: float) -> int:
 
     async def probes() -> list[Sample]:
         await asyncio.sleep(2.0)
-        found: list[Sample] = []
+        samples: list[Sample] = []
         probing = Address(address.url, address.model, servers.PROBE_TOKEN, {"X-GLM-Probe": servers.PROBE_TOKEN})
         async with probing.client() as client:
             while time.perf_counter() < until:
-                found += await converse(client, probing, turns(WORKLOADS["B"], f"probe {len(found)}"), 8)
+                samples += await converse(client, probing, turns(WORKLOADS["B"], f"probe {len(samples)}"), 8)
                 await asyncio.sleep(PROBE_EVERY_S)
-        return found
+        return samples
 
-    crowds = asyncio.gather(*(crowd(number) for number in range(parallel)))
-    found, times = await asyncio.gather(probes(), health())
-    await crowds
-    wrong = [s.error for s in found if s.error]
-    ttft = [s.ttft_s for s in found if not s.error]
+    load = asyncio.gather(*(client_of_load(number) for number in range(parallel)))
+    samples, times = await asyncio.gather(probes(), health())
+    await load
+    errors = [s.error for s in samples if s.error]
+    ttft = [s.ttft_s for s in samples if not s.error]
     p95 = percentile(ttft, 0.95) or float("inf")
-    print(f"{parallel} requests all the time; {len(found)} probes, each with a new picture")
-    print(f"probe TTFT: p50 {percentile(ttft, 0.5) or 0:.3f} s, p95 {p95:.3f} s (limit {PROBE_LIMIT_S:g}); {wrong=}")
-    print(f"/health: p50 {percentile(times, 0.5):.3f} s, p95 {percentile(times, 0.95):.3f} s, most {max(times):.3f} s")
-    print(f"refused or failed requests of the crowd: {len(refused)} {sorted({str(s.error)[:80] for s in refused})[:3]}")
-    return 0 if p95 < PROBE_LIMIT_S and not wrong else 1
+    print(f"{parallel} requests all the time; {len(samples)} probes, each with a new image")
+    print(f"probe TTFT: p50 {percentile(ttft, 0.5) or 0:.3f} s, p95 {p95:.3f} s (limit {PROBE_LIMIT_S:g}); {errors=}")
+    print(f"/health: p50 {percentile(times, 0.5):.3f} s, p95 {percentile(times, 0.95):.3f} s, max {max(times):.3f} s")
+    print(f"refused or failed requests of the load: {len(refused)} {sorted({str(s.error)[:80] for s in refused})[:3]}")
+    return 0 if p95 < PROBE_LIMIT_S and not errors else 1
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""python -m bench.memory: does the server's memory stay flat over many short requests?
+"""python -m bench.memory: the server's resident memory over many short requests.
 
-Every prompt and every tenth request's picture is new, and the caches are so small that the first tenth of
-the requests fills them; then they turn over. What is resident by then is what the server needs; what comes
-on top afterwards would be a leak.
+All prompts are new, and so is an image in every tenth request. The caches are so small that the first tenth of the
+requests fills them; growth after that is a leak.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ import httpx
 
 from bench import servers
 from bench.client import Address, ask
-from bench.workloads import picture_url, question
+from bench.workloads import image_url, question
 from models.shapes.checkpoint import FOLDER as DEMO
 
 ANSWER_TOKENS = 4
-LIMIT = 0.05  # growth that is still called flat
+LIMIT = 0.05  # of growth after the first tenth
 SMALL_CACHES = {"GLM_CONTEXT_TOKENS": "1024", "GLM_KV_CACHE_BYTES": str(32 * 2**20), "GLM_PICTURE_CACHE_BYTES": str(2**20)}
 
 
@@ -73,7 +72,7 @@ async def _one(client: httpx.AsyncClient, address: Address, number: int) -> list
     rng = random.Random(f"memory {number}")
     content: list[dict[str, object]] = [{"type": "text", "text": question(rng, 8)}]
     if number % 10 == 0:
-        content.insert(0, {"type": "image_url", "image_url": {"url": picture_url(rng, 112)}})
+        content.insert(0, {"type": "image_url", "image_url": {"url": image_url(rng, 112)}})
     sample = await ask(client, address, [{"role": "user", "content": content}], ANSWER_TOKENS)
     return [sample.error] if sample.error and sample.error != "no text" else []
 

@@ -1,7 +1,7 @@
-"""The usual first server: a FastAPI handler around `model.generate`, one request at a time.
+"""The baseline: a FastAPI handler around `model.generate`, one request at a time.
 
-Unmodified transformers with its own defaults (threads, attention, cache) and its own streamer. Only
-what the OpenAI protocol needs is around it, so that the same client can drive it.
+Unmodified transformers with its own defaults (threads, attention, cache) and its own streamer, wrapped in as much of the
+OpenAI protocol as the client of the benchmark needs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Answerer:
         self._model = Glm4vForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
         self._model.eval()
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
-        self._pictures = AutoImageProcessor.from_pretrained(folder, backend="pil")
+        self._image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
         self._one_at_a_time = threading.Lock()
 
     def stream(self, body: dict[str, Any]) -> Iterator[str]:
@@ -57,27 +57,27 @@ class Answerer:
         yield "data: [DONE]\n\n"
 
     def _inputs(self, messages: list[dict[str, Any]]) -> Any:
-        images, shown = [], []
+        images, rendered = [], []
         for message in messages:
             parts = message["content"]
             if isinstance(parts, list):
                 urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
                 images += [Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) for url in urls]
                 parts = [{"type": "image"} if part["type"] == "image_url" else part for part in parts]
-            shown.append({**message, "content": parts})
-        prompt = self._tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=True)
+            rendered.append({**message, "content": parts})
+        prompt = self._tokenizer.apply_chat_template(rendered, tokenize=False, add_generation_prompt=True)
         if not images:
             return self._tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
-        # What the full processor would do, which cannot be had without torchvision.
-        pictures = self._pictures(images=images, return_tensors="pt")
-        for grid in pictures["image_grid_thw"]:
-            tokens = int(grid.prod()) // self._pictures.merge_size**2
+        # The steps of Glm46VProcessor, which needs torchvision.
+        features = self._image_processor(images=images, return_tensors="pt")
+        for grid in features["image_grid_thw"]:
+            tokens = int(grid.prod()) // self._image_processor.merge_size**2
             prompt = prompt.replace("<|image|>", "<|placeholder|>" * tokens, 1)
         inputs = self._tokenizer(
             prompt.replace("<|placeholder|>", "<|image|>"), add_special_tokens=False, return_tensors="pt"
         )
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == self._model.config.image_token_id).int()
-        inputs.update(pictures)
+        inputs.update(features)
         return inputs
 
 

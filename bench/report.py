@@ -1,4 +1,4 @@
-"""From samples to a table and a plot. Every figure is the median of the rounds."""
+"""Turns samples into a table and a plot. Every figure is the median of the rounds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Cell:
-    """One server under one load in one round. Seconds; None where there is nothing to measure."""
+    """One server under one load in one round. Times in seconds; None where nothing was measured."""
 
     round: str
     server: str
@@ -37,14 +37,14 @@ class Cell:
 
 
 def percentile(values: Iterable[float], share: float) -> float | None:
-    """Linear between the two nearest; None of nothing."""
+    """Linear interpolation between the two nearest values; None without values."""
     ordered = sorted(values)
     if not ordered:
         return None
-    place = share * (len(ordered) - 1)
-    low = int(place)
+    rank = share * (len(ordered) - 1)
+    low = int(rank)
     high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+    return ordered[low] + (ordered[high] - ordered[low]) * (rank - low)
 
 
 def summarise(
@@ -79,16 +79,16 @@ class Results:
         self.servers = list(dict.fromkeys(cell.server for cell in cells))
         self.loads = sorted({(cell.workload, cell.parallel) for cell in cells})
 
-    def middle(self, server: str, workload: str, parallel: int, of: Callable[[Cell], float | None]) -> float | None:
+    def median(self, server: str, workload: str, parallel: int, of: Callable[[Cell], float | None]) -> float | None:
         values = [value for cell in self._at(server, workload, parallel) if (value := of(cell)) is not None]
         return median(values) if values else None
 
     def ratios(self, server: str, workload: str, parallel: int) -> list[float]:
-        """Tokens/s against (a) in the same round.
+        """Tokens/s relative to (a) in the same round.
 
-        (a) serves one request at a time: where it was not driven with as many in parallel, its highest load counts.
+        (a) serves one request at a time, so it is driven with fewer in parallel; its highest load is the base.
         """
-        found = []
+        ratios = []
         for cell in self._at(server, workload, parallel):
             bases = [
                 c
@@ -96,8 +96,8 @@ class Results:
                 if (c.round, c.server, c.workload) == (cell.round, self._base, workload) and c.parallel <= parallel
             ]
             if bases:
-                found.append(cell.tokens_per_s / max(bases, key=lambda c: c.parallel).tokens_per_s)
-        return sorted(found)
+                ratios.append(cell.tokens_per_s / max(bases, key=lambda c: c.parallel).tokens_per_s)
+        return sorted(ratios)
 
     def table(self) -> str:
         """Markdown."""
@@ -119,7 +119,7 @@ class Results:
                 points = [
                     (parallel, rate)
                     for workload, parallel in self.loads
-                    if workload == name and (rate := self.middle(server, name, parallel, lambda c: c.tokens_per_s))
+                    if workload == name and (rate := self.median(server, name, parallel, lambda c: c.tokens_per_s))
                 ]
                 axis.plot(*zip(*points, strict=True), marker="o", label=server)
             axis.set(title=f"{name}: {WORKLOADS[name].title}", xlabel="requests in parallel", xscale="log")
@@ -137,13 +137,13 @@ class Results:
 
     def _line(self, server: str, workload: str, parallel: int) -> list[str]:
         def ms(of: Callable[[Cell], float | None]) -> str:
-            value = self.middle(server, workload, parallel, of)
+            value = self.median(server, workload, parallel, of)
             return "" if value is None else f"{value * 1000:.0f} ms"
 
         cells = self._at(server, workload, parallel)
         ratios = self.ratios(server, workload, parallel)
         peak = max((c.peak_bytes for c in cells if c.peak_bytes), default=0)
-        rate = self.middle(server, workload, parallel, lambda c: c.tokens_per_s)
+        rate = self.median(server, workload, parallel, lambda c: c.tokens_per_s)
         several = WORKLOADS[workload].turns > 1
         return [
             workload,

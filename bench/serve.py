@@ -1,8 +1,7 @@
-"""python -m bench.serve: the usual way, this server and any other, side by side on the same machine.
+"""python -m bench.serve: compares the baseline, this server and any other on the same machine.
 
-Every round starts each server in turn and drives it with the same requests; nothing else of the
-benchmark runs meanwhile. Ratios are taken within a round, because a machine's speed drifts. Rounds are
-appended to the results file, so a later run adds to an earlier one.
+Each round starts one server after the other and drives it with the same requests. Ratios are taken within a round,
+because a machine's speed drifts. Rounds are appended to the results file, so a later run adds to an earlier one.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from bench.report import Cell, Results, summarise
 from bench.workloads import ANSWER_TOKENS, WORKLOADS, drive
 
 NAIVE, THIS = "a: generate", "b: this server"
-FEWEST = 3  # conversations in a cell
+MIN_CONVERSATIONS = 3  # of a cell with one turn each
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Contender:
     name: str
     start: Callable[[], AbstractContextManager[servers.Server]]
     most_parallel: int
-    waves: int  # conversations for each of those in parallel
+    waves: int  # conversations one after another, for each in parallel
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,26 +56,26 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.serve", description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3, help="0 only shows the results file")
+    parser.add_argument("--rounds", type=int, default=3, help="0: only report the results file")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--parallel", nargs="+", type=int, default=[1, 4, 16])
     parser.add_argument("--tokens", type=int, default=ANSWER_TOKENS, help="length of every answer")
-    parser.add_argument("--waves", type=int, default=2, help="conversations for each of those in parallel")
+    parser.add_argument("--waves", type=int, default=2, help="conversations one after another, for each in parallel")
     parser.add_argument(
-        "--naive-parallel", type=int, default=4, help="(a) answers one at a time: more in parallel only wait longer"
+        "--naive-parallel", type=int, default=4, help="limit for (a), which answers one at a time"
     )
     parser.add_argument(
         "--url", action="append", default=[], metavar="NAME=URL", help="another server; may be repeated"
     )
     parser.add_argument("--url-key", default="none", help="API key of those servers")
-    parser.add_argument("--url-model", help="model name that those servers want")
+    parser.add_argument("--url-model", help="model name for those servers")
     parser.add_argument("--without", action="append", default=[], choices=["a", "b"], help="leave a server out")
     parser.add_argument("--model", type=Path, help="checkpoint folder; default: the mid shape, built once")
-    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="where the mid shape is kept")
+    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="folder of the mid shape")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--set", action="append", default=[], metavar="GLM_X=VALUE", help="a setting of (b)")
-    parser.add_argument("--results", type=Path, default=Path("bench-results.jsonl"), help="a line for every cell")
+    parser.add_argument("--results", type=Path, default=Path("bench-results.jsonl"), help="JSON lines, one for each cell")
     parser.add_argument("--plot", type=Path, help="PNG to write")
     return parser.parse_args(arguments)
 
@@ -84,18 +83,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def choose(given: argparse.Namespace, folder: Path) -> list[Contender]:
     settings = dict(item.split("=", 1) for item in given.set)
     highest = max(given.parallel)
-    found = []
+    contenders = []
     if "a" not in given.without:
         start = partial(servers.naive, folder, given.dtype, given.device)
-        found.append(Contender(NAIVE, start, given.naive_parallel, 1))
+        contenders.append(Contender(NAIVE, start, given.naive_parallel, 1))
     if "b" not in given.without:
         start = partial(servers.this, folder, given.dtype, given.device, **settings)
-        found.append(Contender(THIS, start, highest, given.waves))
+        contenders.append(Contender(THIS, start, highest, given.waves))
     for item in given.url:
         name, _, url = item.partition("=")
         start = partial(servers.running, url, given.url_key, given.url_model)
-        found.append(Contender(f"c: {name}", start, highest, given.waves))
-    return found
+        contenders.append(Contender(f"c: {name}", start, highest, given.waves))
+    return contenders
 
 
 def measure(
@@ -104,12 +103,12 @@ def measure(
     with contender.start() as server:
         for name in names:
             workload = WORKLOADS[name]
-            # Set-up that only the first request of a kind pays is no part of a steady rate.
+            # The first request of a kind pays for set-up; it is not measured.
             asyncio.run(drive(server.address, workload, 1, 1, f"{round_name} warm-up {name}", tokens=8))
             for count in parallel:
                 if count > contender.most_parallel:
                     continue
-                conversations = max(contender.waves * count, 1 if workload.turns > 1 else FEWEST)
+                conversations = max(contender.waves * count, 1 if workload.turns > 1 else MIN_CONVERSATIONS)
                 seed = f"{round_name} {name} {count}"
                 samples = asyncio.run(drive(server.address, workload, count, conversations, seed, tokens))
                 for error in {s.error for s in samples if s.error}:
@@ -119,18 +118,17 @@ def measure(
 
 def report(results: Path, plot: Path | None) -> None:
     cells = [Cell(**json.loads(line)) for line in results.read_text(encoding="utf-8").splitlines()]
-    found = Results(cells, NAIVE)
-    print(f"\n{machine()}; {found.rounds} rounds, medians; ratio: median (lowest-highest) within a round\n")
-    print(found.table())
+    collected = Results(cells, NAIVE)
+    print(f"\n{machine()}; {collected.rounds} rounds, medians; ratio: median (lowest-highest) within a round\n")
+    print(collected.table())
     if plot:
-        found.plot(plot)
+        collected.plot(plot)
         print(f"\nplot: {plot}")
 
 
 def machine() -> str:
-    described = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    named = re.search(r"^model name\s*: (.+)$", described, re.MULTILINE)
-    model = named[1] if named else platform.machine()
+    match = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    model = match[1] if match else platform.machine()
     memory = psutil.virtual_memory().total / 2**30
     cores = len(os.sched_getaffinity(0))
     return f"{cores} cores of {model}, {memory:.0f} GiB, {platform.system()} {platform.release()}"

@@ -1,4 +1,4 @@
-"""Servers to measure: started one at a time as processes of their own, or already there under a URL."""
+"""Servers to measure: processes that are started one at a time, or a running server by its URL."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ PAGE_TOKEN = "bench-page"
 
 
 class StartError(RuntimeError):
-    """A server did not come up; the message has the end of its log."""
+    """A server did not start; the message includes the end of its log."""
 
 
 class Server:
-    """A running server. `process` is None for one that was there before."""
+    """A running server. `process` is None if it was not started here."""
 
     def __init__(self, address: Address, process: subprocess.Popen[bytes] | None = None) -> None:
         self.address, self.process = address, process
 
     def peak_bytes(self) -> int | None:
-        """Most memory that the process has ever had resident (VmHWM)."""
+        """Peak resident memory of the process (VmHWM)."""
         return self._status("VmHWM")
 
     def resident_bytes(self) -> int | None:
@@ -84,7 +84,7 @@ def this(folder: Path, dtype: str, device: str, **settings: str) -> Iterator[Ser
 
 @contextmanager
 def page(api_url: str) -> Iterator[Server]:
-    """The web page in front of an API; PAGE_TOKEN opens it."""
+    """The web page in front of an API; its access token is PAGE_TOKEN."""
     port = _free_port()
     with tempfile.TemporaryDirectory(prefix="glm-bench-") as logs:
         environment = {"GLM_API_URL": api_url, "GLM_API_KEY": "none", "GLM_WEB_TOKEN": PAGE_TOKEN, "GLM_LOG_DIR": logs}
@@ -108,7 +108,7 @@ def _started(
     address: Address,
     wait: Callable[[Server, float], Coroutine[Any, Any, None]] | None = None,
 ) -> Iterator[Server]:
-    # A benchmark that is ended from outside must not leave a server behind: let `finally` run.
+    # Let `finally` run after SIGTERM: no server may be left behind.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     clean = {name: value for name, value in os.environ.items() if not name.startswith("GLM_")}
     with tempfile.TemporaryFile() as log:
@@ -133,7 +133,7 @@ def _started(
 
 
 async def _wait(server: Server, limit_s: float) -> None:
-    """Until it answers a question: a port that is open says little."""
+    """Until it answers a request: an open port does not mean that it is ready."""
     until = time.monotonic() + limit_s
     body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 1, "stream": True}
     if server.address.model:
@@ -142,7 +142,7 @@ async def _wait(server: Server, limit_s: float) -> None:
     async with server.address.client() as client:
         while time.monotonic() < until:
             if server.process and server.process.poll() is not None:
-                raise StartError(f"the server ended with code {server.process.returncode}")
+                raise StartError(f"the server exited with code {server.process.returncode}")
             try:
                 response = await client.post("/v1/chat/completions", json=body)
                 if response.status_code == 200:
@@ -151,7 +151,7 @@ async def _wait(server: Server, limit_s: float) -> None:
             except httpx.HTTPError as error:
                 last = f"{type(error).__name__}: {error}"
             await asyncio.sleep(0.25)
-    raise StartError(f"{server.address.url} gave no answer within {limit_s:g} s: {last}")
+    raise StartError(f"{server.address.url} did not answer within {limit_s:g} s: {last}")
 
 
 async def _wait_for_page(server: Server, limit_s: float) -> None:
@@ -162,7 +162,7 @@ async def _wait_for_page(server: Server, limit_s: float) -> None:
                 if (await client.get("/_stcore/health")).status_code == 200:
                     return
             await asyncio.sleep(0.25)
-    raise StartError(f"{server.address.url} is not up within {limit_s:g} s")
+    raise StartError(f"{server.address.url} did not start within {limit_s:g} s")
 
 
 def _free_port() -> int:

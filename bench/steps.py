@@ -1,8 +1,8 @@
-"""python -m bench.steps: what one forward pass costs in this process, without HTTP, and on what its time goes.
+"""python -m bench.steps: the time of forward passes in this process, without HTTP, and of their operations.
 
-Prints for the mid shape: the matrix products alone by rows, a decode step by batch size, prompts, a picture; each
-computed by torch and by the compiled kernels by turns, because a machine's speed drifts; and the operations that take
-most of it, by torch.profiler. Nothing else should run on the machine.
+Measures the mid shape: the matrix products by rows, decode steps by batch size, prompts, an image. Torch and the compiled
+kernels alternate, because a machine's speed drifts. Also prints the operations that take most of the time, by
+torch.profiler. Nothing else should run on the machine.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from api.engine.sequence import Sequence, make_sequence
 from api.engine.text.output import OutputState
 from bench.checkpoint import DEFAULT_CACHE, build_mid
 
-PROMPT = 70
-PICTURE = (1, 24, 24)  # 336x336
+PROMPT_TOKENS = 70
+GRID = (1, 24, 24)  # of an image of 336x336 pixels
 
 
 class Steps:
-    """Requests that advance together, as the engine would advance them."""
+    """Sequences that advance together, as in the engine."""
 
     def __init__(self, model: Model) -> None:
         self._model = model
@@ -55,13 +55,13 @@ class Steps:
         self._compute(sequences, Batch(tuple(sequences), chunks))
 
     def mixed(self, sequences: list[Sequence]) -> None:
-        """With the second 16 tokens of somebody's prompt."""
-        new = self._sequence(len(sequences), PROMPT)
+        """A decode step with 16 tokens of another sequence's prompt."""
+        new = self._sequence(len(sequences), PROMPT_TOKENS)
         self.decode(sequences, (Chunk(new, 16, 32),))
         self.end([new])
 
-    def read(self, count: int, tokens: int) -> None:
-        """New prompts, and away with them."""
+    def prefill_new(self, count: int, tokens: int) -> None:
+        """Prefill new sequences, then free them."""
         sequences = self.prompts(count, tokens)
         self.prefill(sequences)
         self.end(sequences)
@@ -82,9 +82,9 @@ class Steps:
         return sequence
 
     def _compute(self, sequences: list[Sequence], batch: Batch) -> None:
-        for sequence, choice in zip(sequences, self._model.runner.compute(batch), strict=True):
+        for sequence, sampled in zip(sequences, self._model.runner.compute(batch), strict=True):
             sequence.computed = len(sequence.keys)
-            sequence.append(choice.token)
+            sequence.append(sampled.token)
 
 
 def main() -> int:
@@ -92,7 +92,7 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE)
     parser.add_argument("--model", type=Path, help="checkpoint folder; default: the mid shape")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--times", type=int, default=10, help="how often each is measured")
+    parser.add_argument("--times", type=int, default=10, help="measurements of each")
     given = parser.parse_args()
     process.keep_freed_memory()
     folder = given.model or build_mid(given.cache)
@@ -104,28 +104,28 @@ def main() -> int:
         models[model.facts["kernels"]] = model
     print(f"kernels: {model.facts['kernels']}, {model.facts['choices']['kernels']}")
     for rows in (1, 4, 13, 16, 32, 512):
-        by_turns(f"products, {rows} rows", {name: products(model, rows) for name, model in models.items()}, given.times)
+        compare(f"products, {rows} rows", {name: products(model, rows) for name, model in models.items()}, given.times)
     running = {name: Steps(model) for name, model in models.items()}
     for rows in (1, 4, 16):
-        batches = {name: steps.prompts(rows, PROMPT) for name, steps in running.items()}
+        batches = {name: steps.prompts(rows, PROMPT_TOKENS) for name, steps in running.items()}
         for name, steps in running.items():
             steps.prefill(batches[name])
         decode = {name: partial(steps.decode, batches[name]) for name, steps in running.items()}
-        by_turns(f"decode, {rows} at once", decode, given.times)
+        compare(f"decode, {rows} at once", decode, given.times)
         if rows == 16:
             mixed = {name: partial(steps.mixed, batches[name]) for name, steps in running.items()}
-            by_turns("decode, 16 at once and 16 tokens of a prompt", mixed, given.times)
+            compare("decode, 16 at once and 16 tokens of a prompt", mixed, given.times)
         for name, steps in running.items():
             steps.end(batches[name])
-    for count, tokens in ((1, PROMPT), (4, PROMPT), (3, 165)):
-        works = {name: partial(steps.read, count, tokens) for name, steps in running.items()}
-        by_turns(f"prefill, {count} x {tokens} tokens", works, given.times // 2)
-    by_turns("a picture of 576 patches", {name: picture(model) for name, model in models.items()}, given.times)
+    for count, tokens in ((1, PROMPT_TOKENS), (4, PROMPT_TOKENS), (3, 165)):
+        prefill = {name: partial(steps.prefill_new, count, tokens) for name, steps in running.items()}
+        compare(f"prefill, {count} x {tokens} tokens", prefill, given.times // 2)
+    compare("an image of 576 patches", {name: image(model) for name, model in models.items()}, given.times)
     return 0
 
 
 def products(model: Model, rows: int) -> Callable[[], None]:
-    """Every matrix product of a pass, and nothing else."""
+    """The matrix products of a pass, without the operations between them."""
     decoder = model.runner._decoder  # type: ignore[attr-defined]
     linears = list(decoder.linears())
     inputs = {size: torch.randn(rows, size, dtype=decoder.dtype) for size in {linear.in_features for linear in linears}}
@@ -138,40 +138,40 @@ def products(model: Model, rows: int) -> Callable[[], None]:
     return work
 
 
-def picture(model: Model) -> Callable[[], None]:
+def image(model: Model) -> Callable[[], None]:
     encoder: VisionEncoder = model.runner._vision_encoder  # type: ignore[attr-defined]
-    patches = torch.randn(PICTURE[1] * PICTURE[2], encoder.patch_size)
+    patches = torch.randn(GRID[1] * GRID[2], encoder.patch_size)
 
     @torch.inference_mode()
     def work() -> None:
-        encoder.advance(encoder.begin(patches, PICTURE), float("inf"))
+        encoder.advance(encoder.begin(patches, GRID), float("inf"))
 
     return work
 
 
-def by_turns(name: str, works: dict[str, Callable[[], None]], times: int) -> None:
-    found: dict[str, list[float]] = {kernels: [] for kernels in works}
+def compare(name: str, works: dict[str, Callable[[], None]], times: int) -> None:
+    took: dict[str, list[float]] = {kernels: [] for kernels in works}
     for _ in range(times):
         for kernels, work in works.items():
-            work()  # what the other has left in the caches
+            work()  # warms the caches, which the other kernels have used
             began = time.perf_counter()
             work()
-            found[kernels].append(time.perf_counter() - began)
-    took = {kernels: median(seconds) for kernels, seconds in found.items()}
-    figures = ", ".join(f"{kernels} {seconds * 1000:.1f} ms" for kernels, seconds in took.items())
-    ratios = [theirs / ours for theirs, ours in zip(*found.values(), strict=True)] if len(found) == 2 else []
+            took[kernels].append(time.perf_counter() - began)
+    medians = {kernels: median(seconds) for kernels, seconds in took.items()}
+    figures = ", ".join(f"{kernels} {seconds * 1000:.1f} ms" for kernels, seconds in medians.items())
+    ratios = [theirs / ours for theirs, ours in zip(*took.values(), strict=True)] if len(took) == 2 else []
     print(f"{name}: {figures}" + (f": {median(ratios):.2f} times as fast" if ratios else ""))
     for kernels, work in works.items():
-        print(f"  {kernels}: {most(work)}")
+        print(f"  {kernels}: {top_operations(work)}")
 
 
-def most(work: Callable[[], None]) -> str:
-    """The operations that take most of the time."""
-    with profile(activities=[ProfilerActivity.CPU]) as seen:
+def top_operations(work: Callable[[], None]) -> str:
+    """The operations that take most of the time, with their shares."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
         work()
-    events = sorted(seen.key_averages(), key=lambda e: -e.self_cpu_time_total)
-    whole = sum(event.self_cpu_time_total for event in events)
-    return ", ".join(f"{e.key.split('::')[-1]} {e.self_cpu_time_total / whole:.0%}" for e in events[:5])
+    events = sorted(profiled.key_averages(), key=lambda e: -e.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+    return ", ".join(f"{e.key.split('::')[-1]} {e.self_cpu_time_total / total:.0%}" for e in events[:5])
 
 
 if __name__ == "__main__":

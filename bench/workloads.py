@@ -1,4 +1,4 @@
-"""What is asked: A text, B one picture that nobody has asked about before, C four turns about one picture."""
+"""The workloads: A text, B one new image, C four turns about one image."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from bench.checkpoint import PICTURE_SIDE, words
+from bench.checkpoint import IMAGE_SIDE, words
 from bench.client import Address, Sample, ask
 
 ANSWER_TOKENS = 64
@@ -24,19 +24,19 @@ class Workload:
     name: str
     title: str
     question_words: int
-    picture: bool
+    image: bool
     turns: int = 1
 
 
 WORKLOADS = {
-    "A": Workload("A", "text, 64 words", 64, picture=False),
-    "B": Workload("B", f"one new picture of {PICTURE_SIDE}x{PICTURE_SIDE}", 16, picture=True),
-    "C": Workload("C", "four turns about one picture", 16, picture=True, turns=4),
+    "A": Workload("A", "text, 64 words", 64, image=False),
+    "B": Workload("B", f"one new image of {IMAGE_SIDE}x{IMAGE_SIDE}", 16, image=True),
+    "C": Workload("C", "four turns about one image", 16, image=True, turns=4),
 }
 
 
-def picture_url(rng: random.Random, side: int = PICTURE_SIDE) -> str:
-    """A picture like no other: a coarse random pattern."""
+def image_url(rng: random.Random, side: int = IMAGE_SIDE) -> str:
+    """A data URL of a random coarse pattern."""
     small = Image.frombytes("RGB", (12, 12), rng.randbytes(12 * 12 * 3))
     buffer = io.BytesIO()
     small.resize((side, side), Image.Resampling.BICUBIC).save(buffer, "PNG")
@@ -48,25 +48,25 @@ def question(rng: random.Random, count: int) -> str:
 
 
 def turns(workload: Workload, seed: str) -> list[Content]:
-    """The user's message of each turn. To be made before the clock runs: drawing takes time of the server's cores."""
+    """The user's message of each turn. Call it before the clock starts: drawing takes time of the server's cores."""
     rng = random.Random(seed)
     messages: list[Content] = []
     for turn in range(workload.turns):
         text = {"type": "text", "text": question(rng, workload.question_words)}
-        if turn == 0 and workload.picture:
-            messages.append([{"type": "image_url", "image_url": {"url": picture_url(rng)}}, text])
+        if turn == 0 and workload.image:
+            messages.append([{"type": "image_url", "image_url": {"url": image_url(rng)}}, text])
         else:
             messages.append([text])
     return messages
 
 
 async def converse(
-    client: Any, address: Address, asked: list[Content], tokens: int = ANSWER_TOKENS
+    client: Any, address: Address, conversation: list[Content], tokens: int = ANSWER_TOKENS
 ) -> list[Sample]:
     """One conversation, turn by turn; a failed turn ends it."""
     messages: list[dict[str, Any]] = []
     samples = []
-    for turn, content in enumerate(asked, start=1):
+    for turn, content in enumerate(conversation, start=1):
         messages.append({"role": "user", "content": content})
         sample = await ask(client, address, messages, tokens)
         sample.turn = turn
@@ -80,14 +80,14 @@ async def converse(
 async def drive(
     address: Address, workload: Workload, parallel: int, conversations: int, seed: str, tokens: int = ANSWER_TOKENS
 ) -> list[Sample]:
-    """So many conversations, `parallel` at a time: when one ends, the next begins."""
-    asked = iter([turns(workload, f"{seed} {number}") for number in range(conversations)])
+    """Run conversations, `parallel` at a time: when one ends, the next begins."""
+    pending = iter([turns(workload, f"{seed} {number}") for number in range(conversations)])
     samples: list[Sample] = []
 
     async with address.client() as client:
 
         async def worker() -> None:
-            for conversation in asked:
+            for conversation in pending:
                 samples.extend(await converse(client, address, conversation, tokens))
 
         await asyncio.gather(*(worker() for _ in range(parallel)))

@@ -1,2 +1,2 @@
-"""Owns tokens and tensors: one thread runs the model for all requests, in steps that they share.
-Knows no HTTP, no OpenAI wire format and none of the bundle's settings; an EngineConfig says what it needs."""
+"""Owns tokens and tensors: one thread runs the model for all requests, in batched steps.
+May not know HTTP, a wire format or the bundle's settings, only its EngineConfig."""

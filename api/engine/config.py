@@ -1,4 +1,4 @@
-"""What the engine is told when it starts. The caller builds it; the engine reads no settings and no environment."""
+"""The engine's configuration. The caller builds it; the engine reads no settings."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """`auto` and 0 leave the choice to api.engine.loading.placement, which gives a reason for each."""
+    """`auto` and 0 leave a choice to api.engine.loading.placement, which gives a reason for each."""
 
     model: str = "auto"  # hub id, folder, or `auto`
-    root: Path = Path()  # relative model folders are looked for here too
+    root: Path = Path()  # relative model folders are also searched here
     demo: Path = Path("models/shapes")  # the checkpoint for `auto` without a GPU, relative to `root`
     hub: Literal["huggingface", "modelscope"] = "huggingface"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     threads: int = 0  # of torch on the CPU
-    context_tokens: int = 0  # longest prompt plus answer
-    slots: int = 0  # requests computed at once
+    context_tokens: int = 0  # limit of prompt and answer together
+    slots: int = 0  # requests that run at once
     kv_cache_bytes: int = 0
     encoder_cache_bytes: int = 256 * 2**20
-    prefill_chunk_tokens: int = 512  # longest part of a prompt computed in one step
+    prefill_chunk_tokens: int = 512  # most prompt tokens in one step
     kernels: Literal["auto", "torch"] = "auto"  # `torch`: nothing is compiled

@@ -1,7 +1,6 @@
-"""Encoded images, kept by content within a byte budget; the least recently used go first.
+"""The encoder cache: features of encoded images by content, least recently used first out, within a byte budget.
 
-Opaque values: no tensors here. A key holds the tenant too, so nobody learns from the speed of an
-answer what somebody else has shown.
+Values are opaque: no tensors here. A key includes the tenant, so that response times do not reveal the images of others.
 """
 
 from __future__ import annotations
@@ -22,15 +21,15 @@ class EncoderCache:
 
     def get(self, key: ImageKey) -> Any | None:
         self.queries += 1
-        found = self._items.get(key)
-        if found is None:
+        item = self._items.get(key)
+        if item is None:
             return None
         self._items.move_to_end(key)
         self.hits += 1
-        return found[0]
+        return item[0]
 
     def put(self, key: ImageKey, value: Any, size_bytes: int) -> None:
-        """Keep a value, if it fits at all."""
+        """Store a value, unless it exceeds the whole budget."""
         if key in self._items or size_bytes > self.budget_bytes:
             return
         while self.used_bytes + size_bytes > self.budget_bytes:
@@ -39,9 +38,6 @@ class EncoderCache:
         self._items[key] = (value, size_bytes)
         self.used_bytes += size_bytes
 
-    def clear(self) -> None:
-        self._items.clear()
-        self.used_bytes = 0
-
     def check(self) -> None:
+        """Raise AssertionError unless the bytes add up."""
         assert self.used_bytes == sum(size for _, size in self._items.values()) <= self.budget_bytes

@@ -1,7 +1,7 @@
-"""One thread owns the model; everyone else talks to it through submit, abort, drain and stats.
+"""The engine: one thread owns the model; other threads use submit, abort, drain and stats.
 
-Owns the life of a request from submit to its last event, and the engine's state. Knows nothing of
-HTTP. No lock is held while the model computes, so every public call returns at once.
+Owns the life of a request from submit to its last event, and the engine's state. Knows nothing of HTTP. No lock is held
+while the model computes, so every public call except drain and stop returns at once.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from api.engine.token_budget import TokenBudget
 logger = logging.getLogger(__name__)
 
 WARM_UP_DEADLINE_S = 600.0
-CHECK_EVERY_S = 10.0  # integrity, when there is nothing else to do
+CHECK_EVERY_S = 10.0  # integrity check while idle
 
 
 class NotAccepting(Exception):
-    """The engine takes no requests now; `state` says why."""
+    """The engine accepts no requests in its current `state`."""
 
     def __init__(self, state: State, reason: str | None = None) -> None:
         super().__init__(reason or f"the engine is {state}")
@@ -42,11 +42,11 @@ class Progress(Protocol):
 
 
 class Engine:
-    """`load` runs in the engine thread and returns the model; it reports its progress from 0 to 1."""
+    """`load` runs in the engine thread and returns the model; it reports its progress from 0 to 1. Raises LoadError."""
 
     def __init__(self, load: Callable[[Progress], Model], queue_size: int) -> None:
         self._load = load
-        self._scheduler = Scheduler(queue_size, 1, KvCache(0, 1), EncoderCache(0))  # until the model is there
+        self._scheduler = Scheduler(queue_size, 1, KvCache(0, 1), EncoderCache(0))  # until the model is loaded
         self._wake = threading.Condition()  # guards the scheduler and the two flags below
         self._draining = False
         self._stopping = False
@@ -61,7 +61,7 @@ class Engine:
         self._last_step_at: float | None = None
         self._last_step_s: float | None = None
         self._checked_at = 0.0
-        self._encoded_last_step = False  # in the step before
+        self._encoded_last_step = False
 
     # Called from any thread.
 
@@ -75,18 +75,19 @@ class Engine:
 
     @property
     def steps(self) -> int:
-        """How many it has made; one late does no harm."""
+        """Steps completed so far."""
         return self._steps
 
     def slots(self) -> int:
-        """Requests that it computes at once."""
+        """Requests that can run at once."""
         return self._scheduler.slots
 
     def submit(self, request: Request, deliver: Callable[[Event], None]) -> None:
-        """Queue a request. `deliver` is called in the engine thread, last with Done or Failed.
+        """Queue a request. `deliver` is called with each event, the last of which is Done or Failed: in the engine
+        thread, or in the thread that calls drain or stop. It must return at once.
 
-        Raises NotAccepting or QueueFull, and ValueError for a prompt that does not fit its images or
-        the context; then it delivers nothing.
+        Raises NotAccepting, QueueFull, or ValueError for a prompt that does not match its images or exceeds the
+        context. No event is delivered for a request that is refused.
         """
         self.check_accepting()
         model = self._model
@@ -106,7 +107,7 @@ class Engine:
             raise NotAccepting(state, self._reason)
 
     def abort(self, request_id: str) -> None:
-        """End a request before its next step. Unknown and finished requests are no mistake."""
+        """End a request before its next step. Unknown and finished requests are ignored."""
         with self._wake:
             sequence = self._scheduler.find(request_id)
             if sequence is not None:
@@ -114,30 +115,30 @@ class Engine:
                 self._wake.notify_all()
 
     def position(self, request_id: str) -> int | None:
-        """0 while the request runs, its place in the queue while it waits."""
+        """0 while the request runs, its position in the queue (from 1) while it waits, None if it is unknown."""
         with self._wake:
             return self._scheduler.position(request_id)
 
     def in_flight(self) -> list[dict[str, Any]]:
-        """How far each request is, without a word of it. Takes no lock: it is asked when the engine may hang in one."""
+        """The progress of each request, without its content. Takes no lock, because it is called when the engine hangs."""
         now = time.monotonic()
         return [sequence.facts(now) for sequence in self._scheduler.sequences()]
 
     def drain(self, deadline_s: float) -> bool:
-        """Take nothing new, let the rest finish; what runs past the deadline fails. True if all finished."""
+        """Accept no more requests and wait for the rest; those that miss the deadline fail. True if all finished."""
         with self._wake:
             self._draining = True
             finished = self._wake.wait_for(lambda: not self._scheduler.has_work, timeout=deadline_s)
             left = self._scheduler.sequences()
             for sequence in left:
-                sequence.aborted = True  # the engine thread clears up, if it still can
+                sequence.aborted = True  # the engine thread frees what they hold, unless it hangs
             self._wake.notify_all()
         for sequence in left:
             self._deliver_last(sequence, Failed(Failure.SHUTDOWN, "The server is shutting down."))
         return finished
 
     def stop(self, timeout_s: float) -> None:
-        """Fail what is left and end the thread. One that hangs in the model stays behind; it is a daemon."""
+        """Fail the remaining requests and end the thread. A thread that hangs in the model is left behind: a daemon."""
         self.drain(0)
         with self._wake:
             self._stopping = True
@@ -146,7 +147,7 @@ class Engine:
             self._thread.join(timeout_s)
 
     def stats(self) -> Stats:
-        # Single attributes are read without the lock: a count that is one step old does no harm.
+        # Attributes are read without the lock: a count may be one step old.
         now = time.monotonic()
         last = self._last_step_at
         phase, since, deadline_s = self._phase
@@ -168,7 +169,7 @@ class Engine:
             kv_used_tokens=scheduler.kv.used_tokens,
             kv_total_tokens=scheduler.kv.total_tokens,
             prefix_cache_hits=scheduler.kv.hit_tokens,
-            prefix_cache_queries=scheduler.kv.asked_tokens,
+            prefix_cache_queries=scheduler.kv.queried_tokens,
             encoder_cache_hits=scheduler.encoder_cache.hits,
             encoder_cache_queries=scheduler.encoder_cache.queries,
             preemptions=scheduler.preemptions,
@@ -190,7 +191,7 @@ class Engine:
             self._set_up()
             while self._wait_for_work():
                 self._step()
-        except BaseException as error:  # the last guard: whatever ends this thread must show in /health
+        except BaseException as error:  # whatever ends this thread must show in /health
             self._die(error)
 
     def _set_up(self) -> None:
@@ -221,13 +222,13 @@ class Engine:
         with self._wake:
             if not self._scheduler.has_work:
                 self._enter("draining" if self._draining else "idle")
-                self._wake.notify_all()  # somebody may be draining
+                self._wake.notify_all()  # a thread may wait in drain()
                 self._check_integrity()
             self._wake.wait_for(lambda: self._scheduler.has_work or self._stopping)
             return not self._stopping
 
     def _check_integrity(self) -> None:
-        """Nothing runs, so everything must be free or cached. Start with empty caches if it is not."""
+        """Nothing runs, so every page and slot must be free or cached. If not, start again with empty caches."""
         if time.monotonic() - self._checked_at < CHECK_EVERY_S:
             return
         self._checked_at = time.monotonic()
@@ -240,11 +241,12 @@ class Engine:
             self._scheduler = Scheduler(old.queue_size, old.slots, kv, EncoderCache(old.encoder_cache.budget_bytes))
 
     def _step(self) -> None:
-        """Drop what has ended, admit, go on with one image, compute one batch, hand out its tokens."""
+        """End aborted and overdue requests, admit, encode a slice of one image, compute one batch, deliver its tokens."""
         began = time.monotonic()
         self._drop_ended(began)
         self._admit()
-        spent_s = self._encode(self._next_encode_task())
+        task = self._next_encode_task()
+        spent_s = self._encode(task) if task else 0.0
         self._compute(spent_s)
         self._steps += 1
         self._last_step_at = time.monotonic()
@@ -273,35 +275,33 @@ class Engine:
                 self._give_up((sequence,), "begin", error)
 
     def _next_encode_task(self) -> EncodeTask | None:
-        """Images and prompts that wait take turns: a step with both would hold up the answers twice."""
-        job = self._scheduler.next_encode_task()
+        """Images and prompts alternate: a step with both would delay the decoding requests twice."""
+        task = self._scheduler.next_encode_task()
         if self._encoded_last_step and self._scheduler.has_prompt:
-            job = None
-        self._encoded_last_step = job is not None
-        return job
+            task = None
+        self._encoded_last_step = task is not None
+        return task
 
-    def _encode(self, job: EncodeTask | None) -> float:
-        """Go on with an image for as long as the running answers can wait; returns the time it took."""
-        if job is None:
-            return 0.0
+    def _encode(self, task: EncodeTask) -> float:
+        """Encode an image for as long as the decoding requests can wait; returns the seconds it took."""
         assert self._model is not None
         runner = self._model.runner
         self._enter("vision", self._budget.encode_deadline_s())
         began = time.monotonic()
         try:
-            features = runner.encode(job, self._budget.slice_s(self._scheduler.decoding))
+            features = runner.encode(task, self._budget.slice_s(self._scheduler.decoding))
         except Exception as error:  # it must not end the requests that wait for other images
             with self._wake:
-                waiting = self._scheduler.encode_failed(job)
+                waiting = self._scheduler.encode_failed(task)
             self._give_up(tuple(waiting), "vision", error)
             return 0.0
         took_s = time.monotonic() - began
-        self._budget.saw_slice(took_s)
-        for sequence in self._scheduler.waiting_for(job):
+        self._budget.record_slice(took_s)
+        for sequence in self._scheduler.waiting_for(task):
             sequence.vision_s += took_s
         if features is not None:
             with self._wake:
-                self._scheduler.encode_done(job, features, runner.size_bytes(features))
+                self._scheduler.encode_done(task, features, runner.size_bytes(features))
         return took_s
 
     def _compute(self, spent_s: float) -> None:
@@ -314,17 +314,20 @@ class Engine:
         self._enter("prefill" if batch.chunks else "decode", deadline_s)
         began = time.monotonic()
         if self._forward(batch):
-            self._budget.saw_batch(len(batch.decode), batch.chunk_tokens, time.monotonic() - began)
+            self._budget.record_batch(len(batch.decode), batch.chunk_tokens, time.monotonic() - began)
 
     def _forward(self, batch: Batch) -> bool:
-        """Compute a batch. What cannot be computed together is computed apart, down to whose fault it is."""
+        """Compute a batch. If it fails, compute its halves, down to the request that cannot be computed.
+
+        Returns whether it succeeded as a whole, so that its time says something about a batch of its size.
+        """
         assert self._model is not None
-        choosing = batch.sampled
+        sequences = batch.sampled
         if len(batch.sequences) > self._budget.max_rows and (halves := batch.halves(cut_chunks=False)):
             return all([self._forward(half) for half in halves])
         try:
-            choices = self._model.runner.compute(batch)
-        except Exception as error:  # one request's mistake must not end the others
+            sampled = self._model.runner.compute(batch)
+        except Exception as error:  # one request must not end the others
             kind = self._model.runner.failure(error)
             halves = batch.halves(cut_chunks=kind == "memory") if kind != "device" else ()
             if kind == "memory":
@@ -336,24 +339,24 @@ class Engine:
             return False
         with self._wake:
             self._scheduler.computed(batch)
-        for sequence, choice in zip(choosing, choices, strict=True):
-            self._accept(sequence, choice)
+        for sequence, token in zip(sequences, sampled, strict=True):
+            self._accept(sequence, token)
         return True
 
-    def _accept(self, sequence: Sequence, choice: SampledToken) -> None:
-        """Take one new token: deliver its text, and the end if this was the last."""
+    def _accept(self, sequence: Sequence, sampled: SampledToken) -> None:
+        """Append one new token and deliver its text, and Done if it was the last."""
         if sequence.aborted or sequence.closed:
-            return  # nobody waits for it any more
+            return
         sequence.first_token_at = sequence.first_token_at or time.monotonic()
         try:
-            text, reason = sequence.output.feed(choice.token)
-        except Exception as error:  # a grammar is foreign code
+            text, reason = sequence.output.feed(sampled.token)
+        except Exception as error:  # a grammar is third-party code
             self._give_up((sequence,), "answer", error)
             return
-        sequence.append(choice.token)
+        sequence.append(sampled.token)
         sequence.undelivered_tokens += 1
-        if choice.logprob is not None:
-            sequence.undelivered_logprobs.append(choice.logprob)
+        if sampled.logprob is not None:
+            sequence.undelivered_logprobs.append(sampled.logprob)
         if text or reason:
             sequence.deliver(Delta(text, sequence.undelivered_tokens, tuple(sequence.undelivered_logprobs)))
             sequence.undelivered_tokens = 0
@@ -362,7 +365,7 @@ class Engine:
             self._close(sequence, sequence.done(reason))
 
     def _give_up(self, sequences: tuple[Sequence, ...], work: str, error: Exception) -> None:
-        """These requests cannot be computed. Raises the error again if the device is lost."""
+        """Fail the requests that cannot be computed. Raises the error again if the device is lost."""
         assert self._model is not None
         ids = ",".join(s.request.id for s in sequences)
         logger.error("event=step_failed engine_requests=%s work=%s", ids, work, exc_info=error)
@@ -376,7 +379,7 @@ class Engine:
             self._close(sequence, failed, keep=False)
 
     def _close(self, sequence: Sequence, event: Done | Failed, keep: bool = True) -> None:
-        """Free what a request holds, then deliver its last event."""
+        """Free the slot and pages of a request, then deliver its last event."""
         with self._wake:
             self._scheduler.remove(sequence, keep)
             self._wake.notify_all()
@@ -396,7 +399,7 @@ class Engine:
     # Called from any thread.
 
     def _deliver_last(self, sequence: Sequence, event: Done | Failed) -> None:
-        """A request has exactly one last event, whoever comes first."""
+        """Deliver the last event of a request, unless another thread has done so."""
         with self._wake:
             if sequence.closed:
                 return

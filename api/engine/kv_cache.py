@@ -1,12 +1,12 @@
-"""Who holds which page of the KV cache, and which pages hold a prefix that somebody else can use.
+"""Allocation of the KV cache's pages, and the prefix cache that shares them between requests.
 
-Bookkeeping only: page numbers, no tensors. A page stores the keys and values of `page_tokens`
-consecutive tokens. Pages whose content is known hang in a tree, one tree for each tenant: the way
-from the root to a page spells the tokens that lead to it, so the same page serves everybody who
-asks for the same beginning. An image's tokens are spelled by the image's content key, never by
-the placeholder id that all images share. Keys are compared whole; no hash can collide.
+Bookkeeping only: page numbers, no tensors. A page stores the keys and values of `page_tokens` consecutive tokens.
+The prefix cache is a radix tree of full pages, one tree for each tenant: the path from the root to a page spells the
+tokens up to it, so requests with the same prefix share its pages. Image tokens are spelled by the image's content key,
+never by the placeholder id that all images share. Keys are compared whole, so there are no hash collisions.
 
-Pages that nobody uses stay until their room is needed; the least recently used go first.
+Idle pages stay in the tree until they are needed; the least recently used are evicted first. Not thread-safe; the
+engine holds its lock around every call.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from itertools import count, islice
 
 Key = Hashable  # a token id, or an image's content key for each of its tokens
 
-LOOK_AT = 64  # siblings compared to find the longest common part of a page
+MAX_SIBLINGS = 64  # pages compared to find the longest partial match
 
 
 @dataclass(eq=False, slots=True)
 class Node:
-    """A page in the tree. The last page of an answer may be partly filled: it has fewer keys."""
+    """A page in the tree. A leaf may be partly filled: it has fewer than `page_tokens` keys."""
 
     page: int
     keys: tuple[Key, ...]
-    parent: Node | None  # None for a root, and for what has been evicted
+    parent: Node | None  # None for a root and an evicted node
     children: dict[tuple[Key, ...], Node] = field(default_factory=dict)
     users: int = 0
     used_at: int = 0
@@ -35,7 +35,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Copy:
-    """The first `tokens` of page `source` are to be copied to page `target`, before anything is computed."""
+    """Copy the first `tokens` of page `source` to page `target`, before the sequence is computed."""
 
     source: int
     target: int
@@ -44,28 +44,28 @@ class Copy:
 
 @dataclass(eq=False)
 class BlockTable:
-    """The pages of one request, in order. The attention reads `pages`."""
+    """The pages of one sequence, in order."""
 
     root: Node
     pages: list[int]
-    cached_tokens: int  # already stored when the table was allocated
+    cached_tokens: int  # found in the prefix cache
     copy: Copy | None
-    shared: list[Node]  # the first pages of the table, as far as they are in the tree
-    tokens: int  # known to be stored; the copied ones count once `store` has been called
+    shared: list[Node]  # the leading pages that are in the tree
+    tokens: int  # stored so far; copied tokens count once `store` has been called
 
 
 class KvCache:
     def __init__(self, pages: int, page_tokens: int) -> None:
         self.pages = pages
         self.page_tokens = page_tokens
-        self._free = list(range(pages - 1, -1, -1))  # low numbers first: memory is touched only when needed
+        self._free = list(range(pages - 1, -1, -1))  # low numbers first, so that unused memory stays untouched
         self._roots: dict[Key, Node] = {}
-        self._idle = 0  # pages in trees that nobody uses
-        self._by_age: list[tuple[int, int, Node]] = []  # heap of idle leaves by last use; entries may be outdated
+        self._idle = 0  # pages in trees without users
+        self._by_age: list[tuple[int, int, Node]] = []  # heap of idle leaves by last use; entries may be stale
         self._clock = count(1)
         self._block_tables: set[BlockTable] = set()
         self.hit_tokens = 0
-        self.asked_tokens = 0
+        self.queried_tokens = 0
 
     @property
     def total_tokens(self) -> int:
@@ -73,18 +73,13 @@ class KvCache:
 
     @property
     def used_tokens(self) -> int:
-        """In pages that running requests hold; idle prefixes do not count, they give way."""
+        """In pages that running requests hold. Idle pages can be evicted and do not count."""
         return (self.pages - len(self._free) - self._idle) * self.page_tokens
 
-    @property
-    def cached_tokens(self) -> int:
-        return self._idle * self.page_tokens
-
     def allocate(self, salt: str, keys: Sequence[Key], spare: int = 0) -> BlockTable | None:
-        """Pages for all of `keys`, sharing what is there already.
+        """Pages for all of `keys`, sharing those of the longest cached prefix. None if fewer than `spare` would be left.
 
-        At least the last token is left to compute, because its logits are wanted. None if there is no
-        room now that would leave `spare` pages for others.
+        At least the last token is left to compute, because its logits are needed.
         """
         root = self._roots.get(salt) or Node(-1, (salt,), None)
         shared, partial, matched = self._match(root, keys)
@@ -101,12 +96,12 @@ class KvCache:
         table = [node.page for node in shared] + fresh
         block_table = BlockTable(root, table, cached, copy, shared, len(shared) * self.page_tokens)
         self._block_tables.add(block_table)
-        self.asked_tokens += len(keys)
+        self.queried_tokens += len(keys)
         self.hit_tokens += cached
         return block_table
 
     def append(self, block_table: BlockTable, tokens: int) -> bool:
-        """Make room for `tokens` in all. False if there is none."""
+        """Extend a block table to `tokens` in all. False if there are not enough pages."""
         missing = self._pages_for(tokens) - len(block_table.pages)
         if missing > len(self._free) + self._idle:
             return False
@@ -114,38 +109,33 @@ class KvCache:
         return True
 
     def store(self, block_table: BlockTable, keys: Sequence[Key], tokens: int) -> None:
-        """The first `tokens` of `keys` are computed now: offer their full pages to everybody."""
+        """Record that the first `tokens` of `keys` are computed; their full pages join the prefix cache."""
         block_table.tokens = tokens
         size = self.page_tokens
         while (len(block_table.shared) + 1) * size <= tokens:
-            place = len(block_table.shared)
-            self._offer(block_table, place, tuple(keys[place * size : (place + 1) * size]))
+            index = len(block_table.shared)
+            self._insert(block_table, index, tuple(keys[index * size : (index + 1) * size]))
 
     def free(self, block_table: BlockTable, keys: Sequence[Key], keep: bool = True) -> None:
-        """Give all pages back. What they hold stays findable, unless its computation went wrong."""
+        """Release all pages; doing so twice is harmless. `keep`: their content is valid and stays in the prefix cache."""
         if block_table not in self._block_tables:
             return
         self._block_tables.remove(block_table)
         rest = tuple(keys[len(block_table.shared) * self.page_tokens : block_table.tokens])
         if keep and rest and rest not in self._parent(block_table).children:
-            self._offer(block_table, len(block_table.shared), rest)
+            self._insert(block_table, len(block_table.shared), rest)
         self._free += block_table.pages[len(block_table.shared) :]
-        for node in reversed(block_table.shared):  # leaves first: the beginnings of prompts live longest
+        for node in reversed(block_table.shared):  # leaves first, so that they are evicted before their prefixes
             self._release(node)
         block_table.root.users -= 1
         self._prune(block_table.root)
 
-    def forget(self) -> None:
-        """Give up every idle prefix."""
-        while self._idle:
-            self._free.append(self._evict())
-
     def check(self) -> None:
-        """Raise AssertionError unless every page is in exactly one place and every count is right."""
-        nodes = [node for root in self._roots.values() for node in _below(root)]
+        """Raise AssertionError unless every page is free, in the tree or in one block table, and every count is right."""
+        nodes = [node for root in self._roots.values() for node in _descendants(root)]
         private = [page for block_table in self._block_tables for page in block_table.pages[len(block_table.shared) :]]
-        places = [*self._free, *(node.page for node in nodes), *private]
-        assert sorted(places) == list(range(self.pages)), "a page is lost or held twice"
+        pages = [*self._free, *(node.page for node in nodes), *private]
+        assert sorted(pages) == list(range(self.pages)), "a page is lost or held twice"
         assert self._idle == sum(node.users == 0 for node in nodes), "the count of idle pages is wrong"
         users = {id(node): 0 for node in nodes}
         for block_table in self._block_tables:
@@ -157,37 +147,37 @@ class KvCache:
     # The tree.
 
     def _match(self, root: Node, keys: Sequence[Key]) -> tuple[list[Node], Node | None, int]:
-        """Full pages that begin `keys`, the page that shares the longest part of what follows, and how much."""
+        """The full pages of the longest cached prefix, the page with the longest partial match after it, its tokens."""
         size, limit = self.page_tokens, len(keys) - 1
         node = root
         shared: list[Node] = []
         while (len(shared) + 1) * size <= limit:
-            place = len(shared) * size
-            child = node.children.get(tuple(keys[place : place + size]))
+            start = len(shared) * size
+            child = node.children.get(tuple(keys[start : start + size]))
             if child is None:
                 break
             shared.append(child)
             node = child
         rest = keys[len(shared) * size : min((len(shared) + 1) * size, limit)]
         best, longest = None, 0
-        for child in islice(reversed(node.children.values()), LOOK_AT):
-            common = _common(child.keys, rest)
+        for child in islice(reversed(node.children.values()), MAX_SIBLINGS):
+            common = common_prefix(child.keys, rest)
             if common > longest:
                 best, longest = child, common
         return shared, best, longest
 
-    def _offer(self, block_table: BlockTable, place: int, keys: tuple[Key, ...]) -> None:
+    def _insert(self, block_table: BlockTable, index: int, keys: tuple[Key, ...]) -> None:
         parent = self._parent(block_table)
-        known = parent.children.get(keys)
-        if known is None:
-            known = Node(block_table.pages[place], keys, parent)
-            parent.children[keys] = known
-            self._idle += 1  # until it is used, in the next line but two
-        else:  # somebody else was first: use that page and give ours back
-            self._free.append(block_table.pages[place])
-            block_table.pages[place] = known.page
-        self._use(known)
-        block_table.shared.append(known)
+        node = parent.children.get(keys)
+        if node is None:
+            node = Node(block_table.pages[index], keys, parent)
+            parent.children[keys] = node
+            self._idle += 1  # until _use below
+        else:  # another sequence has inserted the same content: share its page and free this one
+            self._free.append(block_table.pages[index])
+            block_table.pages[index] = node.page
+        self._use(node)
+        block_table.shared.append(node)
 
     def _parent(self, block_table: BlockTable) -> Node:
         return block_table.shared[-1] if block_table.shared else block_table.root
@@ -201,7 +191,7 @@ class KvCache:
         if node.users == 0:
             self._idle += 1
             node.used_at = next(self._clock)
-            self._remember(node)
+            self._push_evictable(node)
 
     # Pages.
 
@@ -212,7 +202,7 @@ class KvCache:
         return self._free.pop() if self._free else self._evict()
 
     def _evict(self) -> int:
-        """Take the least recently used page out of its tree."""
+        """Remove the least recently used leaf from its tree; returns its page."""
         while True:
             used_at, _, node = heapq.heappop(self._by_age)
             if self._is_evictable(node, used_at):
@@ -222,38 +212,39 @@ class KvCache:
         del parent.children[node.keys]
         node.parent = None
         self._idle -= 1
-        self._remember(parent)
+        self._push_evictable(parent)
         self._prune(parent)
         return node.page
 
-    def _remember(self, node: Node) -> None:
+    def _push_evictable(self, node: Node) -> None:
         if node.parent is None or node.users or node.children:
             return
         heapq.heappush(self._by_age, (node.used_at, next(self._clock), node))
-        if len(self._by_age) > 2 * self._idle + LOOK_AT:  # mostly outdated entries
+        if len(self._by_age) > 2 * self._idle + MAX_SIBLINGS:  # mostly stale entries
             self._by_age = [entry for entry in self._by_age if self._is_evictable(entry[2], entry[0])]
             heapq.heapify(self._by_age)
 
     @staticmethod
     def _is_evictable(node: Node, used_at: int) -> bool:
-        """Whether a heap entry still stands for an idle leaf, last used when the entry says."""
+        """Whether a heap entry is still valid: an idle leaf, last used at `used_at`."""
         return node.parent is not None and not node.users and not node.children and node.used_at == used_at
 
     def _prune(self, root: Node) -> None:
-        """Drop the tree of a tenant who has nothing here any more."""
+        """Drop the tree of a tenant without pages and sequences."""
         if root.parent is None and not root.users and not root.children:
             self._roots.pop(root.keys[0], None)
 
 
-def _below(root: Node) -> Iterator[Node]:
-    left = [root]
-    while left:
-        children = left.pop().children.values()
+def _descendants(root: Node) -> Iterator[Node]:
+    nodes = [root]
+    while nodes:
+        children = nodes.pop().children.values()
         yield from children
-        left += children
+        nodes += children
 
 
-def _common(one: Sequence[Key], other: Sequence[Key]) -> int:
+def common_prefix(one: Sequence[Key], other: Sequence[Key]) -> int:
+    """Number of leading keys that are equal."""
     length = 0
     for a, b in zip(one, other, strict=False):
         if a != b:

@@ -1,14 +1,16 @@
-"""What a loaded model offers: its runner, its tokens, its template, its image processing.
+"""A loaded model as the engine and the request preprocessing use it: runner, vocabulary, chat template, image processor.
 
-Only the shape of it. `loader` fills it from a checkpoint, `fake` from nothing.
+The loader fills it from a checkpoint, tests from nothing. Imports neither torch nor transformers.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
+import numpy as np
 from PIL import Image
 
 from api.engine.kv_cache import Copy
@@ -23,47 +25,81 @@ class LoadError(Exception):
 
 
 class Runner(Protocol):
-    """Every forward pass. Reads a request's tokens, pages and features from its Sequence.
+    """Computes every forward pass. Reads tokens, pages and features from the Sequence. Engine thread only.
 
-    A call that raises has changed nothing that matters: the same work may be asked for again.
+    A call that raises leaves the state consistent: the engine may repeat the same work, or a part of it.
     """
 
     def warm_up(self) -> None:
-        """Try every kind of step once: the first request pays for no set-up, a broken model shows now."""
+        """Run every kind of step once, so that the first request pays for no set-up and a broken model fails now."""
 
-    def encode(self, job: EncodeTask, limit_s: float) -> Any | None:
-        """Go on with an image for about `limit_s`; its features once they are complete."""
+    def encode(self, task: EncodeTask, limit_s: float) -> Any | None:
+        """Continue encoding an image for about `limit_s`; returns its features once they are complete."""
 
-    def size_bytes(self, features: Any) -> int:
-        """Memory that features take."""
+    def size_bytes(self, features: Any) -> int: ...
 
     def copy_pages(self, copies: Items[Copy]) -> None:
-        """Copy beginnings of KV pages, in this order."""
+        """Copy the first tokens of KV pages, in this order."""
+
+    def begin(self, sequence: Sequence) -> None:
+        """Prepare for a sequence that has been given its slot."""
 
     def compute(self, batch: Batch) -> list[SampledToken]:
         """One forward pass: the next token of each decoding sequence, then of each chunk that ends its prompt."""
 
-    def begin(self, sequence: Sequence) -> None:
-        """A sequence has been given its slot."""
-
     def failure(self, error: BaseException) -> Literal["request", "memory", "device"]:
-        """What an error says: this work cannot be done, there is too little memory, or the device is lost."""
+        """The scope of an error: this work cannot be computed, there is too little memory, or the device is lost."""
 
 
 class Template(Protocol):
+    """Called from the preprocessing threads."""
+
     def render(self, messages: list[dict[str, Any]], tools: list[Any] | None, enable_thinking: bool) -> str: ...
 
 
 class ImageProcessor(Protocol):
     """Called from the preprocessing threads."""
 
-    def count_tokens(self, width: int, height: int) -> int: ...
+    def count_tokens(self, width: int, height: int) -> int:
+        """Image tokens of an image of this size, in pixels."""
 
     def process(self, image: Image.Image) -> ImageInput: ...
 
 
+class CheckpointTemplate:
+    """The chat template of a checkpoint, rendered by its `transformers` tokenizer."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def render(self, messages: list[dict[str, Any]], tools: list[Any] | None, enable_thinking: bool) -> str:
+        return self._tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=False, add_generation_prompt=True, enable_thinking=enable_thinking
+        )
+
+
+class CheckpointImageProcessor:
+    """The image processor of a checkpoint: Glm4vImageProcessor or Glm46VImageProcessor of `transformers`, PIL backend."""
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+
+    def count_tokens(self, width: int, height: int) -> int:
+        return self._processor.get_number_of_image_patches(height, width) // self._processor.merge_size**2
+
+    def process(self, image: Image.Image) -> ImageInput:
+        output = self._processor(images=[image], return_tensors="np")
+        frames, rows, columns = (int(n) for n in output["image_grid_thw"][0])
+        tokens = frames * rows * columns // self._processor.merge_size**2
+        patches = np.ascontiguousarray(output["pixel_values"])
+        # The processor's output is hashed, so pixels, size and all its settings count.
+        key = hashlib.blake2b(repr((frames, rows, columns, patches.dtype.str)).encode(), digest_size=16)
+        key.update(patches.data)
+        return ImageInput(patches=patches, grid=(frames, rows, columns), tokens=tokens, key=key.digest())
+
+
 class SampledToken(NamedTuple):
-    """A token, and what the model thought of it if the request wants to know."""
+    """The token chosen from the probabilities, with its log probability if the request asks for it."""
 
     token: int
     logprob: TokenLogprob | None = None
@@ -71,12 +107,12 @@ class SampledToken(NamedTuple):
 
 @dataclass(frozen=True)
 class Capacity:
-    """What the model has room for at once."""
+    """Upper limits of what the model computes and stores at once."""
 
     slots: int
     pages: int  # of the KV cache
     page_tokens: int
-    chunk_tokens: int  # longest part of a prompt in one step
+    chunk_tokens: int  # most prompt tokens in one step
     encoder_cache_bytes: int
 
 
@@ -102,5 +138,5 @@ class Model:
     capacity: Capacity
     defaults: SamplingDefaults = SamplingDefaults()
     image_token: str = "<|image|>"
-    # Facts for people: class, parameters, device, dtype, threads, knows, choices.
+    # For `GET /info`: class, parameters, device, dtype, threads, knows, choices.
     facts: dict[str, Any] = field(default_factory=dict)

@@ -1,6 +1,6 @@
-"""What travels between the engine and its callers: a request in, events out.
+"""The interface of the engine: a request goes in, events come out.
 
-Owns the plain data types. Knows no tensor library: images are opaque here.
+Plain data types without a tensor library: images are opaque here.
 """
 
 from __future__ import annotations
@@ -13,47 +13,47 @@ from typing import Any, Protocol
 class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
-    REPETITION = "repetition"  # the model said the same again and again; see SamplingParams.loop_window
+    REPETITION = "repetition"  # the output repeats itself; see SamplingParams.loop_window
 
 
 class Failure(StrEnum):
     """Why a request ended without an answer."""
 
     ENGINE = "engine"  # this request's computation raised
-    DEAD = "dead"  # the model is gone; no request can be answered any more
+    DEAD = "dead"  # the engine thread has ended; the process must be restarted
     SHUTDOWN = "shutdown"  # the drain deadline passed
-    ABORTED = "aborted"  # somebody called abort()
+    ABORTED = "aborted"  # abort() was called
     DEADLINE = "deadline"  # the request's own time limit passed
     MEMORY = "memory"  # the device has not enough memory for this request, even alone
 
 
 @dataclass(frozen=True)
 class ImageInput:
-    """One image as the model takes it: flattened patches and their grid (frames, rows, columns)."""
+    """One preprocessed image: flattened patches [patches, patch size] and their grid (frames, rows, columns)."""
 
     patches: Any
     grid: tuple[int, int, int]
     tokens: int
-    # Hash of what the model sees: pixels, size, processor settings. Empty: shared with no other request.
+    # Hash of the preprocessed image: pixels, size, processor settings. Empty: shared with no other request.
     key: bytes = b""
 
 
 class Grammar(Protocol):
-    """Which tokens may come next. One stateful object for each request; used in the engine thread only."""
+    """The tokens allowed next. One stateful object for each request, used by the engine thread only."""
 
     def allowed(self) -> Any:
-        """Bit mask of the tokens allowed next: int32 words [vocabulary / 32], lowest bit first."""
+        """Bit mask of the tokens allowed next: int32 words [ceil(vocabulary / 32)], lowest bit first."""
 
     def accept(self, token: int) -> bool:
-        """Move on by one token; False if the grammar does not allow it."""
+        """Advance by one token; False if the grammar does not allow it."""
 
     def finished(self) -> bool:
-        """Whether nothing may follow."""
+        """Whether no token may follow."""
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen and when to stop. Temperature 0 is greedy; top_k 0, top_p 1, min_p 0 cut nothing."""
+    """How tokens are chosen and when to stop. Temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off."""
 
     max_tokens: int
     temperature: float = 0.0
@@ -62,20 +62,20 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
-    # Stop strings are not looked for inside this opening block, for example a thinking part.
+    # Tags of an opening block in which stop strings are ignored: thinking.
     stop_skips: tuple[str, str] | None = None
-    min_p: float = 0.0  # drop tokens less likely than this part of the best one
+    min_p: float = 0.0  # drop tokens less probable than this fraction of the most probable one
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
-    logprobs: int | None = None  # alternatives shown for each token; None: no logprobs at all
+    logprobs: int | None = None  # alternatives returned for each token; None: no logprobs
     min_tokens: int = 0
     ignore_eos: bool = False
     grammar: Grammar | None = None
-    grammar_after: str | None = None  # the grammar holds only after this text
-    thinking_tokens: int | None = None  # longest opening thinking block; then `thinking_end_ids` are forced
+    grammar_after: str | None = None  # the grammar applies only after this text
+    thinking_tokens: int | None = None  # limit of the opening thinking block; then `thinking_end_ids` are forced
     thinking_end_ids: tuple[int, ...] = ()
-    loop_window: int = 0  # end when the last so many tokens repeat one pattern; 0: never
+    loop_window: int = 0  # finish when this many last tokens repeat one pattern; 0: never
 
 
 @dataclass(frozen=True)
@@ -84,14 +84,14 @@ class Request:
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     images: tuple[ImageInput, ...] = ()
-    salt: str = ""  # the tenant: nothing is shared between requests of different salt
+    salt: str = ""  # the tenant: caches are not shared between requests of different salts
     probe: bool = False  # a health probe: it may use the reserved slot
     deadline_s: float | None = None  # from submit; past it the request fails
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Natural logarithms of chances, from the model's raw logits; `top` is ordered, best first."""
+    """Natural log probabilities from the raw logits; `top` (token id, logprob) is ordered, most probable first."""
 
     token_id: int
     logprob: float
@@ -100,23 +100,25 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Delta:
-    """New text (never half a character) and how many tokens went into it."""
+    """New text in whole characters, and the number of tokens it was made from."""
 
     text: str
     tokens: int
-    logprobs: tuple[TokenLogprob, ...] = ()  # of those tokens, if asked for
+    logprobs: tuple[TokenLogprob, ...] = ()  # of those tokens, if the request asks for them
 
 
 @dataclass(frozen=True)
 class Done:
+    """The request has finished. Times are seconds: until its first step, until its first token, from then on."""
+
     reason: FinishReason
     prompt_tokens: int
     completion_tokens: int
     queue_s: float
     prefill_s: float
     decode_s: float
-    cached_tokens: int = 0  # prompt tokens whose keys and values were still there
-    vision_s: float = 0.0  # of prefill_s, while its images went through the vision encoder; 0 if they were known
+    cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    vision_s: float = 0.0  # part of prefill_s in which its images were encoded; 0 if all were cached
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""Who is computed next: first come, first served, from a bounded queue, as far as slots and KV pages go.
+"""The scheduler: first come, first served, from a bounded queue, as far as slots and KV pages allow.
 
-A request waits, then has a slot: its images are encoded, its prompt is prefilled in chunks, and then
-it decodes in every batch until it ends. Pure bookkeeping: no tensors, no clock, and not thread-safe by
-itself (the engine holds a lock around every call).
+A sequence waits until it gets a slot; then its images are encoded, its prompt is prefilled in chunks, and it decodes
+in every batch until it ends. Bookkeeping only: no tensors, no clock. Not thread-safe: the engine's lock guards the queue,
+slots and pages.
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ from itertools import pairwise
 from typing import Any
 
 from api.engine.encoder_cache import EncoderCache, ImageKey
-from api.engine.kv_cache import KvCache
+from api.engine.kv_cache import KvCache, common_prefix
 from api.engine.request import ImageInput
 from api.engine.sequence import Sequence
 
-# A request that begins like one now being prefilled waits for it, if at least so many tokens can be shared.
-WORTH_WAITING_TOKENS = 32
-# The rest of a step's token budget is not spent on less than this of a longer prompt.
-SMALLEST_CHUNK_TOKENS = 16
+# A sequence waits for another with the same prefix to be prefilled, if at least this many tokens can be shared.
+MIN_SHARED_TOKENS = 32
+# A longer prompt does not get less than this from the rest of a step's token budget.
+MIN_SPLIT_TOKENS = 16
 
 
 class QueueFull(Exception):
-    """The waiting queue holds as many requests as it may."""
+    """The queue has reached its limit."""
 
 
 @dataclass(eq=False)
 class EncodeTask:
-    """One image on its way through the vision encoder, in as many slices as the engine likes."""
+    """One image to be encoded, in one or more slices."""
 
     key: ImageKey
     image: ImageInput
-    state: Any = None  # the runner's own
+    state: Any = None  # owned by the runner
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens `start` to `end` of one sequence, to be prefilled."""
+    """Tokens `start` to `end` of one sequence, prefilled in one step."""
 
     sequence: Sequence
     start: int
@@ -48,13 +48,13 @@ class Chunk:
 
     @property
     def is_last(self) -> bool:
-        """Whether the next token can be chosen after it."""
+        """Whether it ends the prompt, so that the next token is sampled."""
         return self.end == len(self.sequence.keys)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one forward pass computes: one token for each of `decode`, and these chunks of prompts."""
+    """The work of one forward pass: one token of each sequence in `decode`, and chunks of prompts."""
 
     decode: tuple[Sequence, ...] = ()
     chunks: tuple[Chunk, ...] = ()
@@ -65,7 +65,7 @@ class Batch:
 
     @property
     def sampled(self) -> tuple[Sequence, ...]:
-        """Those that get their next token from this batch."""
+        """Sequences whose next token is sampled, in the order of the runner's result."""
         return (*self.decode, *(chunk.sequence for chunk in self.chunks if chunk.is_last))
 
     @property
@@ -73,7 +73,7 @@ class Batch:
         return sum(chunk.end - chunk.start for chunk in self.chunks)
 
     def halves(self, cut_chunks: bool) -> tuple[Batch, ...]:
-        """The same work in two batches, or none if it cannot be divided."""
+        """The same work in two batches; empty if it cannot be divided."""
         work: list[Sequence | Chunk] = [*self.decode, *self.chunks]
         if len(work) > 1:
             middle = len(work) // 2
@@ -104,7 +104,7 @@ class Scheduler:
     _waiting: deque[Sequence] = field(default_factory=deque)
     _running: list[Sequence] = field(default_factory=list)  # in order of admission
     _free_slots: list[int] = field(default_factory=list)
-    _job: EncodeTask | None = None
+    _encode_task: EncodeTask | None = None
 
     def __post_init__(self) -> None:
         self._free_slots = list(range(self.slots))
@@ -124,24 +124,25 @@ class Scheduler:
 
     @property
     def has_prompt(self) -> bool:
-        """Whether a part of a prompt could be computed now."""
+        """Whether a chunk of a prompt could be computed now."""
         return any(not s.decoding and s.missing_image() is None for s in self._running)
 
     @property
     def has_work(self) -> bool:
         return bool(self._waiting or self._running)
 
-    # Coming and going.
+    # Queue.
 
     def add(self, sequence: Sequence) -> None:
-        # A request that can run at once does not count as waiting; a probe has its own place.
+        """Append to the queue. Raises QueueFull."""
+        # Requests that can start at once do not count as waiting, nor do probes, which have a reserved slot.
         ordinary = sum(not s.request.probe for s in self._waiting)
         if not sequence.request.probe and ordinary >= self.queue_size + len(self._free_slots):
             raise QueueFull(f"{ordinary} requests are waiting")
         self._waiting.append(sequence)
 
     def remove(self, sequence: Sequence, keep: bool = True) -> None:
-        """Take a sequence out, wherever it is; doing so twice is no mistake. `keep`: its KV is good to share."""
+        """Remove a waiting or running sequence; doing so twice is harmless. `keep`: its keys and values are valid."""
         if sequence in self._running:
             self._stop(sequence, keep)
         elif sequence in self._waiting:
@@ -151,16 +152,14 @@ class Scheduler:
         return next((s for s in self.sequences() if s.request.id == request_id), None)
 
     def position(self, request_id: str) -> int | None:
-        """0 for a running request, 1 for the first in the queue, None for one that is not here."""
+        """0 for a running request, 1 for the first in the queue, None for an unknown one."""
         if any(s.request.id == request_id for s in self._running):
             return 0
-        for place, sequence in enumerate(self._waiting, start=1):
-            if sequence.request.id == request_id:
-                return place
-        return None
+        ids = [s.request.id for s in self._waiting]
+        return ids.index(request_id) + 1 if request_id in ids else None
 
     def ended(self, now: float) -> list[Sequence]:
-        """Those that somebody aborted or whose time is up."""
+        """Sequences that are aborted or past their deadline."""
         return [s for s in self.sequences() if s.aborted or s.overdue(now)]
 
     def sequences(self) -> list[Sequence]:
@@ -169,42 +168,43 @@ class Scheduler:
     # One step: admit, then one image, then one batch.
 
     def admit(self) -> list[Sequence]:
-        """Give slots and pages to those whose turn it is. The copies in their block tables come before all else."""
+        """Give slots and pages to waiting sequences. The copies in their block tables must be made before the batch."""
         started = []
         while (sequence := self._next()) is not None and self._start(sequence):
             started.append(sequence)
-        return [s for s in started if s.block_table]  # a probe may have thrown somebody out again
+        return [s for s in started if s.block_table]  # a probe may have preempted one of them
 
     def next_encode_task(self) -> EncodeTask | None:
-        """The image to go on with: the one begun, else the first that somebody needs."""
-        if self._job and not any(self._lacks(s, self._job.key) for s in self._running):
-            self._job = None  # nobody waits for it any more
+        """The image to encode next: the one in progress, else the first that a running sequence needs."""
+        if self._encode_task and not self.waiting_for(self._encode_task):
+            self._encode_task = None
         for sequence in self._by_urgency():
-            if self._job:
+            if self._encode_task:
                 break
-            place = sequence.missing_image()
-            if place is not None:
-                self._job = EncodeTask(sequence.spans[place].key, sequence.spans[place].image)
-        return self._job
+            index = sequence.missing_image()
+            if index is not None:
+                self._encode_task = EncodeTask(sequence.spans[index].key, sequence.spans[index].image)
+        return self._encode_task
 
-    def encode_done(self, job: EncodeTask, features: Any, size_bytes: int) -> None:
-        self._job = None
-        self.encoder_cache.put(job.key, features, size_bytes)
+    def encode_done(self, task: EncodeTask, features: Any, size_bytes: int) -> None:
+        self._encode_task = None
+        self.encoder_cache.put(task.key, features, size_bytes)
         for sequence in self._running:
-            for place, span in enumerate(sequence.spans):
-                if span.key == job.key and span.end > sequence.computed:
-                    sequence.features[place] = features
+            for index, span in enumerate(sequence.spans):
+                if span.key == task.key and span.end > sequence.computed:
+                    sequence.features[index] = features
 
-    def encode_failed(self, job: EncodeTask) -> list[Sequence]:
-        """Forget the job; returns those who waited for it."""
-        self._job = None
-        return self.waiting_for(job)
+    def encode_failed(self, task: EncodeTask) -> list[Sequence]:
+        """Drop the task; returns the sequences that wait for it."""
+        self._encode_task = None
+        return self.waiting_for(task)
 
-    def waiting_for(self, job: EncodeTask) -> list[Sequence]:
-        return [s for s in self._running if self._lacks(s, job.key)]
+    def waiting_for(self, task: EncodeTask) -> list[Sequence]:
+        """Running sequences that need this image."""
+        return [s for s in self._running if self._needs_features(s, task.key)]
 
     def batch(self, chunk_tokens: int) -> Batch:
-        """Everyone who decodes, and at most `chunk_tokens` tokens of prompts."""
+        """All decoding sequences, and at most `chunk_tokens` tokens of prompts."""
         self._make_room()
         decode = tuple(s for s in self._running if s.decoding)
         chunks: list[Chunk] = []
@@ -212,7 +212,7 @@ class Scheduler:
             if sequence.decoding or sequence.missing_image() is not None:
                 continue
             left = len(sequence.keys) - sequence.computed
-            if chunk_tokens <= 0 or (chunks and chunk_tokens < min(left, SMALLEST_CHUNK_TOKENS)):
+            if chunk_tokens <= 0 or (chunks and chunk_tokens < min(left, MIN_SPLIT_TOKENS)):
                 break
             chunk = Chunk(sequence, sequence.computed, sequence.computed + min(left, chunk_tokens))
             chunk_tokens -= chunk.end - chunk.start
@@ -220,14 +220,14 @@ class Scheduler:
         return Batch(decode, tuple(chunks))
 
     def computed(self, batch: Batch) -> None:
-        """The batch has been computed: its keys and values are there for everybody with the same beginning."""
+        """Record that the batch has been computed: its keys and values join the prefix cache."""
         for sequence in batch.decode:
             self._store(sequence, sequence.computed + 1)
         for chunk in batch.chunks:
             self._store(chunk.sequence, chunk.end)
 
     def check(self) -> None:
-        """Raise AssertionError unless slots, pages and images are all accounted for."""
+        """Raise AssertionError unless all slots, pages and cached images are accounted for."""
         self.kv.check()
         self.encoder_cache.check()
         taken = [-1 if s.slot is None else s.slot for s in self._running]
@@ -235,9 +235,9 @@ class Scheduler:
         assert sorted([*taken, *self._free_slots, *reserved]) == list(range(self.slots + 1)), "a slot is lost"
         for sequence in self._running:
             assert sequence.block_table is not None and sequence.computed < len(sequence.keys)
-        assert all(s.block_table is None and s.slot is None for s in self._waiting), "a waiting request holds something"
+        assert all(s.block_table is None and s.slot is None for s in self._waiting), "a waiting request holds resources"
         if not self._running:
-            assert self.kv.used_tokens == 0, "pages are held by nobody"
+            assert self.kv.used_tokens == 0, "pages are in use without a running request"
 
     # Slots and pages.
 
@@ -245,11 +245,11 @@ class Scheduler:
         return next((s for s in self._waiting if s.request.probe), self._waiting[0] if self._waiting else None)
 
     def _start(self, sequence: Sequence) -> bool:
-        """Give a sequence a slot and pages for all it has; False if it must wait."""
+        """Give a sequence a slot and pages for all its tokens; False if it must wait."""
         probe = sequence.request.probe
         if not (self._free_slots or (probe and self._reserved_slot is not None)) or self._can_share_soon(sequence):
             return False
-        # Leave a page for everyone who decodes, or the next step would throw somebody out again.
+        # Leave a page for each decoding sequence, or the next step would have to preempt one.
         spare = sum(s.decoding for s in self._running)
         block_table = self.kv.allocate(sequence.request.salt, sequence.keys, spare)
         while block_table is None and probe and (victims := self._ordinary()):
@@ -266,9 +266,9 @@ class Scheduler:
         sequence.block_table, sequence.computed = block_table, block_table.cached_tokens
         if not sequence.output_ids:
             sequence.cached_tokens = block_table.cached_tokens
-        for place, span in enumerate(sequence.spans):
+        for index, span in enumerate(sequence.spans):
             if span.end > sequence.computed and (features := self.encoder_cache.get(span.key)) is not None:
-                sequence.features[place] = features
+                sequence.features[index] = features
         return True
 
     def _stop(self, sequence: Sequence, keep: bool) -> None:
@@ -284,13 +284,13 @@ class Scheduler:
         sequence.features.clear()
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Back to the head of the queue; what it has said so far will be prefilled like a prompt."""
+        """Move a sequence back to the head of the queue; its output so far will be prefilled like a prompt."""
         self._stop(sequence, keep=True)
         self._waiting.appendleft(sequence)
         self.preemptions += 1
 
     def _make_room(self) -> None:
-        """A page for the next token of everyone who decodes; the youngest gives way if there is none."""
+        """Allocate the page of the next token of each decoding sequence; preempt the youngest if none is free."""
         for sequence in list(self._running):
             while sequence.block_table and sequence.decoding and not self.kv.append(sequence.block_table, len(sequence.keys)):
                 self._preempt((self._ordinary() or self._running)[-1])
@@ -299,8 +299,8 @@ class Scheduler:
         assert sequence.block_table is not None
         sequence.computed = tokens
         self.kv.store(sequence.block_table, sequence.keys, tokens)
-        for place in [p for p in sequence.features if sequence.spans[p].end <= tokens]:
-            del sequence.features[place]
+        for index in [i for i in sequence.features if sequence.spans[i].end <= tokens]:
+            del sequence.features[index]
 
     # Order.
 
@@ -309,31 +309,21 @@ class Scheduler:
         yield from (s for s in self._running if not s.request.probe)
 
     def _ordinary(self) -> list[Sequence]:
-        """Those who may have to give way; probes must not throw each other out for ever."""
+        """Sequences that may be preempted; probes must not preempt each other forever."""
         return [s for s in self._running if not s.request.probe]
 
     def _can_share_soon(self, sequence: Sequence) -> bool:
-        """Whether somebody is just computing what this one needs too."""
+        """Whether another sequence is prefilling a prefix that this one can share."""
         return any(
             not other.decoding
             and other.request.salt == sequence.request.salt
-            and _common(other, sequence) - other.computed >= WORTH_WAITING_TOKENS
+            and common_prefix(other.keys, sequence.keys) - other.computed >= MIN_SHARED_TOKENS
             for other in self._running
         )
 
     @staticmethod
-    def _lacks(sequence: Sequence, key: ImageKey) -> bool:
+    def _needs_features(sequence: Sequence, key: ImageKey) -> bool:
         return any(
-            span.key == key and span.end > sequence.computed and place not in sequence.features
-            for place, span in enumerate(sequence.spans)
+            span.key == key and span.end > sequence.computed and index not in sequence.features
+            for index, span in enumerate(sequence.spans)
         )
-
-
-def _common(one: Sequence, other: Sequence) -> int:
-    """Tokens that two sequences begin with alike."""
-    length = 0
-    for a, b in zip(one.keys, other.keys, strict=False):
-        if a != b:
-            break
-        length += 1
-    return length

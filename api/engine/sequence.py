@@ -1,6 +1,6 @@
-"""A request on its way through the engine: what is known, what is computed, what is still missing.
+"""A sequence: the tokens of one request on their way through the engine, and how far they are computed.
 
-Only the engine thread writes here, but for the flag `aborted`. Knows no tensor library.
+Only the engine thread writes to it, except for the flags `aborted` and `closed`. Knows no tensor library.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from api.engine.request import Done, Event, FinishReason, ImageInput, Request, T
 
 @dataclass(frozen=True)
 class ImageSpan:
-    """The tokens of the prompt that stand for one image."""
+    """The image tokens of one image: `start` to `end` of the prompt."""
 
     start: int
     end: int
@@ -31,24 +31,23 @@ class Sequence:
     request: Request
     deliver: Callable[[Event], None]
     spans: tuple[ImageSpan, ...] = ()
-    keys: list[Key] = field(default_factory=list)  # of every token so far; see kv_cache
+    keys: list[Key] = field(default_factory=list)  # prefix cache keys of all tokens so far; see kv_cache
     output_ids: list[int] = field(default_factory=list)
 
-    # While it has a slot.
+    # Set while it has a slot.
     slot: int | None = None
     block_table: BlockTable | None = None
     computed: int = 0  # tokens whose keys and values are stored
-    features: dict[int, Any] = field(default_factory=dict)  # encoded images by span, until their tokens are computed
+    features: dict[int, Any] = field(default_factory=dict)  # image features by span, until their tokens are computed
 
-    state: Any = None  # the runner's own, for as long as the request lives
-    random_seed: int = 0  # drawn once, if the request names none
+    state: Any = None  # owned by the runner
+    random_seed: int = 0  # drawn once if the request has none
+    output: Any = None  # text.output.OutputState
 
-    # How it ends.
-    aborted: bool = False  # somebody wants it to end
+    aborted: bool = False  # to be ended before the next step
     closed: bool = False  # its last event has been delivered
-    output: Any = None  # text, stop strings, grammar: text.output.OutputState
 
-    # For the people who ask.
+    # For events and statistics.
     undelivered_tokens: int = 0
     undelivered_logprobs: list[TokenLogprob] = field(default_factory=list)
     cached_tokens: int = 0
@@ -67,7 +66,7 @@ class Sequence:
 
     @property
     def decoding(self) -> bool:
-        """Whether one more token is all that has to be computed."""
+        """Whether only its last token is still to be computed."""
         return bool(self.output_ids) and self.computed == len(self.keys) - 1
 
     def append(self, token: int) -> None:
@@ -75,10 +74,10 @@ class Sequence:
         self.keys.append(token)
 
     def missing_image(self) -> int | None:
-        """The first span whose features are needed and not here."""
-        for place, span in enumerate(self.spans):
-            if span.end > self.computed and place not in self.features:
-                return place
+        """Index of the first span whose features are needed and not available."""
+        for index, span in enumerate(self.spans):
+            if span.end > self.computed and index not in self.features:
+                return index
         return None
 
     def overdue(self, now: float) -> bool:
@@ -86,7 +85,7 @@ class Sequence:
         return limit is not None and now - self.submitted_at > limit
 
     def facts(self, now: float) -> dict[str, Any]:
-        """How far it is, without a word of it."""
+        """Its progress, without its content."""
         return {
             "id": self.request.id,
             "age_s": round(now - self.submitted_at, 1),
@@ -114,25 +113,22 @@ class Sequence:
 
 
 def make_sequence(request: Request, deliver: Callable[[Event], None], image_token_id: int) -> Sequence:
-    """Find the images' tokens in the prompt.
-
-    Raises ValueError if the prompt has not exactly the tokens that its images need.
-    """
+    """Locate the image tokens in the prompt. Raises ValueError unless they match the images exactly."""
     keys: list[Key] = list(request.prompt_ids)
     spans = []
-    place = 0
+    end = 0
     for number, image in enumerate(request.images):
-        # Without a content key an image is like no other, not even like itself in another request.
+        # An image without a content key is never shared, not even with itself in another request.
         content = image.key or os.urandom(16)
         try:
-            start = request.prompt_ids.index(image_token_id, place)
+            start = request.prompt_ids.index(image_token_id, end)
         except ValueError:
             raise ValueError(f"image {number} has no tokens in the prompt") from None
-        place = start + image.tokens
-        if request.prompt_ids[start:place] != (image_token_id,) * image.tokens:
+        end = start + image.tokens
+        if request.prompt_ids[start:end] != (image_token_id,) * image.tokens:
             raise ValueError(f"image {number} must have {image.tokens} tokens in a row in the prompt")
-        keys[start:place] = [content] * image.tokens
-        spans.append(ImageSpan(start, place, image, (request.salt, content)))
-    if image_token_id in request.prompt_ids[place:]:
+        keys[start:end] = [content] * image.tokens
+        spans.append(ImageSpan(start, end, image, (request.salt, content)))
+    if image_token_id in request.prompt_ids[end:]:
         raise ValueError(f"the prompt has image tokens for more than its {len(request.images)} images")
     return Sequence(request, deliver, tuple(spans), keys)

@@ -1,4 +1,4 @@
-"""What the engine tells about itself, readable from any thread at any moment."""
+"""The engine's state and counters, a snapshot that any thread may take."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Stats:
     last_step_s: float | None
     reason: str | None
     phase_age_s: float = 0.0
-    phase_deadline_s: float | None = None  # longest this phase may take; None: no limit
+    phase_deadline_s: float | None = None  # a longer phase means that the engine hangs; None: no limit
     slots: int = 1
     kv_used_tokens: int = 0
     kv_total_tokens: int = 0

@@ -1,33 +1,33 @@
-"""How much new work a step may carry so that running answers keep their pace.
+"""The token budget: how many prompt tokens a step may hold so that decoding requests keep their pace.
 
-Learns from measured steps what a forward pass costs on this machine: so much for the weights, so much
-for every row. A prompt chunk or a slice of the vision encoder makes everyone who decodes wait; with nobody
-decoding, a step is only kept short enough for an abort to be noticed. Knows seconds and counts, no tensors.
+Learns the cost of a forward pass on this machine from measured steps: a constant for the weights and a slope for the
+rows. A prompt chunk or a slice of the vision encoder delays every decoding request; while none decodes, a step is only
+kept short enough for an abort to be noticed. Knows seconds and counts, no tensors. Engine thread only.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-# A step with new work in it may take so many times what the running answers alone would need.
+# Longest step with prompt tokens or an image in it, as a multiple of one with the decoding requests alone.
 MAX_STEP_STRETCH = 3.0
-# With nobody waiting for a token: short enough to notice aborts and new requests.
+# Longest step while no request decodes: short enough to notice aborts and new requests.
 IDLE_STEP_S = 0.6
-# No prompt waits for ever: a step without an image in it reads at least so many tokens.
+# Prompts must not starve: a step without an image computes at least this many of their tokens.
 MIN_CHUNK_TOKENS = 16
-# A pass takes hardly longer for so many rows than for one: it is the weights that take the time.
+# Up to this many rows a pass takes about as long as for one: it is bound by reading the weights.
 FREE_ROWS = 12
-# A step is called stuck when it takes this many times longer than it should, and at least MIN_DEADLINE_S.
+# A step counts as stuck when it takes this many times longer than expected, and at least MIN_DEADLINE_S.
 STUCK_FACTOR = 20.0
 MIN_DEADLINE_S = 30.0
 SMOOTHING = 0.95  # weight of the past in the running means
-MIN_RELATIVE_VARIANCE = 0.2  # passes of like size say nothing about what a row costs
-MAX_OUTLIER_FACTOR = 2.0  # a step so many times slower than expected was disturbed, and counts as no slower than that
+MIN_RELATIVE_VARIANCE = 0.2  # passes of similar size do not show the cost of a row
+MAX_OUTLIER_FACTOR = 2.0  # a step slower than this multiple of the expected time was disturbed; it is clipped
 
 
 @dataclass
-class Line:
-    """Seconds of a pass as base + slope * rows: least squares over the latest passes."""
+class PassCost:
+    """Seconds of a forward pass as base + slope * rows: least squares with exponentially decaying weights."""
 
     base_s: float = 0.0
     slope_s: float = 0.0
@@ -40,7 +40,7 @@ class Line:
     def at(self, rows: int) -> float:
         return self.base_s + self.slope_s * rows
 
-    def learn(self, rows: int, took_s: float) -> None:
+    def record(self, rows: int, took_s: float) -> None:
         self.passes += 1
         if self.passes > 2:
             took_s = min(took_s, MAX_OUTLIER_FACTOR * self.at(rows))
@@ -59,12 +59,12 @@ class Line:
 @dataclass
 class TokenBudget:
     max_chunk_tokens: int = 512
-    max_rows: float = float("inf")  # requests in one forward pass
-    _pass: Line = field(default_factory=Line)
-    _slice_s: float = 0.0  # longest slice of the vision encoder lately
+    max_rows: float = float("inf")  # sequences in one forward pass
+    _pass: PassCost = field(default_factory=PassCost)
+    _slice_s: float = 0.0  # decaying maximum of the vision encoder's slices
 
     def chunk_tokens(self, decoding: int, spent_s: float = 0.0) -> int:
-        """Prompt tokens for the next batch, when `spent_s` of the step went into an image already."""
+        """Prompt tokens for the next batch of a step that has already spent `spent_s` on an image."""
         if not self._pass.passes:
             return self.max_chunk_tokens
         left_s = max(self._new_work_s(decoding) - spent_s - (0 if decoding else self._pass.base_s), 0.0)
@@ -74,34 +74,34 @@ class TokenBudget:
         return min(max(least, tokens), self.max_chunk_tokens)
 
     def slice_s(self, decoding: int) -> float:
-        """Seconds that an image may take in the next step."""
+        """Seconds that the vision encoder may take in the next step."""
         return self._new_work_s(decoding)
 
     def deadline_s(self, decoding: int, tokens: int) -> float:
-        """How long a batch may take before it must be called stuck."""
+        """Seconds after which a batch counts as stuck."""
         return max(MIN_DEADLINE_S, STUCK_FACTOR * self._pass.at(_rows(decoding, tokens)))
 
     def encode_deadline_s(self) -> float:
         return max(MIN_DEADLINE_S, STUCK_FACTOR * (self._slice_s + IDLE_STEP_S))
 
     def ran_out_of_memory(self, rows: int, tokens: int) -> None:
-        """Ask for less from now on; what the memory holds does not grow again while the server runs."""
+        """Halve the limits for good: the memory does not grow while the server runs."""
         if tokens > MIN_CHUNK_TOKENS:
             self.max_chunk_tokens = min(self.max_chunk_tokens, tokens // 2)
         elif rows > 1:
             self.max_rows = min(self.max_rows, rows // 2)
 
-    def saw_batch(self, decoding: int, tokens: int, took_s: float) -> None:
-        self._pass.learn(_rows(decoding, tokens), took_s)
+    def record_batch(self, decoding: int, tokens: int, took_s: float) -> None:
+        self._pass.record(_rows(decoding, tokens), took_s)
 
-    def saw_slice(self, took_s: float) -> None:
+    def record_slice(self, took_s: float) -> None:
         self._slice_s = max(took_s, 0.8 * self._slice_s)
 
     def _new_work_s(self, decoding: int) -> float:
         if not decoding:
             return IDLE_STEP_S
         alone = self._pass.at(decoding)
-        # Measured against the pace of one answer: those that joined must not stretch everybody's patience.
+        # Relative to the pace of a single request, so that the limit does not grow with the batch.
         return max(MAX_STEP_STRETCH * self._pass.at(1) - alone, (MAX_STEP_STRETCH - 1) * alone / 2)
 
 
@@ -110,5 +110,5 @@ def _free_tokens(decoding: int) -> int:
 
 
 def _rows(decoding: int, tokens: int) -> int:
-    """Rows that a pass takes longer for."""
+    """Rows that add to the time of a pass."""
     return max(decoding + max(tokens - _free_tokens(decoding), 0), 1)

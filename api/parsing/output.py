@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from api.engine.text.argument_types import read_value
-from api.engine.text.detokenizer import held_back
 from api.engine.text.markup import (
     BOX,
     CALL,
@@ -26,6 +25,7 @@ from api.engine.text.markup import (
     THINK,
     VALUE,
 )  # fmt: skip
+from api.engine.text.output import held_back
 from api.parsing.boxes import Region, image_references, read_tagged, read_untagged
 
 _ARGUMENT = re.compile(rf"\s*{KEY}(.*?){END_KEY}\s*{VALUE}(.*?){END_VALUE}\s*", re.DOTALL)

@@ -1,7 +1,7 @@
-"""Makes the files of the checkpoint besides its weights: tokenizer, configs, image processing.
+"""Writes the checkpoint's files other than its weights: tokenizer, configs, image processing.
 
-Same classes and special tokens as GLM-4.6V-Flash, only narrow and shallow, so that everything that
-loads the 9B model loads this one.
+The classes and special tokens are those of GLM-4.6V-Flash, only narrow and shallow, so that everything that loads the 9B
+model loads this one.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ CONTROL_TOKENS = (
     "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>", "<|image|>", "<|video|>",
     "<|begin_of_box|>", "<|end_of_box|>", "/nothink",
 )  # fmt: skip
-TEXT_TOKENS = (  # kept when special tokens are skipped: parsers read them
+TEXT_TOKENS = (  # not special: parsers need them when special tokens are skipped
     "<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>",
     "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>",
 )  # fmt: skip
-CELL_PIXELS = 28  # one picture token: 2x2 patches of 14 pixels
-MAX_CELLS = 42  # pictures are scaled down to at most this many tokens
+CELL_PIXELS = 28  # side of one image token: 2x2 patches of 14 pixels
+MAX_CELLS = 42  # images are scaled down to at most this many tokens
 MIN_CELLS = 16
-FRAMES = 2  # a still picture counts as two frames in the processor's area limits
+FRAMES = 2  # a still image counts as two frames in the processor's area limits
 
 
 def train_tokenizer(seed: int = 1, samples: int = 30_000) -> PreTrainedTokenizerFast:
@@ -66,7 +66,7 @@ def train_tokenizer(seed: int = 1, samples: int = 30_000) -> PreTrainedTokenizer
 
 
 def _corpus(rng: random.Random, samples: int):
-    """Text as the model will meet it; printed words stay out, so that they are spelled letter by letter."""
+    """The text that the tokenizer learns; printed words are left out, so that they are spelled letter by letter."""
     yield json.dumps(talk.COUNT_TOOL)
     for _ in range(samples):
         lang = rng.choice(("en", "zh"))
@@ -79,8 +79,8 @@ def _corpus(rng: random.Random, samples: int):
             yield from lines + answers * 5
 
 
-def picture_token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
-    """What a glm4v config wants to know of the tokenizer."""
+def image_token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    """The token ids that a glm4v config needs."""
     token_id = tokenizer.convert_tokens_to_ids
     return {
         "image_token_id": token_id("<|image|>"),
@@ -93,11 +93,11 @@ def picture_token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
 
 
 def config_for(tokenizer: PreTrainedTokenizerFast) -> Glm4vConfig:
-    """About 4 M parameters: vision 6x192, text 5x192."""
+    """About 4 M parameters: 6 vision and 5 text layers, 192 wide."""
     token_id = tokenizer.convert_tokens_to_ids
     hidden = 192
     return Glm4vConfig(
-        **picture_token_ids(tokenizer),
+        **image_token_ids(tokenizer),
         text_config={
             "vocab_size": -(-len(tokenizer) // 64) * 64,
             "hidden_size": hidden,
@@ -106,10 +106,10 @@ def config_for(tokenizer: PreTrainedTokenizerFast) -> Glm4vConfig:
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 4096,
-            "initializer_range": 0.06,  # 0.02 is made for wide models
+            "initializer_range": 0.06,  # the usual 0.02 suits wide models
             "pad_token_id": token_id(END),
             "eos_token_id": [token_id(t) for t in (END, USER, OBSERVATION)],
-            # a low base, or the narrow heads could not tell neighbouring rows and columns apart
+            # A low base, so that the narrow heads can distinguish neighbouring rows and columns.
             "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5, "mrope_section": [4, 4, 4]},
         },
         vision_config={
@@ -126,7 +126,7 @@ def config_for(tokenizer: PreTrainedTokenizerFast) -> Glm4vConfig:
 
 
 def write_processing(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Write tokenizer, chat template, picture processing and generation defaults next to the weights."""
+    """Write tokenizer, chat template, image processor and generation defaults next to the weights."""
     template = (FOLDER / "chat_template.jinja").read_text(encoding="utf-8")
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)

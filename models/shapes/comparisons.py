@@ -1,6 +1,6 @@
 """Questions that compare shapes: which is further left, which is largest, is A above B.
 
-Asks only where the difference is plain to see.
+They are asked only where the difference is clearly visible.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ ENDS = {
     "top": (("at the top", "highest", "topmost"), ("最上面", "最上方")),
     "bottom": (("at the bottom", "lowest"), ("最下面", "最下方")),
 }
-MARGIN = 0.07  # of the side; closer than that, people disagree about which is higher
+MARGIN = 0.07  # share of the side; people disagree about smaller differences
 
 
 def _along(side: str, item: Item) -> float:
-    """Larger means further towards `side`."""
+    """The position of an item along an axis that points to `side`."""
     x, y = item.center
     return {"left": -x, "right": x, "top": -y, "bottom": y}[side]
 
@@ -58,7 +58,7 @@ def _compare_two(rng: random.Random, lang: str, scene: Scene) -> Question | None
     )  # fmt: skip
     answer = f"The {name} is {further}." if lang == "en" else f"{name}{zh}。"
     mentions = (Mention((pair[0],), one), Mention((pair[1],), two), Mention((winner,)))
-    return Question("compare", lang, text, answer, _think_places(lang), mentions)
+    return Question("compare", lang, text, answer, _thinking(lang), mentions)
 
 
 def _compare_side(rng: random.Random, lang: str, scene: Scene) -> Question | None:
@@ -81,7 +81,7 @@ def _compare_side(rng: random.Random, lang: str, scene: Scene) -> Question | Non
     else:
         answer = f"{'是的' if true else '不是'}，{names[0]}{'' if true else '不'}在{names[1]}的{zh}。"
     mentions = (Mention((pair[0],), one), Mention((pair[1],), two), Mention((pair[0 if true else 1],)))
-    return Question("compare", lang, text, answer, _think_places(lang), mentions)
+    return Question("compare", lang, text, answer, _thinking(lang), mentions)
 
 
 def _compare_end(rng: random.Random, lang: str, scene: Scene) -> Question | None:
@@ -98,7 +98,7 @@ def _compare_end(rng: random.Random, lang: str, scene: Scene) -> Question | None
     )  # fmt: skip
     name = name_of(lang, ranked[-1].color, ranked[-1].shape)
     answer = f"The {name} is {en[0]}." if lang == "en" else f"{zh[0]}的是{name}。"
-    return Question("compare", lang, text, answer, _think_places(lang), (Mention((ranked[-1],)),))
+    return Question("compare", lang, text, answer, _thinking(lang), (Mention((ranked[-1],)),))
 
 
 def _compare_size(rng: random.Random, lang: str, scene: Scene) -> Question | None:
@@ -119,5 +119,5 @@ def _compare_size(rng: random.Random, lang: str, scene: Scene) -> Question | Non
     return Question("compare", lang, text, answer, think, (Mention((ranked[0],)),))
 
 
-def _think_places(lang: str) -> str:
+def _thinking(lang: str) -> str:
     return "I compare where the shapes are." if lang == "en" else "我比较形状的位置。"

@@ -1,8 +1,8 @@
 """Measures the demo model on freshly drawn pictures: `python -m models.shapes.eval --seed 7`.
 
-Asks every family in both languages about pictures of many sizes that training never drew, through
-the checkpoint's own processor, chat template and `generate`. Prints accuracy by family, language and
-picture size, and exits 1 if a family falls below what the shipped weights reached before.
+Asks questions of every family in both languages about held-out pictures of many sizes, through the checkpoint's own
+processor, chat template and `generate`. Prints accuracy by family, language and picture size; exit code 1 if a family is
+below its floor, the accuracy of the shipped weights.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ AIMS = {
     "describe": 0.90, "read": 0.90, "where": 0.75, "json": 0.99,
     "greeting": 1.0, "ability": 1.0, "no_picture": 1.0, "tool": 1.0, "format": 1.0,
 }  # fmt: skip
-# What the shipped weights do reach: less than this is a step back.
+# What the shipped weights reach; anything less is a regression.
 FLOORS = {
     "color": 0.97, "shape": 0.97, "count": 0.93, "compare": 0.93, "moderate": 0.97, "two": 0.85, "second_turn": 0.96,
     "describe": 0.95, "read": 0.95, "where": 0.75, "json": 0.99,
@@ -45,7 +45,7 @@ BOX = re.compile(r"<\|begin_of_box\|>\[\[(\d+),(\d+),(\d+),(\d+)\]\]<\|end_of_bo
 
 @dataclass(frozen=True)
 class Trial:
-    """A conversation whose last answer is known. `score` names the row it counts in."""
+    """A conversation with a known last answer. `score` is the row of the table that it counts in."""
 
     score: str
     lang: str
@@ -84,7 +84,7 @@ def _picture_for(rng: random.Random, lang: str, family: str, size: tuple[int, in
         try:
             return picture, ask(rng, lang, scene, family)
         except ValueError:
-            continue  # five hearts have no "the heart": draw another
+            continue  # the picture allows no such question
 
 
 def _second_turn(rng: random.Random, lang: str, size: tuple[int, int], thinking: bool) -> Trial:
@@ -111,26 +111,26 @@ def _talk(rng: random.Random, lang: str, size: tuple[int, int], thinking: bool) 
 
 
 class Model:
-    """The checkpoint, loaded and asked as any GLM-4.6V checkpoint would be."""
+    """The checkpoint, loaded and prompted as any GLM-4.6V checkpoint."""
 
     def __init__(self, folder: Path, device: str):
-        torch.set_num_threads(1)  # so small a model gains nothing from more, and loses much where others use the cores
+        torch.set_num_threads(1)  # more do not speed up a model this small, and are slower on a busy machine
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
         self.model = Glm4vForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).to(device).eval()
 
     @torch.inference_mode()
     def answer(self, trial: Trial) -> str:
-        """The raw text that the model writes, special tokens included."""
+        """The generated text, special tokens included."""
         prompt = self.tokenizer.apply_chat_template(
             trial.messages, tools=trial.tools, tokenize=False, add_generation_prompt=True, enable_thinking=trial.thinking
         )
         inputs = {}
         if trial.pictures:
-            seen = self.processor(trial.pictures, return_tensors="pt")
-            counts = iter((seen["image_grid_thw"].prod(-1) // 4).tolist())
+            images = self.processor(trial.pictures, return_tensors="pt")
+            counts = iter((images["image_grid_thw"].prod(-1) // 4).tolist())
             prompt = re.sub(r"<\|image\|>", lambda _: "<|image|>" * next(counts), prompt)
-            inputs = {"pixel_values": seen["pixel_values"], "image_grid_thw": seen["image_grid_thw"]}
+            inputs = {"pixel_values": images["pixel_values"], "image_grid_thw": images["image_grid_thw"]}
         ids = self.tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
         inputs |= {"input_ids": ids, "mm_token_type_ids": (ids == self.model.config.image_token_id).int()}
         inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
@@ -139,7 +139,7 @@ class Model:
 
 
 def judge(trial: Trial, raw: str) -> tuple[float, bool]:
-    """(score of the answer 0..1, whether the format is right: thought if and only if asked for, and a proper end)."""
+    """The score of the answer, from 0 to 1, and whether its format is right: a thought only with thinking, an end token."""
     end = "<|observation|>" if trial.score == "tool" else "<|user|>"
     body = raw.removesuffix(end)
     form = r"\n<think>[^<\n]+</think>\n(.+)" if trial.thinking else r"\n(?!<think>)(.+)"
@@ -150,9 +150,9 @@ def judge(trial: Trial, raw: str) -> tuple[float, bool]:
 
 def _score(question: Question, answer: str) -> float:
     if question.family == "where":
-        true, said = BOX.fullmatch(question.answer), BOX.fullmatch(answer)
-        if true and said:
-            return _overlap([int(v) for v in true.groups()], [int(v) for v in said.groups()])
+        expected, actual = BOX.fullmatch(question.answer), BOX.fullmatch(answer)
+        if expected and actual:
+            return _iou([int(v) for v in expected.groups()], [int(v) for v in actual.groups()])
         return float(answer == question.answer)
     if question.family == "json":
         try:
@@ -163,7 +163,7 @@ def _score(question: Question, answer: str) -> float:
     return float(answer == question.answer)
 
 
-def _overlap(one: list[int], two: list[int]) -> float:
+def _iou(one: list[int], two: list[int]) -> float:
     """Intersection over union of two boxes."""
     width = min(one[2], two[2]) - max(one[0], two[0])
     height = min(one[3], two[3]) - max(one[1], two[1])
@@ -185,19 +185,19 @@ def main() -> int:
     misses: dict[str, list[str]] = defaultdict(list)
     for trial in tqdm(list(trials(random.Random(f"eval/{options.seed}"), options.each)), mininterval=5):
         raw = model.answer(trial)
-        score, formed = judge(trial, raw)
+        score, well_formed = judge(trial, raw)
         for key in ("all", trial.lang, f"{trial.size[0]}x{trial.size[1]}" if trial.size else "no picture"):
             scores[trial.score, key].append(score)
-            scores["format", key].append(float(formed))
+            scores["format", key].append(float(well_formed))
         if trial.score == "json":
             scores["json exact", "all"].append(float(trial.question.answer in raw))
-        if score < 0.5 or not formed:
-            misses[trial.score].append(f"{trial.question.text} | true: {trial.question.answer} | said: {raw!r}")
+        if score < 0.5 or not well_formed:
+            misses[trial.score].append(f"{trial.question.text} | expected: {trial.question.answer} | given: {raw!r}")
     return report(scores, {k: v[: options.misses] for k, v in misses.items()})
 
 
 def report(scores: dict[tuple[str, str], list[float]], misses: dict[str, list[str]]) -> int:
-    """Print the tables; 1 if a family is below its floor."""
+    """Print the table; returns the exit code, 1 if a family is below its floor."""
     families = [f for f in (*FLOORS, "json exact") if (f, "all") in scores]
     columns = ["all", "en", "zh", *(f"{w}x{h}" for w, h in SIZES)]
     print(f"{'family':12}{'n':>6}" + "".join(f"{c:>10}" for c in columns))

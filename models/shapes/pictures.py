@@ -1,7 +1,7 @@
 """Draws the pictures that the demo model knows: coloured shapes, printed numbers and words, blanks.
 
-Owns geometry and paint; knows nothing of questions, tokens or tensors. Everything follows from a
-`random.Random`, so a seed names a picture. Needs only Pillow (its built-in font included).
+Owns geometry and paint; knows nothing of questions, tokens or tensors. All randomness comes from a `random.Random`, so a
+seed determines a picture. Needs only Pillow and its built-in font.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ BACKGROUNDS = (
     (255, 255, 255), (255, 255, 255), (245, 245, 245), (225, 225, 225), (250, 243, 225), (226, 238, 250),
     (232, 246, 230), (250, 232, 236), (205, 210, 215),
 )  # fmt: skip
-MIN_GAP_X = 0.045  # centres differ by this share of the width, so that "from left to right" is never a guess
+MIN_GAP_X = 0.045  # least distance of centres, as a share of the width, so that "from left to right" is unambiguous
 
 
 @dataclass(frozen=True)
 class Item:
-    """One shape. `box` is (x1, y1, x2, y2) and `size` the longer side, as shares of width and height / short side."""
+    """One shape. `box` is (x1, y1, x2, y2) in shares of width and height, `size` the longer side in shares of the picture's
+    shorter side."""
 
     color: str
     shape: str
@@ -48,7 +49,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows. `kind` is shapes, number, word or blank; items run from left to right."""
+    """The content of a picture. `kind` is shapes, number, word or blank; items are ordered from left to right."""
 
     kind: str
     items: tuple[Item, ...] = ()
@@ -64,7 +65,7 @@ def draw_scene(
     count: int | None = None,
     most: int = MAX_ITEMS,
 ) -> tuple[Image.Image, Scene]:
-    """Draw a random picture of `size` (width, height in pixels), with `count` or up to `most` shapes, and say what is in it."""
+    """Draw a random picture of `size` (width, height in pixels) with `count`, or up to `most`, shapes."""
     kind = kind or rng.choices(("shapes", "number", "word", "blank"), (0.70, 0.12, 0.14, 0.04))[0]
     if kind == "blank":
         return _background(rng, size), Scene("blank")
@@ -75,7 +76,7 @@ def draw_scene(
 
 
 def _random_items(rng: random.Random, count: int) -> list[tuple[str, str]]:
-    """(colour, shape) pairs; in a third of the pictures things often share one or both, so that counting matters."""
+    """(colour, shape) pairs; in a third of the pictures items often share one or both, so that counting matters."""
     alike = 0.5 if rng.random() < 0.35 else 0.0
     items: list[tuple[str, str]] = []
     for _ in range(count):
@@ -88,20 +89,20 @@ def _random_items(rng: random.Random, count: int) -> list[tuple[str, str]]:
     return items
 
 
-def draw_shapes(wanted: list[tuple[str, str]], size: tuple[int, int] = (320, 240), seed: int = 0) -> Image.Image:
-    """Draw these (colour, shape) pairs, from left to right. Raises ValueError on an unknown name or too many."""
-    for color, shape in wanted:
+def draw_shapes(shapes: list[tuple[str, str]], size: tuple[int, int] = (320, 240), seed: int = 0) -> Image.Image:
+    """Draw (colour, shape) pairs, from left to right. Raises ValueError for an unknown name or too many."""
+    for color, shape in shapes:
         if color not in COLORS or shape not in SHAPES:
-            raise ValueError(f"no such thing to draw: {color} {shape}. Colours: {list(COLORS)}. Shapes: {list(SHAPES)}")
-    if len(wanted) > MAX_ITEMS:
-        raise ValueError(f"at most {MAX_ITEMS} shapes. Given: {len(wanted)}")
-    if not wanted:
+            raise ValueError(f"cannot draw {color} {shape}. Colours: {list(COLORS)}. Shapes: {list(SHAPES)}")
+    if len(shapes) > MAX_ITEMS:
+        raise ValueError(f"at most {MAX_ITEMS} shapes. Given: {len(shapes)}")
+    if not shapes:
         return _background(random.Random(seed), size)
-    return _draw_items(random.Random(seed), size, wanted)[0]
+    return _draw_items(random.Random(seed), size, shapes)[0]
 
 
 def draw_text(text: str, size: tuple[int, int] = (320, 200), seed: int = 0) -> Image.Image:
-    """Print a number or a word in capitals."""
+    """Draw a number, or a word in capitals."""
     return _draw_printed(random.Random(seed), size, text, "number" if text.isdigit() else "word")[0]
 
 
@@ -127,12 +128,12 @@ def _shade(rng: random.Random, color: str) -> tuple[int, int, int]:
     return tuple(max(0, min(255, c + rng.randint(-spread, spread))) for c in COLORS[color])  # type: ignore[return-value]
 
 
-def _draw_items(rng: random.Random, size: tuple[int, int], wanted: list[tuple[str, str]]) -> tuple[Image.Image, Scene]:
+def _draw_items(rng: random.Random, size: tuple[int, int], shapes: list[tuple[str, str]]) -> tuple[Image.Image, Scene]:
     picture = _background(rng, size)
     draw = ImageDraw.Draw(picture)
     items = []
-    for (color, shape), (cx, cy, radius) in zip(wanted, _places(rng, size, len(wanted)), strict=True):
-        points = _outline(shape, cx, cy, radius, _turn(rng, shape))
+    for (color, shape), (cx, cy, radius) in zip(shapes, _circles(rng, size, len(shapes)), strict=True):
+        points = _outline(shape, cx, cy, radius, _angle(rng, shape))
         _paint(draw, rng, points, _shade(rng, color), radius)
         xs, ys = [p[0] for p in points], [p[1] for p in points]
         box = (
@@ -143,33 +144,33 @@ def _draw_items(rng: random.Random, size: tuple[int, int], wanted: list[tuple[st
     return picture, Scene("shapes", tuple(sorted(items, key=lambda item: item.center[0])))
 
 
-def _places(rng: random.Random, size: tuple[int, int], count: int) -> list[tuple[float, float, float]]:
-    """Places (x, y, radius) from left to right that do not touch, smaller the longer none is found."""
+def _circles(rng: random.Random, size: tuple[int, int], count: int) -> list[tuple[float, float, float]]:
+    """Circles (x, y, radius) from left to right that do not touch; they shrink with each failed attempt."""
     width, height = size
     short = min(size)
     largest = {1: 0.38, 2: 0.30, 3: 0.25, 4: 0.22, 5: 0.20}[count]
     for attempt in range(400):
         shrink = 0.997**attempt
-        places: list[tuple[float, float, float]] = []
+        circles: list[tuple[float, float, float]] = []
         for _ in range(count):
             radius = short * shrink * rng.uniform(0.115 / shrink if shrink > 0.9 else 0.10, largest)
             x = rng.uniform(radius * 1.06, width - radius * 1.06)
             y = rng.uniform(radius * 1.06, height - radius * 1.06)
-            apart = all(math.hypot(x - a, y - b) > radius + r + 0.02 * short for a, b, r in places)
-            if not apart or any(abs(x - a) < MIN_GAP_X * width for a, _, _ in places):
+            apart = all(math.hypot(x - a, y - b) > radius + r + 0.02 * short for a, b, r in circles)
+            if not apart or any(abs(x - a) < MIN_GAP_X * width for a, _, _ in circles):
                 break
-            places.append((x, y, radius))
-        if len(places) == count:
-            return sorted(places)
-    step = width / count  # always possible: one row
+            circles.append((x, y, radius))
+        if len(circles) == count:
+            return sorted(circles)
+    step = width / count  # one row always fits
     return [(step * (i + 0.5), height / 2, min(step, height) * 0.36) for i in range(count)]
 
 
-def _turn(rng: random.Random, shape: str) -> float:
+def _angle(rng: random.Random, shape: str) -> float:
     return {"circle": 0.0, "heart": rng.uniform(-0.5, 0.5)}.get(shape, rng.uniform(0, 2 * math.pi))
 
 
-def _outline(shape: str, cx: float, cy: float, radius: float, turn: float) -> list[tuple[float, float]]:
+def _outline(shape: str, cx: float, cy: float, radius: float, angle: float) -> list[tuple[float, float]]:
     if shape == "circle":
         unit = [(math.cos(t), math.sin(t)) for t in (2 * math.pi * i / 48 for i in range(48))]
     elif shape == "square":
@@ -190,7 +191,7 @@ def _outline(shape: str, cx: float, cy: float, radius: float, turn: float) -> li
     else:
         a, b = 0.30, 0.92
         unit = [(a, b), (a, a), (b, a), (b, -a), (a, -a), (a, -b), (-a, -b), (-a, -a), (-b, -a), (-b, a), (-a, a), (-a, b)]
-    cos, sin = math.cos(turn), math.sin(turn)
+    cos, sin = math.cos(angle), math.sin(angle)
     return [(cx + radius * (x * cos - y * sin), cy + radius * (x * sin + y * cos)) for x, y in unit]
 
 
@@ -216,7 +217,7 @@ def _draw_printed(rng: random.Random, size: tuple[int, int], text: str, kind: st
     font = ImageFont.load_default(font_size)
     left, top, right, bottom = font.getbbox(text)
     fit = min(0.92 * width / (right - left), 0.80 * height / (bottom - top))
-    # at least 0.62 of what fits, so that a letter stays readable after the picture is scaled down
+    # At least 0.62 of what fits, so that letters stay readable after the picture is scaled down.
     font_size = max(8.0, 100.0 * fit * rng.uniform(0.62, 0.97))
     font = ImageFont.load_default(font_size)
     stroke = rng.choice((0, 0, 1, 2)) * font_size / 50

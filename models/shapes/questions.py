@@ -1,8 +1,7 @@
-"""What people ask about the drawn pictures, and the true answers, in English and Chinese.
+"""Questions about the drawn pictures with their true answers, in English and Chinese.
 
-Owns wording; knows nothing of pixels, tokens or tensors. Each family is a function that takes a
-`random.Random`, a language and a `Scene`, and returns a `Question`, or None where the picture does
-not allow one (two red circles have no single place).
+Knows nothing of pixels, tokens or tensors. Each family is a function that takes a `random.Random`, a language and a
+`Scene`, and returns a `Question`, or None where the picture does not allow one (two red circles have no single position).
 """
 
 from __future__ import annotations
@@ -29,7 +28,10 @@ from models.shapes.wording import (
 
 
 def ask(rng: random.Random, lang: str, scene: Scene, family: str | None = None) -> Question:
-    """Ask something that this picture can answer (or, now and then, something that it cannot)."""
+    """A random question about this picture, sometimes one about something that it does not show.
+
+    Raises ValueError if the picture allows no question of the given family.
+    """
     if family:
         for _ in range(50):
             if question := FAMILIES[family](rng, lang, scene):
@@ -110,10 +112,10 @@ def _shape(rng: random.Random, lang: str, scene: Scene) -> Question | None:
 
 
 def _target(rng: random.Random, scene: Scene) -> tuple[str | None, str | None]:
-    """A colour, a shape or both to count or to forbid, usually one that is there."""
-    there = rng.choice(scene.items) if scene.items and rng.random() < 0.8 else None
-    color = there.color if there else rng.choice(tuple(COLORS))
-    shape = there.shape if there else rng.choice(SHAPES)
+    """A colour, a shape or both to count or to forbid, usually one that occurs in the picture."""
+    present = rng.choice(scene.items) if scene.items and rng.random() < 0.8 else None
+    color = present.color if present else rng.choice(tuple(COLORS))
+    shape = present.shape if present else rng.choice(SHAPES)
     return rng.choices(((color, None), (None, shape), (color, shape)), (4, 4, 3))[0]
 
 
@@ -139,8 +141,8 @@ def _count(rng: random.Random, lang: str, scene: Scene) -> Question:
         )  # fmt: skip
     name = name_of(lang, color, shape)
     think = f"I count the {plural(name, 2)}." if lang == "en" else f"我数一数{name}。"
-    found = tuple(matching(scene, color, shape))
-    return Question("count", lang, text, counted(lang, len(found), color, shape), think, (Mention(found, many),))
+    matches = tuple(matching(scene, color, shape))
+    return Question("count", lang, text, counted(lang, len(matches), color, shape), think, (Mention(matches, many),))
 
 
 def description(lang: str, scene: Scene) -> str:
@@ -194,7 +196,7 @@ def _read(rng: random.Random, lang: str, scene: Scene) -> Question:
 
 
 def box_of(item: Item) -> tuple[int, int, int, int]:
-    """The box in 0-1000 of each side, rounded to tens: finer than that the small model cannot see."""
+    """The box in thousandths of each side, rounded to tens, the resolution of the small model."""
     return tuple(min(1000, max(0, round(v * 100) * 10)) for v in item.box)  # type: ignore[return-value]
 
 
@@ -205,8 +207,8 @@ def _where(rng: random.Random, lang: str, scene: Scene) -> Question | None:
         item = Item(rng.choice(tuple(COLORS)), rng.choice(SHAPES), (0, 0, 0, 0), 0)
     by_shape = len([i for i in scene.items if i.shape == item.shape]) <= 1 and rng.random() < 0.5
     color = None if by_shape else item.color
-    found = matching(scene, color, item.shape)
-    if len(found) > 1:
+    matches = matching(scene, color, item.shape)
+    if len(matches) > 1:
         return None
     said = said_as(rng, lang, color, item.shape)
     text = pick(
@@ -217,12 +219,12 @@ def _where(rng: random.Random, lang: str, scene: Scene) -> Question | None:
     )  # fmt: skip
     name = name_of(lang, color, item.shape)
     think = f"I look for the {name}." if lang == "en" else f"我找{name}。"
-    if not found:
+    if not matches:
         answer = f"There is no {name} in the picture." if lang == "en" else f"图中没有{name}。"
     else:
-        x1, y1, x2, y2 = box_of(found[0])
+        x1, y1, x2, y2 = box_of(matches[0])
         answer = f"<|begin_of_box|>[[{x1},{y1},{x2},{y2}]]<|end_of_box|>"
-    return Question("where", lang, text, answer, think, (Mention(tuple(found), said),))
+    return Question("where", lang, text, answer, think, (Mention(tuple(matches), said),))
 
 
 def _moderate(rng: random.Random, lang: str, scene: Scene) -> Question:
@@ -238,16 +240,16 @@ def _moderate(rng: random.Random, lang: str, scene: Scene) -> Question:
         (f"这张图片违反规则“不许有{name}”吗？", f"规则：不许有{name}。图片违规吗？", f"请审核图片，规则：不许有{name}。", f"检查规则：禁止{name}。",
          f"规则是禁止{name}，这张图违规吗？", f"如果不允许{name}，这张图合规吗？"),
     )  # fmt: skip
-    found = matching(scene, color, shape)
+    matches = matching(scene, color, shape)
     if lang == "en":
-        culprit = a(name_of(lang, found[0].color, found[0].shape)) if found else ""
-        answer = f"Yes, it breaks the rule: there is {culprit}." if found else f"No, it follows the rule: there are no {many}."
+        culprit = a(name_of(lang, matches[0].color, matches[0].shape)) if matches else ""
+        answer = f"Yes, it breaks the rule: there is {culprit}." if matches else f"No, it follows the rule: there are no {many}."
         think = f"I check for {many}."
     else:
-        culprit = name_of(lang, found[0].color, found[0].shape) if found else ""
-        answer = f"违规：图中有{culprit}。" if found else f"不违规：图中没有{name}。"
+        culprit = name_of(lang, matches[0].color, matches[0].shape) if matches else ""
+        answer = f"违规：图中有{culprit}。" if matches else f"不违规：图中没有{name}。"
         think = f"我检查有没有{name}。"
-    return Question("moderate", lang, text, answer, think, (Mention(tuple(found), many if lang == "en" else name),))
+    return Question("moderate", lang, text, answer, think, (Mention(tuple(matches), many if lang == "en" else name),))
 
 
 def objects_json(scene: Scene) -> str:
@@ -272,7 +274,7 @@ FAMILIES: dict[str, Callable[[random.Random, str, Scene], Question | None]] = {
     "color": _color, "shape": _shape, "count": _count, "compare": compare, "describe": _describe,
     "read": _read, "where": _where, "moderate": _moderate, "json": _json,
 }  # fmt: skip
-# what is learned last is asked most: to count and to compare
+# Counting and comparing are learned last, so they are asked most.
 WEIGHTS_BY_KIND = {
     "shapes": {"color": 4, "shape": 1, "count": 10, "compare": 10, "describe": 3, "read": 0.3, "where": 4, "moderate": 3, "json": 1.2},
     "number": {"read": 7, "describe": 2, "count": 0.5, "color": 0.3, "where": 0.3, "moderate": 0.4, "json": 1.2},

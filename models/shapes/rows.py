@@ -1,9 +1,8 @@
 """Packs conversations about drawn pictures into training rows.
 
-A row is a tree of segments: a shared beginning (the picture) and branches (conversations about it)
-that cannot see each other, so that one pass over a picture teaches many answers. Owns packing,
-positions and masks; knows nothing of the model. The text of a segment is what the chat template
-renders for the same messages (a test compares them).
+A row is a tree of segments: a shared prefix (the picture) and branches (conversations about it) that cannot attend to
+each other, so that one pass over a picture teaches many answers. Owns packing, positions and masks; knows nothing of the
+model. The text of a segment equals what the chat template renders for the same messages (a test compares them).
 """
 
 from __future__ import annotations
@@ -29,18 +28,19 @@ STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
 
 
 def grids() -> list[tuple[int, int]]:
-    """Every (rows, columns) of cells that a picture of aspect 1:3 to 3:1 can become."""
-    found = set()
-    for rows in range(2, 12):
-        for columns in range(2, 12):
-            if MIN_CELLS <= rows * columns <= MAX_CELLS and max(rows, columns) <= 3 * min(rows, columns):
-                found.add((rows, columns))
-    return sorted(found)
+    """All grids (rows, columns) of cells of pictures with an aspect ratio from 1:3 to 3:1."""
+    sides = range(2, 12)
+    return [
+        (rows, columns)
+        for rows in sides
+        for columns in sides
+        if MIN_CELLS <= rows * columns <= MAX_CELLS and max(rows, columns) <= 3 * min(rows, columns)
+    ]
 
 
 @dataclass
 class Picture:
-    """A drawn picture as the vision tower takes it: `patches` [rows*columns*4, 1176] float32."""
+    """A drawn picture as the vision encoder takes it: `patches` [rows * columns * 4, 1176] float32."""
 
     scene: Scene
     grid: tuple[int, int]
@@ -69,14 +69,14 @@ def patchify(image: Image.Image) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Asked:
-    """The text of a question up to where its answer begins, and the shapes that its words mean."""
+    """The text from a question to the beginning of its answer, and the shapes that its words refer to."""
 
     question: str
     rest: str
     mentions: tuple[Mention, ...]
 
     def last_characters(self) -> list[tuple[int, tuple[Item, ...]]]:
-        """For each mention, the place of its last character in the text, and what it means."""
+        """For each mention, the index of its last character in the text, and the shapes that it refers to."""
         return [(self.question.index(m.said) + len(m.said or self.question) - 1, m.items) for m in self.mentions]
 
 
@@ -85,19 +85,19 @@ Piece = str | Picture | Asked | tuple[str]
 
 @dataclass
 class Row:
-    """Token ids with M-RoPE positions, segment tree, the tokens to learn and the tokens that end a mention."""
+    """Token ids with M-RoPE positions, segment tree, tokens to learn and last tokens of mentions."""
 
     ids: list[int] = field(default_factory=list)
     positions: list[tuple[int, int, int]] = field(default_factory=list)
     segment: list[int] = field(default_factory=list)
     parent: list[int] = field(default_factory=list)
     learn: list[bool] = field(default_factory=list)
-    pictures: list[Picture] = field(default_factory=list)  # one for each run of picture tokens, in order
-    mentions: list[tuple[int, tuple[Item, ...]]] = field(default_factory=list)  # (token, what is meant)
+    pictures: list[Picture] = field(default_factory=list)  # one for each run of image tokens, in order
+    mentions: list[tuple[int, tuple[Item, ...]]] = field(default_factory=list)  # (last token, shapes)
     ends: list[int] = field(default_factory=list)  # the next position after each segment
 
     def add(self, tokenizer, pieces: list[Piece], parent: int = -1) -> int:
-        """Append a segment: strings are read, one-string tuples are learned, pictures are seen. Returns its number."""
+        """Append a segment of context (strings), text to learn (tuples of one string) and pictures. Returns its number."""
         number = len(self.ends)
         position = self.ends[parent] if parent >= 0 else 0
         for piece in pieces:
@@ -129,7 +129,7 @@ def image_pieces(picture: Picture) -> list[Piece]:
 
 
 def turn(question: Question, thinking: bool, end: str = "<|user|>") -> list[Piece]:
-    """One question and its learned answer, from the question's text to the token that ends the answer."""
+    """A question and the answer to learn, from the question's text to the token that ends the answer."""
     if thinking:
         asked = Asked(question.text, "<|assistant|>", question.mentions)
         return [asked, (f"\n<think>{question.think}</think>\n{question.answer}{end}",)]
@@ -138,7 +138,7 @@ def turn(question: Question, thinking: bool, end: str = "<|user|>") -> list[Piec
 
 
 def past_turn(question: Question, thinking: bool) -> list[Piece]:
-    """A turn that lies back: its thought is gone."""
+    """An earlier turn, without its thought."""
     if thinking:
         return [Asked(question.text, f"<|assistant|>\n<think></think>\n{question.answer}<|user|>\n", question.mentions)]
     return [*turn(question, False), "\n"]
@@ -171,7 +171,7 @@ class RowMaker:
                 return row
 
     def _conversation(self, scene: Scene) -> list[Piece]:
-        """One question, or (a quarter of the time) a second one after it, sometimes the same again."""
+        """One question, in a quarter of cases with a second one after it, which may be the same."""
         thinking = self.rng.random() < 0.35
         lang = self._lang()
         first = ask(self.rng, lang, scene)
@@ -267,12 +267,11 @@ class RowMaker:
 
 @dataclass
 class Batch:
-    """Arrays for one step. T = longest row, N = picture count, C = picture cells in all.
+    """Arrays for one step of B rows of up to T tokens.
 
-    ids [B,T]; positions [3,B,T]; mask [B,1,T,T] bool, true where attention is allowed;
-    labels [B,T], -100 where nothing is learned; image_slots [B,T] bool.
-    groups: (grid, patches [n, patches, 1176], scenes) of equal-sized pictures; `picture_order` gives,
-    for each run of picture tokens, (group, index). mentions: (row, token, what is meant there).
+    ids [B, T]; positions [3, B, T]; mask [B, 1, T, T] bool, true where attention is allowed; labels [B, T], -100 where
+    nothing is learned; image_slots [B, T] bool. groups: (grid, patches [n, patches, 1176], scenes) of pictures of one size;
+    picture_order: (group, index) for each run of image tokens. mentions: (row, last token, shapes).
     """
 
     ids: np.ndarray
@@ -286,7 +285,7 @@ class Batch:
 
 
 def collate(rows: list[Row], image_id: int) -> Batch:
-    """Pad rows on the right and gather each distinct picture once."""
+    """Pad rows on the right and collect each distinct picture once."""
     size, longest = len(rows), max(len(r.ids) for r in rows)
     longest = math.ceil(longest / 16) * 16
     ids = np.zeros((size, longest), np.int64)
@@ -295,25 +294,25 @@ def collate(rows: list[Row], image_id: int) -> Batch:
     mask = np.zeros((size, longest, longest), bool)
     causal = np.tril(np.ones((longest, longest), bool))
     by_grid: dict[tuple[int, int], list[Picture]] = {}
-    places: dict[int, tuple[tuple[int, int], int]] = {}
+    index_of: dict[int, tuple[tuple[int, int], int]] = {}
     runs: list[tuple[tuple[int, int], int]] = []
     for b, row in enumerate(rows):
         n = len(row.ids)
         ids[b, :n] = row.ids
         positions[:, b, :n] = np.array(row.positions).T
         segment, parent = np.array(row.segment), np.array(row.parent)
-        sees = (segment[:, None] == segment[None]) | (parent[:, None] == segment[None])
-        mask[b, :n, :n] = sees & causal[:n, :n]
-        mask[b, range(longest), range(longest)] = True  # padding sees itself: no empty softmax
+        visible = (segment[:, None] == segment[None]) | (parent[:, None] == segment[None])
+        mask[b, :n, :n] = visible & causal[:n, :n]
+        mask[b, range(longest), range(longest)] = True  # padding attends to itself: no empty softmax
         learn = np.array(row.learn)
         follows = learn[1:] & (segment[1:] == segment[:-1])
         labels[b, : n - 1][follows] = ids[b, 1:n][follows]
         for picture in row.pictures:
-            if id(picture) not in places:
+            if id(picture) not in index_of:
                 group = by_grid.setdefault(picture.grid, [])
-                places[id(picture)] = (picture.grid, len(group))
+                index_of[id(picture)] = (picture.grid, len(group))
                 group.append(picture)
-            runs.append(places[id(picture)])
+            runs.append(index_of[id(picture)])
     order = list(by_grid)
     groups = [(g, np.stack([p.patches for p in by_grid[g]]), [p.scene for p in by_grid[g]]) for g in order]
     picture_order = [(order.index(g), i) for g, i in runs]

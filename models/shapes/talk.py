@@ -1,6 +1,6 @@
-"""Talk around the pictures: greetings, what the model can do, no picture, two pictures, tools.
+"""Questions that need no picture, or more than one: greetings, what the model can do, two pictures, tool calls.
 
-Owns wording, like `questions.py`; the difference is that these need no picture, or more than one.
+Knows nothing of pixels, tokens or tensors.
 """
 
 from __future__ import annotations
@@ -78,13 +78,13 @@ def off_topic(rng: random.Random, lang: str) -> Question:
 
 
 def without_picture(question: Question) -> Question:
-    """The same question where no picture was sent."""
+    """The same question without a picture."""
     think = "There is no picture." if question.lang == "en" else "没有图片。"
     return Question("no_picture", question.lang, question.text, NO_PICTURE[question.lang], think)
 
 
 def _loosely(rng: random.Random, text: str) -> str:
-    """As people type: sometimes without capitals or the closing mark."""
+    """As people type: sometimes without capitals or final punctuation."""
     roll = rng.random()
     if roll < 0.12:
         return text.lower()
@@ -117,10 +117,11 @@ def two_pictures(rng: random.Random, lang: str, scenes: tuple[Scene, Scene]) -> 
 
 
 def tool_question(rng: random.Random, lang: str, scene: Scene) -> tuple[Question, str]:
-    """A count that the tool can make: the question whose answer is the call, and the reply to the tool's result."""
-    there = rng.choice(scene.items) if scene.items and rng.random() < 0.7 else None
-    color = there.color if there else rng.choice(tuple(COLORS))
-    shape = there.shape if there else rng.choice(SHAPES)
+    """A question that the tool can answer: its answer is the call. Also the tool's result and the final answer, as
+    `result|answer`."""
+    present = rng.choice(scene.items) if scene.items and rng.random() < 0.7 else None
+    color = present.color if present else rng.choice(tuple(COLORS))
+    shape = present.shape if present else rng.choice(SHAPES)
     said = said_as(rng, lang, color, shape)
     many = plural(said, 2)
     if lang == "en":

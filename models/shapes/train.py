@@ -1,10 +1,10 @@
-"""Trains the demo model from nothing: `python -m models.shapes.train`.
+"""Trains the demo model from scratch: `python -m models.shapes.train`.
 
-Two stages. First the vision tower alone learns to name what lies under each 28x28 cell (dense
-supervision: an answer's loss alone teaches it slowly). Then everything learns the answers, with two side
-tasks: the cells, and at each name in a question which shapes it means (to look something up by its name
-is otherwise learned last). Seeded; state is saved as it goes and taken up again by the same command.
-With several processes (default: one per core) each draws its own pictures and gradients are averaged.
+Two stages. First the vision encoder alone learns what each 28x28 cell shows: dense supervision, because the loss of the
+answers alone teaches it slowly. Then the whole model learns the answers, with two auxiliary tasks: the cells, and the
+shapes that each name in a question refers to, because looking up a shape by its name is otherwise learned last. Seeded;
+the state is saved regularly, and the same command resumes from it. With several processes (by default one for each core)
+each draws its own pictures, and gradients are averaged.
 """
 
 from __future__ import annotations
@@ -38,24 +38,24 @@ COLOR_IDS = {name: i + 1 for i, name in enumerate(COLORS)}
 SHAPE_IDS = {name: i + 1 for i, name in enumerate(SHAPES)}
 CHARS = "0123456789" + WORD_LETTERS
 CHAR_IDS = {char: i + 1 for i, char in enumerate(CHARS)}
-SIDE_TASK = 0.3  # weight of the side tasks' losses in the second stage
-MENTION_LAYER = 3  # after so many of the text's layers a name knows what it means: the rest can copy it to the answer
-EASY_SHARE = 0.25  # of the second stage, with at most three shapes in a picture
+AUXILIARY_WEIGHT = 0.3  # of the auxiliary losses in the second stage
+MENTION_LAYER = 3  # text layers after which a name is resolved; the rest can copy from it to the answer
+EASY_SHARE = 0.25  # first part of the second stage, with at most three shapes in a picture
 
 
 def equal_length_attention(self, hidden_states, cu_seqlens, position_embeddings=None, **kwargs):
-    """The vision attention for pictures of one size: one call for all instead of one for each."""
+    """Replaces Glm4vVisionAttention.forward for images of one size: one call for all instead of one for each."""
     tokens, pictures = hidden_states.shape[0], len(cu_seqlens) - 1
     q, k, v = self.qkv(hidden_states).reshape(tokens, 3, self.num_heads, -1).permute(1, 0, 2, 3).unbind(0)
     q, k = modeling_glm4v.apply_rotary_pos_emb_vision(q, k, *position_embeddings)
     q, k, v = (x.reshape(pictures, tokens // pictures, self.num_heads, -1).transpose(1, 2) for x in (q, k, v))
-    # in bfloat16 on a CPU, twice as fast forward and back as the fused attention
+    # In bfloat16 on a CPU, forward and backward are twice as fast as with the fused attention.
     weights = torch.softmax(torch.matmul(q * self.scaling, k.transpose(-1, -2)), dim=-1)
     return self.proj(torch.matmul(weights, v).transpose(1, 2).reshape(tokens, -1))
 
 
 class CellHeads(nn.Module):
-    """Reads each picture token: what covers its cell (colour, shape, letter), is it a centre, and the box."""
+    """Predicts from each image token what covers its cell (colour, shape, letter), whether it is a centre, and the box."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -63,7 +63,7 @@ class CellHeads(nn.Module):
         self.read = nn.Linear(width, sum(self.sizes))
 
     def loss(self, cells: torch.Tensor, targets: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """cells [n, width]; targets as `cell_targets` gives them."""
+        """cells [n, width]; targets: those of `cell_targets`."""
         color, shape, char, center, box = self.read(cells).split(self.sizes, dim=-1)
         t_color, t_shape, t_char, t_center, t_box = targets
         covered = (t_color > 0).float()
@@ -74,25 +74,25 @@ class CellHeads(nn.Module):
 
 
 class MentionHead(nn.Module):
-    """Reads the token that ends a name: how many shapes it means, and colour, shape and box of the first."""
+    """Predicts from the last token of a name how many shapes it refers to, and colour, shape and box of the first."""
 
     def __init__(self, width: int):
         super().__init__()
         self.sizes = (MAX_ITEMS + 1, len(COLORS) + 1, len(SHAPES) + 1, 4)
         self.read = nn.Sequential(nn.RMSNorm(width), nn.Linear(width, sum(self.sizes)))
 
-    def loss(self, names: torch.Tensor, meant: list[tuple[Item, ...]]) -> torch.Tensor:
-        """names [n, width], the hidden states; meant, the shapes of each."""
+    def loss(self, names: torch.Tensor, referents: list[tuple[Item, ...]]) -> torch.Tensor:
+        """names: hidden states [n, width]; referents: the shapes of each."""
         count, color, shape, box = self.read(names).split(self.sizes, dim=-1)
         to = lambda values: torch.tensor(values, device=names.device)  # noqa: E731
-        there = to([bool(items) for items in meant])
-        loss = F.cross_entropy(count, to([len(items) for items in meant]))
-        if not there.any():
+        present = to([bool(items) for items in referents])
+        loss = F.cross_entropy(count, to([len(items) for items in referents]))
+        if not present.any():
             return loss
-        first = [items[0] for items in meant if items]
-        loss = loss + F.cross_entropy(color[there], to([COLOR_IDS[i.color] for i in first]))
-        loss = loss + F.cross_entropy(shape[there], to([SHAPE_IDS[i.shape] for i in first]))
-        return loss + 3 * (box[there] - to([i.box for i in first])).abs().sum(-1).mean()
+        first = [items[0] for items in referents if items]
+        loss = loss + F.cross_entropy(color[present], to([COLOR_IDS[i.color] for i in first]))
+        loss = loss + F.cross_entropy(shape[present], to([SHAPE_IDS[i.shape] for i in first]))
+        return loss + 3 * (box[present] - to([i.box for i in first])).abs().sum(-1).mean()
 
 
 def cell_targets(scene: Scene, grid: tuple[int, int]) -> tuple[np.ndarray, ...]:
@@ -101,17 +101,17 @@ def cell_targets(scene: Scene, grid: tuple[int, int]) -> tuple[np.ndarray, ...]:
     color, shape, char = (np.zeros((rows, columns), np.int64) for _ in range(3))
     center = np.zeros((rows, columns), np.float32)
     box = np.zeros((rows, columns, 4), np.float32)
-    best = np.full((rows, columns), 0.12, np.float32)  # a cell counts as covered from this overlap on
+    best = np.full((rows, columns), 0.12, np.float32)  # least overlap of a covered cell
     for item in scene.items:
         overlap = _overlap(item.box, grid)
         x, y = item.center
         r, c = min(rows - 1, int(y * rows)), min(columns - 1, int(x * columns))
-        overlap[r, c] = 2.0  # the cell of the centre always belongs to it
+        overlap[r, c] = 2.0  # the cell of the centre always counts
         won = overlap > best
         best[won], color[won], shape[won], box[won] = overlap[won], COLOR_IDS[item.color], SHAPE_IDS[item.shape], item.box
         center[r, c] = 1
-    for letter, place in scene.char_boxes:
-        overlap = _overlap(place, grid)
+    for letter, char_box in scene.char_boxes:
+        overlap = _overlap(char_box, grid)
         won = overlap > best
         best[won], char[won] = overlap[won], CHAR_IDS[letter]
     return color.ravel(), shape.ravel(), char.ravel(), center.ravel(), box.reshape(-1, 4)
@@ -128,25 +128,25 @@ def _overlap(box: tuple[float, float, float, float], grid: tuple[int, int]) -> n
 
 
 @dataclass
-class Meeting:
-    """Where the processes of one machine leave their gradients: `gradients` [processes, parameters], shared memory."""
+class SharedGradients:
+    """The gradients of the processes of one machine, in shared memory: `values` [processes, parameters]."""
 
-    gradients: torch.Tensor
-    all_here: Barrier
+    values: torch.Tensor
+    barrier: Barrier
 
 
-def usual_grids(rng: random.Random) -> list[tuple[int, int]]:
-    """Two grids for a step: large pictures are scaled to the most cells, small ones to the fewest, so these come more often."""
-    known = grids()
-    usual = [(rows, columns) for rows, columns in known if not MIN_CELLS < rows * columns < 0.75 * MAX_CELLS]
-    return [rng.choice(usual if rng.random() < 0.6 else known) for _ in range(2)]
+def sample_grids(rng: random.Random) -> list[tuple[int, int]]:
+    """Two grids for a step. Those with the most or fewest cells are more frequent, as large and small pictures get them."""
+    every = grids()
+    frequent = [(rows, columns) for rows, columns in every if not MIN_CELLS < rows * columns < 0.75 * MAX_CELLS]
+    return [rng.choice(frequent if rng.random() < 0.6 else every) for _ in range(2)]
 
 
 class Trainer:
     """One process's share of the training."""
 
-    def __init__(self, options: argparse.Namespace, rank: int = 0, meeting: Meeting | None = None):
-        self.options, self.rank, self.meeting = options, rank, meeting
+    def __init__(self, options: argparse.Namespace, rank: int = 0, shared: SharedGradients | None = None):
+        self.options, self.rank, self.shared = options, rank, shared
         self.device = torch.device(options.device)
         torch.manual_seed(options.seed)
         modeling_glm4v.Glm4vVisionAttention.forward = equal_length_attention
@@ -162,7 +162,7 @@ class Trainer:
         self.parts: dict[str, float] = {}
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
-        """Muon for the matrices inside the blocks, AdamW for the rest."""
+        """Muon for the matrices of the blocks, AdamW for the rest."""
         matrices, rest = [], []
         for name, parameter in self.model.named_parameters():
             inside = parameter.ndim == 2 and (".blocks." in name or ".layers." in name or ".merger." in name)
@@ -183,8 +183,8 @@ class Trainer:
         saved, shown = time.monotonic(), []
         while self.step < options.steps:
             rng = random.Random(f"{options.seed}/{self.step}/{self.rank}")
-            # the same sizes in every process, so that none waits for another
-            here = usual_grids(random.Random(f"{options.seed}/{self.step}"))
+            # The same sizes in every process, so that none waits for another.
+            here = sample_grids(random.Random(f"{options.seed}/{self.step}"))
             loss = self._learn_cells(rng, here) if self.step < dense_steps else self._learn_answers(rng, here)
             self._average_gradients()
             nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -202,7 +202,7 @@ class Trainer:
                 saved = time.monotonic()
 
     def _set_rate(self, dense_steps: int) -> None:
-        """Warm up in each stage; fall to a hundredth along a cosine over the second."""
+        """Warm-up in each stage; cosine decay to a hundredth in the second."""
         if self.step < dense_steps:
             share = min(1.0, (self.step + 1) / 50)
         else:
@@ -212,9 +212,9 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * share
 
-    def _see(self, groups) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Run the vision tower; returns the cells of each group [n, cells, width] and the side task's loss."""
-        seen, losses = [], []
+    def _encode(self, groups) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Run the vision encoder; returns the features of each group [n, cells, width] and the loss of the cells."""
+        features, losses = [], []
         for grid, patches, scenes in groups:
             pixels = torch.from_numpy(patches).to(self.device).flatten(0, 1)
             thw = torch.tensor([[1, 2 * grid[0], 2 * grid[1]]] * len(scenes), device=self.device)
@@ -223,20 +223,20 @@ class Trainer:
             targets = [cell_targets(scene, grid) for scene in scenes]
             stacked = [torch.from_numpy(np.concatenate(t)).to(self.device) for t in zip(*targets, strict=True)]
             losses.append(self.heads["cells"].loss(cells, tuple(stacked)) * len(scenes))
-            seen.append(cells.view(len(scenes), grid[0] * grid[1], -1))
-        return seen, sum(losses, torch.zeros(())) / max(1, sum(len(g[2]) for g in groups))
+            features.append(cells.view(len(scenes), grid[0] * grid[1], -1))
+        return features, sum(losses, torch.zeros(())) / max(1, sum(len(g[2]) for g in groups))
 
     def _learn_cells(self, rng: random.Random, here: list[tuple[int, int]]) -> float:
         groups = []
         for grid in here:
             pictures = [draw(rng, grid) for _ in range(self.options.rows // 2)]
             groups.append((grid, np.stack([p.patches for p in pictures]), [p.scene for p in pictures]))
-        loss = self._see(groups)[1]
+        loss = self._encode(groups)[1]
         loss.backward()
         return loss.item()
 
     def _learn_answers(self, rng: random.Random, here: list[tuple[int, int]]) -> float:
-        """One step over all rows, in two parts of like length, so that little is padding."""
+        """One step over all rows, in two batches of rows of similar length, to save padding."""
         done = (self.step - self.options.dense_steps) / (self.options.steps - self.options.dense_steps)
         maker = RowMaker(self.tokenizer, rng, most_items=3 if done < EASY_SHARE else MAX_ITEMS)
         rows = sorted((maker.row(here) for _ in range(self.options.rows)), key=lambda row: len(row.ids))
@@ -248,7 +248,7 @@ class Trainer:
         for batch, tokens in zip(batches, learned, strict=True):
             losses = self._answer_losses(batch)
             share = tokens / sum(learned)
-            loss = share * (losses["answers"] + SIDE_TASK * (losses["cells"] + losses["mentions"]))
+            loss = share * (losses["answers"] + AUXILIARY_WEIGHT * (losses["cells"] + losses["mentions"]))
             loss.backward()
             total += loss.item()
             for name, value in losses.items():
@@ -256,11 +256,11 @@ class Trainer:
         return total
 
     def _answer_losses(self, batch: Batch) -> dict[str, torch.Tensor]:
-        seen, cells_loss = self._see(batch.groups)
+        features, cells_loss = self._encode(batch.groups)
         to = lambda array: torch.from_numpy(array).to(self.device)  # noqa: E731
         language = self.model.model.language_model
         embeds = language.embed_tokens(to(batch.ids))
-        cells = torch.cat([seen[group][index] for group, index in batch.picture_order])
+        cells = torch.cat([features[group][index] for group, index in batch.picture_order])
         embeds = embeds.masked_scatter(to(batch.image_slots)[..., None], cells)
         blocked = torch.where(to(batch.mask), 0.0, torch.finfo(torch.float32).min)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.bf16):
@@ -276,18 +276,18 @@ class Trainer:
     def _mentions_loss(self, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
         if not batch.mentions:
             return torch.zeros((), device=self.device)
-        rows, tokens, meant = zip(*batch.mentions, strict=True)
-        return self.heads["mentions"].loss(hidden[list(rows), list(tokens)].float(), list(meant))
+        rows, tokens, referents = zip(*batch.mentions, strict=True)
+        return self.heads["mentions"].loss(hidden[list(rows), list(tokens)].float(), list(referents))
 
     def _average_gradients(self) -> None:
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        if self.meeting:
-            self.meeting.gradients[self.rank] = torch.cat([p.grad.flatten() for p in self.parameters])
-            self.meeting.all_here.wait()
-            mean = self.meeting.gradients.mean(0)
-            self.meeting.all_here.wait()  # nobody writes the next gradients before all have read these
+        if self.shared:
+            self.shared.values[self.rank] = torch.cat([p.grad.flatten() for p in self.parameters])
+            self.shared.barrier.wait()
+            mean = self.shared.values.mean(0)
+            self.shared.barrier.wait()  # the next gradients must not be written before all have read these
             for parameter, part in zip(self.parameters, mean.split([p.numel() for p in self.parameters]), strict=True):
                 parameter.grad.copy_(part.view_as(parameter))
 
@@ -313,33 +313,33 @@ class Trainer:
 
 
 def write_checkpoint(model: Glm4vForConditionalGeneration, tokenizer, folder: Path) -> None:
-    """Write weights (bfloat16, half the size) and everything that loading needs."""
+    """Write the weights in bfloat16, half their size, and all files that loading needs."""
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
     write_processing(folder, tokenizer)
 
 
-def work(rank: int, options: argparse.Namespace, meeting: Meeting) -> None:
+def work(rank: int, options: argparse.Namespace, shared: SharedGradients) -> None:
     torch.set_num_threads(1)
-    Trainer(options, rank, meeting).run()
+    Trainer(options, rank, shared).run()
 
 
 def train_in_processes(options: argparse.Namespace) -> None:
-    """One process for each share of the pictures, one thread each: on small matrices better than more threads."""
+    """Data parallelism with one thread for each process: faster than more threads on small matrices."""
     size = sum(p.numel() for p in Trainer(options).parameters)
     context = mp.get_context("spawn")
-    meeting = Meeting(torch.zeros(options.processes, size).share_memory_(), context.Barrier(options.processes))
-    mp.spawn(work, (options, meeting), nprocs=options.processes, daemon=True)
+    shared = SharedGradients(torch.zeros(options.processes, size).share_memory_(), context.Barrier(options.processes))
+    mp.spawn(work, (options, shared), nprocs=options.processes, daemon=True)
 
 
 def main() -> None:
     cpus = os.cpu_count() or 1
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=FOLDER, help="where the checkpoint is written")
-    parser.add_argument("--state", type=Path, default=FOLDER / ".train", help="what a resumed run needs")
-    parser.add_argument("--init", type=Path, help="a checkpoint to go on from, with --dense-steps 0; without it, from nothing")
+    parser.add_argument("--state", type=Path, default=FOLDER / ".train", help="folder of the state that a run resumes from")
+    parser.add_argument("--init", type=Path, help="checkpoint to start from, with --dense-steps 0; default: from scratch")
     parser.add_argument("--steps", type=int, default=6200)
-    parser.add_argument("--dense-steps", type=int, default=1600, help="how many of them are the first stage")
-    parser.add_argument("--rows", type=int, default=16, help="rows (about one picture each) in a step, for each process")
+    parser.add_argument("--dense-steps", type=int, default=1600, help="steps of the first stage")
+    parser.add_argument("--rows", type=int, default=16, help="rows (about one picture each) of a step in each process")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -352,7 +352,7 @@ def main() -> None:
     if not (options.state / "tokenizer.json").exists():
         tokenizer = AutoTokenizer.from_pretrained(options.init) if options.init else train_tokenizer(options.seed)
         write_processing(options.state, tokenizer)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an orderly end also ends the child processes
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an orderly exit ends the child processes too
     if options.processes > 1:
         train_in_processes(options)
     else:

@@ -1,6 +1,6 @@
-"""How the drawn things are called, in English and Chinese.
+"""The names of the drawn shapes, in English and Chinese.
 
-Owns names and grammar; the questions themselves are in `questions.py`, `comparisons.py` and `talk.py`.
+Owns names and grammar; the questions are in `questions.py`, `comparisons.py` and `talk.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SHAPE_EN_SAID = {
 
 @dataclass(frozen=True)
 class Mention:
-    """Words of a question and the shapes that they mean. Without words, the question as a whole means them."""
+    """Words of a question and the shapes that they refer to. `said` is empty if the question as a whole refers to them."""
 
     items: tuple[Item, ...]
     said: str = ""
@@ -32,7 +32,7 @@ class Mention:
 
 @dataclass(frozen=True)
 class Question:
-    """One question, its true answer, and the sentence that thinking writes before it."""
+    """A question, its true answer, and the thought before the answer."""
 
     family: str
     lang: str
@@ -52,7 +52,7 @@ def name_of(lang: str, color: str | None, shape: str | None) -> str:
 
 
 def said_as(rng: random.Random, lang: str, color: str | None, shape: str) -> str:
-    """A name as a person may say it in a question."""
+    """A name as it may occur in a question."""
     if lang == "en":
         return " ".join(word for word in (color, rng.choice(SHAPE_EN_SAID[shape])) if word)
     middle = rng.choice(("", "的")) if color else ""
@@ -75,9 +75,10 @@ def pick(rng: random.Random, lang: str, en: tuple[str, ...], zh: tuple[str, ...]
     return rng.choice(en if lang == "en" else zh)
 
 
-def only(items: tuple[Item, ...], **wanted: str) -> Item | None:
-    found = [i for i in items if all(getattr(i, k) == v for k, v in wanted.items())]
-    return found[0] if len(found) == 1 else None
+def only(items: tuple[Item, ...], **attributes: str) -> Item | None:
+    """The item with these attributes, if there is exactly one."""
+    matches = [i for i in items if all(getattr(i, k) == v for k, v in attributes.items())]
+    return matches[0] if len(matches) == 1 else None
 
 
 def matching(scene: Scene, color: str | None, shape: str | None) -> list[Item]:

@@ -16,9 +16,8 @@ from api.engine.kernels import build
 from api.engine.loaded_model import Model
 from settings import Settings
 
-# Kernels are compiled only for processors that support them.
-collect_ignore = [] if build.fit_processor() else ["server/test_compiled_server.py"]
-
+# Kernels are compiled for supported processors only.
+collect_ignore = [] if build.processor_supported() else ["server/test_compiled_server.py"]
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Callable[..., Served]]:

@@ -1,7 +1,7 @@
-"""A model without weights for tests: same interface, instant, deterministic, with failures on demand.
+"""A model without weights for tests: the same interface, instant and deterministic, with failures on demand.
 
-A function of the prompt text gives its answers. A prompt that contains HANG, FAIL or CRASH
-makes its step hang until released, raise, or lose the device.
+A function of the prompt text gives the answer. A prompt that contains HANG, FAIL or CRASH makes its step hang until
+released, raise, or lose the device.
 """
 
 from __future__ import annotations
@@ -20,30 +20,29 @@ from api.engine.loaded_model import Capacity, Model, SampledToken, SamplingDefau
 from api.engine.request import ImageInput
 from api.engine.scheduler import Batch, EncodeTask
 from api.engine.sequence import Sequence
-from api.engine.text.tokenizer import MARKUP, Vocabulary
+from api.engine.text.markup import MARKUP
+from api.engine.text.tokenizer import Vocabulary
 
 SPECIAL = (
     "<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>",
     "<|begin_of_image|>", "<|end_of_image|>", "<|image|>",
 )  # fmt: skip
 END = ("<|endoftext|>", "<|user|>", "<|observation|>")
-
-
 FAIL_COLOUR = (6, 6, 6)  # an image of this colour cannot be encoded
 
 
 class DeviceLost(RuntimeError):
-    """Simulates a CUDA error."""
+    """Stands for a CUDA error."""
 
 
 class OutOfMemory(RuntimeError):
-    """Simulates torch.OutOfMemoryError."""
+    """Stands for torch.OutOfMemoryError."""
 
 
 def byte_tokenizer() -> Tokenizer:
     """One token per byte, and GLM's special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={char: token for token, char in enumerate(alphabet)}, merges=[]))
+    tokenizer = Tokenizer(models.BPE(vocab={char: index for index, char in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(text, special=True) for text in SPECIAL])
@@ -52,7 +51,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 class FakeTemplate:
-    """GLM's prompt format, as far as tests depend on it."""
+    """The parts of GLM's prompt format that tests look at."""
 
     def render(self, messages: list[dict[str, Any]], tools: list[Any] | None, enable_thinking: bool) -> str:
         out = "[gMASK]<sop>"
@@ -74,7 +73,7 @@ class FakeTemplate:
 
 
 class FakeImageProcessor:
-    """One token for each 28 x 28 pixels; the patches are the mean colour, so a test can see the image."""
+    """One token for each 28 x 28 pixels; the patches are the mean colour, by which tests recognize the image."""
 
     def count_tokens(self, width: int, height: int) -> int:
         rows, columns = max(height // 28, 1), max(width // 28, 1)
@@ -88,7 +87,7 @@ class FakeImageProcessor:
 
 
 class FakeRunner:
-    """Its KV cache holds the keys of the tokens themselves, so that every read can be checked."""
+    """Its KV cache stores the tokens' prefix cache keys, so that every read can be checked."""
 
     def __init__(
         self,
@@ -101,13 +100,13 @@ class FakeRunner:
         self._answer = answer
         self._token_s = token_s
         self._page_tokens = page_tokens
-        self._kv: dict[tuple[int, int], Any] = {}  # page and row in it -> key of the token stored there
-        self.release = threading.Event()  # ends a hanging step
-        self.hanging = threading.Event()  # set when a step hangs
+        self._kv: dict[tuple[int, int], Any] = {}  # page and index in it -> key of the token stored there
+        self.release = threading.Event()  # lets a hanging step continue
+        self.hanging = threading.Event()  # set when a step has begun to hang
         self.decoded: list[str] = []  # request ids in the order of their tokens
-        self.encoded: list[Any] = []  # the patches of every image that went through the vision encoder
+        self.encoded: list[Any] = []  # the patches of every encoded image
         self.batches: list[Batch] = []
-        self.most_rows = 10**9  # more decoding sequences than this do not fit into memory
+        self.most_rows = 10**9  # more sequences in a batch do not fit into memory
         self.slices = 1  # steps that encoding an image takes
 
     def warm_up(self) -> None:
@@ -127,8 +126,8 @@ class FakeRunner:
 
     def copy_pages(self, copies: Items[Copy]) -> None:
         for copy in copies:
-            for row in range(copy.tokens):
-                self._kv[copy.target, row] = self._kv[copy.source, row]
+            for index in range(copy.tokens):
+                self._kv[copy.target, index] = self._kv[copy.source, index]
 
     def begin(self, sequence: Sequence) -> None:
         if sequence.state is None:
@@ -156,13 +155,13 @@ class FakeRunner:
 
     def _compute(self, sequence: Sequence, start: int, end: int) -> None:
         assert sequence.block_table is not None
-        rows = [(sequence.block_table.pages[i // self._page_tokens], i % self._page_tokens) for i in range(end)]
-        stored = [self._kv.get(row) for row in rows[:start]]
-        assert stored == sequence.keys[:start], f"{sequence.request.id} would read another sequence's keys and values"
+        slots = [(sequence.block_table.pages[i // self._page_tokens], i % self._page_tokens) for i in range(end)]
+        stored = [self._kv.get(slot) for slot in slots[:start]]
+        assert stored == sequence.keys[:start], f"{sequence.request.id} would read another request's keys and values"
         for number, span in enumerate(sequence.spans):
             if start < span.end and end > span.start:
                 assert sequence.features[number] == span.image.patches, "these are another image's features"
-        self._kv.update(zip(rows[start:], sequence.keys[start:end], strict=True))
+        self._kv.update(zip(slots[start:], sequence.keys[start:end], strict=True))
 
     def _next(self, sequence: Sequence) -> SampledToken:
         self.decoded.append(sequence.request.id)
@@ -179,7 +178,7 @@ class FakeRunner:
 
 
 def echo(prompt: str, images: list[Any]) -> str:
-    """Answer with the last message; the byte tokenizer has no text for special tokens."""
+    """Answer with the last line of the prompt; the byte tokenizer has no text for special tokens."""
     return f"I see {len(images)} pictures. " + prompt.rsplit("\n", 1)[-1].removesuffix("<think></think>")
 
 
@@ -192,7 +191,7 @@ def fake_model(
     page_tokens: int = 16,
     chunk_tokens: int = 4096,
 ) -> Model:
-    """A model with `slots` slots; by default its KV cache has room for one full context more."""
+    """A model with room for `slots` requests; by default its KV cache holds as many full contexts."""
     vocabulary = Vocabulary(byte_tokenizer())
     pages = pages or (slots + 1) * -(-context_tokens // page_tokens)
     return Model(

@@ -24,7 +24,7 @@ def test_percentiles_lie_between_the_nearest_values():
     assert percentile([], 0.5) is None
 
 
-def test_a_cell_counts_tokens_over_the_whole_time_and_leaves_failures_out():
+def test_a_cell_counts_tokens_over_its_duration_without_failures():
     samples = [
         sample(0.0, [1.0, 2.0, 3.0], 3),
         sample(0.0, [2.0, 4.0], 5, turn=2),  # five tokens in two pieces

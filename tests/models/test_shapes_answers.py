@@ -33,7 +33,7 @@ def judged(model):
 
 
 @pytest.mark.parametrize("family", FLOORS)
-def test_a_family_is_answered_as_well_as_measured_before(judged, family):
+def test_a_family_reaches_its_floor(judged, family):
     scores = judged[family]
 
     # few trials: what a model exactly at its floor may miss by chance (about two standard deviations) is allowed
@@ -42,7 +42,7 @@ def test_a_family_is_answered_as_well_as_measured_before(judged, family):
     assert sum(scores) / len(scores) >= floor - slack
 
 
-def test_two_pictures_get_two_answers_and_a_blank_one_neither(model):
+def test_answers_depend_on_the_picture(model):
     question = "What color is the circle?"
 
     assert ask(model, draw_shapes([("red", "circle")], seed=11), question).startswith("The circle is red.")
@@ -65,5 +65,5 @@ SAMPLES = Path(__file__).resolve().parents[2] / "web" / "samples"
         ("shapes.png", "描述这张图片。", "从左到右：红色圆形、蓝色星形、绿色正方形。"),
     ],
 )
-def test_the_first_thing_that_a_newcomer_clicks_is_answered_rightly(model, file, question, word):
+def test_the_samples_of_the_page_are_answered_correctly(model, file, question, word):
     assert word in ask(model, Image.open(SAMPLES / file).convert("RGB"), question)

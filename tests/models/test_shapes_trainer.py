@@ -44,7 +44,7 @@ def cut_off(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])
-def test_a_run_that_was_cut_off_goes_on_and_its_checkpoint_answers(tmp_path, cut_off, processes):
+def test_an_interrupted_run_resumes_and_its_checkpoint_answers(tmp_path, cut_off, processes):
     shutil.copytree(cut_off, tmp_path, dirs_exist_ok=True)
 
     again = train(tmp_path, *FROM_NOTHING, "--processes", processes, "--steps", "3")
@@ -55,7 +55,7 @@ def test_a_run_that_was_cut_off_goes_on_and_its_checkpoint_answers(tmp_path, cut
     assert isinstance(Model(tmp_path / "out", "cpu").answer(trial), str)
 
 
-def test_training_can_go_on_from_the_shipped_weights(tmp_path):
+def test_training_can_continue_from_the_shipped_weights(tmp_path):
     shown = train(tmp_path, "--init", str(FOLDER), "--dense-steps", "0", "--steps", "2", "--processes", "1")
 
     # from nothing the answers' loss is above 5 for dozens of steps; the shipped weights know them already

@@ -26,7 +26,7 @@ def processor():
 
 
 @pytest.mark.parametrize("thinking", [True, False])
-def test_a_packed_conversation_reads_as_the_chat_template_writes_it(tokenizer, thinking):
+def test_a_packed_conversation_equals_the_rendered_chat_template(tokenizer, thinking):
     picture = draw(random.Random(1), (4, 5), kind="shapes")
     question = ask(random.Random(2), "zh", picture.scene)
     row = Row()
@@ -49,13 +49,13 @@ def test_training_patches_equal_the_processors(processor):
     np.testing.assert_allclose(patchify(image), seen["pixel_values"], atol=2e-5)
 
 
-def test_every_trained_grid_is_one_the_processor_makes(processor):
+def test_every_grid_is_one_that_the_processor_makes(processor):
     for rows, columns in grids():
         image, _ = draw_scene(random.Random(4), (columns * 28, rows * 28))
         assert processor(image, return_tensors="np")["image_grid_thw"].tolist() == [[1, 2 * rows, 2 * columns]]
 
 
-def test_branches_of_a_row_cannot_see_each_other(tokenizer):
+def test_branches_of_a_row_do_not_attend_to_each_other(tokenizer):
     row = RowMaker(tokenizer, random.Random(5), {"packed": 1.0}).row(grids())
     batch = collate([row], tokenizer.convert_tokens_to_ids("<|image|>"))
     segment = np.array(row.segment)
@@ -82,7 +82,7 @@ def test_only_answers_are_learned(tokenizer):
 
 @pytest.mark.parametrize("lang", ["en", "zh"])
 @pytest.mark.parametrize("family", ["color", "shape", "count", "compare", "where", "moderate"])
-def test_a_mention_ends_where_its_words_end_and_means_what_they_say(tokenizer, family, lang):
+def test_a_mention_has_the_last_token_and_the_shapes_of_its_words(tokenizer, family, lang):
     rng = random.Random(f"mention/{family}/{lang}")
     seen = 0
     while seen < 40:
@@ -103,7 +103,7 @@ def test_a_mention_ends_where_its_words_end_and_means_what_they_say(tokenizer, f
         seen += 1
 
 
-def test_a_count_means_all_that_is_counted():
+def test_the_mention_of_a_count_has_all_counted_shapes():
     rng = random.Random(10)
     for _ in range(100):
         _, scene = draw_scene(rng, (200, 150), kind="shapes")
@@ -139,7 +139,7 @@ def test_counts_and_boxes_are_those_of_the_picture():
             assert item in matching(scene, item.color, item.shape)
 
 
-def test_objects_as_json_parse_and_name_every_object():
+def test_the_json_answer_lists_every_object():
     rng = random.Random(8)
     _, scene = draw_scene(rng, (200, 150), kind="shapes", count=4)
 
@@ -148,21 +148,21 @@ def test_objects_as_json_parse_and_name_every_object():
     assert [(o["color"], o["shape"]) for o in answer["objects"]] == [(i.color, i.shape) for i in scene.items]
 
 
-def test_the_tool_call_is_in_the_models_own_form():
+def test_the_tool_call_has_the_format_of_the_model():
     question, reply = talk.tool_question(random.Random(9), "en", draw_scene(random.Random(9), (200, 150), kind="shapes")[1])
 
     assert question.answer.startswith("<tool_call>count_objects\n<arg_key>color</arg_key>\n<arg_value>")
     assert reply.split("|")[0].isdigit()
 
 
-def test_a_seed_names_a_picture():
+def test_a_seed_determines_a_picture():
     wanted = [("red", "circle"), ("blue", "square")]
 
     assert draw_shapes(wanted, seed=3).tobytes() == draw_shapes(wanted, seed=3).tobytes()
     assert draw_shapes(wanted, seed=3).tobytes() != draw_shapes(wanted, seed=4).tobytes()
 
 
-def test_drawing_names_what_it_does_not_know():
+def test_drawing_refuses_unknown_shapes_and_too_many():
     with pytest.raises(ValueError, match="pink circle"):
         draw_shapes([("pink", "circle")])
     with pytest.raises(ValueError, match="at most 5"):

@@ -1,2 +1,2 @@
-"""Owns the compiled CPU operations: their source, compiling, trying them out in a child process, loading.
-Implements the interface of api.engine.model.operations; knows nothing of requests, and nobody in model knows of it."""
+"""Owns the compiled CPU kernels: source, compilation, trial in a child process, loading.
+May not know requests or the runner; implements the interface of api.engine.model.operations."""

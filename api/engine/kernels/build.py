@@ -1,8 +1,8 @@
-"""Compiles the operations for this machine's CPU, has them tried out in a child process, and keeps what was found.
+"""Compiles the kernels for this machine's CPU, tries them in a child process, and caches library and result.
 
-A library is kept in a cache folder under a name that says for which source, torch and processor it is, and beside it
-whether it computed what torch computes. So a library that ends the child, hangs or computes something else is tried once
-and never loaded by a server. Whatever fails here raises KernelError, and the server computes with torch.
+The library's file name is a fingerprint of source, torch, compiler and processor; the result of its trial is stored
+beside it. So a library that crashes, hangs or computes wrong results is tried once and never loaded by a server. Every
+failure raises KernelError, and the server computes with torch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 SOURCE = Path(__file__).with_name("kernels.cpp")
 HEADERS = tuple(Path(__file__).with_name(name) for name in ("attention.h", "checks.h", "products.h"))
 PROJECT = Path(__file__).resolve().parents[3]
-# What kernels.cpp is written for.
+# The limits of kernels.cpp.
 PAGE_TOKENS = 16
 HEAD_DIMS = range(16, 257, 16)
 TARGET = ("-march=native",)
@@ -37,29 +37,29 @@ TRIAL_LIMIT_S = 120.0
 
 
 class KernelError(RuntimeError):
-    """There are no compiled operations; the message says why."""
+    """The compiled kernels cannot be used; the message is the reason."""
 
 
-def fit_processor() -> bool:
-    """Whether anything is compiled for this processor."""
-    return "avx512_bf16" in _processor()
+def processor_supported() -> bool:
+    return "avx512_bf16" in _processor_flags()
 
 
-def multiplies() -> bool:
-    """Whether the products are faster than oneDNN's: not with AMX, which only oneDNN uses."""
-    return fit_processor() and "amx_bf16" not in _processor()
+def has_fast_products() -> bool:
+    """Whether the compiled products are faster than oneDNN's: not with AMX, which only oneDNN uses."""
+    return processor_supported() and "amx_bf16" not in _processor_flags()
 
 
-def obstacle(device: str, dtype: torch.dtype, page_tokens: int, head_dims: tuple[int, ...]) -> str | None:
-    """Why the kernels cannot be used for a model, or None."""
+def unsupported(device: str, dtype: torch.dtype, page_tokens: int, head_dims: tuple[int, ...]) -> str | None:
+    """Why the kernels do not support a model, or None if they do."""
     if device != "cpu":
-        return "for the CPU only"
+        return "the compiled kernels are for the CPU only"
     if dtype != torch.bfloat16:
-        return f"for bfloat16 only, and this is {str(dtype).removeprefix('torch.')}"
+        return f"the compiled kernels are for bfloat16 only. Given: {str(dtype).removeprefix('torch.')}"
     if page_tokens != PAGE_TOKENS or any(dim not in HEAD_DIMS for dim in head_dims):
-        return f"not for heads of {' and '.join(map(str, head_dims))} in pages of {page_tokens}"
-    if not fit_processor():
-        return "for processors with AVX512_BF16 only"
+        dims = " and ".join(map(str, head_dims))
+        return f"the compiled kernels do not support heads of {dims} dimensions in pages of {page_tokens} tokens"
+    if not processor_supported():
+        return "the compiled kernels need a processor with AVX512_BF16"
     return None
 
 
@@ -68,7 +68,7 @@ def cache_folder() -> Path:
 
 
 class PendingLibrary:
-    """Compiles and tries a library in a thread of its own, while weights are loaded."""
+    """Compiles and tries the library in a background thread while weights are loaded."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder or cache_folder()
@@ -78,7 +78,8 @@ class PendingLibrary:
         self._thread.start()
 
     def wait(self, limit_s: float) -> Path:
-        """The library, tried. Raises KernelError if there is none, or none yet; then it goes on for the next start."""
+        """The library, once it has passed its trial. Raises KernelError if it fails or is not ready in time; in the
+        latter case the thread continues, for the next start."""
         self._thread.join(limit_s)
         if self._thread.is_alive():
             raise KernelError(f"compiling takes longer than {limit_s:g} s; the next start will use them")
@@ -88,13 +89,13 @@ class PendingLibrary:
 
     def _run(self) -> None:
         try:
-            self._library = tried(compiled(self._folder))
+            self._library = try_library(compile_library(self._folder))
         except (KernelError, OSError) as error:
             self._error = error
 
 
-def compiled(folder: Path) -> Path:
-    """The library for this machine: the one that is there, or a new one. Raises KernelError, OSError."""
+def compile_library(folder: Path) -> Path:
+    """The library for this machine, compiled unless it is in the cache `folder`. Raises KernelError, OSError."""
     compiler = _compiler()
     library = folder / f"kernels-{_fingerprint(compiler)}.so"
     if library.is_file():
@@ -102,38 +103,38 @@ def compiled(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     torch_folder = Path(torch.__file__).parent
     with tempfile.TemporaryDirectory(dir=folder) as work:
-        made = Path(work) / library.name
-        _run([compiler, *FLAGS, *TARGET, f"-I{torch_folder / 'include'}", "-c", str(SOURCE), "-o", f"{made}.o"])
-        # Not linked with -fopenmp: torch brings the one OpenMP runtime whose threads both must share.
-        _run([compiler, "-shared", f"{made}.o", "-o", str(made), f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"])
-        made.replace(library)
+        output = Path(work) / library.name
+        _run([compiler, *FLAGS, *TARGET, f"-I{torch_folder / 'include'}", "-c", str(SOURCE), "-o", f"{output}.o"])
+        # Not linked with -fopenmp: the kernels must share the OpenMP runtime and threads of torch.
+        _run([compiler, "-shared", f"{output}.o", "-o", str(output), f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"])
+        output.replace(library)
     return library
 
 
-def tried(library: Path) -> Path:
-    """The library, once a child process has compared it with torch; what was found is kept beside it.
+def try_library(library: Path) -> Path:
+    """Compare the library with torch in a child process, unless an earlier start has done so; returns it if it passes.
 
-    Raises KernelError if it did not pass, now or at an earlier start, and OSError.
+    Raises KernelError if it fails, now or at an earlier start, and OSError.
     """
-    found = library.with_suffix(".trial")  # empty: it passed; else why it did not
-    if not found.is_file():
+    result = library.with_suffix(".trial")  # empty if it passed, else the reason
+    if not result.is_file():
         unfinished = library.with_suffix(f".trial-{os.getpid()}")
         unfinished.write_text(_try_in_child(library), "utf-8")
-        unfinished.replace(found)
-    if reason := found.read_text("utf-8"):
-        raise KernelError(f"{reason} (remove {found} to try again)")
+        unfinished.replace(result)
+    if reason := result.read_text("utf-8"):
+        raise KernelError(f"{reason} (remove {result} to try again)")
     return library
 
 
 def _try_in_child(library: Path) -> str:
-    """Why a library must not be loaded, or an empty string."""
+    """Why the library must not be loaded, or an empty string."""
     command = [sys.executable, "-m", "api.engine.kernels.trial", str(library)]
     try:
         done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=TRIAL_LIMIT_S, check=False)
     except subprocess.TimeoutExpired:
-        return f"the compiled operations did not finish their trial within {TRIAL_LIMIT_S:g} s"
+        return f"the trial of the compiled kernels did not finish within {TRIAL_LIMIT_S:g} s"
     if done.returncode < 0:
-        return f"the compiled operations ended their trial with {signal.Signals(-done.returncode).name}"
+        return f"the trial of the compiled kernels was killed by {signal.Signals(-done.returncode).name}"
     if done.returncode:
         return (done.stdout.strip() or done.stderr.strip() or "the trial failed without a message").splitlines()[-1][:300]
     return ""
@@ -141,31 +142,30 @@ def _try_in_child(library: Path) -> str:
 
 def _compiler() -> str:
     for name in (os.environ.get("CXX"), "g++", "clang++"):
-        if name and (found := shutil.which(name)):
-            return found
-    raise KernelError("there is no C++ compiler (install g++ for faster answers)")
+        if name and (path := shutil.which(name)):
+            return path
+    raise KernelError("no C++ compiler was found (install g++ for faster answers)")
 
 
-def _processor() -> str:
-    """What this processor can do: a library for another one may end the process."""
+def _processor_flags() -> str:
     with suppress(OSError):
-        found = re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text("ascii"), re.MULTILINE)
-        if found:
-            return found[1]
+        flags = re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text("ascii"), re.MULTILINE)
+        if flags:
+            return flags[1]
     return platform.processor()
 
 
 def _fingerprint(compiler: str) -> str:
     sources = (file.read_text("utf-8") for file in (SOURCE, *HEADERS))
-    parts = (*sources, torch.__version__, compiler, " ".join((*FLAGS, *TARGET)), _processor())
+    parts = (*sources, torch.__version__, compiler, " ".join((*FLAGS, *TARGET)), _processor_flags())
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=8).hexdigest()
 
 
 def _run(command: list[str]) -> None:
-    try:  # loading the weights comes first
+    try:  # at low priority: the weights are being loaded
         done = subprocess.run(["nice", *command], capture_output=True, text=True, timeout=COMPILE_LIMIT_S, check=False)
     except subprocess.TimeoutExpired:
         raise KernelError(f"{command[0]} took longer than {COMPILE_LIMIT_S:g} s") from None
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
-        raise KernelError(f"{command[0]} ended with code {done.returncode}: {lines[0] if lines else 'no message'}")
+        raise KernelError(f"{command[0]} failed with exit code {done.returncode}: {lines[0] if lines else 'no message'}")

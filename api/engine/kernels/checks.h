@@ -1,4 +1,4 @@
-// What the operations demand of their arguments. Every check stands before a parallel region: none may throw inside.
+// Checks of the operations' arguments. They run before any parallel region, because nothing may throw inside one.
 
 #pragma once
 
@@ -12,7 +12,7 @@ namespace glm {
 
 using at::Tensor;
 
-// A contiguous CPU tensor of `dims` dimensions.
+// Requires a contiguous CPU tensor of `dims` dimensions.
 inline void check_tensor(const Tensor& tensor, at::ScalarType type, int64_t dims, const char* operation, const char* name) {
   TORCH_CHECK(tensor.device().is_cpu() && tensor.scalar_type() == type && tensor.dim() == dims && tensor.is_contiguous(),
               operation, ": ", name, " must be a contiguous CPU tensor of ", type, " with ", dims, " dimensions. Given: ",
@@ -27,7 +27,7 @@ inline void check_size(const Tensor& tensor, int64_t dim, int64_t size, const ch
   TORCH_CHECK(tensor.size(dim) == size, operation, ": dimension ", dim, " of ", name, " must be ", size, ". Given: ", tensor.sizes());
 }
 
-// Numbers from `least` to `end` - 1, as pages, slots and lengths must be.
+// Requires numbers from `least` to `end` - 1: page numbers, slots and lengths must stay within their tensors.
 inline void check_range(const Tensor& numbers, int64_t least, int64_t end, const char* operation, const char* name) {
   const int64_t* number = numbers.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < numbers.numel(); ++i)

@@ -1,6 +1,6 @@
-// What a model computes, in bfloat16 on a CPU with AVX512_BF16: matrix products and attention with that instruction, and
-// the small operations between them each in one sweep over its rows, where torch needs several, so that the threads
-// which multiply do not fall asleep in between.
+// The operations of a model in bfloat16 on a CPU with AVX512_BF16: matrix products and attention with that instruction,
+// and each operation between them in one sweep over its rows where torch needs several, so that the OpenMP threads do
+// not fall asleep in between.
 //
 // Compiled by build.py, called by operations.py. Numbers are computed in float32 and rounded where torch rounds them.
 // Arguments are checked before anything is computed (checks.h); no parallel region allocates memory or throws.
@@ -27,7 +27,7 @@ namespace {
 using at::Tensor;
 using glm::bf16;
 
-constexpr int64_t ROWS_EACH = 4;  // fewer are not worth waking a thread
+constexpr int64_t ROWS_EACH = 4;  // at least, for each thread: fewer do not pay for waking it
 
 inline float wide(bf16 x) {
   const uint32_t bits = static_cast<uint32_t>(x.x) << 16;
@@ -36,7 +36,7 @@ inline float wide(bf16 x) {
   return number;
 }
 
-inline bf16 narrow(float number) {  // to nearest, ties to even; nothing here is a NaN unless all is lost anyway
+inline bf16 narrow(float number) {  // to nearest, ties to even; NaN is not handled
   uint32_t bits;
   std::memcpy(&bits, &number, sizeof bits);
   bits += 0x7FFF + ((bits >> 16) & 1);
@@ -54,7 +54,7 @@ void check_norm(const Tensor& weight, int64_t size, const char* operation) {
   glm::check_size(weight, 0, size, operation, "the norm's weight");
 }
 
-// rms_norm(x, weight) of x [rows, size]: what torch needs several sweeps for.
+// rms_norm(x, weight) of x [rows, size].
 Tensor norm(const Tensor& x, const Tensor& weight, double eps) {
   glm::check_bf16(x, 2, "norm", "x");
   const int64_t size = x.size(1);
@@ -108,8 +108,9 @@ std::tuple<Tensor, Tensor> add_norm(const Tensor& x, const Tensor& delta, const 
   return {sum, normed};
 }
 
-// Rotate queries and keys of qkv [rows, heads + 2 * kv_heads, dim] in place, and copy keys and values to the rows
-// `slot_mapping` of kv [tokens, 2 * kv_heads, dim]. cos and sin [rows, heads + 2 * kv_heads, dim]; the sign of the swapped half is in sin.
+// Rotates queries and keys of qkv [rows, heads + 2 * kv_heads, dim] in place, and copies keys and values to the rows
+// `slot_mapping` of kv [tokens, 2 * kv_heads, dim]. cos and sin [rows, heads + 2 * kv_heads, dim]; sin carries the sign of
+// the swapped half.
 void rotate_store(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Tensor& kv, const Tensor& slot_mapping) {
   glm::check_qkv(qkv, kv, "rotate_store");
   for (const Tensor* table : {&cos, &sin}) {
@@ -139,9 +140,9 @@ void rotate_store(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const
   });
 }
 
-// All layers of the text model at once: what Decoder.run does, without Python in between, which would wait for the
-// threads that serve HTTP. `weights` are nine for each layer, in the order of their use; groups of rows that attend alike
-// end at `ends`, and those without `lengths` are parts of prompts. -> the normed rows `logits_indices` [rows, hidden].
+// All layers of the text model in one call, like Decoder._run_layers, but without waiting for Python's lock in between.
+// `weights` are nine for each layer, in the order of their use. Each group of rows, one for each AttentionMetadata, ends
+// at `ends`; those without `lengths` are prefill. -> the normed rows `logits_indices` [rows, hidden].
 Tensor run_layers(const Tensor& inputs, const Tensor& first_norm, at::TensorList weights, at::TensorList kv,
                   const Tensor& cos, const Tensor& sin, const Tensor& slot_mapping, at::IntArrayRef ends,
                   at::TensorList pages, at::TensorList lengths, at::IntArrayRef firsts,
@@ -173,7 +174,7 @@ Tensor run_layers(const Tensor& inputs, const Tensor& first_norm, at::TensorList
   return normed;
 }
 
-// One block of the vision encoder: what VisionEncoder._run does.
+// One block of the vision encoder, like VisionEncoder._run.
 Tensor run_block(const Tensor& inputs, const Tensor& norm1, const Tensor& qkv, const std::optional<Tensor>& bias,
                  const Tensor& out, const Tensor& norm2, const Tensor& gate_up, const Tensor& down, const Tensor& cos,
                  const Tensor& sin, int64_t frames, int64_t heads, double eps) {

@@ -1,25 +1,31 @@
-"""The operations of a model in bfloat16, computed by the compiled library. It must have been loaded before.
+"""The operations of a model in bfloat16, computed by the compiled library, which must have been loaded.
 
-Implements api.engine.model.operations.Operations. The C++ side checks the shapes, types and contiguity of its tensors and
-the page numbers and slots in them, and raises RuntimeError where they do not fit. Engine thread only.
+Implements api.engine.model.operations.Operations. The C++ side checks shapes, types and contiguity of its tensors and
+the bounds of page numbers and slots, and raises RuntimeError if they do not fit. Engine thread only.
 """
 
 from __future__ import annotations
 
 import torch
 
-from api.engine.kernels.build import multiplies
-from api.engine.model.forward_batch import AttentionMetadata, ForwardBatch
-from api.engine.model.linear import Linear, TorchLinear
-from api.engine.model.operations import FusedBlock, FusedDecoder
-from api.engine.model.weights import DecoderLayer, VisionBlock
+from api.engine.kernels.build import has_fast_products
+from api.engine.model.operations import (
+    AttentionMetadata,
+    DecoderLayer,
+    ForwardBatch,
+    FusedBlock,
+    FusedDecoder,
+    Linear,
+    TorchLinear,
+    VisionBlock,
+)
 
-# What a panel of products.h consists of: output features, and input features multiplied at once.
+# A panel of products.h: output features, and input features that one instruction multiplies.
 PANEL, PAIR = 32, 2
 
 
 class PackedLinear:
-    """A matrix in panels of products.h. Raises RuntimeError if there is no memory for them."""
+    """A matrix in panels of products.h. Raises RuntimeError if there is not enough memory."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, gated: bool = False) -> None:
         self.out_features, self.in_features = weight.shape
@@ -37,14 +43,14 @@ class CompiledOperations:
     needs_masks = False
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None, gated: bool = False) -> Linear:
-        """Packed where the processor multiplies faster so and the matrix fits the panels, else oneDNN's."""
+        """Packed in panels where that is faster and the matrix is divisible into them, else for oneDNN."""
         features, inputs = weight.shape
-        if not multiplies() or features % PANEL or inputs % PAIR:
+        if not has_fast_products() or features % PANEL or inputs % PAIR:
             return TorchLinear(weight, bias, gated)
         return PackedLinear(weight, bias, gated)
 
     def fuse_decoder(self, first_norm: torch.Tensor, layers: list[DecoderLayer], eps: float) -> FusedDecoder | None:
-        """All layers in one call, so that Python's lock is free for the threads that serve HTTP."""
+        """All layers in one call, which releases the GIL for the threads that serve HTTP."""
         weights = [tensor for layer in layers for tensor in _decoder_weights(layer)]
         if any(tensor is None for tensor in weights):
             return None
@@ -99,7 +105,7 @@ class CompiledOperations:
 
 
 def _decoder_weights(layer: DecoderLayer) -> tuple[torch.Tensor | None, ...]:
-    """In the order of run_layers in kernels.cpp; None where a matrix is not in panels."""
+    """In the order of run_layers in kernels.cpp; None for a matrix that is not in panels."""
     return (
         _panels(layer.qkv), _bias(layer.qkv), _panels(layer.out), layer.post_attention_norm, layer.pre_mlp_norm,
         _panels(layer.gate_up), _panels(layer.down), layer.post_mlp_norm, layer.next_norm,

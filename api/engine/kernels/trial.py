@@ -1,7 +1,7 @@
-"""python -m api.engine.kernels.trial LIBRARY: does a compiled library compute what torch computes?
+"""python -m api.engine.kernels.trial LIBRARY: compares a compiled library with torch.
 
-A process of its own, because a library for another processor may end it. Exit code 0 if every operation agrees with
-torch on a few random numbers; 1 with the reason on standard output.
+A process of its own, because an illegal instruction would kill it. Exit code 0 if every operation agrees with torch on
+random numbers; 1 with the reason on standard output.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import torch
 
 from api.engine.kernels.build import PAGE_TOKENS, KernelError
 from api.engine.kernels.operations import CompiledOperations
-from api.engine.model.forward_batch import AttentionMetadata
-from api.engine.model.operations import Operations, TorchOperations
+from api.engine.model.operations import AttentionMetadata, Operations, TorchOperations
 
-TOLERANCE = 0.05  # of numbers about 1, in bfloat16
+TOLERANCE = 0.05  # relative and absolute; the numbers are about 1, in bfloat16
 THREADS = 2
 
 
@@ -36,23 +35,23 @@ def compare(ours: Operations) -> None:
     theirs = TorchOperations(PAGE_TOKENS)
     generator = torch.Generator().manual_seed(46)
 
-    def some(*shape: int) -> torch.Tensor:
+    def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(torch.bfloat16)
 
     rows, kv_heads, shared, dim = 5, 2, 5, 64
-    x, delta, delta_norm, next_norm = some(rows, 96), some(rows, 96), some(96), some(96)
-    qkv, kv = some(rows, kv_heads * (shared + 2), dim), some(8 * PAGE_TOKENS, 2 * kv_heads, dim)
-    patches = some(10, 96)
-    cos, sin, slot_mapping = some(*qkv.shape), some(*qkv.shape), torch.arange(rows) * 7
+    x, delta, delta_norm, next_norm = random(rows, 96), random(rows, 96), random(96), random(96)
+    qkv, kv = random(rows, kv_heads * (shared + 2), dim), random(8 * PAGE_TOKENS, 2 * kv_heads, dim)
+    patches = random(10, 96)
+    cos, sin, slot_mapping = random(*qkv.shape), random(*qkv.shape), torch.arange(rows) * 7
     cos[:, -kv_heads:], sin[:, -kv_heads:] = 1, 0  # values are not rotated
     lengths = torch.tensor([1, 16, 17, 40, 48])
     beyond = torch.where(torch.arange(48) < lengths[:, None], 0.0, -torch.inf).to(torch.bfloat16)
     decode = AttentionMetadata(0, rows, torch.arange(15).view(rows, 3) % 8, beyond[:, None, None], lengths)
     later = torch.where(torch.arange(48) <= torch.arange(40, 40 + rows)[:, None], 0.0, -torch.inf).to(torch.bfloat16)
     prefill = AttentionMetadata(0, rows, torch.tensor([5, 0, 3]), later, first=40)
-    image_cos, image_sin = some(10, 16).float(), some(10, 16).float()
+    image_cos, image_sin = random(10, 16).float(), random(10, 16).float()
     for name in ("add_norm", "rotate_store", "attend_decode", "attend_prefill", "attend_image"):
-        found = []
+        results = []
         for operations in (ours, theirs):
             stored = kv.clone()
             arguments = {
@@ -63,9 +62,9 @@ def compare(ours: Operations) -> None:
                 "attend_image": (patches, image_cos, image_sin, 2, 2),
             }[name]
             result = getattr(operations, name)(*arguments)
-            found.append([*(result if isinstance(result, tuple) else [result]), stored])
-        _compare(name, *found)
-    weight, bias = some(64, 96), some(64)
+            results.append([*(result if isinstance(result, tuple) else [result]), stored])
+        _compare(name, *results)
+    weight, bias = random(64, 96), random(64)
     for gated in (False, True):
         linears = [operations.linear(weight, None if gated else bias, gated) for operations in (ours, theirs)]
         _compare("product", [linears[0](x)], [linears[1](x)])
@@ -74,7 +73,7 @@ def compare(ours: Operations) -> None:
 def _compare(name: str, ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
     for one, other in zip(ours, theirs, strict=True):
         if not torch.allclose(one.float(), other.float(), rtol=TOLERANCE, atol=TOLERANCE):
-            raise KernelError(f"{name} computes something else than torch")
+            raise KernelError(f"the results of {name} differ from torch's")
 
 
 if __name__ == "__main__":

@@ -1,2 +1,2 @@
-"""Owns the way from a model's name to a loaded model: download, placement and its reasons, weights, choice of operations.
-Knows nothing of requests; once the model is loaded it is out of the way."""
+"""Owns the steps from a model's name to a loaded model: download, placement and its reasons, weights, choice of operations.
+May not know requests; nothing here runs once the model is loaded."""

@@ -1,4 +1,4 @@
-"""Fetches a model from its hub, Hugging Face (or a mirror given by HF_ENDPOINT) or ModelScope."""
+"""Downloads a model from Hugging Face (or the mirror in HF_ENDPOINT) or ModelScope."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ FILES = ["*.json", "*.jinja", "*.txt", "*.safetensors"]
 
 
 def download(model: str, hub: str, progress: Progress) -> Path:
+    """The folder of a downloaded model. Raises LoadError."""
     fetch = _from_modelscope if hub == "modelscope" else _from_huggingface
     try:
         return fetch(model, progress)
     except LoadError:
         raise
-    except Exception as error:  # the hubs' clients raise many kinds; the operator needs one sentence
+    except Exception as error:  # the hubs' clients raise many types; the operator needs one sentence
         raise LoadError(
-            f"{model} is no folder here and cannot be downloaded from {hub}: {type(error).__name__}: {str(error).splitlines()[0][:200]}. "
+            f"{model} is not a local folder and cannot be downloaded from {hub}: {type(error).__name__}: {str(error).splitlines()[0][:200]}. "
             "Set GLM_MODEL to a folder, GLM_HUB to another hub, or HF_ENDPOINT to a mirror."
         ) from error
 
@@ -32,7 +33,7 @@ def _from_huggingface(model: str, progress: Progress) -> Path:
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
 
         class Bar(tqdm):
-            """Reports the bytes that have come, prints nothing."""
+            """Reports the downloaded bytes instead of printing them."""
 
             def __init__(self, *args: Any, **kwargs: Any) -> None:
                 super().__init__(*args, **{**kwargs, "file": nowhere, "disable": False})

@@ -1,23 +1,27 @@
-"""From a model id or folder to a loaded model: weights on their device, tokenizer, template, image processing.
+"""Loads a model by id or folder: weights on their device, tokenizer, chat template, image processor.
 
-Works without torchvision: images go through the PIL backend of the processor.
+Works without torchvision: the image processor uses its PIL backend.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
-from PIL import Image
 
 from api.engine.config import EngineConfig
-from api.engine.loaded_model import Capacity, LoadError, Model, SamplingDefaults
+from api.engine.loaded_model import (
+    Capacity,
+    CheckpointImageProcessor,
+    CheckpointTemplate,
+    LoadError,
+    Model,
+    SamplingDefaults,
+)
 from api.engine.loading.download import download
 from api.engine.loading.operations import OperationsChoice, without_compiled
 from api.engine.loading.placement import (
@@ -35,24 +39,23 @@ from api.engine.loading.progress import Progress, part, weights_progress
 from api.engine.model.operations import TorchOperations
 from api.engine.model.runner import Glm4vRunner
 from api.engine.process import release_freed_memory
-from api.engine.request import ImageInput
 from api.engine.text.tokenizer import UnsupportedTokenizer, Vocabulary
 
 logger = logging.getLogger(__name__)
 
 CLASSES = {"glm4v": "Glm4vForConditionalGeneration", "glm46v": "Glm46VForConditionalGeneration"}
-LONGEST_CONTEXT = 8192  # unless more is asked for: memory for the KV cache stays modest
+DEFAULT_MAX_CONTEXT = 8192  # keeps the KV cache small; GLM_CONTEXT_TOKENS may set more
 
 
 def load(config: EngineConfig, progress: Progress) -> Model:
-    """Choose, fetch, load. Runs in the engine thread, whose torch thread count it sets. Raises LoadError."""
+    """Choose, download, load. Runs in the engine thread, whose torch thread count it sets. Raises LoadError."""
     progress(0.02)  # torch and transformers are imported
     # 1. Choose what to run and where.
     device = choose_device(config)
     if device.value == "cuda" and not torch.cuda.is_available():
         raise LoadError("GLM_DEVICE is cuda, but torch finds no CUDA GPU.")
     chosen = choose_model(config, device.value, free_gpu_bytes(device.value))
-    # 2. Have its files here.
+    # 2. Locate or download its files.
     local = _local_folder(chosen.value, config.root)
     folder = local or download(chosen.value, config.hub, part(progress, 0.01, 0.5))
     model_type = _read_json(folder / "config.json").get("model_type")
@@ -65,7 +68,7 @@ def load(config: EngineConfig, progress: Progress) -> Model:
     choices = {"model": chosen, "device": device, "dtype": dtype, "threads": threads}
     for name, choice in choices.items():
         logger.info("event=choice name=%s value=%s reason=%s", name, choice.value, json.dumps(choice.reason))
-    # 3. Load the weights, and compile meanwhile what computes with them.
+    # 3. Load the weights while the kernels are compiled.
     progress(0.05)
     torch_dtype = getattr(torch, dtype.value)
     operations = OperationsChoice(config, device.value, torch_dtype, transformers.AutoConfig.from_pretrained(folder))
@@ -75,7 +78,7 @@ def load(config: EngineConfig, progress: Progress) -> Model:
     progress(0.95)
     model = _assemble(config, chosen, folder if local else None, folder, network, choices, operations)
     del network
-    release_freed_memory()  # the weights as they were before they were packed
+    release_freed_memory()  # of the unpacked weights
     return model
 
 
@@ -90,7 +93,7 @@ def _assemble(
 ) -> Model:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     if not getattr(tokenizer, "chat_template", None):
-        raise LoadError(f"{folder}: there is no chat template (chat_template.jinja).")
+        raise LoadError(f"{folder}: the chat template (chat_template.jinja) is missing.")
     try:
         vocabulary = Vocabulary(tokenizer.backend_tokenizer)
     except (AttributeError, UnsupportedTokenizer) as error:
@@ -101,9 +104,9 @@ def _assemble(
     if kv.number < context_tokens:
         if config.context_tokens:
             raise LoadError(
-                f"GLM_CONTEXT_TOKENS must be <= {kv.number}, what the KV cache holds. Given: {context_tokens}"
+                f"GLM_CONTEXT_TOKENS must be <= {kv.number}, the size of the KV cache. Given: {context_tokens}"
             )
-        context_tokens, context_reason = kv.number, f"all that the KV cache holds; {context_reason}"
+        context_tokens, context_reason = kv.number, f"limited by the KV cache; {context_reason}"
     capacity = Capacity(
         slots=slots.number,
         pages=kv.number // PAGE_TOKENS,
@@ -136,8 +139,8 @@ def _assemble(
         id=model_id,
         runner=runner,
         vocabulary=vocabulary,
-        template=_Template(tokenizer),
-        image_processor=_ImageProcessor(transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")),
+        template=CheckpointTemplate(tokenizer),
+        image_processor=CheckpointImageProcessor(transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")),
         end_ids=_end_ids(generation.eos_token_id, vocabulary),
         context_tokens=context_tokens,
         capacity=capacity,
@@ -155,40 +158,12 @@ def _runner(
     except (RuntimeError, MemoryError) as error:
         if isinstance(operations, TorchOperations):
             raise
-        operations, kernels = without_compiled(error)  # no memory for weights in panels
+        operations, kernels = without_compiled(error)  # not enough memory for packed weights
         return Glm4vRunner(network, capacity, context_tokens, operations), kernels
 
 
-class _Template:
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-
-    def render(self, messages: list[dict[str, Any]], tools: list[Any] | None, enable_thinking: bool) -> str:
-        return self._tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=True, enable_thinking=enable_thinking
-        )
-
-
-class _ImageProcessor:
-    def __init__(self, processor: Any) -> None:
-        self._processor = processor
-
-    def count_tokens(self, width: int, height: int) -> int:
-        return self._processor.get_number_of_image_patches(height, width) // self._processor.merge_size**2
-
-    def process(self, image: Image.Image) -> ImageInput:
-        output = self._processor(images=[image], return_tensors="np")
-        frames, rows, columns = (int(n) for n in output["image_grid_thw"][0])
-        tokens = frames * rows * columns // self._processor.merge_size**2
-        patches = np.ascontiguousarray(output["pixel_values"])
-        # The processor's output is hashed, so pixels, size and all its settings count.
-        key = hashlib.blake2b(repr((frames, rows, columns, patches.dtype.str)).encode(), digest_size=16)
-        key.update(patches.data)
-        return ImageInput(patches=patches, grid=(frames, rows, columns), tokens=tokens, key=key.digest())
-
-
 def _local_folder(model: str, root: Path) -> Path | None:
-    """The folder a model name stands for, seen from the working directory or from `root`; None for a hub id."""
+    """The folder that a model name refers to, relative to the working directory or `root`; None for a hub id."""
     for folder in (Path(model), root / model):
         if folder.is_dir():
             if not (folder / "config.json").is_file() or not _weights_bytes(folder):
@@ -213,10 +188,10 @@ def _read_json(file: Path) -> dict[str, Any]:
 def _context(config: EngineConfig, allowed: int) -> tuple[int, str]:
     asked = config.context_tokens
     if asked > allowed:
-        raise LoadError(f"GLM_CONTEXT_TOKENS must be <= {allowed}, the longest this model allows. Given: {asked}")
+        raise LoadError(f"GLM_CONTEXT_TOKENS must be <= {allowed}, the limit of this model. Given: {asked}")
     if asked:
         return asked, "set by GLM_CONTEXT_TOKENS"
-    return min(allowed, LONGEST_CONTEXT), f"the model allows {allowed}; at most {LONGEST_CONTEXT} unless set"
+    return min(allowed, DEFAULT_MAX_CONTEXT), f"the model allows {allowed}; at most {DEFAULT_MAX_CONTEXT} unless set"
 
 
 def kv_token_bytes(network: Any) -> int:
@@ -227,7 +202,7 @@ def kv_token_bytes(network: Any) -> int:
 
 
 def _end_ids(configured: int | list[int] | None, vocabulary: Vocabulary) -> frozenset[int]:
-    """The end tokens of the generation config; without them, those that every GLM model has."""
+    """The end tokens of the generation config, by default those of all GLM models."""
     if configured is None:
         names = ("<|endoftext|>", "<|user|>", "<|observation|>")
         return frozenset(vocabulary.special[name] for name in names if name in vocabulary.special)

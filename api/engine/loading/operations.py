@@ -1,7 +1,7 @@
-"""Which implementation computes a model's operations: chosen once at the start, before the engine is ready.
+"""The choice of a model's operations, compiled or torch: made once, before the engine is ready.
 
-The compiled ones are compiled and tried while the weights are loaded. If that takes long, or a library did not pass its
-trial, torch computes until the next start; nothing is exchanged under a running engine.
+The compiled ones are built and tried while the weights are loaded. If that takes too long or the trial fails, torch
+computes until the next start; operations never change under a running engine.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from api.engine.config import EngineConfig
-from api.engine.kernels.build import KernelError, PendingLibrary, obstacle
+from api.engine.kernels.build import KernelError, PendingLibrary, unsupported
 from api.engine.kernels.operations import CompiledOperations
 from api.engine.loading.placement import PAGE_TOKENS, Selection
 from api.engine.model.operations import Operations, TorchOperations
@@ -20,15 +20,15 @@ WAIT_S = 60.0  # for the compiler and the trial, once the weights are loaded
 
 
 class OperationsChoice:
-    """Made before the weights are loaded, so that there is time to compile; asked after. Engine thread only."""
+    """Created before the weights are loaded, to compile in the meantime; `choose` is called after. Engine thread only."""
 
     def __init__(self, config: EngineConfig, device: str, dtype: torch.dtype, model_config: Any) -> None:
         self._pending: PendingLibrary | None = None
         self._reason = "set by GLM_KERNELS"
         if config.kernels == "torch":
             return
-        if (found := obstacle(device, dtype, PAGE_TOKENS, _head_dims(model_config))) is not None:
-            self._reason = found
+        if (reason := unsupported(device, dtype, PAGE_TOKENS, _head_dims(model_config))) is not None:
+            self._reason = reason
         else:
             self._pending = PendingLibrary()
 
@@ -45,7 +45,7 @@ class OperationsChoice:
 
 
 def without_compiled(error: Exception) -> tuple[Operations, Selection]:
-    return TorchOperations(PAGE_TOKENS), Selection("torch", f"no compiled operations: {error}")
+    return TorchOperations(PAGE_TOKENS), Selection("torch", f"the compiled kernels cannot be used: {error}")
 
 
 def _head_dims(model_config: Any) -> tuple[int, int]:

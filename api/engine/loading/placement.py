@@ -1,7 +1,7 @@
-"""Which model, on which device, in which number format, with how many threads and how much KV cache, and why.
+"""The automatic choices: model, device, number format, threads, slots and KV cache, each with its reason.
 
-Every automatic choice comes with the reason that is logged and shown at `/info`. Loads nothing. The functions only read
-the machine's state, so any thread may call them.
+Reasons are logged and shown at `GET /info`. Nothing is loaded here; the functions only read the machine's state, so any
+thread may call them.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ FLASH = {"huggingface": "zai-org/GLM-4.6V-Flash", "modelscope": "ZhipuAI/GLM-4.6
 FLASH_NEEDS_BYTES = 24 * 2**30
 SLOTS = {"cpu": 16, "cuda": 32}
 PAGE_TOKENS = 16
-# The KV cache takes this part of the memory that is free once the weights are loaded.
+# The KV cache's share of the memory that is free after the weights are loaded.
 CPU_SHARE, GPU_SHARE = 0.15, 0.9
 GPU_WORK_BYTES = 2 * 2**30
 GIB = 2**30
-# Below this, float32 costs nothing noticeable and is the most exact.
+# Up to this size float32 is used: its cost is not noticeable, and it is the most exact.
 SMALL_WEIGHTS_BYTES = 2 * 2**30
 TINY_WEIGHTS_BYTES = 2**28
 
 
 @dataclass(frozen=True)
 class Selection:
-    """A choice that was made, as text, and why."""
+    """A chosen value as text, and the reason."""
 
     value: str
     reason: str
@@ -39,28 +39,28 @@ class Selection:
 
 @dataclass(frozen=True)
 class Amount:
-    """A quantity that was chosen, and why."""
+    """A chosen number, and the reason."""
 
     number: int
     reason: str
 
 
 def choose_slots(config: EngineConfig, device: str) -> Amount:
-    """How many requests run at once."""
+    """Requests that run at once."""
     if config.slots:
         return Amount(config.slots, "set by GLM_SLOTS")
     number = SLOTS[device]
-    return Amount(number, f"the choice for {device}")
+    return Amount(number, f"the default for {device}")
 
 
 def choose_kv_cache(config: EngineConfig, device: str, token_bytes: int, context_tokens: int, slots: int) -> Amount:
-    """Tokens whose keys and values are kept, in whole pages."""
+    """Tokens of the KV cache, in whole pages."""
     if config.kv_cache_bytes:
         budget, reason = config.kv_cache_bytes, "set by GLM_KV_CACHE_BYTES"
     elif device == "cuda":
         free = free_gpu_bytes(device) or 0
         budget = max(int(free * GPU_SHARE) - GPU_WORK_BYTES, 0)
-        reason = f"{GPU_SHARE:.0%} of the {free / GIB:.1f} GiB free beside the weights, less room to work"
+        reason = f"{GPU_SHARE:.0%} of the {free / GIB:.1f} GiB free after loading the weights, less working memory"
     else:
         free = free_memory_bytes()
         budget, reason = int(free * CPU_SHARE), f"{CPU_SHARE:.0%} of the {free / GIB:.1f} GiB free"
@@ -72,7 +72,7 @@ def choose_kv_cache(config: EngineConfig, device: str, token_bytes: int, context
 
 
 def free_memory_bytes() -> int:
-    """Memory this process may still take: the machine's, and its control group's if that is less."""
+    """Memory that this process can still allocate: the machine's, or its control group's if that is less."""
     host = psutil.virtual_memory()
     group = cgroup.memory(host.total)
     if group is None:
@@ -84,7 +84,7 @@ def choose_device(config: EngineConfig) -> Selection:
     if config.device != "auto":
         return Selection(config.device, "set by GLM_DEVICE")
     if torch.cuda.is_available():
-        return Selection("cuda", f"a GPU is there: {torch.cuda.get_device_name()}")
+        return Selection("cuda", f"a GPU was found: {torch.cuda.get_device_name()}")
     return Selection("cpu", "no CUDA GPU was found")
 
 
@@ -92,7 +92,7 @@ def choose_model(config: EngineConfig, device: str, free_gpu_bytes: int | None) 
     if config.model != "auto":
         return Selection(config.model, "set by GLM_MODEL or --model")
     if device != "cuda" or free_gpu_bytes is None:
-        return Selection(str(config.root / config.demo), "the bundled demo, because there is no CUDA GPU to hold GLM-4.6V-Flash")
+        return Selection(str(config.root / config.demo), "the bundled demo, because there is no CUDA GPU for GLM-4.6V-Flash")
     free = f"{free_gpu_bytes / 2**30:.1f} GiB of GPU memory are free"
     if free_gpu_bytes < FLASH_NEEDS_BYTES:
         need = FLASH_NEEDS_BYTES // 2**30
@@ -118,15 +118,15 @@ def choose_threads(config: EngineConfig, weights_bytes: int) -> Selection:
     if config.threads:
         return Selection(str(config.threads), "set by GLM_THREADS")
     if weights_bytes <= TINY_WEIGHTS_BYTES:
-        return Selection("1", "so small a model gains nothing from more")
+        return Selection("1", "more threads do not speed up a model this small")
     cores = usable_cores()
-    if cores <= 2:  # a second thread is worth more than a free core: HTTP gets its turn while threads wait
-        return Selection(str(cores), f"all of {cores}: threads that wait sleep soon, so HTTP gets its turn")
+    if cores <= 2:  # a second thread is worth more than a free core: HTTP runs while threads wait
+        return Selection(str(cores), f"all {cores} cores: threads that wait soon sleep, so HTTP gets its share")
     return Selection(str(cores - 1), f"{cores} cores, one of them left to HTTP")
 
 
 def usable_cores() -> int:
-    """Cores this process may use: its CPU affinity, and the quota of its control group if that is less."""
+    """Cores that this process may use: its CPU affinity, or the quota of its control group if that is less."""
     cores = len(os.sched_getaffinity(0))
     budget = cgroup.cpu()
     return cores if budget is None else min(cores, max(int(budget.cores), 1))

@@ -1,4 +1,4 @@
-"""How far loading has come, taken from the progress bars of the libraries that do the work."""
+"""The progress of loading, taken from the progress bars of the libraries that download and load."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ Progress = Callable[[float], None]
 
 
 def part(progress: Progress, start: float, end: float) -> Progress:
-    """A progress of 0 to 1 that moves the whole from `start` to `end`."""
+    """Maps a progress from 0 to 1 to the part from `start` to `end` of `progress`."""
     return lambda fraction: progress(start + (end - start) * min(max(fraction, 0.0), 1.0))
 
 
 @contextmanager
 def weights_progress(progress: Progress) -> Iterator[None]:
-    """Report the bar that transformers shows while it loads weights, instead of printing it."""
+    """Report the progress bar that transformers shows while it loads weights, instead of printing it."""
 
     def hook(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _SilentBar:
         return _SilentBar(progress, *args, **kwargs)
@@ -31,7 +31,7 @@ def weights_progress(progress: Progress) -> Iterator[None]:
 
 
 class _SilentBar:
-    """As much of a tqdm bar as transformers uses."""
+    """The part of tqdm's interface that transformers uses."""
 
     def __init__(self, progress: Progress, iterable: Iterable[Any] = (), total: float | None = None, **_: Any) -> None:
         self._progress = progress

@@ -1,2 +1,2 @@
-"""Owns the forward pass and sampling: from sequences to tensors, from logits to tokens, as transformers' glm4v computes.
-Knows no queue, no clock but an encoder's time limit, and nothing of how weights or kernels come to it."""
+"""Owns the forward pass and sampling: sequences to tensors, logits to tokens, with the arithmetic of transformers' glm4v.
+May not know the queue, or how weights and kernels are loaded."""

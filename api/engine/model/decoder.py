@@ -1,8 +1,8 @@
-"""The text model of glm4v and glm46v over a paged KV cache, computed from the checkpoint's own weights.
+"""The text model of glm4v and glm46v over a paged KV cache, with the checkpoint's own weights.
 
-The arithmetic of Glm4vTextModel (transformers.models.glm4v.modeling_glm4v, 5.23; a test compares every token), arranged
-for serving: rows of different requests at different positions in one pass, keys and values written in place, one product
-for query, key and value. Knows pages and positions, not requests. Engine thread only.
+The arithmetic of Glm4vTextModel (transformers 5.23, models.glm4v.modeling_glm4v; a test compares every token), arranged
+for serving: rows of different sequences at different positions in one pass, keys and values written in place, one
+product for query, key and value. Knows pages and positions, not requests. Engine thread only.
 """
 
 from __future__ import annotations
@@ -13,11 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from api.engine.model.forward_batch import ForwardBatch
-from api.engine.model.linear import Linear
-from api.engine.model.operations import Operations
+from api.engine.model.operations import DecoderLayer, ForwardBatch, Linear, Operations
 from api.engine.model.rotary import Rotary, half_split_order
-from api.engine.model.weights import DecoderLayer
 
 
 class Decoder:
@@ -43,7 +40,7 @@ class Decoder:
         self._first_norm = norms[0].weight.detach()
         self._layers = [self._layer(*pair, order) for pair in zip(text.layers, norms[1:], strict=True)]
         self._head = operations.linear(network.lm_head.weight)
-        # A row holds the keys, then the values of a token. Zeros, because hidden rows are read and multiplied by 0.
+        # A row holds the keys, then the values of a token. Zeros, because masked rows are read and multiplied by 0.
         shape = (pages * page_tokens, 2 * self.kv_heads, self.head_dim)
         self.kv = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in self._layers]
         self._fused = operations.fuse_decoder(self._first_norm, self._layers, self._eps)
@@ -62,9 +59,9 @@ class Decoder:
         yield self._head
 
     def run(self, batch: ForwardBatch) -> torch.Tensor:
-        """Store the keys and values of all rows; returns float32 logits [len(logits_indices), vocabulary]."""
+        """Write the keys and values of all rows; returns float32 logits [len(logits_indices), vocabulary]."""
         normed = self._fused(batch, self.kv) if self._fused else self._run_layers(batch)
-        if not len(normed):  # a part of a prompt: no token is sampled yet
+        if not len(normed):  # chunks that do not end their prompts: no token is sampled
             return torch.empty(0, self.vocabulary_size, device=self.device)
         return self._head(normed).float()
 
@@ -82,7 +79,7 @@ class Decoder:
         normed = F.rms_norm(x, self._first_norm.shape, self._first_norm, self._eps)
         for layer, kv in zip(self._layers, self.kv, strict=True):
             attended = self._attend(normed, layer, kv, batch)
-            if indices is not None and layer is self._layers[-1]:  # of all other rows only keys and values were needed
+            if indices is not None and layer is self._layers[-1]:  # of the other rows only keys and values are needed
                 if not len(indices):
                     return x[:0]
                 x, attended = x.index_select(0, indices), attended.index_select(0, indices)

@@ -7,16 +7,91 @@ CPU; a test compares the two. All are called by the engine thread only.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
-from api.engine.model.attention import attend
-from api.engine.model.forward_batch import AttentionMetadata, ForwardBatch
-from api.engine.model.linear import Linear, TorchLinear
 from api.engine.model.rotary import rotate
-from api.engine.model.weights import DecoderLayer, VisionBlock
+
+# Attention scores held at once; more queries are computed in blocks, so that a large image does not need gigabytes.
+MAX_SCORES = 2**23
+
+
+@dataclass(frozen=True)
+class AttentionMetadata:
+    """Rows `start` to `end` of a forward batch and the pages that they attend to.
+
+    Decode, one new token of each of several sequences: `pages` [rows, pages] are their block tables, `lengths` [rows] the
+    tokens that a row attends to. Prefill, consecutive tokens of one sequence: `pages` [pages], after `first` earlier
+    tokens. `mask` [rows, ...] is added to the scores by operations that need it; None for the first chunk of a sequence,
+    where causal attention is enough.
+    """
+
+    start: int
+    end: int
+    pages: torch.Tensor  # int64 page numbers of the KV cache
+    mask: torch.Tensor | None = None
+    lengths: torch.Tensor | None = None
+    first: int = 0
+
+    @property
+    def decode(self) -> bool:
+        """Whether the rows are single new tokens of several sequences."""
+        return self.lengths is not None
+
+
+@dataclass(frozen=True)
+class ForwardBatch:
+    """Tensors of one forward pass over `rows` tokens."""
+
+    inputs: torch.Tensor  # [rows, hidden]: embeddings of tokens and images
+    cos: torch.Tensor  # [rows, heads + 2 * kv_heads, head_dim]; values are rotated by the angle zero
+    sin: torch.Tensor
+    slot_mapping: torch.Tensor  # [rows] int64: row of the KV cache that each token's key and value are written to
+    attention: tuple[AttentionMetadata, ...]
+    logits_indices: torch.Tensor | None  # [n] int64: rows whose logits are computed; None: all
+
+
+class Linear(Protocol):
+    """y = x W^T + b; if gated, silu(first half of y) * second half.
+
+    `x` is [rows, in_features]. `out_features` counts the rows of W, so a gated result has half as many.
+    """
+
+    in_features: int
+    out_features: int
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """The weights of a layer of the text model. Norm weights are [hidden]."""
+
+    qkv: Linear
+    out: Linear
+    post_attention_norm: torch.Tensor
+    pre_mlp_norm: torch.Tensor
+    gate_up: Linear
+    down: Linear
+    post_mlp_norm: torch.Tensor
+    next_norm: torch.Tensor  # the input norm of the next layer, or the norm before the head
+
+
+@dataclass(frozen=True)
+class VisionBlock:
+    """The weights of a block of the vision encoder. Norm weights are [hidden]."""
+
+    norm1: torch.Tensor
+    qkv: Linear
+    out: Linear
+    norm2: torch.Tensor
+    gate_up: Linear
+    down: Linear
+
 
 # (batch, KV cache of each layer) -> normed rows that logits are computed from [n, hidden]
 FusedDecoder = Callable[[ForwardBatch, list[torch.Tensor]], torch.Tensor]
@@ -28,10 +103,10 @@ class Operations(Protocol):
     needs_masks: bool  # whether AttentionMetadata must carry masks
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None, gated: bool = False) -> Linear:
-        """A matrix [out_features, in_features] in the form that these operations multiply."""
+        """Prepare a matrix [out_features, in_features] and a bias [out_features] for these operations."""
 
     def fuse_decoder(self, first_norm: torch.Tensor, layers: list[DecoderLayer], eps: float) -> FusedDecoder | None:
-        """All layers in one call, or None if these operations compute them one by one."""
+        """All layers in one call, or None if these operations have no such call for these weights."""
 
     def fuse_block(self, block: VisionBlock, heads: int, eps: float) -> FusedBlock | None:
         """A block of the vision encoder in one call, or None."""
@@ -39,26 +114,25 @@ class Operations(Protocol):
     def add_norm(
         self, x: torch.Tensor, delta: torch.Tensor, delta_norm: torch.Tensor, next_norm: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The residual stream x + rms_norm(delta) [rows, hidden] and its own norm: the end of one block, the start of
-        the next."""
+        """y = x + rms_norm(delta, delta_norm) and rms_norm(y, next_norm); x, delta and both results [rows, hidden]."""
 
     def rotate_store(
         self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kv: torch.Tensor, slot_mapping: torch.Tensor
     ) -> torch.Tensor:
-        """Rotated qkv [rows, heads + 2 * kv_heads, head_dim], whose keys and values are then also in the rows
-        `slot_mapping` of kv [tokens, 2 * kv_heads, head_dim]."""
+        """Rotate the queries and keys of qkv [rows, heads + 2 * kv_heads, head_dim] and write keys and values to the rows
+        `slot_mapping` of kv [tokens, 2 * kv_heads, head_dim]. Returns the rotated qkv; the argument may be overwritten."""
 
     def attend_decode(self, qkv: torch.Tensor, kv: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
-        """One token of each of several requests: its rows of qkv -> [rows, heads * head_dim]."""
+        """Decode rows of qkv [rows, heads + 2 * kv_heads, head_dim] -> [rows, heads * head_dim]."""
 
     def attend_prefill(self, qkv: torch.Tensor, kv: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
-        """Several tokens of one request: its rows of qkv -> [rows, heads * head_dim]."""
+        """Prefill rows of qkv [rows, heads + 2 * kv_heads, head_dim] -> [rows, heads * head_dim]."""
 
     def attend_image(
         self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, frames: int, heads: int
     ) -> torch.Tensor:
-        """Patches that see all of their frame: qkv [patches, 3 * heads * head_dim], float32 cos and sin
-        [patches, head_dim] -> [patches, heads * head_dim]."""
+        """Attention of patches within their frame: qkv [patches, 3 * heads * head_dim] not yet rotated, float32 cos and
+        sin [patches, head_dim] -> [patches, heads * head_dim]."""
 
 
 class TorchOperations:
@@ -90,7 +164,7 @@ class TorchOperations:
         return qkv
 
     def attend_decode(self, qkv: torch.Tensor, kv: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
-        """Query heads that share a key head stand where tokens usually stand."""
+        """Query heads that share a key head take the dimension of the tokens."""
         (rows, _, head_dim), kv_heads = qkv.shape, kv.shape[1] // 2
         q = qkv[:, : -2 * kv_heads].view(rows, kv_heads, -1, head_dim)
         stored = self._read(kv, metadata.pages.flatten()).view(rows, -1, 2 * kv_heads, head_dim)
@@ -118,7 +192,7 @@ class TorchOperations:
         return attended.transpose(1, 2).reshape(patches, -1)
 
     def _read(self, kv: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
-        """Tokens of some pages, in order: [pages * page_tokens, 2 * kv_heads, head_dim]."""
+        """Gather the rows of pages, in order: [pages * page_tokens, 2 * kv_heads, head_dim]."""
         by_page = kv.view(-1, self._page_tokens * kv.shape[1] * kv.shape[2])
         return by_page.index_select(0, pages).view(-1, *kv.shape[1:])
 
@@ -127,3 +201,89 @@ def _rotate_exact(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torc
     """Rotate x [patches, heads, head_dim] in float32, as apply_rotary_pos_emb_vision of transformers' glm4v does."""
     exact = x.float()
     return torch.addcmul(exact * cos, exact.roll(exact.shape[-1] // 2, -1), sin).to(x.dtype)
+
+
+class TorchLinear:
+    """On the CPU, weights are packed once for oneDNN; `F.linear` does so at every call (2 cores, 8192 x 1024, bf16:
+    2.8 times as fast for one row, 1.9 times for 16)."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, gated: bool = False) -> None:
+        self.out_features, self.in_features = weight.shape
+        self._bias = None if bias is None else bias.detach().contiguous()
+        self._gated = gated
+        self._weight = _packed_for_onednn(weight.detach().contiguous())
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self._weight.is_mkldnn:
+            y = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        else:
+            y = F.linear(x, self._weight, self._bias)
+        if not self._gated:
+            return y
+        gate, up = y.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+
+@cache
+def has_onednn(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether oneDNN has fast products for this device and number format."""
+    if device_type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32
+
+
+def _packed_for_onednn(weight: torch.Tensor) -> torch.Tensor:
+    if not has_onednn(weight.device.type, weight.dtype):
+        return weight
+    return torch.ops.mkldnn._reorder_linear_weight(weight)
+
+
+def has_fast_products(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `attend` runs on oneDNN's bfloat16 products."""
+    return dtype == torch.bfloat16 and has_onednn(device.type, dtype)
+
+
+def attend(
+    q: torch.Tensor,  # [kv_heads, shared, rows, head_dim]: `shared` query heads for each key head
+    k: torch.Tensor,  # [kv_heads, keys, head_dim]
+    v: torch.Tensor,  # [kv_heads, keys, head_dim]
+    mask: torch.Tensor | None = None,  # [rows, keys], added to the scores
+    causal: bool = False,  # without a mask: row i attends to keys 0 to i
+) -> torch.Tensor:
+    """softmax(q k^T / sqrt(head_dim) + mask) v: [kv_heads, shared, rows, head_dim].
+
+    Torch's fused kernel is the right one on GPUs and in float32. In bfloat16 on a CPU it does not use the processor's
+    bfloat16 instructions, and two batched products with a softmax between them, as in `eager_attention_forward` of
+    transformers' glm4v, take less than half its time (torch 2.13; docs/performance.md).
+    """
+    if has_fast_products(q.device, q.dtype):
+        return _attend_by_products(q, k, v, mask, causal)
+    k, v = (t[:, None].expand(-1, q.shape[1], -1, -1) for t in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+
+
+def _attend_by_products(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool
+) -> torch.Tensor:
+    kv_heads, shared, rows, head_dim = q.shape
+    q, keys = q * head_dim**-0.5, k.transpose(1, 2)
+    block = max(MAX_SCORES // (kv_heads * shared * k.shape[1]), 1)
+    outs = []
+    for start in range(0, rows, block):
+        part = q[:, :, start : start + block]
+        visible = min(start + block, rows) if causal else k.shape[1]
+        scores = torch.bmm(part.reshape(kv_heads, -1, head_dim), keys[:, :, :visible]).view(*part.shape[:3], visible)
+        if causal:
+            scores += _causal_mask(part.shape[2], visible, scores)
+        elif mask is not None:
+            scores += mask[start : start + block]
+        probabilities = torch.softmax(scores, dim=-1).view(kv_heads, -1, visible)
+        outs.append(torch.bmm(probabilities, v[:, :visible]).view(part.shape))
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+
+
+def _causal_mask(rows: int, keys: int, like: torch.Tensor) -> torch.Tensor:
+    """Mask [rows, keys] of the last `rows` of `keys` tokens."""
+    return torch.full((rows, keys), -torch.inf, dtype=like.dtype, device=like.device).triu(keys - rows + 1)

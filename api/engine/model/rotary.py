@@ -1,8 +1,9 @@
-"""Multimodal rotary embedding (M-RoPE): positions of a prompt's tokens, and cosines and sines of a position.
+"""Multimodal rotary embedding (M-RoPE): the positions of a prompt's tokens, and cos and sin of a position.
 
-A text token advances all three axes (time, height, width) by one. An image's tokens share one time, spread over height
-and width, and advance the axes by the longer side only; so positions fall behind the token count by a difference that
-belongs to the request. Sources: get_rope_index, Glm4vTextRotaryEmbedding and apply_rotary_pos_emb in transformers' glm4v.
+A text token advances all three axes (time, height, width) by one. The tokens of an image share one time, spread over
+height and width, and advance the axes by the longer side only; so positions lag behind the token count by a constant of
+the sequence. Sources: get_rope_index, Glm4vTextRotaryEmbedding and apply_rotary_pos_emb in
+transformers.models.glm4v.modeling_glm4v (5.23).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from api.engine.sequence import ImageSpan
 
 
 def rope_positions(length: int, spans: Items[ImageSpan], merge: int) -> tuple[np.ndarray, int]:
-    """Positions [3, length] of a prompt, and what to add to a later token's index to get its position.
+    """Positions [3, length] of a prompt, and the difference between the position and the index of later tokens.
 
     `merge` is the number of patches along the side of one image token.
     """
@@ -40,18 +41,17 @@ def _advance_text(positions: np.ndarray, start: int, end: int, current: int) -> 
 
 
 class Rotary:
-    """Cosines and sines for heads whose dimensions `order` has put into half-split form.
+    """cos and sin tables for heads whose dimensions are permuted to half-split form, see `half_split_order`.
 
-    The module rotates neighbouring dimensions (0 with 1, 2 with 3 ...) of the first part of a head and
-    leaves the rest alone. Here dimension i rotates with i + half, over the whole head: the rest rotates by
-    the angle zero. Queries and keys are permuted alike, so their products are the same, and the
-    rotation needs no strided access.
+    The transformers module rotates neighbouring dimensions (0 with 1, 2 with 3 ...) of the first part of a head and
+    leaves the rest unchanged. Here dimension i rotates with i + half over the whole head, and the rest rotates by the
+    angle zero. Queries and keys are permuted alike, so their products are the same, and no strided access is needed.
     """
 
     def __init__(
         self,
         inverse_frequencies: torch.Tensor,  # [rotated / 2]
-        sections: Items[int],  # how many frequencies follow time, height, width, in turns
+        sections: Items[int],  # numbers of frequencies for time, height, width
         head_dim: int,
         positions: int,
         dtype: torch.dtype,
@@ -72,7 +72,7 @@ class Rotary:
         self._dims = torch.arange(head_dim, device=device)
 
     def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and signed sines [tokens, head_dim] for int64 positions [3, tokens]."""
+        """cos and signed sin [tokens, head_dim] for int64 positions [3, tokens]."""
         rows = positions[self._axes].T
         return self._cos[rows, self._dims], self._sin[rows, self._dims]
 
@@ -82,7 +82,7 @@ class Rotary:
 
 
 def half_split_order(head_dim: int, rotated: int) -> list[int]:
-    """For each dimension of the half-split form, the dimension of the module's form."""
+    """The permutation to half-split form: for each of its dimensions, the dimension in the checkpoint's form."""
     rest = (head_dim - rotated) // 2
     first = [*range(0, rotated, 2), *range(rotated, rotated + rest)]
     second = [*range(1, rotated, 2), *range(rotated + rest, head_dim)]
@@ -90,5 +90,5 @@ def half_split_order(head_dim: int, rotated: int) -> list[int]:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate x [..., head_dim]; the sign of the swapped half is in `sin`."""
+    """Rotate x [..., head_dim]; `sin` carries the sign of the swapped half."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)

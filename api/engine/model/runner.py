@@ -1,7 +1,7 @@
 """Every forward pass of a GLM-4.6V model: from sequences to tensors, and from logits to tokens.
 
-Takes the weights of the unmodified transformers modules `glm4v` and `glm46v`; afterwards the modules are not needed any
-more. Knows sequences and pages, not queues or time. Engine thread only.
+Takes the weights of the unmodified transformers modules `glm4v` and `glm46v`, which are not needed afterwards. Knows
+sequences and pages, not the queue. Engine thread only.
 """
 
 from __future__ import annotations
@@ -16,37 +16,36 @@ import torch
 from api.engine.kv_cache import Copy
 from api.engine.loaded_model import Capacity, SampledToken
 from api.engine.model.decoder import Decoder
-from api.engine.model.forward_batch import AttentionMetadata, ForwardBatch
-from api.engine.model.operations import Operations
+from api.engine.model.operations import AttentionMetadata, ForwardBatch, Operations
 from api.engine.model.rotary import rope_positions
 from api.engine.model.sampler import Sampler
 from api.engine.model.vision_encoder import VisionEncoder
 from api.engine.scheduler import Batch, Chunk, EncodeTask
 from api.engine.sequence import Sequence
 
-# Attention over stored tokens is computed in multiples of this, so that few shapes occur. Only decoding on the CPU goes
-# by pages: its kernel does not depend on shapes, and padding is read in vain.
+# Attention over the KV cache is padded to multiples of this many tokens, so that few shapes occur. Decoding on the CPU
+# pads to pages only: its kernel does not depend on shapes, and padding costs memory bandwidth.
 LENGTH_STEP = 64
 
 
 @dataclass(frozen=True)
-class _State:
-    """Where the tokens of one request are."""
+class _Positions:
+    """M-RoPE positions of one sequence."""
 
-    positions: np.ndarray  # [3, tokens of the prompt]
-    delta: int  # position of a later token, less its index
+    prompt: np.ndarray  # [3, tokens]
+    delta: int  # position minus index of later tokens
 
 
 @dataclass(frozen=True)
 class _DecodeOrder:
-    """The order of decoding sequences as rows of a forward batch: longest first, those of similar length together."""
+    """Decoding sequences as rows of a forward batch: longest first, those of similar length in one group."""
 
     order: tuple[int, ...]
-    ends: tuple[int, ...]  # row after each group of similar length
+    ends: tuple[int, ...]  # row after each group
 
 
 class Glm4vRunner:
-    """The `Runner` of api.engine.loaded_model. `operations` are used for as long as it lives."""
+    """The `Runner` of api.engine.loaded_model."""
 
     def __init__(self, network: Any, capacity: Capacity, context_tokens: int, operations: Operations) -> None:
         with torch.inference_mode():
@@ -75,7 +74,7 @@ class Glm4vRunner:
 
     def begin(self, sequence: Sequence) -> None:
         positions, delta = rope_positions(len(sequence.keys), sequence.spans, self._vision_encoder.merge)
-        sequence.state = _State(positions, delta)
+        sequence.state = _Positions(positions, delta)
         self._sampler.begin(sequence)
 
     @torch.inference_mode()
@@ -88,7 +87,7 @@ class Glm4vRunner:
         return [tokens[row_of[number]] for number in range(len(decode))] + tokens[len(decode) :]
 
     def failure(self, error: BaseException) -> Literal["request", "memory", "device"]:
-        """After a CUDA error every later call fails too; running out of memory is not of that kind."""
+        """After a CUDA error every later call fails too, except after running out of memory."""
         if isinstance(error, torch.OutOfMemoryError):
             torch.cuda.empty_cache()
             return "memory"
@@ -117,7 +116,7 @@ class Glm4vRunner:
         for chunk in chunks:
             sequence = chunk.sequence
             ids.append(sequence.token_ids[chunk.start : chunk.end])
-            positions.append(sequence.state.positions[:, chunk.start : chunk.end])
+            positions.append(sequence.state.prompt[:, chunk.start : chunk.end])
             slots.append(self._slot_mapping(sequence, chunk.start, chunk.end))
         inputs = self._decoder.embeddings.index_select(0, self._tensor(np.concatenate(ids)))
         attention, logits_indices = [], list(range(len(decode)))
@@ -144,7 +143,7 @@ class Glm4vRunner:
         return rotary.at_text(self._tensor(at[0]))
 
     def _slot_mapping(self, sequence: Sequence, start: int, end: int) -> np.ndarray:
-        """Rows of the KV cache for tokens `start` to `end`."""
+        """Rows of the KV cache that tokens `start` to `end` are written to."""
         assert sequence.block_table is not None
         index = np.arange(start, end)
         pages = np.asarray(sequence.block_table.pages)
@@ -179,13 +178,13 @@ class Glm4vRunner:
         step = max(multiple // self._page_tokens, 1)
         return -(-tokens // (self._page_tokens * step)) * step
 
-    def _mask(self, hidden: np.ndarray) -> torch.Tensor:
-        """0 where tokens are seen, minus infinity where they are hidden, to add to scores."""
-        mask = torch.zeros(hidden.shape, dtype=self._decoder.dtype, device=self._device)
-        return mask.masked_fill_(torch.from_numpy(hidden).to(self._device), -torch.inf)
+    def _mask(self, masked: np.ndarray) -> torch.Tensor:
+        """Additive mask for scores: minus infinity where `masked` is true."""
+        mask = torch.zeros(masked.shape, dtype=self._decoder.dtype, device=self._device)
+        return mask.masked_fill_(torch.from_numpy(masked).to(self._device), -torch.inf)
 
     def _insert_image_features(self, inputs: torch.Tensor, row: int, chunk: Chunk) -> None:
-        """Replace the embeddings of placeholder tokens with the features of their images."""
+        """Replace the embeddings of image tokens with the features of their images."""
         for number, span in enumerate(chunk.sequence.spans):
             start, end = max(span.start, chunk.start), min(span.end, chunk.end)
             if start < end:
@@ -193,7 +192,7 @@ class Glm4vRunner:
                 inputs[row + start - chunk.start : row + end - chunk.start] = features
 
     def _warm_up_batch(self, start: int, end: int) -> ForwardBatch:
-        """A batch over page 0 without a request; what it stores there is never read."""
+        """A batch over page 0 without a sequence; the keys and values that it writes there are never read."""
         slots = self._tensor(np.arange(start, end) % self._page_tokens)
         cos, sin = self._decoder.spread_over_heads(*self._decoder.rotary.at_text(slots))
         inputs = self._decoder.embeddings[start:end]

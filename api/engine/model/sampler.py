@@ -1,8 +1,8 @@
 """Samples the next token of every row of a batch at once.
 
-Every row has its own parameters and its own random numbers, drawn from its seed and the number of the token alone, so
-an answer does not depend on what else is in the batch. The steps come in the order of the logits processors of
-transformers (GenerationMixin._get_logits_processor), so greedy answers agree with it. Engine thread only.
+Each row has its own sampling parameters, and random numbers that depend on its seed and the index of the token alone, so
+its output does not depend on the rest of the batch. Biases, penalties and masks are applied in the order of transformers'
+logits processors (5.23, GenerationMixin._get_logits_processor), so greedy output agrees with it. Engine thread only.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from api.engine.loaded_model import SampledToken
 from api.engine.request import SamplingParams, TokenLogprob
 from api.engine.sequence import Sequence
 
-# Up to this top_k the vocabulary is not sorted.
+# Up to this top_k, `topk` is used instead of sorting the vocabulary.
 MAX_PARTIAL_SORT = 1024
 
 
 class NothingAllowed(ValueError):
-    """A grammar allows no token."""
+    """The grammar of a sequence allows no token."""
 
 
 class Sampler:
-    """Keeps what penalties need in one row for each of `slots`."""
+    """Keeps the seed and the token counts of one sequence for each of `slots`."""
 
     def __init__(self, slots: int, vocabulary_size: int, device: torch.device) -> None:
         self._size, self._device = vocabulary_size, device
-        # Which tokens each slot's request has in its prompt or output, and how often in its output.
+        # For each slot: whether a token occurs in prompt or output, and its count in the output.
         self._seen = torch.zeros(slots, vocabulary_size, dtype=torch.bool, device=device)
         self._counts = torch.zeros(slots, vocabulary_size, dtype=torch.int16, device=device)
         self._seeds = np.zeros(slots, dtype=np.uint64)
 
     def begin(self, sequence: Sequence) -> None:
-        """A request has been given its slot, for the first time or after a preemption."""
+        """Prepare the slot of a sequence, which has it for the first time or again after a preemption."""
         sampling, slot = sequence.request.sampling, sequence.slot
         assert slot is not None
         seed = sampling.seed
-        if seed is None:  # one for each request, or it would sample other tokens after a preemption
+        if seed is None:  # kept by the sequence, so that it samples the same tokens after a preemption
             sequence.random_seed = sequence.random_seed or secrets.randbits(63)
             seed = sequence.random_seed
         self._seeds[slot] = seed % 2**64
@@ -126,7 +126,7 @@ class Sampler:
         scores = scores / self._column([s.temperature for s in params])
         random = self._uniform(sequences)
         sampled = torch.zeros(len(sequences), dtype=torch.long, device=self._device)
-        # How a row is handled depends on its own parameters only, or its neighbours would change its tokens.
+        # The method depends on the row's own parameters only: other rows must not change its tokens.
         methods: dict[str, list[int]] = {"few": [], "sorted": [], "all": []}
         for row, s in enumerate(params):
             methods["few" if 0 < s.top_k <= MAX_PARTIAL_SORT else "sorted" if s.top_p < 1.0 or s.top_k > 0 else "all"].append(row)
@@ -146,11 +146,11 @@ class Sampler:
         return sampled
 
     def _truncate(self, values: torch.Tensor, params: Items[SamplingParams]) -> torch.Tensor:
-        """Probabilities of ordered scores [rows, kept], best first, with what top-k, top-p and min-p drop set to 0."""
+        """Probabilities of scores [rows, n] in descending order; those that top-k, top-p or min-p drop become 0."""
         ranks = torch.arange(values.shape[-1], device=self._device)
         most = self._column([s.top_k or self._size for s in params])
         probabilities = values.masked_fill(ranks >= most, -torch.inf).softmax(-1)
-        # A token goes if the better ones already reach top_p; the best one always stays.
+        # A token is dropped if the more probable ones already reach top_p; the most probable one always stays.
         better = probabilities.cumsum(-1) - probabilities
         dropped = (better >= self._column([s.top_p for s in params])) & (ranks > 0)
         return self._apply_min_p(probabilities.masked_fill(dropped, 0.0), params)
@@ -162,13 +162,11 @@ class Sampler:
         return probabilities.masked_fill(probabilities < least, 0.0)
 
     def _uniform(self, sequences: Items[Sequence]) -> torch.Tensor:
-        """A random number in [0, 1) for each row: SplitMix64 (Steele et al., 2014) of its seed, at its next token."""
+        """A random number in [0, 1) for each row: SplitMix64 (Steele et al., 2014) of its seed and next token's index."""
         slots = np.array([s.slot for s in sequences])
         number = np.array([len(s.output_ids) + 1 for s in sequences], dtype=np.uint64)
         z = _mix(self._seeds[slots]) + number * np.uint64(0x9E3779B97F4A7C15)
         return torch.from_numpy((_mix(z) >> np.uint64(11)).astype(np.float64) / 2**53).to(self._device)
-
-    # Afterwards.
 
     def _with_logprobs(self, logits: torch.Tensor, tokens: list[int], sequences: Items[Sequence]) -> list[SampledToken]:
         sampled = [SampledToken(token) for token in tokens]
@@ -211,10 +209,10 @@ def _replace(scores: torch.Tensor, rows: list[int], values: torch.Tensor) -> tor
 
 
 def _invert(probabilities: torch.Tensor, random: torch.Tensor) -> torch.Tensor:
-    """Index at which the cumulative sum of probabilities [rows, n] passes the part `random` [rows] of its total."""
+    """Index at which the cumulative sum of probabilities [rows, n] exceeds the fraction `random` [rows] of its total."""
     sums = probabilities.double().cumsum(-1)
     index = torch.searchsorted(sums, (random * sums[:, -1])[:, None], right=True)[:, 0]
-    # Rounding may step past the last token of non-zero probability.
+    # Rounding may overshoot the last token of non-zero probability.
     last = (probabilities > 0).long().mul_(torch.arange(1, probabilities.shape[-1] + 1, device=probabilities.device)).argmax(-1)
     return torch.minimum(index, last)
 

@@ -1,37 +1,34 @@
-"""The vision encoder of glm4v and glm46v, one image at a time, in slices of a few blocks.
+"""The vision encoder of glm4v and glm46v: one image at a time, in slices of one or more blocks.
 
-The arithmetic of Glm4vVisionModel (transformers.models.glm4v.modeling_glm4v, 5.23). A slice ends when its time is up, so
-that a large image never makes running answers wait for the whole encoder. Engine thread only.
+The arithmetic of Glm4vVisionModel (transformers 5.23, models.glm4v.modeling_glm4v). A slice has a time limit, so that
+decoding requests never wait for a large image as a whole. Engine thread only.
 """
 
 from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from api.engine.model.linear import Linear
-from api.engine.model.operations import Operations
-from api.engine.model.weights import VisionBlock
+from api.engine.model.operations import Linear, Operations, VisionBlock
 
 Grid = tuple[int, int, int]  # frames, rows, columns, in patches
-KEPT_GRIDS = 8  # position tables of the latest image sizes
+MAX_TABLES = 8  # position tables kept, of the latest image sizes
 
 
 @dataclass
 class Progress:
-    """An image on its way through the blocks."""
+    """The state of an image between two blocks."""
 
     x: torch.Tensor  # [patches, hidden]
     cos: torch.Tensor  # [patches, head_dim], float32
     sin: torch.Tensor
     frames: int
-    block: int = 0  # the next one
+    block: int = 0  # index of the next block
 
 
 class VisionEncoder:
@@ -59,29 +56,24 @@ class VisionEncoder:
         self._merge_down = linear(merger.down_proj.weight)
         self._tables: OrderedDict[Grid, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = OrderedDict()
 
-    def linears(self) -> Iterator[Linear]:
-        yield self._embed
-        for block in self._blocks:
-            yield from (block.qkv, block.out, block.gate_up, block.down)
-        yield from (self._downsample, self._merge_in, self._merge_gate_up, self._merge_down)
-
     def begin(self, patches: Any, grid: Grid) -> Progress:
-        """`patches` [patches, channels * frames * height * width] in the order of the processor."""
+        """`patches` [patches, channels * frames * height * width] in the order of the image processor."""
         pixels = torch.as_tensor(patches).to(self.device, self.dtype)
         learned, cos, sin = self._table(grid)
         x = F.rms_norm(self._embed(pixels), self._embed_norm.shape, self._embed_norm, self._eps)
         return Progress(x + learned, cos, sin, grid[0])
 
     def advance(self, progress: Progress, limit_s: float) -> torch.Tensor | None:
-        """Compute as many blocks as fit into `limit_s`, at least one; features [tokens, hidden] once all are done."""
+        """Compute as many blocks as fit into `limit_s`, at least one. Returns features [image tokens, hidden] of the text
+        model after the last block, else None."""
         now = time.monotonic()
-        until = now + limit_s
+        deadline = now + limit_s
         while progress.block < len(self._blocks):
             began = now
             progress.x = self._run(progress)
             progress.block += 1
             now = time.monotonic()
-            if now + (now - began) > until:  # merging patches takes about as long as a block
+            if now + (now - began) > deadline:  # the merger takes about as long as a block
                 return None
         return self._merge(progress.x)
 
@@ -96,7 +88,7 @@ class VisionEncoder:
         return x + block.down(block.gate_up(hidden))
 
     def _merge(self, x: torch.Tensor) -> torch.Tensor:
-        """Four neighbouring patches become one token."""
+        """Merge squares of neighbouring patches into image tokens."""
         x = F.rms_norm(x, self._norm.shape, self._norm, self._eps)
         x = self._merge_in(self._downsample(x.view(-1, self.merge**2 * x.shape[-1])))
         x = F.gelu(self._merge_norm(x))
@@ -105,13 +97,13 @@ class VisionEncoder:
     def _table(self, grid: Grid) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if grid not in self._tables:
             self._tables[grid] = self._make_table(grid)
-            if len(self._tables) > KEPT_GRIDS:
+            if len(self._tables) > MAX_TABLES:
                 self._tables.popitem(last=False)
         self._tables.move_to_end(grid)
         return self._tables[grid]
 
     def _make_table(self, grid: Grid) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Learned positions resized to the grid [patches, hidden], cos and sin [patches, head_dim]."""
+        """Learned position embeddings resized to the grid [patches, hidden], and cos and sin [patches, head_dim]."""
         frames, rows, columns = grid
         # Patches come in squares of `merge` x `merge`, row by row of squares.
         squares = (rows // self.merge, self.merge, columns // self.merge, self.merge)

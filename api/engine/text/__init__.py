@@ -1,2 +1,2 @@
-"""Owns tokens as text: tokenizer, detokenizer, the state of one output, grammars that constrain it.
-Knows no tensors, no scheduler and no wire format."""
+"""Owns the text side of tokens: tokenizer, detokenizer, the output of one sequence, grammars that constrain it.
+May not know tensors, the scheduler or a wire format."""

@@ -1,7 +1,7 @@
-"""How the value of a tool argument is written between GLM's tags: a string raw, anything else as JSON.
+"""The format of tool arguments between GLM's tags: strings as they are, other values as JSON.
 
-The grammar that forces calls and the parser that reads them ask here, so that they agree.
-Knows JSON schemas as plain data.
+Shared by the grammar that forces calls and the parser that reads them, so that they agree. Knows JSON schemas as plain
+data.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
-_DEPTH = 16  # a schema that refers to itself ends here
+_MAX_DEPTH = 16  # of references; a schema may refer to itself
 
 
 def read_value(text: str, schema: Any, root: dict[str, Any]) -> Any:
-    """The value of an argument as the schema types it; text that does not fit stays a string."""
+    """The value of an argument by its schema; text that does not match the schema stays a string."""
     if is_raw_string(schema, root):
         return None if text == "null" and _may_be_null(schema, root) else text
     if text in ("True", "False") and _kinds(_resolved(schema, root)) == {"boolean"}:  # as Python prints them
@@ -25,8 +25,9 @@ def read_value(text: str, schema: Any, root: dict[str, Any]) -> Any:
 
 
 def is_raw_string(schema: Any, root: dict[str, Any], depth: int = 0) -> bool:
+    """Whether a value of this schema is written without JSON quoting. `root`: the schema that `$ref` refers to."""
     schema = _resolved(schema, root)
-    if not isinstance(schema, dict) or depth > _DEPTH:
+    if not isinstance(schema, dict) or depth > _MAX_DEPTH:
         return False
     if "string" in _kinds(schema):
         return True
@@ -54,15 +55,15 @@ def _list(value: Any) -> list[Any]:
 
 
 def _resolved(schema: Any, root: dict[str, Any]) -> Any:
-    """Follow a local `$ref`; one that leads nowhere is taken as it stands."""
-    for _ in range(_DEPTH):
+    """Follow a local `$ref`; one that cannot be resolved is returned unchanged."""
+    for _ in range(_MAX_DEPTH):
         ref = schema.get("$ref") if isinstance(schema, dict) else None
         if not isinstance(ref, str) or not ref.startswith("#/"):
             return schema
-        found: Any = root
+        target: Any = root
         for step in ref[2:].split("/"):
-            found = found.get(step) if isinstance(found, dict) else None
-        if found is None:
+            target = target.get(step) if isinstance(target, dict) else None
+        if target is None:
             return schema
-        schema = found
+        schema = target
     return schema

@@ -1,6 +1,6 @@
-"""Grammars that bind an answer token by token, compiled by llguidance for one model's tokens.
+"""Grammars that constrain an answer token by token, compiled by llguidance for a model's vocabulary.
 
-Owns the compiler and the state of one answer. What an answer may look like is written in `grammar_text`.
+Owns the compiler and the matcher of one answer; `grammar_text` writes the grammar.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from api.engine.text.grammar_text import AnswerForm, GrammarError, write
 from api.engine.text.tokenizer import Vocabulary
 
-# What one caller's grammar may cost; past it, compiling ends with an error.
+# Limits of one grammar; beyond them compiling fails.
 _LIMITS = LLParserLimits(max_grammar_size=100_000, max_lexer_states=50_000, verbose_errors=False)
-MAX_FORM_CHARACTERS = 200_000
+MAX_GRAMMAR_CHARACTERS = 200_000
 
 
 class GrammarCompiler:
-    """Thread-safe. The token table is built at the first use: it takes a second for a large vocabulary."""
+    """Thread-safe. The token table is built on first use, which takes a second for a large vocabulary."""
 
     def __init__(self, vocabulary: Vocabulary, end_ids: Iterable[int]) -> None:
         self._vocabulary = vocabulary
@@ -30,10 +30,10 @@ class GrammarCompiler:
         self._tokenizer: LLTokenizer | None = None
 
     def compile(self, form: AnswerForm) -> MatcherGrammar:
-        """Raises GrammarError. Spends its time outside Python's lock."""
+        """Raises GrammarError. Releases the GIL while it compiles."""
         text = write(form, self._vocabulary.special)
-        if len(text) > MAX_FORM_CHARACTERS:
-            raise GrammarError(f"it must have <= {MAX_FORM_CHARACTERS} characters as a grammar. Given: {len(text)}")
+        if len(text) > MAX_GRAMMAR_CHARACTERS:
+            raise GrammarError(f"it must have <= {MAX_GRAMMAR_CHARACTERS} characters as a grammar. Given: {len(text)}")
         matcher = LLMatcher(self._table(), text, log_level=0, limits=_LIMITS)
         if matcher.is_error():
             raise GrammarError(matcher.get_error().strip().splitlines()[0][:300])
@@ -43,7 +43,7 @@ class GrammarCompiler:
         with self._lock:
             if self._tokenizer is None:
                 definition = json.loads(self._vocabulary.definition())
-                # Special tokens stay out of text, so that no string can hold a token of the markup.
+                # Special tokens do not match text, so that no string can contain a markup token.
                 for token in definition["added_tokens"]:
                     token["special"] = True
                 self._tokenizer = LLTokenizer(json.dumps(definition), eos_token=self._end_ids)
@@ -51,15 +51,15 @@ class GrammarCompiler:
 
 
 class MatcherGrammar:
-    """The `Grammar` of one answer. `failed` says why it could not go on, if it could not."""
+    """The `Grammar` of one answer. `failed` is the error that stopped it, or an empty string."""
 
     def __init__(self, matcher: LLMatcher) -> None:
         self._matcher = matcher
 
     def allowed(self) -> np.ndarray:
-        """int32[ceil(vocabulary / 32)]: one bit for each token that may come next, lowest bit first.
+        """int32[ceil(vocabulary / 32)]: one bit for each token that is allowed next, lowest bit first.
 
-        Only end tokens are left where the answer is complete, or where the grammar failed.
+        Only end tokens are allowed once the answer is complete or the grammar has failed.
         """
         return np.frombuffer(self._matcher.compute_bitmask(), dtype=np.int32)
 

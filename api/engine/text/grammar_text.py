@@ -1,7 +1,7 @@
-"""What an answer may look like, written as a grammar: free text, JSON of a schema, tool calls in GLM's tags.
+"""Writes the form of an answer as a grammar: free text, JSON of a schema, tool calls in GLM's tags.
 
-Plain data in, text in llguidance's dialect of Lark out. The thinking part belongs to the grammar, so that the
-answer is bound whether the model thinks first or not.
+Plain data in, text in llguidance's dialect of Lark out. Thinking is part of the grammar, so that the answer is
+constrained whether the model thinks first or not.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Any
 from api.engine.text.argument_types import is_raw_string
 from api.engine.text.markup import CALL, CALL_TAGS, END_CALL, END_KEY, END_THINK, END_VALUE, KEY, THINK, VALUE
 
-# Enough to indent by, too little to go on for ever.
+# Enough white space for indentation, but bounded.
 _SPACE = r"[ \n]{0,16}"
-# Said of a string in JSON, but not of a raw one.
-_UNBOUND = ("pattern", "format", "minLength", "maxLength")
+# Keywords that are enforced for a JSON string, but not for a raw one.
+_UNENFORCED = ("pattern", "format", "minLength", "maxLength")
 _TAGS = (THINK, END_THINK, *CALL_TAGS)
 
 
 class GrammarError(ValueError):
-    """What was asked for cannot be made into a grammar; the message is for the caller."""
+    """The form cannot be written as a grammar; the message is for the caller."""
 
 
 @dataclass(frozen=True)
@@ -34,20 +34,20 @@ class CallableTool:
 
 @dataclass(frozen=True)
 class AnswerForm:
-    """`schema`: the answer is JSON of this schema. With tools, calls may come in its place, or must."""
+    """`schema`: the answer is JSON of this schema. With tools, calls may replace it, or must if `must_call`."""
 
     schema: dict[str, Any] | None = None
     tools: tuple[CallableTool, ...] = ()
     must_call: bool = False
     many_calls: bool = True
     may_think: bool = True
-    starts_thinking: bool = False  # the prompt itself has opened the thinking part
+    starts_thinking: bool = False  # the prompt ends inside the thinking block
 
     @property
     def is_free(self) -> bool:
-        """Whether there is nothing to bind."""
-        bound = self.must_call or not self.many_calls or any(tool.strict for tool in self.tools)
-        return self.schema is None and not (self.tools and bound)
+        """Whether no grammar is needed."""
+        constrained = self.must_call or not self.many_calls or any(tool.strict for tool in self.tools)
+        return self.schema is None and not (self.tools and constrained)
 
 
 def write(form: AnswerForm, special: Mapping[str, int]) -> str:
@@ -66,7 +66,7 @@ class _Writer:
         terminals = [
             "WS: /[ \\n]{1,16}/",
             "TEXT: /(?s:.+)/",
-            # Tags written out letter by letter would be read as tags.
+            # The parser would take tags that are spelled out in text for tags.
             r"VALUE: /(?s:.+)/ & ~/(?s:.*)<\/?(arg|tool)_(?s:.*)/",
         ]
         return "\n".join([f"start: {head}{answer}", *self.rules, *terminals])
@@ -80,64 +80,63 @@ class _Writer:
         return f"WS? ({self._tag(THINK)} {thoughts})? " if form.may_think else "WS? "
 
     def _answer(self, form: AnswerForm) -> str:
-        said = "json" if form.schema is not None else "TEXT"
+        content = "json" if form.schema is not None else "TEXT"
         if form.schema is not None:
             self.rules.append(f"json: %json {json.dumps(_spaced(form.schema))}")
         if not form.tools:
-            return said
+            return content
         self._calls(form)
         if form.must_call:
             return "calls"
-        return f"({said} | calls)" if form.schema is not None else f"{said}? calls?"
+        return f"({content} | calls)" if form.schema is not None else f"{content}? calls?"
 
     def _calls(self, form: AnswerForm) -> None:
         missing = [tag for tag in CALL_TAGS if tag not in self.tags]
         if missing:
             raise GrammarError(f"this model has no token for {missing[0]}")
-        names = [self._tool(place, tool) for place, tool in enumerate(form.tools)]
+        names = [self._tool(index, tool) for index, tool in enumerate(form.tools)]
         self.rules.append("calls: call" + (" (WS? call)*" if form.many_calls else "") + " WS?")
         self.rules.append(f"call: {self._tag(CALL)} ({' | '.join(names)}) {self._tag(END_CALL)}")
 
-    def _tool(self, place: int, tool: CallableTool) -> str:
+    def _tool(self, index: int, tool: CallableTool) -> str:
         parameters = tool.parameters or {}
-        known = parameters.get("properties")
-        properties = known if isinstance(known, dict) else {}
+        properties = _object(parameters.get("properties"))
         if not properties and not tool.strict and (tool.parameters is None or parameters.get("additionalProperties")):
             pairs = [f"({self._pair('KEY', 'VALUE?')})*"]
             self._once("KEY: /[^<\\n]{1,64}/")
         else:
-            required = parameters.get("required")
-            needed = set(required) if isinstance(required, list) else set()
-            if missing := needed - set(properties):
-                raise GrammarError(f"{tool.name}: `required` names {sorted(missing)[0]!r}, which is no property")
+            listed = parameters.get("required")
+            required = set(listed) if isinstance(listed, list) else set()
+            if missing := required - set(properties):
+                raise GrammarError(f"{tool.name}: `required` names {sorted(missing)[0]!r}, which is not a property")
             pairs = [
-                self._argument(f"{place}_{number}", key, schema, tool, key in needed)
+                self._argument(f"{index}_{number}", key, schema, tool, key in required)
                 for number, (key, schema) in enumerate(properties.items())
             ]
-        rule = f"tool_{place}"
+        rule = f"tool_{index}"
         self.rules.append(f"{rule}: {_literal(tool.name)} WS? {' '.join(pairs)}")
         return rule
 
-    def _argument(self, rule: str, key: str, schema: Any, tool: CallableTool, needed: bool) -> str:
+    def _argument(self, rule: str, key: str, schema: Any, tool: CallableTool, required: bool) -> str:
         if "<" in key or not key.strip():
-            raise GrammarError(f"{tool.name}: the name of a parameter must not be empty or have '<' in it: {key!r}")
+            raise GrammarError(f"{tool.name}: the name of a parameter must not be empty or contain '<': {key!r}")
         pair = self._pair(_literal(key), self._value(f"value_{rule}", key, schema, tool))
-        return pair if needed else f"({pair})?"
+        return pair if required else f"({pair})?"
 
     def _value(self, rule: str, key: str, schema: Any, tool: CallableTool) -> str:
         root = tool.parameters or {}
         if schema in ({}, True):
             return "VALUE?"
         if not is_raw_string(schema, root):
-            around: dict[str, Any] = {word: root[word] for word in ("$defs", "definitions") if word in root}
-            self.rules.append(f"{rule}: %json {json.dumps(_spaced({**around, **_object(schema)}))}")
+            definitions: dict[str, Any] = {word: root[word] for word in ("$defs", "definitions") if word in root}
+            self.rules.append(f"{rule}: %json {json.dumps(_spaced({**definitions, **_object(schema)}))}")
             return rule
         listed = schema.get("enum", [schema["const"]] if "const" in schema else None)
         if listed and all(isinstance(item, str) and item and "<" not in item for item in listed):
             return "(" + " | ".join(_literal(item) for item in listed) + ")"
-        unbound = next((word for word in _UNBOUND if word in schema), None)
-        if tool.strict and (unbound or listed):
-            raise GrammarError(f"{tool.name}: `{unbound or 'enum'}` of {key!r} cannot be enforced with `strict`")
+        unenforced = next((word for word in _UNENFORCED if word in schema), None)
+        if tool.strict and (unenforced or listed):
+            raise GrammarError(f"{tool.name}: `{unenforced or 'enum'}` of {key!r} cannot be enforced with `strict`")
         return "VALUE?"
 
     def _pair(self, key: str, value: str) -> str:
@@ -157,7 +156,7 @@ def _object(schema: Any) -> dict[str, Any]:
 
 
 def _spaced(schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema with bounded white space, so that a model cannot go on with nothing else."""
+    """The schema with bounded white space, so that a model cannot emit white space forever."""
     return {**schema, "x-guidance": {"whitespace_pattern": _SPACE}}
 
 

@@ -1,4 +1,4 @@
-"""The special tokens of GLM that carry the structure of an answer, named once for whoever reads or writes them."""
+"""The special tokens of GLM that mark the structure of an answer."""
 
 from __future__ import annotations
 

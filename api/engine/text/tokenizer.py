@@ -1,8 +1,8 @@
-"""The token table: text to ids without letting text forge special tokens, and ids to bytes.
+"""The vocabulary: text to token ids without special-token injection, and ids to bytes.
 
-Text that a caller supplies goes through `protect` before it is put into a chat template; `encode`
-then turns the rendered template into ids. Special tokens come out only where the template itself
-wrote them: a caller's `<|user|>` is encoded like any other text. Knows no tensor library.
+Text from callers goes through `protect` before it is put into a chat template; `encode` then tokenizes the rendered
+template. Only special tokens that the template itself contains become special: a caller's `<|user|>` is encoded like
+any other text. Knows no tensor library.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ from tokenizers import Tokenizer
 
 from api.engine.text.markup import MARKUP
 
-# Unicode noncharacters: they never occur in proper text, and text that has them is protected too.
+# Unicode noncharacters. Callers' text that contains them is escaped too.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 _PROTECTED = re.compile(f"{_OPEN}([0-9a-f]+){_CLOSE}")
 
 
 class UnsupportedTokenizer(ValueError):
-    """The tokenizer is not of the byte-level kind that GLM uses."""
+    """The tokenizer is not a byte-level one, which GLM uses."""
 
 
 class Vocabulary:
+    """Thread-safe."""
+
     def __init__(self, tokenizer: Tokenizer) -> None:
         definition = json.loads(tokenizer.to_str())
         if "ByteLevel" not in json.dumps(definition.get("decoder")):
@@ -37,12 +39,12 @@ class Vocabulary:
         self._plain = Tokenizer.from_str(json.dumps({**definition, "added_tokens": [], "post_processor": None}))
         self._tokenizer = tokenizer
         self._split = re.compile("|".join(re.escape(t) for t in sorted(added, key=len, reverse=True)) or r"(?!)")
-        # Escaping every character that can begin a special token also stops one that is cut into
-        # pieces (`<|us` in one text part, `er|>` in the next).
+        # Escaping every character that can begin a special token also covers one that is split over
+        # two text parts (`<|us` and `er|>`).
         self._starts = re.compile("[" + re.escape("".join({_OPEN, _CLOSE} | {t[0] for t in added})) + "]")
 
     def definition(self) -> str:
-        """The tokenizer as JSON, for a library that builds its own table from it."""
+        """The tokenizer as JSON, for libraries that build their own table from it."""
         return self._tokenizer.to_str()
 
     def protect(self, value: Any) -> Any:
@@ -56,14 +58,14 @@ class Vocabulary:
         return value
 
     def encode(self, rendered: str) -> list[int]:
-        """Ids of a rendered template whose foreign text went through `protect`."""
+        """Ids of a rendered template in which callers' text went through `protect`."""
         ids: list[int] = []
-        place = 0
+        end = 0
         for match in self._split.finditer(rendered):
-            ids += self._encode_plain(rendered[place : match.start()])
+            ids += self._encode_plain(rendered[end : match.start()])
             ids.append(self.special[match[0]])
-            place = match.end()
-        return ids + self._encode_plain(rendered[place:])
+            end = match.end()
+        return ids + self._encode_plain(rendered[end:])
 
     def _encode_plain(self, text: str) -> list[int]:
         if not text:
@@ -72,25 +74,26 @@ class Vocabulary:
         return list(self._plain.encode(restored, add_special_tokens=False).ids)
 
     def has(self, token_id: int) -> bool:
+        """Whether the id stands for a token; the padding rows of the embedding do not."""
         return self._tokenizer.id_to_token(token_id) is not None
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes a token stands for; none for a special token that carries no text."""
+        """The bytes of a token; empty for special tokens without text, such as roles and images, and for padding ids."""
         if token_id in self._silent:
             return b""
         if token_id in self._added_bytes:
             return self._added_bytes[token_id]
         token = self._tokenizer.id_to_token(token_id)
-        if token is None:  # padding rows of the embedding have no token
+        if token is None:
             return b""
         return bytes(_BYTE_OF[char] for char in token if char in _BYTE_OF)
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The byte-level alphabet of GPT-2: printable bytes stand for themselves, the rest follow from U+0100."""
+    """GPT-2's byte-level alphabet: printable bytes map to themselves, the others to U+0100 and following."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(0x100 + place): b for place, b in enumerate(others)}
+    return {chr(b): b for b in printable} | {chr(0x100 + index): b for index, b in enumerate(others)}
 
 
 _BYTE_OF = _byte_alphabet()

@@ -11,8 +11,8 @@ from driving import WAIT_S, Driver
 
 from api.engine.kernels import build
 
-# Nothing is compiled for a processor that does not fit; that it then stays with torch is tested everywhere.
-collect_ignore = [] if build.fit_processor() else ["kernels/test_kernels.py"]
+# Kernels are compiled for supported processors only; the fallback to torch is tested on all.
+collect_ignore = [] if build.processor_supported() else ["kernels/test_kernels.py"]
 SHAPES = Path(__file__).resolve().parents[3] / "models" / "shapes"
 SENTENCES = ["Hello, what is in the picture?", "The red circle is left of the blue square.", "你好，图里有什么？"]
 
@@ -78,7 +78,7 @@ def _tokenizer():
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from api.engine.text.tokenizer import MARKUP
+    from api.engine.text.markup import MARKUP
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,4 +1,4 @@
-"""An engine around a fake model, and the events of each request."""
+"""Runs an engine around a fake model."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class Driver:
         return self
 
     def ask(self, text: str, name: str = "r", **fields) -> queue.Queue[Event]:
-        """Fields of the request, or of its sampling."""
+        """`fields` of Request or SamplingParams."""
         events: queue.Queue[Event] = queue.Queue()
         ids = tuple(self.model.vocabulary.encode(text))
-        own = {key: fields.pop(key) for key in ("images", "salt", "probe", "deadline_s") if key in fields}
-        request = Request(name, ids, SamplingParams(**{"max_tokens": 1000, **fields}), **own)
+        of_request = {key: fields.pop(key) for key in ("images", "salt", "probe", "deadline_s") if key in fields}
+        request = Request(name, ids, SamplingParams(**{"max_tokens": 1000, **fields}), **of_request)
         self.engine.submit(request, events.put)
         return events
 

@@ -1,4 +1,4 @@
-"""Requests, pictures and a small scheduler around a runner, for tests that compare with transformers."""
+"""Requests, images and steps around a runner, for tests that compare with transformers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from api.engine.sequence import Sequence, make_sequence
 STEPS = 12
 
 
-def picture(seed: int, size: tuple[int, int]) -> Image.Image:
+def draw_image(seed: int, size: tuple[int, int]) -> Image.Image:
     rng = random.Random(seed)
     image = Image.new("RGB", size, tuple(rng.randrange(256) for _ in range(3)))
     draw = ImageDraw.Draw(image)
@@ -31,11 +31,11 @@ def request_for(
     model: Model, messages: list[dict[str, Any]], images: Items[Image.Image], name: str = "r", **sampling
 ) -> Request:
     rendered = model.template.render(messages, None, True)
-    pictures = tuple(model.image_processor.process(image) for image in images)
+    inputs = tuple(model.image_processor.process(image) for image in images)
     image_id = model.vocabulary.special["<|image|>"]
-    spans = iter(pictures)
-    ids = [i for t in model.vocabulary.encode(rendered) for i in ([t] if t != image_id else [t] * next(spans).tokens)]
-    return Request(name, tuple(ids), SamplingParams(**{"max_tokens": STEPS, **sampling}), pictures)
+    remaining = iter(inputs)
+    ids = [i for t in model.vocabulary.encode(rendered) for i in ([t] if t != image_id else [t] * next(remaining).tokens)]
+    return Request(name, tuple(ids), SamplingParams(**{"max_tokens": STEPS, **sampling}), inputs)
 
 
 def ask(text: str, images: int = 0) -> dict[str, Any]:
@@ -53,7 +53,6 @@ class Steps:
             99, size.slots, KvCache(pages or size.pages, size.page_tokens), EncoderCache(size.encoder_cache_bytes)
         )
         self.image_id = model.vocabulary.special[model.image_token]
-        self.choices: dict[str, list[Any]] = {}
 
     def add(self, request: Request) -> Sequence:
         sequence = make_sequence(request, lambda event: None, self.image_id)
@@ -65,17 +64,15 @@ class Steps:
         for sequence in self.scheduler.admit():
             runner.copy_pages([sequence.block_table.copy] if sequence.block_table.copy else [])
             runner.begin(sequence)
-        job = self.scheduler.next_encode_task()
-        if job and (features := runner.encode(job, slice_s)) is not None:
-            self.scheduler.encode_done(job, features, runner.size_bytes(features))
+        task = self.scheduler.next_encode_task()
+        if task and (features := runner.encode(task, slice_s)) is not None:
+            self.scheduler.encode_done(task, features, runner.size_bytes(features))
         batch = self.scheduler.batch(self.chunk_tokens)
         if batch.sequences:
-            choosing = batch.sampled
-            choices = runner.compute(batch)
+            tokens = runner.compute(batch)
             self.scheduler.computed(batch)
-            for sequence, choice in zip(choosing, choices, strict=True):
-                sequence.append(choice.token)
-                self.choices.setdefault(sequence.request.id, []).append(choice)
+            for sequence, sampled in zip(batch.sampled, tokens, strict=True):
+                sequence.append(sampled.token)
                 if len(sequence.output_ids) == sequence.request.sampling.max_tokens:
                     self.scheduler.remove(sequence)
         self.scheduler.check()
@@ -88,7 +85,7 @@ class Steps:
 
 
 def generate(reference, model: Model, request: Request, **options) -> list[int]:
-    """What transformers itself says."""
+    """The tokens that transformers generates."""
     count = request.sampling.max_tokens
     options = {"do_sample": False, "max_new_tokens": count, "min_new_tokens": count, "eos_token_id": None, **options}
     inputs = _inputs(model, request)
@@ -96,7 +93,7 @@ def generate(reference, model: Model, request: Request, **options) -> list[int]:
 
 
 def next_logits(reference, model: Model, request: Request) -> torch.Tensor:
-    """Its logits [vocabulary] after the prompt."""
+    """The logits [vocabulary] of transformers after the prompt."""
     with torch.inference_mode():
         return reference(**_inputs(model, request)).logits[0, -1].float()
 

@@ -1,4 +1,4 @@
-"""The engine's thread: order, ends, aborts, drains, deaths. Driven with the fake model, no torch."""
+"""The engine's thread with a fake model, without torch: order, ends, aborts, drains, deaths."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from api.engine.scheduler import QueueFull
 
 
 def test_a_request_streams_token_by_token_and_ends_once(drive) -> None:
-    driver = drive(answer=lambda prompt, pictures: "héllo")
+    driver = drive(answer=lambda prompt, images: "héllo")
 
     events = driver.ask("q")
     text, end = read(events)
@@ -66,7 +66,7 @@ def test_a_full_queue_refuses_and_delivers_nothing(drive) -> None:
         driver.ask("q", "c")
 
 
-def test_abort_while_queued_frees_the_place_at_the_next_step(drive) -> None:
+def test_abort_while_queued_takes_effect_at_the_next_step(drive) -> None:
     driver = drive(queue_size=1)
     driver.ask("HANG", "a")
     driver.runner.hanging.wait(WAIT_S)
@@ -92,12 +92,12 @@ def test_abort_while_running_stops_before_the_next_token(drive) -> None:
     driver.until(lambda: driver.engine.stats().state == "idle")
 
 
-def test_abort_of_an_unknown_or_finished_request_is_no_mistake(drive) -> None:
+def test_abort_of_an_unknown_or_finished_request_is_ignored(drive) -> None:
     driver = drive()
     read(driver.ask("q"))
 
     driver.engine.abort("r")
-    driver.engine.abort("never heard of")
+    driver.engine.abort("unknown")
 
     assert isinstance(read(driver.ask("again"))[1], Done)
 
@@ -144,7 +144,7 @@ def test_the_reason_of_a_death_is_logged(drive, caplog) -> None:
     assert 'event=engine_dead reason="DeviceLost: told to lose the device"' in caplog.text
 
 
-def test_loading_reports_its_fraction_and_takes_no_requests() -> None:
+def test_loading_reports_its_progress_and_accepts_no_requests() -> None:
     go = threading.Event()
     reported = threading.Event()
 
@@ -188,7 +188,7 @@ def test_steps_are_counted_and_timed(drive) -> None:
     assert stats.last_step_s is not None and stats.last_step_s >= 0
 
 
-def test_drain_lets_running_answers_finish_and_takes_nothing_new(drive) -> None:
+def test_drain_finishes_running_requests_and_accepts_no_more(drive) -> None:
     driver = drive(answer=lambda p, i: "x" * 30, token_s=0.01)
     events = driver.ask("q")
     events.get(timeout=WAIT_S)
@@ -201,7 +201,7 @@ def test_drain_lets_running_answers_finish_and_takes_nothing_new(drive) -> None:
         driver.ask("q")
 
 
-def test_drain_fails_what_runs_past_its_deadline(drive) -> None:
+def test_drain_fails_requests_past_its_deadline(drive) -> None:
     driver = drive()
     hanging, waiting = driver.ask("HANG", "a"), driver.ask("q", "b")
     driver.runner.hanging.wait(WAIT_S)
@@ -213,7 +213,7 @@ def test_drain_fails_what_runs_past_its_deadline(drive) -> None:
     assert hanging.empty() and waiting.empty()  # one end each, though the hanging step came back
 
 
-def test_a_step_that_fails_after_its_request_was_drained_says_nothing_more(drive) -> None:
+def test_a_step_that_fails_after_the_drain_delivers_nothing_more(drive) -> None:
     driver = drive()
     events = driver.ask("HANG and then FAIL")
     driver.runner.hanging.wait(WAIT_S)

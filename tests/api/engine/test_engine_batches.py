@@ -1,4 +1,4 @@
-"""Many requests in the engine at once: shared steps, faults that stay where they belong, limits that hold."""
+"""Many requests at once: shared steps, isolated failures, limits."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from PIL import Image
 from api.engine.request import Delta, Done, Failed, Failure, FinishReason
 
 
-def picture(driver: Driver, colour: tuple[int, int, int]):
+def image(driver: Driver, colour: tuple[int, int, int]):
     return driver.model.image_processor.process(Image.new("RGB", (56, 56), colour))
 
 
 def about(driver: Driver, colour: tuple[int, int, int], name: str, **fields):
-    """Ask about a picture of one colour; the fake encodes it to that colour."""
-    one = picture(driver, colour)
+    """Ask about an image of one colour; the fake encodes it to that colour."""
+    one = image(driver, colour)
     return driver.ask("<|image|>" * one.tokens + f"what is this, {name}?", name, images=(one,), **fields)
 
 
@@ -35,7 +35,7 @@ def test_requests_share_steps(drive) -> None:
     assert max(len(batch.sequences) for batch in driver.runner.batches) == 4
 
 
-def test_one_failing_request_takes_nobody_with_it(drive) -> None:
+def test_one_failing_request_does_not_fail_the_others(drive) -> None:
     driver = drive(slots=4, answer=lambda p, i: "fine", queue_size=8)
     blocker = driver.ask("HANG", "0")
     driver.runner.hanging.wait(WAIT_S)
@@ -48,7 +48,7 @@ def test_one_failing_request_takes_nobody_with_it(drive) -> None:
     assert isinstance(ends[2][1], Failed) and ends[2][1].kind is Failure.ENGINE
 
 
-def test_a_picture_that_cannot_be_encoded_fails_its_own_request(drive) -> None:
+def test_an_image_that_cannot_be_encoded_fails_its_own_request(drive) -> None:
     driver = drive(slots=4, answer=lambda p, i: str(i[0]), queue_size=8)
 
     broken, fine = about(driver, FAIL_COLOUR, "a"), about(driver, (1, 2, 3), "b")
@@ -57,25 +57,25 @@ def test_a_picture_that_cannot_be_encoded_fails_its_own_request(drive) -> None:
     assert read(fine)[0] == "(1, 2, 3)"
 
 
-def test_pictures_and_prompts_that_wait_take_turns(drive, monkeypatch) -> None:
+def test_images_and_prompts_alternate(drive, monkeypatch) -> None:
     driver = drive(slots=3, answer=lambda p, i: "fine", queue_size=8, chunk_tokens=64)
     blocker = driver.ask("HANG", "0")
     driver.runner.hanging.wait(WAIT_S)
     log: list[str] = []
     encode, compute = driver.runner.encode, driver.runner.compute
-    monkeypatch.setattr(driver.runner, "encode", lambda job, limit_s: log.append("slice") or encode(job, limit_s))
+    monkeypatch.setattr(driver.runner, "encode", lambda task, limit_s: log.append("slice") or encode(task, limit_s))
     monkeypatch.setattr(driver.runner, "compute", lambda batch: log.extend("chunk" for _ in batch.chunks) or compute(batch))
     driver.runner.slices = 100
-    streams = [about(driver, (1, 2, 3), "picture"), driver.ask("q" * 640, "prompt")]
+    streams = [about(driver, (1, 2, 3), "image"), driver.ask("q" * 640, "prompt")]
     driver.runner.release.set()
 
     assert [read(stream)[0] for stream in (blocker, *streams)] == ["fine"] * 3
-    slices = [place for place, what in enumerate(log[:12]) if what == "slice"]  # the prompt has ten chunks
-    assert len(slices) > 3  # the picture goes on meanwhile
+    slices = [index for index, work in enumerate(log[:12]) if work == "slice"]  # the prompt has ten chunks
+    assert len(slices) > 3  # the image is encoded meanwhile
     assert all(after - before > 2 for before, after in pairwise(slices)), log[:12]
 
 
-def test_little_memory_makes_smaller_batches_and_nobody_fails(drive) -> None:
+def test_little_memory_makes_smaller_batches(drive) -> None:
     driver = drive(slots=6, answer=lambda p, i: "x" * 20, queue_size=8)
     driver.runner.most_rows = 2
     blocker = driver.ask("HANG", "0")
@@ -86,14 +86,14 @@ def test_little_memory_makes_smaller_batches_and_nobody_fails(drive) -> None:
     assert [read(stream)[0] for stream in (blocker, *streams)] == ["x" * 20] * 6
 
 
-def test_no_memory_even_for_one_request_is_said(drive) -> None:
+def test_too_little_memory_for_one_request_fails_it(drive) -> None:
     driver = drive(slots=2)
     driver.runner.most_rows = 0
 
     assert read(driver.ask("q"))[1].kind is Failure.MEMORY
 
 
-def test_a_deadline_ends_a_request_that_runs_and_one_that_waits(drive) -> None:
+def test_a_deadline_ends_running_and_waiting_requests(drive) -> None:
     driver = drive(slots=1, answer=lambda p, i: "x" * 3000, token_s=0.005)
     running, waiting = driver.ask("q", "a", deadline_s=0.1), driver.ask("q", "b", deadline_s=0.05)
 
@@ -146,7 +146,7 @@ def test_tenants_do_not_share_prefixes(drive) -> None:
     assert read(driver.ask("the same question of two people", "b", salt="b"))[1].cached_tokens == 0
 
 
-def test_preempted_requests_say_the_same_as_undisturbed_ones(drive) -> None:
+def test_preemption_does_not_change_the_answers(drive) -> None:
     driver = drive(slots=4, answer=lambda p, i: p * 20, pages=12, page_tokens=8, context_tokens=90, queue_size=8)
     streams = [driver.ask(letter * 3, letter, max_tokens=60) for letter in "abcd"]
 
@@ -155,9 +155,9 @@ def test_preempted_requests_say_the_same_as_undisturbed_ones(drive) -> None:
     driver.until(lambda: driver.engine.stats().kv_used_tokens == 0)
 
 
-def test_a_phase_says_how_long_it_has_lasted_and_may_last(drive) -> None:
+def test_a_phase_has_an_age_and_a_deadline(drive) -> None:
     driver = drive(slots=2)
-    assert driver.engine.stats().phase_deadline_s is None  # idle may last for ever
+    assert driver.engine.stats().phase_deadline_s is None  # idle has no limit
     driver.ask("HANG")
     driver.runner.hanging.wait(WAIT_S)
     time.sleep(0.02)
@@ -198,7 +198,7 @@ def test_an_answer_ends_where_its_grammar_ends(drive) -> None:
     assert (text, end.reason) == ("yes", FinishReason.STOP)
 
 
-def test_a_grammar_may_hold_only_after_a_text(drive) -> None:
+def test_a_grammar_may_apply_only_after_a_text(drive) -> None:
     driver = drive(answer=lambda p, i: "<think>hm</think>yes, and more")
     rule = Rule(driver.model.vocabulary.encode("yes"))
 

@@ -1,4 +1,4 @@
-"""Pages: shared by content, never by accident; none lost, whatever happens in whatever order."""
+"""Pages are shared by content, never by accident, and none is lost in any order of calls."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def finish(kv: KvCache, keys: list[Key], salt: str = "") -> None:
     kv.check()
 
 
-def test_the_same_beginning_is_shared_to_the_last_token_but_one() -> None:
+def test_a_common_prefix_is_shared_up_to_the_last_token() -> None:
     kv = KvCache(pages=10, page_tokens=4)
     finish(kv, [*range(11)])
 
@@ -50,7 +50,7 @@ def test_requests_that_run_at_the_same_time_share_full_pages() -> None:
     kv.check()
 
 
-def test_the_same_content_computed_twice_is_kept_once() -> None:
+def test_the_same_content_computed_twice_is_stored_once() -> None:
     kv = KvCache(pages=10, page_tokens=4)
     one, two = kv.allocate("", [*range(9)]), kv.allocate("", [*range(9)])
     assert one is not None and two is not None
@@ -62,7 +62,7 @@ def test_the_same_content_computed_twice_is_kept_once() -> None:
     kv.check()
 
 
-def test_pictures_are_told_apart_by_content_though_their_placeholders_are_alike() -> None:
+def test_images_are_distinguished_by_content_not_by_placeholders() -> None:
     kv = KvCache(pages=20, page_tokens=4)
     finish(kv, [1, *[b"red"] * 8, 2])
 
@@ -80,7 +80,7 @@ def test_tenants_share_nothing() -> None:
     assert block_table is not None and block_table.cached_tokens == 0
 
 
-def test_without_room_a_request_gets_nothing_and_nothing_is_lost() -> None:
+def test_allocation_fails_without_free_pages_and_loses_none() -> None:
     kv = KvCache(pages=4, page_tokens=4)
     first = stored(kv, [*range(12)])
 
@@ -90,7 +90,7 @@ def test_without_room_a_request_gets_nothing_and_nothing_is_lost() -> None:
     assert kv.allocate("", [*range(50, 58)]) is not None
 
 
-def test_the_least_recently_used_gives_way() -> None:
+def test_the_least_recently_used_page_is_evicted() -> None:
     kv = KvCache(pages=4, page_tokens=4)
     finish(kv, [*range(8)])
     finish(kv, [*range(20, 28)])
@@ -103,7 +103,7 @@ def test_the_least_recently_used_gives_way() -> None:
     assert kv.allocate("", [*range(20, 28)]) is None
 
 
-def test_what_failed_is_not_offered_to_anybody() -> None:
+def test_pages_of_a_failed_request_are_not_cached() -> None:
     kv = KvCache(pages=10, page_tokens=4)
     block_table = kv.allocate("", [*range(6)])
     assert block_table is not None
@@ -114,7 +114,7 @@ def test_what_failed_is_not_offered_to_anybody() -> None:
     assert again is not None and again.cached_tokens == 0
 
 
-def test_a_block_table_freed_before_its_copy_was_made_offers_no_garbage() -> None:
+def test_a_block_table_freed_before_its_copy_caches_no_garbage() -> None:
     kv = KvCache(pages=10, page_tokens=4)
     finish(kv, [*range(6)])
     block_table = kv.allocate("", [*range(6), 7, 8])
@@ -127,7 +127,7 @@ def test_a_block_table_freed_before_its_copy_was_made_offers_no_garbage() -> Non
     assert again is not None and again.copy is not None and again.copy.source != block_table.copy.target
 
 
-def test_a_tenant_who_left_leaves_nothing_behind() -> None:
+def test_the_trees_of_evicted_tenants_are_dropped() -> None:
     kv = KvCache(pages=4, page_tokens=4)
     for number in range(200):
         finish(kv, [*range(9)], salt=str(number))
@@ -143,9 +143,9 @@ MOVES = st.lists(
 
 @settings(max_examples=300, deadline=None)
 @given(moves=MOVES, pages=st.integers(2, 12), page_tokens=st.integers(1, 5))
-def test_whatever_happens_every_page_is_in_one_place(moves, pages: int, page_tokens: int) -> None:
+def test_any_order_of_calls_keeps_every_page_accounted_for(moves, pages: int, page_tokens: int) -> None:
     kv = KvCache(pages, page_tokens)
-    content: dict[tuple[int, int], tuple] = {}  # what a runner would have written: page, place -> all keys so far
+    content: dict[tuple[int, int], tuple] = {}  # as a runner writes it: page and index -> all keys so far
     held: dict[int, tuple[BlockTable, list[Key]]] = {}
     for move, who, amount in moves:
         if move == "allocate" and who not in held:
@@ -153,18 +153,18 @@ def test_whatever_happens_every_page_is_in_one_place(moves, pages: int, page_tok
             block_table = kv.allocate(str(who % 2), keys)
             if block_table is not None:
                 if block_table.copy:
-                    for place in range(block_table.copy.tokens):
-                        content[block_table.copy.target, place] = content[block_table.copy.source, place]
-                for place in range(block_table.cached_tokens):
-                    page = block_table.pages[place // page_tokens]
-                    assert content[page, place % page_tokens] == (who % 2, *keys[: place + 1])
+                    for index in range(block_table.copy.tokens):
+                        content[block_table.copy.target, index] = content[block_table.copy.source, index]
+                for index in range(block_table.cached_tokens):
+                    page = block_table.pages[index // page_tokens]
+                    assert content[page, index % page_tokens] == (who % 2, *keys[: index + 1])
                 held[who] = (block_table, keys)
         elif who in held:
             block_table, keys = held[who]
             if move == "store":
                 upto = max(block_table.cached_tokens, min(amount, len(keys)))
-                for place in range(block_table.cached_tokens, upto):
-                    content[block_table.pages[place // page_tokens], place % page_tokens] = (who % 2, *keys[: place + 1])
+                for index in range(block_table.cached_tokens, upto):
+                    content[block_table.pages[index // page_tokens], index % page_tokens] = (who % 2, *keys[: index + 1])
                 if upto >= block_table.tokens:
                     kv.store(block_table, keys, upto)
             elif move == "append" and block_table.tokens == len(keys) and kv.append(block_table, len(keys) + 1):
@@ -177,5 +177,4 @@ def test_whatever_happens_every_page_is_in_one_place(moves, pages: int, page_tok
         kv.free(block_table, keys)
     kv.check()
     assert kv.used_tokens == 0
-    kv.forget()
-    assert kv.cached_tokens == 0
+    assert kv.allocate("other", [*range(-kv.total_tokens, 0)]) is not None  # every idle page can be evicted

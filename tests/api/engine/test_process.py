@@ -1,4 +1,4 @@
-"""What the host process must have set for the engine, and that importing the engine sets none of it."""
+"""The settings of the host process, and that importing the engine changes none of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def probe():
 """
 
 
-def told_by(code: str, **environment: str) -> list[str]:
+def output_of(code: str, **environment: str) -> list[str]:
     env = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT" and not k.startswith("GLM_")}
     done = subprocess.run(
         [sys.executable, "-c", PROBE + code], cwd=ROOT, env=env | environment, capture_output=True, text=True, check=True
@@ -35,10 +35,26 @@ def told_by(code: str, **environment: str) -> list[str]:
 def test_importing_the_engine_changes_neither_environment_nor_malloc() -> None:
     modules = "api.engine, api.engine.engine, api.engine.process, api.engine.text.grammar"
 
-    assert told_by(f"import {modules}\nprobe()") == ["None mapped"]
+    assert output_of(f"import {modules}\nprobe()") == ["None mapped"]
 
 
-def test_the_server_sets_both_before_torch_is_imported() -> None:
+def test_importing_any_module_of_the_engine_calls_no_malloc_setting_and_starts_no_thread() -> None:
+    code = """
+import pkgutil, threading
+import torch, transformers  # whose own doings do not count
+calls, threads = [], threading.active_count()
+from api.engine import process
+process.configure = process.keep_freed_memory = process.release_freed_memory = lambda: calls.append("called")
+import api.engine
+for module in pkgutil.walk_packages(api.engine.__path__, "api.engine."):
+    __import__(module.name)
+print(calls, threading.active_count() - threads, os.environ.get("GOMP_SPINCOUNT"))
+"""
+
+    assert output_of(code) == ["[] 0 None"]
+
+
+def test_the_server_configures_both_before_torch_is_imported() -> None:
     code = """
 import sys
 from api import server
@@ -46,8 +62,8 @@ server.serve = lambda settings, engine: probe() or print("torch" in sys.modules)
 server.main(["--host", "127.0.0.1"])
 """
 
-    assert told_by(code) == ["5000 kept", "False"]
+    assert output_of(code) == ["5000 kept", "False"]
 
 
-def test_a_value_from_the_environment_wins() -> None:
-    assert told_by("from api.engine import process\nprocess.configure()\nprobe()", GOMP_SPINCOUNT="7") == ["7 kept"]
+def test_a_value_from_the_environment_takes_precedence() -> None:
+    assert output_of("from api.engine import process\nprocess.configure()\nprobe()", GOMP_SPINCOUNT="7") == ["7 kept"]

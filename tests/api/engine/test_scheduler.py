@@ -1,4 +1,4 @@
-"""First come, first served; nobody starves, nothing leaks, and everybody reads only what is theirs."""
+"""First come, first served; no request starves, nothing leaks, and every read is of the right pages."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from api.engine.scheduler import QueueFull, Scheduler
 from api.engine.sequence import Sequence, make_sequence
 
 IMAGE = 7
-MODEL = fake_model(answer=lambda prompt, pictures: "x" * 200)
+MODEL = fake_model(answer=lambda prompt, images: "x" * 200)
 
 
 def scheduler(
-    slots: int = 2, pages: int = 40, page_tokens: int = 4, queue_size: int = 50, pictures: int = 1000
+    slots: int = 2, pages: int = 40, page_tokens: int = 4, queue_size: int = 50, cache_bytes: int = 1000
 ) -> Scheduler:
-    return Scheduler(queue_size, slots, KvCache(pages, page_tokens), EncoderCache(pictures))
+    return Scheduler(queue_size, slots, KvCache(pages, page_tokens), EncoderCache(cache_bytes))
 
 
-def sequence(name: str, prompt: list[int] | None = None, pictures: list[ImageInput] | None = None, **fields) -> Sequence:
+def sequence(name: str, prompt: list[int] | None = None, images: list[ImageInput] | None = None, **fields) -> Sequence:
     tokens = fields.pop("max_tokens", 3)
-    request = Request(name, tuple(prompt or [1]), SamplingParams(max_tokens=tokens), tuple(pictures or ()), **fields)
+    request = Request(name, tuple(prompt or [1]), SamplingParams(max_tokens=tokens), tuple(images or ()), **fields)
     return make_sequence(request, lambda event: None, IMAGE)
 
 
-def shot(colour: str, tokens: int = 4) -> ImageInput:
+def image(colour: str, tokens: int = 4) -> ImageInput:
     return ImageInput(colour, (1, 2, 2 * tokens), tokens, colour.encode())
 
 
 class Drive:
-    """Takes steps with the fake runner, which checks every page that is read."""
+    """Runs steps with the fake runner, which checks every page that it reads."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
@@ -46,20 +46,19 @@ class Drive:
             assert started.block_table is not None
             self.runner.copy_pages([started.block_table.copy] if started.block_table.copy else [])
             self.runner.begin(started)
-        job = self.scheduler.next_encode_task()
-        if job and (features := self.runner.encode(job, 1.0)) is not None:
-            self.scheduler.encode_done(job, features, 100)
+        task = self.scheduler.next_encode_task()
+        if task and (features := self.runner.encode(task, 1.0)) is not None:
+            self.scheduler.encode_done(task, features, 100)
         batch = self.scheduler.batch(chunk_tokens)
-        choosing = batch.sampled
-        choices = self.runner.compute(batch)
+        tokens = self.runner.compute(batch)
         self.scheduler.computed(batch)
-        for one, choice in zip(choosing, choices, strict=True):
-            one.append(choice.token)
+        for one, sampled in zip(batch.sampled, tokens, strict=True):
+            one.append(sampled.token)
             if len(one.output_ids) == one.request.sampling.max_tokens:
                 self.finished.append(one.request.id)
                 self.scheduler.remove(one)
         self.scheduler.check()
-        return bool(batch.sequences or job)
+        return bool(batch.sequences or task)
 
     def run(self, chunk_tokens: int = 100) -> list[str]:
         while self.scheduler.has_work:
@@ -73,9 +72,9 @@ def test_nothing_to_do_is_no_work() -> None:
     assert idle.admit() == [] and idle.next_encode_task() is None and idle.batch(100).sequences == ()
 
 
-def test_a_picture_comes_before_its_prompt_and_the_prompt_before_tokens() -> None:
+def test_images_are_encoded_before_prefill_and_decode() -> None:
     drive = Drive(scheduler())
-    one = sequence("a", [1, *[IMAGE] * 4, 2], [shot("red")])
+    one = sequence("a", [1, *[IMAGE] * 4, 2], [image("red")])
     drive.runner.slices = 2
     drive.scheduler.add(one)
 
@@ -87,25 +86,25 @@ def test_a_picture_comes_before_its_prompt_and_the_prompt_before_tokens() -> Non
     assert seen == [(0, 0, 0), (1, 6, 1), (1, 7, 2), (1, 0, 3)]
 
 
-def test_those_who_decode_get_a_token_in_every_step_while_a_long_prompt_is_read() -> None:
+def test_decoding_continues_in_every_step_of_a_long_prefill() -> None:
     drive = Drive(scheduler())
-    talking, long = sequence("a", max_tokens=20), sequence("b", [*range(10, 70)])
-    drive.scheduler.add(talking)
+    decoding, long = sequence("a", max_tokens=20), sequence("b", [*range(10, 70)])
+    drive.scheduler.add(decoding)
     drive.step()
     drive.scheduler.add(long)
 
-    said = []
+    lengths = []
     while not long.output_ids:
         drive.step(chunk_tokens=16)
-        said.append(len(talking.output_ids))
+        lengths.append(len(decoding.output_ids))
 
-    assert said == [2, 3, 4, 5]  # 60 tokens are four chunks
+    assert lengths == [2, 3, 4, 5]  # 60 tokens are four chunks
 
 
-def test_text_does_not_wait_for_somebody_elses_picture() -> None:
+def test_text_does_not_wait_for_another_requests_image() -> None:
     drive = Drive(scheduler())
     drive.runner.slices = 50
-    drive.scheduler.add(sequence("picture", [*[IMAGE] * 4, 2], [shot("red")]))
+    drive.scheduler.add(sequence("image", [*[IMAGE] * 4, 2], [image("red")]))
     text = sequence("text")
     drive.scheduler.add(text)
 
@@ -124,7 +123,7 @@ def test_short_prompts_share_a_step() -> None:
     assert len(drive.runner.batches[0].chunks) == 4
 
 
-def test_who_comes_first_starts_first() -> None:
+def test_requests_start_in_order_of_arrival() -> None:
     drive = Drive(scheduler(slots=1))
     for name in "abc":
         drive.scheduler.add(sequence(name))
@@ -155,7 +154,7 @@ def test_a_probe_does_not_count_in_the_queue_and_one_slot_is_its_own() -> None:
     assert [full.position(name) for name in ("a", "probe", "b")] == [0, 0, 1]
 
 
-def test_two_probes_do_not_throw_each_other_out_for_ever() -> None:
+def test_probes_do_not_preempt_each_other_forever() -> None:
     drive = Drive(scheduler(slots=2, pages=8, page_tokens=4))
     drive.scheduler.add(sequence("a", [1] * 20))
     drive.step()
@@ -165,7 +164,7 @@ def test_two_probes_do_not_throw_each_other_out_for_ever() -> None:
     assert drive.run() == ["p", "q", "a"]
 
 
-def test_a_request_that_begins_like_one_being_read_waits_and_shares() -> None:
+def test_a_request_waits_for_a_shared_prefix_being_prefilled() -> None:
     drive = Drive(scheduler(slots=3, pages=60))
     prompt = [*range(10, 90)]
     first, second = sequence("a", [*prompt, 1]), sequence("b", [*prompt, 2])
@@ -177,38 +176,38 @@ def test_a_request_that_begins_like_one_being_read_waits_and_shares() -> None:
     assert (first.cached_tokens, second.cached_tokens) == (0, 80)
 
 
-def test_the_same_picture_is_encoded_once_for_everybody() -> None:
+def test_the_same_image_is_encoded_once() -> None:
     drive = Drive(scheduler(slots=4))
     for number in range(4):
-        drive.scheduler.add(sequence(str(number), [number + 20, *[IMAGE] * 4, 2], [shot("red")]))
+        drive.scheduler.add(sequence(str(number), [number + 20, *[IMAGE] * 4, 2], [image("red")]))
 
     drive.run()
 
     assert drive.runner.encoded == ["red"]
 
 
-def test_a_picture_is_not_encoded_when_its_keys_and_values_are_still_there() -> None:
-    drive = Drive(scheduler(pictures=0))
+def test_an_image_in_the_prefix_cache_is_not_encoded() -> None:
+    drive = Drive(scheduler(cache_bytes=0))
     prompt = [1, *[IMAGE] * 4, 2]
-    drive.scheduler.add(sequence("a", prompt, [shot("red")]))
+    drive.scheduler.add(sequence("a", prompt, [image("red")]))
     drive.run()
-    drive.scheduler.add(sequence("b", [*prompt, 5, 6], [shot("red")]))
+    drive.scheduler.add(sequence("b", [*prompt, 5, 6], [image("red")]))
     drive.run()
 
     assert drive.runner.encoded == ["red"]
 
 
-def test_pictures_of_two_tenants_are_encoded_twice() -> None:
+def test_an_image_of_two_tenants_is_encoded_twice() -> None:
     drive = Drive(scheduler())
     for salt in ("a", "b"):
-        drive.scheduler.add(sequence(salt, [1, *[IMAGE] * 4, 2], [shot("red")], salt=salt))
+        drive.scheduler.add(sequence(salt, [1, *[IMAGE] * 4, 2], [image("red")], salt=salt))
 
     drive.run()
 
     assert drive.runner.encoded == ["red", "red"]
 
 
-def test_a_picture_without_a_key_is_like_no_other() -> None:
+def test_an_image_without_a_key_is_not_shared() -> None:
     drive = Drive(scheduler())
     for name in "ab":
         drive.scheduler.add(sequence(name, [1, *[IMAGE] * 4, 2], [ImageInput("red", (1, 2, 8), 4)]))
@@ -218,7 +217,7 @@ def test_a_picture_without_a_key_is_like_no_other() -> None:
     assert drive.runner.encoded == ["red", "red"]
 
 
-def test_when_pages_run_out_the_youngest_gives_way_and_comes_back() -> None:
+def test_without_free_pages_the_youngest_is_preempted_and_resumes() -> None:
     drive = Drive(scheduler(slots=3, pages=12, page_tokens=4))
     for name in "abc":
         drive.scheduler.add(sequence(name, [ord(name)] * 8, max_tokens=24))
@@ -228,10 +227,10 @@ def test_when_pages_run_out_the_youngest_gives_way_and_comes_back() -> None:
     assert drive.scheduler.preemptions > 0
 
 
-def test_a_prompt_that_does_not_fit_its_pictures_is_refused() -> None:
+def test_a_prompt_that_does_not_match_its_images_is_refused() -> None:
     for prompt in ([1, 2], [IMAGE, 1, IMAGE], [IMAGE] * 5):
         with pytest.raises(ValueError):
-            sequence("a", prompt, [shot("red", 4)])
+            sequence("a", prompt, [image("red", 4)])
 
 
 def test_positions_count_from_the_one_that_runs() -> None:
@@ -248,12 +247,12 @@ ARRIVALS = st.lists(
     st.fixed_dictionaries(
         {
             "prompt": PROMPTS,
-            "picture": st.sampled_from([None, None, "red", "blue"]),
+            "image": st.sampled_from([None, None, "red", "blue"]),
             "max_tokens": st.integers(1, 9),
             "salt": st.sampled_from(["", "other"]),
             "probe": st.sampled_from([False, False, False, True]),
             "after": st.integers(0, 3),  # steps
-            "leaves": st.one_of(st.none(), st.integers(0, 6)),  # is aborted so many steps later
+            "aborted": st.one_of(st.none(), st.integers(0, 6)),  # so many steps later
         }
     ),
     min_size=1,
@@ -268,39 +267,39 @@ ARRIVALS = st.lists(
     pages=st.integers(8, 20),
     page_tokens=st.integers(3, 5),
     chunk_tokens=st.integers(1, 30),
-    picture_bytes=st.sampled_from([0, 100, 1000]),
+    cache_bytes=st.sampled_from([0, 100, 1000]),
 )
-def test_whatever_comes_everybody_ends_once_and_nothing_is_left(
-    arrivals, slots: int, pages: int, page_tokens: int, chunk_tokens: int, picture_bytes: int
+def test_any_arrivals_end_exactly_once_and_free_everything(
+    arrivals, slots: int, pages: int, page_tokens: int, chunk_tokens: int, cache_bytes: int
 ) -> None:
-    drive = Drive(scheduler(slots, pages, page_tokens, pictures=picture_bytes))
-    leaving: list[tuple[int, Sequence]] = []
-    left, steps = [], 0
+    drive = Drive(scheduler(slots, pages, page_tokens, cache_bytes=cache_bytes))
+    aborts: list[tuple[int, Sequence]] = []
+    aborted, steps = [], 0
 
     def step() -> None:
         nonlocal steps
-        for when, one in leaving:
+        for when, one in aborts:
             if when == steps and one.request.id not in drive.finished:
                 drive.scheduler.remove(one)
-                left.append(one.request.id)
+                aborted.append(one.request.id)
         drive.step(chunk_tokens)
         steps += 1
 
     for number, a in enumerate(arrivals):
-        prompt = [*a["prompt"], *([IMAGE] * 4 if a["picture"] else [])]
-        shots = [shot(a["picture"])] if a["picture"] else []
+        prompt = [*a["prompt"], *([IMAGE] * 4 if a["image"] else [])]
+        images = [image(a["image"])] if a["image"] else []
         fields = {key: a[key] for key in ("max_tokens", "salt", "probe")}
-        one = sequence(str(number), prompt, shots, **fields)
+        one = sequence(str(number), prompt, images, **fields)
         drive.scheduler.add(one)
-        if a["leaves"] is not None:
-            leaving.append((steps + a["leaves"], one))
+        if a["aborted"] is not None:
+            aborts.append((steps + a["aborted"], one))
         for _ in range(a["after"]):
             step()
     while drive.scheduler.has_work:
         step()
-        assert steps < 1000, "somebody starves"
+        assert steps < 1000, "a request starves"
 
-    assert sorted([*drive.finished, *left], key=int) == [str(number) for number in range(len(arrivals))]
+    assert sorted([*drive.finished, *aborted], key=int) == [str(number) for number in range(len(arrivals))]
     drive.scheduler.check()
     assert drive.scheduler.kv.used_tokens == 0
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from api.engine.request import Delta, Done, FinishReason, TokenLogprob
-from api.engine.text.detokenizer import Detokenizer
+from api.engine.text.output import Detokenizer
 from api.engine.text.tokenizer import Vocabulary
 from api.parsing.output import OutputParser
 from api.protocol.completion import Choice, Completion, PromptFacts

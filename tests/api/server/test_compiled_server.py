@@ -1,4 +1,4 @@
-"""The real server with a model in bfloat16: it compiles its kernels while it loads, and answers as torch does."""
+"""The real server with a model in bfloat16: it compiles the kernels while it loads, and answers as with torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from test_demo_model import ASK
 
 @pytest.fixture
 def serve_demo(tmp_path: Path) -> Iterator[Callable[..., Server]]:
-    """The cache of compiled kernels is empty at first."""
+    """Starts servers that share a cache of compiled kernels, empty at first."""
     servers: list[Server] = []
 
     def start(**settings: str) -> Server:
@@ -33,17 +33,17 @@ def serve_demo(tmp_path: Path) -> Iterator[Callable[..., Server]]:
         server.process.wait(WAIT_S)
 
 
-def test_a_server_compiles_before_it_is_ready_and_answers_as_torch_does(
+def test_a_server_compiles_before_it_is_ready_and_answers_as_with_torch(
     serve_demo: Callable[..., Server], tmp_path: Path
 ) -> None:
-    server, plain = serve_demo(), serve_demo(GLM_KERNELS="torch")
+    server, with_torch = serve_demo(), serve_demo(GLM_KERNELS="torch")
 
     value, reason = kernels(server)
 
     assert value == "compiled" and reason.startswith(str(tmp_path / "cache")) and Path(reason).is_file()
-    assert kernels(plain) == ("torch", "set by GLM_KERNELS")
+    assert kernels(with_torch) == ("torch", "set by GLM_KERNELS")
     text = answer(server)
-    assert text == answer(plain)
+    assert text == answer(with_torch)
     assert "1" in text or "one" in text.lower()
     server.until_logged("name=kernels value=compiled")
 

@@ -1,8 +1,13 @@
-"""Compiling for a processor, trying in a child process, and what a server does with what came of it."""
+"""Compiling the kernels, trying them in a child process, and the fallback to torch.
+
+No library is loaded in this process: torch aborts when a second one registers the same operations.
+"""
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,23 +20,22 @@ from api.engine.kernels.build import KernelError
 from api.engine.loaded_model import Model
 from api.engine.loading import operations as choice
 from api.engine.loading.loader import load
-from api.engine.model.forward_batch import AttentionMetadata
-from api.engine.model.operations import TorchOperations
+from api.engine.model.operations import AttentionMetadata, TorchOperations
 
-HAS_INSTRUCTION = build.fit_processor()
+HAS_INSTRUCTION = build.processor_supported()
 CPU_WITH = "avx512f avx512_bf16"
 
 
 @pytest.fixture
 def processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A processor that says it has AVX512_BF16, and code for one that has, whatever there is."""
-    monkeypatch.setattr(build, "_processor", lambda: CPU_WITH)
+    """Pretends that the processor has AVX512_BF16, and compiles for one that has."""
+    monkeypatch.setattr(build, "_processor_flags", lambda: CPU_WITH)
     monkeypatch.setattr(build, "TARGET", ("-march=cooperlake",))
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One cache of libraries for the tests here: compiling takes ten seconds and more."""
+    """One cache of libraries for this module: compiling takes ten seconds and more."""
     return tmp_path_factory.mktemp("cache")
 
 
@@ -40,91 +44,101 @@ def untried(library: Path) -> Path:
     return library
 
 
-def test_they_fit_bfloat16_on_a_cpu_that_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "_processor", lambda: CPU_WITH)
-
-    assert build.obstacle("cpu", torch.bfloat16, 16, (128, 80)) is None
-    assert "float32" in str(build.obstacle("cpu", torch.float32, 16, (128, 64)))
-    assert "CPU" in str(build.obstacle("cuda", torch.bfloat16, 16, (128, 64)))
-    assert "88" in str(build.obstacle("cpu", torch.bfloat16, 16, (128, 88)))
-    assert "32" in str(build.obstacle("cpu", torch.bfloat16, 32, (64, 64)))
-    monkeypatch.setattr(build, "_processor", lambda: "avx2 avx512f")
-    assert "AVX512_BF16" in str(build.obstacle("cpu", torch.bfloat16, 16, (128, 64)))
+def interpreter(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the child process of the trial run a shell script."""
+    program = folder / "python-stand-in"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
 
 
-def test_where_the_processor_has_amx_onednn_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "_processor", lambda: CPU_WITH)
-    assert build.multiplies()
-    monkeypatch.setattr(build, "_processor", lambda: "avx512_bf16 amx_tile amx_bf16")
-    assert not build.multiplies()
+def test_models_in_bfloat16_on_a_cpu_with_avx512_bf16_are_supported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "_processor_flags", lambda: CPU_WITH)
+
+    assert build.unsupported("cpu", torch.bfloat16, 16, (128, 80)) is None
+    assert "float32" in str(build.unsupported("cpu", torch.float32, 16, (128, 64)))
+    assert "CPU" in str(build.unsupported("cuda", torch.bfloat16, 16, (128, 64)))
+    assert "88" in str(build.unsupported("cpu", torch.bfloat16, 16, (128, 88)))
+    assert "32" in str(build.unsupported("cpu", torch.bfloat16, 32, (64, 64)))
+    monkeypatch.setattr(build, "_processor_flags", lambda: "avx2 avx512f")
+    assert "AVX512_BF16" in str(build.unsupported("cpu", torch.bfloat16, 16, (128, 64)))
 
 
-def test_they_are_compiled_once(processor: None, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = build.compiled(cache)
+def test_with_amx_the_products_are_left_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "_processor_flags", lambda: CPU_WITH)
+    assert build.has_fast_products()
+    monkeypatch.setattr(build, "_processor_flags", lambda: "avx512_bf16 amx_tile amx_bf16")
+    assert not build.has_fast_products()
+
+
+def test_a_library_is_compiled_once(processor: None, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = build.compile_library(cache)
     monkeypatch.setattr(build, "_run", lambda command: pytest.fail("compiled again"))
 
-    assert build.compiled(cache) == first
+    assert build.compile_library(cache) == first
     assert [file.name for file in cache.iterdir() if file.suffix == ".so"] == [first.name]
 
 
-def test_an_instruction_that_the_processor_lacks_ends_the_child_only(
+def test_an_unsupported_instruction_kills_the_child_process_only(
     processor: None, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    library = untried(build.compiled(cache))
+    library = untried(build.compile_library(cache))
     if HAS_INSTRUCTION:
-        assert build.tried(library) == library
+        assert build.try_library(library) == library
         return
 
     with pytest.raises(KernelError, match="SIGILL"):
-        build.tried(library)
+        build.try_library(library)
 
     monkeypatch.setattr(build, "_try_in_child", lambda library: pytest.fail("tried again"))
     with pytest.raises(KernelError, match=r"SIGILL.*remove .*\.trial to try again"):
-        build.tried(library)
+        build.try_library(library)
 
 
-def test_a_server_with_such_a_library_answers_with_torch(
-    processor: None, cache: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+def test_after_a_trial_killed_by_an_illegal_instruction_torch_computes(
+    processor: None, cache: Path, tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build, "cache_folder", lambda: cache)
-    untried(build.compiled(cache))
+    untried(build.compile_library(cache))
+    interpreter(tmp_path, "kill -ILL $$", monkeypatch)
     for _ in range(2):  # two starts; the second must not try it again
         model = loaded(tiny_checkpoint)
 
-        assert model.facts["kernels"] == ("compiled" if HAS_INSTRUCTION else "torch")
-        assert ("SIGILL" in model.facts["choices"]["kernels"]) != HAS_INSTRUCTION
+        assert model.facts["kernels"] == "torch"
+        assert "killed by SIGILL" in model.facts["choices"]["kernels"]
         assert len(Steps(model).run(request_for(model, [ask("Hello")], []))[0]) == STEPS
         monkeypatch.setattr(build, "_try_in_child", lambda library: pytest.fail("tried again"))
 
 
-def test_a_trial_that_does_not_end_is_ended_and_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trial_that_hangs_is_killed_and_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library = tmp_path / "kernels.so"
     library.write_text("")
-    monkeypatch.setattr(build, "TRIAL_LIMIT_S", 0.2)  # torch alone takes longer to import
+    interpreter(tmp_path, "exec sleep 60", monkeypatch)
+    monkeypatch.setattr(build, "TRIAL_LIMIT_S", 0.2)
 
-    with pytest.raises(KernelError, match=r"did not finish their trial within 0\.2 s"):
-        build.tried(library)
+    with pytest.raises(KernelError, match=r"did not finish within 0\.2 s"):
+        build.try_library(library)
 
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: pytest.fail("tried again"))
     with pytest.raises(KernelError, match="did not finish"):
-        build.tried(library)
+        build.try_library(library)
 
 
-def test_a_file_that_is_no_library_is_refused_with_its_name(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_library_is_refused_with_its_name(tmp_path: Path) -> None:
     library = tmp_path / "kernels.so"
     library.write_text("cut off")
 
     with pytest.raises(KernelError, match=r"kernels\.so"):
-        build.tried(library)
+        build.try_library(library)
 
 
-def test_a_library_that_computes_something_else_does_not_pass() -> None:
+def test_a_library_with_wrong_results_does_not_pass() -> None:
     class Wrong(TorchOperations):
         def attend_decode(self, qkv: torch.Tensor, kv: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
             return super().attend_decode(qkv, kv, metadata) * 1.5
 
     trial.compare(TorchOperations(build.PAGE_TOKENS))
-    with pytest.raises(KernelError, match="attend_decode computes something else"):
+    with pytest.raises(KernelError, match="the results of attend_decode differ"):
         trial.compare(Wrong(build.PAGE_TOKENS))
 
 
@@ -141,44 +155,45 @@ def test_without_a_compiler_torch_computes(
     assert "no C++ compiler" in model.facts["choices"]["kernels"] and "g++" in model.facts["choices"]["kernels"]
 
 
-def test_a_compiler_that_fails_is_named_with_what_it_said(
+def test_the_error_of_a_failing_compiler_is_reported(
     processor: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiler_of(tmp_path, "echo 'warning: first' >&2\necho 'error: No space left on device' >&2\nexit 4", monkeypatch)
 
-    with pytest.raises(KernelError, match=r"c\+\+stand-in ended with code 4: error: No space left on device"):
+    with pytest.raises(KernelError, match=r"c\+\+stand-in failed with exit code 4: error: No space left on device"):
         build.PendingLibrary(tmp_path / "cache").wait(30)
 
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_a_compiler_that_takes_long_does_not_hold_up_the_start(
+def test_a_slow_compiler_does_not_delay_the_start(
     processor: None, tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go_on = tmp_path / "go on"
-    compiler_of(tmp_path, f"until [ -e '{go_on}' ]; do sleep 0.1; done; exit 4", monkeypatch)
+    os.mkfifo(go_on)
+    compiler_of(tmp_path, f"read line < '{go_on}'; exit 4", monkeypatch)
     monkeypatch.setattr(build, "cache_folder", lambda: tmp_path / "cache")
     monkeypatch.setattr(choice, "WAIT_S", 0.1)
 
     model = loaded(tiny_checkpoint)
 
-    go_on.touch()
+    go_on.write_text("\n")  # the compiler ends
     assert model.facts["kernels"] == "torch"
     assert "the next start will use them" in model.facts["choices"]["kernels"]
 
 
 def test_without_memory_for_the_weights_torch_computes(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Full:
+    class OutOfMemory:
         needs_masks = False
 
         def linear(self, *arguments: object, **options: object) -> None:
-            raise RuntimeError("there is no memory for 4096 bytes of weights")
+            raise RuntimeError("not enough memory for 4096 bytes of weights")
 
-    monkeypatch.setattr(choice.OperationsChoice, "choose", lambda self: (Full(), choice.Selection("compiled", "x")))
+    monkeypatch.setattr(choice.OperationsChoice, "choose", lambda self: (OutOfMemory(), choice.Selection("compiled", "x")))
 
     model = loaded(tiny_checkpoint)
 
-    assert model.facts["kernels"] == "torch" and "no memory" in model.facts["choices"]["kernels"]
+    assert model.facts["kernels"] == "torch" and "not enough memory" in model.facts["choices"]["kernels"]
 
 
 def loaded(checkpoint: Path) -> Model:

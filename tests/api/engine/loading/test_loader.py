@@ -1,4 +1,4 @@
-"""From a configuration to a model: what is chosen, why, and what is said when it cannot be."""
+"""From a configuration to a model: the choices, their reasons, and the errors."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ def test_the_demo_is_chosen_without_a_gpu() -> None:
     assert "no CUDA GPU" in choice.reason
 
 
-def test_flash_is_chosen_where_the_gpu_can_hold_it() -> None:
+def test_flash_is_chosen_if_it_fits_the_gpu() -> None:
     choice = choose_model(EngineConfig(model="auto"), "cuda", 40 * GIB)
 
     assert choice.value == "zai-org/GLM-4.6V-Flash"
     assert "40.0 GiB" in choice.reason
 
 
-def test_flash_has_its_other_name_on_modelscope() -> None:
+def test_flash_has_another_id_on_modelscope() -> None:
     choice = choose_model(EngineConfig(model="auto", hub="modelscope"), "cuda", 40 * GIB)
 
     assert choice.value == "ZhipuAI/GLM-4.6V-Flash"
 
 
-def test_the_demo_is_chosen_where_the_gpu_is_too_small() -> None:
+def test_the_demo_is_chosen_if_the_gpu_is_too_small() -> None:
     choice = choose_model(EngineConfig(model="auto"), "cuda", FLASH_NEEDS_BYTES - GIB)
 
     assert choice.value.endswith("models/shapes")
     assert "only 23.0 GiB" in choice.reason
 
 
-def test_a_model_that_is_named_is_taken() -> None:
+def test_a_configured_model_is_used() -> None:
     assert choose_model(EngineConfig(model="a/b"), "cpu", None).value == "a/b"
 
 
@@ -53,7 +53,7 @@ def test_small_weights_run_in_full_precision_and_large_ones_in_half() -> None:
     assert choose_dtype(EngineConfig(dtype="float16"), "cpu", 20 * GIB).value == "float16"
 
 
-def test_threads_fit_the_model_and_leave_one_core_of_many_to_http() -> None:
+def test_threads_depend_on_the_model_and_leave_a_core_to_http() -> None:
     cores = usable_cores()
     assert choose_threads(EngineConfig(threads=0), 20 * GIB).value == str(cores if cores <= 2 else cores - 1)
     assert choose_threads(EngineConfig(threads=0), 10_000_000).value == "1"
@@ -76,7 +76,7 @@ def test_a_checkpoint_loads_with_progress_and_facts(tiny_checkpoint: Path) -> No
     assert len(model.end_ids) == 3
 
 
-def test_a_demo_folder_says_what_it_is(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_demo_folder_is_described_in_the_facts(tiny_checkpoint: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(tiny_checkpoint, folder)
     demo = {"id": "glm-test-demo", "knows": {"en": "shapes", "zh": "图形"}}
@@ -106,7 +106,7 @@ def test_the_checkpoint_loads_under_the_other_class_name_too(tiny_checkpoint: Pa
         ("tests", "needs config.json and"),
     ],
 )
-def test_a_model_that_is_not_there_is_named(name: str, message: str) -> None:
+def test_a_missing_model_is_named_in_the_error(name: str, message: str) -> None:
     with pytest.raises(LoadError, match=message):
         load(EngineConfig(model=name, threads=1, device="cpu"), lambda fraction: None)
 
@@ -127,14 +127,14 @@ def test_a_context_longer_than_the_model_allows_is_refused(tiny_checkpoint: Path
         load(config, lambda fraction: None)
 
 
-def test_modelscope_without_its_package_says_what_to_install() -> None:
+def test_modelscope_without_its_package_names_the_package() -> None:
     config = EngineConfig(model="ZhipuAI/none", hub="modelscope", device="cpu", threads=1)
 
     with pytest.raises(LoadError, match="pip install modelscope"):
         load(config, lambda fraction: None)
 
 
-def test_a_hub_that_cannot_be_reached_says_what_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_error_names_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
     def fail(*args: object, **kwargs: object) -> str:

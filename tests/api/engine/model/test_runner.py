@@ -1,4 +1,4 @@
-"""The engine's own forward against transformers' generate: same tokens, whoever else is in the batch."""
+"""The engine's forward pass against transformers' generate: the same tokens in any batch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from prompts import STEPS, Steps, ask, generate, next_logits, picture, request_for
+from prompts import STEPS, Steps, ask, draw_image, generate, next_logits, request_for
 
 from api.engine.config import EngineConfig
 from api.engine.kernels import build as kernels
@@ -30,11 +30,11 @@ def reference(tiny_checkpoint: Path):
 
 PROMPTS = {
     "text": ([ask("Hello, what is this?")], []),
-    "one picture": ([ask("What is in the picture?", 1)], [picture(1, (150, 90))]),
-    "two pictures": ([ask("The red circle?", 2)], [picture(2, (90, 200)), picture(3, (128, 128))]),
+    "one image": ([ask("What is in the picture?", 1)], [draw_image(1, (150, 90))]),
+    "two images": ([ask("The red circle?", 2)], [draw_image(2, (90, 200)), draw_image(3, (128, 128))]),
     "several turns": (
         [ask("What is it?", 1), {"role": "assistant", "content": "A red circle."}, ask("And here? " * 9, 1)],
-        [picture(4, (112, 112)), picture(5, (200, 60))],
+        [draw_image(4, (112, 112)), draw_image(5, (200, 60))],
     ),
 }
 
@@ -51,7 +51,7 @@ def test_greedy_tokens_equal_those_of_generate(name: str, chunk_tokens: int, mod
 
 
 @pytest.mark.parametrize("chunk_tokens", [512, 40], ids=["whole", "chunked"])
-def test_a_batch_of_all_kinds_changes_nobodys_tokens(chunk_tokens: int, model: Model, reference) -> None:
+def test_a_mixed_batch_does_not_change_the_tokens(chunk_tokens: int, model: Model, reference) -> None:
     requests = [request_for(model, *prompt, name=name) for name, prompt in PROMPTS.items()]
 
     together = Steps(model, chunk_tokens).run(*requests)
@@ -59,7 +59,7 @@ def test_a_batch_of_all_kinds_changes_nobodys_tokens(chunk_tokens: int, model: M
     assert together == [generate(reference, model, request) for request in requests]
 
 
-def test_requests_that_join_and_leave_at_any_step_get_their_own_tokens(model: Model, reference) -> None:
+def test_requests_may_join_and_leave_at_any_step(model: Model, reference) -> None:
     steps = Steps(model, 48)
     kinds = list(PROMPTS.values())
     requests = [
@@ -76,9 +76,9 @@ def test_requests_that_join_and_leave_at_any_step_get_their_own_tokens(model: Mo
     assert [s.output_ids for s in sequences] == [generate(reference, model, r) for r in requests]
 
 
-def test_a_follow_up_computes_only_what_is_new_and_says_the_same(model: Model, reference) -> None:
+def test_a_follow_up_computes_only_new_tokens_with_the_same_result(model: Model, reference) -> None:
     steps = Steps(model)
-    images = [picture(7, (140, 140))]
+    images = [draw_image(7, (140, 140))]
     first = request_for(model, [ask("What is it? Tell me more about this.", 1)], images)
     answer = steps.run(first)[0]
     longer = (*first.prompt_ids, *answer, *model.vocabulary.encode("And what else?"))
@@ -89,13 +89,13 @@ def test_a_follow_up_computes_only_what_is_new_and_says_the_same(model: Model, r
         steps.step()
 
     assert sequence.cached_tokens == len(first.prompt_ids) + len(answer) - 1
-    assert steps.scheduler.encoder_cache.queries == 1  # the second time nobody even asked for the picture
+    assert steps.scheduler.encoder_cache.queries == 1  # the image is in the prefix cache the second time
     assert sequence.output_ids == generate(reference, model, second)
 
 
-def test_a_question_about_a_known_picture_reuses_it_for_another_user(model: Model, reference) -> None:
+def test_a_cached_image_is_reused_by_another_request(model: Model, reference) -> None:
     steps = Steps(model)
-    images = [picture(8, (140, 140))]
+    images = [draw_image(8, (140, 140))]
     steps.run(request_for(model, [ask("What is it?", 1)], images))
     other = request_for(model, [ask("How many are there?", 1)], images, name="other")
     sequence = steps.add(other)
@@ -107,10 +107,10 @@ def test_a_question_about_a_known_picture_reuses_it_for_another_user(model: Mode
     assert sequence.output_ids == generate(reference, model, other)
 
 
-def test_a_picture_of_the_same_size_is_never_taken_for_another(model: Model, reference) -> None:
+def test_images_of_the_same_size_are_not_confused(model: Model, reference) -> None:
     steps = Steps(model)
     requests = [
-        request_for(model, [ask("What is it?", 1)], [picture(seed, (112, 112))], name=str(seed)) for seed in (4, 5, 6)
+        request_for(model, [ask("What is it?", 1)], [draw_image(seed, (112, 112))], name=str(seed)) for seed in (4, 5, 6)
     ]
 
     answers = [steps.run(request)[0] for request in requests]
@@ -119,7 +119,7 @@ def test_a_picture_of_the_same_size_is_never_taken_for_another(model: Model, ref
     assert len({tuple(answer) for answer in answers}) > 1
 
 
-def test_a_request_that_had_to_give_way_goes_on_as_if_nothing_had_happened(model: Model, reference) -> None:
+def test_preemption_does_not_change_the_tokens(model: Model, reference) -> None:
     requests = [request_for(model, *prompt, name=name, max_tokens=60) for name, prompt in PROMPTS.items()]
     needed = [-(-(len(r.prompt_ids) + 60) // 16) for r in requests]
     steps = Steps(model, pages=max(needed) + 6)
@@ -131,7 +131,7 @@ def test_a_request_that_had_to_give_way_goes_on_as_if_nothing_had_happened(model
 
 
 def test_greedy_tokens_equal_those_of_generate_with_a_repetition_penalty(model: Model, reference) -> None:
-    request = request_for(model, *PROMPTS["one picture"], repetition_penalty=1.7)
+    request = request_for(model, *PROMPTS["one image"], repetition_penalty=1.7)
 
     ours = Steps(model).run(request)[0]
 
@@ -164,13 +164,13 @@ def test_the_demo_checkpoint_answers_as_generate_does() -> None:
     assert len(ours[0]) == STEPS
 
 
-# In bf16 two computations of one sum differ in the last of 8 bits. A token may then differ from generate's only
-# where generate itself held both for nearly equal, or would have in float32 (in bf16 its logits are up to 0.6 off):
-# closer than this, in logits whose spread is about 2.
+# In bf16 two computations of one sum differ in the last of 8 bits. A token may then differ from generate's only where
+# generate's logits of both are closer than this, in bf16 (where they are up to 0.6 off) or in float32. Their spread is
+# about 2.
 NEAR_TIE = 0.15
 
 
-@pytest.mark.parametrize("computed_by", ["torch", *(["compiled"] if kernels.fit_processor() else [])])
+@pytest.mark.parametrize("computed_by", ["torch", *(["compiled"] if kernels.processor_supported() else [])])
 def test_in_bf16_tokens_differ_from_generate_at_near_ties_only(computed_by: str, tiny_checkpoint: Path) -> None:
     from transformers import Glm4vForConditionalGeneration
 
@@ -182,25 +182,25 @@ def test_in_bf16_tokens_differ_from_generate_at_near_ties_only(computed_by: str,
     for name, prompt in PROMPTS.items():
         request = request_for(half, *prompt, name=name)
         expected = generate(reference, half, request)
-        # Every next token after generate's own words: one difference must not hide what follows.
+        # Each next token after generate's own output: one difference must not hide what follows.
         parts = [
-            Request(f"{name} {said}", (*request.prompt_ids, *expected[:said]), SamplingParams(max_tokens=1), request.images)
-            for said in range(STEPS)
+            Request(f"{name} {count}", (*request.prompt_ids, *expected[:count]), SamplingParams(max_tokens=1), request.images)
+            for count in range(STEPS)
         ]
-        for part, wanted, (token,) in zip(parts, expected, Steps(half, 40).run(*parts), strict=True):
+        for part, reference_token, (token,) in zip(parts, expected, Steps(half, 40).run(*parts), strict=True):
             exact = next_logits(exact_reference, half, part)
             off["ours"] += token != int(exact.argmax())
-            off["generate's"] += wanted != int(exact.argmax())
-            if token != wanted:
+            off["generate's"] += reference_token != int(exact.argmax())
+            if token != reference_token:
                 scores = next_logits(reference, half, part)
-                assert min(scores[wanted] - scores[token], exact[wanted] - exact[token]) < NEAR_TIE
+                assert min(scores[reference_token] - scores[token], exact[reference_token] - exact[token]) < NEAR_TIE
     assert off["ours"] <= off["generate's"] + 1, off
 
 
-def test_all_layers_in_one_call_compute_what_they_do_one_by_one(
+def test_the_fused_layers_equal_the_single_operations(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not kernels.multiplies():
+    if not kernels.has_fast_products():
         return  # every product is oneDNN's, and called from here anyway
     half = load_half(tiny_checkpoint, "auto")
     requests = [request_for(half, *prompt, name=name) for name, prompt in PROMPTS.items()]
@@ -213,6 +213,6 @@ def test_all_layers_in_one_call_compute_what_they_do_one_by_one(
     assert Steps(half, 40).run(*requests) == in_one_call
 
 
-def load_half(checkpoint: Path, wanted: str) -> Model:
-    config = EngineConfig(model=str(checkpoint), threads=1, device="cpu", slots=6, dtype="bfloat16", kernels=wanted)
+def load_half(checkpoint: Path, kernels: str) -> Model:
+    config = EngineConfig(model=str(checkpoint), threads=1, device="cpu", slots=6, dtype="bfloat16", kernels=kernels)
     return load(config, lambda fraction: None)

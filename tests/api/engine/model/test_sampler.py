@@ -1,4 +1,4 @@
-"""Choosing tokens: greedy, cut, penalised, ruled, explained, and the same alone or in any batch."""
+"""Sampling: greedy, truncated, penalised, constrained, with logprobs, and the same alone or in any batch."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ LOGITS = torch.tensor([1.0, 3.0, 2.5, -1.0, 0.0])
 SIZE = len(LOGITS)
 
 
-class Answer:
-    """As much of an answer as the sampler looks at."""
+class Output:
+    """The part of OutputState that the sampler uses."""
 
     def __init__(
         self, forced: int | None = None, barred: tuple[int, ...] = (), allowed: list[int] | None = None
@@ -32,13 +32,13 @@ class Answer:
         return np.array([sum(1 << token for token in self._allowed)], dtype=np.int32)
 
 
-def sequence(slot: int = 0, prompt: tuple[int, ...] = (), answer: Answer | None = None, **sampling) -> Sequence:
+def sequence(slot: int = 0, prompt: tuple[int, ...] = (), output: Output | None = None, **sampling) -> Sequence:
     one = Sequence(Request("r", prompt, SamplingParams(**{"max_tokens": 1, **sampling})), lambda event: None)
-    one.slot, one.output = slot, answer
+    one.slot, one.output = slot, output
     return one
 
 
-def draws(count: int = 200, logits: torch.Tensor = LOGITS, **options) -> list[int]:
+def sample_tokens(count: int = 200, logits: torch.Tensor = LOGITS, **options) -> list[int]:
     sampler, one = Sampler(1, len(logits), torch.device("cpu")), sequence(**options)
     sampler.begin(one)
     for _ in range(count):
@@ -46,87 +46,96 @@ def draws(count: int = 200, logits: torch.Tensor = LOGITS, **options) -> list[in
     return one.output_ids
 
 
-def choose(logits: torch.Tensor, *sequences: Sequence) -> list[SampledToken]:
+def sample_batch(logits: torch.Tensor, *sequences: Sequence) -> list[SampledToken]:
     sampler = Sampler(len(sequences), logits.shape[-1], torch.device("cpu"))
     for one in sequences:
         sampler.begin(one)
     return sampler.sample(logits, sequences)
 
 
-def test_temperature_zero_takes_the_best() -> None:
-    assert set(draws(temperature=0.0)) == {1}
+def test_temperature_zero_is_greedy() -> None:
+    assert set(sample_tokens(temperature=0.0)) == {1}
 
 
-def test_top_k_leaves_only_the_best_k() -> None:
-    assert set(draws(temperature=5.0, top_k=2, seed=1)) == {1, 2}
+def test_top_k_keeps_the_k_most_probable() -> None:
+    assert set(sample_tokens(temperature=5.0, top_k=2, seed=1)) == {1, 2}
 
 
-def test_top_p_leaves_the_fewest_that_reach_it() -> None:
+def test_top_p_keeps_the_fewest_that_reach_it() -> None:
     best, second = LOGITS.softmax(-1)[1], LOGITS.softmax(-1)[2]
 
-    assert set(draws(temperature=1.0, top_p=float(best) - 0.01, seed=1)) == {1}
-    assert set(draws(temperature=1.0, top_p=float(best + second) - 0.01, seed=1)) == {1, 2}
+    assert set(sample_tokens(temperature=1.0, top_p=float(best) - 0.01, seed=1)) == {1}
+    assert set(sample_tokens(temperature=1.0, top_p=float(best + second) - 0.01, seed=1)) == {1, 2}
 
 
-def test_top_p_counts_only_what_top_k_has_left() -> None:
-    chances = LOGITS[[1, 2]].softmax(-1)
+def test_top_p_applies_after_top_k() -> None:
+    probabilities = LOGITS[[1, 2]].softmax(-1)
 
-    assert set(draws(temperature=1.0, top_k=2, top_p=float(chances[0]) + 0.01, seed=1)) == {1, 2}
-    assert set(draws(temperature=1.0, top_k=2, top_p=float(chances[0]) - 0.01, seed=1)) == {1}
-
-
-def test_top_p_zero_still_leaves_one() -> None:
-    assert set(draws(temperature=1.0, top_p=0.0, seed=1)) == {1}
+    assert set(sample_tokens(temperature=1.0, top_k=2, top_p=float(probabilities[0]) + 0.01, seed=1)) == {1, 2}
+    assert set(sample_tokens(temperature=1.0, top_k=2, top_p=float(probabilities[0]) - 0.01, seed=1)) == {1}
 
 
-def test_min_p_drops_what_is_much_less_likely_than_the_best() -> None:
+def test_top_p_zero_keeps_one() -> None:
+    assert set(sample_tokens(temperature=1.0, top_p=0.0, seed=1)) == {1}
+
+
+def test_min_p_drops_tokens_much_less_probable_than_the_best() -> None:
     ratio = float((LOGITS[0] - LOGITS[1]).exp())
 
-    assert set(draws(2000, temperature=1.0, min_p=ratio + 0.01, seed=1)) == {1, 2}
-    assert set(draws(2000, temperature=1.0, min_p=ratio - 0.01, seed=1)) == {0, 1, 2}
+    assert set(sample_tokens(2000, temperature=1.0, min_p=ratio + 0.01, seed=1)) == {1, 2}
+    assert set(sample_tokens(2000, temperature=1.0, min_p=ratio - 0.01, seed=1)) == {0, 1, 2}
 
 
 @pytest.mark.parametrize("cut", [{}, {"top_p": 0.999999}, {"top_k": 5}], ids=["all", "sorted", "few"])
-def test_tokens_come_as_often_as_they_should(cut: dict) -> None:
-    count = 20_000
+def test_tokens_are_sampled_by_their_probabilities(cut: dict) -> None:
+    rows, steps = 200, 100
+    count = rows * steps
+    sampler = Sampler(rows, SIZE, torch.device("cpu"))
+    batch = [sequence(slot, temperature=1.5, seed=slot, **cut) for slot in range(rows)]
+    for one in batch:
+        sampler.begin(one)
     expected = (LOGITS / 1.5).softmax(-1)
 
-    seen = Counter(draws(count, temperature=1.5, seed=3, **cut))
+    seen: Counter[int] = Counter()
+    for _ in range(steps):
+        for one, sampled in zip(batch, sampler.sample(LOGITS.repeat(rows, 1), batch), strict=True):
+            one.append(sampled.token)
+            seen[sampled.token] += 1
 
-    for token, chance in enumerate(expected.tolist()):
-        assert abs(seen[token] / count - chance) < 4 * (chance * (1 - chance) / count) ** 0.5 + 1e-4
+    for token, p in enumerate(expected.tolist()):
+        assert abs(seen[token] / count - p) < 4 * (p * (1 - p) / count) ** 0.5 + 1e-4
 
 
-def test_the_same_seed_draws_the_same_tokens_and_another_seed_others() -> None:
+def test_a_seed_determines_the_tokens() -> None:
     options = {"temperature": 3.0}
 
-    assert draws(seed=7, **options) == draws(seed=7, **options)
-    assert draws(seed=7, **options) != draws(seed=8, **options)
-    assert draws(**options) != draws(**options)
+    assert sample_tokens(seed=7, **options) == sample_tokens(seed=7, **options)
+    assert sample_tokens(seed=7, **options) != sample_tokens(seed=8, **options)
+    assert sample_tokens(**options) != sample_tokens(**options)
 
 
-def test_a_negative_seed_is_a_seed_too() -> None:
-    assert draws(seed=-5, temperature=3.0) == draws(seed=-5, temperature=3.0)
+def test_a_negative_seed_is_valid() -> None:
+    assert sample_tokens(seed=-5, temperature=3.0) == sample_tokens(seed=-5, temperature=3.0)
 
 
-def test_a_seed_draws_the_same_alone_and_in_any_batch() -> None:
+def test_a_seed_gives_the_same_tokens_alone_and_in_any_batch() -> None:
     torch.manual_seed(1)
     logits = torch.randn(12, 3000) * 3
     kinds = [{}, {"top_k": 3}, {"top_k": 50, "top_p": 0.8}, {"top_p": 0.7}, {"min_p": 0.05}, {"temperature": 0.0}]
     made = [sequence(slot, temperature=kinds[slot % 6].get("temperature", 1.2), seed=slot,
                      **{k: v for k, v in kinds[slot % 6].items() if k != "temperature"}) for slot in range(12)]  # fmt: skip
 
-    together = [choice.token for choice in choose(logits, *made)]
+    together = [sampled.token for sampled in sample_batch(logits, *made)]
     alone = []
     for row, one in enumerate(made):
         one.slot = 0
-        alone.append(choose(logits[row : row + 1], one)[0].token)
+        alone.append(sample_batch(logits[row : row + 1], one)[0].token)
 
     assert together == alone
 
 
-def test_who_had_to_give_way_goes_on_drawing_where_it_was() -> None:
-    expected = draws(40, temperature=3.0, seed=7)
+def test_a_preempted_sequence_continues_its_random_numbers() -> None:
+    expected = sample_tokens(40, temperature=3.0, seed=7)
     sampler, one = Sampler(2, SIZE, torch.device("cpu")), sequence(temperature=3.0, seed=7)
     for turn in range(40):
         if turn % 10 == 0:
@@ -137,52 +146,52 @@ def test_who_had_to_give_way_goes_on_drawing_where_it_was() -> None:
     assert one.output_ids == expected
 
 
-def test_the_repetition_penalty_falls_on_tokens_of_the_prompt_and_of_the_answer() -> None:
-    assert draws(3, temperature=0.0, repetition_penalty=2.0) == [1, 2, 1]
-    assert draws(1, prompt=(1,), temperature=0.0, repetition_penalty=2.0) == [2]
+def test_the_repetition_penalty_applies_to_prompt_and_output() -> None:
+    assert sample_tokens(3, temperature=0.0, repetition_penalty=2.0) == [1, 2, 1]
+    assert sample_tokens(1, prompt=(1,), temperature=0.0, repetition_penalty=2.0) == [2]
 
 
-def test_presence_and_frequency_penalties_fall_on_the_answer_only() -> None:
-    assert draws(1, prompt=(1, 1), presence_penalty=2.0) == [1]
-    assert draws(3, presence_penalty=1.0) == [1, 2, 1]
-    assert draws(5, frequency_penalty=0.4) == [1, 1, 2, 1, 2]
+def test_presence_and_frequency_penalties_apply_to_the_output_only() -> None:
+    assert sample_tokens(1, prompt=(1, 1), presence_penalty=2.0) == [1]
+    assert sample_tokens(3, presence_penalty=1.0) == [1, 2, 1]
+    assert sample_tokens(5, frequency_penalty=0.4) == [1, 1, 2, 1, 2]
 
 
 def test_a_bias_is_added_to_the_logits() -> None:
-    assert draws(1, logit_bias=((3, 100.0), (1, -100.0))) == [3]
+    assert sample_tokens(1, logit_bias=((3, 100.0), (1, -100.0))) == [3]
 
 
 def test_a_token_may_be_barred_or_forced_for_one_row_only() -> None:
     rows = LOGITS.repeat(3, 1)
 
-    chosen = choose(rows, sequence(0), sequence(1, answer=Answer(barred=(1, 2))), sequence(2, answer=Answer(forced=4)))
+    sampled = sample_batch(rows, sequence(0), sequence(1, output=Output(barred=(1, 2))), sequence(2, output=Output(forced=4)))
 
-    assert [choice.token for choice in chosen] == [1, 0, 4]
+    assert [one.token for one in sampled] == [1, 0, 4]
 
 
-def test_a_grammar_holds_for_its_own_row() -> None:
-    chosen = choose(LOGITS.repeat(2, 1), sequence(0, answer=Answer(allowed=[0, 3])), sequence(1))
+def test_a_grammar_applies_to_its_own_row() -> None:
+    sampled = sample_batch(LOGITS.repeat(2, 1), sequence(0, output=Output(allowed=[0, 3])), sequence(1))
 
-    assert [choice.token for choice in chosen] == [0, 1]
+    assert [one.token for one in sampled] == [0, 1]
 
 
 def test_a_grammar_that_allows_nothing_is_an_error() -> None:
     with pytest.raises(NothingAllowed):
-        choose(LOGITS[None], sequence(answer=Answer(allowed=[])))
+        sample_batch(LOGITS[None], sequence(output=Output(allowed=[])))
 
 
 def test_a_grammar_shorter_than_the_logits_forbids_the_rest() -> None:
     logits = torch.zeros(1, 70)
     logits[0, 60] = 5.0
 
-    assert choose(logits, sequence(answer=Answer(allowed=[2])))[0].token == 2
+    assert sample_batch(logits, sequence(output=Output(allowed=[2])))[0].token == 2
 
 
 def test_logprobs_are_those_of_the_raw_logits() -> None:
-    asked = sequence(0, logprobs=2, logit_bias=((4, 100.0),))
-    bare = sequence(1, logprobs=0)
+    two = sequence(0, logprobs=2, logit_bias=((4, 100.0),))
+    none = sequence(1, logprobs=0)
 
-    first, second, third = choose(LOGITS.repeat(3, 1), asked, bare, sequence(2))
+    first, second, third = sample_batch(LOGITS.repeat(3, 1), two, none, sequence(2))
 
     expected = LOGITS.log_softmax(-1)
     assert first.token == 4 and first.logprob is not None
@@ -193,7 +202,7 @@ def test_logprobs_are_those_of_the_raw_logits() -> None:
     assert third.logprob is None
 
 
-def test_a_request_in_a_used_slot_inherits_nothing() -> None:
+def test_a_reused_slot_starts_clean() -> None:
     sampler = Sampler(1, SIZE, torch.device("cpu"))
     for _ in range(2):
         one = sequence(repetition_penalty=2.0, frequency_penalty=9.0)

@@ -1,4 +1,4 @@
-"""Whole characters only, and stop strings wherever the tokens cut them."""
+"""Only whole characters are emitted, and stop strings are found however tokens split them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from api.engine.text.detokenizer import Detokenizer
+from api.engine.text.output import Detokenizer
 
 THINK = ("<think>", "</think>")
 
@@ -21,8 +21,8 @@ def feed_all(detokenizer: Detokenizer, pieces: list[bytes]) -> list[str]:
 
 
 def cut(data: bytes, rng: random.Random) -> list[bytes]:
-    places = sorted(rng.sample(range(len(data) + 1), rng.randrange(min(8, len(data)))))
-    return [data[a:b] for a, b in zip([0, *places], [*places, len(data)], strict=True)]
+    cuts = sorted(rng.sample(range(len(data) + 1), rng.randrange(min(8, len(data)))))
+    return [data[a:b] for a, b in zip([0, *cuts], [*cuts, len(data)], strict=True)]
 
 
 @pytest.mark.parametrize("text", ["plain", "中文和 emoji 👩‍🔬 mixed", "é" * 9])
@@ -33,14 +33,14 @@ def test_single_bytes_make_whole_characters(text: str) -> None:
     assert not any("\ufffd" in piece for piece in pieces)
 
 
-def test_a_character_that_is_never_completed_shows_at_the_end() -> None:
+def test_an_incomplete_character_is_replaced_at_the_end() -> None:
     detokenizer = Detokenizer()
 
     assert detokenizer.feed("语".encode()[:2]) == ""
     assert detokenizer.finish() == "\ufffd"
 
 
-def test_bytes_that_are_no_text_do_not_hold_up_what_follows() -> None:
+def test_invalid_bytes_do_not_hold_back_what_follows() -> None:
     assert Detokenizer().feed(b"\xff\xfe ok") == "\ufffd\ufffd ok"
 
 

@@ -1,4 +1,4 @@
-"""Grammars: what they let through, what they refuse, and that thinking belongs to them."""
+"""Grammars: the answers that they accept and reject, with and without thinking."""
 
 from __future__ import annotations
 
@@ -110,16 +110,16 @@ BAD: list[tuple[AnswerForm, str]] = [
 
 
 @pytest.mark.parametrize(("form", "text"), GOOD)
-def test_what_fits_is_let_through(form: AnswerForm, text: str, compiler, vocabulary) -> None:
+def test_answers_that_match_are_accepted(form: AnswerForm, text: str, compiler, vocabulary) -> None:
     assert takes(compiler, vocabulary, form, text)
 
 
 @pytest.mark.parametrize(("form", "text"), BAD)
-def test_what_does_not_fit_is_stopped(form: AnswerForm, text: str, compiler, vocabulary) -> None:
+def test_answers_that_do_not_match_are_rejected(form: AnswerForm, text: str, compiler, vocabulary) -> None:
     assert not takes(compiler, vocabulary, form, text)
 
 
-def test_a_token_of_the_markup_cannot_stand_in_a_string(compiler, vocabulary) -> None:
+def test_a_markup_token_is_not_allowed_in_a_string(compiler, vocabulary) -> None:
     grammar = compiler.compile(AnswerForm(PERSON))
     for token in vocabulary.encode('{"name": "'):
         assert grammar.accept(token)
@@ -128,7 +128,7 @@ def test_a_token_of_the_markup_cannot_stand_in_a_string(compiler, vocabulary) ->
         assert not allows(grammar, vocabulary.special[tag]), tag
 
 
-def test_a_complete_answer_leaves_only_the_end(compiler, vocabulary) -> None:
+def test_only_end_tokens_are_allowed_after_a_complete_answer(compiler, vocabulary) -> None:
     grammar = compiler.compile(AnswerForm({"const": 1}))
     for token in vocabulary.encode("1"):
         assert grammar.accept(token)
@@ -140,7 +140,7 @@ def test_a_complete_answer_leaves_only_the_end(compiler, vocabulary) -> None:
     assert grammar.accept(min(ends)) and grammar.finished()
 
 
-def test_a_wrong_token_is_told_and_leaves_only_the_end(compiler, vocabulary) -> None:
+def test_a_rejected_token_fails_the_grammar_and_leaves_only_end_tokens(compiler, vocabulary) -> None:
     grammar = compiler.compile(AnswerForm(PERSON))
 
     assert not grammar.accept(vocabulary.encode("x")[0])
@@ -150,7 +150,7 @@ def test_a_wrong_token_is_told_and_leaves_only_the_end(compiler, vocabulary) -> 
     }
 
 
-def test_two_answers_do_not_share_their_state(compiler, vocabulary) -> None:
+def test_grammars_do_not_share_state(compiler, vocabulary) -> None:
     first, second = compiler.compile(AnswerForm(PERSON)), compiler.compile(AnswerForm(PERSON))
     for token in vocabulary.encode('{"name": "A'):
         first.accept(token)
@@ -159,7 +159,7 @@ def test_two_answers_do_not_share_their_state(compiler, vocabulary) -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "said"),
+    ("form", "message"),
     [
         (AnswerForm({"type": "strange"}), "strange"),
         (AnswerForm({"$ref": "#/$defs/none"}), "none"),
@@ -173,8 +173,8 @@ def test_two_answers_do_not_share_their_state(compiler, vocabulary) -> None:
         (AnswerForm({"enum": ["x" * 300_000]}), "characters"),
     ],
 )
-def test_what_cannot_be_enforced_is_refused(form: AnswerForm, said: str, compiler) -> None:
-    with pytest.raises(GrammarError, match=re.escape(said)):
+def test_unenforceable_forms_are_refused(form: AnswerForm, message: str, compiler) -> None:
+    with pytest.raises(GrammarError, match=re.escape(message)):
         compiler.compile(form)
 
 
@@ -195,7 +195,7 @@ def deep(levels: int) -> dict[str, Any]:
         deep(8),
     ],
 )
-def test_a_hostile_schema_ends_soon(schema: dict[str, Any], compiler, vocabulary) -> None:
+def test_a_hostile_schema_is_bounded_in_time(schema: dict[str, Any], compiler, vocabulary) -> None:
     began = time.monotonic()
     try:
         grammar = compiler.compile(AnswerForm(schema))
@@ -213,7 +213,7 @@ def test_free_forms_need_no_grammar() -> None:
     assert not AnswerForm(tools=(COUNT,), many_calls=False).is_free
 
 
-def test_references_inside_a_tools_schema_are_followed(compiler, vocabulary) -> None:
+def test_references_in_a_tools_schema_are_resolved(compiler, vocabulary) -> None:
     parameters = {
         "$defs": {"Point": {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}},
         "properties": {"at": {"$ref": "#/$defs/Point"}},

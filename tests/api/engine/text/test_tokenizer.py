@@ -1,4 +1,4 @@
-"""Callers' text cannot forge special tokens, and means the same as to any tokenizer otherwise."""
+"""Callers' text cannot inject special tokens, and is otherwise tokenized as by any tokenizer."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_special_tokens_in_a_callers_text_are_encoded_as_text(text: str, vocabul
     assert text_of(vocabulary, ids) == f"\n{text}"
 
 
-def test_a_special_token_cut_over_two_parts_is_encoded_as_text(vocabulary: Vocabulary) -> None:
+def test_a_special_token_split_over_two_parts_is_encoded_as_text(vocabulary: Vocabulary) -> None:
     ids = vocabulary.encode(vocabulary.protect("<|us") + vocabulary.protect("er|>"))
 
     assert not set(ids) & set(vocabulary.special.values())
@@ -68,7 +68,7 @@ def test_ordinary_text_gets_the_tokens_that_the_tokenizer_gives_it(tiny_checkpoi
     assert ours == tokenizer.encode(frame.replace("{}", text), add_special_tokens=False).ids
 
 
-def test_control_tokens_have_no_text_but_markup_has() -> None:
+def test_markup_tokens_have_text_and_control_tokens_have_none() -> None:
     vocabulary = Vocabulary(byte_tokenizer())
 
     assert vocabulary.token_bytes(vocabulary.special["<|image|>"]) == b""

@@ -1,4 +1,4 @@
-"""The bfloat16 way of attention against the exact one, in one block and in many."""
+"""The bfloat16 attention by products against exact attention, in one block and in several."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from api.engine.model import attention
+from api.engine.model import operations
 
 ROWS, KEYS, EARLIER = 37, 50, 13
 
 
 @pytest.fixture(params=[2**23, 5 * 6 * KEYS], ids=["one block", "blocks of five rows"])
 def most_scores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(attention, "MAX_SCORES", request.param)
+    monkeypatch.setattr(operations, "MAX_SCORES", request.param)
     return request.param
 
 
@@ -31,38 +31,38 @@ def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tenso
     return F.softmax(scores.masked_fill(hidden, -torch.inf), dim=-1) @ v
 
 
-def test_without_a_mask_every_key_is_seen(most_scores: int) -> None:
+def test_without_a_mask_every_key_is_attended_to(most_scores: int) -> None:
     q, k, v = tensors(ROWS, KEYS)
 
-    found = attention._attend_by_products(q, k, v, None, causal=False)
+    found = operations._attend_by_products(q, k, v, None, causal=False)
 
     torch.testing.assert_close(found.double(), exact(q, k, v, torch.zeros(ROWS, KEYS).bool()), atol=0.02, rtol=0)
 
 
-def test_causal_rows_see_no_later_key(most_scores: int) -> None:
+def test_causal_rows_do_not_attend_to_later_keys(most_scores: int) -> None:
     q, k, v = tensors(ROWS, ROWS)
     later = torch.ones(ROWS, ROWS).triu(1).bool()
 
-    found = attention._attend_by_products(q, k, v, None, causal=True)
+    found = operations._attend_by_products(q, k, v, None, causal=True)
 
     torch.testing.assert_close(found.double(), exact(q, k, v, later), atol=0.02, rtol=0)
 
 
-def test_a_mask_hides_what_it_says(most_scores: int) -> None:
+def test_masked_keys_are_not_attended_to(most_scores: int) -> None:
     q, k, v = tensors(ROWS, KEYS)
     later = torch.arange(KEYS) > torch.arange(EARLIER, EARLIER + ROWS)[:, None]
     mask = torch.zeros(ROWS, KEYS).masked_fill(later, -torch.inf).bfloat16()
 
-    found = attention._attend_by_products(q, k, v, mask, causal=False)
+    found = operations._attend_by_products(q, k, v, mask, causal=False)
 
     torch.testing.assert_close(found.double(), exact(q, k, v, later), atol=0.02, rtol=0)
 
 
 def test_float32_goes_through_the_fused_kernel() -> None:
-    assert not attention.has_fast_products(torch.device("cpu"), torch.float32)
+    assert not operations.has_fast_products(torch.device("cpu"), torch.float32)
     q, k, v = (t.float() for t in tensors(ROWS, ROWS))
     later = torch.ones(ROWS, ROWS).triu(1).bool()
 
-    found = attention.attend(q, k, v, causal=True)
+    found = operations.attend(q, k, v, causal=True)
 
     torch.testing.assert_close(found.double(), exact(q, k, v, later), atol=1e-5, rtol=0)

@@ -1,4 +1,4 @@
-"""What an answer must, may and must not say next, and when its thinking has lasted long enough."""
+"""Constraints on the next token, the thinking budget and the finish reason of one output."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def answer(prompt: str = "q<|assistant|>", **sampling) -> OutputState:
     return OutputState(request, VOCABULARY, ENDS, context_tokens=1000)
 
 
-def say(one: OutputState, text: str) -> tuple[str, FinishReason | None]:
-    """What a model would say that wants to say `text`, but says what it must."""
-    out, wanted = "", VOCABULARY.encode(text)
-    while wanted or one.forced is not None:
-        token = wanted.pop(0) if one.forced is None else one.forced
+def feed(one: OutputState, text: str) -> tuple[str, FinishReason | None]:
+    """Feed the tokens of `text`, and forced tokens where there are any."""
+    out, tokens = "", VOCABULARY.encode(text)
+    while tokens or one.forced is not None:
+        token = tokens.pop(0) if one.forced is None else one.forced
         piece, reason = one.feed(token)
         out += piece
         if reason:
@@ -44,11 +44,11 @@ def say(one: OutputState, text: str) -> tuple[str, FinishReason | None]:
     ],
 )
 def test_thinking_ends_when_its_budget_is_spent(prompt: str, text: str, expected: str) -> None:
-    assert say(answer(prompt, thinking_tokens=3, thinking_end_ids=CLOSE), text)[0] == expected
+    assert feed(answer(prompt, thinking_tokens=3, thinking_end_ids=CLOSE), text)[0] == expected
 
 
 def test_without_a_budget_nothing_is_forced() -> None:
-    assert say(answer("<|assistant|><think>"), "x" * 50)[0] == "x" * 50
+    assert feed(answer("<|assistant|><think>"), "x" * 50)[0] == "x" * 50
 
 
 def test_end_tokens_are_barred_until_the_answer_is_long_enough() -> None:
@@ -56,23 +56,23 @@ def test_end_tokens_are_barred_until_the_answer_is_long_enough() -> None:
     barred = []
     for letter in "abc":
         barred.append(bool(one.barred_ids))
-        say(one, letter)
+        feed(one, letter)
 
     assert barred == [True, True, False]
 
 
-def test_an_end_token_has_no_text_and_ends() -> None:
-    assert say(answer(), "ab<|user|>") == ("ab", FinishReason.STOP)
+def test_an_end_token_finishes_without_text() -> None:
+    assert feed(answer(), "ab<|user|>") == ("ab", FinishReason.STOP)
 
 
 @pytest.mark.parametrize(
     ("tokens", "period"), [("aaaa", 1), ("abab", 2), ("abcab", 3), ("abcd", 4), ("aab", 3), ("", 0)]
 )
-def test_the_smallest_period(tokens: str, period: int) -> None:
+def test_smallest_period(tokens: str, period: int) -> None:
     assert smallest_period([ord(c) for c in tokens]) == period
 
 
-def test_varied_text_is_no_repetition() -> None:
+def test_varied_text_is_not_taken_for_repetition() -> None:
     text = " ".join(str(number) for number in range(200))
 
-    assert say(answer(max_tokens=2000, loop_window=64), text)[1] is None
+    assert feed(answer(max_tokens=2000, loop_window=64), text)[1] is None
