@@ -132,9 +132,9 @@ def _try_in_child(library: Path) -> str:
     try:
         done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=TRIAL_LIMIT_S, check=False)
     except subprocess.TimeoutExpired:
-        return f"the trial of the compiled kernels did not finish within {TRIAL_LIMIT_S:g} s"
+        return f"their trial did not finish within {TRIAL_LIMIT_S:g} s"
     if done.returncode < 0:
-        return f"the trial of the compiled kernels was killed by {signal.Signals(-done.returncode).name}"
+        return f"their trial was killed by {signal.Signals(-done.returncode).name}"
     if done.returncode:
         return (done.stdout.strip() or done.stderr.strip() or "the trial failed without a message").splitlines()[-1][:300]
     return ""

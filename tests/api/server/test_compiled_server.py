@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from served import wait_for
 from server_process import HEADERS, WAIT_S, Server, free_port
 from test_demo_model import ASK
 
@@ -36,7 +37,11 @@ def serve_demo(tmp_path: Path) -> Iterator[Callable[..., Server]]:
 def test_a_server_compiles_before_it_is_ready_and_answers_as_with_torch(
     serve_demo: Callable[..., Server], tmp_path: Path
 ) -> None:
-    server, with_torch = serve_demo(), serve_demo(GLM_KERNELS="torch")
+    server = serve_demo()
+    if "the next start will use them" in kernels(server)[1]:  # a busy machine: the compiler goes on in the background
+        wait_for(lambda: any((tmp_path / "cache").rglob("*.trial")), 300)
+        server = serve_demo()
+    with_torch = serve_demo(GLM_KERNELS="torch")
 
     value, reason = kernels(server)
 
