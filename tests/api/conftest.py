@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 from fake_model import fake_model
+from ports import free_port
 from served import KEY, Served, wait_for
-from server_process import WAIT_S, Server, free_port
+from server_process import WAIT_S, Server
 
 from api.engine.engine import Engine
 from api.engine.kernels import build

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -58,9 +57,3 @@ class Server:
         body = chat_body(content, stream=True)
         request = httpx.stream("POST", f"{self.url}/v1/chat/completions", json=body, headers=HEADERS, timeout=WAIT_S)
         return stack.enter_context(request)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -9,8 +9,9 @@ from typing import Any
 
 import httpx
 import pytest
+from ports import free_port
 from served import wait_for
-from server_process import HEADERS, WAIT_S, Server, free_port
+from server_process import HEADERS, WAIT_S, Server
 from test_demo_model import ASK
 
 

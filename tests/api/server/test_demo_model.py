@@ -18,8 +18,9 @@ from typing import Any
 import httpx
 import pytest
 from PIL import Image
+from ports import free_port
 from served import KEY, sse_data, text_part
-from server_process import HEADERS, ROOT, WAIT_S, Server, free_port
+from server_process import HEADERS, ROOT, WAIT_S, Server
 
 from models.shapes.pictures import draw_shapes
 

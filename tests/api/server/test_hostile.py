@@ -19,8 +19,9 @@ import httpx
 import psutil
 import pytest
 from PIL import Image
+from ports import free_port
 from served import KEY, chat_body, image_part, text_part, wait_for
-from server_process import HEADERS, WAIT_S, Server, free_port
+from server_process import HEADERS, WAIT_S, Server
 
 URL = "/v1/chat/completions"
 QUESTION = [image_part("red"), text_part("hello")]

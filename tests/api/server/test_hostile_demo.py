@@ -11,8 +11,9 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from ports import free_port
 from served import chat_body, text_part, wait_for
-from server_process import HEADERS, WAIT_S, Server, free_port
+from server_process import HEADERS, WAIT_S, Server
 from test_demo_model import IMAGE
 from test_hostile import BROKEN, IMAGES, NOTHING, SCHEMAS, URL, URLS, bound, data_part, held, raw, status
 

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 import httpx
 import pytest
 import uvicorn
+from ports import free_port
 from served import Served, chat_body, image_part, text_part, wait_for
-from server_process import HEADERS, WAIT_S, free_port
+from server_process import HEADERS, WAIT_S
 
 COLOURS = ("red", "green", "blue", "white")
 
