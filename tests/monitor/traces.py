@@ -1,4 +1,4 @@
-"""Evidence for tests: single looks with a known truth, and random traces made of them."""
+"""Evidence for tests: single observations with a known truth, and random traces of them."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def zombie(beat_age_s: float) -> ApiEvidence:
 
 
 def alive(rng: random.Random) -> ApiEvidence:
-    """A look at a service that works, however slow, busy, young or badly seen it is."""
+    """An observation of a working service, which may be slow, busy, starting or hardly visible."""
     kind = rng.randrange(12)
     steps = rng.randrange(1000)
     waits = rng.choice([SILENT, FULL])
     if kind == 0:
         return api()
-    if kind == 1:  # turned away, moving
+    if kind == 1:  # rejected, making steps
         return api(first=busy(1, steps), answers=waits, last=busy(1, steps + rng.randrange(1, 50)))
     if kind == 2:  # one long step within its deadline
         held = rng.uniform(0, 110)
@@ -56,7 +56,7 @@ def alive(rng: random.Random) -> ApiEvidence:
     if kind == 3:  # too slow even for /health, still beating and working
         working = beat(rng.uniform(0, 5), pending=3, no_progress_s=rng.uniform(0, 100))
         return api(beat=working, first=NO_HTTP, answers=SILENT, last=NO_HTTP)
-    if kind == 4:  # the loop was held by something long, but not for a minute
+    if kind == 4:  # the loop was blocked, but for less than a minute
         return zombie(rng.uniform(0, 55))
     if kind == 5:
         share = rng.random()
@@ -65,9 +65,9 @@ def alive(rng: random.Random) -> ApiEvidence:
         return api(process=replace(RUNS, age_s=rng.uniform(0, 59), port_owner="nobody"), beat=None, first=HealthReply("refused"), answers=())
     if kind == 7:  # the checker cannot reach anything
         return api(blind="its own connection to this machine fails", first=NO_HTTP, answers=SILENT, last=NO_HTTP, beat=None)
-    if kind == 8:  # no heartbeat file, all else well
+    if kind == 8:  # no heartbeat file
         return api(beat=None)
-    if kind == 9:  # the first look failed, the second shows steps
+    if kind == 9:  # the first /health failed, the second shows steps
         return api(first=NO_HTTP, answers=SILENT, last=busy(2, steps), beat=beat(2, pending=4))
     if kind == 10:  # shutting down
         return api(first=HealthReply("answered", 0.1, 503, "draining", "draining", steps, 2), answers=())
@@ -75,7 +75,7 @@ def alive(rng: random.Random) -> ApiEvidence:
 
 
 class Replay:
-    """Runs of the checker one after another, with the clock in hand."""
+    """Consecutive runs of the checker with a simulated clock."""
 
     def __init__(self, limits: Limits | None = None, allowance: Allowance | None = None, mode: str = "restart") -> None:
         self.limits = limits or Limits()
