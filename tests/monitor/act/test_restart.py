@@ -23,6 +23,7 @@ from monitor.act.restart import Restarter
 from monitor.judge.evidence import Observation
 from monitor.judge.limiter import Decision
 from monitor.judge.verdict import Verdict
+from monitor.observe import observe as observe_module
 from monitor.observe import processes
 from monitor.observe.observe import ProbePlan, now, observe
 from monitor.store.state import CheckerState
@@ -85,11 +86,13 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Project
     monkeypatch.setattr(settings_module, "ENV_FILE", tmp_path / "no.env")
     # A whole run restarts in the project of the code; here it must be the copy.
     monkeypatch.setattr(Restarter.__init__, "__defaults__", (None, root))
-    found = Project(root, Settings(_env_file=None, probe_timeout_s=2))
-    yield found
-    found.store.close()
+    # The stand-ins answer no questions; a frozen one answers nothing.
+    monkeypatch.setattr(observe_module, "SECOND_LOOK_LIMIT_S", 1.0)
+    opened = Project(root, Settings(_env_file=None, probe_timeout_s=1))
+    yield opened
+    opened.store.close()
     for part in ("api", "web"):
-        record = processes.read_record(found.settings.log_dir, part)
+        record = processes.read_record(opened.settings.log_dir, part)
         if record is not None:
             processes.end(record, 0)
 

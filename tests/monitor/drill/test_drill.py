@@ -41,7 +41,7 @@ def test_a_short_drill_of_the_real_service_passes(tmp_path, monkeypatch):
     try:
         assert started.returncode == 0, started.stdout + started.stderr
         done = subprocess.run(
-            [sys.executable, "health_check.py", "drill", "--yes", "--period", "3", "--quick", "--out", "table.md", *DRILLED], cwd=root, env=env,
+            [sys.executable, "health_check.py", "drill", "--yes", "--period", "2", "--quick", "--out", "table.md", *DRILLED], cwd=root, env=env,
             stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=500,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
