@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import venv
 
 import pytest
 
@@ -18,6 +19,21 @@ def bare(project):
     del project.env["CONDA_PREFIX"], project.env["CONDA_DEFAULT_ENV"]
     (project.root / "requirements.txt").write_text("# nothing\n")
     return project
+
+
+@pytest.fixture(scope="session")
+def empty_venv(tmp_path_factory):
+    """A finished environment, to be copied."""
+    folder = tmp_path_factory.mktemp("environment") / ".venv"
+    venv.create(folder, with_pip=True, symlinks=True)
+    return folder
+
+
+@pytest.fixture
+def filled(bare, empty_venv):
+    """`bare` with its .venv."""
+    shutil.copytree(empty_venv, bare.root / ".venv", symlinks=True)
+    return bare
 
 
 def test_active_conda_environment_with_every_package_is_used(project):
@@ -57,25 +73,23 @@ def test_without_conda_a_venv_is_created_once(bare):
     assert (bare.root / ".venv" / "pyvenv.cfg").stat().st_mtime_ns == made
 
 
-def test_interrupted_installation_is_started_over(bare):
-    bare.run(CHOOSE)
-    half_written = bare.root / ".venv" / "half-written-package.py"
+def test_interrupted_installation_is_started_over(filled):
+    half_written = filled.root / ".venv" / "half-written-package.py"
     half_written.touch()
-    (bare.root / ".venv" / ".installing").touch()
+    (filled.root / ".venv" / ".installing").touch()
 
-    chosen = bare.run(CHOOSE)
+    chosen = filled.run(CHOOSE)
 
     assert "interrupted" in chosen.stdout and "chosen .venv/bin/python" in chosen.stdout
     assert not half_written.exists()
-    assert not (bare.root / ".venv" / ".installing").exists()
+    assert not (filled.root / ".venv" / ".installing").exists()
 
 
-def test_venv_without_its_python_is_recreated(bare):
-    bare.run(CHOOSE)
-    for link in (bare.root / ".venv" / "bin").glob("python*"):
+def test_venv_without_its_python_is_recreated(filled):
+    for link in (filled.root / ".venv" / "bin").glob("python*"):
         link.unlink()
 
-    chosen = bare.run(CHOOSE)
+    chosen = filled.run(CHOOSE)
 
     assert "chosen .venv/bin/python" in chosen.stdout
 
@@ -100,11 +114,11 @@ def test_python_without_venv_names_the_package_to_install(bare, stub):
     assert "-venv" in started.stderr and "apt-get install" in started.stderr
 
 
-def test_installation_requires_disk_space(bare, stub):
-    (bare.root / "requirements.txt").write_text("no-such-package-as-this==1.0\n")
+def test_installation_requires_disk_space(filled, stub):
+    (filled.root / "requirements.txt").write_text("no-such-package-as-this==1.0\n")
     stub("df", "echo head; echo /dev/x 100 100 1048576 99% /")
 
-    started = bare.run("./start.sh")
+    started = filled.run("./start.sh")
 
     assert started.returncode == 2
     assert "1024 MiB free" in started.stderr
