@@ -75,7 +75,7 @@ FAULTS = (
     Fault("api-killed", "SIGKILL to the API", faults.kill, ("dead",)),
     Fault("page-killed", "SIGKILL to the page", partial(faults.kill, part="web"), ("dead",), "page"),
     Fault("api-frozen", "SIGSTOP to the API", faults.freeze, ("zombie",)),
-    Fault("loop-blocked", "the event loop stands still", faults.injected("block-loop", seconds=lambda context: 1800.0), ("zombie",)),
+    Fault("loop-blocked", "the event loop is blocked", faults.injected("block-loop", seconds=lambda context: 1800.0), ("zombie",)),
     Fault("step-hung", "a step of the engine never ends", faults.injected("hang-step", with_request=True), ("wedged",),
           visible_s=lambda s: s.stall_s),
     Fault("engine-dead", "the engine's thread loses its device", faults.injected("kill-engine", with_request=True), ("dead",)),

@@ -22,15 +22,19 @@ NO_HTTP = HealthReply("silent", 2.0, detail="no answer within 2.0 s")
 
 
 def beat(age_s: float = 0.4, written_age_s: float = 0.8, **changes) -> Heartbeat:
-    return replace(Heartbeat(age_s, written_age_s, "idle", "idle", 70, 0, 0.0, 120.0, 1.0), **changes)
+    heartbeat = Heartbeat(age_s, written_age_s, "idle", "idle", 70, 0, 0.0, 120.0, 1.0)
+    return replace(heartbeat, **changes) if changes else heartbeat
 
 
 def busy(no_progress_s: float = 3.0, steps: int = 70, deadline_s: float = 120.0, phase: str = "decode") -> HealthReply:
     return HealthReply("answered", 0.01, 200, "busy", phase, steps, 9, no_progress_s, deadline_s)
 
 
+HEALTHY = {"url": URL, "process": RUNS, "beat": beat(), "first": IDLE, "answers": RIGHT}
+
+
 def api(**changes) -> ApiEvidence:
-    return replace(ApiEvidence(URL, RUNS, beat(), IDLE, RIGHT), **changes)
+    return ApiEvidence(**{**HEALTHY, **changes})
 
 
 GONE = api(process=Process("gone", 4711, None, "nobody"), beat=None, first=HealthReply("refused"), answers=())

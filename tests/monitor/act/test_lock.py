@@ -88,14 +88,14 @@ def test_a_server_started_under_the_lock_does_not_inherit_it(tmp_path):
 
 
 def test_a_reused_pid_is_not_killed(tmp_path):
-    stranger = subprocess.Popen(["sleep", "60"])
-    (tmp_path / FILE_NAME).write_text(json.dumps({"pid": stranger.pid, "start_time": 1, "until": 0, "what": "x"}))
+    unrelated = subprocess.Popen(["sleep", "60"])
+    (tmp_path / FILE_NAME).write_text(json.dumps({"pid": unrelated.pid, "start_time": 1, "until": 0, "what": "x"}))
     holder = Lock(tmp_path)
     assert holder.acquire(45, "checking") == ""  # nobody holds the lock itself
 
-    assert stranger.poll() is None
-    stranger.kill()
-    stranger.wait()
+    assert unrelated.poll() is None
+    unrelated.kill()
+    unrelated.wait()
 
 
 def test_a_full_disk_does_not_prevent_a_run(tmp_path):
