@@ -1,9 +1,8 @@
-"""Limits and use of the control group of a process, versions 1 and 2: what a container may really have.
+"""Limits and usage of the control group of a process, versions 1 and 2.
 
-The server sizes its caches and threads by it, the checker reports it. Nested groups count: the tightest limit on the way
-up holds. Reads files only, so any thread may call; `root` and `membership` are arguments so that a recorded tree can stand
-in. Where no limit is set the functions return None, and the host's own numbers are the true ones.
-Source: the kernel's documentation, admin-guide/cgroup-v2 and admin-guide/cgroup-v1.
+The server sizes its caches and threads by it; the checker reports it. In nested groups the lowest limit on the way up
+applies. The functions return None where no limit is set, in which case the host's numbers apply. They only read files, so
+any thread may call them. Source: the kernel's admin-guide/cgroup-v2 and admin-guide/cgroup-v1.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ MEMBERSHIP = Path("/proc/self/cgroup")
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """`used_bytes` leaves out file cache that the kernel would give back before it kills anything."""
+    """`used_bytes` excludes inactive file cache, which the kernel reclaims before it kills a process."""
 
     used_bytes: int
     limit_bytes: int
@@ -26,50 +25,50 @@ class MemoryUse:
 
 @dataclass(frozen=True)
 class CpuBudget:
-    """Processor seconds used so far by the group, and how many cores it may use at most."""
+    """Processor seconds that the group has used, and the most cores that it may use."""
 
     used_s: float
     cores: float
 
 
 def memory(host_total_bytes: int, root: Path = ROOT, membership: Path = MEMBERSHIP) -> MemoryUse | None:
-    """The tightest memory limit above the process, or None if nothing limits it below the host's memory."""
+    """The lowest memory limit of the process's groups; None if none is below the host's memory."""
     if _is_version_2(root):
         folders = _folders(root, membership, "")
         limit_name, used_name, cache_key = "memory.max", "memory.current", "inactive_file"
     else:
         folders = _folders(root / "memory", membership, "memory")
         limit_name, used_name, cache_key = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
-    tightest: MemoryUse | None = None
+    lowest: MemoryUse | None = None
     for folder in folders:
         limit, used = _number(folder / limit_name), _number(folder / used_name)
-        # Version 1 writes "no limit" as a number larger than any memory.
+        # Version 1 represents "no limit" as a huge number.
         if limit is None or used is None or limit >= host_total_bytes:
             continue
-        if tightest is None or limit < tightest.limit_bytes:
+        if lowest is None or limit < lowest.limit_bytes:
             cache = _keyed(folder / "memory.stat").get(cache_key, 0)
-            tightest = MemoryUse(max(0, used - cache), limit, str(folder / limit_name))
-    return tightest
+            lowest = MemoryUse(max(0, used - cache), limit, str(folder / limit_name))
+    return lowest
 
 
 def cpu(root: Path = ROOT, membership: Path = MEMBERSHIP) -> CpuBudget | None:
-    """The tightest processor quota above the process, or None if there is none."""
-    tightest: CpuBudget | None = None
+    """The lowest processor quota of the process's groups; None if there is none."""
+    lowest: CpuBudget | None = None
     if _is_version_2(root):
         for folder in _folders(root, membership, ""):
             cores = _quota_2(folder / "cpu.max")
             used_us = _keyed(folder / "cpu.stat").get("usage_usec")
-            if cores is not None and used_us is not None and (tightest is None or cores < tightest.cores):
-                tightest = CpuBudget(used_us / 1e6, cores)
-        return tightest
+            if cores is not None and used_us is not None and (lowest is None or cores < lowest.cores):
+                lowest = CpuBudget(used_us / 1e6, cores)
+        return lowest
     for folder in _folders(root / "cpu", membership, "cpu"):
         quota, period = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")
         used_ns = _number(root / "cpuacct" / folder.relative_to(root / "cpu") / "cpuacct.usage")
         if quota is None or quota <= 0 or not period or used_ns is None:
             continue
-        if tightest is None or quota / period < tightest.cores:
-            tightest = CpuBudget(used_ns / 1e9, quota / period)
-    return tightest
+        if lowest is None or quota / period < lowest.cores:
+            lowest = CpuBudget(used_ns / 1e9, quota / period)
+    return lowest
 
 
 def _is_version_2(root: Path) -> bool:
@@ -77,9 +76,9 @@ def _is_version_2(root: Path) -> bool:
 
 
 def _folders(mount: Path, membership: Path, controller: str) -> list[Path]:
-    """The process's own group and everything above it, up to the mount.
+    """The process's group and its ancestors, up to the mount.
 
-    Inside a container the named path may belong to the host's view; then the mount itself is the group.
+    In a container the path may be relative to the host's hierarchy; then the mount itself is the group.
     """
     own = _own_path(membership, controller)
     folder = mount / own.lstrip("/")
@@ -104,7 +103,7 @@ def _own_path(membership: Path, controller: str) -> str:
 def _number(path: Path) -> int | None:
     try:
         return int(path.read_text(encoding="ascii"))
-    except (OSError, ValueError):  # ValueError: version 2 writes "max"
+    except (OSError, ValueError):  # ValueError: "max" of version 2
         return None
 
 
@@ -125,7 +124,7 @@ def _quota_2(path: Path) -> float | None:
 
 
 def oom_kills(root: Path = ROOT, membership: Path = MEMBERSHIP) -> int | None:
-    """How often the kernel has killed in this group for memory; a rise is the best answer to "why did it die"."""
+    """The number of OOM kills in the process's group; None if the kernel does not report it."""
     if _is_version_2(root):
         return _keyed(_folders(root, membership, "")[0] / "memory.events").get("oom_kill")
     return _keyed(_folders(root / "memory", membership, "memory")[0] / "memory.oom_control").get("oom_kill")

@@ -1,8 +1,7 @@
 """Every setting of the bundle, read once from `GLM_*` variables and the project's `.env`.
 
-The API server, the page, the checker and the shell scripts read the same names through this one
-module, so a value means the same everywhere. It imports no part of the bundle. A name that does
-not exist or a value that does not fit stops the program with a message that says what is allowed.
+The API server, the page, the checker and the shell scripts all read their settings here. It imports no other part of the
+bundle. An unknown name or an invalid value stops the program with a message that lists what is allowed.
 """
 
 from __future__ import annotations
@@ -31,11 +30,11 @@ SECRETS = (
 
 
 class SettingsError(ValueError):
-    """A setting that cannot be used; the message names it, its value and what is allowed."""
+    """An invalid setting; the message has its name, its value and what is allowed."""
 
 
 class Settings(BaseSettings):
-    """One frozen object. Units are in the names: `_s` seconds, `_bytes`, `_pixels`, `_tokens`."""
+    """Units are in the names: `_s` seconds, `_mib`, `_bytes`, `_pixels`, `_tokens`."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
@@ -48,95 +47,95 @@ class Settings(BaseSettings):
 
     # The model and where it runs.
     model: str = Field(
-        "auto", description="hub id, folder, or `auto`: GLM-4.6V-Flash if the GPU can hold it, else the demo"
+        "auto", description="hub id, folder, or `auto`: GLM-4.6V-Flash if the GPU can hold it, otherwise the demo"
     )
     hub: Literal["huggingface", "modelscope"] = "huggingface"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     threads: int = Field(
-        0, ge=0, le=1024, description="torch CPU threads; 0 takes one for a tiny model, else leaves one core of many to HTTP"
+        0, ge=0, le=1024, description="torch CPU threads; 0: one for a tiny model, otherwise all cores but one, which is left to HTTP"
     )
     context_tokens: int = Field(
-        0, ge=0, description="longest prompt plus answer; 0 takes what the model allows, at most 8192"
+        0, ge=0, description="longest prompt plus answer; 0: what the model allows, at most 8192"
     )
 
     # The engine.
-    slots: int = Field(0, ge=0, le=1024, description="requests computed at once; 0 chooses for the device")
-    kv_cache_bytes: int = Field(0, ge=0, description="memory for keys and values; 0 takes a part of what is free")
+    slots: int = Field(0, ge=0, le=1024, description="requests computed at once; 0: chosen for the device")
+    kv_cache_bytes: int = Field(0, ge=0, description="memory of the KV cache; 0: a share of the free memory")
     prefill_chunk_tokens: int = Field(512, ge=16, description="longest part of a prompt computed in one step")
-    picture_cache_bytes: int = Field(256 * 2**20, ge=0, description="memory for encoded pictures that may be asked about again")
+    picture_cache_bytes: int = Field(256 * 2**20, ge=0, description="memory of the encoder cache")
 
     kernels: Literal["auto", "torch"] = Field(
-        "auto", description="`auto` compiles what the model computes for a CPU with AVX512_BF16; `torch` never"
+        "auto", description="`auto`: compiled kernels on a CPU with AVX512_BF16; `torch`: none"
     )
 
     # The API.
     api_host: str = "0.0.0.0"
     api_port: int = Field(8080, ge=1, le=65535)
     api_key: SecretStr | None = None
-    api_keys: SecretStr | None = Field(None, description="more keys, as name:key or name:sha256:digest, with commas")
+    api_keys: SecretStr | None = Field(None, description="more keys, as name:key or name:sha256:digest, comma-separated")
     probe_token: SecretStr | None = Field(None, description="marks health probes, which never queue behind users")
-    key_requests_per_minute: int = Field(0, ge=0, description="of one key; 0: no limit")
+    key_requests_per_minute: int = Field(0, ge=0, description="requests per minute of one key; 0: no limit")
     key_concurrency: int = Field(0, ge=0, description="requests of one key at a time; 0: no limit")
-    cors_origins: str = Field("", description="origins whose pages may call, with commas; empty: none")
-    queue_tokens: int = Field(262_144, ge=1, description="tokens, of prompts and answers, that may be under way")
-    request_timeout_s: float = Field(600.0, gt=0, description="from its place in the queue to its last token")
-    fetch_images: bool = Field(False, description="fetch http(s) pictures from public addresses")
-    fetch_hosts: str = Field("", description="the only hosts to fetch from, with commas; empty: any public one")
+    cors_origins: str = Field("", description="allowed CORS origins, comma-separated; empty: none")
+    queue_tokens: int = Field(262_144, ge=1, description="tokens of prompts and answers of all requests in progress")
+    request_timeout_s: float = Field(600.0, gt=0, description="from entering the queue to the last token")
+    fetch_images: bool = Field(False, description="fetch images at http(s) URLs of public addresses")
+    fetch_hosts: str = Field("", description="the only hosts to fetch from, comma-separated; empty: any public host")
     fetch_timeout_s: float = Field(10.0, gt=0, le=60)
-    loop_window: int = Field(256, ge=0, le=4096, description="an answer ends when so many tokens repeat one pattern")
+    loop_window: int = Field(256, ge=0, le=4096, description="an answer ends when this many tokens repeat one pattern; 0: never")
     log_level: Literal["debug", "info", "warning"] = "info"
-    queue_size: int = Field(32, ge=1, description="requests that may wait; one more gets 503")
-    max_images: int = Field(8, ge=0, description="pictures in one request")
+    queue_size: int = Field(32, ge=1, description="requests that may wait; further ones get 503")
+    max_images: int = Field(8, ge=0, description="images in one request")
     max_image_bytes: int = Field(20 * 2**20, ge=1)
     max_image_pixels: int = Field(
         50_000_000, ge=1, description="width times height, read from the header before decoding"
     )
     max_body_bytes: int = Field(64 * 2**20, ge=1)
-    default_max_tokens: int = Field(1024, ge=1, description="answer length when a request names none")
-    drain_s: float = Field(10.0, ge=0, description="on SIGTERM, how long running answers may finish")
+    default_max_tokens: int = Field(1024, ge=1, description="answer length if a request has no limit")
+    drain_s: float = Field(10.0, ge=0, description="how long running answers may continue after SIGTERM")
 
     # The page.
     web_host: str = "0.0.0.0"
     web_port: int = Field(8081, ge=1, le=65535)
     web_token: SecretStr | None = None
-    operator_token: SecretStr | None = Field(None, description="opens the console's actions; without it there are none")
-    chat_days: int = Field(90, ge=1, description="chats that nobody used for so many days are removed")
+    operator_token: SecretStr | None = Field(None, description="enables the console's actions; without it there are none")
+    chat_days: int = Field(90, ge=1, description="chats unused for this many days are deleted")
     api_url: str = Field(
-        "", description="where the page and the checker find the API; empty means this machine's `api_port`"
+        "", description="URL of the API for the page and the checker; empty: `api_port` on this machine"
     )
 
-    # The checker: what it asks and when it believes what it sees.
-    probe_timeout_s: float = Field(10.0, gt=0, description="time limit of the real question asked by health_check.py")
-    probe_credit_s: float = Field(60.0, ge=0, description="a user's answer that is younger stands in for the question; 0 always asks")
+    # The checker: its probes, and what confirms a verdict.
+    probe_timeout_s: float = Field(10.0, gt=0, description="time limit of a probe question")
+    probe_credit_s: float = Field(60.0, ge=0, description="a younger answer to a user replaces the probe question; 0: always ask")
     check_period_s: float = Field(60.0, ge=1, description="how often health_check.py runs")
-    check_budget_s: float = Field(45.0, ge=5, description="a run that takes longer is ended")
-    check_silent_s: float = Field(300.0, ge=1, description="the server calls a checker silent after this time")
-    confirm_runs: int = Field(2, ge=1, description="runs in a row that must agree before a restart")
-    stall_s: float = Field(120.0, ge=1, description="pending work without a step for this long is a hang; longer where the engine expects a longer step")
-    beat_limit_s: float = Field(60.0, ge=1, description="an event loop that has not beaten for this long stands still")
+    check_budget_s: float = Field(45.0, ge=5, description="a run that takes longer is killed")
+    check_silent_s: float = Field(300.0, ge=1, description="without a run for this long the checker is reported as silent")
+    confirm_runs: int = Field(2, ge=1, description="consecutive runs that must agree before a restart")
+    stall_s: float = Field(120.0, ge=1, description="pending work without a step for this long is a hang, unless the engine expects a longer step")
+    beat_limit_s: float = Field(60.0, ge=1, description="an event loop without a heartbeat for this long is blocked")
     start_deadline_s: float = Field(900.0, ge=1, description="loading may take this long")
-    stable_s: float = Field(600.0, ge=0, description="good for this long before an incident is closed")
-    engine_url: str = Field("", description="another OpenAI-compatible server to watch in the API's place")
-    front_url: str = Field("", description="the page's address through the reverse proxy, probed as well")
+    stable_s: float = Field(600.0, ge=0, description="an incident closes after this long without trouble")
+    engine_url: str = Field("", description="another OpenAI-compatible server to check instead of the API")
+    front_url: str = Field("", description="URL of the page through the reverse proxy, probed as well")
 
     # The cure.
     cure: Literal["restart", "shadow", "off"] = "restart"
     restarts_per_hour: int = Field(3, ge=0)
     restarts_per_day: int = Field(6, ge=0)
     nightly_restart: str = Field("off", description="`off`, `auto` (quietest hour of the history) or an hour such as `4`")
-    test_faults: bool = Field(False, description="lets the drill break the server on purpose; never on in production")
+    test_faults: bool = Field(False, description="enables fault injection for the drill; never in production")
 
     # Limits that warn and never restart.
     gpu_load_limit_percent: float = Field(85.0, gt=0)
-    gpu_memory_limit_mib: float = Field(11264.0, ge=0, description="0 takes gpu_memory_limit_percent of the card instead")
+    gpu_memory_limit_mib: float = Field(11264.0, ge=0, description="0: use gpu_memory_limit_percent instead")
     gpu_memory_limit_percent: float = Field(95.0, gt=0, le=100)
     cpu_limit_percent: float = Field(70.0, gt=0)
     memory_limit_percent: float = Field(80.0, gt=0)
     disk_free_limit_mib: float = Field(1024.0, ge=0)
-    limit_window_s: float = Field(600.0, ge=0, description="a limit must be passed on average over this time")
+    limit_window_s: float = Field(600.0, ge=0, description="a limit must be exceeded on average over this time")
 
-    # Alerts. Every address may hold a token, so each is a secret.
+    # Alerts. URLs may hold tokens, so each is a secret.
     dingtalk_url: SecretStr | None = None
     dingtalk_secret: SecretStr | None = None
     feishu_url: SecretStr | None = None
@@ -150,18 +149,18 @@ class Settings(BaseSettings):
     pushgateway_url: SecretStr | None = None
     elasticsearch_url: SecretStr | None = None
     alert_language: Literal["en", "zh", "both"] = "both"
-    alerts_per_hour: int = Field(20, ge=1, description="messages to one channel in an hour; the rest waits")
-    quiet_hours: str = Field("", description="such as `23:00-07:00`: warnings wait until the end; what is broken is told at once")
-    timezone: str = Field("", description="of quiet hours and the nightly restart; empty is the machine's")
+    alerts_per_hour: int = Field(20, ge=1, description="messages per channel and hour; the others wait")
+    quiet_hours: str = Field("", description="such as `23:00-07:00`: warnings wait until the end; other alerts do not")
+    timezone: str = Field("", description="of quiet hours and the nightly restart; empty: the machine's")
 
     # Runtime state.
     log_dir: Path = ROOT / "logs"
-    start_timeout_s: float = Field(120.0, gt=0, description="how long start.sh waits for each process to answer")
+    start_timeout_s: float = Field(120.0, gt=0, description="how long start.sh waits for the processes to answer")
 
     @field_validator("log_dir")
     @classmethod
     def _below_the_project(cls, value: Path) -> Path:
-        return ROOT / value  # the same folder for a cron job as for a shell; an absolute path stays as it is
+        return ROOT / value  # relative to the project, not to the working directory; an absolute path is unchanged
 
     @field_validator("quiet_hours")
     @classmethod
@@ -187,15 +186,12 @@ class Settings(BaseSettings):
 
     @property
     def api_base_url(self) -> str:
-        """Root of the API as seen from this machine, without a trailing slash."""
+        """URL of the API from this machine, without a trailing slash."""
         return (self.api_url or f"http://127.0.0.1:{self.api_port}").rstrip("/")
 
 
 def load(**overrides: object) -> Settings:
-    """Read the settings; keyword arguments (from a command line) win over the environment.
-
-    Raises SettingsError with one line per problem.
-    """
+    """Reads the settings; keyword arguments override the environment. Raises SettingsError with one line per problem."""
     given = _given_names()
     _refuse_unknown(given)
     values: dict[str, Any] = {
@@ -246,7 +242,7 @@ def _explain(problem: Mapping[str, Any]) -> str:
 
 
 def main() -> int:
-    """`python settings.py NAME`: print one value for a shell script; without a name, check them all."""
+    """`python settings.py NAME...` prints values for a shell script; without names it only validates."""
     try:
         settings = load()
     except SettingsError as error:

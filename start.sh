@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # ./start.sh [all|api|web]   starts the API and the page in the background and returns as soon as they answer.
 #
-# Exit codes: 0 they run (or ran already, or the API still loads its model), 1 one of them did not come up,
-# 2 nothing was started: wrong word, wrong settings, no Python, no disk, 3 nothing was started: a port is taken.
+# Exit codes: 0 both are up (or were already, or the API is still loading its model), 1 one of them did not start,
+# 2 nothing was started: usage, settings, Python or disk, 3 nothing was started: a port is in use.
 set -euo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 # shellcheck source=deploy/environment.sh
@@ -15,26 +15,26 @@ case ${1:-all} in
 esac
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 
-# The lock lives on descriptor 9 of this shell. A server that inherited it would hold it for its whole life,
-# so every process that is launched below closes it.
+# The lock is held by descriptor 9 of this shell. A server that inherited it would hold the lock for its lifetime, so every
+# process launched below closes it.
 mkdir -p logs
 exec 9>>logs/start.lock
 if ! flock -n 9; then
-    say "Another start.sh is at work; waiting for it"
+    say "Another start.sh is running; waiting for it"
     flock 9
 fi
 
 choose_python requirements.txt || exit 2
-printed=$("$PYTHON" settings.py api_host api_port web_host web_port api_url start_timeout_s log_dir) || {
-    complain "Nothing was started: put the settings named above right (.env and GLM_ variables; .env.example explains them)"
+values_text=$("$PYTHON" settings.py api_host api_port web_host web_port api_url start_timeout_s log_dir) || {
+    complain "Nothing was started: correct the settings above (in .env or GLM_ variables; see .env.example)"
     exit 2
 }
-mapfile -t values <<<"$printed"
+mapfile -t values <<<"$values_text"
 declare -A host=([api]=${values[0]} [web]=${values[2]}) port=([api]=${values[1]} [web]=${values[3]})
 api_url=${values[4]} limit_s=${values[5]} log_dir=$(realpath -m "${values[6]}")
 
 if [[ ${port[api]} == "${port[web]}" ]]; then
-    complain "GLM_API_PORT and GLM_WEB_PORT are both ${port[api]}: they must differ"
+    complain "GLM_API_PORT and GLM_WEB_PORT are both ${port[api]}; they must differ"
     exit 2
 fi
 if ! mkdir -p "$log_dir" || [[ ! -w $log_dir ]]; then
@@ -58,7 +58,7 @@ for part in "${parts[@]}"; do
 done
 
 secrets=()
-# The page asks the API with the same key; a key for an API elsewhere is not ours to make up.
+# The page uses the same key. No key is created for an API on another machine.
 [[ ${parts[*]} == *api* || -z $api_url ]] && secrets+=(API_KEY)
 [[ ${parts[*]} == *web* ]] && secrets+=(WEB_TOKEN)
 [[ ${parts[*]} == *api* ]] && secrets+=(PROBE_TOKEN)
@@ -71,7 +71,7 @@ launch() {
     "$PYTHON" -m deploy.service record "$log_dir" "$part" "$!" "${port[$part]}" "$offset"
 }
 
-take_back() {
+roll_back() {
     trap - INT TERM
     ((${#to_start[@]})) || return 0
     say "Stopping what was started"
@@ -83,7 +83,7 @@ waiter=
 interrupted() {
     complain "Interrupted"
     if [[ -n $waiter ]]; then kill "$waiter" 2>/dev/null || true; fi
-    take_back
+    roll_back
     exit 1
 }
 trap interrupted INT TERM
@@ -94,10 +94,10 @@ for part in "${to_start[@]}"; do
 done
 pairs=()
 for part in "${parts[@]}"; do pairs+=("$part=${host[$part]}"); done
-# In the background, because the shell would only heed a signal after a command in the foreground has ended.
+# In the background, because the shell handles a signal only after a command in the foreground has ended.
 "$PYTHON" -m deploy.service wait "$log_dir" "$limit_s" "${pairs[@]}" 9>&- &
 waiter=$!
-wait "$waiter" || { take_back; exit 1; }
+wait "$waiter" || { roll_back; exit 1; }
 trap - INT TERM
 
 address() {
@@ -113,7 +113,7 @@ for part in "${parts[@]}"; do
     fi
 done
 if [[ ${host[${parts[0]}]} == 0.0.0.0 ]]; then
-    say "       (from elsewhere: put this machine's address in its place: $(hostname -I 2>/dev/null || true))"
+    say "       (from another machine, use this machine's address: $(hostname -I 2>/dev/null || true))"
 fi
 say "Logs:  $log_dir"
 say "Stop:  ./stop.sh    Check: $PYTHON health_check.py"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# ./stop.sh [all|api|web]   ends what start.sh started here: SIGTERM, then SIGKILL, and only that.
+# ./stop.sh [all|api|web]   stops exactly what start.sh started here: SIGTERM, then SIGKILL.
 #
-# Exit codes: 0 nothing of ours runs and the ports are free (also when nothing ran), 1 a process could not be
-# ended, 2 wrong word or no Python at all, 3 a port is held by something that start.sh did not start here.
+# Exit codes: 0 nothing is running and the ports are free (also if nothing was running), 1 a process could not be killed,
+# 2 usage or no Python, 3 a port is held by a process that start.sh did not start here.
 set -euo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 
@@ -13,8 +13,8 @@ case ${1:-all} in
 esac
 export PYTHONDONTWRITEBYTECODE=1
 
-# Stopping must work when the environment or the settings are broken, so any Python will do and the
-# settings are only a better source than the defaults below.
+# Stopping must work with a broken environment or broken settings: any Python will do, and the defaults below replace
+# settings that cannot be read.
 python=
 for candidate in .venv/bin/python "${CONDA_PREFIX:-/nonexistent}/bin/python" python3.11 python3.12 python3.13 python3; do
     if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 8))' 2>/dev/null; then
@@ -22,7 +22,7 @@ for candidate in .venv/bin/python "${CONDA_PREFIX:-/nonexistent}/bin/python" pyt
         break
     fi
 done
-[[ -n $python ]] || { echo "No Python 3 found; the recorded processes are in logs/*.pid.json" >&2; exit 2; }
+[[ -n $python ]] || { echo "No Python 3.8 or newer found; the recorded processes are in logs/*.pid.json" >&2; exit 2; }
 
 setting() { # NAME DEFAULT
     local line

@@ -1,13 +1,13 @@
 # shellcheck shell=bash
-# Chooses the Python that start.sh, stop.sh and test.sh run with. Sourced by them with the project root as
-# the working directory. Order: the active conda environment if it has the packages, the conda environment
-# glm-env, .venv (made and filled here when needed).
+# Chooses the Python of start.sh and test.sh, which source this file with the project root as the working directory.
+# Order: the active conda environment if it has the packages, the conda environment glm-env, .venv (created and filled
+# here if needed).
 
 CONDA_NAME=glm-env
-MARK=.venv/.installing     # present while packages are being written; found later, it means "was interrupted"
-NEEDED_MIB=2048            # the smallest install: torch without CUDA
-WANTED_MIB=9216            # torch with CUDA
-PYTHON=                    # the answer of choose_python
+MARK=.venv/.installing     # present while packages are installed; left over after an interrupted installation
+NEEDED_MIB=2048            # torch without CUDA
+CUDA_MIB=9216              # torch with CUDA
+PYTHON=                    # set by choose_python
 
 say() { printf '%s\n' "$*"; }
 complain() { printf '%s\n' "$*" >&2; }
@@ -16,25 +16,25 @@ free_mib() { df -Pk "$1" | awk 'NR == 2 { print int($4 / 1024) }'; }
 
 recent_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
-# choose_python FILE: sets PYTHON to one that has every package of this requirements file.
+# choose_python FILE: sets PYTHON to one that has every package of the requirements file.
 choose_python() {
-    local requirements=$1 lacking conda_python
+    local requirements=$1 missing conda_python
     if [[ -n ${CONDA_PREFIX:-} && ${CONDA_DEFAULT_ENV:-base} != base && -x $CONDA_PREFIX/bin/python ]]; then
         PYTHON=$CONDA_PREFIX/bin/python
-        [[ $CONDA_DEFAULT_ENV == "$CONDA_NAME" ]] && { fill_conda "$requirements"; return; }
-        if recent_enough "$PYTHON" && lacking=$("$PYTHON" deploy/packages.py "$requirements"); then
+        [[ $CONDA_DEFAULT_ENV == "$CONDA_NAME" ]] && { install_into_conda "$requirements"; return; }
+        if recent_enough "$PYTHON" && missing=$("$PYTHON" deploy/packages.py "$requirements"); then
             return 0
         fi
-        lacking=${lacking:-its Python is older than 3.11}
-        say "The active conda environment $CONDA_DEFAULT_ENV is not used: ${lacking%%$'\n'*}"
+        missing=${missing:-its Python is older than 3.11}
+        say "The active conda environment $CONDA_DEFAULT_ENV is not used: ${missing%%$'\n'*}"
     fi
     conda_python=$(named_conda_python)
     if [[ -n $conda_python ]]; then
         PYTHON=$conda_python
-        fill_conda "$requirements"
+        install_into_conda "$requirements"
         return
     fi
-    fill_venv "$requirements"
+    install_into_venv "$requirements"
 }
 
 named_conda_python() {
@@ -45,76 +45,76 @@ named_conda_python() {
     if [[ -n $prefix && -x $prefix/bin/python ]]; then say "$prefix/bin/python"; fi
 }
 
-fill_conda() {
+install_into_conda() {
     recent_enough "$PYTHON" || {
-        complain "The conda environment $CONDA_NAME has a Python older than 3.11. Make it anew: conda env create --force -f environment.yml"
+        complain "The conda environment $CONDA_NAME has a Python older than 3.11. Recreate it: conda env create --force -f environment.yml"
         return 1
     }
     install_missing "$1"
 }
 
-fill_venv() {
+install_into_venv() {
     PYTHON=.venv/bin/python
     if [[ -e $MARK ]]; then
-        say "The last installation was interrupted: starting it over"
+        say "The last installation was interrupted; starting over"
         rm -rf .venv
     fi
     if ! { [[ -x $PYTHON ]] && recent_enough "$PYTHON" && "$PYTHON" -c 'import pip' 2>/dev/null; }; then
         rm -rf .venv
-        make_venv || return 1
+        create_venv || return 1
     fi
     install_missing "$1"
 }
 
-make_venv() {
+create_venv() {
     local base
     base=$(base_python) || return 1
-    say "Making .venv with $("$base" --version)"
-    # The mark comes first, so that a venv without pip is recognised too.
+    say "Creating .venv with $("$base" --version)"
+    # The mark comes first, so that a half-made venv is recognised too.
     mkdir -p .venv && : >"$MARK"
     "$base" -m venv .venv || { complain "$base -m venv .venv failed (see above)"; return 1; }
 }
 
 base_python() {
-    local name found='' old=''
+    local name without_venv='' too_old=''
     for name in python3.11 python3.12 python3.13 python3; do
         command -v "$name" >/dev/null || continue
         if ! recent_enough "$name"; then
-            old=$name
+            too_old=$name
         elif ! "$name" -c 'import venv, ensurepip' 2>/dev/null; then
-            found=$name
+            without_venv=$name
         else
             say "$name"
             return 0
         fi
     done
-    if [[ -n $found ]]; then
-        complain "$found cannot make virtual environments. On Debian and Ubuntu: apt-get install $found-venv"
+    if [[ -n $without_venv ]]; then
+        complain "$without_venv cannot create virtual environments. On Debian and Ubuntu: apt-get install $without_venv-venv"
     else
-        complain "Python 3.11 or newer is needed. Found: $([[ -n $old ]] && "$old" --version 2>&1 || echo none)"
+        complain "Python 3.11 or newer is required. Found: $([[ -n $too_old ]] && "$too_old" --version 2>&1 || echo none)"
     fi
     return 1
 }
 
 install_missing() {
-    local requirements=$1 lacking available
-    if lacking=$("$PYTHON" deploy/packages.py "$requirements"); then
+    local requirements=$1 missing available
+    if missing=$("$PYTHON" deploy/packages.py "$requirements"); then
         rm -f "$MARK"
         return 0
     fi
     available=$(free_mib .)
     if ((available < NEEDED_MIB)); then
-        complain "Not enough free disk to install the packages: $available MiB free in $PWD, at least $NEEDED_MIB MiB needed"
+        complain "Not enough free disk to install the packages: $available MiB free in $PWD, at least $NEEDED_MIB MiB required"
         return 1
-    elif ((available < WANTED_MIB)); then
-        say "Note: $available MiB of disk free; torch with CUDA needs about $WANTED_MIB MiB while it installs"
+    elif ((available < CUDA_MIB)); then
+        say "Note: $available MiB of disk free; torch with CUDA takes about $CUDA_MIB MiB during its installation"
     fi
-    say "Installing $(wc -l <<<"$lacking") packages of $requirements (a few minutes the first time; shown below)"
+    say "Installing $(wc -l <<<"$missing") packages of $requirements (a few minutes the first time; shown below)"
     [[ $PYTHON == .venv/* ]] && : >"$MARK"
     "$PYTHON" -m pip install --disable-pip-version-check -r "$requirements" || {
-        complain "The installation failed (see above). Run the same command again to go on."
+        complain "The installation failed (see above). Run the same command again to continue."
         return 1
     }
     rm -f "$MARK"
-    lacking=$("$PYTHON" deploy/packages.py "$requirements") || { complain "Still missing after the installation: $lacking"; return 1; }
+    missing=$("$PYTHON" deploy/packages.py "$requirements") || { complain "Still missing after the installation: $missing"; return 1; }
 }

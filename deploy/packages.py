@@ -1,6 +1,6 @@
-"""Says which pinned packages of a requirements file this Python lacks. Installs nothing; standard library only.
+"""Lists the pinned packages of a requirements file that this Python does not have. Standard library only.
 
-python deploy/packages.py requirements.txt     prints one line for each, exit 0 when none is missing
+python deploy/packages.py requirements.txt     prints one line per package; exit 0 if none is missing
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ def pins(path: Path) -> dict[str, str]:
         if line.startswith("-r "):
             found.update(pins(path.parent / line[3:].strip()))
         elif line:
-            name, _, wanted = line.partition("==")
-            found[name.partition("[")[0].strip()] = wanted.strip()
+            name, _, pinned = line.partition("==")
+            found[name.partition("[")[0].strip()] = pinned.strip()
     return found
 
 
 def missing(path: Path) -> list[str]:
     """Lines such as `torch 2.12.0 instead of 2.13.0`."""
     lines = []
-    for name, wanted in pins(path).items():
+    for name, pinned in pins(path).items():
         try:
             present = version(name)
         except PackageNotFoundError:
-            lines.append(f"{name} {wanted} is not installed")
+            lines.append(f"{name} {pinned} is not installed")
             continue
         # 2.13.0+cpu is a build of 2.13.0.
-        if present.partition("+")[0] != wanted:
-            lines.append(f"{name} {present} instead of {wanted}")
+        if present.partition("+")[0] != pinned:
+            lines.append(f"{name} {present} instead of {pinned}")
     return lines
 
 

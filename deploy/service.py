@@ -1,10 +1,10 @@
-"""The part of start.sh and stop.sh that needs more than a shell: ports, pid files, waiting for an answer, ending.
+"""The parts of start.sh and stop.sh that need more than a shell: ports, pid files, waiting for readiness, stopping.
 
-    python -m deploy.service check  LOGS PART HOST PORT       0 may be started, 10 runs already, 3 port taken
+    python -m deploy.service check  LOGS PART HOST PORT       0 may be started, 10 already running, 3 port in use
     python -m deploy.service record LOGS PART PID PORT OFFSET
-    python -m deploy.service wait   LOGS SECONDS PART=HOST...  0 all answer (or still load), 1 one does not
-    python -m deploy.service stop   LOGS SECONDS PART=PORT...  0 ended, ports free; 1 not ended; 3 port held by another
-    python -m deploy.service alive  LOGS PART...               0 all run
+    python -m deploy.service wait   LOGS SECONDS PART=HOST...  0 all answer (or are still loading), 1 one does not
+    python -m deploy.service stop   LOGS SECONDS PART=PORT...  0 stopped, ports free; 1 not stopped; 3 port held by another process
+    python -m deploy.service alive  LOGS PART...               0 all are running
 
 Standard library only and no syntax newer than Python 3.8, so that stop.sh works when the environment is gone. Parts are `api` and `web`.
 """
@@ -23,7 +23,7 @@ from monitor.observe.processes import ProcessRecord
 ROOT = Path(__file__).resolve().parent.parent
 HEALTH = {"api": "/health", "web": "/_stcore/health"}
 NAMES = {"api": "The API", "web": "The page"}
-MAY_START, FAILED, TAKEN, RUNS = 0, 1, 3, 10
+MAY_START, FAILED, PORT_IN_USE, RUNNING = 0, 1, 3, 10
 LOG_LINES = 25
 ANSWER_LIMIT_S = 2.0
 
@@ -32,35 +32,35 @@ def check(log_dir: Path, part: str, host: str, port: int) -> int:
     record = processes.read_record(log_dir, part)
     if record is not None and processes.is_running(record):
         if record.port == port:
-            return RUNS
+            return RUNNING
         print(
-            f"{NAMES[part]} runs already on port {record.port} (pid {record.pid}), but the settings now say {port}."
+            f"{NAMES[part]} is already running on port {record.port} (pid {record.pid}), but the settings now specify {port}."
             f" Run ./stop.sh {part} first.",
             file=sys.stderr,
         )
-        return TAKEN
+        return PORT_IN_USE
     reason = ports.why_taken(host, port)
     if reason:
         print(f"{NAMES[part]} cannot start: {reason}", file=sys.stderr)
-        return TAKEN
+        return PORT_IN_USE
     return MAY_START
 
 
 def record(log_dir: Path, part: str, pid: int, port: int, log_offset: int) -> int:
     stat = processes.read_stat(pid)
     deadline = time.monotonic() + 5
-    # Between fork and setsid the child still bears the shell's session.
+    # Between fork and setsid the child is still in the session of the shell.
     while stat is not None and stat.session != pid and time.monotonic() < deadline:
         time.sleep(0.02)
         stat = processes.read_stat(pid)
-    start_time = stat.start_time if stat else 0  # 0 matches no process: it died already, `wait` will say so
+    start_time = stat.start_time if stat else 0  # 0 matches no process: it has died already, which `wait` reports
     entry = ProcessRecord(pid, start_time, port, processes.boot_id(), str(ROOT), log_offset)
     processes.write_record(log_dir, part, entry)
     return 0
 
 
 def wait(log_dir: Path, limit_s: float, hosts: dict[str, str]) -> int:
-    """Poll until every part answers. A part that dies, or answers that it is dead, ends the wait at once."""
+    """Polls until every part answers. Fails at once if a part dies or reports that its engine is dead."""
     deadline = time.monotonic() + limit_s
     waiting = dict(hosts)
     printed = dict.fromkeys(hosts, "")
@@ -68,12 +68,12 @@ def wait(log_dir: Path, limit_s: float, hosts: dict[str, str]) -> int:
         for part, host in list(waiting.items()):
             entry = processes.read_record(log_dir, part)
             if entry is None or not processes.is_running(entry):
-                return _fail(log_dir, part, entry, "ended right after it was started")
+                return _fail(log_dir, part, entry, "exited right after it was started")
             state, detail = _answer(part, host, entry)
             if state == "up":
                 del waiting[part]
             elif state == "dead":
-                return _fail(log_dir, part, entry, f"says that it cannot serve: {detail}")
+                return _fail(log_dir, part, entry, f"reports that it cannot serve: {detail}")
             elif time.monotonic() >= deadline and state != "loading":
                 return _fail(log_dir, part, entry, f"does not answer after {limit_s:g} s ({detail})")
             elif time.monotonic() >= deadline:
@@ -95,7 +95,7 @@ def stop(log_dir: Path, grace_s: float, configured_ports: dict[str, int]) -> int
             left = processes.end(entry, grace_s)
             if left:
                 shown = ", ".join(f"pid {pid} ({processes.command_of(pid)})" for pid in left)
-                print(f"{NAMES[part]} could not be ended: {shown}. Restart the machine.", file=sys.stderr)
+                print(f"{NAMES[part]} could not be killed: {shown}. Reboot the machine.", file=sys.stderr)
                 worst = worst or FAILED
                 continue
             print(f"{NAMES[part]} is stopped (pid {entry.pid})")
@@ -106,7 +106,7 @@ def stop(log_dir: Path, grace_s: float, configured_ports: dict[str, int]) -> int
         if others:
             shown = ", ".join(listener.describe() for listener in others)
             print(f"Port {port} is still held by {shown}, which was not started by start.sh here", file=sys.stderr)
-            worst = worst or TAKEN
+            worst = worst or PORT_IN_USE
     return worst
 
 
@@ -116,7 +116,7 @@ def alive(log_dir: Path, parts: list[str]) -> int:
 
 
 def _answer(part: str, host: str, entry: ProcessRecord) -> tuple[str, str]:
-    """`up`, `loading`, `dead` or `silent`, and a detail for people."""
+    """(`up`, `loading`, `dead` or `silent`, detail)."""
     pids = {listener.pid for listener in ports.listeners(entry.port)} - {None}
     ours = set(processes.members(entry))
     if pids and not pids & ours:
@@ -136,7 +136,7 @@ def _answer(part: str, host: str, entry: ProcessRecord) -> tuple[str, str]:
 
 
 def _reachable(host: str) -> str:
-    """The address at which a server bound to `host` is reached from here."""
+    """The address of a server bound to `host`, from this machine."""
     if host in ("", "0.0.0.0", "::"):
         return "127.0.0.1"
     return f"[{host}]" if ":" in host else host
@@ -150,7 +150,7 @@ def _fail(log_dir: Path, part: str, entry: ProcessRecord | None, why: str) -> in
             file.seek(min(entry.log_offset if entry else 0, path.stat().st_size))
             lines = file.read()[-65536:].decode("utf-8", "replace").splitlines()[-LOG_LINES:]
     print(f"{NAMES[part]} {why}. The last lines of {path}:", file=sys.stderr)
-    for line in lines or ["(nothing was written)"]:
+    for line in lines or ["(empty)"]:
         print(f"  {line}", file=sys.stderr)
     return FAILED
 

@@ -1,7 +1,6 @@
-"""One run of the checker: observe, judge, remember, act, tell. This file has the order; the rooms have the parts.
+"""One run of the checker, in order: observe, judge, store, report, act, alert.
 
-Every decision is on disk before it is carried out, so a run that is killed in between loses no incident and no count
-of restarts.
+Every decision is stored before it is carried out, so a run that is killed halfway loses no incident and no restart count.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ from monitor.judge.readings import settings_thresholds, values_of
 from monitor.judge.verdict import Limits, Verdict
 from monitor.observe.observe import ProbePlan, observe
 from monitor.observe.observe import now as current_moment
-from monitor.store.memory import Memory, remember, save
+from monitor.store.state import CheckerState
 from monitor.store.store import Store
 from monitor.tell import alerts, exports, report
 from monitor.tell.log import warn
 from settings import Settings
 
 SCRIPT_EVERY_RUNS = 2
-ASK_AT_LEAST_EVERY_S = 600.0  # users' answers are not verified, so they cannot replace the questions for ever
+ASK_AT_LEAST_EVERY_S = 600.0  # answers to users are not verified, so they replace the probe for a limited time only
 
 
 @dataclass
@@ -54,40 +53,40 @@ def run(
     clock: Callable[[], Any] = current_moment,
     act: bool = True,
 ) -> Outcome:
-    """`act` False observes and records only: no restart, and no operator's request is carried out."""
+    """`act` False observes and records only: no restarts, no operators' requests."""
     started = time.monotonic()
     store = Store.open_for_run(settings.log_dir)
     moment = clock()
-    memory = remember(store, moment.boot_id)
+    state = CheckerState.load(store, moment.boot_id)
     operators = operator_requests.take(store, moment.wall) if act else []
-    # Holds and resets count from this very run on; restarts are done at its end.
-    operator_requests.carry_out([r for r in operators if r["kind"] not in operator_requests.AT_THE_END], store, memory, None, moment.wall)
-    plan = _probe_plan(memory, settings, moment.wall, operators)
-    observation = observe(settings, rng, plan, moment, memory.external_engine)
-    verdicts = judge(observation, settings, memory)
-    changes = _advance(memory, verdicts, observation, settings)
-    warnings, news = _warn(memory, observation, settings)
-    hold = holds.why_no_restart(memory.hold, moment.wall)
-    decisions = _decide(memory, verdicts, settings, moment.wall, hold) if act else {}
-    summary = _report(observation, verdicts, decisions, memory, warnings, settings, store, time.monotonic() - started)
-    messages = alerts.compose(changes, news, decisions, verdicts, memory.histories, settings, moment.wall)
-    store = _persist(settings, store, memory, summary, verdicts, changes, decisions, messages, observation)
+    # Holds and resets apply to this run; restarts are made at its end.
+    operator_requests.carry_out([r for r in operators if r["kind"] not in operator_requests.AT_THE_END], store, state, None, moment.wall)
+    plan = _probe_plan(state, settings, moment.wall, operators)
+    observation = observe(settings, rng, plan, moment, state.external_engine)
+    verdicts = judge(observation, settings, state)
+    changes = _advance(state, verdicts, observation, settings)
+    warnings, changed_warnings = _warn(state, observation, settings)
+    hold = holds.why_no_restart(state.holds, moment.wall)
+    decisions = _decide(state, verdicts, settings, moment.wall, hold) if act else {}
+    summary = _report(observation, verdicts, decisions, state, warnings, settings, store, time.monotonic() - started)
+    messages = alerts.compose(changes, changed_warnings, decisions, verdicts, state.histories, settings, moment.wall)
+    store = _persist(settings, store, state, summary, verdicts, changes, decisions, messages, observation)
     _publish(summary, settings, store)
     if act:
-        restarter = Restarter(settings, store, memory, observation, lock)
+        restarter = Restarter(settings, store, state, observation, lock)
         for target, decision in decisions.items():
             if decision.kind == "restart":
                 restarter.restart(target, verdicts[target], decision)
         late = [r for r in operators if r["kind"] in operator_requests.AT_THE_END]
-        operator_requests.carry_out(late, store, memory, restarter, moment.wall)
-        nightly.run(settings, store, memory, restarter, verdicts, observation, moment.wall)
+        operator_requests.carry_out(late, store, state, restarter, moment.wall)
+        nightly.run(settings, store, state, restarter, verdicts, observation, moment.wall)
         if restarter.restarted:
-            # Verify the restart now rather than a period later.
+            # Verify the restart now rather than one period later.
             store.close()
             return run(settings, rng, lock, clock, act=False)
     try:
-        alerts.deliver(store, settings, memory.hold, time.time())
-    except sqlite3.Error as error:  # the disk filled up between the verdict and the message
+        alerts.deliver(store, settings, state.holds, time.time())
+    except sqlite3.Error as error:  # the disk filled up since the verdict was stored
         warn(f"the outbox cannot be written: {error}")
     problem = alerts.ping(settings, summary)
     if problem:
@@ -103,15 +102,15 @@ def limits_of(settings: Settings) -> Limits:
     )  # fmt: skip
 
 
-def judge(observation: Observation, settings: Settings, memory: Memory) -> dict[str, Verdict]:
+def judge(observation: Observation, settings: Settings, state: CheckerState) -> dict[str, Verdict]:
     limits = limits_of(settings)
     verdicts = {"api": judge_api(observation.api, limits)}
     if observation.page is not None:
         verdicts["page"] = judge_page(observation.page, limits)
     for target, verdict in verdicts.items():
-        why = history.why_inconclusive(memory.histories[target].moment, observation.moment, limits)
+        why = history.why_inconclusive(state.histories[target].moment, observation.moment, limits)
         if why and verdict.bad:
-            # Ages measured before the jump are no longer comparable; the next run judges again.
+            # Ages that span the jump are wrong; the next run judges again.
             verdicts[target] = Verdict(
                 target, "unknown", "clock_jump", f"Not judged this time: {why}.", f"本次不作判断：{why}。",
                 {"would_be": verdict.word}, f"{history.CLOCK_JUMP_S:.0f} s between the two clocks",
@@ -119,11 +118,11 @@ def judge(observation: Observation, settings: Settings, memory: Memory) -> dict[
     return verdicts
 
 
-def _probe_plan(memory: Memory, settings: Settings, now: float, operators: list[dict[str, Any]]) -> ProbePlan:
-    last = memory.last
+def _probe_plan(state: CheckerState, settings: Settings, now: float, operators: list[dict[str, Any]]) -> ProbePlan:
+    last = state.last
     asked_ago_s = now - last.get("asked_at", 0)
     requested = any(request["kind"] == "probe" for request in operators)
-    unsure = any(h.incident is not None or h.seen for h in memory.histories.values())
+    unsure = any(h.incident is not None or h.seen for h in state.histories.values())
     return ProbePlan(
         question=requested or unsure or not 0 <= asked_ago_s < ASK_AT_LEAST_EVERY_S,
         script=requested or bool(last.get("script_bad")) or last.get("runs", 0) % SCRIPT_EVERY_RUNS == 0,
@@ -131,34 +130,34 @@ def _probe_plan(memory: Memory, settings: Settings, now: float, operators: list[
     )
 
 
-def _advance(memory: Memory, verdicts: dict[str, Verdict], observation: Observation, settings: Settings) -> list[Change]:
+def _advance(state: CheckerState, verdicts: dict[str, Verdict], observation: Observation, settings: Settings) -> list[Change]:
     changes: list[Change] = []
     for target, verdict in verdicts.items():
-        had = memory.histories[target].incident
-        memory.histories[target], more = history.advance(memory.histories[target], verdict, observation.moment, limits_of(settings))
-        if had is not None and memory.histories[target].incident is None:
-            memory.limiters[target] = limiter.stable(memory.limiters[target])
+        had = state.histories[target].incident
+        state.histories[target], more = history.advance(state.histories[target], verdict, observation.moment, limits_of(settings))
+        if had is not None and state.histories[target].incident is None:
+            state.limiters[target] = limiter.stable(state.limiters[target])
         changes += more
     page = observation.page
-    memory.last = {
-        "runs": memory.last.get("runs", 0) + 1,
-        "asked_at": observation.moment.wall if observation.asked else memory.last.get("asked_at", 0),
+    state.last = {
+        "runs": state.last.get("runs", 0) + 1,
+        "asked_at": observation.moment.wall if observation.asked else state.last.get("asked_at", 0),
         "script_bad": bool(page and page.script and not page.script.good and page.script.status != 404)
-        or (bool(memory.last.get("script_bad")) and not (page and page.script)),
+        or (bool(state.last.get("script_bad")) and not (page and page.script)),
         "oom_kills": observation.machine.get("oom_kills"),
-        "nightly": memory.last.get("nightly", ""),
+        "nightly": state.last.get("nightly", ""),
     }
     return changes
 
 
-def _warn(memory: Memory, observation: Observation, settings: Settings) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(warnings in force, those that began or ended in this run)."""
-    busy_since = memory.histories["api"].busy_since
-    values, in_force, news = values_of(observation, busy_since), [], []
+def _warn(state: CheckerState, observation: Observation, settings: Settings) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(active warnings, those that began or ended in this run)."""
+    busy_since = state.histories["api"].busy_since
+    values, in_force, changed_warnings = values_of(observation, busy_since), [], []
     for threshold in settings_thresholds(settings):
-        before = memory.thresholds.get(threshold.name, thresholds.ThresholdState())
+        before = state.thresholds.get(threshold.name, thresholds.ThresholdState())
         after = thresholds.update(threshold, before, values.get(threshold.name), observation.moment.wall)
-        memory.thresholds[threshold.name] = after
+        state.thresholds[threshold.name] = after
         mean = thresholds.mean_of(after)
         warning = {
             "name": threshold.name, "since": after.since, "mean": None if mean is None else round(mean, 1),
@@ -167,25 +166,25 @@ def _warn(memory: Memory, observation: Observation, settings: Settings) -> tuple
         if after.since is not None:
             in_force.append(warning)
         if (before.since is None) != (after.since is None):
-            news.append({**warning, "began": after.since is not None})
-    return in_force, news
+            changed_warnings.append({**warning, "began": after.since is not None})
+    return in_force, changed_warnings
 
 
 def _decide(
-    memory: Memory, verdicts: dict[str, Verdict], settings: Settings, now: float, hold: str
+    state: CheckerState, verdicts: dict[str, Verdict], settings: Settings, now: float, hold: str
 ) -> dict[str, Decision]:
     allowance = Allowance(settings.restarts_per_hour, settings.restarts_per_day)
     decisions: dict[str, Decision] = {}
-    newest = {name: kept.restarts[-1] if kept.restarts else None for name, kept in memory.limiters.items()}
+    newest = {name: target_limiter.restarts[-1] if target_limiter.restarts else None for name, target_limiter in state.limiters.items()}
     for target, verdict in verdicts.items():
         others = [at for name, at in newest.items() if name != target and at is not None]
-        not_ours = "GLM_ENGINE_URL names another engine, which is not ours to restart" if target == "api" and settings.engine_url else ""
+        external = "GLM_ENGINE_URL names an external engine, which is never restarted" if target == "api" and settings.engine_url else ""
         decision = limiter.decide(
-            verdict, memory.histories[target], memory.limiters[target], allowance, now, settings.cure, hold or not_ours,
+            verdict, state.histories[target], state.limiters[target], allowance, now, settings.cure, hold or external,
             max(others, default=None),
         )  # fmt: skip
         if decision.opens:
-            memory.limiters[target] = limiter.opened(memory.limiters[target], now, decision.reason)
+            state.limiters[target] = limiter.opened(state.limiters[target], now, decision.reason)
         if decision.kind == "restart":
             newest[target] = now
         decisions[target] = decision
@@ -193,7 +192,7 @@ def _decide(
 
 
 def overall(verdicts: dict[str, Verdict]) -> tuple[str, bool | None]:
-    """One verdict for both targets, and whether people are served: the API and the page must both work."""
+    """One verdict for both targets, and whether users are served, which takes both the API and the page."""
     api, page = verdicts["api"], verdicts.get("page")
     serving = None if api.word == "unknown" else api.serving
     if page is None or page.word in ("healthy", "unknown"):
@@ -204,26 +203,26 @@ def overall(verdicts: dict[str, Verdict]) -> tuple[str, bool | None]:
 
 
 def _report(
-    observation: Observation, verdicts: dict[str, Verdict], decisions: dict[str, Decision], memory: Memory,
+    observation: Observation, verdicts: dict[str, Verdict], decisions: dict[str, Decision], state: CheckerState,
     warnings: list[dict[str, Any]], settings: Settings, store: Store, duration_s: float,
 ) -> dict[str, Any]:  # fmt: skip
     word, serving = overall(verdicts)
     targets = {}
     for target, verdict in verdicts.items():
-        kept, decision = memory.histories[target], decisions.get(target, limiter.NONE)
+        target_history, decision = state.histories[target], decisions.get(target, limiter.NONE)
         targets[target] = {
             **{name: getattr(verdict, name) for name in ("word", "rule", "en", "zh", "facts", "threshold", "needed")},
-            "seen": kept.seen, "since": kept.since or None, "decision": asdict(decision),
-            "incident": kept.incident.id if kept.incident else None,
-            "restarts_last_day": len(memory.limiters[target].restarts),
-            "circuit_open": memory.limiters[target].open_reason or None,
+            "seen": target_history.seen, "since": target_history.since or None, "decision": asdict(decision),
+            "incident": target_history.incident.id if target_history.incident else None,
+            "restarts_last_day": len(state.limiters[target].restarts),
+            "circuit_open": state.limiters[target].open_reason or None,
         }  # fmt: skip
     reasons = [v.en for v in verdicts.values() if v.word != "healthy"]
     evidence = {"api": observation.api.to_dict(), "page": observation.page.to_dict() if observation.page else None}
     check = {
         "store": store.lost or "ok", "period_s": settings.check_period_s, "cure": settings.cure,
-        "hold": holds.why_no_restart(memory.hold, observation.moment.wall) or None, "boot_id": observation.moment.boot_id,
-        "run": memory.last["runs"],
+        "hold": holds.why_no_restart(state.holds, observation.moment.wall) or None, "boot_id": observation.moment.boot_id,
+        "run": state.last["runs"],
     }  # fmt: skip
     return report.build(
         word, serving, reasons, observation.machine, observation.gpu, evidence, duration_s, observation.moment.wall, targets=targets,
@@ -232,17 +231,17 @@ def _report(
 
 
 def _persist(
-    settings: Settings, store: Store, memory: Memory, summary: dict[str, Any], verdicts: dict[str, Verdict],
+    settings: Settings, store: Store, state: CheckerState, summary: dict[str, Any], verdicts: dict[str, Verdict],
     changes: list[Change], decisions: dict[str, Decision], messages: list[dict[str, Any]], observation: Observation,
 ) -> Store:  # fmt: skip
-    """Everything of this run in one transaction; on a disk that is full, in memory, and the report says so."""
+    """Stores the run in one transaction. Falls back to shared memory, and notes it in the report, if the disk refuses."""
 
     def write(target_store: Store) -> None:
         with target_store.transaction():
             words = {t: {"word": v.word, "rule": v.rule, "en": v.en, "zh": v.zh} for t, v in verdicts.items()}
-            readings = report.finite(values_of(observation, memory.histories["api"].busy_since))
+            readings = report.finite(values_of(observation, state.histories["api"].busy_since))
             target_store.add_run(observation.moment.wall, report.finite(summary), words, readings)
-            save(target_store, memory)
+            state.save(target_store)
             for change in changes:
                 if change.kind == "flip":
                     target_store.add_flip(change.at, change.target, change.before, change.after, change.rule, change.en, change.zh)
@@ -251,7 +250,7 @@ def _persist(
                     target_store.put_incident(asdict(change.incident), closed_at)
             for target, decision in decisions.items():
                 if decision.kind in ("shadow", "hold"):
-                    _note_once(target_store, target, decision, memory, observation.moment.wall)
+                    _note_once(target_store, target, decision, state, observation.moment.wall)
             if verdicts["api"].word == "healthy" and not settings.engine_url:
                 target_store.put("cards_expected", len(observation.gpu.get("gpus") or ()))
             alerts.queue(target_store, messages, settings, observation.moment.wall)
@@ -269,9 +268,9 @@ def _persist(
         return fallback
 
 
-def _note_once(store: Store, target: str, decision: Decision, memory: Memory, now: float) -> None:
-    """The same reason to hold is one row in the audit log, not one a minute."""
-    incident = memory.histories[target].incident
+def _note_once(store: Store, target: str, decision: Decision, state: CheckerState, now: float) -> None:
+    """One audit row for each reason of a hold, not one per run."""
+    incident = state.histories[target].incident
     note = [decision.kind, decision.reason.split(":")[0], incident.id if incident else ""]
     if store.get(f"noted:{target}") != note:
         store.put(f"noted:{target}", note)
@@ -286,7 +285,7 @@ def _publish(summary: dict[str, Any], settings: Settings, store: Store) -> None:
         try:
             write()
         except OSError as error:
-            with contextlib.suppress(OSError):  # its time shows the server that the checker runs, and a full disk still allows that
+            with contextlib.suppress(OSError):  # the server takes its modification time as a sign of life; a full disk still allows that
                 os.utime(settings.log_dir / name)
             warn(f"{settings.log_dir / name} could not be written: {error.strerror or error}")
     for problem in exports.send(summary, settings, store):

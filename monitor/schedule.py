@@ -1,6 +1,6 @@
 """Schedules health_check.py: a systemd timer where systemd runs, else a marked block in the crontab.
 
-Both are idempotent, and uninstall removes exactly what install wrote.
+Both are idempotent; uninstall removes exactly what install wrote.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ GOOD, BAD = 0, 1
 BEGIN, END = "# >>> glm health_check >>>", "# <<< glm health_check <<<"
 UNIT = "glm-health-check"
 JITTER_S = 10
-NO_CRONTAB = "The crontab command is absent or refuses this user. Debian: apt-get install cron"
+NO_CRONTAB = "crontab is missing or refuses this user. Debian: apt-get install cron"
 
 
 def install(settings: Settings, how: str) -> int:
     way = choose(how)
     if not way:
-        print(f"Neither systemd nor cron is here. Run it in the background instead: {in_background()}", file=sys.stderr)
+        print(f"Neither systemd nor cron is available. Run the checker in the background instead: {in_background()}", file=sys.stderr)
         return BAD
     return _install_systemd(settings) if way == "systemd" else _install_cron(settings)
 
@@ -36,7 +36,7 @@ def install(settings: Settings, how: str) -> int:
 def uninstall(settings: Settings, how: str) -> int:
     ways = [how] if how != "auto" else [way for way in ("systemd", "cron") if installed(way)]
     if not ways:
-        print("It was not installed.")
+        print("Nothing is installed.")
         return GOOD
     return max(_uninstall_systemd() if way == "systemd" else _uninstall_cron() for way in ways)
 
@@ -60,7 +60,7 @@ def installed(way: str) -> bool:
 
 
 def command() -> str:
-    """With absolute paths, for cron; start.sh chooses its Python by conda's two variables."""
+    """The shell command that cron and systemd run. start.sh chooses its Python by conda's two variables."""
     words = [f"{name}={shlex.quote(os.environ[name])}" for name in ("CONDA_PREFIX", "CONDA_DEFAULT_ENV") if os.environ.get(name)]
     words += [shlex.quote(sys.executable), shlex.quote(str(ROOT / "health_check.py")), "run", "--quiet"]
     return " ".join(words)
@@ -71,7 +71,7 @@ def in_background() -> str:
 
 
 def jitter_s() -> int:
-    """The same on every run, another on every machine, so that a fleet does not check at the same second."""
+    """Constant per machine and folder, so that a fleet does not check in the same second."""
     seed = f"{os.uname().nodename}{ROOT}".encode()
     return hashlib.sha256(seed).digest()[0] % JITTER_S
 
@@ -80,7 +80,7 @@ def cron_block(settings: Settings) -> str:
     minutes = max(1, round(settings.check_period_s / 60))
     when = "* * * * *" if minutes == 1 else f"*/{min(minutes, 59)} * * * *"
     log = shlex.quote(str(settings.log_dir / "health_check.log"))
-    # Output goes to a file: cron would mail it every minute. The folder may have been removed.
+    # Output goes to a file, because cron would mail it every minute. The folder may have been removed.
     folder = shlex.quote(str(settings.log_dir))
     line = f"{when} sleep {jitter_s()}; mkdir -p {folder}; {command()} >/dev/null 2>>{log}"
     if "%" in line:
@@ -89,7 +89,7 @@ def cron_block(settings: Settings) -> str:
 
 
 def read_crontab() -> str | None:
-    """None if crontab itself fails or is absent; empty if there is none for this user."""
+    """None if crontab is missing or fails; empty if this user has no table."""
     if shutil.which("crontab") is None:
         return None
     done = subprocess.run(["crontab", "-l"], capture_output=True, text=True, check=False)
@@ -99,7 +99,7 @@ def read_crontab() -> str | None:
 
 
 def without_block(text: str) -> str:
-    """Everything but our block; a block without its end is left alone rather than removing what follows."""
+    """The text without our block. A block without its end marker is left alone, so that nothing behind it is removed."""
     kept: list[str] = []
     lines = text.splitlines(keepends=True)
     while lines:
@@ -122,9 +122,9 @@ def _install_cron(settings: Settings) -> int:
     if not _write_crontab(rest + cron_block(settings)):
         return BAD
     settings.log_dir.mkdir(parents=True, exist_ok=True)
-    print(f"cron runs it for {getpass.getuser()} from the next minute on: {command()}")
+    print(f"cron runs it for {getpass.getuser()} from the next minute: {command()}")
     if not cron_runs():
-        print(f"But no cron daemon runs here. Start it (service cron start), or instead: {in_background()}", file=sys.stderr)
+        print(f"But no cron daemon is running. Start it (service cron start), or run instead: {in_background()}", file=sys.stderr)
         return BAD
     return GOOD
 
@@ -136,7 +136,7 @@ def _uninstall_cron() -> int:
         return BAD
     rest = without_block(old)
     if rest == old:
-        print("cron: it was not installed.")
+        print("cron: not installed.")
         return GOOD
     if not _write_crontab(rest):
         return BAD
@@ -166,7 +166,7 @@ Type=oneshot
 WorkingDirectory={ROOT}
 ExecStart=/bin/sh -c {shlex.quote("exec env " + command())}
 SuccessExitStatus=1 3
-# The servers that a restart starts must outlive the run that started them.
+# Servers that a run restarts must outlive it.
 KillMode=process
 TimeoutStartSec=900
 """
@@ -190,7 +190,7 @@ def _unit_folder() -> Path:
 
 def _install_systemd(settings: Settings) -> int:
     if not systemd_runs():
-        print("systemd does not run this machine. Use: health_check.py install --with cron", file=sys.stderr)
+        print("systemd is not running on this machine. Use: health_check.py install --with cron", file=sys.stderr)
         return BAD
     try:
         for name, text in units(settings).items():
@@ -209,7 +209,7 @@ def _install_systemd(settings: Settings) -> int:
 
 def _uninstall_systemd() -> int:
     if not installed("systemd"):
-        print("systemd: it was not installed.")
+        print("systemd: not installed.")
         return GOOD
     subprocess.run(["systemctl", "disable", "--now", f"{UNIT}.timer"], capture_output=True, check=False)
     for name in (f"{UNIT}.service", f"{UNIT}.timer"):

@@ -1,4 +1,3 @@
-"""What changes the service: restarts with their evidence, operators' requests, the nightly restart, the lock of a run.
-
-It does not decide whether a restart is due; the verdict and the limiter in monitor/judge do.
+"""Owns what changes the service: restarts, evidence bundles, operators' requests, the nightly restart, the lock of a run.
+May not know whether a restart is due, which monitor/judge decides, nor who is alerted.
 """

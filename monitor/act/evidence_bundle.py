@@ -1,4 +1,4 @@
-"""The evidence that is saved before anything is killed: `logs/incidents/<id>/<n>/`. Bounded, without prompts, pictures or secrets."""
+"""Saves evidence before a restart in `logs/incidents/<id>/<n>/`: bounded, without prompts, images or secrets."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROC_FILES = ("status", "wchan", "stack", "limits", "io", "cgroup", "oom_score")
 
 
 def save(settings: Settings, incident: str, part: str, evidence: dict[str, Any], runs: list[dict[str, Any]]) -> Path | None:
-    """None if the disk cannot be written: a bundle that cannot be saved must not prevent a restart."""
+    """The folder of the bundle; None if the disk is not writable, which must not prevent a restart."""
     root = settings.log_dir / FOLDER
     folder = root / incident
     try:
@@ -60,9 +60,9 @@ def save(settings: Settings, incident: str, part: str, evidence: dict[str, Any],
 
 
 def stacks(log_dir: Path, pid: int) -> str:
-    """Every thread's stack, written by faulthandler inside the process; it works while no Python code runs."""
+    """The stacks of all threads, written by faulthandler in the process, which works even while no Python code runs."""
     if not _handles(pid, signal.SIGUSR1):
-        return "the process does not handle SIGUSR1, which would end it\n"
+        return "the process does not handle SIGUSR1, which would kill it\n"
     path = log_dir / "api.stacks.txt"
     before = path.stat().st_size if path.exists() else 0
     os.kill(pid, signal.SIGUSR1)

@@ -1,7 +1,7 @@
-"""One run at a time. A run that exceeds its declared time is ended by the next one.
+"""One run at a time. A run that exceeds its deadline is killed by the next one.
 
-The lock is taken with fcntl in Python, whose descriptors no child inherits: with a shell's `flock`, a server started
-under the lock would hold it for its whole life. The holder records its identity and its deadline in the file.
+The lock is flock(2) on a descriptor that no child inherits; a server started under the lock would otherwise hold it for
+its lifetime. The holder records its identity and deadline in the file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ END_WAIT_S = 3.0
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that holds the lock. `until` is CLOCK_MONOTONIC; `what` is what it is doing."""
+    """The process that holds the lock. `until` is its deadline (CLOCK_MONOTONIC), `what` its current activity."""
 
     pid: int
     start_time: int
@@ -37,39 +37,39 @@ class Holder:
 
 
 class Lock:
-    """No context manager: a run may extend its time, and children must not inherit anything."""
+    """The lock of one run."""
 
     def __init__(self, log_dir: Path) -> None:
         self._path = log_dir / FILE_NAME
         self._file: FileIO | None = None
         self._until = 0.0
 
-    def take(self, for_s: float, what: str) -> str:
-        """Empty if this process holds the lock now; otherwise who does. Ends a holder whose time is over."""
+    def acquire(self, limit_s: float, what: str) -> str:
+        """Empty if this process holds the lock now; otherwise who does. Kills a holder past its deadline."""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            # Unbuffered: on a full disk only the record fails, never the lock or its release.
+            # Unbuffered, so that on a full disk only the record fails, not the lock or its release.
             file = FileIO(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+")
         except OSError:
-            return ""  # without a folder to lock in, a run without a lock is better than none
-        if not _try(file):
-            holder = _read(file)
+            return ""  # the folder is unusable: a run without a lock is better than no run
+        if not _try_flock(file):
+            holder = _read_holder(file)
             if holder is None or holder.until > time.monotonic() or not holder.alive():
-                if not _try(file):
+                if not _try_flock(file):
                     file.close()
                     return _describe(holder)
             else:
-                _end(holder)
-                if not _wait(file):
+                _terminate(holder)
+                if not _wait_for_flock(file):
                     file.close()
-                    return f"{_describe(holder)}, which has exceeded its time and cannot be ended"
+                    return f"{_describe(holder)}, which is past its deadline and cannot be killed"
         self._file = file
-        self.extend(for_s, what)
+        self.extend(limit_s, what)
         return ""
 
-    def extend(self, for_s: float, what: str) -> None:
-        """Declares more time before something that takes longer, such as a restart."""
-        self._until = time.monotonic() + for_s
+    def extend(self, limit_s: float, what: str) -> None:
+        """Sets a new deadline, before something that takes longer, such as a restart."""
+        self._until = time.monotonic() + limit_s
         if self._file is None:
             return
         stat = processes.read_stat(os.getpid())
@@ -77,13 +77,13 @@ class Lock:
             "pid": os.getpid(), "start_time": stat.start_time if stat else 0, "until": self._until,
             "what": what,
         }  # fmt: skip
-        with contextlib.suppress(OSError):  # a full disk: the lock holds without the record
+        with contextlib.suppress(OSError):  # on a full disk the lock holds without the record
             self._file.seek(0)
             self._file.truncate()
             self._file.write(json.dumps(record).encode())
 
     def expired(self) -> bool:
-        """Whether the declared time is over."""
+        """Whether the deadline has passed."""
         return time.monotonic() >= self._until
 
     def release(self) -> None:
@@ -92,7 +92,7 @@ class Lock:
             self._file = None
 
 
-def _try(file: FileIO) -> bool:
+def _try_flock(file: FileIO) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -100,16 +100,16 @@ def _try(file: FileIO) -> bool:
     return True
 
 
-def _wait(file: FileIO) -> bool:
+def _wait_for_flock(file: FileIO) -> bool:
     deadline = time.monotonic() + END_WAIT_S
-    while not _try(file):
+    while not _try_flock(file):
         if time.monotonic() > deadline:
             return False
         time.sleep(0.05)
     return True
 
 
-def _read(file: FileIO) -> Holder | None:
+def _read_holder(file: FileIO) -> Holder | None:
     try:
         file.seek(0)
         raw = json.loads(file.read())
@@ -118,7 +118,7 @@ def _read(file: FileIO) -> Holder | None:
         return None
 
 
-def _end(holder: Holder) -> None:
+def _terminate(holder: Holder) -> None:
     for number in (signal.SIGTERM, signal.SIGKILL):
         if not holder.alive():
             return
@@ -131,6 +131,6 @@ def _end(holder: Holder) -> None:
 
 def _describe(holder: Holder | None) -> str:
     if holder is None:
-        return "another run is at work"
+        return "another run is in progress"
     left_s = holder.until - time.monotonic()
-    return f"another run is at work (pid {holder.pid}, {holder.what}, {max(0, left_s):.0f} s of its time left)"
+    return f"another run is in progress (pid {holder.pid}, {holder.what}, {max(0, left_s):.0f} s left)"

@@ -1,4 +1,4 @@
-"""The planned nightly restart: off by default, in a quiet hour, skipped with a reason when busy or not needed."""
+"""The scheduled nightly restart: off by default, in a quiet hour, skipped with a reason if busy or not needed."""
 
 from __future__ import annotations
 
@@ -9,45 +9,45 @@ from monitor.act.restart import Restarter
 from monitor.judge.evidence import Observation
 from monitor.judge.limiter import Decision
 from monitor.judge.verdict import Verdict
-from monitor.store.memory import Memory, save
+from monitor.store.state import CheckerState
 from monitor.store.store import Store
 from settings import Settings
 
 DEFAULT_HOUR = 4
 NEEDED_HOURS = 24
 YOUNG_S = 20 * 3600.0
-GROWN = 1.2  # resident memory against that of the first day
+GROWN = 1.2  # resident memory, relative to the first day
 
 
 def run(
-    settings: Settings, store: Store, memory: Memory, restarter: Restarter, verdicts: dict[str, Verdict], observation: Observation,
+    settings: Settings, store: Store, state: CheckerState, restarter: Restarter, verdicts: dict[str, Verdict], observation: Observation,
     now: float,
 ) -> str:  # fmt: skip
-    """At most once a day, in the chosen hour. Returns what was done or why not; empty outside that hour."""
+    """Restarts at most once a day, in the chosen hour. Returns the outcome; empty outside that hour."""
     if settings.nightly_restart == "off" or observation.api.process.state != "runs":
         return ""
     zone = ZoneInfo(settings.timezone) if settings.timezone else None
     local = datetime.fromtimestamp(now, zone)
     hour = quiet_hour(store, settings, now)
     day = local.date().isoformat()
-    if local.hour != hour or memory.last.get("nightly", "").startswith(day):
+    if local.hour != hour or state.last.get("nightly", "").startswith(day):
         return ""
     reason = why_skip(verdicts["api"], observation, store, now)
     last_chance = local.minute >= 50
     if reason == "busy" and not last_chance:
         return ""  # the hour is not over
-    memory.last["nightly"] = f"{day} {reason or 'restarted'}"
+    state.last["nightly"] = f"{day} {reason or 'restarted'}"
     with store.transaction():
-        save(store, memory)
+        state.save(store)
         if reason:
             store.add_action(now, "api", "nightly", "checker", "skipped", reason)
     if reason:
         return reason
-    return restarter.restart("api", verdicts["api"], Decision("restart", "planned, nightly"), "nightly") or "restarted"
+    return restarter.restart("api", verdicts["api"], Decision("restart", "scheduled, nightly"), "nightly") or "restarted"
 
 
 def quiet_hour(store: Store, settings: Settings, now: float) -> int:
-    """The hour with the least pending work over the last two weeks; four o'clock until a day is known."""
+    """The configured hour, or the hour with the least pending work in the last two weeks; DEFAULT_HOUR without a day of data."""
     if settings.nightly_restart != "auto":
         return int(settings.nightly_restart)
     zone = ZoneInfo(settings.timezone) if settings.timezone else None
@@ -64,7 +64,7 @@ def quiet_hour(store: Store, settings: Settings, now: float) -> int:
 def why_skip(verdict: Verdict, observation: Observation, store: Store, now: float) -> str:
     health = observation.api.last or observation.api.first
     if verdict.word != "healthy" or health.pending:
-        return "busy" if verdict.serving else f"not in order: {verdict.word}"
+        return "busy" if verdict.serving else f"not healthy: {verdict.word}"
     age_s = observation.api.process.age_s
     if age_s is not None and age_s < YOUNG_S:
         return f"not needed: the process is only {age_s / 3600:.1f} h old"

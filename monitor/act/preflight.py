@@ -1,4 +1,4 @@
-"""Whether a restart would help, checked before anything is killed: on a broken machine a new process may not start."""
+"""Checks before a restart whether it can help: on a broken machine a new process may not start."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from monitor.judge.verdict import Verdict
 DISK_NEEDED_MIB = 256.0  # start.sh refuses with less
 OVERLOAD_PER_CORE = 4.0
 OVERLOAD_PRESSURE_PERCENT = 60.0
-STARVED = 0.25  # threads, on average, that are ready to run and get no processor
+STARVED = 0.25  # average number of runnable threads without a processor
 
 
 def why_futile(verdict: Verdict, observation: Observation, cards_expected: int, disk_needed_mib: float = DISK_NEEDED_MIB) -> str:
-    """Empty if a restart may help. Otherwise what must be repaired first, for the operator to read."""
+    """Empty if a restart may help; otherwise what an operator must repair first."""
     for reason in (
         _disk(observation.machine, disk_needed_mib),
         _port(observation),
@@ -28,7 +28,7 @@ def why_futile(verdict: Verdict, observation: Observation, cards_expected: int, 
 
 
 def _disk(machine: dict[str, Any], needed_mib: float) -> str:
-    for disk in (machine.get("disks") or [])[:1]:  # the log folder; start.sh needs no other
+    for disk in (machine.get("disks") or [])[:1]:  # the log folder, the only one that start.sh needs
         free_mib = disk.get("free_mib")
         if free_mib is not None and free_mib < needed_mib:
             return f"the disk of {disk['path']} is full ({free_mib:.0f} MiB free, {needed_mib:.0f} needed)"
@@ -49,14 +49,14 @@ def _hardware(observation: Observation) -> str:
 
 
 def _gpu(verdict: Verdict, observation: Observation, cards_expected: int) -> str:
-    """Losing NVML while CUDA runs on is common in containers; a process stopped then cannot get the GPU again."""
+    """In containers NVML is often lost while CUDA still works; a new process could not open the GPU then."""
     if verdict.target != "api":
         return ""
     if observation.gpu.get("hung"):
-        return f"the GPU driver does not answer ({observation.gpu.get('reason')}); a new process could not get the GPU"
+        return f"the GPU driver does not answer ({observation.gpu.get('reason')}); a new process could not open the GPU"
     cards = len(observation.gpu.get("gpus") or ())
     if cards < cards_expected:
-        return f"{cards} of {cards_expected} GPUs can be seen ({observation.gpu.get('reason')}); a new process could not get them"
+        return f"{cards} of {cards_expected} GPUs are visible ({observation.gpu.get('reason')}); a new process could not open them"
     hot = [card["index"] for card in observation.gpu.get("gpus") or () if card.get("throttle_hardware")]
     if hot and verdict.word in ("wedged", "broken"):
         return f"GPU {hot[0]} is throttled by heat or power; a restart adds load"
@@ -64,9 +64,10 @@ def _gpu(verdict: Verdict, observation: Observation, cards_expected: int) -> str
 
 
 def _overload(verdict: Verdict, machine: dict[str, Any]) -> str:
-    """A process that is gone or stopped is not slow. One that only lacks processor time would lack it after a restart too.
+    """A process that lacks processor time would lack it after a restart too.
 
-    One whose threads do not wait for a processor hangs for another reason. An operator who asks knows the machine.
+    Does not apply to a process that is gone or stopped, whose threads do not wait for a processor, or that an operator
+    restarts.
     """
     if verdict.rule in ("process_gone", "engine_dead", "port_closed", "frozen", "asked"):
         return ""

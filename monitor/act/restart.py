@@ -1,7 +1,7 @@
-"""Restarts one target: pre-flight, evidence, drain, end by identity, wait, start.sh.
+"""Restarts one target: preflight, evidence bundle, drain, end by identity, wait for port and GPU, start.sh.
 
-The decision is made elsewhere, and the next observation verifies the result. The restart is counted on disk before the
-new process is started, so a checker that is killed here does not forget it.
+The next observation verifies the result. The restart is counted in the store before the new process starts, so the count
+survives a checker that is killed here.
 """
 
 from __future__ import annotations
@@ -20,37 +20,37 @@ from monitor.judge.limiter import Decision
 from monitor.judge.verdict import Verdict
 from monitor.observe import gpu, ports, processes
 from monitor.observe.observe import now
-from monitor.store.memory import PARTS, Memory, save
+from monitor.store.state import PARTS, CheckerState
 from monitor.store.store import Store
 from settings import ROOT, Settings
 
 BUNDLE_S, PORT_WAIT_S, GPU_WAIT_S, MARGIN_S = 10.0, 10.0, 20.0, 60.0
-HOPELESS_GRACE_S = 5.0  # a process whose event loop stands still cannot drain
+HUNG_GRACE_S = 5.0  # a process with a blocked event loop cannot drain
 
 
 class Restarter:
-    """Restarts and drains of one run, each with an audit row. `root`: where start.sh is."""
+    """Restarts and drains of one run, each with an audit row. `root`: the folder of start.sh."""
 
     def __init__(
-        self, settings: Settings, store: Store, memory: Memory, observation: Observation, lock: Lock | None = None,
+        self, settings: Settings, store: Store, state: CheckerState, observation: Observation, lock: Lock | None = None,
         root: Path = ROOT,
     ) -> None:  # fmt: skip
         self._settings = settings
         self._store = store
-        self._memory = memory
+        self._state = state
         self._observation = observation
         self._lock = lock
         self._root = root
         self.restarted: list[str] = []
 
     def restart(self, target: str, verdict: Verdict, decision: Decision, actor: str = "checker") -> str:
-        """Empty if a new process was started; otherwise why not. Writes the audit log either way."""
+        """Empty if a new process was started; otherwise why not. Adds an audit row in both cases."""
         began = time.monotonic()
         futile = preflight.why_futile(verdict, self._observation, int(self._store.get("cards_expected", 0)))
-        incident = self._memory.histories[target].incident
+        incident = self._state.histories[target].incident
         name = incident.id if incident else f"{int(time.time())}-{target}-{actor}"
         if futile:
-            self._note(target, "restart", actor, "refused", f"a restart would not help: {futile}", name, began)
+            self._audit(target, "restart", actor, "refused", f"a restart would not help: {futile}", name, began)
             return futile
         part = PARTS[target]
         if self._lock is not None:
@@ -60,18 +60,18 @@ class Restarter:
         saved = evidence_bundle.save(self._settings, name, part, evidence, self._store.runs(time.time() - 3600, 30))
         problem = self._stop(part, verdict)
         if problem:
-            self._note(target, "restart", actor, "failed", problem, name, began)
+            self._audit(target, "restart", actor, "failed", problem, name, began)
             return problem
         self._count(target)
         problem = self._start(part)
-        detail = problem or f"{decision.reason}; evidence in {saved or 'none: the disk could not be written'}"
-        self._note(target, "restart", actor, "failed" if problem else "done", detail, name, began)
+        detail = problem or f"{decision.reason}; evidence in {saved or 'none: the disk is not writable'}"
+        self._audit(target, "restart", actor, "failed" if problem else "done", detail, name, began)
         if not problem:
             self.restarted.append(target)
         return problem
 
     def drain(self, target: str, actor: str) -> str:
-        """Stops the target and leaves it stopped: without its pid file no run will start it again."""
+        """Stops the target. Without its pid file no later run restarts it. Empty if it was stopped, otherwise why not."""
         began = time.monotonic()
         part = PARTS[target]
         record = processes.read_record(self._settings.log_dir, part)
@@ -79,11 +79,11 @@ class Restarter:
             return f"the {target} was not started here"
         if self._lock is not None:
             self._lock.extend(self._settings.drain_s + MARGIN_S, f"draining {target}")
-        left = processes.end(record, self._settings.drain_s + HOPELESS_GRACE_S)
+        left = processes.end(record, self._settings.drain_s + HUNG_GRACE_S)
         if left:
-            return f"processes {left} cannot be ended"
+            return f"processes {left} cannot be killed"
         processes.record_path(self._settings.log_dir, part).unlink(missing_ok=True)
-        self._note(target, "drain", actor, "done", "stopped on request", "", began)
+        self._audit(target, "drain", actor, "done", "stopped on request", "", began)
         return ""
 
     def _stop(self, part: str, verdict: Verdict) -> str:
@@ -92,11 +92,11 @@ class Restarter:
             return ""
         held_mib = gpu.highest(self._observation.gpu.get("gpus") or [], "memory_used_mib")
         if processes.members(record):
-            hopeless = verdict.word in ("zombie", "wedged")
-            grace_s = HOPELESS_GRACE_S if hopeless else self._settings.drain_s + HOPELESS_GRACE_S
+            hung = verdict.word in ("zombie", "wedged")
+            grace_s = HUNG_GRACE_S if hung else self._settings.drain_s + HUNG_GRACE_S
             left = processes.end(record, grace_s)
             if left:
-                return f"processes {left} cannot be ended (uninterruptible sleep); restart the machine"
+                return f"processes {left} cannot be killed (uninterruptible sleep); reboot the machine"
         deadline = time.monotonic() + PORT_WAIT_S
         while ports.listeners(record.port) and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -108,7 +108,7 @@ class Restarter:
         return ""
 
     def _wait_for_gpu(self, held_mib: float) -> None:
-        """The driver frees memory a moment after the process is gone; a process started before that runs out of it."""
+        """The driver frees memory shortly after the process has ended; a process started earlier runs out of memory."""
         deadline = time.monotonic() + GPU_WAIT_S
         while time.monotonic() < deadline:
             used = gpu.highest(gpu.read()["gpus"], "memory_used_mib")
@@ -118,15 +118,15 @@ class Restarter:
 
     def _count(self, target: str) -> None:
         moment = now()
-        self._memory.limiters[target] = limiter.restarted(self._memory.limiters[target], moment.wall)
-        self._memory.histories[target] = history.after_restart(self._memory.histories[target], moment)
+        self._state.limiters[target] = limiter.restarted(self._state.limiters[target], moment.wall)
+        self._state.histories[target] = history.after_restart(self._state.histories[target], moment)
         with self._store.transaction():
-            save(self._store, self._memory)
+            self._state.save(self._store)
 
     def _start(self, part: str) -> str:
         record = processes.read_record(self._settings.log_dir, part)
         limit_s = self._settings.start_timeout_s + MARGIN_S
-        # start.sh chooses its own Python; that of a cron job may be another one.
+        # start.sh chooses its own Python, which under cron may differ from this one.
         env = {**os.environ, "PATH": f"{os.environ.get('PATH', '/usr/bin:/bin')}:/usr/local/bin:/usr/sbin"}
         if "CONDA_PREFIX" not in env and (Path(sys.prefix) / "conda-meta").is_dir():
             env |= {"CONDA_PREFIX": sys.prefix, "CONDA_DEFAULT_ENV": Path(sys.prefix).name}
@@ -137,15 +137,15 @@ class Restarter:
             )  # fmt: skip
             problem = "" if done.returncode == 0 else _last_lines(done.stdout, done.returncode)
         except subprocess.TimeoutExpired:
-            problem = f"start.sh {part} did not end within {limit_s:.0f} s"
+            problem = f"start.sh {part} did not finish within {limit_s:.0f} s"
         except OSError as error:
             problem = f"start.sh cannot be run: {error}"
         if problem and record is not None and processes.read_record(self._settings.log_dir, part) is None:
-            # start.sh removes the pid file of what did not start; it stays recorded as expected to run.
+            # start.sh removes the pid file of a failed start; with it, the next run tries again.
             processes.write_record(self._settings.log_dir, part, record)
         return problem
 
-    def _note(self, target: str, kind: str, actor: str, outcome: str, detail: str, incident: str, began: float) -> None:
+    def _audit(self, target: str, kind: str, actor: str, outcome: str, detail: str, incident: str, began: float) -> None:
         spent_s = round(time.monotonic() - began, 2)
         with self._store.transaction():
             self._store.add_action(time.time(), target, kind, actor, outcome, detail, incident, spent_s)
@@ -153,4 +153,4 @@ class Restarter:
 
 def _last_lines(output: bytes, code: int) -> str:
     lines = [line for line in output.decode("utf-8", "replace").splitlines() if line.strip()]
-    return f"start.sh ended with code {code}: " + " | ".join(lines[-6:])
+    return f"start.sh failed with code {code}: " + " | ".join(lines[-6:])

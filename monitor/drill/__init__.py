@@ -1,4 +1,3 @@
-"""Breaks the running service on purpose and measures how the checker detects and cures each fault.
-
-It uses every other room; nothing but the command line knows it.
+"""Owns fault injection: breaks the running service on purpose and measures detection and recovery.
+May not know the command line, its only caller.
 """

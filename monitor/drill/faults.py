@@ -1,5 +1,4 @@
-"""How each fault of the drill is made for real, and how it is undone. Works only on what start.sh started in this folder.
-"""
+"""Injects each fault for real and undoes it. Affects only what start.sh started in this folder."""
 
 from __future__ import annotations
 
@@ -20,8 +19,8 @@ from dataclasses import dataclass, field
 
 from monitor.observe import external_engine, processes
 from monitor.observe.exchange import Reply, exchange
-from monitor.observe.question import about_text
-from monitor.store.store import discard_kept
+from monitor.observe.question import text_question
+from monitor.store.store import discard_fallback
 from settings import ROOT, Settings
 
 FAULT_FILE = "api.fault"
@@ -29,26 +28,26 @@ FAULT_FILE = "api.fault"
 
 @dataclass
 class FaultContext:
-    """What a fault may use. `long_s`: how long the long faults last. `env` is added to the checker's environment.
+    """What a fault may use. `long_s`: duration of the long faults. `env` is added to the checker's environment.
 
-    `turned_away`: when a question was refused because the queue was full (CLOCK_MONOTONIC); `asked_until`: up to when
-    `queue_was_full` has looked at them.
+    `queue_full_at`: times (CLOCK_MONOTONIC) of rejections for a full queue; `checked_until`: the last call of
+    `why_queue_not_full`.
     """
 
     settings: Settings
     long_s: float = 600.0
     env: dict[str, str] = field(default_factory=dict)
-    turned_away: list[float] = field(default_factory=list)
-    asked_until: float = 0.0
+    queue_full_at: list[float] = field(default_factory=list)
+    checked_until: float = 0.0
 
     def pid(self, part: str) -> int:
         record = processes.read_record(self.settings.log_dir, part)
         if record is None or not processes.is_running(record):
-            raise RuntimeError(f"{part} does not run; start it with ./start.sh before the drill")
+            raise RuntimeError(f"{part} is not running; start it with ./start.sh before the drill")
         return record.pid
 
     def inject(self, fault: str, seconds: float = 0, bound: bool = True) -> None:
-        """Makes the API inject a fault into itself. `bound` to its pid, the process that replaces it is healthy."""
+        """Makes the API inject a fault into itself. With `bound`, only into this process, not into its successor."""
         request = {"fault": fault, "seconds": seconds, **({"pid": self.pid("api")} if bound else {})}
         path = self.settings.log_dir / FAULT_FILE
         path.with_suffix(".tmp").write_text(json.dumps(request), encoding="utf-8")
@@ -80,7 +79,7 @@ def injected(fault: str, bound: bool = True, seconds: Callable[[FaultContext], f
     def make(context: FaultContext) -> Iterator[None]:
         context.inject(fault, seconds(context), bound)
         client = threading.Thread(target=_send_question, args=(context, seconds(context) + 120), daemon=True)
-        if with_request:  # some faults need work to become visible
+        if with_request:  # some faults are visible only under load
             client.start()
         try:
             yield
@@ -92,7 +91,7 @@ def injected(fault: str, bound: bool = True, seconds: Callable[[FaultContext], f
 
 @contextmanager
 def break_script(context: FaultContext) -> Iterator[None]:
-    """A page that raises, as after a bad edit. No restart repairs a file, so it must be reported and not retried for ever."""
+    """A page that raises, as after a bad edit. No restart repairs a file, so restarts must stop after one."""
     path = ROOT / "web" / "app.py"
     original = path.read_bytes()
     path.write_bytes(b"raise RuntimeError('broken by the drill')\n")
@@ -104,14 +103,14 @@ def break_script(context: FaultContext) -> Iterator[None]:
 
 @contextmanager
 def steal_port(context: FaultContext) -> Iterator[None]:
-    """The API is gone and another process holds its port."""
+    """The API is killed and another process takes its port."""
     record = processes.read_record(context.settings.log_dir, "api")
     assert record is not None
     os.kill(context.pid("api"), signal.SIGKILL)
     code = (
         "import socket, sys, time\n"
         "s = socket.socket(); s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)\n"
-        "for _ in range(200):\n"  # the kernel takes a moment to take the port from a large process
+        "for _ in range(200):\n"  # the kernel takes a moment to free the port of a large process
         "    try: s.bind(('0.0.0.0', int(sys.argv[1]))); break\n"
         "    except OSError: time.sleep(0.05)\n"
         "s.listen(); print('on', flush=True); time.sleep(9999)\n"
@@ -131,7 +130,7 @@ def steal_port(context: FaultContext) -> Iterator[None]:
 
 @contextmanager
 def fill_disk(context: FaultContext) -> Iterator[None]:
-    """The log folder on a tmpfs of 3 MiB without a free byte, with a copy of the checker's state."""
+    """The log folder on a full tmpfs of 3 MiB, with a copy of the checker's state."""
     folder = context.settings.log_dir.parent / ".drill-full-disk"
     folder.mkdir(exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], check=True)
@@ -147,12 +146,12 @@ def fill_disk(context: FaultContext) -> Iterator[None]:
         yield
     finally:
         context.env.pop("GLM_LOG_DIR", None)
-        discard_kept(folder)
+        discard_fallback(folder)
         subprocess.run(["umount", str(folder)], check=False)
         folder.rmdir()
 
 
-def stand_in_tool(script: str):
+def fake_nvidia_smi(script: str):
     @contextmanager
     def make(context: FaultContext) -> Iterator[None]:
         folder = context.settings.log_dir / "drill-bin"
@@ -172,13 +171,13 @@ def stand_in_tool(script: str):
 
 
 @contextmanager
-def nothing(context: FaultContext) -> Iterator[None]:
+def no_fault(context: FaultContext) -> Iterator[None]:
     yield
 
 
 @contextmanager
 def jump_clock(context: FaultContext) -> Iterator[None]:
-    """The API is killed, and the next run sees a wall clock that is an hour ahead of the run before."""
+    """The API is killed while the wall clock of the checker jumps ahead by an hour."""
     context.env["DRILL_CLOCK_S"] = "3600"
     try:
         with kill(context):
@@ -189,7 +188,7 @@ def jump_clock(context: FaultContext) -> Iterator[None]:
 
 @contextmanager
 def saturate(context: FaultContext) -> Iterator[None]:
-    """More questions than slots and queue can hold, all the time."""
+    """Constantly more questions than slots and queue can hold."""
     stop = threading.Event()
     metrics = external_engine.parse_metrics(exchange(f"{context.settings.api_base_url}/metrics", 5.0, headers=_key(context)).body.decode())
     width = context.settings.queue_size + int(metrics["glm_num_slots"]) + 16
@@ -200,10 +199,10 @@ def saturate(context: FaultContext) -> Iterator[None]:
             if reply.status != 200:
                 error = (reply.json() or {}).get("error")
                 if isinstance(error, dict) and error.get("code") == "queue_full":
-                    context.turned_away.append(time.monotonic())
+                    context.queue_full_at.append(time.monotonic())
                 stop.wait(0.2)
 
-    context.turned_away, context.asked_until = [], time.monotonic()
+    context.queue_full_at, context.checked_until = [], time.monotonic()
     clients = [threading.Thread(target=send_questions, daemon=True) for _ in range(width)]
     for client in clients:
         client.start()
@@ -215,30 +214,30 @@ def saturate(context: FaultContext) -> Iterator[None]:
             client.join(5)
 
 
-def queue_was_full(context: FaultContext) -> str:
-    """Empty if a question was turned away since the last call; otherwise the queue had room."""
-    since, context.asked_until = context.asked_until, time.monotonic()
-    if any(at >= since for at in context.turned_away):
+def why_queue_not_full(context: FaultContext) -> str:
+    """Empty if a question was rejected for a full queue since the last call; otherwise why the fault does not count."""
+    since, context.checked_until = context.checked_until, time.monotonic()
+    if any(at >= since for at in context.queue_full_at):
         return ""
-    return f"for {context.asked_until - since:.0f} s nobody was turned away, so the queue was not full"
+    return f"no question was rejected for {context.checked_until - since:.0f} s, so the queue was not full"
 
 
-def how_full(context: FaultContext) -> str:
-    gaps = [after - before for before, after in itertools.pairwise(context.turned_away)]
-    return f"{len(context.turned_away)} questions turned away, at most {max(gaps, default=0):.0f} s between two"
+def queue_full_summary(context: FaultContext) -> str:
+    gaps = [after - before for before, after in itertools.pairwise(context.queue_full_at)]
+    return f"{len(context.queue_full_at)} questions rejected, at most {max(gaps, default=0):.0f} s between two"
 
 
 @contextmanager
-def burn(context: FaultContext) -> Iterator[None]:
-    """Every card reads 100 %: by a stand-in tool, because load alone is no evidence about health."""
+def full_gpu_load(context: FaultContext) -> Iterator[None]:
+    """A fake nvidia-smi reports 100 % load on every card."""
     line = "0, GPU-1, 100, 24576, 24000, 576, 550.1, Stand-in, 1, Disabled, Disabled, 83"
-    with stand_in_tool(f"echo '{line}'")(context):
+    with fake_nvidia_smi(f"echo '{line}'")(context):
         yield
 
 
 @contextmanager
-def fill_memory(context: FaultContext) -> Iterator[None]:
-    """Memory at its limit, as a reading: the limit is moved below what is used rather than the machine filled."""
+def exceed_memory_limit(context: FaultContext) -> Iterator[None]:
+    """Moves the limit below the memory in use, rather than filling the machine."""
     context.env["GLM_MEMORY_LIMIT_PERCENT"] = "1"
     context.env["GLM_LIMIT_WINDOW_S"] = "0"
     try:
@@ -249,17 +248,17 @@ def fill_memory(context: FaultContext) -> Iterator[None]:
 
 
 @contextmanager
-def cut_channel(context: FaultContext) -> Iterator[None]:
-    """The alert channel accepts connections and never answers."""
+def block_alert_channel(context: FaultContext) -> Iterator[None]:
+    """The alert channel accepts connections but never answers."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         context.env["GLM_WEBHOOK_URL"] = f"http://127.0.0.1:{listener.getsockname()[1]}/hook"
-        with fill_memory(context):  # so that there is something to report
+        with exceed_memory_limit(context):  # so that there is something to report
             yield
     context.env.pop("GLM_WEBHOOK_URL", None)
 
 
 def _send_question(context: FaultContext, limit_s: float, tokens: int = 8) -> Reply:
-    body = {**about_text(random.Random()).body, "max_tokens": tokens, "stream": False}
+    body = {**text_question(random.Random()).body, "max_tokens": tokens, "stream": False}
     headers = {"Content-Type": "application/json", **_key(context)}
     url = f"{context.settings.api_base_url}/v1/chat/completions"
     return exchange(url, limit_s, "POST", json.dumps(body).encode(), headers, connect_s=5.0)
@@ -272,7 +271,7 @@ def _key(context: FaultContext) -> dict[str, str]:
 
 @contextmanager
 def start_slowly(context: FaultContext) -> Iterator[None]:
-    """Killed, and the process that replaces it loads for a while: starting is not dead."""
+    """The API is killed and its successor loads slowly."""
     context.inject("slow-start", min(40.0, context.long_s), bound=False)
     os.kill(context.pid("api"), signal.SIGKILL)
     try:

@@ -1,4 +1,4 @@
-"""The drill's table in Markdown: one row for each fault. A drill of some faults updates their rows and keeps the others."""
+"""The drill's table in Markdown, one row per fault. A drill of some faults updates their rows and keeps the others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HEAD = (
 
 
 class MarkersMissing(ValueError):
-    """The file holds other text and no markers for the table."""
+    """The file has text but no markers for the table."""
 
 
 def lines(rows: Mapping[str, str], order: list[str]) -> list[str]:
@@ -23,7 +23,7 @@ def lines(rows: Mapping[str, str], order: list[str]) -> list[str]:
 
 
 def check(path: Path) -> None:
-    """Raises MarkersMissing or OSError, before an hour of drill rather than after it."""
+    """Raises MarkersMissing or OSError, before the drill rather than after it."""
     _parts(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8"):
@@ -45,6 +45,6 @@ def _parts(path: Path) -> tuple[str, dict[str, str], str]:
     before, begin, rest = text.partition(BEGIN)
     inner, end, after = rest.partition(END)
     if not begin or not end:
-        raise MarkersMissing(f"{path} has no place for the table: put {BEGIN} and {END} on lines of their own where it belongs")
+        raise MarkersMissing(f"{path} has no markers for the table: add {BEGIN} and {END} on lines of their own")
     rows = [line for line in inner.splitlines() if line.startswith("| ") and line not in HEAD]
     return before, {line.split("|")[1].strip(): line for line in rows}, after

@@ -1,4 +1,3 @@
-"""Evidence, verdicts, incidents, limits and holds: pure functions and records.
-
-It does no I/O and reads no clock, and knows nothing of how evidence is observed or verdicts are carried out.
+"""Owns evidence, verdicts, incidents, limits and holds, as records and pure functions.
+May not know clocks, files and networks: neither how evidence is observed nor how a verdict is acted on.
 """

@@ -1,4 +1,4 @@
-"""The rules for the API: pure functions from evidence to a verdict, no clock, no I/O."""
+"""The rules for the API: pure functions from evidence to a verdict."""
 
 from __future__ import annotations
 
@@ -107,12 +107,12 @@ def _loading(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
 
 
 def _stalled(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
-    """Work is pending and no step was made past the deadline: seen in two replies, or in the heartbeat file."""
-    stuck = _stuck_for(evidence, limits)
-    if stuck is None:
+    """Work is pending and no step was made before the deadline, according to /health or the heartbeat file."""
+    stalled = _stalled_for(evidence, limits)
+    if stalled is None:
         return None
-    for_s, deadline_s, phase, source = stuck
-    if _made_steps(evidence):
+    for_s, deadline_s, phase, source = stalled
+    if _progressed(evidence):
         return None
     return Verdict(
         "api", "wedged", "no_progress", f"The engine has work but has made no step for {for_s:.0f} s"
@@ -123,8 +123,8 @@ def _stalled(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
     )  # fmt: skip
 
 
-def _stuck_for(evidence: ApiEvidence, limits: Limits) -> tuple[float, float, str, str] | None:
-    """(seconds without progress, allowed, phase, source), only where the latest timestamps are past the deadline."""
+def _stalled_for(evidence: ApiEvidence, limits: Limits) -> tuple[float, float, str, str] | None:
+    """(seconds without progress, seconds allowed, phase, source) if the latest evidence is past the deadline."""
     reply = evidence.last or evidence.first
     if reply.answered and reply.pending and reply.no_progress_s is not None:
         deadline_s = _allowed_s(reply.deadline_s, limits)
@@ -132,7 +132,7 @@ def _stuck_for(evidence: ApiEvidence, limits: Limits) -> tuple[float, float, str
             return reply.no_progress_s, deadline_s, reply.phase, "health"
         return None
     beat = evidence.beat
-    # A stale file proves nothing about the engine: whoever writes it may itself be stopped.
+    # A stale file proves nothing about the engine, because its writer may be stopped.
     if beat is not None and beat.written_age_s <= BEAT_STALE_S and beat.pending:
         deadline_s = _allowed_s(beat.deadline_s, limits)
         if beat.no_progress_s > deadline_s:
@@ -141,7 +141,7 @@ def _stuck_for(evidence: ApiEvidence, limits: Limits) -> tuple[float, float, str
 
 
 def _allowed_s(phase_deadline_s: float | None, limits: Limits) -> float:
-    """The engine's estimate for its phase may lengthen the limit, never shorten it: an estimate must not cost a restart."""
+    """The engine's estimate for its phase may raise the limit, never lower it: an estimate must not cause a restart."""
     return max(phase_deadline_s or 0.0, limits.stall_s)
 
 
@@ -165,13 +165,13 @@ def _key_refused(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
 
 
 def _silent(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
-    """The kernel accepts connections, and the server does not answer."""
+    """The kernel accepts connections, but the server does not answer."""
     reply = evidence.last or evidence.first
     if reply.answered or reply.outcome == "refused" or evidence.process.state == "gone":
         return None
-    # A server that has written a heartbeat has started: its silence no longer belongs to the start.
+    # A server that has written a heartbeat is past its start.
     if evidence.beat is None and _is_fresh(evidence):
-        return _coming_up(evidence)
+        return _starting(evidence)
     beat_age_s = evidence.beat.beat_age_s if evidence.beat else None
     facts = {"beat_age_s": beat_age_s, "process": evidence.process.state, "pid": evidence.process.pid}
     if evidence.process.state != "stopped" and beat_age_s is not None and beat_age_s <= BEAT_STALE_S:
@@ -186,13 +186,13 @@ def _silent(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
         + (" (the process was stopped by a signal)." if frozen else "."),
         f"接口接受连接但毫无应答，事件循环{age_zh}" + ("（进程被信号暂停）。" if frozen else "。"), facts,
         f"no beat for {limits.beat_s:.0f} s, on {limits.confirm_runs} runs in a row",
-        # The heartbeat decides; without one, only more runs can replace it.
+        # Without a heartbeat one more run must confirm it.
         cure=long_enough, needed=limits.confirm_runs + (1 if beat_age_s is None else 0),
     )  # fmt: skip
 
 
 def _silent_but_beating(evidence: ApiEvidence, limits: Limits, facts: dict[str, Any]) -> Verdict:
-    """A slow machine answers late too, so this takes more runs to confirm, and is never said while the engine has work."""
+    """Takes more runs to confirm, because a slow machine answers late too; busy while the engine has work."""
     if evidence.beat is not None and evidence.beat.pending:
         return Verdict(
             "api", "busy", "slow_http", "The API is slow to answer over HTTP, but its event loop beats and its engine works.",
@@ -209,7 +209,7 @@ def _is_fresh(evidence: ApiEvidence) -> bool:
     return evidence.process.age_s is not None and evidence.process.age_s < FRESH_PROCESS_S
 
 
-def _coming_up(evidence: ApiEvidence) -> Verdict:
+def _starting(evidence: ApiEvidence) -> Verdict:
     age_s = evidence.process.age_s or 0.0
     return Verdict(
         "api", "starting", "process_fresh", f"The process is {age_s:.0f} s old and opens its port soon.",
@@ -226,7 +226,7 @@ def _nothing_listens(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
             f"{evidence.url} 无人监听，本机也没有由 start.sh 启动的进程。", threshold="run ./start.sh",
         )  # fmt: skip
     if _is_fresh(evidence):
-        return _coming_up(evidence)
+        return _starting(evidence)
     return Verdict(
         "api", "dead", "port_closed", f"Process {evidence.process.pid} runs, but nothing listens at {evidence.url}.",
         f"进程 {evidence.process.pid} 在运行，但 {evidence.url} 无人监听。", {"age_s": evidence.process.age_s},
@@ -236,19 +236,19 @@ def _nothing_listens(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
 
 
 def _busy(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
-    """Questions were rejected or not answered in time by an engine that makes steps or is within its deadline: busy, not dead."""
-    waiting = [answer for answer in evidence.answers if _turned_away(answer)]
+    """Questions were rejected or timed out, but the engine makes steps or is within its deadline."""
+    waiting = [answer for answer in evidence.answers if _unserved(answer)]
     failed = [answer for answer in evidence.answers if not answer.good and answer.outcome != "skipped" and answer not in waiting]
     if not waiting or failed:
         return None
     reply = evidence.last or evidence.first
     steps_en = steps_zh = ""
-    if _made_steps(evidence) and evidence.first.steps is not None and reply.steps is not None:
+    if _progressed(evidence) and evidence.first.steps is not None and reply.steps is not None:
         steps_en = f", while the engine made {reply.steps - evidence.first.steps} steps"
         steps_zh = f"，期间引擎前进了 {reply.steps - evidence.first.steps} 步"
     elif not reply.pending:
         return None
-    elif not _made_steps(evidence):
+    elif not _progressed(evidence):
         allowed_s = _allowed_s(reply.deadline_s, limits)
         steps_en = f", and one step is under way for {reply.no_progress_s or 0:.0f} s of {allowed_s:.0f} allowed"
         steps_zh = f"，当前一步已进行 {reply.no_progress_s or 0:.0f} 秒（允许 {allowed_s:.0f} 秒）"
@@ -263,12 +263,12 @@ def _busy(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
 
 def _unanswered(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
     """The engine is idle, but a question got no answer."""
-    lost = [answer for answer in evidence.answers if _turned_away(answer)]
+    lost = [answer for answer in evidence.answers if _unserved(answer)]
     if not lost:
         return None
     what = lost[0].detail or "no answer"
     return Verdict(
-        "api", "broken", "lost_question", f"The engine says it is idle, but a {lost[0].kind} question got no answer: {what}.",
+        "api", "broken", "lost_question", f"The engine reports that it is idle, but a {lost[0].kind} question got no answer: {what}.",
         f"引擎显示空闲，但{_kind_zh(lost[0])}提问没有回答：{what}。", {"seconds": lost[0].seconds},
         f"on {limits.confirm_runs} runs in a row", cure=True, needed=limits.confirm_runs, attempts=2,
     )  # fmt: skip
@@ -289,7 +289,7 @@ def _failed(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
         what = first.detail or f"HTTP {first.status}"
         en = f"The {first.kind} question failed: {what}{besides_en}."
         zh = f"{_kind_zh(first)}提问失败：{what}{besides_zh}。"
-    # What the server rejects as a bad request is rejected by the next process too.
+    # A new process would reject a bad request too.
     curable = not (first.outcome == "rejected" and 400 <= first.status < 500)
     return Verdict(
         "api", "broken", f"{first.kind}_{first.outcome}", en, zh,
@@ -298,11 +298,11 @@ def _failed(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
     )  # fmt: skip
 
 
-def _turned_away(answer: Answer) -> bool:
+def _unserved(answer: Answer) -> bool:
     return answer.outcome == "silent" or (answer.outcome == "rejected" and answer.status in (429, 503))
 
 
-def _made_steps(evidence: ApiEvidence) -> bool:
+def _progressed(evidence: ApiEvidence) -> bool:
     if evidence.last is None or evidence.last.steps is None or evidence.first.steps is None:
         return False
     return evidence.last.steps > evidence.first.steps

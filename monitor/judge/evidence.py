@@ -1,7 +1,7 @@
-"""The evidence of one run as plain data: it can be recorded, replayed and judged without any I/O.
+"""The evidence of one run as plain data that can be recorded, replayed and judged without I/O.
 
 Order of trust: kernel facts (`Process`) > timestamps set by another thread (`Heartbeat`) > HTTP answers (`HealthReply`,
-`Answer`) > GPU readings. Ages and durations are seconds. None means not known, never zero.
+`Answer`) > GPU readings. Ages and durations are in seconds. None means unknown, never zero.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Moment:
-    """The time of a run. `wall` can be set back or forward; `monotonic` counts the same for all processes of one boot."""
+    """The time of a run. `wall` (Unix seconds) may jump; `monotonic` is CLOCK_MONOTONIC, comparable within `boot_id`."""
 
     wall: float
     monotonic: float
@@ -22,10 +22,10 @@ class Moment:
 
 @dataclass(frozen=True)
 class Process:
-    """What the kernel reports about the process that start.sh started.
+    """What the kernel reports about a process that start.sh started.
 
     `state`: runs, stopped (SIGSTOP), traced (held by a debugger), stuck (uninterruptible sleep), gone,
-    unrecorded (nothing was started here). `port_owner`: ours, stranger, nobody, unknown.
+    unrecorded (no pid file). `port_owner`: ours, stranger, nobody, unknown.
     """
 
     state: str = "unrecorded"
@@ -42,7 +42,7 @@ class Process:
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """The server's heartbeat file. `beat_age_s` is the event loop's, `written_age_s` the observer thread's."""
+    """The server's heartbeat file. `beat_age_s` is the event loop's, `written_age_s` that of the thread that writes the file."""
 
     beat_age_s: float
     written_age_s: float
@@ -57,7 +57,7 @@ class Heartbeat:
 
 @dataclass(frozen=True)
 class HealthReply:
-    """The reply to GET /health, or what an external engine's metrics say instead.
+    """The reply to GET /health, or its equivalent from an external engine's metrics.
 
     `outcome`: answered, refused, silent, failed.
     """
@@ -84,8 +84,8 @@ class HealthReply:
 class Answer:
     """The answer to a real question. `kind`: text or picture.
 
-    `outcome`: right, wrong, rejected (an HTTP error), cut (no end marker), silent, refused, failed, skipped, and
-    credited: a user's own question was answered a moment ago, so none was asked.
+    `outcome`: right, wrong, rejected (an HTTP error), cut (no end marker), silent, refused, failed, skipped, credited
+    (not asked, because a user was answered recently).
     """
 
     kind: str
@@ -105,7 +105,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class ApiEvidence:
-    """`last` is a second reply of /health, taken when a question got no answer: has the engine made steps meanwhile?
+    """`last` is a second reply of /health after a failed question, to see whether the engine made steps meanwhile.
 
     `blind`: why the checker could not observe anything; empty if it could.
     """
@@ -124,7 +124,7 @@ class ApiEvidence:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> ApiEvidence:
-        """The inverse of `to_dict`. Raises TypeError for a field that does not exist."""
+        """The inverse of `to_dict`. Raises TypeError for an unknown field."""
         fields: dict[str, Any] = dict(raw)
         fields["process"] = Process(**fields.get("process") or {})
         fields["beat"] = Heartbeat(**fields["beat"]) if fields.get("beat") else None
@@ -151,7 +151,7 @@ class PageReply:
 
 @dataclass(frozen=True)
 class PageEvidence:
-    """`script` runs the whole page and is requested only on some runs; `front` goes through the reverse proxy."""
+    """`script` runs the page's script and is requested on some runs only; `front` goes through the reverse proxy."""
 
     url: str
     process: Process = Process()
@@ -169,7 +169,7 @@ class PageEvidence:
 class Observation:
     """Everything that one run observed. `page` is None where no page is expected on this machine.
 
-    `machine` and `gpu` are readings for the report and the thresholds. `asked`: at least one question was really asked.
+    `machine` and `gpu` are readings for the report and the thresholds. `asked`: at least one question was asked, not credited.
     """
 
     moment: Moment
@@ -184,8 +184,8 @@ class Observation:
 class EngineProgress:
     """Progress of an external engine, kept between runs.
 
-    `counters`: its token counters at the last observation; `still_since` (CLOCK_MONOTONIC): since when they have not
-    changed while requests were pending; `steps`: how often they have changed.
+    `counters`: its token counters at the last observation; `still_since` (CLOCK_MONOTONIC): when they last changed, or were
+    last idle; `steps`: how often they have changed.
     """
 
     counters: dict[str, float] = field(default_factory=dict)
@@ -198,7 +198,7 @@ class EngineProgress:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], boot_id: str) -> EngineProgress:
-        """The stored state; empty after a reboot, because the monotonic clock has started again."""
+        """The stored state; empty after a reboot, which resets the monotonic clock."""
         if not raw or raw.get("boot_id") != boot_id:
             return cls(boot_id=boot_id)
         return cls(**{name: raw[name] for name in cls.__dataclass_fields__ if name in raw})

@@ -1,8 +1,8 @@
-"""What is remembered of one target from run to run, and how a verdict changes it: pure functions.
+"""The history of one target across runs, and how a verdict changes it: pure functions.
 
-A bad verdict must be repeated on `needed` runs in a row to be confirmed. A confirmed bad verdict opens an incident;
-the incident ends after `stable_s` of good runs, so flapping stays one incident and two messages. A run that
-cannot judge resets the count: missing data is never evidence against the service.
+A bad verdict is confirmed by `needed` consecutive runs. A confirmed one opens an incident, which closes after `stable_s` of
+good runs, so that flapping stays one incident. A run that cannot judge resets the count: missing data is never evidence
+against the service.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Incident:
 
 @dataclass(frozen=True)
 class History:
-    """The state of one target. `seen` counts bad runs in a row, `word` is that of the last confirmed verdict."""
+    """The state of one target. `seen` counts consecutive bad runs; `word` is the last confirmed verdict."""
 
     word: str = ""
     since: float = 0.0
@@ -70,23 +70,23 @@ class Change:
 
 
 def why_inconclusive(before: Moment | None, now: Moment, limits: Limits) -> str:
-    """Empty if the two moments can be compared. After a suspend or a clock step nothing counted before holds."""
+    """Empty if the two moments are comparable, which they are not across a suspend or a clock step."""
     if before is None or (before.boot_id and now.boot_id and before.boot_id != now.boot_id):
         return ""
     jump_s = (now.wall - before.wall) - (now.monotonic - before.monotonic)
     if abs(jump_s) > CLOCK_JUMP_S:
-        return f"the clock jumped by {jump_s:+.0f} s, or the machine slept"
+        return f"the clock jumped by {jump_s:+.0f} s, or the machine was suspended"
     return ""
 
 
 def advance(history: History, verdict: Verdict, now: Moment, limits: Limits) -> tuple[History, list[Change]]:
-    """Adds one run. Returns the new history and the changes, in order."""
-    counted = _count(history, verdict, now, limits)
+    """Adds the verdict of one run. Returns the new history, and the changes in order."""
+    counted = _count_bad_runs(history, verdict, now, limits)
     if verdict.word == "unknown":
         return replace(counted, moment=now), []
     if verdict.bad and counted.seen < verdict.needed:
-        # Not yet confirmed: an open incident stays as it is, and the word does not change.
-        return replace(counted, moment=now, incident=_touch(counted.incident, verdict, now)), []
+        # Not yet confirmed: neither the state nor an open incident changes.
+        return replace(counted, moment=now, incident=_add_symptom(counted.incident, verdict, now)), []
     changes: list[Change] = []
     before = history.word or "unknown"
     if verdict.word != history.word:
@@ -94,19 +94,19 @@ def advance(history: History, verdict: Verdict, now: Moment, limits: Limits) -> 
         counted = replace(counted, word=verdict.word, since=now.wall)
     busy_since = (history.busy_since or now.wall) if verdict.word == "busy" else None
     counted = replace(counted, moment=now, busy_since=busy_since)
-    incident, more = _follow(counted, verdict, now, limits, before)
+    incident, more = _advance_incident(counted, verdict, now, limits, before)
     return replace(counted, incident=incident), changes + more
 
 
 def after_restart(history: History, now: Moment) -> History:
-    """Resets the count, so that a slow start is not counted against the new process."""
+    """Resets the count, so that a slow start does not count against the new process."""
     incident = history.incident
     if incident is not None:
         incident = replace(incident, restarts=incident.restarts + 1, acted_at=now.wall)
     return replace(history, seen=0, first_bad_at=None, incident=incident, moment=now)
 
 
-def _count(history: History, verdict: Verdict, now: Moment, limits: Limits) -> History:
+def _count_bad_runs(history: History, verdict: Verdict, now: Moment, limits: Limits) -> History:
     if not verdict.bad:
         return replace(history, seen=0, first_bad_at=None, counted_at=0.0)
     gap_s = now.wall - history.counted_at
@@ -118,7 +118,7 @@ def _count(history: History, verdict: Verdict, now: Moment, limits: Limits) -> H
     return replace(history, seen=history.seen + 1, counted_at=now.wall)
 
 
-def _follow(
+def _advance_incident(
     history: History, verdict: Verdict, now: Moment, limits: Limits, before: str
 ) -> tuple[Incident | None, list[Change]]:
     incident = history.incident
@@ -127,7 +127,7 @@ def _follow(
             opened = _open(verdict, now, history.first_bad_at or now.wall)
             return opened, [_change("opened", now, verdict, before, opened)]
         relapsed = incident.recovered_at is not None
-        incident = replace(_touch(incident, verdict, now) or incident, recovered_at=None,
+        incident = replace(_add_symptom(incident, verdict, now) or incident, recovered_at=None,
                            flaps=incident.flaps + (1 if relapsed else 0))  # fmt: skip
         return incident, [_change("relapsed", now, verdict, before, incident)] if relapsed else []
     if incident is None or not verdict.serving:
@@ -141,7 +141,7 @@ def _follow(
 
 
 def _open(verdict: Verdict, now: Moment, first_seen_at: float) -> Incident:
-    # Readable, sortable, and unique enough: one target opens one incident at a time.
+    # Unique, because a target has one open incident at a time.
     stamp = int(now.wall)
     return Incident(
         id=f"{stamp}-{verdict.target}-{verdict.word}", target=verdict.target, word=verdict.word, rule=verdict.rule,
@@ -150,7 +150,7 @@ def _open(verdict: Verdict, now: Moment, first_seen_at: float) -> Incident:
     )  # fmt: skip
 
 
-def _touch(incident: Incident | None, verdict: Verdict, now: Moment) -> Incident | None:
+def _add_symptom(incident: Incident | None, verdict: Verdict, now: Moment) -> Incident | None:
     if incident is None:
         return None
     known = verdict.rule in incident.symptoms
@@ -169,7 +169,7 @@ def to_dict(history: History) -> dict[str, Any]:
 
 
 def from_dict(raw: Mapping[str, Any]) -> History:
-    """Stored state back; a field that this version does not know is dropped, one that is missing gets its default."""
+    """The stored history. Unknown fields are dropped, missing ones get their default."""
     known = {name: raw[name] for name in History.__dataclass_fields__ if name in raw}
     if known.get("incident"):
         stored = known["incident"]

@@ -1,6 +1,6 @@
-"""Operators' holds: pause and maintenance keep the checker from restarting, silence and maintenance from alerting.
+"""Operators' holds: pause and maintenance suspend restarts, silence and maintenance suspend alerts.
 
-A hold is {"from", "until", "reason"}, keyed by its kind. Times are wall-clock seconds; `until` None is without end.
+A hold is {"from", "until", "reason"} by kind. Times are wall-clock seconds; `until` None means without end.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ Holds = dict[str, dict[str, Any]]
 
 
 def apply(holds: Holds, kind: str, arguments: dict[str, Any], now: float) -> None:
-    """Changes `holds` in place. Raises ValueError where `until` is required and missing, or no number."""
+    """Changes `holds` in place. Raises ValueError if a required `until` is missing or is not a number."""
     until = None if arguments.get("until") is None else float(arguments["until"])
     if kind == "resume":
         holds.clear()
@@ -19,7 +19,7 @@ def apply(holds: Holds, kind: str, arguments: dict[str, Any], now: float) -> Non
         holds["pause"] = {"from": now, "until": until, "reason": str(arguments.get("reason", ""))}
     elif kind in ("silence", "maintenance"):
         if until is None:
-            raise ValueError(f"`until` is needed for {kind}")
+            raise ValueError(f"`until` is required for {kind}")
         holds[kind] = {"from": float(arguments.get("from", now)), "until": until, "reason": str(arguments.get("reason", ""))}
 
 

@@ -1,7 +1,7 @@
-"""Whether a restart is allowed now: back-off, limits per hour and per day, and a circuit breaker. Pure functions.
+"""Whether a restart is allowed now: back-off, limits per hour and day, and a circuit breaker. Pure functions.
 
-One restart too many opens the circuit; it stays open until an operator resets it, because a service that
-needs a seventh restart needs a person. Times are wall-clock seconds and are kept on disk by the caller.
+Reaching a limit opens the circuit until an operator resets it, because a service that needs more restarts than that needs
+a person. Times are wall-clock seconds; the caller stores them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from monitor.judge.verdict import Verdict
 
 HOUR_S, DAY_S = 3600.0, 86400.0
 BACKOFF_S = (0.0, 30.0, 60.0, 120.0, 300.0, 900.0)
-APART_S = 60.0  # API and page are never restarted in the same minute
+APART_S = 60.0  # between restarts of the API and the page
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Allowance:
 
 @dataclass(frozen=True)
 class Limiter:
-    """`restarts` of the last day, oldest first. `step` counts those since the target was last stable."""
+    """`restarts` of the last day, oldest first. `step` counts restarts since the target was last stable."""
 
     restarts: tuple[float, ...] = ()
     step: int = 0
@@ -50,7 +50,7 @@ def decide(
     verdict: Verdict, history: History, limiter: Limiter, allowance: Allowance, now: float, mode: str, hold: str = "",
     other_restart_at: float | None = None,
 ) -> Decision:  # fmt: skip
-    """`history` is the one after this run. `hold` is the operator's reason: paused, maintenance."""
+    """`history` includes this run. `mode` is GLM_CURE. `hold`: why restarts are on hold, empty if they are not."""
     if not verdict.bad or not verdict.cure or history.seen < verdict.needed:
         return NONE
     if mode == "off":
@@ -61,8 +61,8 @@ def decide(
     if verdict.attempts is not None and incident is not None and incident.restarts >= verdict.attempts:
         return Decision("hold", f"{incident.restarts} restart(s) did not cure {verdict.rule}; a person is needed")
     if limiter.open_since is not None:
-        return Decision("hold", f"the circuit is open: {limiter.open_reason}. Run health_check.py reset when it is repaired")
-    full = _full(limiter, allowance, now)
+        return Decision("hold", f"the circuit is open: {limiter.open_reason}. Run health_check.py reset once it is repaired")
+    full = _limit_reached(limiter, allowance, now)
     if full:
         return Decision("hold", full, opens=True)
     if limiter.restarts:
@@ -71,7 +71,7 @@ def decide(
         if since_s < wait_s:
             return Decision("hold", f"backing off: {since_s:.0f} s of {wait_s:.0f} s since the last restart")
     if other_restart_at is not None and abs(now - other_restart_at) < APART_S:
-        return Decision("hold", "the other half was restarted less than a minute ago")
+        return Decision("hold", "the other target was restarted less than a minute ago")
     return Decision("shadow" if mode == "shadow" else "restart", f"{verdict.word}: {verdict.rule}")
 
 
@@ -84,7 +84,7 @@ def opened(limiter: Limiter, now: float, reason: str) -> Limiter:
 
 
 def stable(limiter: Limiter) -> Limiter:
-    """An incident was closed: the back-off starts from the beginning. The hour and the day still count."""
+    """Resets the back-off after an incident has closed. The limits per hour and day still count."""
     return replace(limiter, step=0)
 
 
@@ -92,7 +92,7 @@ def reset() -> Limiter:
     return Limiter()
 
 
-def _full(limiter: Limiter, allowance: Allowance, now: float) -> str:
+def _limit_reached(limiter: Limiter, allowance: Allowance, now: float) -> str:
     for name, limit, window_s in (("hour", allowance.per_hour, HOUR_S), ("day", allowance.per_day, DAY_S)):
         count = len(_recent(limiter, now, window_s))
         if count >= limit:
@@ -101,7 +101,7 @@ def _full(limiter: Limiter, allowance: Allowance, now: float) -> str:
 
 
 def _recent(limiter: Limiter, now: float, window_s: float) -> tuple[float, ...]:
-    # abs: after the clock was set back, restarts seem to lie in the future; they still count.
+    # abs: restarts still count if the clock was set back and they lie in the future.
     return tuple(at for at in limiter.restarts if abs(now - at) < window_s)
 
 

@@ -1,4 +1,4 @@
-"""The rules for the page: pure functions from evidence to a verdict, no clock, no I/O."""
+"""The rules for the page: pure functions from evidence to a verdict."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _does_not_answer(evidence: PageEvidence, limits: Limits) -> Verdict:
 
 
 def _behind_the_server(evidence: PageEvidence, limits: Limits) -> Verdict:
-    """The page's server answers; is there a page behind it?"""
+    """The page's server answers; checks the WebSocket, the script and the reverse proxy."""
     if evidence.websocket is not None and not evidence.websocket.good:
         why = _why(evidence.websocket)
         return Verdict(

@@ -1,4 +1,4 @@
-"""Which readings have a limit, their values in an observation, and the text of the warnings."""
+"""The readings that have thresholds, their values in an observation, and the texts of the warnings."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def settings_thresholds(settings: Settings) -> list[Threshold]:
         ),
         _above("cpu_percent", settings.cpu_limit_percent, window_s, "Processor load", "处理器负载", "%"),
         _above("memory_used_percent", settings.memory_limit_percent, window_s, "Memory use", "内存占用", "%"),
-        # A full disk does not recover by itself: no window.
+        # No window, because a full disk does not recover on its own.
         Threshold(
             "disk_free_mib", disk, disk * 1.1 + 1, 0.0, f"Less than {disk:g} MiB of disk is free.", f"磁盘剩余不足 {disk:g} MiB。"
         ),
@@ -49,7 +49,7 @@ def _above(name: str, limit: float, window_s: float, en: str, zh: str, unit: str
 
 
 def values_of(observation: Observation, busy_since: float | None) -> dict[str, float | None]:
-    """The readings that are rolled up and compared with limits; None where one is not known. `busy_since`: wall clock."""
+    """The readings for roll-ups and thresholds, None where unknown. `busy_since`: wall-clock seconds."""
     process = observation.machine.get("process") or {}
     free = [disk["free_mib"] for disk in observation.machine.get("disks") or () if disk.get("free_mib") is not None]
     files, most = process.get("open_files"), process.get("open_files_limit")

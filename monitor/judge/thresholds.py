@@ -1,7 +1,7 @@
-"""Limits of processor, memory, GPU and disk: they warn, they never restart. Pure functions.
+"""Thresholds that warn and never cause a restart. Pure functions.
 
-One reading a minute is noise, so a limit must be passed on average over a window, and the warning ends only
-ten points below it. A reading that is missing says nothing in either direction.
+Single readings are noise, so the average over a window must exceed the limit, and the warning ends only below `clear_at`.
+A missing reading has no effect.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-COVERED = 0.6  # share of the window that readings must cover
-KEPT = 120
+COVERAGE = 0.6  # share of the window that readings must cover
+MAX_READINGS = 120
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """`raise_at` and `clear_at` are in the reading's unit; below clear_at the warning ends."""
+    """A warning begins at `raise_at` and ends past `clear_at`, both in the reading's unit."""
 
     name: str
     raise_at: float
@@ -26,13 +26,13 @@ class Threshold:
 
     @property
     def upward(self) -> bool:
-        """A free-space limit is passed downward."""
+        """False for a minimum, such as free disk space."""
         return self.clear_at <= self.raise_at
 
 
 @dataclass(frozen=True)
 class ThresholdState:
-    """What is remembered of one threshold: (wall time, value) of the last readings, and since when it warns."""
+    """(wall time, value) of the readings in the window, and since when the warning is active."""
 
     readings: tuple[tuple[float, float], ...] = ()
     since: float | None = None
@@ -42,7 +42,7 @@ def update(threshold: Threshold, state: ThresholdState, value: float | None, now
     kept = [(at, old) for at, old in state.readings if 0 <= now - at <= threshold.window_s]
     if value is not None:
         kept.append((now, value))
-    kept = kept[-KEPT:]
+    kept = kept[-MAX_READINGS:]
     mean = _mean(kept, threshold, now)
     since = state.since
     if mean is not None:
@@ -59,7 +59,7 @@ def mean_of(state: ThresholdState) -> float | None:
 
 
 def _mean(readings: Sequence[tuple[float, float]], threshold: Threshold, now: float) -> float | None:
-    if not readings or now - readings[0][0] < COVERED * threshold.window_s:
+    if not readings or now - readings[0][0] < COVERAGE * threshold.window_s:
         return None
     return sum(value for _, value in readings) / len(readings)
 

@@ -1,8 +1,8 @@
-"""What a verdict is, and the rules that the API and the page share. Every verdict can be explained and replayed.
+"""The verdict, and the rules that the API and the page share.
 
-Rules are tried in order of trust; the first that holds decides. A verdict carries the rule, the numbers, the
-threshold, one sentence in English and Chinese, and whether a restart could cure it. Busy is not dead: while
-pending work makes steps, or is within the deadline of its phase, no HTTP answer counts against the service.
+Rules are tried in order of trust; the first match decides. A verdict has its rule, the numbers, the threshold, a sentence
+in English and Chinese, and whether a restart could cure it. Busy is not dead: while pending work makes steps, or is within
+the deadline of its phase, no HTTP answer counts against the service.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from monitor.judge.evidence import ApiEvidence, PageEvidence, Process
 
 WORDS = ("healthy", "busy", "starting", "degraded", "broken", "wedged", "zombie", "hardware", "dead", "unknown")
 SERVING = ("healthy", "busy", "degraded")
-CALM = (*SERVING, "starting", "unknown")  # words that open no incident by themselves
-FRESH_PROCESS_S = 60.0  # imports alone take a while on a slow machine
+NO_INCIDENT = (*SERVING, "starting", "unknown")  # verdicts that open no incident
+FRESH_PROCESS_S = 60.0  # imports alone take that long on a slow machine
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The thresholds of the rules, in seconds and runs; from the settings."""
+    """The thresholds of the rules, in seconds and runs."""
 
     period_s: float = 60.0
     beat_s: float = 60.0
@@ -32,9 +32,9 @@ class Limits:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`cure`: a restart of this target can help. `needed`: runs in a row before it is believed.
+    """`cure`: a restart of this target can help. `needed`: consecutive runs that confirm it.
 
-    `attempts`: restarts worth trying in one incident, None where only the limiter counts.
+    `attempts`: most restarts in one incident; None leaves it to the limiter.
     """
 
     target: str
@@ -54,7 +54,7 @@ class Verdict:
 
     @property
     def bad(self) -> bool:
-        return self.word not in CALM
+        return self.word not in NO_INCIDENT
 
 
 def checker_blind(evidence: ApiEvidence | PageEvidence, limits: Limits) -> Verdict | None:

@@ -1,4 +1,3 @@
-"""Readings and probes: turns the kernel, the GPU driver, the API and the page into evidence.
-
-It judges nothing, and knows of no verdict, no store and no restart.
+"""Owns readings and probes: the kernel, the GPU driver, the API and the page as evidence.
+May not know verdicts, the store and restarts.
 """

@@ -1,6 +1,6 @@
-"""Probes the API: GET /health and the real questions. Every probe ends at its deadline. Judges nothing.
+"""Probes the API: GET /health and real questions, each with a deadline.
 
-At most one question is in flight at any time, in the slot that the server reserves for the checker.
+At most one question is in flight, in the slot that the server reserves for health probes.
 """
 
 from __future__ import annotations
@@ -15,13 +15,21 @@ from sseclient import SSEClient
 
 from monitor.judge.evidence import Answer, HealthReply
 from monitor.observe import question
-from monitor.observe.exchange import Deadline, Reply, Wire, exchange, failure, open_exchange, since
+from monitor.observe.exchange import (
+    ConnectionHandle,
+    Deadline,
+    Reply,
+    exchange,
+    failed_reply,
+    open_exchange,
+    seconds_since,
+)
 
 PROBE_HEADER = "X-GLM-Probe"
 
 
 class Prober:
-    """Asks the questions of one run. `model` is sent only to an external engine, which insists on it."""
+    """Asks the questions of one run. `model` is sent only to external engines, which require it."""
 
     def __init__(self, base_url: str, key: str, token: str, rng: random.Random, model: str = "") -> None:
         self._url = f"{base_url}/v1/chat/completions"
@@ -33,17 +41,17 @@ class Prober:
         self._rng = rng
         self._model = model
 
-    def about_text(self, limit_s: float) -> Answer:
-        return self._ask(question.about_text(self._rng), limit_s)
+    def ask_text(self, limit_s: float) -> Answer:
+        return self._ask(question.text_question(self._rng), limit_s)
 
-    def about_picture(self, limit_s: float) -> Answer:
-        """Ask; after a wrong answer ask about two more pictures, and both must be right.
+    def ask_image(self, limit_s: float) -> Answer:
+        """After a wrong answer, asks about two more images; both answers must be right.
 
-        No model is right every time, and one error in a hundred would be an alarm twice a day. A model that no longer
-        sees is right once in seven by luck, and seldom twice in a row.
+        No model is always right: an error rate of 1 % would raise two alarms a day. A blind model guesses right about once
+        in seven times, and rarely twice in a row.
         """
         ends_at = time.monotonic() + limit_s
-        first = self._ask(question.about_picture(self._rng), limit_s)
+        first = self._ask(question.image_question(self._rng), limit_s)
         if first.outcome != "wrong":
             return first
         answers = [first]
@@ -51,7 +59,7 @@ class Prober:
             left_s = ends_at - time.monotonic()
             if left_s <= 0.1:
                 return first
-            answers.append(self._ask(question.about_picture(self._rng), left_s))
+            answers.append(self._ask(question.image_question(self._rng), left_s))
             if answers[-1].outcome != "right":
                 break
         else:
@@ -62,57 +70,57 @@ class Prober:
         return Answer("picture", "wrong", seconds, first.status, expected, text)
 
     def _ask(self, asked: question.Question, limit_s: float) -> Answer:
-        wire = Wire()
+        handle = ConnectionHandle()
         body = json.dumps({"model": self._model, **asked.body} if self._model else asked.body).encode()
-        late = Answer(asked.kind, "silent", limit_s, expected=asked.expected, detail=f"no answer within {limit_s:.1f} s")
+        timeout = Answer(asked.kind, "silent", limit_s, expected=asked.expected, detail=f"no answer within {limit_s:.1f} s")
 
-        def talk() -> Answer:
+        def send() -> Answer:
             started = time.monotonic()
             try:
-                with open_exchange(wire, self._url, limit_s, "POST", body, self._headers) as response:
+                with open_exchange(handle, self._url, limit_s, "POST", body, self._headers) as response:
                     return _read_answer(asked, response, started)
             except Exception as error:
-                broken = failure(error, started, limit_s)
-                return Answer(asked.kind, broken.outcome, broken.seconds, expected=asked.expected, detail=broken.detail)
+                failed = failed_reply(error, started, limit_s)
+                return Answer(asked.kind, failed.outcome, failed.seconds, expected=asked.expected, detail=failed.detail)
 
-        # Shutting the socket down at the deadline makes the server cancel the request too.
-        return Deadline(talk, limit_s, late, wire.close).result()
+        # Closing the socket at the deadline also makes the server cancel the request.
+        return Deadline(send, limit_s, timeout, handle.close).result()
 
 
 def _read_answer(asked: question.Question, response: HTTPResponse, started: float) -> Answer:
     kind, expected = asked.kind, asked.expected
     if response.status != 200:
         message = _error_message(response.read(65536), response.status)
-        return Answer(kind, "rejected", since(started), response.status, expected, detail=message)
+        return Answer(kind, "rejected", seconds_since(started), response.status, expected, detail=message)
     text, first_s, gap_s, last = "", None, 0.0, started
     for event in SSEClient(response).events():
         if event.data == "[DONE]":
             outcome = "right" if asked.is_right(text) else "wrong"
-            return Answer(kind, outcome, since(started), 200, expected, text[:200], "", first_s, round(gap_s, 3))
+            return Answer(kind, outcome, seconds_since(started), 200, expected, text[:200], "", first_s, round(gap_s, 3))
         chunk = _parsed(event.data)
         if "error" in chunk:
             message = _message_of(chunk) or "an error event"
-            return Answer(kind, "failed", since(started), 200, expected, text[:200], message, first_s)
+            return Answer(kind, "failed", seconds_since(started), 200, expected, text[:200], message, first_s)
         piece = _delta(chunk, kind)
         if piece:
             now = time.monotonic()
-            first_s = since(started) if first_s is None else first_s
+            first_s = seconds_since(started) if first_s is None else first_s
             gap_s, last = max(gap_s, now - last if text else 0.0), now
             text += piece
     detail = "the stream ended without its end marker"
-    return Answer(kind, "cut", since(started), 200, expected, text[:200], detail, first_s, round(gap_s, 3))
+    return Answer(kind, "cut", seconds_since(started), 200, expected, text[:200], detail, first_s, round(gap_s, 3))
 
 
 def _parsed(data: str) -> dict[str, Any]:
     try:
         chunk = json.loads(data)
     except ValueError:
-        return {"error": {"message": f"an event that is no JSON: {data[:80]!r}"}}
+        return {"error": {"message": f"an event that is not JSON: {data[:80]!r}"}}
     return chunk if isinstance(chunk, dict) else {}
 
 
 def _delta(chunk: dict[str, Any], kind: str) -> str:
-    """The new text. Reasoning shows that the text path works; only content answers a question about a picture."""
+    """The new text. Reasoning counts for text questions only: an image must be described in the content."""
     try:
         delta = chunk["choices"][0]["delta"]
     except (KeyError, IndexError, TypeError):
@@ -136,7 +144,7 @@ def _message_of(body: dict[str, Any]) -> str:
 
 
 def get_health(base_url: str, limit_s: float) -> tuple[HealthReply, dict[str, Any]]:
-    """GET /health: the reply, and its whole body for what else it holds."""
+    """GET /health. Returns the parsed reply and the whole body."""
     reply = exchange(f"{base_url}/health", limit_s)
     body = reply.json() or {}
     if reply.outcome == "answered" and not isinstance(body.get("state"), str):

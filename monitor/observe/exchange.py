@@ -1,8 +1,8 @@
-"""One HTTP exchange that ends at its deadline, whatever the server does: for probes, alerts, exports and start.sh alike.
+"""One HTTP exchange with a total deadline; used by probes, alerts, exports and start.sh.
 
-A socket's own timeout starts again with every byte, so a server that trickles could hold a probe for ever. Each exchange
-runs in a thread; at the deadline its socket is shut down, which also tells the server to stop working. Standard library
-only and no syntax newer than Python 3.8, because stop.sh imports it through deploy/service.py with whatever Python it finds.
+A socket timeout restarts with every byte, so a server that trickles could hold a probe forever. Each exchange runs in a
+thread; at the deadline its socket is shut down, which also makes the server cancel its work. Standard library only, and no
+syntax newer than Python 3.8, because stop.sh imports this through deploy/service.py with any Python it finds.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ Result = TypeVar("Result")
 
 
 @dataclass
-class Wire:
-    """The connection of an exchange, so that another thread can end it."""
+class ConnectionHandle:
+    """The connection of an exchange, which another thread may close."""
 
     connection: http.client.HTTPConnection | None = None
     closed: bool = False
@@ -41,7 +41,7 @@ class Wire:
 
 @dataclass(frozen=True)
 class Reply:
-    """`outcome`: answered, refused (nothing listens), silent (no answer in time), failed."""
+    """`outcome`: answered, refused (nothing listens), silent (no answer by the deadline), failed."""
 
     outcome: str
     seconds: float
@@ -60,18 +60,19 @@ class Reply:
 
 
 class Deadline(Generic[Result]):
-    """Runs a function in a thread of its own; `result` waits for it, but not beyond the limit.
+    """Runs a function in a daemon thread; `result` waits for it, but not beyond `limit_s` after the construction.
 
-    After the limit `result` returns `late` and calls `end`, which should make the function return.
+    At the deadline `result` returns `on_timeout` and calls `cancel`, which should make the function return. An exception
+    of the function is raised by `result`.
     """
 
     def __init__(
-        self, function: Callable[[], Result], limit_s: float, late: Result, end: Callable[[], None] | None = None
+        self, function: Callable[[], Result], limit_s: float, on_timeout: Result, cancel: Callable[[], None] | None = None
     ) -> None:
-        self._result = late
+        self._result = on_timeout
         self._error: Exception | None = None
         self._ends_at = time.monotonic() + limit_s
-        self._end = end
+        self._cancel = cancel
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(function,), daemon=True)
         self._thread.start()
@@ -81,15 +82,15 @@ class Deadline(Generic[Result]):
             result = function()
             if not self._done.is_set():
                 self._result = result
-        except Exception as error:  # raised again in the thread that asks for the result
+        except Exception as error:  # raised again by `result`
             self._error = error
         self._done.set()
 
     def result(self) -> Result:
         in_time = self._done.wait(max(0.0, self._ends_at - time.monotonic()))
         self._done.set()
-        if not in_time and self._end is not None:
-            self._end()
+        if not in_time and self._cancel is not None:
+            self._cancel()
         elif self._error is not None:
             raise self._error
         return self._result
@@ -99,39 +100,39 @@ def exchange(
     url: str, limit_s: float, method: str = "GET", body: bytes | None = None, headers: Mapping[str, str] | None = None,
     connect_s: float = CONNECT_LIMIT_S,
 ) -> Reply:  # fmt: skip
-    """Never raises for what a server or a network does. Asks no proxy."""
-    wire = Wire()
-    late = Reply("silent", limit_s, detail=f"no answer within {limit_s:.1f} s")
+    """Never raises for what a server or network does, and uses no proxy. Reads at most BODY_LIMIT_BYTES of the body."""
+    handle = ConnectionHandle()
+    timeout = Reply("silent", limit_s, detail=f"no answer within {limit_s:.1f} s")
 
-    def talk() -> Reply:
+    def send() -> Reply:
         started = time.monotonic()
         try:
-            with open_exchange(wire, url, limit_s, method, body, headers, connect_s) as response:
+            with open_exchange(handle, url, limit_s, method, body, headers, connect_s) as response:
                 content = response.read(BODY_LIMIT_BYTES)
-                return Reply("answered", since(started), response.status, content, headers=dict(response.headers.items()))
+                return Reply("answered", seconds_since(started), response.status, content, headers=dict(response.headers.items()))
         except Exception as error:
-            return failure(error, started, limit_s)
+            return failed_reply(error, started, limit_s)
 
-    return Deadline(talk, limit_s, late, wire.close).result()
+    return Deadline(send, limit_s, timeout, handle.close).result()
 
 
 @contextlib.contextmanager
 def open_exchange(
-    wire: Wire, url: str, limit_s: float, method: str = "GET", body: bytes | None = None,
+    handle: ConnectionHandle, url: str, limit_s: float, method: str = "GET", body: bytes | None = None,
     headers: Mapping[str, str] | None = None, connect_s: float = CONNECT_LIMIT_S,
 ) -> Iterator[http.client.HTTPResponse]:  # fmt: skip
-    """The response with its body still to be read."""
+    """Yields the response with its body unread. Raises OSError and HTTPException."""
     parts = urlsplit(url)
     connection: http.client.HTTPConnection
     if parts.scheme == "https":
-        import ssl  # a Python without it can still run stop.sh
+        import ssl  # stop.sh must run with a Python without it
 
         connection = http.client.HTTPSConnection(
             parts.hostname or "", parts.port, timeout=min(connect_s, limit_s), context=ssl.create_default_context()
         )
     else:
         connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=min(connect_s, limit_s))
-    wire.connection = connection
+    handle.connection = connection
     try:
         connection.connect()
         connection.sock.settimeout(limit_s)
@@ -142,14 +143,14 @@ def open_exchange(
         connection.close()
 
 
-def failure(error: Exception, started: float, limit_s: float) -> Reply:
+def failed_reply(error: Exception, started: float, limit_s: float) -> Reply:
     if isinstance(error, ConnectionRefusedError):
-        return Reply("refused", since(started), detail="nothing listens there")
+        return Reply("refused", seconds_since(started), detail="nothing listens there")
     if isinstance(error, TimeoutError):
-        return Reply("silent", since(started), detail=f"no answer within {limit_s:.1f} s")
-    return Reply("failed", since(started), detail=f"{type(error).__name__}: {error}"[:200])
+        return Reply("silent", seconds_since(started), detail=f"no answer within {limit_s:.1f} s")
+    return Reply("failed", seconds_since(started), detail=f"{type(error).__name__}: {error}"[:200])
 
 
-def since(started: float) -> float:
+def seconds_since(started: float) -> float:
     """Seconds since `started` (CLOCK_MONOTONIC)."""
     return round(time.monotonic() - started, 3)

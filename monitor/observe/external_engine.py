@@ -1,7 +1,7 @@
-"""Another OpenAI-compatible server in place of the API (GLM_ENGINE_URL): progress read from the metrics of vLLM or SGLang.
+"""An external engine in place of the API (GLM_ENGINE_URL): progress from the Prometheus metrics of vLLM or SGLang.
 
-Such a server answers 200 while it hangs, so its health route is not believed: pending requests whose token counters stay
-the same from run to run are a hang, wherever they wait. The counters of the last run are kept in `EngineProgress`.
+Their health routes answer 200 while the engine hangs. Pending requests while no token counter changes from run to run are
+a hang. `EngineProgress` keeps the counters between runs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TOKENS = (
 
 
 def get_health(base_url: str, limit_s: float, progress: EngineProgress, key: str) -> tuple[HealthReply, dict[str, Any]]:
-    """As if the engine had this project's /health; updates `progress`."""
+    """The engine's state in the form of this project's /health, with the raw metrics as body. Updates `progress`."""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     health = exchange(f"{base_url}/health", limit_s, headers=headers)
     if health.outcome != "answered":
@@ -44,7 +44,7 @@ def get_health(base_url: str, limit_s: float, progress: EngineProgress, key: str
     state = "busy" if pending else "idle"
     if health.status == 503:
         state = "loading"
-    detail = "" if values else f"no metrics at /metrics (HTTP {metrics.status or 'none'}); progress cannot be seen"
+    detail = "" if values else f"no metrics at /metrics (HTTP {metrics.status or 'none'}); progress is unknown"
     still_s = round(now - progress.still_since, 1) if pending and progress.still_since is not None else 0.0
     reply = HealthReply(
         "answered", health.seconds, health.status, state, "", progress.steps if values else None,
@@ -54,8 +54,8 @@ def get_health(base_url: str, limit_s: float, progress: EngineProgress, key: str
 
 
 def parse_metrics(text: str) -> dict[str, float]:
-    """Prometheus text format to name -> sum over all label sets, without NaN. Empty for a text that is none."""
-    # Only a run with an external engine needs it.
+    """Sums the samples of each name over all label sets, without NaN. Empty if the text is not in Prometheus format."""
+    # Imported only where there is an external engine.
     from prometheus_client.parser import text_string_to_metric_families
 
     values: dict[str, float] = {}
@@ -70,7 +70,7 @@ def parse_metrics(text: str) -> dict[str, float]:
 
 
 def model_name(base_url: str, key: str) -> str:
-    """The name that the engine insists on in requests; empty if it does not list one."""
+    """The model name that requests must carry; empty if the engine lists none."""
     reply = exchange(f"{base_url}/v1/models", 2.0, headers={"Authorization": f"Bearer {key}"} if key else {})
     try:
         return str(json.loads(reply.body)["data"][0]["id"])

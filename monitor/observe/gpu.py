@@ -1,7 +1,4 @@
-"""GPU readings from a child process that is killed if the driver hangs. No GPU is a normal state.
-
-Owns the child's time limit and the choice between NVML and GPUtil. Judges nothing.
-"""
+"""GPU readings from a child process, which is killed if the driver hangs. No GPU is a normal state, not an error."""
 
 from __future__ import annotations
 
@@ -15,15 +12,15 @@ from pathlib import Path
 
 CHILD = Path(__file__).with_name("gpu_child.py")
 CHILD_LIMIT_S = 4.0
-# cron's PATH is short, and rented images keep the tool in their own places.
+# cron's PATH is short, and container images install nvidia-smi in different folders.
 TOOL_PATHS = ("/usr/bin", "/usr/local/bin", "/usr/local/nvidia/bin", "/usr/local/cuda/bin", "/opt/bin")
 
 
 def read(limit_s: float = CHILD_LIMIT_S) -> dict:
-    """Evidence: `gpus`, `source`, and `reason` where a reading is missing.
+    """{gpus, source, hung, reason}; `reason` is None if every reading is present. Takes at most twice `limit_s`, and 2 s.
 
-    1) NVML. 2) Where NVML answers that it cannot be used, but there is an nvidia-smi: GPUtil. A driver that
-    hung once would hang nvidia-smi too, so there is no second try then.
+    Tries NVML, then GPUtil if NVML reports an error and nvidia-smi exists. After a hang there is no second try, because
+    nvidia-smi would hang too.
     """
     path = os.pathsep.join([os.environ.get("PATH", ""), *TOOL_PATHS])
     answer, hung = _run_child("nvml", limit_s, path)
@@ -44,7 +41,7 @@ def highest(gpus: list[dict], key: str) -> float | None:
 
 def _gaps(gpus: list[dict]) -> str | None:
     lines = [
-        f"GPU {gpu['index']} does not tell {key}"
+        f"GPU {gpu['index']} does not report {key}"
         for gpu in gpus
         for key in ("load_percent", "memory_used_mib")
         if gpu.get(key) is None
@@ -70,12 +67,12 @@ def _run_child(mode: str, limit_s: float, path: str) -> tuple[dict, bool]:
 
 
 def _end(child: subprocess.Popen) -> str:
-    """SIGTERM first: a reader ended by SIGKILL can leave a card frozen. Never waits for a child that cannot die."""
+    """SIGTERM before SIGKILL, which can leave a GPU in a bad state. Does not wait for a child that cannot be killed."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(child.pid, number)
             child.wait(timeout=1.0)
-            # nvidia-smi, started by the child, may have outlived it.
+            # nvidia-smi, started by the child, may outlive it.
             os.killpg(child.pid, signal.SIGKILL)
         except ProcessLookupError:
             return ""

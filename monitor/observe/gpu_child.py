@@ -1,8 +1,8 @@
-"""The process that touches the GPU driver, so that the checker does not: a driver call may never return.
+"""Reads the GPU driver in a process of its own, because a driver call may never return.
 
     python gpu_child.py nvml|gputil      prints {"gpus": [...], "reason": null|"text"}
 
-Run by monitor/observe/gpu.py, which kills it when it takes too long. A value that the driver does not report is null.
+Run by monitor/observe/gpu.py, which kills it at its deadline. A value that the driver does not report is null.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import types
 from collections.abc import Callable
 
 MIB = 2**20
-# NVML's clock event reasons.
+# NVML's clock event reasons (nvml.h, nvmlClocksEventReason*).
 THROTTLE = {0x4: "power cap", 0x8: "hardware slowdown", 0x20: "heat (software)", 0x40: "heat (hardware)", 0x80: "power brake"}
 THROTTLE_HARDWARE = (0x8, 0x20, 0x40, 0x80)
-# NVIDIA's catalogue: "reset the GPU", "reboot", "run diagnostics". Errors of an application (13, 31, 43, 94) are not here.
+# XIDs for which NVIDIA's catalogue recommends a GPU reset, a reboot or diagnostics. Application errors (13, 31, 43, 94) are
+# not listed.
 XID_FATAL = frozenset({46, 48, 62, 64, 74, 79, 95, 109, 119, 120, 140, 143})
 XID = re.compile(r"NVRM: Xid \(PCI:([0-9a-fA-F:.]+)\): (\d+)")
 XID_AGE_S = 900.0
@@ -46,7 +47,7 @@ def read_nvml() -> dict:
 def _nvml_gpu(pynvml: types.ModuleType, index: int) -> dict:
     handle = pynvml.nvmlDeviceGetHandleByIndex(index)
 
-    def ask(function: Callable[[], float | str | bytes]) -> float | str | None:
+    def query(function: Callable[[], float | str | bytes]) -> float | str | None:
         try:
             value = function()
         except (pynvml.NVMLError, AttributeError):  # this card (MIG, vGPU) or this driver does not report it
@@ -55,27 +56,27 @@ def _nvml_gpu(pynvml: types.ModuleType, index: int) -> dict:
 
     return {
         "index": index,
-        "name": ask(lambda: pynvml.nvmlDeviceGetName(handle)),
-        "load_percent": ask(lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu),
-        "memory_used_mib": ask(lambda: round(pynvml.nvmlDeviceGetMemoryInfo(handle).used / MIB, 1)),
-        "memory_total_mib": ask(lambda: round(pynvml.nvmlDeviceGetMemoryInfo(handle).total / MIB, 1)),
-        "temperature_c": ask(lambda: pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)),
-        "power_w": ask(lambda: pynvml.nvmlDeviceGetPowerUsage(handle) / 1000),
-        "power_limit_w": ask(lambda: pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000),
-        "uuid": ask(lambda: pynvml.nvmlDeviceGetUUID(handle)),
-        "bus": ask(lambda: pynvml.nvmlDeviceGetPciInfo(handle).busId),
-        **_throttle(ask(lambda: pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle))),
-        "ecc_uncorrected": ask(
+        "name": query(lambda: pynvml.nvmlDeviceGetName(handle)),
+        "load_percent": query(lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu),
+        "memory_used_mib": query(lambda: round(pynvml.nvmlDeviceGetMemoryInfo(handle).used / MIB, 1)),
+        "memory_total_mib": query(lambda: round(pynvml.nvmlDeviceGetMemoryInfo(handle).total / MIB, 1)),
+        "temperature_c": query(lambda: pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)),
+        "power_w": query(lambda: pynvml.nvmlDeviceGetPowerUsage(handle) / 1000),
+        "power_limit_w": query(lambda: pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000),
+        "uuid": query(lambda: pynvml.nvmlDeviceGetUUID(handle)),
+        "bus": query(lambda: pynvml.nvmlDeviceGetPciInfo(handle).busId),
+        **_throttle(query(lambda: pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle))),
+        "ecc_uncorrected": query(
             lambda: pynvml.nvmlDeviceGetTotalEccErrors(
                 handle, pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, pynvml.NVML_VOLATILE_ECC
             )
         ),
-        "faults": ["rows could not be remapped"] if ask(lambda: pynvml.nvmlDeviceGetRemappedRows(handle)[3]) else [],
+        "faults": ["rows could not be remapped"] if query(lambda: pynvml.nvmlDeviceGetRemappedRows(handle)[3]) else [],
     }
 
 
 def _throttle(mask: object) -> dict:
-    """Heat and power brakes are a problem; a power cap and idling are normal."""
+    """Heat and power brake slowdowns are faults; a power cap and idle clocks are normal."""
     if not isinstance(mask, int):
         return {"throttle_reasons": None, "throttle_hardware": None}
     reasons = [name for bit, name in THROTTLE.items() if mask & bit]
@@ -83,7 +84,7 @@ def _throttle(mask: object) -> dict:
 
 
 def read_kernel_log() -> list[str]:
-    """Lines of /dev/kmsg; none where it may not be read, as in most containers."""
+    """Lines of /dev/kmsg; empty where it is not readable, as in most containers."""
     try:
         descriptor = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
     except OSError:
@@ -92,14 +93,14 @@ def read_kernel_log() -> list[str]:
     try:
         while True:
             lines.append(os.read(descriptor, 8192).decode("utf-8", "replace"))
-    except OSError:  # the end of what there is
+    except OSError:  # EAGAIN at the end
         return lines
     finally:
         os.close(descriptor)
 
 
 def recent_xids(lines: list[str]) -> list[tuple[str, int, float]]:
-    """(bus id, number, age) of the driver's errors that only a reset or a reboot repairs."""
+    """(PCI bus id, XID, age in seconds) of recent fatal driver errors."""
     found = []
     now_s = time.clock_gettime(time.CLOCK_MONOTONIC)
     for line in lines:
@@ -140,7 +141,7 @@ def _finite(value: float) -> float | None:
 
 
 def _supply_distutils() -> None:
-    """GPUtil 1.4.0 imports distutils, which Python 3.12 removed; it needs this one function of it."""
+    """GPUtil 1.4.0 imports distutils, which Python 3.12 removed, for this one function."""
     if sys.version_info < (3, 12):
         return
     package, spawn = types.ModuleType("distutils"), types.ModuleType("distutils.spawn")

@@ -1,6 +1,6 @@
-"""Processor, memory, disk, and what the server's process uses, each with its source. No GPU here.
+"""Processor, memory and disk of the machine, and the resources of the server's process. No GPU.
 
-What cannot be read is None, never 0. psutil knows the host and the process; the limits of a container are in cgroup.py.
+A value that cannot be read is None, never 0. psutil reads the host and the process, cgroup.py the limits of a container.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PROC = Path("/proc")
 
 
 def read(pid: int | None = None, interval_s: float = CPU_INTERVAL_S, folders: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Evidence for the report. `pid`: the process whose container counts; without one, the checker's own."""
+    """Readings for the report; takes `interval_s`. `pid`: the process whose container counts (default: the checker's)."""
     membership = PROC / str(pid) / "cgroup" if pid else cgroup.MEMBERSHIP
     waited_s, began = processor_wait_s(pid), time.monotonic()
     cpu = read_cpu(membership, interval_s)
@@ -38,9 +38,9 @@ def read(pid: int | None = None, interval_s: float = CPU_INTERVAL_S, folders: tu
 
 
 def read_cpu(membership: Path = cgroup.MEMBERSHIP, interval_s: float = CPU_INTERVAL_S) -> dict[str, Any]:
-    """Share of the processors that may be used, over an interval."""
+    """Percent of the usable processors, over `interval_s`."""
     before, started = cgroup.cpu(membership=membership), time.monotonic()
-    psutil.cpu_percent()  # the next call counts from here on
+    psutil.cpu_percent()  # starts the interval of the next call
     time.sleep(interval_s)
     after, elapsed_s = cgroup.cpu(membership=membership), time.monotonic() - started
     if before is not None and after is not None:
@@ -94,7 +94,7 @@ def read_process(pid: int) -> dict[str, Any]:
 
 
 def processor_wait_s(pid: int | None) -> float | None:
-    """Seconds that the threads of a process were ready to run and got no processor, since they were started."""
+    """Total seconds that the threads of a process were runnable without a processor (schedstat)."""
     try:
         threads = [path.read_text(encoding="ascii").split() for path in (PROC / str(pid) / "task").glob("*/schedstat")]
         return sum(int(fields[1]) for fields in threads) / 1e9 if threads else None
@@ -103,7 +103,7 @@ def processor_wait_s(pid: int | None) -> float | None:
 
 
 def _pressure(kind: str) -> float | None:
-    """Share of the last minute in which a task waited for a processor; None if the kernel does not report it."""
+    """Percent of the last minute in which some task was stalled (PSI); None if the kernel does not report it."""
     try:
         first = (PROC / "pressure" / kind).read_text(encoding="ascii").splitlines()[0]
         return float(dict(pair.split("=") for pair in first.split()[1:])["avg60"])

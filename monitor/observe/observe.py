@@ -1,4 +1,4 @@
-"""Observes everything once and returns it as evidence: readings and probes side by side. Judges nothing."""
+"""Collects the evidence of one run: readings and probes, in parallel where they do not disturb each other."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ GetHealth = Callable[[float], tuple[HealthReply, dict[str, Any]]]
 
 @dataclass(frozen=True)
 class ProbePlan:
-    """What this run must probe although it could be saved; decided by the caller from what it remembers.
+    """What this run probes, decided by the caller from its state.
 
-    `oom_kills`: the count at the last run.
+    `question`: ask even if users were answered recently; `script`: run the page's script; `oom_kills`: count at the last run.
     """
 
     question: bool = True
@@ -54,12 +54,12 @@ def now() -> Moment:
 
 
 def observe(settings: Settings, rng: random.Random, plan: ProbePlan, moment: Moment, progress: EngineProgress) -> Observation:
-    """One or two seconds when all is well; bounded by the deadlines of the probes in any case. Updates `progress`."""
+    """Takes under a second for a healthy service and is bounded by the deadlines of its probes. Updates `progress`."""
     records = {part: processes.read_record(settings.log_dir, part) for part in ("api", "web")}
     api_record, web_record = records["api"], records["web"]
     external = bool(settings.engine_url)
-    late: dict[str, Any] = {"gpus": [], "source": "none", "hung": True, "reason": "no answer in time"}
-    gpu_reading = Deadline(gpu.read, GPU_LIMIT_S, late)
+    gpu_timeout: dict[str, Any] = {"gpus": [], "source": "none", "hung": True, "reason": "no answer in time"}
+    gpu_reading = Deadline(gpu.read, GPU_LIMIT_S, gpu_timeout)
     alive = api_record is not None and processes.is_running(api_record)
     folders = (settings.log_dir if settings.log_dir.is_dir() else settings.log_dir.parent, *_model_cache())
     pid = api_record.pid if api_record is not None and alive and not external else None
@@ -67,7 +67,7 @@ def observe(settings: Settings, rng: random.Random, plan: ProbePlan, moment: Mom
         lambda: machine.read(pid, folders=folders), 5.0, {"reason": "the kernel did not answer"}
     )
     stuck_before = _is_stuck(pid)
-    # Where neither was started here, both are expected; `./start.sh api` starts no page on purpose.
+    # `./start.sh api` starts no page on purpose. If neither part has a record, both are expected.
     page_expected = web_record is not None or api_record is None
     page_probing: Deadline[PageEvidence | None] | None = None
     if page_expected:
@@ -95,7 +95,7 @@ def observe(settings: Settings, rng: random.Random, plan: ProbePlan, moment: Mom
 
 
 def _probe_api(settings: Settings, rng: random.Random, plan: ProbePlan, progress: EngineProgress) -> tuple[ApiEvidence, bool]:
-    """Health, the questions, and health again if one got no answer: has the engine made steps meanwhile?"""
+    """GET /health, the questions, and /health again if one failed, to see whether the engine made steps meanwhile."""
     get_health: GetHealth
     if settings.engine_url:
         url = settings.engine_url.rstrip("/")
@@ -116,7 +116,7 @@ def _probe_api(settings: Settings, rng: random.Random, plan: ProbePlan, progress
 def _ask(
     settings: Settings, url: str, rng: random.Random, plan: ProbePlan, health: Mapping[str, Any]
 ) -> tuple[tuple[Answer, ...], bool]:
-    """The answers, and whether any question was really asked: one that a user got answered just now counts as well."""
+    """(answers, whether a question was asked). A recent answer to a user is credited in place of a question."""
     ages = health.get("success_age_s")
     credit_s = 0.0 if plan.question else settings.probe_credit_s
     key = _secret(settings.api_key)
@@ -124,12 +124,12 @@ def _ask(
     prober = api_probe.Prober(url, key, _secret(settings.probe_token), rng, model)
     answers: list[Answer] = []
     asked = False
-    for kind, ask in (("text", prober.about_text), ("picture", prober.about_picture)):
+    for kind, ask in (("text", prober.ask_text), ("picture", prober.ask_image)):
         age_s = ages.get(kind) if isinstance(ages, dict) else None
         if isinstance(age_s, int | float) and age_s < credit_s:
             answers.append(Answer(kind, "credited", detail=f"a user was answered {age_s:.0f} s ago"))
         elif answers and answers[-1].outcome in ("silent", "refused"):
-            answers.append(Answer(kind, "skipped", detail="the one before got no answer"))
+            answers.append(Answer(kind, "skipped", detail="the previous question got no answer"))
         else:
             answers.append(ask(settings.probe_timeout_s))
             asked = True
@@ -137,7 +137,7 @@ def _ask(
 
 
 def read_heartbeat(log_dir: Path, record: processes.ProcessRecord | None, moment: Moment) -> Heartbeat | None:
-    """The heartbeat of exactly the recorded process; None for one of an earlier process."""
+    """The heartbeat of the recorded process; None if the file is missing, invalid or from another process."""
     try:
         raw = json.loads((log_dir / HEARTBEAT).read_text(encoding="utf-8"))
         same = record is None or (raw["pid"] == record.pid and raw["start_time"] == record.start_time)
@@ -186,7 +186,7 @@ def _owner(record: processes.ProcessRecord, owners: list[ports.Listener]) -> tup
 
 
 def _is_stuck(pid: int | None) -> bool:
-    """Any thread in uninterruptible sleep: normal for a moment, so it is read at the start and at the end of a run."""
+    """Whether a thread is in uninterruptible sleep. Normal for a moment, so it is read at the start and end of a run."""
     if pid is None:
         return False
     try:
@@ -204,14 +204,14 @@ def _is_stuck(pid: int | None) -> bool:
 
 
 def hardware_faults(gpus: Mapping[str, Any]) -> tuple[str, ...]:
-    """What no restart can repair: errors that NVIDIA's catalogue answers with "reset the GPU" or "reboot"."""
+    """GPU errors that no restart can repair; gpu_child.py has the list."""
     return tuple(
         f"GPU {card['index']}: {fault}" for card in gpus.get("gpus", ()) for fault in card.get("faults") or ()
     )
 
 
 def _self_test() -> str:
-    """Can the checker reach its own machine at all? If not, nothing that it observed counts. Empty if it can."""
+    """Why the checker cannot even connect to itself, in which case no probe counts; empty if it can."""
     try:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             socket.create_connection(listener.getsockname(), timeout=1.0).close()

@@ -1,7 +1,4 @@
-"""Probes the page: its health route, the WebSocket that a browser needs, its script, and the way through a reverse proxy.
-
-Every probe ends at its deadline. Judges nothing.
-"""
+"""Probes the page: its health route, the WebSocket, its script, and the same through a reverse proxy; each with a deadline."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from websockets.sync.client import connect
 from websockets.typing import Subprotocol
 
 from monitor.judge.evidence import PageEvidence, PageReply
-from monitor.observe.exchange import Deadline, exchange, failure, since
+from monitor.observe.exchange import Deadline, exchange, failed_reply, seconds_since
 from settings import Settings
 
 LIMIT_S = 10.0
@@ -22,12 +19,12 @@ CLOSE_LIMIT_S = 0.5
 
 
 def probe_page(settings: Settings, with_script: bool) -> PageEvidence:
-    """Takes at most four times LIMIT_S. `with_script` also runs the page's script, which costs the page some work."""
+    """Takes at most four times LIMIT_S. `with_script` also runs the page's script, which puts load on the page."""
     url = page_url(settings)
     health = get(f"{url}/_stcore/health", LIMIT_S)
     if not health.good:
         return PageEvidence(url, health=health)
-    # Everything behind the health route needs the token.
+    # Every route but the health route requires the token.
     query = f"?token={quote(settings.web_token.get_secret_value())}" if settings.web_token else ""
     websocket = handshake(f"{url}/_stcore/stream{query}", LIMIT_S)
     script = get(f"{url}/_stcore/script-health-check{query}", LIMIT_S) if with_script else None
@@ -54,12 +51,9 @@ def get(url: str, limit_s: float) -> PageReply:
 
 
 def handshake(url: str, limit_s: float) -> PageReply:
-    """A WebSocket handshake (RFC 6455) as a browser makes it: the health route may answer while no browser can connect.
-
-    `url` starts with http(s). Good means status 101 and the right Sec-WebSocket-Accept.
-    """
-    late = PageReply("silent", limit_s, detail=f"no handshake within {limit_s:.1f} s")
-    return Deadline(partial(_shake_hands, url, limit_s), limit_s, late).result()
+    """Opens a WebSocket (RFC 6455), without which a browser shows nothing. `url` starts with http(s); 101 is good."""
+    timeout = PageReply("silent", limit_s, detail=f"no handshake within {limit_s:.1f} s")
+    return Deadline(partial(_shake_hands, url, limit_s), limit_s, timeout).result()
 
 
 def _shake_hands(url: str, limit_s: float) -> PageReply:
@@ -69,12 +63,12 @@ def _shake_hands(url: str, limit_s: float) -> PageReply:
             "ws" + url.removeprefix("http"), subprotocols=[Subprotocol("streamlit")], compression=None, proxy=None,
             user_agent_header="health_check", open_timeout=limit_s, close_timeout=CLOSE_LIMIT_S,
         ):  # fmt: skip
-            return PageReply("answered", since(started), 101)
+            return PageReply("answered", seconds_since(started), 101)
     except InvalidStatus as error:
         status = error.response.status_code
-        return PageReply("answered", since(started), status, f"HTTP {status} instead of 101")
+        return PageReply("answered", seconds_since(started), status, f"HTTP {status} instead of 101")
     except InvalidHandshake as error:
-        return PageReply("failed", since(started), 101, f"the handshake is invalid: {error}"[:200])
+        return PageReply("failed", seconds_since(started), 101, f"the handshake is invalid: {error}"[:200])
     except Exception as error:
-        broken = failure(error, started, limit_s)
-        return PageReply(broken.outcome, broken.seconds, detail=broken.detail)
+        failed = failed_reply(error, started, limit_s)
+        return PageReply(failed.outcome, failed.seconds, detail=failed.detail)

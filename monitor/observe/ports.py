@@ -1,7 +1,7 @@
-"""Which processes listen on a TCP port, according to the kernel. Knows nothing of the traffic.
+"""Which processes listen on a TCP port, from /proc/net/tcp.
 
-Standard library only and no syntax newer than Python 3.8, because stop.sh uses it when the environment is gone; psutil's
-`net_connections` also does not tell the user of a socket whose process is not visible.
+Standard library only, and no syntax newer than Python 3.8, because stop.sh uses it without the environment. psutil's
+`net_connections` is no substitute: it does not report the user of a socket whose process is not visible.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LISTEN = "0A"
 
 @dataclass(frozen=True)
 class Listener:
-    """A listening process. `pid` is None if it belongs to another user and may not be looked up."""
+    """A listening process. `pid` is None if it belongs to another user and is not visible."""
 
     pid: int | None
     uid: int
@@ -32,7 +32,7 @@ class Listener:
 
 
 def listeners(port: int) -> list[Listener]:
-    """Every process that listens on the port, on whatever address."""
+    """Every process that listens on the port, on any address."""
     inodes = _listening_inodes(port)
     owners = _socket_owners(set(inodes))
     found = {Listener(owners.get(inode), uid) for inode, uid in inodes.items()}
@@ -40,7 +40,7 @@ def listeners(port: int) -> list[Listener]:
 
 
 def why_taken(host: str, port: int) -> str:
-    """Empty if a server may listen there; otherwise who holds the port, or why the system refuses."""
+    """Empty if a server can listen there; otherwise who holds the port, or why bind fails."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

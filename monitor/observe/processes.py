@@ -1,9 +1,8 @@
-"""Identity of the processes that start.sh started: pid plus start time, from `logs/<part>.pid.json`.
+"""The processes that start.sh started, identified by pid and start time from `logs/<part>.pid.json`.
 
-Owns the pid file, the question "is this still that process?", and ending exactly that process with
-everything it spawned. Knows nothing of ports, HTTP or settings. Standard library only, and no syntax
-newer than Python 3.8, so that stop.sh works with any Python when the environment is gone. psutil is no
-substitute: its start time is wall-clock seconds, which move with the clock; the kernel's ticks do not.
+Reads and writes the pid file, checks whether a process is still the recorded one, and ends exactly that process with its
+descendants. Standard library only, and no syntax newer than Python 3.8, so that stop.sh works without the environment.
+psutil is no substitute: its `create_time` is in wall-clock seconds, which move with the clock; the kernel's ticks do not.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ BOOT_ID = PROC / "sys/kernel/random/boot_id"
 
 @dataclass(frozen=True)
 class ProcessRecord:
-    """What start.sh wrote down. `start_time` is in clock ticks since boot, so `boot_id` goes with it."""
+    """The pid file. `start_time` is in clock ticks since the boot `boot_id`."""
 
     pid: int
     start_time: int
@@ -35,7 +34,7 @@ class ProcessRecord:
 
 @dataclass(frozen=True)
 class ProcessStat:
-    """The fields of /proc/PID/stat that identity needs."""
+    """The fields of /proc/PID/stat that identify a process (proc_pid_stat(5))."""
 
     pid: int
     state: str
@@ -58,7 +57,7 @@ def read_stat(pid: int) -> ProcessStat | None:
 
 
 def command_of(pid: int) -> str:
-    """The command line, by which people recognise a process; empty if it may not be read."""
+    """The command line; empty if it is not readable."""
     try:
         raw = (PROC / str(pid) / "cmdline").read_bytes()
     except OSError:
@@ -88,7 +87,7 @@ def write_record(log_dir: Path, part: str, record: ProcessRecord) -> None:
 
 
 def read_record(log_dir: Path, part: str) -> ProcessRecord | None:
-    """None if nothing was recorded, or if the file cannot be parsed: it identifies no process then."""
+    """None if there is no pid file or it cannot be parsed."""
     try:
         raw = json.loads(record_path(log_dir, part).read_text(encoding="utf-8"))
         return ProcessRecord(
@@ -104,7 +103,7 @@ def read_record(log_dir: Path, part: str) -> ProcessRecord | None:
 
 
 def is_running(record: ProcessRecord) -> bool:
-    """True only if exactly the recorded process still runs; a reused pid is another process."""
+    """Whether the recorded process still runs; a reused pid does not count."""
     if record.boot_id and record.boot_id != boot_id():
         return False
     stat = read_stat(record.pid)
@@ -114,8 +113,8 @@ def is_running(record: ProcessRecord) -> bool:
 def members(record: ProcessRecord) -> list[int]:
     """Running processes of the recorded session, the leader first.
 
-    The kernel does not hand out a pid again while a session bears that number. So when the leader is
-    gone, processes of its session are its orphans; they must also still work in the project's folder.
+    The kernel does not reuse a pid while a session has that number, so after the leader has ended, processes of its
+    session are its orphans. They must also still run in the project's folder.
     """
     if record.boot_id and record.boot_id != boot_id():
         return []
@@ -133,9 +132,9 @@ def members(record: ProcessRecord) -> list[int]:
 
 
 def end(record: ProcessRecord, grace_s: float, kill_wait_s: float = 10.0) -> list[int]:
-    """SIGTERM, wait, SIGKILL. Returns the pids that are left, which is only possible in uninterruptible sleep."""
+    """SIGTERM, then SIGKILL after `grace_s`. Returns the pids that survive, which are in uninterruptible sleep."""
     _signal(record, signal.SIGTERM)
-    # A stopped process handles SIGTERM only after it is continued.
+    # A stopped process handles SIGTERM only once it is continued.
     _signal(record, signal.SIGCONT)
     if _wait_until_gone(record, grace_s):
         return []
@@ -153,7 +152,7 @@ def _signal(record: ProcessRecord, number: int) -> None:
         return
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(record.pid, number)
-    for pid in pids:  # those in a process group of their own
+    for pid in pids:  # processes outside the leader's process group
         with contextlib.suppress(ProcessLookupError, PermissionError):
             if os.getpgid(pid) != record.pid:
                 os.kill(pid, number)
@@ -181,9 +180,9 @@ def _works_in(pid: int, folder: str) -> bool:
 
 
 def age_s(record: ProcessRecord) -> float | None:
-    """Seconds since the process was started, by the clock that its start time counts in."""
+    """Seconds since the process started; None if unknown."""
     try:
-        # Not /proc/uptime, which some containers rewrite to their own.
+        # Not /proc/uptime, which some containers rewrite.
         since_boot_s = time.clock_gettime(time.CLOCK_BOOTTIME)
         return max(0.0, since_boot_s - record.start_time / os.sysconf("SC_CLK_TCK"))
     except (OSError, ValueError, AttributeError):

@@ -1,7 +1,6 @@
-"""The real questions: what is in a picture drawn for this probe, and a few words.
+"""The probe questions, about an image drawn for each probe and in text only, and the check of their answers.
 
-Colour, shape and number are random, so that no cache can answer. Owns drawing, wording and checking the answer;
-knows nothing of HTTP.
+Color, shape and number are random, so that no cache can answer.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any
 from models.shapes.pictures import COLORS, draw_shapes
 
 TEXT = "What is in the picture? Name its color and shape."
-# Shapes that are nearly always called by one name: a wrong verdict costs a restart.
+# Only shapes with an unambiguous name, because a wrong verdict costs a restart.
 NAMES = {
     "circle": "circle|disc|disk|dot|ball",
     "heart": "heart",
@@ -29,23 +28,23 @@ MAX_TOKENS = 32
 
 @dataclass(frozen=True)
 class Question:
-    """A question and what its answer must name. `kind`: text or picture."""
+    """A request body and what its answer must name. `kind`: text or picture."""
 
     kind: str
     expected: str
     body: dict[str, Any]
 
     def is_right(self, answer: str) -> bool:
-        """Any answer to a text question is right: a small model knows pictures, not facts."""
+        """Any text answers a text question, because a small model may know no facts."""
         if self.kind == "text":
             return bool(answer.strip())
         color, shape = self.expected.split()
-        colors = {name for name in COLORS if _names(answer, name)}
-        shapes = {name for name, words in NAMES.items() if _names(answer, words)}
-        return colors == {color} and shapes == {shape}  # an answer that lists them all recognises nothing
+        colors = {name for name in COLORS if _mentions(answer, name)}
+        shapes = {name for name, words in NAMES.items() if _mentions(answer, words)}
+        return colors == {color} and shapes == {shape}  # a list of every color and shape is wrong
 
 
-def about_picture(rng: random.Random) -> Question:
+def image_question(rng: random.Random) -> Question:
     color, shape = rng.choice(sorted(COLORS)), rng.choice(sorted(NAMES))
     picture = draw_shapes([(color, shape)], size=(224, 224), seed=rng.randrange(2**31))
     buffer = io.BytesIO()
@@ -55,12 +54,12 @@ def about_picture(rng: random.Random) -> Question:
     return Question("picture", f"{color} {shape}", _body(content, MAX_TOKENS))
 
 
-def about_text(rng: random.Random) -> Question:
+def text_question(rng: random.Random) -> Question:
     number = rng.randrange(1000, 10000)
     return Question("text", "any answer", _body(f"Hello, this is check {number}. What can you do?", 4))
 
 
-def _names(answer: str, words: str) -> bool:
+def _mentions(answer: str, words: str) -> bool:
     return re.search(rf"\b({words})s?\b", answer, re.IGNORECASE) is not None
 
 

@@ -1,4 +1,3 @@
-"""logs/state.db: the rows that runs, the page and the console share, and the state kept from run to run.
-
-It writes and reads rows only, and knows nothing of observing or of carrying a request out.
+"""Owns logs/state.db: the rows shared by the checker and the console, and the checker's state between runs.
+May not know how evidence is observed or how an operator's request is carried out.
 """

@@ -1,9 +1,9 @@
 """`logs/state.db`: every run, roll-ups, flips, incidents, actions, the outbox and operators' requests. SQLite in WAL mode.
 
-Standard library only, so the page may import it. A reader opens it with `Store.read_only(log_dir)` and never blocks
-the writer. What is committed survives a kill at any moment. On a full or read-only disk the writer goes on
-with a copy in shared memory (`store.lost` says why), which later runs share, so that an alert is not repeated every
-minute; the file on disk stays as it was, and is replaced by the copy when it can be written again.
+Standard library only, so that the page may import it. Readers use `Store.read_only(log_dir)` and never block the writer.
+What is committed survives a kill at any moment. On a full or read-only disk the writer continues with a copy in shared
+memory (`store.lost` has the reason), which later runs share, so that alerts are not repeated every run. The file on disk is
+unchanged until it is writable again; then the copy replaces it.
 
 Tables (times are wall-clock seconds, JSON columns hold objects):
 
@@ -16,19 +16,19 @@ Tables (times are wall-clock seconds, JSON columns hold objects):
     requests   id, made_at, actor, kind, target, arguments JSON, state, taken_at, ended_at, outcome
     state      name, value JSON        (histories, limiters, holds, thresholds)
 
-**Operators' requests.** The page only inserts a row by `ask(...)`; the next run of the checker carries it out and
-records the outcome. `kind` and its parameters:
+**Operators' requests.** The page only inserts a row with `add_request(...)`; the next run of the checker carries it out
+and records the outcome. `kind` and its parameters:
 
-    restart      target api|page        bundle, drain, stop, start, verify; outside the limiter, but counted by it
-    drain        target api             SIGTERM with the drain time; it stays stopped until a restart is requested
-    probe                               ask the real questions now, even if users' answers could replace them
-    pause        arguments {until}      no restarts until that time (null: until resume); runs and alerts go on
+    restart      target api|page        evidence, drain, stop, start, verify; not limited, but counted by the limiter
+    drain        target api             SIGTERM with the drain time; stays stopped until a restart is requested
+    probe                               ask the questions in the next run, even if users were answered recently
+    pause        arguments {until}      no restarts until that time (null: until resume); runs and alerts continue
     resume                              ends pause, maintenance and silence
-    silence      arguments {until}      no messages until that time
-    maintenance  arguments {from, until}  no restarts and no messages in that window
+    silence      arguments {until}      no alerts until that time
+    maintenance  arguments {from, until}  no restarts and no alerts in that window
     reset        target api|page|all    closes the circuit; arguments {reason}
 
-`state` goes waiting -> running -> done | refused | failed; `outcome` is a sentence.
+`state` goes waiting -> running -> done | refused | failed; `outcome` is text.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ from typing import Any
 
 FILE_NAME = "state.db"
 SHARED_MEMORY = Path("/dev/shm")
-COPIED = "copied_from_disk"  # in the state of a store in memory
+COPIED = "copied_from_disk"  # key in `state`: this copy began with the contents of the disk
 REQUEST_KINDS = ("restart", "drain", "probe", "pause", "resume", "silence", "maintenance", "reset")
-SPANS = {"minute": (60, 86400), "hour": (3600, 30 * 86400), "day": (86400, 365 * 86400)}  # width and how long it is kept
+SPANS = {"minute": (60, 86400), "hour": (3600, 30 * 86400), "day": (86400, 365 * 86400)}  # width and retention in seconds
 KEEP_RUNS_S = 86400
 KEEP_EVENTS_S = 365 * 86400
-KEEP_REPORTS = 60  # whole reports; older runs keep their words and readings
+KEEP_REPORTS = 60  # whole reports; older runs keep their verdicts and readings
 VERSION = 1
 
 SCHEMA = """
@@ -74,7 +74,10 @@ CREATE TABLE IF NOT EXISTS state (name TEXT PRIMARY KEY, value TEXT);
 
 
 class Store:
-    """One connection. Write methods belong inside `with store.transaction():` where they must hold together."""
+    """One connection, for the thread that opened it. Writes that belong together go inside `with store.transaction():`.
+
+    `lost` is empty, or says why the disk is not written and where the data goes instead.
+    """
 
     def __init__(self, connection: sqlite3.Connection, lost: str = "") -> None:
         self._connection = connection
@@ -83,61 +86,60 @@ class Store:
 
     @classmethod
     def open(cls, log_dir: Path) -> Store:
-        """For writers other than the checker. Never raises for an unusable disk or a damaged file: what is written then is
-        lost, as `lost` says."""
+        """For writers other than the checker. Does not raise for an unusable disk or a damaged file: writes are lost then."""
         try:
             return cls(_writer(log_dir))
         except (sqlite3.Error, OSError) as error:
-            return cls._without_disk(log_dir, f"{log_dir / FILE_NAME} cannot be written ({error})")
+            return cls._without_disk(log_dir, f"{log_dir / FILE_NAME} is not writable ({error})")
 
     @classmethod
     def open_for_run(cls, log_dir: Path) -> Store:
-        """For the checker, under its lock. Restores to the disk what runs kept in shared memory meanwhile."""
+        """For the checker, under its lock. Moves a copy in shared memory back to the disk if that is writable again."""
         try:
             store = cls(_writer(log_dir))
-            if kept_path(log_dir).exists():
+            if fallback_path(log_dir).exists():
                 store._restore_to_disk(log_dir)
             return store
         except (sqlite3.Error, OSError) as error:
-            return cls.fallback(log_dir, f"{log_dir / FILE_NAME} cannot be written ({error})")
+            return cls.fallback(log_dir, f"{log_dir / FILE_NAME} is not writable ({error})")
 
     @classmethod
     def fallback(cls, log_dir: Path, why: str) -> Store:
-        """For the checker: a copy of what the disk holds, in shared memory; where there is none, for this run alone."""
-        folder = kept_path(log_dir).parent
-        if not _is_ours(folder):
+        """For the checker: the copy in shared memory, or one of this run only if shared memory is unusable."""
+        folder = fallback_path(log_dir).parent
+        if not _is_private(folder):
             return cls._without_disk(log_dir, why)
         try:
-            connection = sqlite3.connect(kept_path(log_dir), timeout=5, isolation_level=None)
-            return cls(_filled(connection, log_dir), f"{why}; it is kept in memory until that is repaired")
+            connection = sqlite3.connect(fallback_path(log_dir), timeout=5, isolation_level=None)
+            return cls(_with_disk_copy(connection, log_dir), f"{why}; the store is kept in memory until then")
         except sqlite3.Error:
             shutil.rmtree(folder, ignore_errors=True)  # damaged too, or shared memory is full
             return cls._without_disk(log_dir, why)
 
     @classmethod
     def _without_disk(cls, log_dir: Path, why: str) -> Store:
-        return cls(_filled(sqlite3.connect(":memory:", isolation_level=None), log_dir), f"{why}; what is written now is lost")
+        return cls(_with_disk_copy(sqlite3.connect(":memory:", isolation_level=None), log_dir), f"{why}; what is written now is lost")
 
     @classmethod
     def read_only(cls, log_dir: Path) -> Store:
-        """For the page and the console. Raises sqlite3.Error if there is no store yet."""
-        kept = kept_path(log_dir)
+        """For readers. Raises sqlite3.Error if there is no store yet."""
+        kept = fallback_path(log_dir)
         return cls(_reader(kept if kept.exists() else log_dir / FILE_NAME))
 
     def _restore_to_disk(self, log_dir: Path) -> None:
-        known = "SELECT made_at, actor, kind, target, arguments FROM requests"
-        with contextlib.closing(sqlite3.connect(kept_path(log_dir), timeout=5)) as memory:
-            begun_from_disk = memory.execute("SELECT 1 FROM state WHERE name = ?", (COPIED,)).fetchone()
-            if begun_from_disk or not self.execute("SELECT 1 FROM runs").fetchone():
-                # The page writes to the disk: requests made since the disk can be written again are not in memory.
-                asked = self.execute(f"{known} WHERE state = 'waiting'").fetchall()
+        query = "SELECT made_at, actor, kind, target, arguments FROM requests"
+        with contextlib.closing(sqlite3.connect(fallback_path(log_dir), timeout=5)) as memory:
+            copied = memory.execute("SELECT 1 FROM state WHERE name = ?", (COPIED,)).fetchone()
+            if copied or not self.execute("SELECT 1 FROM runs").fetchone():
+                # The page writes to the disk, so requests since the disk became writable are not in memory.
+                waiting = self.execute(f"{query} WHERE state = 'waiting'").fetchall()
                 memory.backup(self._connection)
-                already = {tuple(row) for row in self.execute(known)}
-                for row in asked:
-                    if tuple(row) not in already:
+                in_memory = {tuple(row) for row in self.execute(query)}
+                for row in waiting:
+                    if tuple(row) not in in_memory:
                         self.execute("INSERT INTO requests (made_at, actor, kind, target, arguments) VALUES (?, ?, ?, ?, ?)", *row)
-        # A copy that began empty, because the disk could not be read either, never replaces what is there.
-        discard_kept(log_dir)
+        # A copy that began empty, because the disk was not readable either, never replaces the file.
+        discard_fallback(log_dir)
 
     def close(self) -> None:
         self._connection.close()
@@ -160,7 +162,7 @@ class Store:
     def rows(self, sql: str, *values: object) -> list[dict[str, Any]]:
         return [_decoded(row) for row in self._connection.execute(sql, values)]
 
-    # State that is kept from run to run.
+    # State between runs.
 
     def get(self, name: str, default: Any = None) -> Any:
         row = self.execute("SELECT value FROM state WHERE name = ?", name).fetchone()
@@ -230,7 +232,7 @@ class Store:
         )  # fmt: skip
 
     def incidents(self, since: float = 0, limit: int = 100) -> list[dict[str, Any]]:
-        """Newest first; `closed_at` is null while one is open."""
+        """Newest first; `closed_at` is None while an incident is open."""
         return self.rows("SELECT * FROM incidents WHERE opened_at >= ? ORDER BY opened_at DESC LIMIT ?", since, limit)
 
     def add_action(
@@ -247,8 +249,8 @@ class Store:
 
     # Operators' requests.
 
-    def ask(self, at: float, actor: str, kind: str, target: str = "", arguments: Mapping[str, Any] | None = None) -> int:
-        """Called by the page. Raises ValueError for a kind that does not exist."""
+    def add_request(self, at: float, actor: str, kind: str, target: str = "", arguments: Mapping[str, Any] | None = None) -> int:
+        """Returns the id of the new request. Raises ValueError for an unknown kind."""
         if kind not in REQUEST_KINDS:
             raise ValueError(f"`kind` must be one of {', '.join(REQUEST_KINDS)}. Given: {kind}")
         cursor = self.execute(
@@ -258,7 +260,7 @@ class Store:
         return int(cursor.lastrowid or 0)
 
     def take_request(self, at: float) -> dict[str, Any] | None:
-        """The oldest waiting request, now marked running; no other run gets it."""
+        """The oldest waiting request, marked as running so that no other run gets it; None if none waits."""
         row = self.execute("SELECT * FROM requests WHERE state = 'waiting' ORDER BY id LIMIT 1").fetchone()
         if row is None:
             return None
@@ -276,7 +278,7 @@ class Store:
     # Size.
 
     def prune(self, now: float) -> None:
-        """Bounded: old rows go, and whole reports beyond the last few become null."""
+        """Deletes rows past their retention, and the report column of all but the last runs."""
         self.execute("DELETE FROM runs WHERE at < ?", now - KEEP_RUNS_S)
         self.execute(
             "UPDATE runs SET report = NULL WHERE report IS NOT NULL AND id <= (SELECT MAX(id) FROM runs) - ?", KEEP_REPORTS
@@ -296,7 +298,7 @@ def _writer(log_dir: Path) -> sqlite3.Connection:
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")
         connection.executescript(SCHEMA)
-        # An unwritable file must fail here, not in the middle of a run.
+        # Fail here if the file is not writable, not in the middle of a run.
         connection.execute("INSERT OR REPLACE INTO state VALUES ('version', ?)", (json.dumps(VERSION),))
         return connection
     except sqlite3.Error:
@@ -304,18 +306,18 @@ def _writer(log_dir: Path) -> sqlite3.Connection:
         raise
 
 
-def kept_path(log_dir: Path) -> Path:
-    """Where runs keep the store while the disk cannot be written: one folder for each user and log folder."""
+def fallback_path(log_dir: Path) -> Path:
+    """The store in shared memory while the disk is not writable: one folder per user and log folder."""
     name = hashlib.sha256(str(log_dir.resolve()).encode()).hexdigest()[:16]
     return SHARED_MEMORY / f"glm-{os.geteuid()}-{name}" / FILE_NAME
 
 
-def discard_kept(log_dir: Path) -> None:
-    shutil.rmtree(kept_path(log_dir).parent, ignore_errors=True)
+def discard_fallback(log_dir: Path) -> None:
+    shutil.rmtree(fallback_path(log_dir).parent, ignore_errors=True)
 
 
-def _is_ours(folder: Path) -> bool:
-    """Every user may write to shared memory, so a folder that another user made there is not used."""
+def _is_private(folder: Path) -> bool:
+    """Creates the folder. False if another user owns it or may enter it: shared memory is writable for everyone."""
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()
@@ -324,11 +326,11 @@ def _is_ours(folder: Path) -> bool:
     return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
 
 
-def _filled(memory: sqlite3.Connection, log_dir: Path) -> sqlite3.Connection:
-    """Filled with a copy from the disk, unless an earlier run did that and has written to it since."""
+def _with_disk_copy(memory: sqlite3.Connection, log_dir: Path) -> sqlite3.Connection:
+    """Copies the disk into `memory`, unless an earlier run has done so."""
     if not memory.execute("SELECT 1 FROM sqlite_master WHERE name = 'state'").fetchone():
-        # A reader of a WAL file makes a file beside it, which a full disk refuses; `immutable` needs none and sees
-        # all but what the last run left in the WAL.
+        # Reading in WAL mode creates a -shm file, which fails on a full disk. `immutable` does not, but misses what the
+        # last run left in the WAL.
         for mode in ("mode=ro", "immutable=1"):
             try:
                 with contextlib.closing(_reader(log_dir / FILE_NAME, mode)) as disk:
@@ -342,7 +344,7 @@ def _filled(memory: sqlite3.Connection, log_dir: Path) -> sqlite3.Connection:
 
 
 def _reader(path: Path, mode: str = "mode=ro") -> sqlite3.Connection:
-    # A WAL reader needs the -shm file, so the folder must be writable or the files already there.
+    # A WAL reader needs the -shm file: the folder must be writable, or the file must exist.
     return sqlite3.connect(f"file:{path}?{mode}", uri=True, timeout=5, isolation_level=None)
 
 

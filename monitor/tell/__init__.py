@@ -1,4 +1,3 @@
-"""What people and other systems are told: the report, alerts, exports, the status and history commands.
-
-It restarts nothing, and knows of no lock and no operator's request.
+"""Owns reporting: the JSON report, alerts, exports, the commands `status` and `history`.
+May not know restarts, the lock of a run and operators' requests.
 """

@@ -1,7 +1,7 @@
-"""Which alerts are sent, and when: on changes only, once, in order, kept on disk until the channel accepted them.
+"""Which alerts are sent, and when: on changes only, once, and in order.
 
-One incident is one message when it opens and one when it ends; reminders only while it lasts without a break.
-Incidents that open in the same run share one message. Messages wait in the outbox until the channel accepts them.
+An incident is one message when it opens and one when it closes, with reminders while it lasts without a break. Incidents
+that open in the same run share a message. Messages wait in the store's outbox until the channel accepts them.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ RUNBOOK = "docs/operations.md"
 
 
 def compose(
-    changes: list[Change], news: list[dict[str, Any]], decisions: Mapping[str, Decision], verdicts: Mapping[str, Verdict],
+    changes: list[Change], changed_warnings: list[dict[str, Any]], decisions: Mapping[str, Decision], verdicts: Mapping[str, Verdict],
     histories: dict[str, History], settings: Settings, now: float,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Messages of this run: {kind, severity, incident, en, zh}. Counts reminders in `histories`."""
+    """The messages of this run: {kind, severity, incident, en, zh}. Updates the reminder counts in `histories`."""
     messages = []
     opened = [c for c in changes if c.kind == "opened" and c.incident]
     closed = [c for c in changes if c.kind == "closed" and c.incident]
@@ -50,12 +50,12 @@ def compose(
     for target, decision in decisions.items():
         if decision.opens:
             messages.append(_circuit(target, decision, histories[target].incident))
-    for target, kept in histories.items():
-        reminder = _reminder(kept.incident, now) if kept.seen else None
-        if reminder and kept.incident:
-            histories[target] = replace(kept, incident=replace(kept.incident, reminders=kept.incident.reminders + 1))
+    for target, history in histories.items():
+        reminder = _reminder(history.incident, now) if history.seen else None
+        if reminder and history.incident:
+            histories[target] = replace(history, incident=replace(history.incident, reminders=history.incident.reminders + 1))
             messages.append(reminder)
-    messages += [_warning(item) for item in news]
+    messages += [_warning(item) for item in changed_warnings]
     return messages
 
 
@@ -78,7 +78,7 @@ def _resolve(closed: list[Change]) -> dict[str, Any]:
         incident = change.incident
         assert incident is not None
         names.append(incident.id)
-        lasted = _span((incident.recovered_at or change.at) - incident.first_seen_at)
+        lasted = _duration((incident.recovered_at or change.at) - incident.first_seen_at)
         flaps_en = f", {incident.flaps} relapses" if incident.flaps else ""
         flaps_zh = f"，复发 {incident.flaps} 次" if incident.flaps else ""
         en.append(
@@ -93,20 +93,20 @@ def _resolve(closed: list[Change]) -> dict[str, Any]:
 
 def _circuit(target: str, decision: Decision, incident: Incident | None) -> dict[str, Any]:
     name = incident.id if incident else ""
-    en = f"{target}: no more automatic restarts ({decision.reason}). Remove the cause, then: health_check.py reset --reason WHY"
+    en = f"{target}: automatic restarts are stopped ({decision.reason}). Fix the cause, then run: health_check.py reset --reason WHY"
     zh = f"{target}：不再自动重启（{decision.reason}）。请排除原因后执行：health_check.py reset --reason 原因"
     return {"kind": "circuit", "severity": "page", "incident": name, "en": en, "zh": zh}
 
 
 def _reminder(incident: Incident | None, now: float) -> dict[str, Any] | None:
-    """No reminders of a flapping service: there would be one at every flap."""
+    """None for a flapping service, which would cause a reminder at every flap."""
     if incident is None or incident.recovered_at is not None or incident.flaps:
         return None
     n = incident.reminders
     due_s = REMIND_AFTER_S[n] if n < len(REMIND_AFTER_S) else REMIND_EVERY_S * (n - len(REMIND_AFTER_S) + 1)
     if now - incident.opened_at < due_s:
         return None
-    lasts = _span(now - incident.first_seen_at)
+    lasts = _duration(now - incident.first_seen_at)
     return {
         "kind": "reminder", "severity": "page", "incident": incident.id,
         "en": f"{incident.target}: still {incident.word} after {lasts}. {incident.en}",
@@ -115,7 +115,7 @@ def _reminder(incident: Incident | None, now: float) -> dict[str, Any] | None:
 
 
 def _warning(item: Mapping[str, Any]) -> dict[str, Any]:
-    state_en, state_zh = ("Warning", "警告") if item["began"] else ("Over", "警告解除")
+    state_en, state_zh = ("Warning", "警告") if item["began"] else ("Resolved", "警告解除")
     return {
         "kind": "fire" if item["began"] else "resolve", "severity": "warn", "incident": f"warning-{item['name']}",
         "en": f"{state_en}: {item['en']} Now {item['mean']}.", "zh": f"{state_zh}：{item['zh']}当前 {item['mean']}。",
@@ -126,7 +126,7 @@ def _warning(item: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def queue(store: Store, messages: list[dict[str, Any]], settings: Settings, now: float) -> None:
-    """One row for each channel. Call inside the run's transaction."""
+    """Adds one row per message and channel. Call inside the run's transaction."""
     for message in messages:
         at = now if message["severity"] == "page" else after_quiet_hours(settings, now)
         for channel in channels.configured(settings):
@@ -138,30 +138,30 @@ def queue(store: Store, messages: list[dict[str, Any]], settings: Settings, now:
 
 
 def deliver(store: Store, settings: Settings, hold: holds.Holds, now: float) -> None:
-    """Sends what is due: the channels in parallel, each in order. Never raises for what a channel does."""
+    """Sends what is due: channels in parallel, messages of a channel in order. Raises sqlite3.Error only."""
     if holds.in_force(hold, "silence", now) or holds.in_force(hold, "maintenance", now):
         return
-    waiting: list[tuple[list[list[dict[str, Any]]], Deadline[list[str]]]] = []
+    pending: list[tuple[list[list[dict[str, Any]]], Deadline[list[str]]]] = []
     for channel in channels.configured(settings):
         due = store.rows(
             "SELECT * FROM outbox WHERE channel = ? AND sent_at IS NULL AND next_at <= ? AND made_at > ? ORDER BY id",
             channel.name, now, now - GIVE_UP_AFTER_S,
         )  # fmt: skip
-        room = settings.alerts_per_hour - _sent_last_hour(store, channel.name, now)
-        if due and room > 0:
-            batches = [due] if len(due) > DIGEST_ABOVE else [[row] for row in due[:room]]
+        allowed = settings.alerts_per_hour - _sent_last_hour(store, channel.name, now)
+        if due and allowed > 0:
+            batches = [due] if len(due) > DIGEST_ABOVE else [[row] for row in due[:allowed]]
             sending: Deadline[list[str]] = Deadline(partial(_send_all, channel, batches, settings), SEND_LIMIT_S, [])
-            waiting.append((batches, sending))
-    for batches, sending in waiting:
+            pending.append((batches, sending))
+    for batches, sending in pending:
         outcomes = sending.result()
         with store.transaction():
             for number, batch in enumerate(batches):
-                error = outcomes[number] if number < len(outcomes) else "not reached in time"
-                _settle(store, batch, redact(error, settings), now)
+                error = outcomes[number] if number < len(outcomes) else "not sent before the deadline"
+                _record_outcome(store, batch, redact(error, settings), now)
 
 
 def _send_all(channel: channels.Channel, batches: list[list[dict[str, Any]]], settings: Settings) -> list[str]:
-    """One error per batch, empty if it was accepted. Stops at the first failure, to keep the order."""
+    """One error per batch, empty if it was accepted. Stops at the first failure to keep the order."""
     outcomes: list[str] = []
     for batch in batches:
         severity = "page" if any(row["severity"] == "page" for row in batch) else "warn"
@@ -180,7 +180,7 @@ def text_of(messages: list[Mapping[str, Any]], language: str) -> str:
     return "\n".join(lines)
 
 
-def _settle(store: Store, batch: list[dict[str, Any]], error: str, now: float) -> None:
+def _record_outcome(store: Store, batch: list[dict[str, Any]], error: str, now: float) -> None:
     for row in batch:
         if not error:
             store.execute("UPDATE outbox SET sent_at = ?, tries = tries + 1, error = NULL WHERE id = ?", now, row["id"])
@@ -197,7 +197,7 @@ def _sent_last_hour(store: Store, channel: str, now: float) -> int:
 
 
 def after_quiet_hours(settings: Settings, now: float) -> float:
-    """`now`, or the end of the quiet hours if it lies in them."""
+    """`now`, or the end of the quiet hours if `now` is within them."""
     if not settings.quiet_hours:
         return now
     zone = ZoneInfo(settings.timezone) if settings.timezone else None
@@ -212,20 +212,20 @@ def after_quiet_hours(settings: Settings, now: float) -> float:
 
 
 def ping(settings: Settings, report: Mapping[str, Any]) -> str:
-    """The dead man's switch: an outside service notices when the pings stop. Empty if it was accepted, else why not."""
+    """Dead man's switch: an external service alerts when the pings stop. Empty if it was accepted, otherwise why not."""
     if settings.ping_url is None:
         return ""
-    good = report["service_healthy"] in (True, None)  # a checker that cannot judge is alive
+    good = report["service_healthy"] in (True, None)  # a checker that cannot judge is still alive
     text = "\n".join([report["verdict"], *report["reasons"]])
     url, by_query = ping_address(settings.ping_url.get_secret_value(), good, text)
     body = None if by_query else text.encode()[:10000]
     reply = exchange(url, PING_LIMIT_S, "GET" if by_query else "POST", body, connect_s=3.0)
     accepted = reply.outcome == "answered" and 200 <= reply.status < 300
-    return "" if accepted else f"the outward ping was not taken: {reply.detail or f'HTTP {reply.status}'}"
+    return "" if accepted else f"the outbound ping was not accepted: {reply.detail or f'HTTP {reply.status}'}"
 
 
 def ping_address(url: str, good: bool, text: str) -> tuple[str, bool]:
-    """(address, whether the state is in its query). Healthchecks takes `<url>/fail`, Uptime Kuma `?status=down`."""
+    """(URL, whether the state is in its query): Healthchecks expects `<url>/fail`, Uptime Kuma `?status=down`."""
     parts = urlsplit(url)
     query = dict(parse_qsl(parts.query, keep_blank_values=True))
     if "status" in query:
@@ -235,7 +235,7 @@ def ping_address(url: str, good: bool, text: str) -> tuple[str, bool]:
     return urlunsplit(parts._replace(path=path)), False
 
 
-def _span(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

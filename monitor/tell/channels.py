@@ -1,13 +1,12 @@
 """The alert channels: DingTalk, Feishu, WeCom, a signed webhook, Slack, e-mail. Each reports whether it accepted a message.
 
-Several of them answer 200 and put the refusal into the body, so the body decides. Nothing here raises for what a
-channel does, and no error text holds an address: addresses are secrets.
+Several of them answer 200 with an error in the body, so the body decides. No channel raises, and no error text contains a
+URL, because URLs hold tokens.
 
-Why not apprise: tried with version 2.3.0 against the stand-ins of the tests. Its DingTalk, Feishu, WeCom and Slack
-plugins send to a fixed host and reject a given URL; DingTalk, WeCom and the JSON webhook take a refusal in a 200 body
-for success; Feishu and the webhook cannot be signed; DingTalk's signature is percent-encoded twice; the reason of a
-failure goes to a log only. No more than e-mail could be kept, without opportunistic STARTTLS. It also adds 37 MiB to
-the memory of a run that delivers.
+Why not apprise: version 2.3.0, tried against the tests' servers, would have covered e-mail only, and without opportunistic
+STARTTLS. Its DingTalk, Feishu, WeCom and Slack plugins send to a fixed host and reject a custom URL. Its DingTalk, WeCom
+and JSON webhook plugins treat an error in a 200 body as success. It cannot sign Feishu and webhook messages, encodes
+DingTalk's signature twice, and reports the reason of a failure in a log only. It adds 37 MiB to a run that sends.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from monitor.observe.exchange import Reply, exchange
 from settings import Settings
 
 LIMIT_S = 5.0
-TEXT_LIMIT_BYTES = 3800  # WeCom takes 4096, DingTalk 20000
+TEXT_LIMIT_BYTES = 3800  # WeCom accepts 4096, DingTalk 20000
 TITLE = "GLM-4.6V-Flash-WEB"
 
 
@@ -38,7 +37,7 @@ class Channel(Protocol):
 
     @abstractmethod
     def send(self, text: str, severity: str, messages: list[Mapping[str, Any]]) -> str:
-        """Empty if the message was accepted, otherwise why not."""
+        """Empty if the message was accepted, otherwise why not. Never raises; blocks for a few times LIMIT_S at most."""
 
 
 def configured(settings: Settings) -> list[Channel]:
@@ -63,7 +62,7 @@ def configured(settings: Settings) -> list[Channel]:
 
 
 class DingTalk:
-    """Signature: base64(HMAC-SHA256(secret, "<ms>\\n<secret>")), url-encoded. Only a page mentions everybody."""
+    """Signature: base64(HMAC-SHA256(secret, "<ms>\\n<secret>")), URL-encoded. Mentions everybody for severity `page` only."""
 
     name = "dingtalk"
 
@@ -113,7 +112,7 @@ class WeCom:
 
 
 class Webhook:
-    """X-GLM-Signature: sha256=HMAC(secret, "<timestamp>.<body>"), so a receiver can refuse forgeries and replays."""
+    """X-GLM-Signature: sha256=HMAC(secret, "<timestamp>.<body>"), so that a receiver can reject forgeries and replays."""
 
     name = "webhook"
 
@@ -132,7 +131,7 @@ class Webhook:
 
 
 class Slack:
-    """Also any other receiver of {"text": ...}."""
+    """Slack, and any other receiver of {"text": ...}."""
 
     name = "slack"
 
@@ -145,7 +144,7 @@ class Slack:
 
 
 class Mail:
-    """smtps://user:password@host:465/?from=a@b.c&to=d@e.f,g@h.i; smtp:// speaks STARTTLS if the server offers it."""
+    """smtps://user:password@host:465/?from=a@b.c&to=d@e.f,g@h.i; smtp:// uses STARTTLS if the server offers it."""
 
     name = "email"
 
@@ -189,7 +188,7 @@ def _post(url: str, body: Mapping[str, Any]) -> Reply:
 def _refusal(reply: Reply, code_name: str, message_name: str) -> str:
     """Why the message was not accepted; empty if it was.
 
-    `code_name`: the field that must be there and be 0. Without one, any field that names an error counts.
+    `code_name`: the field that must be present and 0. If empty, any field that reports an error counts.
     """
     if reply.outcome != "answered":
         return f"{reply.outcome}: {reply.detail}"

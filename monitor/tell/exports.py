@@ -1,6 +1,6 @@
-"""The report for other systems: health.jsonl (ECS fields), health.prom (textfile collector), Pushgateway, Elasticsearch.
+"""The report for other systems: health.jsonl (ECS), health.prom (textfile collector), Pushgateway, Elasticsearch.
 
-What leaves the machine is sent under a time limit, so a receiver never holds up a run.
+Everything that is sent over the network has a deadline.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ OUTCOMES = {True: "success", False: "failure", None: "unknown"}
 
 
 def write(report: Mapping[str, Any], settings: Settings, store: Store) -> None:
-    """Raises OSError for a file that cannot be written."""
+    """Writes the files. Raises OSError."""
     _append(settings.log_dir / JSONL, json.dumps(to_ecs(report), ensure_ascii=False, allow_nan=False) + "\n")
     for name in RAW_LOGS:
         _truncate(settings.log_dir / name)
@@ -43,7 +43,7 @@ def write(report: Mapping[str, Any], settings: Settings, store: Store) -> None:
 
 
 def send(report: Mapping[str, Any], settings: Settings, store: Store) -> list[str]:
-    """Sends over the network where that is configured. Returns what failed, without addresses: they are secrets."""
+    """Sends to what is configured. Returns the failures, without URLs, because URLs hold passwords."""
     problems = []
     if settings.pushgateway_url is not None:
         problems.append(_push(settings.pushgateway_url.get_secret_value(), to_metrics(report, store)))
@@ -53,7 +53,7 @@ def send(report: Mapping[str, Any], settings: Settings, store: Store) -> list[st
 
 
 def to_ecs(report: Mapping[str, Any]) -> dict[str, Any]:
-    """One line for each run. Own fields are under `glm`; no text of a user's question or answer is in it."""
+    """One document per run. Fields outside ECS are under `glm`; it holds no text of users' questions or answers."""
     healthy = report["service_healthy"]
     when = datetime.fromisoformat(report["timestamp"]).astimezone(UTC)
     return {
@@ -89,7 +89,7 @@ def to_metrics(report: Mapping[str, Any], store: Store) -> CollectorRegistry:
     registry = CollectorRegistry()
 
     def gauge(name: str, what: str, value: Any) -> None:
-        if isinstance(value, int | float):  # what is not known has no sample
+        if isinstance(value, int | float):  # an unknown value has no sample
             Gauge(name, what, registry=registry).set(value)
 
     machine, gpu = report["evidence"]["machine"], report["evidence"]["gpu"]
@@ -144,7 +144,7 @@ def _cards(registry: CollectorRegistry, cards: Any) -> None:
 
 
 def _append(path: Path, line: str) -> None:
-    """Rotated by renaming, never by truncating: a shipper that has the file open reads it to its end."""
+    """Rotates by renaming, so that a log shipper can read the open file to its end."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and path.stat().st_size > ROTATE_BYTES:
         for number in range(ROTATE_KEEP - 1, 0, -1):
@@ -157,7 +157,7 @@ def _append(path: Path, line: str) -> None:
 
 
 def _truncate(path: Path) -> None:
-    """The servers hold their log open for append, so a large one is copied and truncated, for machines without logrotate."""
+    """For machines without logrotate: copies the end of a large log and truncates it, as the servers keep it open."""
     if not path.exists() or path.stat().st_size <= RAW_LIMIT_BYTES:
         return
     old = path.with_name(f"{path.name}.1")
@@ -169,7 +169,7 @@ def _truncate(path: Path) -> None:
 
 
 def _push(url: str, registry: CollectorRegistry) -> str:
-    """Replaces the group of this machine at the Pushgateway. Empty if it was accepted, else why not."""
+    """Replaces this machine's group at the Pushgateway. Empty if it was accepted, otherwise why not."""
 
     def put(url: str, method: str, timeout: float, headers: list[tuple[str, str]], data: bytes) -> Callable[[], None]:
         def send() -> None:
@@ -187,15 +187,16 @@ def _push(url: str, registry: CollectorRegistry) -> str:
 
 
 def _bulk(url: str, document: Mapping[str, Any], log_dir: Path) -> str:
-    """The last path part is the index. A bulk reply is 200 even if documents were refused: its items show it.
+    """Empty if the documents were accepted, otherwise why not. The URL's path is the index.
 
-    Documents that could not be sent wait in a small file beside the log and go first the next time.
+    Unsent documents wait in a small file and are sent first the next time. A bulk reply is 200 even if documents were
+    rejected; its items show it.
     """
     parts = urlsplit(url)
     index = parts.path.strip("/") or "glm-health"
     pending = log_dir / ".elasticsearch.pending"
     lines = pending.read_text(encoding="utf-8").splitlines()[-998:] if pending.exists() else []
-    # The same id twice is the same document: sending it again after a lost reply does no harm.
+    # With a fixed id, a document that is sent again after a lost reply is not duplicated.
     name = f"{platform.node()}-{document['@timestamp']}"
     lines += [json.dumps({"index": {"_index": index, "_id": name}}), json.dumps(document, ensure_ascii=False)]
     headers = {"Content-Type": "application/x-ndjson"}
@@ -206,15 +207,15 @@ def _bulk(url: str, document: Mapping[str, Any], log_dir: Path) -> str:
     target = f"{parts.scheme}://{parts.hostname}{port}/_bulk"
     reply = exchange(target, SEND_LIMIT_S, "POST", ("\n".join(lines) + "\n").encode(), headers, connect_s=2.0)
     body = reply.json() or {}
-    # A document that is refused for its content would be refused for ever, and must not block those behind it.
+    # A document rejected for its content would be rejected again and must not block later ones.
     if reply.status == 200:
         pending.unlink(missing_ok=True)
         refused = [item for row in body.get("items", ()) for item in row.values() if item.get("error")]
-        return f"Elasticsearch refused {len(refused)} of {len(lines) // 2}: {refused[0]['error']}"[:300] if refused else ""
+        return f"Elasticsearch rejected {len(refused)} of {len(lines) // 2}: {refused[0]['error']}"[:300] if refused else ""
     try:
         replace_file(pending, "\n".join(lines))
     except OSError:
-        return "Elasticsearch cannot be reached, and the disk cannot keep the documents for later"
+        return "Elasticsearch did not accept the documents, and the disk is not writable to keep them"
     return f"Elasticsearch did not accept the documents: {reply.detail or f'HTTP {reply.status}'}; {len(lines) // 2} documents wait"
 
 

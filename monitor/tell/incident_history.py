@@ -49,7 +49,7 @@ def show(settings: Settings, hours: float, as_json: bool) -> int:
 
 
 def availability(store: Store, since: float, now: float, period_s: float) -> dict[str, dict[str, Any]]:
-    """Share of runs in which a target served. Time without a run is unknown and counted apart, never as good."""
+    """Share of runs in which each target served users. Time without a run is reported separately, never as available."""
     span = "minute" if now - since <= 86400 else "hour"
     counts: dict[str, dict[str, int]] = {}
     seen = 0
@@ -68,20 +68,20 @@ def availability(store: Store, since: float, now: float, period_s: float) -> dic
         share = served / judged if judged else None
         looked = min(1.0, seen / expected)
         busy = words.get("busy", 0)
-        text = f"{100 * share:.2f} % served" if share is not None else "nothing known"
+        text = f"{100 * share:.2f} % served" if share is not None else "no data"
         text += f" in {judged} runs ({busy} busy); checked {100 * looked:.0f} % of the time since {_when(first or now)}"
         found[target] = {"share": share, "looks": judged, "busy": busy, "words": words, "looked_share": looked, "text": text}
     return found
 
 
 def show_incident(settings: Settings, name: str | None) -> int:
-    """One incident from the first symptom to its end, as a text that can be forwarded."""
+    """Prints one incident from its first symptom to its end."""
     store = _open(settings)
     if store is None:
         return BAD
     rows = store.rows("SELECT * FROM incidents WHERE id = ?", name) if name else store.incidents(limit=1)
     if not rows:
-        print(f"There is no incident {name!r}." if name else "There has been no incident.", file=sys.stderr)
+        print(f"No such incident: {name!r}." if name else "No incident so far.", file=sys.stderr)
         store.close()
         return BAD
     print("\n".join(incident_text(store, rows[0], settings)))
@@ -123,7 +123,7 @@ def _open(settings: Settings) -> Store | None:
         store.get("version")
         return store
     except sqlite3.Error as error:
-        print(f"There is no history yet: {error}. Run health_check.py once.", file=sys.stderr)
+        print(f"No history yet: {error}. Run health_check.py once.", file=sys.stderr)
         return None
 
 

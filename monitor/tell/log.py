@@ -1,4 +1,4 @@
-"""Problems of the checker itself, for logs/health_check.log: with the time, because cron adds none."""
+"""Log lines about the checker itself, on standard error, which cron appends to logs/health_check.log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Removes every secret of the settings from text for logs, evidence bundles, alerts and the store."""
+"""Removes the secrets of the settings from text for logs, evidence bundles, alerts and the store."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ HIDDEN = "***"
 TOKENS_IN_URLS = re.compile(r"((?:access_token|key|token|secret|password|sign)=)[^&\s\"']+", re.IGNORECASE)
 
 
-def known(settings: Settings) -> list[str]:
-    """The secrets, longest first, so that no part of one is left when another is contained in it."""
+def secrets_of(settings: Settings) -> list[str]:
+    """The secrets, longest first, because one may contain another."""
     values = set()
     for name in SECRETS:
         value = getattr(settings, name.lower(), None)
@@ -26,6 +26,6 @@ def known(settings: Settings) -> list[str]:
 
 
 def redact(text: str, settings: Settings) -> str:
-    for value in known(settings):
+    for value in secrets_of(settings):
         text = text.replace(value, HIDDEN)
     return TOKENS_IN_URLS.sub(rf"\g<1>{HIDDEN}", text)

@@ -1,7 +1,4 @@
-"""The report that people and programs read: the six keys of the contract at the top, the evidence below. Standard library only.
-
-Owns the shape of the JSON and the atomic write. NaN and infinity become null.
-"""
+"""The JSON report: six fixed keys at the top, the evidence below. NaN and infinity become null. Standard library only."""
 
 from __future__ import annotations
 
@@ -29,9 +26,9 @@ def build(
     at: float | None = None,
     **more: Any,
 ) -> dict[str, Any]:
-    """`gpu` carries load_percent and memory_used_mib of the busiest and the fullest card; null with `reason`.
+    """`gpu` has the highest load_percent and memory_used_mib of all cards, null with a `reason`. `at` is wall-clock seconds.
 
-    `more` adds top-level keys: targets, warnings, check.
+    `more` adds the top-level keys targets, warnings and check.
     """
     moment = datetime.fromtimestamp(at, UTC) if at is not None else datetime.now(UTC)
     return {
@@ -60,13 +57,14 @@ def to_json(report: Mapping[str, Any], indent: int | None = 2) -> str:
 
 
 def write(report: Mapping[str, Any], log_dir: Path) -> Path:
-    """Replace health.json in one step: a reader sees the old report or the new one, never half of one."""
+    """Replaces health.json atomically. Raises OSError."""
     path = log_dir / FILE_NAME
     replace_file(path, to_json(report) + "\n")
     return path
 
 
 def replace_file(path: Path, text: str, mode: int = 0o644) -> None:
+    """Writes a temporary file and renames it, so that readers never see a partial file. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

@@ -1,6 +1,6 @@
-"""The commands `status` and `watch`: the last report as text, while the service, the store and the checker may be down.
+"""The commands `status` and `watch`: the last report as text. They work while the service, store and checker are down.
 
-On a full disk the newest report is in shared memory only, and is read from there.
+On a full disk the newest report is in shared memory only.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from datetime import datetime
 from typing import Any
 
-from monitor.store.store import Store, kept_path
+from monitor.store.store import Store, fallback_path
 from monitor.tell import report
 from settings import Settings
 
@@ -23,7 +23,7 @@ MARKS = {"healthy": "ok", "busy": "ok", "starting": "..", "degraded": " !", "unk
 
 
 def read(settings: Settings) -> tuple[dict[str, Any] | None, float]:
-    """(report, its age in seconds)."""
+    """(newest report, its age in seconds); (None, 0.0) if there is none."""
     found = []
     for read_last in (_from_file, _from_memory):
         try:
@@ -43,7 +43,7 @@ def _from_file(settings: Settings) -> dict[str, Any]:
 
 
 def _from_memory(settings: Settings) -> dict[str, Any] | None:
-    if not kept_path(settings.log_dir).exists():
+    if not fallback_path(settings.log_dir).exists():
         return None
     with contextlib.closing(Store.read_only(settings.log_dir)) as store:
         return store.last_report()
@@ -59,14 +59,14 @@ def show(settings: Settings, as_json: bool) -> int:
         print(report.to_json({**found, "age_s": round(age_s, 1), "stale": stale}))
     else:
         print("\n".join(lines(found, age_s, settings)))
-    # A stale report is not good, whatever it says.
+    # A stale report is never a success.
     return GOOD if found["service_healthy"] and not stale else BAD
 
 
 def lines(found: dict[str, Any], age_s: float, settings: Settings) -> list[str]:
     out = [f"{found['verdict'].upper()}   {found['timestamp']}   {_ago(age_s)} ago, took {found['duration_s']} s"]
     if age_s > settings.check_silent_s:
-        out.append(f"STALE: the checker has been silent for {_ago(age_s)}. What follows may no longer hold. Try: health_check.py doctor")
+        out.append(f"STALE: the checker has not run for {_ago(age_s)}, so this may be out of date. Try: health_check.py doctor")
     for name, target in found.get("targets", {}).items():
         seen = f" (seen {target['seen']} of {target['needed']})" if target["seen"] and target["seen"] < target["needed"] else ""
         out.append(f" {MARKS.get(target['word'], 'XX')} {name:5} {target['word']:9}{seen} {target['en']}")
@@ -92,7 +92,7 @@ def lines(found: dict[str, Any], age_s: float, settings: Settings) -> list[str]:
 
 
 def watch(settings: Settings, every_s: float, times: int) -> int:
-    """Until Ctrl-C, or `times` times."""
+    """Runs until Ctrl-C, or `times` times."""
     done = 0
     code = BAD
     try:

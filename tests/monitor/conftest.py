@@ -16,8 +16,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import stand_in_model
+from stand_in_model import completion
 
 import settings as settings_module
+from monitor.observe.question import NAMES
 from monitor.store import store
 from settings import Settings
 
@@ -26,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(autouse=True)
 def shared_memory(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Each test has its own, so that no store of a full disk outlives it."""
+    """Each test has its own, so that no store in it outlives the test."""
     folder = tmp_path_factory.mktemp("shm")
     monkeypatch.setattr(store, "SHARED_MEMORY", folder)
     return folder
@@ -34,8 +37,8 @@ def shared_memory(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
 
 @pytest.fixture(scope="session", autouse=True)
 def cron_project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path | None]:
-    """A project that the real cron checks each minute from now on. Cron counts in minutes, so it is started before the
-    other tests and looked at when its own test comes. It runs in a mount namespace whose spool holds this table only."""
+    """A project that the real cron checks every minute. Cron needs up to two minutes for two runs, so it is started before
+    the other tests. It runs in a mount namespace whose spool has this crontab only."""
     if not any(item.name == "test_cron_runs_it_twice" for item in request.session.items):
         yield None
         return
@@ -65,8 +68,8 @@ def cron_project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
 
 
 class Behaviour:
-    """What the stand-in answers. `reply` gets the body of a question about a picture, `text_reply` of one without;
-    both return status and body, and a completion is streamed."""
+    """What the stand-in answers. `reply` gets the body of an image question, `text_reply` of a text question; both return
+    status and body. A completion is streamed."""
 
     def __init__(self) -> None:
         self.health: Callable[[], tuple[int, dict]] = lambda: (200, {"state": "idle", "steps": 7})
@@ -82,8 +85,12 @@ class Behaviour:
         self.questions: list[dict] = []
 
 
-def completion(text: str) -> dict:
-    return {"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}]}
+@pytest.fixture(scope="session")
+def describe() -> Callable[[dict], str]:
+    """Answers the image question. Its outlines are drawn here, because that may take longer than a question may."""
+    for name in NAMES:
+        stand_in_model.known_outlines(name)
+    return stand_in_model.describe
 
 
 @pytest.fixture
@@ -93,7 +100,7 @@ def behaviour() -> Behaviour:
 
 @pytest.fixture
 def service(behaviour: Behaviour) -> Iterator[int]:
-    """One server that plays both parts; yields its port."""
+    """One server in the place of both the API and the page; yields its port."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -134,7 +141,7 @@ def service(behaviour: Behaviour) -> Iterator[int]:
                 return self.send(403, {})
             key = self.headers["Sec-WebSocket-Key"].encode()
             proof = hashlib.sha1(key + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest()
-            self.protocol_version = "HTTP/1.1"  # RFC 6455 asks for it, and for both headers
+            self.protocol_version = "HTTP/1.1"  # RFC 6455 requires it, and both headers
             self.send_response(101)
             self.send_header("Connection", "Upgrade")
             self.send_header("Upgrade", "websocket")
@@ -165,7 +172,7 @@ def service(behaviour: Behaviour) -> Iterator[int]:
 
 @pytest.fixture
 def hung() -> Iterator[int]:
-    """A port where connections are accepted by the kernel and nobody ever answers."""
+    """A port where the kernel accepts connections and no server answers."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(16)
@@ -174,7 +181,7 @@ def hung() -> Iterator[int]:
 
 @pytest.fixture
 def trickling() -> Iterator[int]:
-    """A server that sends one byte of a reply now and then, so that no socket time limit ever strikes."""
+    """A server that trickles its reply byte by byte, so that no socket timeout expires."""
     stop = threading.Event()
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
@@ -205,12 +212,12 @@ def trickling() -> Iterator[int]:
 
 @pytest.fixture
 def make_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Settings]:
-    """Settings of a test's own: no .env, no GLM_ variables of whoever runs the tests, and no cure: a run that finds
-    its server dead would start the project that the tests belong to."""
+    """Settings without .env and without restarts, which would start the project that the tests belong to. The time limit of
+    a question is one that a loaded machine keeps; tests of the limit set a shorter one."""
     monkeypatch.setattr(settings_module, "ENV_FILE", tmp_path / "no.env")
 
     def make(port: int, **changes: object) -> Settings:
-        values = {"api_port": port, "web_port": port, "probe_timeout_s": 4.0, "log_dir": tmp_path / "logs", "cure": "shadow", **changes}
+        values = {"api_port": port, "web_port": port, "probe_timeout_s": 30.0, "log_dir": tmp_path / "logs", "cure": "shadow", **changes}
         return Settings(_env_file=None, **values)
 
     return make

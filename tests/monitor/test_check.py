@@ -1,27 +1,22 @@
-"""A whole run of the check against servers that answer, misbehave or are not there."""
+"""Whole runs of the checker against servers that answer, misbehave or do not exist."""
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import io
 import json
 import random
 import threading
 import time
 from dataclasses import replace
-from functools import cache
 
-import numpy as np
 import pytest
-from PIL import Image, ImageFilter
+from stand_in_model import completion
 
-from models.shapes.pictures import COLORS, draw_shapes
+from models.shapes.pictures import COLORS
 from monitor import check
 from monitor.observe import observe
 from monitor.observe.observe import now
 from monitor.observe.processes import ProcessRecord, boot_id, write_record
-from monitor.observe.question import NAMES
 from monitor.store.store import Store
 from monitor.tell import status
 
@@ -30,55 +25,12 @@ def run_check(settings, rng) -> dict:
     return check.run(settings, rng).report
 
 
-LOOKS_S = 2 + 2 + 4  # both looks at /health, and the page
+OTHER_PROBES_S = 2 + 2 + 4  # /health twice, and the page
 SIX_KEYS = ["timestamp", "gpu_load", "gpu_memory_used", "cpu_percent", "memory_used_percent", "service_healthy"]
 
 
-def seen(body: dict) -> str:
-    """Looks at the picture the way a model would have to: which named colour covers most of it, in which form?"""
-    url = body["messages"][0]["content"][0]["image_url"]["url"]
-    picture = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB")
-    color = max(COLORS, key=lambda name: int(painted(picture, name).sum()))
-    form = outline(picture, color)
-    shape = max(NAMES, key=lambda name: max(float((form == known).mean()) for known in known_outlines(name)))
-    return f"{color} {shape}"
-
-
-def painted(picture: Image.Image, color: str) -> np.ndarray:
-    """Where a colour is the nearest of the named ones, and near: [height, width]."""
-    pixels = np.asarray(picture.convert("RGB"), dtype=int)[:, :, None]
-    distances = np.abs(pixels - np.array(list(COLORS.values()))).sum(axis=-1)
-    return (distances.argmin(axis=-1) == list(COLORS).index(color)) & (distances.min(axis=-1) < 70)
-
-
-def outline(picture: Image.Image, color: str) -> np.ndarray:
-    """What has the colour, filling a square: [24, 24]."""
-    where = Image.fromarray(painted(picture, color)).convert("L").filter(ImageFilter.MedianFilter(7))
-    return np.asarray(where.crop(where.getbbox()).resize((24, 24))) > 127
-
-
-@cache
-def known_outlines(shape: str) -> list[np.ndarray]:
-    return [outline(draw_shapes([("blue", shape)], size=(224, 224), seed=seed), "blue") for seed in range(30)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def outlines_known() -> None:
-    learn_outlines()
-
-
-def learn_outlines() -> None:
-    """Before the first question: drawing them may take longer than a question may."""
-    for name in NAMES:
-        known_outlines(name)
-
-
-def completion(text: str) -> dict:
-    return {"choices": [{"message": {"role": "assistant", "content": text}}]}
-
-
-def test_right_answer_about_the_drawn_picture_is_healthy(service, behaviour, make_settings):
-    behaviour.reply = lambda body: (200, completion(f"The shape is {seen(body)}."))
+def test_right_answer_about_the_drawn_image_is_healthy(service, behaviour, describe, make_settings):
+    behaviour.reply = lambda body: (200, completion(f"The shape is {describe(body)}."))
 
     reports = [run_check(make_settings(service, api_key="secret", probe_token="mark"), random.Random(seed)) for seed in range(3)]
 
@@ -90,7 +42,7 @@ def test_right_answer_about_the_drawn_picture_is_healthy(service, behaviour, mak
     assert "secret" not in str(reports) and "mark'" not in str(reports)
 
 
-def test_every_probe_asks_about_another_picture(service, behaviour, make_settings):
+def test_every_probe_asks_about_a_different_image(service, behaviour, make_settings):
     for seed in range(4):
         run_check(make_settings(service), random.Random(seed))
 
@@ -109,9 +61,9 @@ def test_wrong_answer_is_broken_and_shown(service, behaviour, make_settings, ans
     assert answer in report["reasons"][0]
 
 
-def test_one_slip_of_the_model_is_no_alarm_but_two_are(service, behaviour, make_settings):
+def test_one_wrong_answer_is_tolerated_but_not_two(service, behaviour, describe, make_settings):
     slips = iter([True, False, False, True, False, True])
-    behaviour.reply = lambda body: (200, completion("pink" if next(slips) else seen(body)))
+    behaviour.reply = lambda body: (200, completion("pink" if next(slips) else describe(body)))
 
     verdicts = [run_check(make_settings(service), random.Random(seed))["verdict"] for seed in range(2)]
 
@@ -119,27 +71,26 @@ def test_one_slip_of_the_model_is_no_alarm_but_two_are(service, behaviour, make_
     assert next(slips, "none left") == "none left"
 
 
-
-def test_hung_api_is_found_within_its_time_limit(hung, service, make_settings, monkeypatch):
-    monkeypatch.setattr(observe, "SECOND_LOOK_LIMIT_S", 2.0)
-    settings = make_settings(hung, web_port=service, probe_timeout_s=2)
+def test_hung_api_is_detected_within_its_time_limit(hung, service, make_settings, monkeypatch):
+    monkeypatch.setattr(observe, "SECOND_LOOK_LIMIT_S", 1.0)
+    settings = make_settings(hung, web_port=service, probe_timeout_s=1)
     started = time.monotonic()
 
     report = run_check(settings, random.Random(1))
 
-    assert time.monotonic() - started < settings.probe_timeout_s + LOOKS_S
+    assert time.monotonic() - started < settings.probe_timeout_s + OTHER_PROBES_S
     assert report["verdict"] == "zombie"
     assert report["service_healthy"] is False
 
 
-def test_api_that_trickles_cannot_hold_the_check(trickling, service, make_settings, monkeypatch):
-    monkeypatch.setattr(observe, "SECOND_LOOK_LIMIT_S", 2.0)
-    settings = make_settings(trickling, web_port=service, probe_timeout_s=2)
+def test_api_that_trickles_does_not_delay_the_run(trickling, service, make_settings, monkeypatch):
+    monkeypatch.setattr(observe, "SECOND_LOOK_LIMIT_S", 1.0)
+    settings = make_settings(trickling, web_port=service, probe_timeout_s=1)
     started = time.monotonic()
 
     report = run_check(settings, random.Random(1))
 
-    assert time.monotonic() - started < settings.probe_timeout_s + LOOKS_S
+    assert time.monotonic() - started < settings.probe_timeout_s + OTHER_PROBES_S
     assert report["service_healthy"] is False
 
 
@@ -151,7 +102,7 @@ def test_nothing_listening_is_dead(make_settings):
     assert "no process was started here" in report["reasons"][0]
 
 
-def test_dead_names_the_process_that_is_gone(make_settings):
+def test_dead_names_the_missing_process(make_settings):
     settings = make_settings(1)
     settings.log_dir.mkdir()
     write_record(settings.log_dir, "api", ProcessRecord(1, 1, 1, boot_id()))
@@ -161,7 +112,7 @@ def test_dead_names_the_process_that_is_gone(make_settings):
     assert "The API process (pid 1) is gone." in report["reasons"]
 
 
-def test_engine_that_stands_still_behind_a_good_health_answer_is_wedged(service, behaviour, make_settings):
+def test_stalled_engine_is_wedged(service, behaviour, make_settings):
     released = threading.Event()
     behaviour.health = lambda: (503, {"state": "stalled", "steps": 7, "running": 1, "waiting": 0, "no_progress_s": 130.0})
     behaviour.reply = lambda body: (released.wait(30), (200, completion("late")))[1]
@@ -185,7 +136,7 @@ def test_slow_engine_that_makes_steps_is_busy_and_not_unhealthy(service, behavio
     assert report["service_healthy"] is True
 
 
-def test_a_service_that_is_busy_for_long_warns_and_nothing_more(service, behaviour, make_settings):
+def test_a_service_that_is_busy_for_long_only_warns(service, behaviour, make_settings):
     steps = iter(range(7, 1000))
     behaviour.health = lambda: (200, {"state": "busy", "steps": next(steps), "running": 1, "waiting": 9, "no_progress_s": 1.0})
     behaviour.reply = behaviour.text_reply = lambda body: (503, {"error": {"message": "The queue is full"}})
@@ -196,12 +147,12 @@ def test_a_service_that_is_busy_for_long_warns_and_nothing_more(service, behavio
         reports.append(check.run(settings, random.Random(1), clock=lambda moment=moment: moment).report)
 
     assert [report["verdict"] for report in reports] == ["busy"] * 3
-    told = [[warning["en"] for warning in report["warnings"] if warning["name"] == "busy_s"] for report in reports]
-    assert told == [[], [], ["It has been too busy for the checker's question for 5 minutes or more."]]
+    warnings = [[warning["en"] for warning in report["warnings"] if warning["name"] == "busy_s"] for report in reports]
+    assert warnings == [[], [], ["It has been too busy for the checker's question for 5 minutes or more."]]
     assert all(report["service_healthy"] for report in reports)
 
 
-def test_refused_key_is_named_as_such(service, behaviour, make_settings):
+def test_rejected_key_is_reported(service, behaviour, make_settings):
     behaviour.reply = lambda body: (401, {"error": {"message": "missing or wrong API key"}})
 
     report = run_check(make_settings(service, api_key="old"), random.Random(1))
@@ -210,7 +161,7 @@ def test_refused_key_is_named_as_such(service, behaviour, make_settings):
     assert "GLM_API_KEY" in report["reasons"][0]
 
 
-def test_loading_is_starting_and_nothing_is_asked(service, behaviour, make_settings):
+def test_loading_is_starting_and_no_question_is_sent(service, behaviour, make_settings):
     behaviour.health = lambda: (503, {"state": "loading", "progress": 0.25})
 
     report = run_check(make_settings(service), random.Random(1))
@@ -229,8 +180,8 @@ def test_server_error_is_broken_with_its_message(service, behaviour, make_settin
     assert "device-side assert" in report["reasons"][0]
 
 
-def test_page_that_does_not_answer_degrades_a_good_api(service, behaviour, make_settings):
-    behaviour.reply = lambda body: (200, completion(seen(body)))
+def test_page_that_does_not_answer_degrades_a_good_api(service, behaviour, describe, make_settings):
+    behaviour.reply = lambda body: (200, completion(describe(body)))
     behaviour.page_status = 500
 
     report = run_check(make_settings(service), random.Random(1))
@@ -240,8 +191,8 @@ def test_page_that_does_not_answer_degrades_a_good_api(service, behaviour, make_
     assert "The page does not answer: {}." in report["reasons"]
 
 
-def test_page_that_was_not_started_is_not_missed(service, behaviour, make_settings):
-    behaviour.reply = lambda body: (200, completion(seen(body)))
+def test_page_that_was_not_started_is_not_expected(service, behaviour, describe, make_settings):
+    behaviour.reply = lambda body: (200, completion(describe(body)))
     settings = make_settings(service, web_port=1)
     settings.log_dir.mkdir()
     write_record(settings.log_dir, "api", ProcessRecord(1, 1, service, boot_id()))
@@ -252,8 +203,8 @@ def test_page_that_was_not_started_is_not_missed(service, behaviour, make_settin
     assert report["evidence"]["page"] is None
 
 
-def test_a_users_answer_stands_in_for_the_question_but_not_for_ever(service, behaviour, make_settings):
-    behaviour.reply = lambda body: (200, completion(seen(body)))
+def test_answers_to_users_replace_the_question_for_a_limited_time(service, behaviour, describe, make_settings):
+    behaviour.reply = lambda body: (200, completion(describe(body)))
     behaviour.health = lambda: (200, {"state": "idle", "steps": 7, "success_age_s": {"text": 5.0, "picture": 5.0}})
     settings = make_settings(service)
     first, second = (run_check(settings, random.Random(seed)) for seed in range(2))
@@ -264,11 +215,11 @@ def test_a_users_answer_stands_in_for_the_question_but_not_for_ever(service, beh
 
     late = replace(now(), wall=time.time() + check.ASK_AT_LEAST_EVERY_S, monotonic=time.monotonic() + check.ASK_AT_LEAST_EVERY_S)
     check.run(settings, random.Random(3), clock=lambda: late)
-    assert len(behaviour.questions) == 2, "users' answers are not checked for truth"
+    assert len(behaviour.questions) == 2, "answers to users are not verified"
 
 
-def test_the_way_through_the_reverse_proxy_is_looked_at_too(service, behaviour, make_settings):
-    behaviour.reply = lambda body: (200, completion(seen(body)))
+def test_the_page_is_probed_through_the_reverse_proxy(service, behaviour, describe, make_settings):
+    behaviour.reply = lambda body: (200, completion(describe(body)))
 
     good = run_check(make_settings(service, front_url=f"http://127.0.0.1:{service}/"), random.Random(1))
     bad = run_check(make_settings(service, front_url="http://127.0.0.1:1"), random.Random(1))
@@ -278,8 +229,8 @@ def test_the_way_through_the_reverse_proxy_is_looked_at_too(service, behaviour, 
     assert bad["service_healthy"] is True
 
 
-def test_a_disk_that_refuses_the_store_is_no_reason_to_tell_the_same_every_minute(service, behaviour, make_settings):
-    """The runs share what they know in memory, so an incident is opened once."""
+def test_a_disk_that_refuses_the_store_does_not_repeat_alerts(service, behaviour, make_settings):
+    """The runs share a store in memory, so the incident is opened once."""
     settings = make_settings(1, web_port=service, webhook_url=f"http://127.0.0.1:{service}/v1/chat/completions")
     (settings.log_dir / "state.db").mkdir(parents=True)
     write_record(settings.log_dir, "api", ProcessRecord(4_000_000, 1, 1, boot_id()))
@@ -290,7 +241,7 @@ def test_a_disk_that_refuses_the_store_is_no_reason_to_tell_the_same_every_minut
     assert len({report["targets"]["api"]["incident"] for report in reports}) == 1
     assert [report["check"]["run"] for report in reports] == [1, 2, 3]
     (settings.log_dir / "health.json").write_text(json.dumps({**reports[0], "timestamp": "2026-01-01T00:00:00+00:00"}))
-    assert status.read(settings)[0]["check"]["run"] == 3, "a report that the disk did not take is shown"
+    assert status.read(settings)[0]["check"]["run"] == 3, "a report that is in memory only is shown"
     with contextlib.closing(Store.read_only(settings.log_dir)) as store:
         assert len(store.incidents()) == 1
         assert [row["kind"] for row in store.rows("SELECT kind FROM outbox")] == ["fire"]

@@ -13,6 +13,7 @@ import venv
 from pathlib import Path
 
 import pytest
+from stand_in_model import completion
 
 from monitor.store import store
 
@@ -33,7 +34,7 @@ def run(python: str | Path, script: Path, env: dict[str, str], cwd: Path) -> sub
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """The files that the checker needs, without the rest."""
+    """The files that the checker needs."""
     root = tmp_path / "project"
     root.mkdir()
     for name in ("health_check.py", "cgroup.py", "settings.py"):
@@ -59,11 +60,8 @@ def test_runs_with_an_empty_environment_from_another_folder(copy, tmp_path):
     assert not list(copy.rglob("__pycache__"))
 
 
-def test_healthy_service_exits_0(copy, tmp_path, service, behaviour):
-    from test_check import completion, learn_outlines, seen
-
-    learn_outlines()
-    behaviour.reply = lambda body: (200, completion(seen(body)))
+def test_healthy_service_exits_0(copy, tmp_path, service, behaviour, describe):
+    behaviour.reply = lambda body: (200, completion(describe(body)))
     (copy / ".env").write_text(f"GLM_API_PORT={service}\nGLM_WEB_PORT={service}\n")
 
     done = run(sys.executable, copy / "health_check.py", {}, tmp_path)
@@ -72,7 +70,7 @@ def test_healthy_service_exits_0(copy, tmp_path, service, behaviour):
     assert json.loads(done.stdout)["service_healthy"] is True
 
 
-def test_python_without_the_packages_hands_over_to_the_projects_venv(copy, tmp_path):
+def test_python_without_the_packages_runs_the_projects_venv(copy, tmp_path):
     venv.create(tmp_path / "bare", symlinks=True)
     (copy / ".venv" / "bin").mkdir(parents=True)
     (copy / ".venv" / "bin" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
@@ -83,7 +81,7 @@ def test_python_without_the_packages_hands_over_to_the_projects_venv(copy, tmp_p
     assert json.loads(done.stdout)["verdict"] == "dead", done.stderr
 
 
-def test_python_that_has_only_some_of_the_packages_hands_over_too(copy, tmp_path):
+def test_python_with_some_of_the_packages_runs_the_projects_venv(copy, tmp_path):
     (tmp_path / "partial" / "PIL").mkdir(parents=True)
     (tmp_path / "partial" / "PIL" / "__init__.py").write_text("raise ModuleNotFoundError('PIL')\n")
     (copy / ".venv" / "bin").mkdir(parents=True)
@@ -95,7 +93,7 @@ def test_python_that_has_only_some_of_the_packages_hands_over_too(copy, tmp_path
     assert json.loads(done.stdout)["verdict"] == "dead", done.stderr
 
 
-def test_python_without_the_packages_and_no_venv_says_what_to_do(copy, tmp_path):
+def test_python_without_the_packages_and_no_venv_suggests_start(copy, tmp_path):
     venv.create(tmp_path / "bare", symlinks=True)
 
     done = run(tmp_path / "bare" / "bin" / "python", copy / "health_check.py", {}, tmp_path)
@@ -104,7 +102,7 @@ def test_python_without_the_packages_and_no_venv_says_what_to_do(copy, tmp_path)
     assert "./start.sh" in done.stderr
 
 
-def test_a_reader_that_has_seen_enough_is_no_accident(copy, tmp_path):
+def test_a_closed_pipe_causes_no_traceback(copy, tmp_path):
     done = subprocess.run(
         f"{sys.executable} {copy / 'health_check.py'} drill --list | true", shell=True, cwd=tmp_path, capture_output=True, text=True,
         timeout=60,
@@ -113,7 +111,7 @@ def test_a_reader_that_has_seen_enough_is_no_accident(copy, tmp_path):
     assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
 
 
-def test_settings_that_cannot_be_used_give_an_unknown_verdict(copy, tmp_path):
+def test_invalid_settings_give_an_unknown_verdict(copy, tmp_path):
     (copy / ".env").write_text("GLM_API_PROT=1\n")
 
     done = run(sys.executable, copy / "health_check.py", {}, tmp_path)
@@ -128,21 +126,18 @@ def test_unwritable_log_folder_does_not_hide_the_verdict(copy, tmp_path):
     (tmp_path / "file").touch()
 
     logs = tmp_path / "file" / "logs"
-    kept = Path("/dev/shm") / store.kept_path(logs).parent.name
+    fallback = Path("/dev/shm") / store.fallback_path(logs).parent.name
 
     done = run(sys.executable, copy / "health_check.py", {"GLM_LOG_DIR": str(logs)}, tmp_path)
 
-    assert kept.exists(), "the next run goes on from there"
-    shutil.rmtree(kept)
+    assert fallback.exists(), "the next run continues with it"
+    shutil.rmtree(fallback)
     assert json.loads(done.stdout)["verdict"] == "dead"
     assert "could not be written" in done.stderr
 
 
-def test_a_healthy_run_stays_below_60_mb_and_loads_nothing_large(copy, tmp_path, service, behaviour):
-    from test_check import completion, learn_outlines, seen
-
-    learn_outlines()
-    behaviour.reply = lambda body: (200, completion(seen(body)))
+def test_a_healthy_run_stays_below_60_mb_and_loads_nothing_large(copy, tmp_path, service, behaviour, describe):
+    behaviour.reply = lambda body: (200, completion(describe(body)))
     (copy / ".env").write_text(f"GLM_API_PORT={service}\nGLM_WEB_PORT={service}\n")
     code = (
         "import runpy, sys\n"
@@ -164,7 +159,7 @@ def test_a_healthy_run_stays_below_60_mb_and_loads_nothing_large(copy, tmp_path,
     assert int(done.stderr.split()[-1]) * 1024 < 60e6, "bytes of memory at the peak"
 
 
-def test_loop_runs_period_by_period_where_there_is_no_cron(copy, tmp_path):
+def test_loop_runs_the_checker_periodically(copy, tmp_path):
     done = subprocess.run(
         [sys.executable, str(copy / "health_check.py"), "loop", "--times", "2"], env={"GLM_CHECK_PERIOD_S": "1"}, cwd=tmp_path,
         capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL,
@@ -174,7 +169,7 @@ def test_loop_runs_period_by_period_where_there_is_no_cron(copy, tmp_path):
     assert len((copy / "logs" / "health.jsonl").read_text().splitlines()) == 2
 
 
-def test_a_run_that_finds_no_end_ends_itself(copy, tmp_path, hung):
+def test_a_run_past_its_budget_ends_itself(copy, tmp_path, hung):
     (copy / ".env").write_text(f"GLM_API_PORT={hung}\nGLM_WEB_PORT={hung}\nGLM_CHECK_BUDGET_S=5\nGLM_PROBE_TIMEOUT_S=60\n")
     started = time.monotonic()
 

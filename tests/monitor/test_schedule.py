@@ -1,4 +1,4 @@
-"""install and uninstall, and that cron really runs it: a real cron daemon on a crontab of a user made for the test."""
+"""install and uninstall, and a real cron daemon that runs the installed crontab."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def crontab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A `crontab` that keeps its table in a file."""
+    """A `crontab` command that stores its table in a file."""
     table = tmp_path / "table"
     tool = tmp_path / "bin" / "crontab"
     tool.parent.mkdir()
@@ -30,7 +30,7 @@ def crontab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return table
 
 
-def test_twice_installed_is_once_there_and_other_lines_stay(crontab, make_settings):
+def test_installing_twice_adds_one_block_and_keeps_other_lines(crontab, make_settings):
     crontab.write_text("# mine\n5 4 * * * backup\n")
 
     schedule.install(make_settings(1), "cron")
@@ -42,7 +42,7 @@ def test_twice_installed_is_once_there_and_other_lines_stay(crontab, make_settin
     assert schedule.installed("cron")
 
 
-def test_uninstall_takes_back_exactly_that(crontab, make_settings):
+def test_uninstall_removes_exactly_the_block(crontab, make_settings):
     crontab.write_text("# mine\n5 4 * * * backup\n")
     schedule.install(make_settings(1), "cron")
 
@@ -50,17 +50,17 @@ def test_uninstall_takes_back_exactly_that(crontab, make_settings):
 
     assert crontab.read_text() == "# mine\n5 4 * * * backup\n"
     assert not schedule.installed("cron")
-    assert schedule.uninstall(make_settings(1), "cron") == 0, "twice is no mistake"
+    assert schedule.uninstall(make_settings(1), "cron") == 0, "uninstalling twice succeeds"
 
 
-def test_an_empty_crontab_is_removed_with_its_last_line(crontab, make_settings):
+def test_an_empty_crontab_is_removed(crontab, make_settings):
     schedule.install(make_settings(1), "cron")
     schedule.uninstall(make_settings(1), "cron")
 
     assert not crontab.exists()
 
 
-def test_where_nothing_can_run_it_the_way_out_is_named(make_settings, monkeypatch, tmp_path, capsys):
+def test_without_a_scheduler_the_background_command_is_shown(make_settings, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(schedule, "systemd_runs", lambda: False)
     settings = make_settings(1)
@@ -68,12 +68,12 @@ def test_where_nothing_can_run_it_the_way_out_is_named(make_settings, monkeypatc
     assert [schedule.install(settings, how) for how in ("auto", "cron", "systemd")] == [1, 1, 1]
     assert [schedule.uninstall(settings, how) for how in ("auto", "cron", "systemd")] == [0, 1, 0]
 
-    said = capsys.readouterr().err
-    assert f"nohup {sys.executable} {ROOT / 'health_check.py'} loop" in said
-    assert "apt-get install cron" in said and "systemd is not in charge of this machine" in said
+    printed = capsys.readouterr().err
+    assert f"nohup {sys.executable} {ROOT / 'health_check.py'} loop" in printed
+    assert "apt-get install cron" in printed and "systemd is not running on this machine" in printed
 
 
-def test_a_block_without_its_end_eats_nothing():
+def test_a_block_without_its_end_is_left_alone():
     text = f"a\n{schedule.BEGIN}\nb\n"
 
     assert schedule.without_block(text) == text
@@ -97,7 +97,7 @@ def test_the_units_are_what_systemd_accepts(make_settings, tmp_path):
 
 
 def test_cron_runs_it_twice(cron_project):
-    """The block that install writes, in a scratch crontab, carried out by the real cron: two reports land."""
+    """The block that install writes, run twice by the real cron."""
     lines = cron_project / "logs" / "health.jsonl"
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and (not lines.exists() or len(lines.read_text().splitlines()) < 2):

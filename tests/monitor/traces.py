@@ -1,4 +1,4 @@
-"""Evidence for tests: single looks with a known truth, and random traces made of them."""
+"""Evidence for tests: single observations with a known truth, and random traces of them."""
 
 from __future__ import annotations
 
@@ -22,15 +22,19 @@ NO_HTTP = HealthReply("silent", 2.0, detail="no answer within 2.0 s")
 
 
 def beat(age_s: float = 0.4, written_age_s: float = 0.8, **changes) -> Heartbeat:
-    return replace(Heartbeat(age_s, written_age_s, "idle", "idle", 70, 0, 0.0, 120.0, 1.0), **changes)
+    heartbeat = Heartbeat(age_s, written_age_s, "idle", "idle", 70, 0, 0.0, 120.0, 1.0)
+    return replace(heartbeat, **changes) if changes else heartbeat
 
 
 def busy(no_progress_s: float = 3.0, steps: int = 70, deadline_s: float = 120.0, phase: str = "decode") -> HealthReply:
     return HealthReply("answered", 0.01, 200, "busy", phase, steps, 9, no_progress_s, deadline_s)
 
 
+HEALTHY = {"url": URL, "process": RUNS, "beat": beat(), "first": IDLE, "answers": RIGHT}
+
+
 def api(**changes) -> ApiEvidence:
-    return replace(ApiEvidence(URL, RUNS, beat(), IDLE, RIGHT), **changes)
+    return ApiEvidence(**{**HEALTHY, **changes})
 
 
 GONE = api(process=Process("gone", 4711, None, "nobody"), beat=None, first=HealthReply("refused"), answers=())
@@ -42,13 +46,13 @@ def zombie(beat_age_s: float) -> ApiEvidence:
 
 
 def alive(rng: random.Random) -> ApiEvidence:
-    """A look at a service that works, however slow, busy, young or badly seen it is."""
+    """An observation of a working service, which may be slow, busy, starting or hardly visible."""
     kind = rng.randrange(12)
     steps = rng.randrange(1000)
     waits = rng.choice([SILENT, FULL])
     if kind == 0:
         return api()
-    if kind == 1:  # turned away, moving
+    if kind == 1:  # rejected, making steps
         return api(first=busy(1, steps), answers=waits, last=busy(1, steps + rng.randrange(1, 50)))
     if kind == 2:  # one long step within its deadline
         held = rng.uniform(0, 110)
@@ -56,7 +60,7 @@ def alive(rng: random.Random) -> ApiEvidence:
     if kind == 3:  # too slow even for /health, still beating and working
         working = beat(rng.uniform(0, 5), pending=3, no_progress_s=rng.uniform(0, 100))
         return api(beat=working, first=NO_HTTP, answers=SILENT, last=NO_HTTP)
-    if kind == 4:  # the loop was held by something long, but not for a minute
+    if kind == 4:  # the loop was blocked, but for less than a minute
         return zombie(rng.uniform(0, 55))
     if kind == 5:
         share = rng.random()
@@ -65,9 +69,9 @@ def alive(rng: random.Random) -> ApiEvidence:
         return api(process=replace(RUNS, age_s=rng.uniform(0, 59), port_owner="nobody"), beat=None, first=HealthReply("refused"), answers=())
     if kind == 7:  # the checker cannot reach anything
         return api(blind="its own connection to this machine fails", first=NO_HTTP, answers=SILENT, last=NO_HTTP, beat=None)
-    if kind == 8:  # no heartbeat file, all else well
+    if kind == 8:  # no heartbeat file
         return api(beat=None)
-    if kind == 9:  # the first look failed, the second shows steps
+    if kind == 9:  # the first /health failed, the second shows steps
         return api(first=NO_HTTP, answers=SILENT, last=busy(2, steps), beat=beat(2, pending=4))
     if kind == 10:  # shutting down
         return api(first=HealthReply("answered", 0.1, 503, "draining", "draining", steps, 2), answers=())
@@ -75,7 +79,7 @@ def alive(rng: random.Random) -> ApiEvidence:
 
 
 class Replay:
-    """Runs of the checker one after another, with the clock in hand."""
+    """Consecutive runs of the checker with a simulated clock."""
 
     def __init__(self, limits: Limits | None = None, allowance: Allowance | None = None, mode: str = "restart") -> None:
         self.limits = limits or Limits()

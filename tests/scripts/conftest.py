@@ -1,4 +1,4 @@
-"""A copy of the scripts in a folder of its own, with quick stand-in servers, run in the Python of these tests."""
+"""A copy of the scripts with quick stand-in servers, run with the Python of these tests."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Project:
         return {"api": int(self.env["GLM_API_PORT"]), "web": int(self.env["GLM_WEB_PORT"])}
 
     def run(self, command: str, **extra: str) -> subprocess.CompletedProcess[str]:
-        # Files, not pipes: a server that kept a pipe open would make a test hang instead of fail.
+        # Files, not pipes: a server that inherited a pipe would make a test hang instead of fail.
         out, err = self.root.parent / "out.txt", self.root.parent / "err.txt"
         with out.open("w") as stdout, err.open("w") as stderr:
             done = subprocess.run(
@@ -67,7 +67,7 @@ def project(tmp_path: Path) -> Iterator[Project]:
     shutil.copytree(ROOT / "tests" / "scripts" / "stand_in", root, dirs_exist_ok=True)
     api_port, web_port = free_ports(2)
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("GLM_", "CONDA"))}
-    # The active conda environment is the one place where start.sh takes a Python as it is.
+    # start.sh uses the Python of an active conda environment without changes.
     env = {
         **kept, "CONDA_PREFIX": sys.prefix, "CONDA_DEFAULT_ENV": "tests", "GLM_API_HOST": "127.0.0.1",
         "GLM_WEB_HOST": "127.0.0.1", "GLM_API_PORT": str(api_port), "GLM_WEB_PORT": str(web_port),
@@ -81,7 +81,7 @@ def project(tmp_path: Path) -> Iterator[Project]:
 
 @pytest.fixture
 def stub(project: Project) -> Callable[[str, str], None]:
-    """Puts a program of this name before all others on the project's PATH."""
+    """Puts a program first on the project's PATH."""
     folder = project.root.parent / "stubs"
     folder.mkdir()
     project.env["PATH"] = f"{folder}:{project.env['PATH']}"
@@ -94,8 +94,8 @@ def stub(project: Project) -> Callable[[str, str], None]:
 
 
 @pytest.fixture
-def stranger(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
-    """Starts processes that are none of the project's business; they must survive what the scripts do."""
+def unrelated(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
+    """Starts unrelated processes, which the scripts must not end."""
     started: list[subprocess.Popen] = []
 
     def start(*command: str) -> subprocess.Popen:
@@ -139,12 +139,12 @@ def runs(pid: int) -> bool:
 
 
 @pytest.fixture
-def world() -> object:
-    """The three questions a test asks about the machine."""
+def machine() -> object:
+    """Checks of ports and processes."""
 
-    class World:
+    class Machine:
         listens = staticmethod(listens)
         runs = staticmethod(runs)
         until = staticmethod(until)
 
-    return World()
+    return Machine()

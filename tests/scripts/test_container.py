@@ -11,8 +11,8 @@ import pytest
 
 
 @pytest.fixture
-def container(project, world):
-    """The entry point, running, with both servers up."""
+def container(project, machine):
+    """The running entry point, with both servers up."""
     (project.root / ".venv" / "bin").mkdir(parents=True)
     (project.root / ".venv" / "bin" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     (project.root / ".venv" / "bin" / "python").chmod(0o755)
@@ -20,27 +20,27 @@ def container(project, world):
     process = subprocess.Popen(
         ["deploy/container.sh"], cwd=project.root, env=project.env, stdout=shown, stderr=shown, stdin=subprocess.DEVNULL
     )
-    world.until(lambda: "Stop:" in (project.root.parent / "shown.txt").read_text(), "both answer")
+    machine.until(lambda: "Stop:" in (project.root.parent / "shown.txt").read_text(), "both answer")
     yield process
     process.kill()
     process.wait()
     shown.close()
 
 
-def test_stop_signal_reaches_both_servers(container, project, world):
+def test_stop_signal_reaches_both_servers(container, project, machine):
     pids = [project.pid("api"), project.pid("web")]
 
     container.send_signal(signal.SIGTERM)
 
     assert container.wait(timeout=60) == 0
-    assert not any(world.runs(pid) for pid in pids)
+    assert not any(machine.runs(pid) for pid in pids)
 
 
-def test_container_ends_when_one_server_ends(container, project, world):
+def test_container_ends_when_one_server_ends(container, project, machine):
     web = project.pid("web")
-    world.until(lambda: "stand-in API starts" in (project.root.parent / "shown.txt").read_text(), "the logs are shown")
+    machine.until(lambda: "stand-in API starts" in (project.root.parent / "shown.txt").read_text(), "the logs are shown")
 
     os.kill(project.pid("api"), signal.SIGKILL)
 
     assert container.wait(timeout=60) == 1
-    assert not world.runs(web)
+    assert not machine.runs(web)

@@ -1,9 +1,10 @@
-"""Which Python the scripts choose, and how they fill it."""
+"""Which Python the scripts choose, and how they install its packages."""
 
 from __future__ import annotations
 
 import shutil
 import sys
+import venv
 
 import pytest
 
@@ -14,20 +15,35 @@ CHOOSE = 'source deploy/environment.sh; choose_python requirements.txt && echo "
 
 @pytest.fixture
 def bare(project):
-    """No conda environment is active, and the project needs no package at all, so .venv fills at once."""
+    """No active conda environment and no requirements, so .venv is complete at once."""
     del project.env["CONDA_PREFIX"], project.env["CONDA_DEFAULT_ENV"]
     (project.root / "requirements.txt").write_text("# nothing\n")
     return project
 
 
-def test_active_conda_environment_with_every_package_is_used_as_it_is(project):
+@pytest.fixture(scope="session")
+def empty_venv(tmp_path_factory):
+    """A finished environment, to be copied."""
+    folder = tmp_path_factory.mktemp("environment") / ".venv"
+    venv.create(folder, with_pip=True, symlinks=True)
+    return folder
+
+
+@pytest.fixture
+def filled(bare, empty_venv):
+    """`bare` with its .venv."""
+    shutil.copytree(empty_venv, bare.root / ".venv", symlinks=True)
+    return bare
+
+
+def test_active_conda_environment_with_every_package_is_used(project):
     chosen = project.run(CHOOSE)
 
     assert f"chosen {sys.prefix}/bin/python" in chosen.stdout
     assert not (project.root / ".venv").exists()
 
 
-def test_active_conda_environment_that_lacks_a_package_is_passed_over_and_named(bare):
+def test_active_conda_environment_without_a_package_is_not_used(bare):
     (bare.root / "requirements.txt").write_text("no-such-package-as-this==1.0\n")
 
     chosen = bare.run(CHOOSE, CONDA_PREFIX=sys.prefix, CONDA_DEFAULT_ENV="other", PIP_NO_INDEX="1")
@@ -47,50 +63,48 @@ def test_conda_environment_of_the_projects_name_is_found(bare, stub):
     assert f"chosen {sys.prefix}/bin/python" in chosen.stdout
 
 
-def test_without_conda_a_venv_is_made_once(bare):
+def test_without_conda_a_venv_is_created_once(bare):
     first = bare.run(CHOOSE)
     made = (bare.root / ".venv" / "pyvenv.cfg").stat().st_mtime_ns
     second = bare.run(CHOOSE)
 
-    assert "Making .venv" in first.stdout and "chosen .venv/bin/python" in first.stdout
+    assert "Creating .venv" in first.stdout and "chosen .venv/bin/python" in first.stdout
     assert second.stdout == "chosen .venv/bin/python\n"
     assert (bare.root / ".venv" / "pyvenv.cfg").stat().st_mtime_ns == made
 
 
-def test_interrupted_installation_is_started_over(bare):
-    bare.run(CHOOSE)
-    half_written = bare.root / ".venv" / "half-written-package.py"
+def test_interrupted_installation_is_started_over(filled):
+    half_written = filled.root / ".venv" / "half-written-package.py"
     half_written.touch()
-    (bare.root / ".venv" / ".installing").touch()
+    (filled.root / ".venv" / ".installing").touch()
 
-    chosen = bare.run(CHOOSE)
+    chosen = filled.run(CHOOSE)
 
     assert "interrupted" in chosen.stdout and "chosen .venv/bin/python" in chosen.stdout
     assert not half_written.exists()
-    assert not (bare.root / ".venv" / ".installing").exists()
+    assert not (filled.root / ".venv" / ".installing").exists()
 
 
-def test_venv_whose_python_is_gone_is_made_anew(bare):
-    bare.run(CHOOSE)
-    for link in (bare.root / ".venv" / "bin").glob("python*"):
+def test_venv_without_its_python_is_recreated(filled):
+    for link in (filled.root / ".venv" / "bin").glob("python*"):
         link.unlink()
 
-    chosen = bare.run(CHOOSE)
+    chosen = filled.run(CHOOSE)
 
     assert "chosen .venv/bin/python" in chosen.stdout
 
 
-def test_old_python_is_refused_with_its_version(bare, stub):
+def test_old_python_is_rejected_with_its_version(bare, stub):
     for name in ("python3.11", "python3.12", "python3.13", "python3"):
         stub(name, '[[ $1 == --version ]] && { echo "Python 3.9.2"; exit 0; }; exit 1')
 
     started = bare.run("./start.sh")
 
     assert started.returncode == 2
-    assert "Python 3.11 or newer is needed. Found: Python 3.9.2" in started.stderr
+    assert "Python 3.11 or newer is required. Found: Python 3.9.2" in started.stderr
 
 
-def test_python_that_cannot_make_environments_names_the_package_to_install(bare, stub):
+def test_python_without_venv_names_the_package_to_install(bare, stub):
     for name in ("python3.11", "python3.12", "python3.13", "python3"):
         stub(name, "[[ $2 == *ensurepip* ]] && exit 1; exit 0")
 
@@ -100,17 +114,17 @@ def test_python_that_cannot_make_environments_names_the_package_to_install(bare,
     assert "-venv" in started.stderr and "apt-get install" in started.stderr
 
 
-def test_installation_needs_room(bare, stub):
-    (bare.root / "requirements.txt").write_text("no-such-package-as-this==1.0\n")
+def test_installation_requires_disk_space(filled, stub):
+    (filled.root / "requirements.txt").write_text("no-such-package-as-this==1.0\n")
     stub("df", "echo head; echo /dev/x 100 100 1048576 99% /")
 
-    started = bare.run("./start.sh")
+    started = filled.run("./start.sh")
 
     assert started.returncode == 2
     assert "1024 MiB free" in started.stderr
 
 
-def test_missing_packages_are_told_by_name_and_version(tmp_path):
+def test_missing_packages_are_listed_by_name_and_version(tmp_path):
     (tmp_path / "base.txt").write_text("pytest==0.0.1  # old\nno-such-package-as-this[extra]==1.0\n")
     (tmp_path / "all.txt").write_text(f"-r base.txt\npydantic=={packages.version('pydantic')}\n")
 
@@ -122,7 +136,7 @@ def test_missing_packages_are_told_by_name_and_version(tmp_path):
     ]
 
 
-def test_stop_needs_no_environment_at_all(project, world):
+def test_stop_needs_no_environment(project, machine):
     project.run("./start.sh")
     pids = [project.pid("api"), project.pid("web")]
     # Any Python without the packages: the system's, or a fresh one.
@@ -133,4 +147,4 @@ def test_stop_needs_no_environment_at_all(project, world):
     )
 
     assert stopped.returncode == 0, stopped.stderr
-    assert not any(world.runs(pid) for pid in pids)
+    assert not any(machine.runs(pid) for pid in pids)

@@ -1,4 +1,4 @@
-"""The secrets that the first start makes."""
+"""The secrets that the first start creates."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def read_env(project) -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
 
 
-def test_first_start_writes_random_secrets_for_the_owner_alone_and_prints_them_once(project):
+def test_first_start_writes_random_secrets_for_the_owner_only_and_prints_them_once(project):
     first = project.run("./start.sh")
     made = read_env(project)
     second = project.run("./start.sh")
@@ -24,7 +24,7 @@ def test_first_start_writes_random_secrets_for_the_owner_alone_and_prints_them_o
     assert read_env(project) == made
 
 
-def test_what_the_file_held_before_stays(project):
+def test_other_lines_of_the_file_stay(project):
     (project.root / ".env").write_text("# my notes\nGLM_MAX_IMAGES=3\nGLM_API_KEY=\nexport GLM_HUB=modelscope")
 
     project.run("./start.sh")
@@ -47,7 +47,7 @@ def test_secrets_given_by_environment_or_file_are_not_written(project):
     assert "/?token=a-token-from-a-file" in started.stdout
 
 
-def test_a_file_that_others_could_read_is_closed(project):
+def test_a_file_readable_by_others_gets_mode_0600(project):
     (project.root / ".env").write_text("GLM_API_KEY=one\nGLM_WEB_TOKEN=two\nGLM_PROBE_TOKEN=three\n")
     (project.root / ".env").chmod(0o644)
 
@@ -57,7 +57,7 @@ def test_a_file_that_others_could_read_is_closed(project):
     assert (project.root / ".env").stat().st_mode & 0o777 == 0o600
 
 
-def test_no_key_is_made_up_for_an_api_elsewhere(project):
+def test_no_key_is_created_for_an_api_on_another_machine(project):
     project.run("./start.sh web", GLM_API_URL="http://127.0.0.1:1")
 
     assert set(read_env(project)) == {"GLM_WEB_TOKEN"}

@@ -91,7 +91,7 @@ def runtime_files() -> list[Path]:
 
 
 def imported_modules(path: Path) -> set[str]:
-    """Top-level names of the absolute imports. pydantic pins its core itself; modelscope is for those who ask for it."""
+    """Top-level names of absolute imports. pydantic pins its core itself; modelscope is optional."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""start.sh: what it starts, what it refuses to start, and what it says."""
+"""start.sh: what it starts, what it refuses to start, and what it prints."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import sys
 import pytest
 
 
-def test_both_answer_when_it_returns_and_a_second_call_leaves_them_alone(project, world):
+def test_both_answer_when_it_returns_and_a_second_call_changes_nothing(project, machine):
     first = project.run("./start.sh")
     pids = {part: project.pid(part) for part in ("api", "web")}
 
     second = project.run("./start.sh")
 
     assert first.returncode == 0, first.stderr
-    assert all(world.listens(port) for port in project.ports.values())
+    assert all(machine.listens(port) for port in project.ports.values())
     assert f"http://127.0.0.1:{project.ports['api']}/v1" in first.stdout
     assert f"http://127.0.0.1:{project.ports['web']}/?token=" in first.stdout
     assert str(project.root / "logs") in first.stdout
@@ -25,18 +25,18 @@ def test_both_answer_when_it_returns_and_a_second_call_leaves_them_alone(project
     assert {part: project.pid(part) for part in ("api", "web")} == pids
 
 
-def test_one_part_alone(project, world):
+def test_one_part_alone(project, machine):
     started = project.run("./start.sh web")
 
     assert started.returncode == 0, started.stderr
-    assert world.listens(project.ports["web"]) and not world.listens(project.ports["api"])
+    assert machine.listens(project.ports["web"]) and not machine.listens(project.ports["api"])
     assert not (project.root / "logs" / "api.pid.json").exists()
 
 
-def test_port_held_by_another_is_named_with_its_owner_and_nothing_is_started(project, stranger, world):
+def test_a_port_in_use_is_reported_with_its_owner_and_nothing_is_started(project, unrelated, machine):
     port = project.ports["web"]
-    other = stranger(sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1")
-    world.until(lambda: world.listens(port), "the stranger listens")
+    other = unrelated(sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1")
+    machine.until(lambda: machine.listens(port), "the other process listens")
 
     started = project.run("./start.sh")
 
@@ -44,40 +44,40 @@ def test_port_held_by_another_is_named_with_its_owner_and_nothing_is_started(pro
     assert f"port {port} is held by pid {other.pid}" in started.stderr
     assert "-m http.server" in started.stderr
     assert "Nothing was started" in started.stderr
-    assert not world.listens(project.ports["api"])
+    assert not machine.listens(project.ports["api"])
     assert not list((project.root / "logs").glob("*.pid.json"))
     assert other.poll() is None
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "said"),
+    ("name", "value", "message"),
     [("GLM_API_PROT", "1", "Did you mean GLM_API_PORT"), ("GLM_QUEUE_SIZE", "0", "GLM_QUEUE_SIZE")],
 )
-def test_bad_setting_is_named_and_nothing_is_started(project, name, value, said):
+def test_an_invalid_setting_is_reported_and_nothing_is_started(project, name, value, message):
     started = project.run("./start.sh", **{name: value})
 
     assert started.returncode == 2
-    assert said in started.stderr
+    assert message in started.stderr
     assert "Nothing was started" in started.stderr
     assert not (project.root / ".env").exists()
     assert not list((project.root / "logs").glob("*.pid.json"))
 
 
-def test_two_parts_on_one_port_are_refused(project):
+def test_two_parts_on_one_port_are_rejected(project):
     started = project.run("./start.sh", GLM_WEB_PORT=project.env["GLM_API_PORT"])
 
     assert started.returncode == 2
     assert "they must differ" in started.stderr
 
 
-def test_unknown_word_is_refused(project):
+def test_an_unknown_argument_is_rejected(project):
     started = project.run("./start.sh everything")
 
     assert started.returncode == 2
     assert "usage" in started.stderr
 
 
-def test_api_that_dies_at_once_is_explained_by_its_own_last_lines(project, world):
+def test_an_api_that_exits_at_once_is_reported_with_its_log(project, machine):
     logs = project.root / "logs"
     logs.mkdir()
     (logs / "api.log").write_text("a line of yesterday\n")
@@ -85,24 +85,24 @@ def test_api_that_dies_at_once_is_explained_by_its_own_last_lines(project, world
     started = project.run("./start.sh", STAND_IN_API="die")
 
     assert started.returncode == 1
-    assert "The API ended right after it was started" in started.stderr
+    assert "The API exited right after it was started" in started.stderr
     assert "there is no such model: nowhere/at-all" in started.stderr
     assert "a line of yesterday" not in started.stderr
     assert project.log("api").startswith("a line of yesterday\n")
-    assert not any(world.listens(port) for port in project.ports.values()), (
-        "the page was started too and must be taken back"
+    assert not any(machine.listens(port) for port in project.ports.values()), (
+        "the page was started too and must be stopped"
     )
     assert not list(logs.glob("*.pid.json"))
 
 
-def test_api_whose_engine_is_dead_is_explained_by_its_reason(project):
+def test_a_dead_engine_is_reported_with_its_reason(project):
     started = project.run("./start.sh", STAND_IN_API="dead")
 
     assert started.returncode == 1
     assert "the engine thread ended" in started.stderr
 
 
-def test_api_that_never_answers_ends_the_start_at_its_time_limit(project, world):
+def test_an_api_that_never_answers_fails_the_start_at_its_time_limit(project, machine):
     started = project.run("./start.sh api", STAND_IN_API="deaf", GLM_START_TIMEOUT_S="3")
 
     assert started.returncode == 1
@@ -111,12 +111,12 @@ def test_api_that_never_answers_ends_the_start_at_its_time_limit(project, world)
     assert not (project.root / "logs" / "api.pid.json").exists()
 
 
-def test_long_load_is_no_failure(project, world):
+def test_a_long_load_is_not_a_failure(project, machine):
     started = project.run("./start.sh", STAND_IN_API="loading", GLM_START_TIMEOUT_S="3")
 
     assert started.returncode == 0, started.stderr
     assert "still loads the model (40 %)" in started.stdout
-    assert world.listens(project.ports["api"])
+    assert machine.listens(project.ports["api"])
 
 
 def test_two_starts_at_once_start_everything_once(project):
@@ -168,24 +168,24 @@ def test_a_changed_port_is_noticed_while_the_old_one_runs(project):
     started = project.run("./start.sh api", GLM_API_PORT="1")
 
     assert started.returncode == 3
-    assert f"runs already on port {project.ports['api']}" in started.stderr
+    assert f"is already running on port {project.ports['api']}" in started.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_start_takes_back_what_it_started(project, world, number):
+def test_an_interrupted_start_stops_what_it_started(project, machine, number):
     env = {**project.env, "STAND_IN_API": "deaf"}
     log = project.root / "logs" / "api.log"
     starting = subprocess.Popen(
         ["./start.sh"], cwd=project.root, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        # Tests that run in the background of a shell ignore SIGINT, and what they start would inherit that.
+        # Under a shell's background job SIGINT is ignored, which child processes inherit.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
-    world.until(lambda: log.exists() and "stand-in API starts" in log.read_text(), "the API runs")
-    world.until((project.root / "logs" / "api.pid.json").exists, "it is recorded")
+    machine.until(lambda: log.exists() and "stand-in API starts" in log.read_text(), "the API runs")
+    machine.until((project.root / "logs" / "api.pid.json").exists, "it is recorded")
     pid = project.pid("api")
 
     starting.send_signal(number)
 
     assert starting.wait(timeout=60) == 1
-    assert not world.runs(pid)
+    assert not machine.runs(pid)
     assert not list((project.root / "logs").glob("*.pid.json"))

@@ -1,4 +1,4 @@
-"""stop.sh: ends exactly what was started, and says what it found."""
+"""stop.sh: stops exactly what was started, and reports what it found."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 from monitor.observe.processes import ProcessRecord, boot_id, read_stat, write_record
 
 
-def test_everything_is_gone_afterwards_and_a_second_stop_changes_nothing(project, world):
+def test_everything_is_stopped_and_a_second_stop_changes_nothing(project, machine):
     project.run("./start.sh")
     pids = [project.pid("api"), project.pid("web")]
 
@@ -19,24 +19,24 @@ def test_everything_is_gone_afterwards_and_a_second_stop_changes_nothing(project
 
     assert first.returncode == 0, first.stderr
     assert "The API is stopped" in first.stdout and "The page is stopped" in first.stdout
-    assert not any(world.runs(pid) for pid in pids)
-    assert not any(world.listens(port) for port in project.ports.values())
+    assert not any(machine.runs(pid) for pid in pids)
+    assert not any(machine.listens(port) for port in project.ports.values())
     assert not list((project.root / "logs").glob("*.pid.json"))
     assert second.returncode == 0
     assert second.stdout.count("was not running") == 2
 
 
-def test_one_part_alone_is_stopped(project, world):
+def test_one_part_alone_is_stopped(project, machine):
     project.run("./start.sh")
 
     stopped = project.run("./stop.sh api")
 
     assert stopped.returncode == 0
-    assert not world.listens(project.ports["api"]) and world.listens(project.ports["web"])
+    assert not machine.listens(project.ports["api"]) and machine.listens(project.ports["web"])
 
 
-def test_reused_pid_is_left_alone(project, stranger):
-    other = stranger("sleep", "600")
+def test_reused_pid_is_left_alone(project, unrelated):
+    other = unrelated("sleep", "600")
     (project.root / "logs").mkdir()
     start_time = read_stat(other.pid).start_time
     write_record(
@@ -50,8 +50,8 @@ def test_reused_pid_is_left_alone(project, stranger):
     assert other.poll() is None
 
 
-def test_record_of_another_boot_is_left_alone(project, stranger):
-    other = stranger("sleep", "600")
+def test_record_of_another_boot_is_left_alone(project, unrelated):
+    other = unrelated("sleep", "600")
     (project.root / "logs").mkdir()
     start_time = read_stat(other.pid).start_time
     write_record(
@@ -63,8 +63,8 @@ def test_record_of_another_boot_is_left_alone(project, stranger):
     assert other.poll() is None
 
 
-def test_unreadable_record_kills_nothing(project, stranger):
-    other = stranger("sleep", "600")
+def test_unreadable_record_kills_nothing(project, unrelated):
+    other = unrelated("sleep", "600")
     (project.root / "logs").mkdir()
     (project.root / "logs" / "api.pid.json").write_text(json.dumps({"pid": other.pid}))
 
@@ -74,17 +74,17 @@ def test_unreadable_record_kills_nothing(project, stranger):
     assert other.poll() is None
 
 
-def test_process_that_ignores_the_request_is_forced(project, world):
+def test_process_that_ignores_sigterm_is_killed(project, machine):
     project.run("./start.sh api", STAND_IN_API="stubborn")
     pid = project.pid("api")
 
     stopped = project.run("./stop.sh api")
 
     assert stopped.returncode == 0, stopped.stderr
-    assert not world.runs(pid)
+    assert not machine.runs(pid)
 
 
-def test_frozen_process_is_ended(project, world):
+def test_frozen_process_is_ended(project, machine):
     project.run("./start.sh api")
     pid = project.pid("api")
     os.kill(pid, signal.SIGSTOP)
@@ -92,27 +92,27 @@ def test_frozen_process_is_ended(project, world):
     stopped = project.run("./stop.sh api")
 
     assert stopped.returncode == 0, stopped.stderr
-    assert not world.runs(pid)
+    assert not machine.runs(pid)
 
 
-def test_child_that_outlived_its_server_is_ended_too(project, world):
+def test_child_that_outlived_its_server_is_stopped_too(project, machine):
     project.run("./start.sh api", STAND_IN_API="parent")
     server = project.pid("api")
     child = int(project.log("api").split("child ")[1].split()[0])
     os.kill(server, signal.SIGKILL)
-    world.until(lambda: not world.runs(server), "the server is gone")
-    assert world.runs(child)
+    machine.until(lambda: not machine.runs(server), "the server is gone")
+    assert machine.runs(child)
 
     stopped = project.run("./stop.sh api")
 
     assert stopped.returncode == 0, stopped.stderr
-    assert not world.runs(child)
+    assert not machine.runs(child)
 
 
-def test_port_held_by_a_stranger_is_reported_and_the_stranger_lives(project, stranger, world):
+def test_a_port_held_by_another_process_is_reported_and_the_process_lives(project, unrelated, machine):
     port = project.ports["api"]
-    other = stranger(sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1")
-    world.until(lambda: world.listens(port), "the stranger listens")
+    other = unrelated(sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1")
+    machine.until(lambda: machine.listens(port), "the other process listens")
 
     stopped = project.run("./stop.sh api")
 
@@ -121,15 +121,15 @@ def test_port_held_by_a_stranger_is_reported_and_the_stranger_lives(project, str
     assert other.poll() is None
 
 
-def test_stop_works_when_the_settings_are_broken(project, world):
+def test_stop_works_when_the_settings_are_broken(project, machine):
     project.run("./start.sh")
     pids = [project.pid("api"), project.pid("web")]
 
     stopped = project.run("./stop.sh", GLM_NO_SUCH_NAME="1")
 
     assert stopped.returncode == 0, stopped.stderr
-    assert not any(world.runs(pid) for pid in pids)
+    assert not any(machine.runs(pid) for pid in pids)
 
 
-def test_unknown_word_is_refused(project):
+def test_an_unknown_argument_is_rejected(project):
     assert project.run("./stop.sh everything").returncode == 2

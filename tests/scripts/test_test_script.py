@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture
 def checked(project):
-    """A project whose only test is the one given."""
+    """A project with one test file."""
     (project.root / ".ci").mkdir()
     (project.root / ".ci" / "run").write_text("#!/bin/bash\n./test.sh\n")
     # Style is checked elsewhere; here the copy holds only part of the tree.
@@ -37,14 +37,10 @@ def test_a_failing_test_fails_the_run(checked):
     assert checked("def test_it():\n    assert False\n", CI="true").returncode == 1
 
 
-def test_passing_tests_close_with_the_count(checked):
-    done = checked("def test_it():\n    pass\n", CI="true")
+def test_passing_tests_end_with_the_count_and_see_no_settings_of_the_environment(checked):
+    test = "import os\n\n\ndef test_it():\n    assert not [name for name in os.environ if name.startswith('GLM_')]\n"
+
+    done = checked(test, CI="true")
 
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed" in done.stdout.splitlines()[-1]
-
-
-def test_settings_of_whoever_runs_the_tests_do_not_leak_in(checked):
-    test = "import os\n\n\ndef test_it():\n    assert not [name for name in os.environ if name.startswith('GLM_')]\n"
-
-    assert checked(test, CI="true").returncode == 0

@@ -66,7 +66,7 @@ def add_request(log_dir: Path, actor: str, kind: str, target: str, arguments: Ma
             if store.lost:
                 raise HistoryUnavailable(store.lost)
             with store.transaction():
-                return store.ask(time.time(), actor, kind, target, arguments)
+                return store.add_request(time.time(), actor, kind, target, arguments)
     except sqlite3.Error as error:
         raise HistoryUnavailable(str(error)) from None
 

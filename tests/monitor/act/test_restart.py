@@ -1,4 +1,4 @@
-"""The cure, with the real start.sh and the real signals, on quick stand-in servers in a copy of the project."""
+"""Restarts with the real start.sh and real signals, on quick stand-in servers in a copy of the project."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from monitor.act.restart import Restarter
 from monitor.judge.evidence import Observation
 from monitor.judge.limiter import Decision
 from monitor.judge.verdict import Verdict
+from monitor.observe import observe as observe_module
 from monitor.observe import processes
 from monitor.observe.observe import ProbePlan, now, observe
-from monitor.store.memory import remember
+from monitor.store.state import CheckerState
 from monitor.store.store import Store
 from settings import Settings
 
@@ -35,13 +36,13 @@ DEAD = Verdict("api", "dead", "process_gone", "gone", "没了", cure=True)
 WEDGED = Verdict("api", "wedged", "no_progress", "hangs", "卡住", cure=True)
 
 
-class Place:
+class Project:
     """A project folder with stand-in servers, and the checker's view of it."""
 
     def __init__(self, root: Path, settings: Settings) -> None:
         self.root, self.settings = root, settings
         self.store = Store.open(settings.log_dir)
-        self.memory = remember(self.store, now().boot_id)
+        self.state = CheckerState.load(self.store, now().boot_id)
 
     def start(self, part: str = "api") -> None:
         assert os.system(f"bash {self.root / 'start.sh'} {part} >{self.root / 'start.out'} 2>&1 </dev/null") == 0, (
@@ -53,17 +54,17 @@ class Place:
         assert found is not None
         return found
 
-    def look(self) -> Observation:
-        seen = observe(self.settings, random.Random(1), ProbePlan(), now(), self.memory.external_engine)
-        seen.machine["load_per_core"] = 0.1  # whatever else this machine is doing just now
-        return seen
+    def observe(self) -> Observation:
+        observation = observe(self.settings, random.Random(1), ProbePlan(), now(), self.state.external_engine)
+        observation.machine["load_per_core"] = 0.1  # whatever else this machine is doing
+        return observation
 
     def restarter(self, seen: Observation | None = None) -> Restarter:
-        return Restarter(self.settings, self.store, self.memory, seen or self.look(), None, self.root)
+        return Restarter(self.settings, self.store, self.state, seen or self.observe(), None, self.root)
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Project]:
     root = tmp_path / "project"
     for name in COPIED:
         source, target = ROOT / name, root / name
@@ -83,169 +84,171 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     for name, value in values.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(settings_module, "ENV_FILE", tmp_path / "no.env")
-    # A whole run finds the project by itself; here it must find the copy.
+    # A whole run restarts in the project of the code; here it must be the copy.
     monkeypatch.setattr(Restarter.__init__, "__defaults__", (None, root))
-    found = Place(root, Settings(_env_file=None, probe_timeout_s=2))
-    yield found
-    found.store.close()
+    # The stand-ins answer no questions; a frozen one answers nothing.
+    monkeypatch.setattr(observe_module, "SECOND_LOOK_LIMIT_S", 1.0)
+    opened = Project(root, Settings(_env_file=None, probe_timeout_s=1))
+    yield opened
+    opened.store.close()
     for part in ("api", "web"):
-        record = processes.read_record(found.settings.log_dir, part)
+        record = processes.read_record(opened.settings.log_dir, part)
         if record is not None:
             processes.end(record, 0)
 
 
-def test_a_killed_process_is_started_anew_and_counted(place):
-    place.start()
-    old = place.record()
+def test_a_killed_process_is_restarted_and_counted(project):
+    project.start()
+    old = project.record()
     os.kill(old.pid, signal.SIGKILL)
 
-    problem = place.restarter().restart("api", DEAD, Decision("restart", "dead"))
+    problem = project.restarter().restart("api", DEAD, Decision("restart", "dead"))
 
     assert problem == ""
-    assert place.record().pid != old.pid and processes.is_running(place.record())
-    assert len(remember(place.store, "").limiters["api"].restarts) == 1, "on disk"
-    (action,) = place.store.actions()
+    assert project.record().pid != old.pid and processes.is_running(project.record())
+    assert len(CheckerState.load(project.store, "").limiters["api"].restarts) == 1, "on disk"
+    (action,) = project.store.actions()
     assert (action["kind"], action["outcome"], action["actor"]) == ("restart", "done", "checker")
 
 
-def test_a_frozen_process_is_ended_with_its_children_and_replaced(place, monkeypatch):
+def test_a_frozen_process_is_ended_with_its_children_and_replaced(project, monkeypatch):
     monkeypatch.setenv("STAND_IN_API", "parent")
-    place.start()
-    old = place.record()
+    project.start()
+    old = project.record()
     deadline = time.monotonic() + 20
     while len(processes.members(old)) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     children = processes.members(old)
     assert len(children) == 2
     os.kill(old.pid, signal.SIGSTOP)
-    seen = place.look()
+    seen = project.observe()
     assert seen.api.process.state == "stopped"
 
-    assert place.restarter(seen).restart("api", WEDGED, Decision("restart", "frozen")) == ""
+    assert project.restarter(seen).restart("api", WEDGED, Decision("restart", "frozen")) == ""
 
     assert processes.members(old) == []
     assert not any(Path(f"/proc/{pid}").exists() and processes.read_stat(pid).running for pid in children)
-    assert place.record().pid != old.pid
+    assert project.record().pid != old.pid
 
 
-def test_the_evidence_is_saved_before_the_end(place):
-    place.start()
-    place.restarter().restart("api", WEDGED, Decision("restart", "wedged"))
+def test_the_evidence_is_saved_before_the_process_is_ended(project):
+    project.start()
+    project.restarter().restart("api", WEDGED, Decision("restart", "wedged"))
 
-    (folder,) = (place.settings.log_dir / "incidents").glob("*/1")
+    (folder,) = (project.settings.log_dir / "incidents").glob("*/1")
     names = {path.name for path in folder.iterdir()}
     assert {"evidence.json", "log.txt", "runs.json", "process.txt", "stacks.txt"} <= names
-    assert "SIGUSR1, which would end it" in (folder / "stacks.txt").read_text(), "a process without a handler is spared"
+    assert "SIGUSR1, which would kill it" in (folder / "stacks.txt").read_text(), "a process without a handler is not signalled"
     assert json.loads((folder / "evidence.json").read_text())["verdict"]["rule"] == "no_progress"
 
 
-def test_a_start_that_fails_is_told_and_the_wish_remains(place, monkeypatch):
-    place.start()
-    os.kill(place.record().pid, signal.SIGKILL)
+def test_a_failed_start_is_reported_and_tried_again_by_the_next_run(project, monkeypatch):
+    project.start()
+    os.kill(project.record().pid, signal.SIGKILL)
     monkeypatch.setenv("STAND_IN_API", "die")
 
-    problem = place.restarter().restart("api", DEAD, Decision("restart", "dead"))
+    problem = project.restarter().restart("api", DEAD, Decision("restart", "dead"))
 
     assert "there is no such model" in problem
-    assert place.look().api.process.state == "gone", "still wanted, so the next run tries again"
-    assert place.store.actions()[0]["outcome"] == "failed"
-    assert len(place.memory.limiters["api"].restarts) == 1, "a failed start counts"
+    assert project.observe().api.process.state == "gone", "still recorded, so the next run tries again"
+    assert project.store.actions()[0]["outcome"] == "failed"
+    assert len(project.state.limiters["api"].restarts) == 1, "a failed start counts"
 
 
-def test_a_stranger_on_the_port_is_left_alone(place):
-    place.start()
-    record = place.record()
+def test_another_process_on_the_port_is_left_alone(project):
+    project.start()
+    record = project.record()
     os.kill(record.pid, signal.SIGKILL)
     deadline = time.monotonic() + 10
     while processes.is_running(record) and time.monotonic() < deadline:
         time.sleep(0.05)
     with socket.create_server(("127.0.0.1", record.port)):
-        seen = place.look()
-        problem = place.restarter(seen).restart("api", DEAD, Decision("restart", "dead"))
+        seen = project.observe()
+        problem = project.restarter(seen).restart("api", DEAD, Decision("restart", "dead"))
 
     assert seen.api.process.port_owner == "stranger"
     assert "the port is held by" in problem and str(os.getpid()) in problem
-    assert place.store.actions()[0]["outcome"] == "refused"
-    assert place.memory.limiters["api"].restarts == (), "what was not tried does not count"
+    assert project.store.actions()[0]["outcome"] == "refused"
+    assert project.state.limiters["api"].restarts == (), "a refused restart does not count"
 
 
-def test_a_whole_run_cures_and_says_so(place):
+def test_a_whole_run_restarts_and_reports_it(project):
     """From cron's point of view: dead in one run, and the same run starts it again."""
-    place.start("api")
-    os.kill(place.record().pid, signal.SIGKILL)
+    project.start("api")
+    os.kill(project.record().pid, signal.SIGKILL)
 
-    outcome = check.run(place.settings, random.Random(1))
+    outcome = check.run(project.settings, random.Random(1))
 
-    assert [row["outcome"] for row in place.store.actions()] == ["done"]
-    assert place.store.incidents()[0]["rule"] == "process_gone"
-    assert processes.is_running(place.record())
+    assert [row["outcome"] for row in project.store.actions()] == ["done"]
+    assert project.store.incidents()[0]["rule"] == "process_gone"
+    assert processes.is_running(project.record())
     assert outcome.report["targets"]["api"]["restarts_last_day"] == 1
 
 
-def test_what_was_stopped_on_purpose_is_not_started(place):
-    place.start()
-    assert os.system(f"bash {place.root / 'stop.sh'} >/dev/null 2>&1") == 0
+def test_what_was_stopped_on_purpose_is_not_started(project):
+    project.start()
+    assert os.system(f"bash {project.root / 'stop.sh'} >/dev/null 2>&1") == 0
 
-    outcome = check.run(place.settings, random.Random(1))
+    outcome = check.run(project.settings, random.Random(1))
 
     assert outcome.report["targets"]["api"]["rule"] == "not_started"
-    assert place.store.actions() == []
+    assert project.store.actions() == []
 
 
-def test_shadow_only_writes_down_what_it_would_do(place):
-    place.start()
-    old = place.record()
+def test_shadow_only_records_the_restart(project):
+    project.start()
+    old = project.record()
     os.kill(old.pid, signal.SIGKILL)
 
-    check.run(place.settings.model_copy(update={"cure": "shadow"}), random.Random(1))
+    check.run(project.settings.model_copy(update={"cure": "shadow"}), random.Random(1))
 
-    assert [row["kind"] for row in place.store.actions()] == ["shadow"]
-    assert place.record() == old
+    assert [row["kind"] for row in project.store.actions()] == ["shadow"]
+    assert project.record() == old
 
 
-def test_pause_holds_the_cure_from_the_very_next_run_on(place):
-    place.start()
-    os.kill(place.record().pid, signal.SIGKILL)
-    place.store.ask(time.time(), "ann", "pause", "", {"until": None, "reason": "looking into it"})
+def test_pause_suspends_restarts_from_the_next_run(project):
+    project.start()
+    os.kill(project.record().pid, signal.SIGKILL)
+    project.store.add_request(time.time(), "ann", "pause", "", {"until": None, "reason": "looking into it"})
 
-    report = check.run(place.settings, random.Random(1)).report
+    report = check.run(project.settings, random.Random(1)).report
 
     assert report["targets"]["api"]["decision"]["kind"] == "hold"
     assert "looking into it" in report["check"]["hold"]
-    assert [row["kind"] for row in place.store.actions()] == ["hold", "pause"]
+    assert [row["kind"] for row in project.store.actions()] == ["hold", "pause"]
 
 
-def test_an_operators_restart_and_drain_are_carried_out_and_audited(place):
-    place.start()
-    old = place.record()
-    number = place.store.ask(time.time(), "ann", "restart", "api")
-    check.run(place.settings, random.Random(1))
-    assert place.record().pid != old.pid
-    assert place.store.rows("SELECT state FROM requests WHERE id = ?", number) == [{"state": "done"}]
+def test_an_operators_restart_and_drain_are_carried_out_and_audited(project):
+    project.start()
+    old = project.record()
+    number = project.store.add_request(time.time(), "ann", "restart", "api")
+    check.run(project.settings, random.Random(1))
+    assert project.record().pid != old.pid
+    assert project.store.rows("SELECT state FROM requests WHERE id = ?", number) == [{"state": "done"}]
 
-    place.store.ask(time.time(), "ann", "drain", "api")
-    place.store.ask(time.time(), "ann", "restart", "the moon")
-    check.run(place.settings, random.Random(1))
+    project.store.add_request(time.time(), "ann", "drain", "api")
+    project.store.add_request(time.time(), "ann", "restart", "the moon")
+    check.run(project.settings, random.Random(1))
 
-    assert processes.read_record(place.settings.log_dir, "api") is None
-    newest = place.store.requests()
+    assert processes.read_record(project.settings.log_dir, "api") is None
+    newest = project.store.requests()
     assert [row["state"] for row in newest[:2]] == ["refused", "done"]
     assert "`target` must be one of" in newest[0]["outcome"]
-    assert {row["actor"] for row in place.store.actions()} == {"ann"}
+    assert {row["actor"] for row in project.store.actions()} == {"ann"}
 
 
-def test_an_old_wish_is_refused_and_one_cut_short_is_failed(place):
-    place.store.ask(time.time() - 7200, "ann", "restart", "api")
-    place.store.ask(time.time(), "ann", "pause")
-    place.store.execute("UPDATE requests SET state = 'running' WHERE kind = 'pause'")
+def test_an_old_request_is_refused_and_an_interrupted_one_has_failed(project):
+    project.store.add_request(time.time() - 7200, "ann", "restart", "api")
+    project.store.add_request(time.time(), "ann", "pause")
+    project.store.execute("UPDATE requests SET state = 'running' WHERE kind = 'pause'")
 
-    assert operator_requests.take(place.store, time.time()) == []
+    assert operator_requests.take(project.store, time.time()) == []
 
-    assert {row["kind"]: row["state"] for row in place.store.requests()} == {"restart": "refused", "pause": "failed"}
+    assert {row["kind"]: row["state"] for row in project.store.requests()} == {"restart": "refused", "pause": "failed"}
 
 
-def seen_with(place: Place, machine: dict | None = None, gpu: dict | None = None) -> Observation:
-    seen = place.look()
+def seen_with(project: Project, machine: dict | None = None, gpu: dict | None = None) -> Observation:
+    seen = project.observe()
     return Observation(
         seen.moment, seen.api, seen.page, {"disks": [{"path": "/l", "free_mib": 9000}], **(machine or {})},
         {"gpus": [], "hung": False, "reason": "none", **(gpu or {})},
@@ -253,11 +256,11 @@ def seen_with(place: Place, machine: dict | None = None, gpu: dict | None = None
 
 
 @pytest.mark.parametrize(
-    ("machine", "gpu", "cards", "says"),
+    ("machine", "gpu", "cards", "reason"),
     [
         ({"disks": [{"path": "/l", "free_mib": 10}]}, {}, 0, "is full"),
         ({}, {"hung": True}, 0, "driver does not answer"),
-        ({}, {}, 1, "0 of 1 GPUs can be seen"),
+        ({}, {}, 1, "0 of 1 GPUs are visible"),
         ({}, {"gpus": [{"index": 0, "throttle_hardware": True}]}, 1, "throttled"),
         ({"load_per_core": 9.0, "cpu_pressure_percent": 90.0}, {}, 0, "overloaded"),
         ({"load_per_core": 9.0, "cpu_pressure_percent": 3.0}, {}, 0, ""),
@@ -266,7 +269,7 @@ def seen_with(place: Place, machine: dict | None = None, gpu: dict | None = None
         ({}, {}, 0, ""),
     ],
 )
-def test_would_a_restart_help(place, machine, gpu, cards, says):
-    reason = why_futile(WEDGED, seen_with(place, machine, gpu), cards)
+def test_a_restart_that_cannot_help_is_refused(project, machine, gpu, cards, reason):
+    found = why_futile(WEDGED, seen_with(project, machine, gpu), cards)
 
-    assert (says in reason) if says else reason == ""
+    assert (reason in found) if reason else found == ""

@@ -1,4 +1,4 @@
-"""Thousands of traces through verdict, history and limiter with a clock in hand: months in seconds."""
+"""Thousands of traces through verdict, history and limiter with a simulated clock."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from monitor.judge.verdict import Limits
 TRACES, RUNS_EACH = 10_000, 30
 
 
-def test_ten_thousand_traces_of_a_living_service_restart_nothing() -> None:
+def test_ten_thousand_traces_of_a_working_service_restart_nothing() -> None:
     rng = random.Random(20_26)
     for number in range(TRACES):
         replay = Replay()
@@ -29,7 +29,7 @@ def test_ten_thousand_traces_of_a_living_service_restart_nothing() -> None:
 
 
 def test_the_same_traces_with_one_real_fault_are_cured_within_three_runs() -> None:
-    """The trace is calm before the fault, as a flapping service is not believed on its first bad run."""
+    """The service works before the fault."""
     rng = random.Random(7)
     for number in range(1000):
         replay = Replay()
@@ -42,7 +42,7 @@ def test_the_same_traces_with_one_real_fault_are_cured_within_three_runs() -> No
         assert replay.restarts == 1, f"trace {number}: {replay.decisions[-3:]} {replay.verdicts[-3:]}"
 
 
-def test_bad_looks_with_a_good_one_between_them_restart_nothing() -> None:
+def test_alternating_bad_and_good_runs_restart_nothing() -> None:
     replay = Replay()
     lost = api(answers=(Answer("text", "wrong", 1.0, 200), Answer("picture", "wrong", 1.0, 200)), last=IDLE)
     for number in range(500):
@@ -56,10 +56,10 @@ def test_missing_runs_do_not_add_up() -> None:
     for _ in range(50):
         replay.run(zombie(70), after_s=7200)
 
-    assert replay.restarts == 0, "two looks that are hours apart are not two in a row"
+    assert replay.restarts == 0, "runs that are hours apart are not consecutive"
 
 
-def test_two_looks_in_one_breath_are_one() -> None:
+def test_runs_within_a_second_count_as_one() -> None:
     replay = Replay()
     for _ in range(10):
         replay.run(zombie(70), after_s=1)
@@ -89,13 +89,13 @@ def test_five_hundred_flaps_are_one_incident_and_two_messages() -> None:
     assert closed.kind == "closed" and closed.incident is not None and closed.incident.flaps == 499
 
 
-def test_the_count_starts_anew_after_a_restart() -> None:
+def test_a_restart_resets_the_count() -> None:
     replay = Replay()
     replay.run(zombie(70))
     assert replay.run(zombie(130)).kind == "restart"
 
     slow_boot = zombie(70)
-    assert replay.run(slow_boot).kind == "none", "one bad look after a restart is one"
+    assert replay.run(slow_boot).kind == "none", "one bad run after a restart is not two"
 
 
 def test_a_crash_loop_ends_in_an_open_circuit_and_stays_there() -> None:
@@ -103,13 +103,13 @@ def test_a_crash_loop_ends_in_an_open_circuit_and_stays_there() -> None:
     for _ in range(180):
         replay.run(GONE)
 
-    assert replay.restarts == 3, "three in the hour, and then a person is needed"
+    assert replay.restarts == 3, "three in an hour, then a person is needed"
     assert replay.decisions[-1].kind == "hold" and "circuit is open" in replay.decisions[-1].reason
     assert sum(decision.opens for decision in replay.decisions) == 1
     assert replay.messages == 2, "the incident and the circuit"
 
 
-def test_a_crash_now_and_then_meets_the_limit_of_the_day() -> None:
+def test_occasional_crashes_reach_the_daily_limit() -> None:
     replay = Replay()
     for _ in range(12):
         replay.run(GONE)
@@ -119,7 +119,7 @@ def test_a_crash_now_and_then_meets_the_limit_of_the_day() -> None:
     assert replay.restarts == 6
 
 
-def test_back_off_grows_while_nothing_is_stable() -> None:
+def test_back_off_grows_while_the_service_is_unstable() -> None:
     replay = Replay()
     times = []
     for _ in range(60):
@@ -130,7 +130,7 @@ def test_back_off_grows_while_nothing_is_stable() -> None:
     assert waits == sorted(waits) and waits[0] >= 30 and waits[1] >= 60
 
 
-def test_what_a_restart_did_not_cure_is_not_tried_for_ever() -> None:
+def test_restarts_that_do_not_cure_stop() -> None:
     wrong = api(answers=(RIGHT[0], Answer("picture", "wrong", 3, 200, "red circle", "blue")), last=IDLE)
     replay = Replay()
     for _ in range(40):
@@ -150,7 +150,7 @@ def test_loading_beyond_its_deadline_is_restarted_once() -> None:
 
 
 @pytest.mark.parametrize("hours", [1, 24])
-def test_saturation_for_hours_restarts_nothing_and_tells_nobody(hours: int) -> None:
+def test_saturation_for_hours_restarts_nothing_and_alerts_nobody(hours: int) -> None:
     replay = Replay()
     for number in range(hours * 60):
         replay.run(api(first=busy(1, number * 50), answers=FULL, last=busy(1, number * 50 + 40)))
@@ -159,7 +159,7 @@ def test_saturation_for_hours_restarts_nothing_and_tells_nobody(hours: int) -> N
     assert {verdict.word for verdict in replay.verdicts} == {"busy"}
 
 
-def test_histories_survive_being_written_down() -> None:
+def test_histories_survive_json() -> None:
     rng = random.Random(3)
     replay = Replay(mode="shadow")
     for _ in range(200):
@@ -170,7 +170,7 @@ def test_histories_survive_being_written_down() -> None:
 
 @pytest.mark.parametrize("path", sorted(Path(__file__).with_name("recorded").glob("*.json")), ids=lambda p: p.stem)
 def test_recorded_traces_decide_as_they_did(path: Path) -> None:
-    """Evidence of true runs, written down by the drill: the fault must be cured as often as recorded, no more."""
+    """Evidence recorded by the drill: verdicts and restarts must be as recorded."""
     trace = json.loads(path.read_text())
     replay = Replay(Limits(**trace["limits"]))
     for step in trace["runs"]:

@@ -49,12 +49,12 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("guess_s", "held_s", "word"), [(30, 100, "busy"), (30, 130, "wedged"), (600, 500, "busy"), (600, 610, "wedged")])
+@pytest.mark.parametrize(("estimate_s", "stalled_s", "word"), [(30, 100, "busy"), (30, 130, "wedged"), (600, 500, "busy"), (600, 610, "wedged")])
 @pytest.mark.parametrize("phase", ["vision", "prefill", "decode"])
-def test_the_engines_guess_lengthens_the_limit_and_never_shortens_it(phase, guess_s, held_s, word) -> None:
-    look = busy(held_s, deadline_s=guess_s, phase=phase)
+def test_the_engines_estimate_raises_the_limit_and_never_lowers_it(phase, estimate_s, stalled_s, word) -> None:
+    reply = busy(stalled_s, deadline_s=estimate_s, phase=phase)
 
-    verdict = judge_api(api(first=look, answers=SILENT, last=look), LIMITS)
+    verdict = judge_api(api(first=reply, answers=SILENT, last=reply), LIMITS)
 
     assert verdict.word == word
     assert phase in verdict.en or word == "busy"
@@ -76,12 +76,12 @@ def test_every_verdict_explains_itself_in_both_languages(name: str) -> None:
     assert verdict.word in WORDS
     assert verdict.en.endswith((".", "error")) and len(verdict.en) > 20
     assert any("\u4e00" <= char <= "\u9fff" for char in verdict.zh)
-    assert not verdict.cure or verdict.threshold, "what may restart must show its threshold"
+    assert not verdict.cure or verdict.threshold, "a verdict that may restart must show its threshold"
     assert not (verdict.cure and verdict.word in SERVING)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_evidence_survives_being_written_down(name: str) -> None:
+def test_evidence_survives_json(name: str) -> None:
     seen = CASES[name][0]
 
     assert judge_api(ApiEvidence.from_dict(seen.to_dict()), LIMITS) == judge_api(seen, LIMITS)

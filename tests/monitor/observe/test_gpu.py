@@ -1,4 +1,4 @@
-"""GPU readings with drivers and tools that hang, fail and tell half the truth; the child process is the real one."""
+"""GPU readings in the real child process, with drivers and tools that hang, fail and report only part."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SMI_LINE = "0, GPU-1, [N/A], 24576, 3000, 21576, 550.1, NVIDIA Test, 123, Disabl
 
 @pytest.fixture
 def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Puts a module in the place of pynvml, or a tool in the place of nvidia-smi, for the child alone."""
+    """Replaces pynvml and nvidia-smi for the child process."""
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
 
@@ -49,7 +49,7 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return put
 
 
-def test_cards_are_read_and_what_a_card_does_not_tell_is_null_with_a_reason(driver):
+def test_cards_are_read_and_a_missing_reading_is_null_with_a_reason(driver):
     driver(nvml=NVML)
 
     reading = gpu.read()
@@ -58,7 +58,7 @@ def test_cards_are_read_and_what_a_card_does_not_tell_is_null_with_a_reason(driv
     assert reading["gpus"][0]["load_percent"] == 37
     assert reading["gpus"][0]["memory_used_mib"] == 3072
     assert reading["gpus"][1]["load_percent"] is None
-    assert reading["reason"] == "GPU 1 does not tell load_percent"
+    assert reading["reason"] == "GPU 1 does not report load_percent"
     assert gpu.highest(reading["gpus"], "load_percent") == 37
 
 
@@ -84,7 +84,7 @@ def test_hung_tool_dies_with_the_child(driver, tmp_path):
 
     assert reading["hung"] is True
     tool = processes.read_stat(int(pid_file.read_text()))
-    # The kill is sent by then; on a machine with much to do the kernel takes a while to carry it out.
+    # The signal has been sent; on a loaded machine the process ends later.
     deadline = time.monotonic() + 30
     while tool is not None and tool.running and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -100,7 +100,7 @@ def test_nan_from_gputil_becomes_null_with_a_reason(driver):
     assert reading["source"] == "gputil"
     assert reading["gpus"][0]["load_percent"] is None
     assert reading["gpus"][0]["memory_used_mib"] == 3000
-    assert reading["reason"] == "GPU 0 does not tell load_percent"
+    assert reading["reason"] == "GPU 0 does not report load_percent"
     assert "NaN" not in report.to_json(reading)
 
 

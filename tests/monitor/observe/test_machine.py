@@ -143,8 +143,8 @@ def test_no_processor_quota(tree):
     assert cgroup.cpu(**tree({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, "3:cpu:/")) is None
 
 
-def test_a_process_without_its_share_of_the_processor_is_told_from_one_that_sleeps():
-    """Two that spin on one processor starve each other; one that hangs in a sleep waits for nothing."""
+def test_a_process_that_lacks_the_processor_is_distinguished_from_one_that_sleeps():
+    """Two processes that spin on one processor starve each other; one that sleeps waits for nothing."""
     core = min(os.sched_getaffinity(0))
     spin = f"import os\nos.sched_setaffinity(0, {{{core}}})\nprint(flush=True)\nwhile True: pass"
     codes = (spin, spin, "import time\nprint(flush=True)\ntime.sleep(600)")

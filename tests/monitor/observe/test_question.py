@@ -1,4 +1,4 @@
-"""The question about a picture: drawn anew each time, and right only if colour and shape are named."""
+"""The image question: a new image each time; an answer is right only if it names color and shape."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import random
 import pytest
 
 from models.shapes.pictures import COLORS, SHAPES
-from monitor.observe.question import NAMES, about_picture
+from monitor.observe.question import NAMES, image_question
 
 
-def test_every_picture_is_another_and_shows_a_shape_that_has_a_name() -> None:
-    asked = [about_picture(random.Random(seed)) for seed in range(40)]
+def test_every_image_is_different_and_shows_a_shape_with_a_known_name() -> None:
+    asked = [image_question(random.Random(seed)) for seed in range(40)]
 
     assert len({question.body["messages"][0]["content"][0]["image_url"]["url"] for question in asked}) == 40
     things = [question.expected.split() for question in asked]
@@ -36,12 +36,12 @@ def test_every_picture_is_another_and_shows_a_shape_that_has_a_name() -> None:
     ],
 )
 def test_an_answer_must_name_the_color_and_the_shape_and_no_other(answer: str, right: bool) -> None:
-    question = next(q for seed in range(500) if (q := about_picture(random.Random(seed))).expected == "red star")
+    question = next(q for seed in range(500) if (q := image_question(random.Random(seed))).expected == "red star")
 
     assert question.is_right(answer) is right
 
 
 def test_a_circle_may_be_called_a_disc() -> None:
-    question = next(q for seed in range(500) if (q := about_picture(random.Random(seed))).expected == "blue circle")
+    question = next(q for seed in range(500) if (q := image_question(random.Random(seed))).expected == "blue circle")
 
     assert question.is_right("A blue disc.")

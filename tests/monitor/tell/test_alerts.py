@@ -1,4 +1,4 @@
-"""Messages: to whom, when, how often, and whether they were really taken."""
+"""Alerts: which channels, when, how often, and whether they were accepted."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NOW = 1_800_000_000.0
 
 
 class Hook:
-    """A channel's server: keeps what it was sent and answers what it is told to."""
+    """A channel's server: records what it receives and sends the configured answers."""
 
     def __init__(self) -> None:
         self.answers: list[tuple[int, bytes]] = []
@@ -73,7 +73,7 @@ def settings_for(make_settings, name: str, hook: Hook, **changes):
 
 
 @pytest.mark.parametrize("name", OK)
-def test_a_message_that_was_taken(name, hook, make_settings):
+def test_a_message_is_accepted(name, hook, make_settings):
     hook.default = (200, OK[name])
 
     (channel,) = channels.configured(settings_for(make_settings, name, hook))
@@ -84,7 +84,7 @@ def test_a_message_that_was_taken(name, hook, make_settings):
 
 
 @pytest.mark.parametrize("name", OK)
-def test_two_hundred_with_an_error_in_the_body_is_a_failure(name, hook, make_settings):
+def test_an_error_in_the_body_of_a_200_is_a_failure(name, hook, make_settings):
     hook.default = (200, REFUSED[name])
 
     (channel,) = channels.configured(settings_for(make_settings, name, hook))
@@ -114,7 +114,7 @@ def test_dingtalk_is_signed(hook, make_settings):
     assert query["access_token"] == ["TOKEN-0123456789"]
 
 
-def test_feishu_is_signed_in_its_own_way(hook, make_settings):
+def test_feishu_is_signed(hook, make_settings):
     hook.default = (200, OK["feishu"])
     (channel,) = channels.configured(settings_for(make_settings, "feishu", hook, feishu_secret="SEC0"))
 
@@ -173,7 +173,7 @@ def message(kind: str = "fire", severity: str = "page", text: str = "api: dead."
     return {"kind": kind, "severity": severity, "incident": "1-api-dead", "en": text, "zh": "坏了"}
 
 
-def test_a_channel_that_is_down_gets_fire_and_resolve_later_and_in_order(hook, make_settings, tmp_path):
+def test_a_channel_that_was_down_gets_its_messages_later_and_in_order(hook, make_settings, tmp_path):
     settings = settings_for(make_settings, "webhook", hook)
     store = Store.open(tmp_path)
     hook.default = (503, b"")
@@ -193,7 +193,7 @@ def test_a_channel_that_is_down_gets_fire_and_resolve_later_and_in_order(hook, m
     assert not store.rows("SELECT id FROM outbox WHERE sent_at IS NULL")
 
 
-def test_many_messages_become_one(hook, make_settings, tmp_path):
+def test_many_messages_become_one_digest(hook, make_settings, tmp_path):
     settings = settings_for(make_settings, "webhook", hook)
     store = Store.open(tmp_path)
     alerts.queue(store, [message(text=f"number {n}") for n in range(30)], settings, NOW)
@@ -203,7 +203,7 @@ def test_many_messages_become_one(hook, make_settings, tmp_path):
     assert len(hook.received) == 1 and json.loads(hook.received[0][2])["text"].count("number") == 30
 
 
-def test_no_more_in_an_hour_than_allowed(hook, make_settings, tmp_path):
+def test_messages_per_hour_are_limited(hook, make_settings, tmp_path):
     settings = settings_for(make_settings, "webhook", hook, alerts_per_hour=2)
     store = Store.open(tmp_path)
     for minute in range(10):
@@ -215,7 +215,7 @@ def test_no_more_in_an_hour_than_allowed(hook, make_settings, tmp_path):
     assert len(hook.received) == 3 and json.loads(hook.received[2][2])["text"].split() == [str(n) for n in range(2, 10)]
 
 
-def test_a_hanging_channel_does_not_hold_up_the_run_or_the_others(hung, hook, make_settings, tmp_path, monkeypatch):
+def test_a_hanging_channel_does_not_delay_the_run_or_the_others(hung, hook, make_settings, tmp_path, monkeypatch):
     monkeypatch.setattr(channels, "LIMIT_S", 1.0)
     settings = settings_for(make_settings, "webhook", hook, slack_url=f"http://127.0.0.1:{hung}/x")
     store = Store.open(tmp_path)
@@ -227,7 +227,7 @@ def test_a_hanging_channel_does_not_hold_up_the_run_or_the_others(hung, hook, ma
     assert [row["channel"] for row in left] == ["slack"] and left[0]["error"]
 
 
-def test_silence_keeps_messages_back_and_then_lets_them_go(hook, make_settings, tmp_path):
+def test_silence_delays_messages_until_its_end(hook, make_settings, tmp_path):
     settings = settings_for(make_settings, "webhook", hook)
     store = Store.open(tmp_path)
     alerts.queue(store, [message()], settings, NOW)
@@ -252,7 +252,7 @@ def test_quiet_hours_cross_midnight(make_settings, local, waits_h):
     assert alerts.after_quiet_hours(settings, at) - at == pytest.approx(3600 * waits_h)
 
 
-def test_in_quiet_hours_only_warnings_wait(hook, make_settings, tmp_path):
+def test_only_warnings_wait_for_the_end_of_quiet_hours(hook, make_settings, tmp_path):
     settings = settings_for(make_settings, "webhook", hook, quiet_hours="00:00-23:59", timezone="UTC")
     store = Store.open(tmp_path)
     alerts.queue(store, [message(text="burns"), message(severity="warn", text="warm")], settings, NOW)
@@ -262,7 +262,7 @@ def test_in_quiet_hours_only_warnings_wait(hook, make_settings, tmp_path):
     assert [json.loads(body)["text"] for _, _, body in hook.received] == ["burns"]
 
 
-def test_what_opens_together_is_one_message_and_names_rule_and_runbook(make_settings):
+def test_incidents_of_one_run_share_a_message_with_rule_and_runbook(make_settings):
     replay = Replay()
     replay.run(GONE)
     opened = [change for change in replay.changes if change.kind == "opened"]
@@ -275,7 +275,7 @@ def test_what_opens_together_is_one_message_and_names_rule_and_runbook(make_sett
     assert "docs/operations.md#process_gone" in fire["en"] and "restart" in fire["en"] and "处理" in fire["zh"]
 
 
-def test_reminders_come_at_growing_distances_and_stop_for_a_flapping_service(make_settings):
+def test_reminders_have_growing_intervals_and_stop_for_a_flapping_service(make_settings):
     incident = Incident("1-api-dead", "api", "dead", "process_gone", NOW, NOW, NOW, "gone", "没了")
     histories = {"api": History(word="dead", seen=3, incident=incident)}
     settings, times = make_settings(1), []
@@ -288,15 +288,15 @@ def test_reminders_come_at_growing_distances_and_stop_for_a_flapping_service(mak
     assert alerts.compose([], [], {}, {}, flapping, settings, NOW + 86400) == []
 
 
-def test_a_circuit_is_told(make_settings):
+def test_an_open_circuit_is_alerted(make_settings):
     decisions = {"api": Decision("hold", "3 restarts in the last hour, 3 allowed", opens=True)}
 
-    (told,) = alerts.compose([], [], decisions, {}, {"api": History()}, make_settings(1), NOW)
+    (alert,) = alerts.compose([], [], decisions, {}, {"api": History()}, make_settings(1), NOW)
 
-    assert told["kind"] == "circuit" and "health_check.py reset" in told["en"]
+    assert alert["kind"] == "circuit" and "health_check.py reset" in alert["en"]
 
 
-def test_secrets_are_in_no_text(make_settings):
+def test_secrets_are_redacted(make_settings):
     settings = make_settings(
         1, api_key="sk-abcdef123456", dingtalk_url="https://oapi.example/robot/send?access_token=feedface0001",
         smtp_url="smtps://me:passw0rd99@mail.example:465/?to=a@b.c",
@@ -317,9 +317,9 @@ def test_flaps_in_shadow_send_at_most_two_messages(hook, make_settings, tmp_path
         before = len(replay.changes)
         replay.run(GONE if number % 2 and number < 1000 else api())
         histories = {"api": replay.history}
-        told = alerts.compose(replay.changes[before:], [], {}, {}, histories, settings, replay.wall)
+        messages = alerts.compose(replay.changes[before:], [], {}, {}, histories, settings, replay.wall)
         replay.history = histories["api"]
-        alerts.queue(store, told, settings, replay.wall)
+        alerts.queue(store, messages, settings, replay.wall)
         alerts.deliver(store, settings, {}, replay.wall)
 
     kinds = [json.loads(body)["messages"][0]["kind"] for _, _, body in hook.received]
@@ -327,7 +327,7 @@ def test_flaps_in_shadow_send_at_most_two_messages(hook, make_settings, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("url", "good", "asked"),
+    ("url", "good", "expected"),
     [
         ("https://hc.example/ping/abc/", True, "https://hc.example/ping/abc"),
         ("https://hc.example/ping/abc", False, "https://hc.example/ping/abc/fail"),
@@ -336,19 +336,19 @@ def test_flaps_in_shadow_send_at_most_two_messages(hook, make_settings, tmp_path
         ("https://kuma/api/push/T?status=up&msg=OK&ping=", False, "https://kuma/api/push/T?status=down&msg=dead+it+is+gone&ping="),
     ],
 )
-def test_the_ping_speaks_the_language_of_its_receiver(url, good, asked):
-    assert alerts.ping_address(url, good, "dead it is gone")[0] == asked
+def test_the_ping_url_fits_its_receiver(url, good, expected):
+    assert alerts.ping_address(url, good, "dead it is gone")[0] == expected
 
 
-def test_the_ping_says_good_and_bad_and_whether_it_was_taken(hook, make_settings):
+def test_the_ping_reports_the_verdict_and_whether_it_was_accepted(hook, make_settings):
     settings = make_settings(1, ping_url=f"http://127.0.0.1:{hook.port}/ping/abc")
 
     assert alerts.ping(settings, {"service_healthy": True, "verdict": "healthy", "reasons": []}) == ""
-    assert alerts.ping(settings, {"service_healthy": None, "verdict": "unknown", "reasons": []}) == "", "its checker is alive"
+    assert alerts.ping(settings, {"service_healthy": None, "verdict": "unknown", "reasons": []}) == "", "the checker is alive"
     assert alerts.ping(settings, {"service_healthy": False, "verdict": "dead", "reasons": ["It is gone."]}) == ""
     assert [(path, body) for path, _, body in hook.received] == [
         ("/ping/abc", b"healthy"), ("/ping/abc", b"unknown"), ("/ping/abc/fail", b"dead\nIt is gone."),
     ]  # fmt: skip
     hook.default = (404, b"not found")
     problem = alerts.ping(settings, {"service_healthy": True, "verdict": "healthy", "reasons": []})
-    assert problem == "the outward ping was not taken: HTTP 404"
+    assert problem == "the outbound ping was not accepted: HTTP 404"

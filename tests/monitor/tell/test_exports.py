@@ -1,4 +1,4 @@
-"""What other systems read: the ECS lines, the textfile for Prometheus, the rules over it. Judged by promtool itself."""
+"""The exports: ECS lines, the Prometheus textfile and its alert rules, checked by promtool."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def promtool(*words: str, text: str = "") -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def settings(service, behaviour, make_settings):
-    """After one run that found the model answering wrongly."""
+    """Settings after one run in which the model answered wrongly."""
     behaviour.reply = lambda body: (200, {"choices": [{"message": {"content": "I see nothing."}}]})
     found = make_settings(service, memory_limit_percent=0.1, limit_window_s=0)
     check.run(found, random.Random(1))
@@ -49,13 +49,13 @@ def samples(settings) -> dict[tuple[str, ...], float]:
     }
 
 
-def test_promtool_finds_nothing_to_say_about_the_textfile(settings):
+def test_promtool_accepts_the_textfile(settings):
     done = promtool("check", "metrics", text=(settings.log_dir / exports.PROM).read_text())
 
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_the_textfile_says_what_the_report_says(settings):
+def test_the_textfile_agrees_with_the_report(settings):
     report = json.loads((settings.log_dir / "health.json").read_text())
     found = samples(settings)
 
@@ -65,10 +65,10 @@ def test_the_textfile_says_what_the_report_says(settings):
     assert found["glm_check_last_run_timestamp_seconds",] == datetime.fromisoformat(report["timestamp"]).timestamp()
     assert found["glm_warning", "memory_used_percent"] == 1
     assert found["glm_probe_duration_seconds", "picture"] > 0
-    assert ("glm_gpu_load_ratio", "0") not in found, "what is not known has no sample"
+    assert ("glm_gpu_load_ratio", "0") not in found, "an unknown value has no sample"
 
 
-def test_a_line_for_each_run_in_fields_of_ecs(settings):
+def test_each_run_is_one_line_in_ecs_fields(settings):
     check.run(settings, random.Random(2))
 
     lines = [json.loads(line) for line in (settings.log_dir / exports.JSONL).read_text().splitlines()]
@@ -105,14 +105,14 @@ def test_promtool_accepts_the_rules():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_rules_fire_when_they_should():
+def test_the_rules_fire_as_specified():
     done = promtool("test", "rules", str(Path(__file__).with_name("rules_test.yml")))
 
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_every_metric_of_the_rules_is_exported(settings):
-    """A rule over a name that nobody exports never fires."""
+    """A rule over a metric that does not exist never fires."""
     text = (settings.log_dir / exports.PROM).read_text()
     declared = {family.name for family in text_string_to_metric_families(text)}
     used = set(re.findall(r"\bglm_\w+", RULES.read_text()))
@@ -121,69 +121,69 @@ def test_every_metric_of_the_rules_is_exported(settings):
 
 
 @pytest.fixture
-def elsewhere(tmp_path):
-    """A Pushgateway and an Elasticsearch in one: keeps what it gets, and answers as it is told."""
+def receiver(tmp_path):
+    """A server in the place of Pushgateway and Elasticsearch: records requests and sends `answer`."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        def answer(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            server.got.append((self.command, self.path, self.headers["Authorization"], body.decode()))
-            status, said = server.says
+        def handle_request(self) -> None:
+            sent = self.rfile.read(int(self.headers["Content-Length"]))
+            server.received.append((self.command, self.path, self.headers["Authorization"], sent.decode()))
+            status, body = server.answer
             self.send_response(status)
-            self.send_header("Content-Length", str(len(said)))
+            self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(said)
+            self.wfile.write(body)
 
-        do_PUT = do_POST = answer
+        do_PUT = do_POST = handle_request
 
         def log_message(self, *_: object) -> None:
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.got, server.says = [], (200, b'{"errors": false, "items": []}')
+    server.received, server.answer = [], (200, b'{"errors": false, "items": []}')
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
 
 
-def test_the_pushgateway_gets_the_textfile(elsewhere, settings, capsys):
-    sending = settings.model_copy(update={"pushgateway_url": SecretStr(f"http://127.0.0.1:{elsewhere.server_address[1]}")})
+def test_the_pushgateway_gets_the_textfile(receiver, settings, capsys):
+    sending = settings.model_copy(update={"pushgateway_url": SecretStr(f"http://127.0.0.1:{receiver.server_address[1]}")})
     check.run(sending, random.Random(2))
 
-    (method, path, _, body), = elsewhere.got
+    (method, path, _, body), = receiver.received
     assert method == "PUT" and path.startswith("/metrics/job/glm_health/instance/")
     assert promtool("check", "metrics", text=body).returncode == 0 and "glm_target_state" in body
 
-    elsewhere.says = (503, b"full")
+    receiver.answer = (503, b"full")
     check.run(sending, random.Random(3))
-    assert "the Pushgateway took nothing: HTTP 503" in capsys.readouterr().err
+    assert "the Pushgateway did not accept the metrics: HTTP 503" in capsys.readouterr().err
 
 
-def test_elasticsearch_gets_each_document_once_and_late_ones_first(elsewhere, settings, capsys):
-    url = f"http://ann:secret@127.0.0.1:{elsewhere.server_address[1]}/health-2026"
+def test_elasticsearch_gets_each_document_once_and_unsent_ones_first(receiver, settings, capsys):
+    url = f"http://ann:secret@127.0.0.1:{receiver.server_address[1]}/health-2026"
     sending = settings.model_copy(update={"elasticsearch_url": SecretStr(url)})
-    elsewhere.says = (502, b"away")
+    receiver.answer = (502, b"bad gateway")
     check.run(sending, random.Random(2))
-    assert "Elasticsearch took nothing: HTTP 502; 1 documents wait" in capsys.readouterr().err
-    elsewhere.says = (200, b'{"errors": false, "items": []}')
+    assert "Elasticsearch did not accept the documents: HTTP 502; 1 documents wait" in capsys.readouterr().err
+    receiver.answer = (200, b'{"errors": false, "items": []}')
     check.run(sending, random.Random(3))
     check.run(sending, random.Random(4))
 
-    assert [(method, path) for method, path, _, _ in elsewhere.got] == [("POST", "/_bulk")] * 3
-    assert elsewhere.got[0][2] == "Basic " + base64.b64encode(b"ann:secret").decode()
-    sent = [[json.loads(line) for line in body.splitlines()] for *_, body in elsewhere.got]
+    assert [(method, path) for method, path, _, _ in receiver.received] == [("POST", "/_bulk")] * 3
+    assert receiver.received[0][2] == "Basic " + base64.b64encode(b"ann:secret").decode()
+    sent = [[json.loads(line) for line in body.splitlines()] for *_, body in receiver.received]
     assert sent[0][0]["index"]["_index"] == "health-2026" and sent[0][1]["event"]["action"] == "health_check"
-    assert sent[1][:2] == sent[0], "what waited goes first, under the same id"
+    assert sent[1][:2] == sent[0], "unsent documents go first, under the same id"
     assert [len(lines) for lines in sent] == [2, 4, 2]
 
 
-def test_a_document_that_is_refused_is_told_and_not_sent_for_ever(elsewhere, settings, capsys):
-    url = f"http://127.0.0.1:{elsewhere.server_address[1]}/i"
+def test_a_rejected_document_is_reported_and_not_sent_again(receiver, settings, capsys):
+    url = f"http://127.0.0.1:{receiver.server_address[1]}/i"
     sending = settings.model_copy(update={"elasticsearch_url": SecretStr(url)})
-    elsewhere.says = (200, b'{"errors": true, "items": [{"index": {"error": {"type": "mapper_parsing_exception"}}}]}')
+    receiver.answer = (200, b'{"errors": true, "items": [{"index": {"error": {"type": "mapper_parsing_exception"}}}]}')
     check.run(sending, random.Random(2))
     check.run(sending, random.Random(3))
 
-    assert "Elasticsearch refused 1 of 1: {'type': 'mapper_parsing_exception'}" in capsys.readouterr().err
-    assert len(elsewhere.got[1][3].splitlines()) == 2
+    assert "Elasticsearch rejected 1 of 1: {'type': 'mapper_parsing_exception'}" in capsys.readouterr().err
+    assert len(receiver.received[1][3].splitlines()) == 2

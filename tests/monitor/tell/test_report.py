@@ -1,4 +1,4 @@
-"""The JSON: its keys, its honesty about numbers, and the way it reaches the disk."""
+"""The JSON report: its keys, its numbers, and the atomic write."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def test_six_keys_are_at_the_top_and_an_absent_gpu_is_null():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), [1.0, float("-inf")], {"deep": (float("nan"),)}])
-def test_what_is_not_a_number_becomes_null(value):
+def test_nan_and_infinity_become_null(value):
     text = report.to_json(a_report(gpu_load=value))
 
     assert "NaN" not in text and "Infinity" not in text
     json.loads(text, parse_constant=lambda name: pytest.fail(name))
 
 
-def test_a_reader_never_sees_half_a_file(tmp_path):
+def test_a_reader_never_sees_a_partial_file(tmp_path):
     report.write(a_report(reasons=["first"]), tmp_path)
     stop, broken = threading.Event(), []
 
@@ -57,7 +57,7 @@ def test_a_reader_never_sees_half_a_file(tmp_path):
     assert (tmp_path / "health.json").stat().st_mode & 0o777 == 0o644
 
 
-def test_a_write_that_fails_leaves_the_old_report_and_no_rest(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_report_and_no_temporary_file(tmp_path, monkeypatch):
     report.write(a_report(reasons=["old"]), tmp_path)
 
     with pytest.raises(TypeError):

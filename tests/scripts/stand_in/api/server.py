@@ -1,4 +1,4 @@
-"""A stand-in for the API where a test needs a fault that the real one would not show on demand.
+"""A stand-in for the API with faults on demand.
 
 STAND_IN_API: empty (answers), die, loading, dead, deaf (opens no port), stubborn (ignores SIGTERM), parent (has a child).
 """
