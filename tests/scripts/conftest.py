@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = (
@@ -65,7 +66,7 @@ def project(tmp_path: Path) -> Iterator[Project]:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
         copy(ROOT / name, root / name)
     shutil.copytree(ROOT / "tests" / "scripts" / "stand_in", root, dirs_exist_ok=True)
-    api_port, web_port = free_ports(2)
+    api_port, web_port = free_port(), free_port()
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("GLM_", "CONDA"))}
     # start.sh uses the Python of an active conda environment without changes.
     env = {
@@ -106,16 +107,6 @@ def unrelated(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
     for process in started:
         process.kill()
         process.wait()
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 def listens(port: int) -> bool:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 import settings as settings_module
 from monitor import check
@@ -71,11 +72,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Project
         target.parent.mkdir(parents=True, exist_ok=True)
         (shutil.copytree if source.is_dir() else shutil.copy2)(source, target)
     shutil.copytree(ROOT / "tests" / "scripts" / "stand_in", root, dirs_exist_ok=True)
-    ports = []
-    for _ in range(2):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            ports.append(free.getsockname()[1])
+    ports = free_port(), free_port()
     values = {
         "GLM_API_HOST": "127.0.0.1", "GLM_WEB_HOST": "127.0.0.1", "GLM_API_PORT": str(ports[0]),
         "GLM_WEB_PORT": str(ports[1]), "GLM_LOG_DIR": str(root / "logs"), "GLM_DRAIN_S": "0", "GLM_START_TIMEOUT_S": "60",

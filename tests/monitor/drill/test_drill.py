@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 from monitor.drill import faults, table
 
@@ -28,10 +28,7 @@ def test_a_short_drill_of_the_real_service_passes(tmp_path, monkeypatch):
         if not name.startswith(("tests/", "docs/", "bench/")) and (ROOT / name).is_file():
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, root / name)
-    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
-    ports = [one.getsockname()[1] for one in held]
-    for one in held:
-        one.close()
+    ports = free_port(), free_port()
     env = {k: v for k, v in os.environ.items() if not k.startswith("GLM_")} | {
         "GLM_API_HOST": "127.0.0.1", "GLM_WEB_HOST": "127.0.0.1", "GLM_API_PORT": str(ports[0]), "GLM_WEB_PORT": str(ports[1]),
         "GLM_MODEL": "models/shapes", "GLM_THREADS": "1", "GLM_TEST_FAULTS": "true", "CONDA_PREFIX": sys.prefix,
