@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from monitor.observe import ports, processes
-from monitor.observe.exchange import exchange
+from monitor.observe.http_exchange import exchange
 from monitor.observe.processes import ProcessRecord
 
 ROOT = Path(__file__).resolve().parent.parent

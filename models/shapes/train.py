@@ -32,7 +32,7 @@ from transformers.models.glm4v import modeling_glm4v
 
 from models.shapes.checkpoint import FOLDER, MAX_CELLS, MIN_CELLS, config_for, train_tokenizer, write_processing
 from models.shapes.pictures import COLORS, MAX_ITEMS, SHAPES, WORD_LETTERS, Item, Scene
-from models.shapes.rows import Batch, RowMaker, collate, draw, grids
+from models.shapes.training_rows import Batch, RowMaker, collate, draw, grids
 
 COLOR_IDS = {name: i + 1 for i, name in enumerate(COLORS)}
 SHAPE_IDS = {name: i + 1 for i, name in enumerate(SHAPES)}

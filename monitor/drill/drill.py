@@ -25,7 +25,7 @@ from monitor.drill import table
 from monitor.drill.catalogue import CRON_REMOVED, CRON_REMOVED_DESCRIPTION, FAULTS, UNAFFECTED, Fault, Report
 from monitor.drill.faults import FaultContext
 from monitor.judge import history, limiter
-from monitor.observe.exchange import exchange
+from monitor.observe.http_exchange import exchange
 from monitor.store.state import PARTS
 from monitor.store.store import Store
 from monitor.tell.report import replace_file

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from monitor.observe import external_engine, processes
-from monitor.observe.exchange import Reply, exchange
+from monitor.observe.http_exchange import Reply, exchange
 from monitor.observe.question import text_question
 from monitor.store.store import discard_fallback
 from settings import ROOT, Settings

@@ -15,7 +15,7 @@ from sseclient import SSEClient
 
 from monitor.judge.evidence import Answer, HealthReply
 from monitor.observe import question
-from monitor.observe.exchange import (
+from monitor.observe.http_exchange import (
     ConnectionHandle,
     Deadline,
     Reply,

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from monitor.judge.evidence import EngineProgress, HealthReply
-from monitor.observe.exchange import exchange
+from monitor.observe.http_exchange import exchange
 
 clock = time.monotonic
 RUNNING = ("vllm:num_requests_running", "sglang:num_running_reqs", "glm_num_requests_running")

@@ -27,7 +27,7 @@ from monitor.judge.evidence import (
     Process,
 )  # fmt: skip
 from monitor.observe import api_probe, external_engine, gpu, machine, page_probe, ports, processes
-from monitor.observe.exchange import Deadline
+from monitor.observe.http_exchange import Deadline
 from settings import Settings
 
 HEALTH_LIMIT_S = 2.0

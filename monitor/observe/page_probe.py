@@ -11,7 +11,7 @@ from websockets.sync.client import connect
 from websockets.typing import Subprotocol
 
 from monitor.judge.evidence import PageEvidence, PageReply
-from monitor.observe.exchange import Deadline, exchange, failed_reply, seconds_since
+from monitor.observe.http_exchange import Deadline, exchange, failed_reply, seconds_since
 from settings import Settings
 
 LIMIT_S = 10.0

@@ -20,7 +20,7 @@ from monitor.judge import holds
 from monitor.judge.history import Change, History, Incident
 from monitor.judge.limiter import Decision
 from monitor.judge.verdict import Verdict
-from monitor.observe.exchange import Deadline, exchange
+from monitor.observe.http_exchange import Deadline, exchange
 from monitor.store.store import Store
 from monitor.tell import channels
 from monitor.tell.redaction import redact

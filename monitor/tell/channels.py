@@ -24,7 +24,7 @@ from email.message import EmailMessage
 from typing import Any, Protocol
 from urllib.parse import parse_qs, quote_plus, unquote, urlsplit
 
-from monitor.observe.exchange import Reply, exchange
+from monitor.observe.http_exchange import Reply, exchange
 from settings import Settings
 
 LIMIT_S = 5.0

@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.exposition import push_to_gateway, write_to_textfile
 
 from monitor.judge.verdict import WORDS
-from monitor.observe.exchange import exchange
+from monitor.observe.http_exchange import exchange
 from monitor.store.store import Store
 from monitor.tell.report import replace_file
 from settings import Settings

@@ -11,7 +11,7 @@ from models.shapes import talk
 from models.shapes.checkpoint import FOLDER
 from models.shapes.pictures import COLORS, MAX_ITEMS, draw_scene, draw_shapes
 from models.shapes.questions import FAMILIES, ask, box_of
-from models.shapes.rows import Picture, Row, RowMaker, collate, draw, grids, image_pieces, patchify, turn
+from models.shapes.training_rows import Picture, Row, RowMaker, collate, draw, grids, image_pieces, patchify, turn
 from models.shapes.wording import matching
 
 
