@@ -8,6 +8,7 @@ cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 # shellcheck source=deploy/environment.sh
 source deploy/environment.sh
 export PYTHONDONTWRITEBYTECODE=1
+WORKERS=3    # many tests wait for servers and browsers, so two cores take more than two
 # The models in the tests are small: more threads gain nothing, and lose much when other processes use the cores.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
@@ -26,7 +27,8 @@ install_debian_packages() {
     command -v systemd-analyze >/dev/null || lacking+=(systemd)
     command -v promtool >/dev/null || lacking+=(prometheus)
     [[ -x /usr/sbin/nginx ]] || command -v nginx >/dev/null || lacking+=(nginx-light)
-    fc-list 2>/dev/null | grep -qi cjk || lacking+=(fontconfig fonts-noto-cjk)
+    # No pipe into grep -q: it ends early, and under pipefail the ended fc-list would count as a missing font.
+    [[ $(fc-list 2>/dev/null) == *CJK* ]] || lacking+=(fontconfig fonts-noto-cjk)
     ((${#lacking[@]})) || return 0
     if ! command -v apt-get >/dev/null || ((EUID != 0)); then
         complain "The tests need these Debian packages; install them and run ./test.sh again: ${lacking[*]}"
@@ -52,11 +54,19 @@ check mypy "$PYTHON" -m mypy
 
 # pytest comes last, so that its closing line ends the output.
 say "== pytest"
-report=$(mktemp)
-trap 'rm -f "$report"' EXIT
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+report=$scratch/report.xml
 status=0
 ((${#failed[@]})) && say "(failed before the tests: ${failed[*]})"
-"$PYTHON" -m pytest -p no:cacheprovider --junit-xml="$report" -rs "$@" || status=$?
+whole=()
+if (($# == 0)); then
+    # A worker that dies ends the run: its tests would be counted as neither passed nor failed.
+    whole=(-n "$WORKERS" --dist loadfile --no-loadscope-reorder --max-worker-restart=0)
+    whole+=(--cov=api --cov=web --cov=monitor --cov-report=)
+    export COVERAGE_FILE=$scratch/coverage
+fi
+"$PYTHON" -m pytest -p no:cacheprovider --junit-xml="$report" -rs "${whole[@]}" "$@" || status=$?
 if [[ ${CI:-} == true ]] && ! grep -q 'skipped="0"' "$report"; then
     complain "Skipped tests count as failures here (CI=true): the list is above"
     status=1

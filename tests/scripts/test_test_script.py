@@ -10,8 +10,9 @@ def checked(project):
     """A project with one test file."""
     (project.root / ".ci").mkdir()
     (project.root / ".ci" / "run").write_text("#!/bin/bash\n./test.sh\n")
-    # Style is checked elsewhere; here the copy holds only part of the tree.
+    # Style and types are checked elsewhere; here the copy holds only part of the tree.
     (project.root / "ruff.toml").write_text('exclude = ["*"]\n')
+    (project.root / "mypy.ini").write_text("[mypy]\nfiles = settings.py\nfollow_imports = skip\n")
 
     def check(test: str, **extra: str):
         (project.root / "test_it.py").write_text(test)
