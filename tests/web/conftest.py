@@ -55,9 +55,13 @@ def page_server(tmp_path: Path) -> Iterator[Callable[..., Server]]:
         server.__exit__()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
-    """A real browser. Without one the tests fail instead of being skipped, because nothing else covers this."""
+    """A real browser. Without one the tests fail instead of being skipped, because nothing else covers this.
+
+    Not for the session: while it is open, Playwright's event loop counts as running in this thread, and the tests of
+    other files could not start one.
+    """
     found = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := which(name))), None)
     if found is None:
         pytest.fail("no Chromium on PATH: install it (Debian: apt install chromium) to run the browser tests")
