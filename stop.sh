@@ -24,15 +24,18 @@ for candidate in .venv/bin/python "${CONDA_PREFIX:-/nonexistent}/bin/python" pyt
 done
 [[ -n $python ]] || { echo "No Python 3.8 or newer found; the recorded processes are in logs/*.pid.json" >&2; exit 2; }
 
-setting() { # NAME DEFAULT
+unchecked() { # NAME DEFAULT
     local line
-    if "$python" settings.py "$1" 2>/dev/null; then return; fi
     line=$(printenv "GLM_${1^^}" || sed -n "s/^ *GLM_${1^^} *= *//p" .env 2>/dev/null | tail -n 1)
     echo "${line:-$2}"
 }
-log_dir=$(realpath -m "$(setting log_dir logs)")
-grace_s=$(awk -v drain="$(setting drain_s 10)" 'BEGIN { print drain + 5 }')
-declare -A port=([api]=$(setting api_port 8080) [web]=$(setting web_port 8081))
+mapfile -t values < <("$python" settings.py log_dir drain_s api_port web_port 2>/dev/null)
+if ((${#values[@]} != 4)); then
+    values=("$(unchecked log_dir logs)" "$(unchecked drain_s 10)" "$(unchecked api_port 8080)" "$(unchecked web_port 8081)")
+fi
+log_dir=$(realpath -m "${values[0]}")
+grace_s=$(awk -v drain="${values[1]}" 'BEGIN { print drain + 5 }')
+declare -A port=([api]=${values[2]} [web]=${values[3]})
 pairs=()
 for part in "${parts[@]}"; do pairs+=("$part=${port[$part]}"); done
 exec "$python" -m deploy.service stop "$log_dir" "$grace_s" "${pairs[@]}"

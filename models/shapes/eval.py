@@ -119,23 +119,39 @@ class Model:
         self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
         self.model = Glm4vForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).to(device).eval()
 
-    @torch.inference_mode()
     def answer(self, trial: Trial) -> str:
         """The generated text, special tokens included."""
-        prompt = self.tokenizer.apply_chat_template(
-            trial.messages, tools=trial.tools, tokenize=False, add_generation_prompt=True, enable_thinking=trial.thinking
-        )
-        inputs = {}
-        if trial.pictures:
-            images = self.processor(trial.pictures, return_tensors="pt")
-            counts = iter((images["image_grid_thw"].prod(-1) // 4).tolist())
-            prompt = re.sub(r"<\|image\|>", lambda _: "<|image|>" * next(counts), prompt)
-            inputs = {"pixel_values": images["pixel_values"], "image_grid_thw": images["image_grid_thw"]}
-        ids = self.tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
-        inputs |= {"input_ids": ids, "mm_token_type_ids": (ids == self.model.config.image_token_id).int()}
+        return self.answers([trial])[0]
+
+    @torch.inference_mode()
+    def answers(self, trials: list[Trial]) -> list[str]:
+        """The generated texts of one batch, special tokens included."""
+        prompts, pixels, grids = [], [], []
+        for trial in trials:
+            prompt = self.tokenizer.apply_chat_template(
+                trial.messages, tools=trial.tools, tokenize=False, add_generation_prompt=True, enable_thinking=trial.thinking
+            )
+            if trial.pictures:
+                images = self.processor(trial.pictures, return_tensors="pt")
+                counts = iter((images["image_grid_thw"].prod(-1) // 4).tolist())
+                prompt = re.sub(r"<\|image\|>", lambda _, counts=counts: "<|image|>" * next(counts), prompt)
+                pixels.append(images["pixel_values"])
+                grids.append(images["image_grid_thw"])
+            prompts.append(prompt)
+        encoded = self.tokenizer(prompts, add_special_tokens=False, return_tensors="pt", padding=True, padding_side="left")
+        ids = encoded.input_ids
+        inputs = {"input_ids": ids, "attention_mask": encoded.attention_mask}
+        inputs["mm_token_type_ids"] = (ids == self.model.config.image_token_id).int()
+        if pixels:
+            inputs |= {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.cat(grids)}
         inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
-        output = self.model.generate(**inputs, attention_mask=torch.ones_like(inputs["input_ids"]), max_new_tokens=160, do_sample=False)
-        return self.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=False)
+        outputs = self.model.generate(**inputs, max_new_tokens=160, do_sample=False)[:, ids.shape[1] :].tolist()
+        return [self.tokenizer.decode(self._until_end(output), skip_special_tokens=False) for output in outputs]
+
+    def _until_end(self, output: list[int]) -> list[int]:
+        """Without the padding after the end token, which other rows of the batch have caused."""
+        ends = self.model.generation_config.eos_token_id
+        return output[: next((place for place, token in enumerate(output) if token in ends), len(output)) + 1]
 
 
 def judge(trial: Trial, raw: str) -> tuple[float, bool]:

@@ -12,6 +12,9 @@ from models.shapes.pictures import draw_shapes
 from models.shapes.wording import Question
 
 
+BATCH = 32
+
+
 @pytest.fixture(scope="module")
 def model():
     return Model(FOLDER, "cpu")
@@ -25,10 +28,14 @@ def ask(model, picture, text):
 @pytest.fixture(scope="module")
 def judged(model):
     scores = {}
-    for trial in trials(random.Random("a seed that training never used"), 18):
-        score, formed = judge(trial, model.answer(trial))
-        scores.setdefault(trial.score, []).append(score)
-        scores.setdefault("format", []).append(float(formed))
+    drawn = list(trials(random.Random("a seed that training never used"), 18))
+    drawn.sort(key=lambda trial: sum(picture.width * picture.height for picture in trial.pictures))  # little padding
+    for start in range(0, len(drawn), BATCH):
+        batch = drawn[start : start + BATCH]
+        for trial, answer in zip(batch, model.answers(batch), strict=True):
+            score, formed = judge(trial, answer)
+            scores.setdefault(trial.score, []).append(score)
+            scores.setdefault("format", []).append(float(formed))
     return scores
 
 
