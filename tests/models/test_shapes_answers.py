@@ -11,7 +11,6 @@ from models.shapes.eval import FLOORS, Model, Trial, judge, trials, user
 from models.shapes.pictures import draw_shapes
 from models.shapes.wording import Question
 
-
 BATCH = 32
 
 
