@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import sys
 import threading
 from pathlib import Path
@@ -77,4 +78,6 @@ def test_a_streamed_image_question_passes_few_modules(tmp_path: Path) -> None:
     engine = {path for path in passed if path.startswith("api/engine/")}
     print(*sorted(passed - engine), "", *sorted(engine), sep="\n")
     assert {"api/routes/chat.py", "api/images/decode.py", "api/engine/scheduler.py"} <= passed, "the tracer sees nothing"
+    named = set(re.findall(r"`(api/[a-z_/]+\.py)`", (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")))
+    assert passed <= named, "docs/architecture.md describes the way"
     assert len(passed - engine) <= ABOVE_THE_ENGINE and len(engine) <= IN_THE_ENGINE
