@@ -18,6 +18,7 @@ from api.engine.text.tokenizer import Vocabulary
 # Limits of one grammar; beyond them compiling fails.
 _LIMITS = LLParserLimits(max_grammar_size=100_000, max_lexer_states=50_000, verbose_errors=False)
 MAX_GRAMMAR_CHARACTERS = 200_000
+DEAD_END = "no text can satisfy the schema from here on"  # llguidance's NoExtensionBias
 
 
 class GrammarCompiler:
@@ -71,4 +72,5 @@ class MatcherGrammar:
 
     @property
     def failed(self) -> str:
-        return self._matcher.get_error().strip()
+        error = self._matcher.get_error().strip()
+        return DEAD_END if error.startswith("NoExtensionBias") else error

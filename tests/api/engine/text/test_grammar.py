@@ -150,6 +150,17 @@ def test_a_rejected_token_fails_the_grammar_and_leaves_only_end_tokens(compiler,
     }
 
 
+def test_a_schema_that_nothing_satisfies_fails_in_plain_words(compiler, vocabulary) -> None:
+    endless = {"$ref": "#/$defs/x", "$defs": {"x": {"$ref": "#/$defs/x"}}}
+    grammar = compiler.compile(AnswerForm(schema=endless, may_think=False))
+    [newline] = vocabulary.encode("\n")
+    for _ in range(40):  # white space is allowed before the JSON, but not without end
+        if allows(grammar, newline):
+            grammar.accept(newline)
+
+    assert grammar.failed == "no text can satisfy the schema from here on"
+
+
 def test_grammars_do_not_share_state(compiler, vocabulary) -> None:
     first, second = compiler.compile(AnswerForm(PERSON)), compiler.compile(AnswerForm(PERSON))
     for token in vocabulary.encode('{"name": "A'):
