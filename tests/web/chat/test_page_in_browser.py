@@ -350,7 +350,12 @@ def test_a_picture_from_the_camera_goes_with_the_question(
     page.get_by_role("button", name="Camera").click()
     shutter = page.get_by_test_id("stCameraInputButton")
     expect(shutter).to_be_enabled(timeout=TIMEOUT_MS)
-    page.wait_for_function("document.querySelector('video')?.videoWidth > 0")
+    # Streamlit asks for a stream of full size first and a second later for one of the dialog's size. Between the two
+    # there is no frame, and pressing the button does nothing.
+    page.wait_for_function("""() => {
+        const video = document.querySelector('video');
+        return video?.videoWidth > 0 && video.videoWidth < innerWidth;
+    }""")
     shutter.click()
     expect(page.get_by_text("Goes with the next question")).to_be_visible(timeout=SOON_MS)
     ask(page, "What is it?")
