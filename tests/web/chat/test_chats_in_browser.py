@@ -30,8 +30,8 @@ def test_two_pictures_are_shown_and_sent_and_survive_a_reload(fake_page: Page, f
 
     expect(question.get_by_role("img", name="Picture:")).to_have_count(2, timeout=TIMEOUT_MS)
     expect(fake_page.get_by_test_id("stChatMessage").last).to_contain_text("It is a red circle.")
-    shown = fake_page.evaluate("[...document.querySelectorAll('[data-testid=stChatMessage] img')].map(i => i.naturalWidth)")
-    assert all(width > 0 for width in shown)
+    images = "document.querySelectorAll('[data-testid=stChatMessage] img')"
+    fake_page.wait_for_function(f"[...{images}].every(image => image.naturalWidth > 0)")
     assert [part["type"] for part in fake_api.received[0].body["messages"][0]["content"]] == ["image_url", "image_url", "text"]
 
 
