@@ -22,15 +22,15 @@ def png(*shapes: tuple[str, str], seed: int) -> bytes:
 def add_image(page: Page, name: str, data: bytes) -> None:
     box = page.get_by_test_id("stChatInput")
     box.locator("input[type=file]").set_input_files({"name": name, "mimeType": "image/png", "buffer": data})
-    expect(box.get_by_text(name)).to_be_visible(timeout=TIMEOUT_MS)
+    expect(box.get_by_text(name)).to_be_visible()
 
 
 def ask(page: Page, question: str) -> None:
     box = page.get_by_test_id("stChatInputTextArea")
-    expect(box).to_be_enabled(timeout=TIMEOUT_MS)
+    expect(box).to_be_enabled()
     box.fill(question)
     send = page.get_by_test_id("stChatInputSubmitButton")
-    expect(send).to_be_enabled(timeout=TIMEOUT_MS)  # not while an upload is still running
+    expect(send).to_be_enabled()  # not while an upload is still running
     send.click()
 
 
@@ -38,5 +38,5 @@ def last_answer(page: Page, complete: bool = True) -> str:
     """The text of the last answer, once it is complete."""
     message = page.get_by_test_id("stChatMessage").last
     if complete:
-        expect(message).to_contain_text("complete", timeout=TIMEOUT_MS)
+        expect(message).to_contain_text("complete")
     return message.inner_text()

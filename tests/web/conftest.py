@@ -11,10 +11,12 @@ from urllib.parse import urlsplit
 import pytest
 from browsing import KEY, TIMEOUT_MS, TOKEN
 from page_process import ROOT, OpenPage, Server
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 from web_fake_api import FakeApi
 
 import settings as settings_module
+
+expect.set_options(timeout=TIMEOUT_MS)  # Playwright's five seconds are too few on a loaded machine
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from shutil import which
 
 import pytest
 import requests
-from browsing import TIMEOUT_MS, TOKEN, add_image, ask, last_answer, png
+from browsing import TOKEN, add_image, ask, last_answer, png
 from page_process import ROOT, OpenPage, Server, wait_until
 from playwright.sync_api import expect
 from ports import free_port
@@ -69,10 +69,10 @@ def test_the_page_works_under_a_path_prefix(front: str, fake_api: FakeApi, open_
     assert "token" not in page.url
 
     page.get_by_role("link", name="Console").click()
-    expect(page.get_by_role("heading", name="Console")).to_be_visible(timeout=TIMEOUT_MS)
+    expect(page.get_by_role("heading", name="Console")).to_be_visible()
     assert page.url.startswith(f"{front}/console")
     page.reload()
-    expect(page.get_by_role("heading", name="Console")).to_be_visible(timeout=TIMEOUT_MS)
+    expect(page.get_by_role("heading", name="Console")).to_be_visible()
 
 
 def test_a_stranger_gets_nothing_through_nginx_either(front: str) -> None:
