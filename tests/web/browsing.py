@@ -19,13 +19,20 @@ def png(*shapes: tuple[str, str], seed: int) -> bytes:
     return buffer.getvalue()
 
 
+def wait_for_the_run(page: Page) -> None:
+    """Until no run of the script is going on: one may redraw the input box, and what was just put into it is lost."""
+    expect(page.get_by_test_id("stApp")).to_have_attribute("data-test-script-state", "notRunning")
+
+
 def add_image(page: Page, name: str, data: bytes) -> None:
+    wait_for_the_run(page)
     box = page.get_by_test_id("stChatInput")
     box.locator("input[type=file]").set_input_files({"name": name, "mimeType": "image/png", "buffer": data})
     expect(box.get_by_text(name)).to_be_visible()
 
 
 def ask(page: Page, question: str) -> None:
+    wait_for_the_run(page)
     box = page.get_by_test_id("stChatInputTextArea")
     expect(box).to_be_enabled()
     box.fill(question)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from web.api_client.client import ApiClient, ApiError, Info
+from web.chat.timed_fragment import repeat
 from web.chat.turns_view import show_error
 from web.i18n.strings import Texts
 from web.safe_text import escaped
@@ -24,12 +25,14 @@ def show_heading(client: ApiClient, info: Info | None, info_error: ApiError | No
             model.markdown(f"{sentence}{gap}{knows}")
         else:
             model.caption(f"{sentence}{gap}{texts('model.demo')}" if knows else sentence, help=knows or None)
-    if info_error is not None and info_error.kind == "bad_key":
-        with status.container():
+    bad_key = info_error is not None and info_error.kind == "bad_key"
+    with status.container():
+        if ready or bad_key:
+            repeat(None)
+        else:
+            repeat(MODEL_CHECK_S, lambda timed: _say_why_unavailable(client, texts))
+        if info_error is not None and bad_key:
             show_error(info_error, texts)
-    elif not ready:
-        with status.container():
-            _wait_for_model(client, texts)
 
 
 def _model_line(info: Info | None, texts: Texts) -> tuple[str, str]:
@@ -42,9 +45,8 @@ def _model_line(info: Info | None, texts: Texts) -> tuple[str, str]:
     return sentence, info.knows.get(texts.language) or info.knows.get("en") or texts("model.demo")
 
 
-@st.fragment(run_every=MODEL_CHECK_S)
-def _wait_for_model(client: ApiClient, texts: Texts) -> None:
-    """Say why the model is not available, until it is."""
+def _say_why_unavailable(client: ApiClient, texts: Texts) -> None:
+    """Say why the model is not available; once it is, draw the page again."""
     health = client.health()
     if health.ready:
         st.rerun()

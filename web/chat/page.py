@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
 from streamlit.navigation.page import StreamlitPage
 from streamlit.typing import ChatInputValue
 
@@ -21,6 +22,7 @@ from web.api_client.client import ApiClient, ApiError, Info
 from web.chat import composer
 from web.chat.controls import RequestOptions, show_language, show_request_options
 from web.chat.heading import show_heading
+from web.chat.timed_fragment import repeat
 from web.chat.turns_view import MODEL, USER, LiveAnswer, redraw_when_stopped, show_answer, show_question
 from web.history.chat_list import show_chat_menu, show_chats
 from web.history.chat_store import VisitorChats
@@ -81,7 +83,7 @@ def show_chat(client: ApiClient, settings: Settings, texts: Texts, chats: Visito
     # Each part keeps its element from run to run, so that what it no longer shows disappears at once. Otherwise it
     # would stay, greyed out, below a streaming answer.
     show_heading(client, info, info_error, texts, at_start)
-    start_input, start_area, turns, followups = st.empty(), st.empty(), st.container(), st.empty()
+    start_input, start_area, turns, followups, timer = st.empty(), st.empty(), st.container(), st.empty(), st.container()
     if at_start:
         # Not pinned to the bottom: a phone would open the page scrolled to its end.
         with start_input.container():
@@ -100,7 +102,9 @@ def show_chat(client: ApiClient, settings: Settings, texts: Texts, chats: Visito
             page.show_notices()
         if submission is not None:
             followups.empty()
-            page.answer(submission, options)
+            page.answer(submission, options, timer)
+    with timer:
+        repeat(None)
     with followups.container():
         page.show_followups()
 
@@ -351,7 +355,7 @@ class ChatRun:
                 for question in questions:
                     st.button(question, key=f"more-{question}", on_click=self._ask_next, args=(question,))
 
-    def answer(self, submission: Submission, options: RequestOptions) -> None:
+    def answer(self, submission: Submission, options: RequestOptions, timer: DeltaGenerator) -> None:
         """Send the question, draw the answer while it streams, then rerun to draw it finished."""
         conversation, chats = self._chat.conversation, self._chats
         turn = self._new_turn(submission)
@@ -365,7 +369,8 @@ class ChatRun:
             live = LiveAnswer(turn.answer, self._texts)
             # The input box's own stop button is missing after a click on a sample, and it is in English only.
             st.button(self._texts("live.stop"), icon=":material/stop_circle:", key="stop")
-        redraw_when_stopped(turn.answer)
+        with timer:
+            redraw_when_stopped(turn.answer)
         try:
             with AnswerStream(self._client, self._body(conversation, options)) as stream:
                 for batch in stream.batches():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import cycle
 
 import streamlit as st
@@ -18,6 +18,7 @@ from streamlit.elements.lib.mutable_status_container import StatusContainer
 from web.api_client.answer_stream import BoundingBox
 from web.api_client.client import ApiError
 from web.chat import json_answer
+from web.chat.timed_fragment import repeat
 from web.history.chat_store import VisitorChats
 from web.history.conversation import Answer, Conversation, Failure, ToolCall, Turn
 from web.i18n.strings import TABLE, Texts
@@ -287,21 +288,13 @@ def waiting_line(answer: Answer, texts: Texts, now: float) -> str:
 def redraw_when_stopped(answer: Answer) -> None:
     """Draw the answer once more after Stop: Streamlit starts no new run then, and the answer would keep its cursor.
 
-    A timed fragment runs only between runs of the script. Its second call therefore means that the run has ended without
-    drawing the finished answer, that is, by Stop.
+    A timed call comes only between runs of the script. It therefore means that the run has ended without drawing the
+    finished answer, that is, by Stop.
     """
-    _tick(answer, _FirstCall())
 
+    def check(timed: bool) -> None:
+        if timed:
+            answer.stop(time.monotonic())
+            st.rerun()
 
-@dataclass
-class _FirstCall:
-    value: bool = True
-
-
-@st.fragment(run_every=STOP_CHECK_S)
-def _tick(answer: Answer, first: _FirstCall) -> None:
-    if first.value:
-        first.value = False
-    else:
-        answer.stop(time.monotonic())
-        st.rerun()
+    repeat(STOP_CHECK_S, check)

@@ -128,7 +128,6 @@ def test_stop_while_queued_in_the_real_engine_leaves_the_queue(demo_page: Page, 
         wait_until(lambda: api.health_body()["waiting"] == 0, "the line to be empty", 10)
         left_after_s = time.monotonic() - stopped_at
         expect(demo_page.get_by_text("Stopped before the answer began.")).to_be_visible()
-        # On a busy machine the browser may reconnect; until then nothing can be typed.
         expect(demo_page.get_by_test_id("stChatInputTextArea")).to_be_enabled()
         assert api.health_body()["running"] == 2, "the running requests continue"
 
@@ -163,6 +162,39 @@ def test_stop_keeps_what_was_written_and_ends_the_request(fake_page: Page, fake_
     expect(message).to_contain_text("Stopped. What had been written is kept.")
     expect(message).to_contain_text("word word word")
     expect(fake_page.get_by_role("button", name="Try again")).to_be_visible()
+
+
+# Presses Stop when the page is about to send its next timed request, sends that while the run that draws the stopped
+# answer goes on, and keeps the browser busy meanwhile: it then receives the ends of both runs at once.
+STOP_WITH_A_TIMED_REQUEST = """laterMs => {
+    const send = WebSocket.prototype.send;
+    const stayBusy = ms => { for (const end = Date.now() + ms; Date.now() < end;); };
+    WebSocket.prototype.send = function (data) {
+        WebSocket.prototype.send = send;
+        [...document.querySelectorAll('button')].find(button => button.innerText.trim().endsWith('Stop')).click();
+        stayBusy(laterMs);
+        send.call(this, data);
+        stayBusy(3000);
+        window.wasBusy = true;
+    };
+}"""
+
+
+@pytest.mark.parametrize("later_ms", [30, 60])
+def test_the_input_box_unlocks_when_a_timed_request_comes_with_stop(
+    fake_page: Page, fake_api: FakeApi, later_ms: int
+) -> None:
+    fake_api.answer = Answer(text="word " * 2000, pause_s=0.05)
+    ask(fake_page, "Tell me everything")
+    expect(fake_page.get_by_test_id("stChatMessage").last).to_contain_text("word word word")
+
+    fake_page.evaluate(STOP_WITH_A_TIMED_REQUEST, later_ms)
+    fake_page.wait_for_function("window.wasBusy")
+
+    expect(fake_page.get_by_text("Stopped. What had been written is kept.")).to_be_visible()
+    fake_api.answer = Answer(text="Second.")
+    ask(fake_page, "And again")
+    assert "Second." in last_answer(fake_page)
 
 
 def test_stop_while_queued_ends_the_request(fake_page: Page, fake_api: FakeApi) -> None:
