@@ -14,10 +14,15 @@ MODEL_CHECK_S = 3  # how often the page polls a model that is not ready
 
 
 def show_heading(client: ApiClient, info: Info | None, info_error: ApiError | None, texts: Texts, at_start: bool) -> None:
-    title, model, status = st.empty(), st.empty(), st.empty()
+    ready = client.health().ready
+    bad_key = info_error is not None and info_error.kind == "bad_key"
+    unavailable = not (ready or bad_key)
+    title = st.empty()
+    # A timed part without content would take a gap of its own.
+    with st.container(gap="small" if unavailable or bad_key else None):
+        model, status = st.empty(), st.container()
     if at_start:
         title.header(texts("title"), anchor=False)
-    ready = client.health().ready
     if info or ready:
         sentence, knows = _model_line(info, texts)
         gap = "" if texts.language == "zh" else " "
@@ -25,12 +30,11 @@ def show_heading(client: ApiClient, info: Info | None, info_error: ApiError | No
             model.markdown(f"{sentence}{gap}{knows}")
         else:
             model.caption(f"{sentence}{gap}{texts('model.demo')}" if knows else sentence, help=knows or None)
-    bad_key = info_error is not None and info_error.kind == "bad_key"
-    with status.container():
-        if ready or bad_key:
-            repeat(None)
-        else:
+    with status:
+        if unavailable:
             repeat(MODEL_CHECK_S, lambda timed: _say_why_unavailable(client, texts))
+        else:
+            repeat(None)
         if info_error is not None and bad_key:
             show_error(info_error, texts)
 

@@ -83,7 +83,10 @@ def show_chat(client: ApiClient, settings: Settings, texts: Texts, chats: Visito
     # Each part keeps its element from run to run, so that what it no longer shows disappears at once. Otherwise it
     # would stay, greyed out, below a streaming answer.
     show_heading(client, info, info_error, texts, at_start)
-    start_input, start_area, turns, followups, timer = st.empty(), st.empty(), st.container(), st.empty(), st.container()
+    start_input, start_area = st.empty(), st.empty()
+    with st.container(gap=None):
+        timer, turns = st.container(), st.container()
+    followups = st.empty()
     if at_start:
         # Not pinned to the bottom: a phone would open the page scrolled to its end.
         with start_input.container():
@@ -103,7 +106,7 @@ def show_chat(client: ApiClient, settings: Settings, texts: Texts, chats: Visito
         if submission is not None:
             followups.empty()
             page.answer(submission, options, timer)
-    with timer:
+    with timer:  # no answer is in progress; the place of `redraw_when_stopped` must be kept
         repeat(None)
     with followups.container():
         page.show_followups()
