@@ -20,7 +20,7 @@ def png(*shapes: tuple[str, str], seed: int) -> bytes:
 
 
 def wait_for_the_run(page: Page) -> None:
-    """Until no run of the script is going on: one may redraw the input box, and what was just put into it is lost."""
+    """Until no run of the script is going on: one may redraw the input box, and what was just put into it or sent is lost."""
     expect(page.get_by_test_id("stApp")).to_have_attribute("data-test-script-state", "notRunning")
 
 

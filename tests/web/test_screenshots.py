@@ -13,7 +13,7 @@ from itertools import groupby
 from pathlib import Path
 
 import pytest
-from browsing import KEY, TOKEN, add_image, ask, last_answer
+from browsing import KEY, TOKEN, add_image, ask, last_answer, wait_for_the_run
 from console_record import HEALTHY, STARTING, WEDGED, incident_of, record
 from page_process import OpenPage, Server, wait_until
 from playwright.sync_api import FloatRect, Locator, Page, expect
@@ -123,6 +123,7 @@ def test_dark(really_opened: Opened, tmp_path: Path) -> None:
     page.get_by_text("JSON by schema").click()
     area = page.get_by_test_id("stChatInputTextArea")
     expect(area).to_have_value("List the objects as JSON.")
+    wait_for_the_run(page)
     area.press("Enter")
 
     expect(page.get_by_text("Valid JSON that fits the schema")).to_be_visible()

@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from browsing import add_image, ask, last_answer, png
+from browsing import add_image, ask, last_answer, png, wait_for_the_run
 from page_process import OpenPage, Server, wait_until
 from playwright.sync_api import Page, expect
 from web_fake_api import Answer, FakeApi
@@ -164,6 +164,7 @@ def test_a_preset_fills_the_box_and_json_is_checked_against_its_schema(fake_page
     fake_page.get_by_text("JSON by schema").click()
     area = fake_page.get_by_test_id("stChatInputTextArea")
     expect(area).to_have_value("List the objects as JSON.")
+    wait_for_the_run(fake_page)
     area.press("Enter")
 
     expect(fake_page.get_by_text("does not fit the schema")).to_be_visible()

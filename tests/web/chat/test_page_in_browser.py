@@ -14,7 +14,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
-from browsing import KEY, TOKEN, add_image, ask, last_answer, png
+from browsing import KEY, TOKEN, add_image, ask, last_answer, png, wait_for_the_run
 from page_process import OpenPage, Server, wait_until
 from playwright.sync_api import Page, expect
 from web_fake_api import HEALTH, INFO, Answer, FakeApi
@@ -84,6 +84,7 @@ def test_json_by_schema_is_right_and_fits(demo_page: Page) -> None:
     demo_page.get_by_text("JSON by schema").click()
     area = demo_page.get_by_test_id("stChatInputTextArea")
     expect(area).to_have_value("List the objects as JSON.")
+    wait_for_the_run(demo_page)
     area.press("Enter")
 
     expect(demo_page.get_by_text("Valid JSON that fits the schema")).to_be_visible()
