@@ -13,7 +13,9 @@ import pytest
 from served import image_part, text_part, wait_for
 
 from api.engine.engine import Stats
+from api.health.card_events import CardEvents
 from api.health.heartbeat import Heartbeat
+from api.health.outcomes import Outcomes
 
 WAIT_S = 30.0
 
@@ -106,7 +108,7 @@ def test_a_silent_checker_is_reported(serve) -> None:
 
 def test_the_last_success_is_recorded_by_kind(serve) -> None:
     served = serve()
-    success_age_s = served.app.state.server.metrics.success_age_s
+    success_age_s = served.app.state.server.outcomes.success_age_s
 
     assert success_age_s() == {}
     assert served.chat("hi").status_code == 200
@@ -129,7 +131,7 @@ def test_a_full_disk_is_reported_and_does_not_stop_the_server(serve, monkeypatch
 
 
 def test_waiting_work_after_a_long_idle_time_is_not_stalled(tmp_path: Path) -> None:
-    heart = Heartbeat(engine=None, log_dir=tmp_path, stall_s=5, check_silent_s=60)  # type: ignore[arg-type]
+    heart = Heartbeat(None, tmp_path, 5, 60, Outcomes(), CardEvents())  # type: ignore[arg-type]
     idle = Stats("idle", 1.0, "idle", 0, 0, 7, 900.0, 0.1, None)
     heart._progress_at -= 900
     heart._pulse = heart._take_pulse(idle)
