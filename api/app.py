@@ -16,12 +16,15 @@ from starlette.responses import JSONResponse
 from api import __version__
 from api.engine.engine import Engine
 from api.errors import ServingError, unknown_route, wrong_method
+from api.health.card_events import CardEvents
 from api.health.fault_injection import FaultInjection
 from api.health.heartbeat import Heartbeat
 from api.health.metrics import Metrics
+from api.health.outcomes import Outcomes
 from api.http.auth import KeyMiddleware, KeyRing
 from api.http.connection import LingerMiddleware
 from api.http.logging import RequestMiddleware
+from api.http.outcome import OutcomeMiddleware
 from api.images.fetch import Fetcher
 from api.requests.admission import Admission
 from api.requests.handler import RequestHandlers
@@ -38,7 +41,8 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     """`engine` must not have been started yet. Raises SettingsError for API keys that do not parse."""
     admission = Admission(settings, engine.slots)
     metrics = Metrics(engine, admission.load, lambda: heartbeat.pulse.loop_lag_s)
-    heartbeat = Heartbeat(engine, settings.log_dir, settings.stall_s, settings.check_silent_s, metrics.success_age_s)
+    outcomes, card_events = Outcomes(), CardEvents()
+    heartbeat = Heartbeat(engine, settings.log_dir, settings.stall_s, settings.check_silent_s, outcomes, card_events)
     prompts, grammars = PromptBuilder(settings, Fetcher.of(settings)), Grammars()
     handlers = RequestHandlers(settings, engine, metrics, prompts, grammars)
 
@@ -60,7 +64,9 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     app = FastAPI(
         title="GLM-4.6V-Flash-WEB", version=__version__, lifespan=lifespan, openapi_url=None, redirect_slashes=False
     )
-    app.state.server = ServerState(settings, engine, admission, metrics, heartbeat, prompts, handlers)
+    app.state.server = ServerState(
+        settings, engine, admission, metrics, heartbeat, prompts, handlers, outcomes, card_events
+    )
     for routes in (chat, responses, tokens, models, ops):
         app.include_router(routes.router)
     app.add_exception_handler(ServingError, _serving_error)
@@ -70,6 +76,7 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     if origins := [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]:
         # Outside of authentication: a browser sends its preflight request without one.
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(OutcomeMiddleware, outcomes=outcomes)
     app.add_middleware(RequestMiddleware, count=metrics.http)
     app.add_middleware(LingerMiddleware)
     return app
@@ -79,7 +86,7 @@ async def _serving_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ServingError)
     request.state.log.setdefault("error", error.code)
     if error.status in (429, 503) and "failure" not in request.state.log:
-        request.app.state.server.metrics.rejected(str(error.code), request.state.caller.probe)
+        request.app.state.server.metrics.rejected(str(error.code), not request.state.caller.is_user)
     return JSONResponse(error.body(), error.status, error.headers())
 
 

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from time import monotonic
 
 from api.engine.engine import Engine
+from api.health.card_events import CardEvents
 from api.health.heartbeat import Heartbeat
 from api.health.metrics import Metrics
+from api.health.outcomes import Outcomes
 from api.requests.admission import Admission
 from api.requests.handler import RequestHandlers
 from api.requests.prompt import PromptBuilder
@@ -23,4 +25,6 @@ class ServerState:
     heartbeat: Heartbeat
     prompts: PromptBuilder
     handlers: RequestHandlers
+    outcomes: Outcomes
+    card_events: CardEvents
     started_at: float = field(default_factory=monotonic)

@@ -11,11 +11,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from math import prod
 from typing import Any, Protocol
 
 from api.engine.encoder_cache import EncoderCache
 from api.engine.kv_cache import KvCache
 from api.engine.loaded_model import LoadError, Model, SampledToken
+from api.engine.pace import PaceCounters
 from api.engine.request import Delta, Done, Event, Failed, Failure, Request
 from api.engine.scheduler import Batch, EncodeTask, Scheduler
 from api.engine.sequence import Sequence, make_sequence
@@ -45,6 +47,7 @@ class Engine:
     """`load` runs in the engine thread and returns the model; it reports its progress from 0 to 1. Raises LoadError."""
 
     def __init__(self, load: Callable[[Progress], Model], queue_size: int) -> None:
+        self.pace = PaceCounters()
         self._load = load
         self._scheduler = Scheduler(queue_size, 1, KvCache(0, 1), EncoderCache(0))  # until the model is loaded
         self._wake = threading.Condition()  # guards the scheduler and the two flags below
@@ -56,6 +59,7 @@ class Engine:
         self._budget = TokenBudget()
         self._reason: str | None = None  # set once, when the engine dies
         self._progress = 0.0
+        self._load_reports = 0
         self._phase: tuple[Phase, float, float | None] = ("loading", time.monotonic(), None)
         self._steps = 0
         self._last_step_at: float | None = None
@@ -173,7 +177,20 @@ class Engine:
             encoder_cache_hits=scheduler.encoder_cache.hits,
             encoder_cache_queries=scheduler.encoder_cache.queries,
             preemptions=scheduler.preemptions,
+            load_reports=self._load_reports,
         )
+
+    def guard_report(self) -> dict[str, Any]:
+        """What the guards against wrong computing have found."""
+        return {
+            "nonfinite_total": 0,
+            "nonfinite_recent": 0,
+            "fingerprint": "off",
+            "fingerprint_stage": "",
+            "fingerprint_age_s": None,
+            "reference": "off",
+            "reference_detail": "",
+        }
 
     def _state(self, requests: int) -> State:
         if self._reason is not None:
@@ -214,6 +231,7 @@ class Engine:
 
     def _report(self, fraction: float) -> None:
         self._progress = max(self._progress, min(fraction, 1.0))
+        self._load_reports += 1
 
     def _enter(self, phase: Phase, deadline_s: float | None = None) -> None:
         self._phase = (phase, time.monotonic(), deadline_s)
@@ -297,9 +315,11 @@ class Engine:
             return 0.0
         took_s = time.monotonic() - began
         self._budget.record_slice(took_s)
+        task.spent_s += took_s
         for sequence in self._scheduler.waiting_for(task):
             sequence.vision_s += took_s
         if features is not None:
+            self.pace.encoded(prod(task.image.grid), task.spent_s)
             with self._wake:
                 self._scheduler.encode_done(task, features, runner.size_bytes(features))
         return took_s
@@ -314,7 +334,9 @@ class Engine:
         self._enter("prefill" if batch.chunks else "decode", deadline_s)
         began = time.monotonic()
         if self._forward(batch):
-            self._budget.record_batch(len(batch.decode), batch.chunk_tokens, time.monotonic() - began)
+            took_s = time.monotonic() - began
+            self._budget.record_batch(len(batch.decode), batch.chunk_tokens, took_s)
+            self.pace.computed(len(batch.decode), batch.chunk_tokens, took_s)
 
     def _forward(self, batch: Batch) -> bool:
         """Compute a batch. If it fails, compute its halves, down to the request that cannot be computed.

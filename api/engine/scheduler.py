@@ -36,6 +36,7 @@ class EncodeTask:
     key: ImageKey
     image: ImageInput
     state: Any = None  # owned by the runner
+    spent_s: float = 0.0  # in the slices so far
 
 
 @dataclass(frozen=True)

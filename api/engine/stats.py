@@ -30,3 +30,4 @@ class Stats:
     encoder_cache_hits: int = 0
     encoder_cache_queries: int = 0
     preemptions: int = 0
+    load_reports: int = 0  # of the loader, each time that bytes of a download or a part of the model have come

@@ -17,12 +17,14 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from api import __version__
 from api.engine.engine import Engine, Stats
+from api.health.card_events import CardEvents
+from api.health.outcomes import Outcomes
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,7 @@ STACKS_NAME = "api.stacks.txt"
 BEAT_EVERY_S = 0.5
 WRITE_EVERY_S = 1.0
 MAX_IN_FLIGHT = 64  # requests listed in the file
+READ_UNIT_BYTES = 2**20  # reading less from disks is not a sign that a model is being loaded
 # Keys of the file whose names differ from those of Stats.
 STATS_KEYS = {
     "prefix_cache_hits": "prefix_hits",
@@ -60,10 +63,7 @@ class Pulse:
 
 
 class Heartbeat:
-    """Observes the engine and the event loop, and writes the file, in a thread of its own.
-
-    `success_age_s` returns the seconds since the last success of each kind.
-    """
+    """Observes the engine and the event loop, and writes the file, in a thread of its own."""
 
     def __init__(
         self,
@@ -71,10 +71,12 @@ class Heartbeat:
         log_dir: Path,
         stall_s: float,
         check_silent_s: float,
-        success_age_s: Callable[[], dict[str, float]] = dict,
+        outcomes: Outcomes,
+        card_events: CardEvents,
     ) -> None:
         self._engine = engine
-        self._success_age_s = success_age_s
+        self._outcomes = outcomes
+        self._card_events = card_events
         self._log_dir = log_dir
         self._stall_s = stall_s
         self._check_silent_s = check_silent_s
@@ -82,6 +84,8 @@ class Heartbeat:
         self._beat_at = now
         self._progress_at = now
         self._mark: tuple[Any, ...] = ()
+        self._load_moved_at = now
+        self._load_mark: tuple[Any, ...] = ()
         self._write_error = ""
         self._stacks: TextIO | None = None
         self._end = threading.Event()
@@ -117,6 +121,23 @@ class Heartbeat:
             return "stalled"
         return stats.state
 
+    def report(self, stats: Stats) -> dict[str, Any]:
+        """What /health and the file say alike of this process, its users' requests, its pace and its card."""
+        return {
+            "identity": {**self._identity, "version": __version__},
+            "loading_still_s": self._loading_still_s(stats),
+            "success_age_s": self._outcomes.success_age_s(),
+            "outcomes": self._outcomes.counts(),
+            "pace": self._engine.pace.totals(),
+            "corrupt": self._engine.guard_report(),
+            "card_events": self._card_events.recent(),
+        }
+
+    def _loading_still_s(self, stats: Stats) -> float:
+        if stats.state != "loading":
+            return 0.0
+        return round(max(0.0, time.monotonic() - self._load_moved_at), 1)
+
     def _beat(self, loop: asyncio.AbstractEventLoop) -> None:
         self._beat_at = time.monotonic()
         if not self._end.is_set():
@@ -126,10 +147,20 @@ class Heartbeat:
         while not self._end.wait(WRITE_EVERY_S):
             try:
                 stats = self._engine.stats()
+                self._watch_loading(stats)
                 self._pulse = self._take_pulse(stats)
                 self._write(stats)
             except Exception:  # the observer must survive any failure of what it observes
                 logger.exception("event=heartbeat_failed")
+
+    def _watch_loading(self, stats: Stats) -> None:
+        """Note when anything of the load last moved: a report of the loader, or a read from a disk.
+
+        One tensor may have gigabytes, and is reported only when all of it has been read.
+        """
+        mark = (stats.phase, stats.progress, stats.load_reports, _bytes_read() // READ_UNIT_BYTES)
+        if mark != self._load_mark:
+            self._load_mark, self._load_moved_at = mark, time.monotonic()
 
     def _take_pulse(self, stats: Stats) -> Pulse:
         now = time.monotonic()
@@ -164,7 +195,7 @@ class Heartbeat:
             "state": self.state(stats),
             **{STATS_KEYS.get(k, k): v for k, v in asdict(stats).items() if k != "state"},
             **{k: v for k, v in asdict(self._pulse).items() if k != "checker"},
-            "success_age_s": self._success_age_s(),
+            **self.report(stats),
             "in_flight": self._engine.in_flight()[:MAX_IN_FLIGHT],
         }
         path = self._log_dir / FILE_NAME
@@ -190,6 +221,15 @@ def _start_time() -> int:
     try:
         return int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
     except (OSError, ValueError, IndexError):
+        return 0
+
+
+def _bytes_read() -> int:
+    """Bytes that this process has had read from disks, mapped files included; 0 if the kernel does not tell."""
+    try:
+        lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes:"))
+    except (OSError, ValueError, IndexError, StopIteration):
         return 0
 
 

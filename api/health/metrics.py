@@ -94,15 +94,6 @@ class Metrics:
         )
         self._http = self._counter("http_requests", "Every request.", "method", "route", "status")
         self._step, self._step_tokens = 0, 0  # the last step that generated tokens, and how many
-        self._succeeded_at: dict[str, float] = {}
-
-    def success_age_s(self) -> dict[str, float]:
-        """Seconds since the last complete answer to a user, by kind (text, picture).
-
-        The checker may accept it in place of an answer to its own probe.
-        """
-        now = time.monotonic()
-        return {kind: round(now - at, 1) for kind, at in list(self._succeeded_at.items())}
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
@@ -127,10 +118,6 @@ class Metrics:
     ) -> None:
         """A request has succeeded; `reasons` are its choices' finish reasons."""
         traffic = _traffic(probe)
-        if not probe:
-            self._succeeded_at["text"] = time.monotonic()
-            if images:
-                self._succeeded_at["picture"] = time.monotonic()
         self._ttft.labels(traffic).observe(timings["ttft_s"])
         self._e2e.labels(traffic).observe(timings["total_s"])
         if timings["tpot_s"]:
@@ -179,8 +166,9 @@ class _EngineCollector:
             yield GaugeMetricFamily(f"glm_{name}", description, value=value)
         lag_s = self._loop_lag_s()
         yield GaugeMetricFamily("glm_event_loop_lag_seconds", "How late the event loop beats.", value=lag_s)
-        for name, description, count in _counts(stats):
+        for name, description, count in _counts(stats, self._engine.guard_report()["nonfinite_total"]):
             yield CounterMetricFamily(f"glm_{name}", description, value=count)
+        yield from _pace(self._engine.pace.totals())
         state = GaugeMetricFamily("glm_engine_state", "1 for the state that the engine is in.", labels=["state"])
         for name in STATES:
             state.add_metric([name], float(stats.state == name))
@@ -219,7 +207,7 @@ def _gauges(stats: Stats, admission: AdmissionLoad) -> list[tuple[str, str, floa
     return gauges
 
 
-def _counts(stats: Stats) -> list[tuple[str, str, int]]:
+def _counts(stats: Stats, nonfinite: int) -> list[tuple[str, str, int]]:
     return [
         ("engine_steps", "Units of work done.", stats.steps),
         ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_cache_queries),
@@ -227,7 +215,25 @@ def _counts(stats: Stats) -> list[tuple[str, str, int]]:
         ("mm_cache_queries", "Images looked up in the encoder cache.", stats.encoder_cache_queries),
         ("mm_cache_hits", "Images found there.", stats.encoder_cache_hits),
         ("num_preemptions", "Requests put back to make room.", stats.preemptions),
+        ("engine_nonfinite", "Requests ended because their logits were not finite.", nonfinite),
     ]
+
+
+def _pace(totals: dict[str, Any]) -> Iterator[CounterMetricFamily]:
+    """Work and the seconds that it took: the rate of one over the rate of the other is the engine's pace."""
+    steps = CounterMetricFamily("glm_engine_decode_steps", "Steps that only decoded, by their rows.", labels=["rows"])
+    seconds = CounterMetricFamily("glm_engine_decode_seconds", "What those steps took.", labels=["rows"])
+    for rows, (count, took_s) in totals["decode"].items():
+        steps.add_metric([rows], count)
+        seconds.add_metric([rows], took_s)
+    yield from (steps, seconds)
+    for name, units, description in (
+        ("prefill", "tokens", "Prompt tokens computed, without those from the prefix cache."),
+        ("vision", "patches", "Patches of encoded images."),
+    ):
+        count, took_s = totals[name]
+        yield CounterMetricFamily(f"glm_engine_{name}_{units}", description, value=count)
+        yield CounterMetricFamily(f"glm_engine_{name}_seconds", f"What the steps of {name} took.", value=took_s)
 
 
 def _traffic(probe: bool) -> str:

@@ -56,7 +56,9 @@ class KeyRing:
         name = self._name_of(given) if self else NOBODY.name
         if name is None:
             return None
-        return Caller(name, name == PROBE or self._name_of(headers.get(PROBE_HEADER, "")) == PROBE)
+        claim = headers.get(PROBE_HEADER, "")
+        is_probe = name == PROBE or self._name_of(claim) == PROBE
+        return Caller(name, is_probe, claims_probe=bool(claim) and not is_probe)
 
     def _name_of(self, given: str) -> str | None:
         # All digests are compared, and all have the same length, so that the time taken reveals nothing about a key.

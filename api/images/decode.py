@@ -51,8 +51,8 @@ def open_image(data: bytes, param: str, settings: Settings) -> Image.Image:
         image = Image.open(BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
         raise invalid(f"`{param}` must be a picture in one of {', '.join(FORMATS)}.", param, "invalid_image") from None
-    except Exception:  # a decoder may raise anything on a malformed header
-        raise _broken(param) from None
+    except Exception as error:  # a decoder may raise anything on a malformed header
+        raise _broken(param, error) from None
     width, height = image.size
     if width * height > settings.max_image_pixels:
         message = f"`{param}` must have <= {settings.max_image_pixels} pixels. Given: {width * height}"
@@ -85,14 +85,16 @@ def decode(image: Image.Image, param: str) -> Image.Image:
     """All pixels, upright, in RGB; transparent parts over white. Raises the 400 error for damaged data."""
     try:
         image.load()
-    except Exception:  # a decoder may raise anything on malformed data
-        raise _broken(param) from None
+    except Exception as error:  # a decoder may raise anything on malformed data
+        raise _broken(param, error) from None
     return _flatten(_upright(image))
 
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
+    except MemoryError:
+        raise
     except Exception:  # an image with a broken orientation tag is still accepted
         return image
 
@@ -111,5 +113,8 @@ def _too_many_bytes(given: int, param: str, settings: Settings) -> ServingError:
     return too_large(f"`{param}` must be <= {settings.max_image_bytes} bytes. Given: {given}", param, "image_too_large")
 
 
-def _broken(param: str) -> ServingError:
+def _broken(param: str, error: Exception) -> ServingError:
+    """The 400 error for damaged data. Raises MemoryError if `error` is a lack of memory, which is not the caller's fault."""
+    if isinstance(error, MemoryError) or "out of memory" in str(error):  # Pillow's decoders raise an OSError for it
+        raise MemoryError("not enough memory to decode a picture") from None
     return invalid(f"`{param}` is damaged: it cannot be decoded.", param, "invalid_image")

@@ -176,7 +176,7 @@ class RequestHandler:
             except QueueFull:
                 self._release()
                 raise queue_full(queue_size) from None
-        self._metrics.submitted(requests[0].sampling.max_tokens, len(requests), self._permit.caller.probe)
+        self._metrics.submitted(requests[0].sampling.max_tokens, len(requests), not self._permit.caller.is_user)
 
     async def body(self, formatter: ResponseFormatter) -> dict[str, Any]:
         """The whole answer. Raises ServingError."""
@@ -187,8 +187,10 @@ class RequestHandler:
                     formatter.format(chunk)
             formatter.closing()
             return formatter.body()
-        except Exception:
-            self._outcome_known = True
+        except ServingError:
+            raise
+        except Exception as error:
+            self._broke(error)
             raise
 
     async def events(self, formatter: ResponseFormatter) -> AsyncGenerator[bytes, None]:
@@ -205,10 +207,9 @@ class RequestHandler:
             for event in formatter.closing():
                 yield event.encode()
         except ServingError as error:
-            self._outcome_known = True
             yield formatter.failed(error).encode()
-        except Exception:
-            self._outcome_known = True
+        except Exception as error:
+            self._broke(error)
             logger.exception("event=stream_failed engine_request=%s", self.completion.id)
             yield formatter.failed(internal()).encode()
 
@@ -242,7 +243,7 @@ class RequestHandler:
             now, before = time.monotonic(), self._last_text_at.get(index)
             self._last_text_at[index] = now
             gap_s = None if before is None else now - before
-            self._metrics.generated(event.tokens, self._engine.steps, gap_s, self._permit.caller.probe)
+            self._metrics.generated(event.tokens, self._engine.steps, gap_s, not self._permit.caller.is_user)
         self._inbox.deliver(index, event)
 
     def _checked(self, index: int, event: Done | Failed) -> Done:
@@ -263,7 +264,7 @@ class RequestHandler:
         usage, timings = completion.usage(), completion.timings()
         reasons = [choice.finish_reason for choice in completion.choices]
         images = len(completion.prompt.image_sizes)
-        self._metrics.answered(usage, timings, reasons, images, self._permit.caller.probe)
+        self._metrics.answered(usage, timings, reasons, images, not self._permit.caller.is_user)
         self._log |= {name: usage[name] for name in ("prompt_tokens", "completion_tokens")}
         self._log |= {"cached_tokens": usage["prompt_tokens_details"]["cached_tokens"], "finish": ",".join(reasons)}
         self._log |= timings
@@ -271,7 +272,11 @@ class RequestHandler:
     def _fail(self, reason: str) -> None:
         self._outcome_known = True
         self._log["failure"] = reason
-        self._metrics.failed(reason, self._permit.caller.probe)
+        self._metrics.failed(reason, not self._permit.caller.is_user)
+
+    def _broke(self, error: Exception) -> None:
+        """The answer could not be written, even if the engine has finished it."""
+        self._fail("memory" if isinstance(error, MemoryError) else "internal")
 
     def _release(self) -> None:
         for choice in self.completion.choices:

@@ -50,6 +50,12 @@ def _json(**properties: Any) -> dict[str, Any]:
     return {"application/json": {"schema": schema}}
 
 
+NONCE_PARAMETER: dict[str, Any] = {
+    "name": "nonce",
+    "in": "query",
+    "description": "The answer gets a `proof` that is made for it with the probe token.",
+    "schema": {"type": "string", "pattern": "^[0-9a-fA-F]{16,64}$"},
+}
 _TEXT, _COUNT, _LIST = {"type": "string"}, {"type": "integer"}, {"type": "array"}
 _EVENTS = {"text/event-stream": {"schema": {"type": "object", "properties": {"event": _TEXT, "data": _TEXT}}}}
 _COMPLETION = _json(
@@ -64,6 +70,16 @@ TOKENIZE = _route(TokenizeRequest, _json(tokens=_ids, count=_COUNT, max_model_le
 DETOKENIZE = _route(DetokenizeRequest, _json(prompt=_TEXT), 400, 404, 408, 413, 429, 503)
 MODELS = _route(None, _json(object={"const": "list"}, data=_LIST), 503)
 MODEL = _route(None, _json(id=_TEXT, object={"const": "model"}), 404, 503)
+_STATE = {"application/json": {"schema": {"type": "object", "required": ["state"]}}}
+HEALTH: dict[str, Any] = {
+    "response_model": None,
+    "responses": {
+        200: {"description": "the model answers", "content": _STATE},
+        503: {"description": "it does not, and `state` says why", "content": _STATE},
+        **_responses(400),
+    },
+    "openapi_extra": {"parameters": [NONCE_PARAMETER]},
+}
 INFO = _route(None, {"application/json": {"schema": {"type": "object"}}}, 503)
 METRICS = _route(None, {"text/plain": {"schema": _TEXT}})
 DOCUMENT = _route(None, {"application/json": {"schema": {"type": "object"}}})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
 from dataclasses import asdict
 from time import monotonic
 from typing import Any
@@ -11,24 +13,33 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from api import __version__
-from api.errors import not_accepting
+from api.errors import invalid, not_accepting
+from api.health.baseline import read_baseline
 from api.health.metrics import CONTENT_TYPE
+from api.health.proof import sign
 from api.requests.handler import loaded_model
-from api.routes.openapi import DOCUMENT, INFO, METRICS, document
+from api.routes.openapi import DOCUMENT, HEALTH, INFO, METRICS, document
 from api.state import ServerState
 
 router = APIRouter()
+NONCE = re.compile(r"[0-9a-fA-F]{16,64}")
 
 
-@router.get("/health")
+@router.get("/health", **HEALTH)
 @router.head("/health", include_in_schema=False)
 async def health(request: Request) -> JSONResponse:
-    """Reads counters only, so it answers while the engine computes, hangs or is dead."""
+    """Reads counters only, so it answers while the engine computes, hangs or is dead.
+
+    Open to everyone, so it holds no secret. To a nonce it adds a proof that only the holder of the probe token can make.
+    """
+    nonce = request.query_params.get("nonce")
+    if nonce is not None and not NONCE.fullmatch(nonce):
+        raise invalid("`nonce` must have 16 to 64 hex digits.", "nonce")
     server: ServerState = request.app.state.server
     stats, model, heartbeat = server.engine.stats(), server.engine.model, server.heartbeat
     state, pulse = heartbeat.state(stats), heartbeat.pulse
     age = stats.last_step_age_s
-    body = {
+    body: dict[str, Any] = {
         "state": state,
         "progress": round(stats.progress, 3),
         "model": model.id if model else server.settings.model,
@@ -44,10 +55,13 @@ async def health(request: Request) -> JSONResponse:
         "last_step_age_s": None if age is None else round(age, 3),
         "uptime_s": round(monotonic() - server.started_at, 3),
         "reason": stats.reason,
-        "success_age_s": server.metrics.success_age_s(),
+        **heartbeat.report(stats),
         "checker": asdict(pulse.checker),
         "heartbeat_error": heartbeat.write_error,
     }
+    token = server.settings.probe_token
+    if nonce is not None and token is not None:
+        body["proof"] = sign(token.get_secret_value(), nonce, body)
     if state in ("idle", "busy"):
         return JSONResponse(body)
     return JSONResponse(body, 503, not_accepting(state, stats.progress, stats.reason).headers())
@@ -70,6 +84,7 @@ async def info(request: Request) -> dict[str, Any]:
         "context_tokens": model.context_tokens,
         "limits": {name: getattr(settings, name) for name in limits},
         "generation": asdict(model.defaults),
+        "health_baseline": await asyncio.to_thread(read_baseline, settings.log_dir),
     }
 
 

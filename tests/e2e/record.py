@@ -237,6 +237,8 @@ def masked(value: Any, name: str = "") -> Any:
     if isinstance(value, dict):
         if name in ("timings", "success_age_s"):
             return {key: "#" if isinstance(item, float | int) else item for key, item in value.items()}
+        if name in ("identity", "pace"):
+            return _shape(value)
         return {key: masked(item, key) for key, item in value.items()}
     if isinstance(value, list):
         return [masked(item) for item in value]

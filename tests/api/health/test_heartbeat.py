@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import signal
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from fake_model import fake_model
 from served import image_part, text_part, wait_for
 
 from api.engine.engine import Stats
-from api.health.heartbeat import Heartbeat
+from api.health.card_events import CardEvents
+from api.health.heartbeat import READ_UNIT_BYTES, Heartbeat, _bytes_read
+from api.health.outcomes import Outcomes
 
 WAIT_S = 30.0
 
@@ -106,7 +110,7 @@ def test_a_silent_checker_is_reported(serve) -> None:
 
 def test_the_last_success_is_recorded_by_kind(serve) -> None:
     served = serve()
-    success_age_s = served.app.state.server.metrics.success_age_s
+    success_age_s = served.app.state.server.outcomes.success_age_s
 
     assert success_age_s() == {}
     assert served.chat("hi").status_code == 200
@@ -129,7 +133,7 @@ def test_a_full_disk_is_reported_and_does_not_stop_the_server(serve, monkeypatch
 
 
 def test_waiting_work_after_a_long_idle_time_is_not_stalled(tmp_path: Path) -> None:
-    heart = Heartbeat(engine=None, log_dir=tmp_path, stall_s=5, check_silent_s=60)  # type: ignore[arg-type]
+    heart = Heartbeat(None, tmp_path, 5, 60, Outcomes(), CardEvents())  # type: ignore[arg-type]
     idle = Stats("idle", 1.0, "idle", 0, 0, 7, 900.0, 0.1, None)
     heart._progress_at -= 900
     heart._pulse = heart._take_pulse(idle)
@@ -150,3 +154,40 @@ def test_a_users_answer_counts_as_a_success_and_a_probes_does_not(serve) -> None
     assert served.chat("hi").status_code == 200
 
     assert set(served.client.get("/health").json()["success_age_s"]) == {"text"}
+
+
+def still_s(served) -> float:
+    return served.client.get("/health").json()["loading_still_s"]
+
+
+def test_loading_is_still_when_neither_the_loader_nor_the_disk_moves(serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each report of the loader counts, also one below what has been reached: bytes have come."""
+    reports: queue.Queue[float] = queue.Queue()
+    disk = [0]
+
+    def load(progress):
+        for fraction in iter(reports.get, 1.0):
+            progress(fraction)
+        return fake_model()
+
+    monkeypatch.setattr("api.health.heartbeat._bytes_read", lambda: disk[0])
+    served = serve(load=load)
+    reports.put(0.5)
+    wait_for(lambda: still_s(served) > 2.5)  # the observer looks each second
+    reports.put(0.1)
+    wait_for(lambda: still_s(served) < 1.5)
+    disk[0] += READ_UNIT_BYTES - 1
+    wait_for(lambda: still_s(served) > 2.5)
+    disk[0] += 1
+    wait_for(lambda: still_s(served) < 1.5)
+    record = read(beat_file(served))
+    assert record["state"] == "loading" and record["loading_still_s"] < WAIT_S and record["load_reports"] == 2
+    reports.put(1.0)
+    wait_for(lambda: served.client.get("/health").json()["state"] == "idle")
+
+    assert still_s(served) == 0.0
+
+
+def test_the_kernel_tells_what_is_read_from_disks() -> None:
+    assert "read_bytes" in Path("/proc/self/io").read_text()
+    assert _bytes_read() >= 0

@@ -136,7 +136,9 @@ def test_the_probe_token_marks_probes(serve) -> None:
 
     assert caller(authorization="Bearer pt") == Caller("probe", True)
     assert caller(authorization=f"Bearer {KEY}", x_glm_probe="pt") == Caller("default", True)
-    assert caller(authorization=f"Bearer {KEY}", x_glm_probe=KEY) == Caller("default", False)
+    wrong = caller(authorization=f"Bearer {KEY}", x_glm_probe=KEY)
+    assert wrong == Caller("default", False, claims_probe=True) and not wrong.is_user, "no privilege and no credit"
+    assert caller(authorization=f"Bearer {KEY}") == Caller("default") and Caller("default").is_user
     assert caller(x_glm_probe="pt") is None
 
 

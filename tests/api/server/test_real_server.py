@@ -33,6 +33,7 @@ def test_disconnecting_from_a_stream_stops_the_work_within_a_second(start) -> No
     assert time.monotonic() - disconnected_at < 5  # a second, and a margin for slow machines
     assert health["state"] == "idle" and health["steps"] < 200
     server.until_logged("failure=client_gone")
+    assert server.health()["outcomes"] == {"answered": {"text": 0, "picture": 0}, "failed": {}}, "its own choice"
 
 
 def test_disconnecting_from_a_plain_request_stops_the_work_within_a_second(start) -> None:
