@@ -41,10 +41,33 @@ if ! flock -n 9; then
 fi
 
 choose_python requirements.txt || exit 2
+
+# For `( quiet ... )` and `$(quiet ...)`: a short command that a signal does not tear in the middle. This shell handles the
+# signal after it.
+quiet() {
+    trap '' INT TERM HUP
+    exec "$PYTHON" "$@" 9>&-
+}
+waiter='' touched=() to_stop=()    # touched: the parts that were stopped or launched so far
+interrupted() {
+    trap '' INT TERM HUP
+    if [[ -n $waiter ]]; then kill "$waiter" 2>/dev/null || true; fi
+    if ((${#touched[@]})); then
+        complain "Interrupted"
+        roll_back
+        ((${#to_stop[@]} == 0)) || complain "Not running now: ${touched[*]}"
+    else
+        complain "Interrupted; nothing was started"
+    fi
+    exit 1
+}
+trap interrupted INT TERM
+trap 'exec >/dev/null 2>&1; interrupted' HUP    # the terminal is gone
+
 names=(api_host api_port web_host web_port api_url start_timeout_s drain_s log_dir)
-values_text=$("$PYTHON" settings.py "${names[@]}" 2>/dev/null) || {
+values_text=$(quiet settings.py "${names[@]}" 2>/dev/null) || {
     # Of a failure that settings.py did not foresee, the last line is the one that says what it is.
-    complain "$("$PYTHON" settings.py 2>&1 | awk '{ all = all $0 "\n" } /^Traceback/ { odd = 1 } END { printf "%s", odd ? $0 : all }')"
+    complain "$( (quiet settings.py) 2>&1 | awk '{ all = all $0 "\n" } /^Traceback/ { odd = 1 } END { printf "%s", odd ? $0 : all }')"
     complain "Nothing was started: correct the settings above (in ${GLM_ENV_FILE:-.env} or GLM_ variables; see .env.example)"
     exit 2
 }
@@ -65,12 +88,12 @@ if (($(free_mib "$log_dir") < 256)); then
     exit 2
 fi
 
-START_SH_IDENTITY=$("$PYTHON" -m deploy.identity) || exit 2
+START_SH_IDENTITY=$(quiet -m deploy.identity) || exit 2
 export START_SH_IDENTITY
-to_start=() to_stop=()
+to_start=()
 for part in "${parts[@]}"; do
     status=0
-    "$PYTHON" -m deploy.service check "$log_dir" "$part" "${host[$part]}" "${port[$part]}" "${restart[@]}" || status=$?
+    (quiet -m deploy.service check "$log_dir" "$part" "${host[$part]}" "${port[$part]}" "${restart[@]}") || status=$?
     case $status in
         0) to_start+=("$part") ;;
         10) if ((${#restart[@]})); then to_start+=("$part") to_stop+=("$part"); fi ;;
@@ -79,8 +102,8 @@ for part in "${parts[@]}"; do
     esac
 done
 for part in "${to_stop[@]}"; do
-    "$PYTHON" -c "import $part.server" >/dev/null 2>&1 || {
-        complain "The code of $part cannot be imported: $("$PYTHON" -c "import $part.server" 2>&1 | tail -n 1)"
+    (quiet -c "import $part.server") >/dev/null 2>&1 || {
+        complain "The code of $part cannot be imported: $( (quiet -c "import $part.server") 2>&1 | tail -n 1)"
         complain "Nothing was stopped: what ran before still runs"
         exit 2
     }
@@ -91,8 +114,8 @@ secrets=()
 [[ ${parts[*]} == *api* || -z $api_url ]] && secrets+=(API_KEY)
 [[ ${parts[*]} == *web* ]] && secrets+=(WEB_TOKEN)
 [[ ${parts[*]} == *api* ]] && secrets+=(PROBE_TOKEN)
-"$PYTHON" -m deploy.keys "${secrets[@]}" || exit 2
-if ((${#to_start[@]})); then START_SH_IDENTITY=$("$PYTHON" -m deploy.identity); fi    # with the new secrets
+(quiet -m deploy.keys "${secrets[@]}") || exit 2
+if ((${#to_start[@]})); then START_SH_IDENTITY=$(quiet -m deploy.identity); fi    # with the new secrets
 
 stop_parts() { # SECONDS PART... [--keep]
     local limit=$1 argument arguments=()
@@ -101,22 +124,14 @@ stop_parts() { # SECONDS PART... [--keep]
         [[ $argument == --* ]] || argument+="=${port[$argument]}"
         arguments+=("$argument")
     done
-    "$PYTHON" -m deploy.service stop "$log_dir" "$limit" "${arguments[@]}" 9>&-
-}
-
-# In a shell of its own that ignores the signals of a terminal, so that none comes between a server and its pid file.
-launch() {
-    (
-        trap '' INT TERM HUP
-        exec "$PYTHON" -m deploy.service launch "$log_dir" "$1" "${port[$1]}" 9>&-
-    )
+    (quiet -m deploy.service stop "$log_dir" "$limit" "${arguments[@]}")
 }
 
 roll_back() { # [--keep]
     trap '' INT TERM HUP    # a second signal must not leave half of it
-    ((${#to_start[@]})) || return 0
+    ((${#touched[@]})) || return 0
     say "Stopping what was started"
-    stop_parts 10 "${to_start[@]}" "$@" || true
+    stop_parts 10 "${touched[@]}" "$@" || true
 }
 failed() {
     if ((${#to_stop[@]})); then
@@ -129,18 +144,8 @@ failed() {
     fi
     exit 1
 }
-waiter=
-interrupted() {
-    trap '' INT TERM HUP
-    complain "Interrupted"
-    if [[ -n $waiter ]]; then kill "$waiter" 2>/dev/null || true; fi
-    roll_back
-    if ((${#to_stop[@]})); then complain "Not running now: ${to_start[*]}"; fi
-    exit 1
-}
-trap interrupted INT TERM
-trap 'exec >/dev/null 2>&1; interrupted' HUP    # the terminal is gone
 
+touched=("${to_start[@]}")
 if ((${#to_stop[@]})); then
     stop_parts "$(awk -v drain="$drain_s" 'BEGIN { print drain + 5 }')" "${to_stop[@]}" --keep || {
         complain "Nothing was started, because not everything was stopped"
@@ -149,7 +154,8 @@ if ((${#to_stop[@]})); then
 fi
 for part in "${to_start[@]}"; do
     say "Starting $part on port ${port[$part]}"
-    launch "$part" || failed
+    # Without a signal between a server and its pid file.
+    (quiet -m deploy.service launch "$log_dir" "$part" "${port[$part]}") || failed
 done
 pairs=()
 for part in "${parts[@]}"; do pairs+=("$part=${host[$part]}"); done
@@ -157,7 +163,7 @@ for part in "${parts[@]}"; do pairs+=("$part=${host[$part]}"); done
 "$PYTHON" -m deploy.service wait "$log_dir" "$limit_s" "${pairs[@]}" 9>&- &
 waiter=$!
 wait "$waiter" || failed
-trap - INT TERM HUP
+trap '' INT TERM HUP    # they run: what follows only prints
 
 address() {
     local first=${host[$1]}
@@ -168,7 +174,7 @@ for part in "${parts[@]}"; do
     if [[ $part == api ]]; then
         say "API:   $(address api)/v1   (every route but /health needs the key GLM_API_KEY)"
     else
-        say "Page:  $(address web)/?token=$("$PYTHON" settings.py web_token)"
+        say "Page:  $(address web)/?token=$(quiet settings.py web_token)"
     fi
 done
 if [[ ${host[${parts[0]}]} == 0.0.0.0 ]]; then

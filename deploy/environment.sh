@@ -23,7 +23,7 @@ choose_python() {
     if [[ -n ${CONDA_PREFIX:-} && ${CONDA_DEFAULT_ENV:-base} != base && -x $CONDA_PREFIX/bin/python ]]; then
         PYTHON=$CONDA_PREFIX/bin/python
         [[ $CONDA_DEFAULT_ENV == "$CONDA_NAME" ]] && { install_into_conda "$requirements"; return; }
-        if recent_enough "$PYTHON" && missing=$("$PYTHON" deploy/packages.py "$requirements"); then
+        if recent_enough "$PYTHON" && missing=$(trap '' INT; "$PYTHON" deploy/packages.py "$requirements"); then
             return 0
         fi
         missing=${missing:-its Python is older than 3.11}
@@ -111,7 +111,7 @@ base_python() {
 
 install_missing() {
     local requirements=$1 missing available
-    if missing=$("$PYTHON" deploy/packages.py "$requirements"); then
+    if missing=$(trap '' INT; "$PYTHON" deploy/packages.py "$requirements"); then
         if [[ -e $MARK ]]; then rm -f "$MARK"; fi
         return 0
     fi

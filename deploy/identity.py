@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import SecretStr
 
-from settings import Settings, load
+from settings import Settings, SettingsError, load
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ("settings.py", "cgroup.py", "requirements.txt")
@@ -58,8 +58,12 @@ def _plain(value: object) -> str:
 
 
 def main() -> int:
-    settings = load()
-    print(json.dumps({part: identity(ROOT, part, settings) for part in SOURCES}))
+    try:
+        settings = load()
+        print(json.dumps({part: identity(ROOT, part, settings) for part in SOURCES}))
+    except (OSError, SettingsError) as error:
+        print(f"Nothing was started: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

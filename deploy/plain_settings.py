@@ -15,7 +15,7 @@ LIMIT_BYTES = 2**20
 
 @dataclass(frozen=True)
 class StopSettings:
-    """`certain`: settings.py accepted them; otherwise what could be read of them, and defaults."""
+    """`certain`: there is a settings file and settings.py accepted it; otherwise what could be read, and defaults."""
 
     log_dir: Path
     drain_s: float
@@ -30,7 +30,7 @@ def read(root: Path) -> StopSettings:
 
         settings = load()
         ports = {"api": settings.api_port, "web": settings.web_port}
-        return StopSettings(settings.log_dir, settings.drain_s, ports, True)
+        return StopSettings(settings.log_dir, settings.drain_s, ports, env_file(root).is_file())
     except KeyboardInterrupt:
         raise
     except BaseException:  # whatever is wrong with it, what runs must be stopped
@@ -39,10 +39,14 @@ def read(root: Path) -> StopSettings:
 
 def unchecked(root: Path) -> StopSettings:
     """Takes each value by itself: one that is no number, or cannot be read, is its default."""
-    given = {**_lines_of(root / (os.environ.get("GLM_ENV_FILE") or ".env")), **{k: v for k, v in os.environ.items() if v}}
+    given = {**_lines_of(env_file(root)), **{name: value for name, value in os.environ.items() if value}}
     ports = {"api": int(_number(given.get("GLM_API_PORT"), 8080)), "web": int(_number(given.get("GLM_WEB_PORT"), 8081))}
     log_dir = root / (given.get("GLM_LOG_DIR") or "logs")
     return StopSettings(log_dir, _number(given.get("GLM_DRAIN_S"), 10.0), ports, False)
+
+
+def env_file(root: Path) -> Path:
+    return root / (os.environ.get("GLM_ENV_FILE") or ".env")
 
 
 def _lines_of(path: Path) -> dict[str, str]:

@@ -147,11 +147,16 @@ def wait(log_dir: Path, limit_s: float, hosts: dict[str, str]) -> int:
 
 
 def stop(log_dir: Path, grace_s: float, configured_ports: dict[str, int], certain: bool = True, keep: bool = False) -> int:
-    """`certain`: without it every process of this folder is stopped, on whatever port. `keep`: leaves the pid files."""
+    """Stops what serves these ports or writes to this log folder. `keep`: leaves the pid files.
+
+    Without `certain`, the ports and the folder may be wrong: if they match nothing, all that runs in this project is stopped.
+    """
     worst = 0
     for part, configured_port in configured_ports.items():
         record = processes.read_record(log_dir, part)
-        found = process_search.search(part, log_dir, configured_port) if certain else process_search.search(part)
+        found = process_search.search(part, log_dir, configured_port)
+        if not found and not certain:
+            found = process_search.search(part)
         entries = [process.record for process in found]
         if record is not None and processes.members(record) and record.pid not in [entry.pid for entry in entries]:
             entries.append(record)
@@ -175,8 +180,6 @@ def stop(log_dir: Path, grace_s: float, configured_ports: dict[str, int], certai
 
 def halt(parts: list[str]) -> int:
     settings = plain_settings.read(ROOT)
-    if not settings.certain:
-        _complain("The settings cannot be read; stopping whatever start.sh started in this folder")
     return stop(
         settings.log_dir.resolve(), settings.drain_s + STOP_MARGIN_S, {part: settings.ports[part] for part in parts}, settings.certain
     )
@@ -185,7 +188,8 @@ def halt(parts: list[str]) -> int:
 def _end(part: str, entry: ProcessRecord, grace_s: float) -> bool:
     owner = processes.foreign_owner(entry)
     if owner:
-        _complain(f"{NAMES[part]} (pid {entry.pid}) was started by {owner}; only {owner} or root can stop it")
+        who = owner if owner == "root" else f"{owner} or root"
+        _complain(f"{NAMES[part]} (pid {entry.pid}) was started by {owner}, so only {who} can stop it")
         return False
     left = processes.end(entry, grace_s)
     if left:
