@@ -7,6 +7,7 @@
 # Exit codes: 0 both are up (or were already, or the API is still loading its model), 1 one of them did not start or did not
 # stop, 2 nothing was started: usage, settings, Python, disk or files, 3 nothing was started: a port is in use.
 set -euo pipefail
+trap 'exit 1' INT    # replaced below; without one the shell goes on if the command that it waits for ends in its own way
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 # shellcheck source=deploy/environment.sh
 source deploy/environment.sh
@@ -40,14 +41,6 @@ if ! flock -n 9; then
     flock 9
 fi
 
-choose_python requirements.txt || exit 2
-
-# For `( quiet ... )` and `$(quiet ...)`: a short command that a signal does not tear in the middle. This shell handles the
-# signal after it.
-quiet() {
-    trap '' INT TERM HUP
-    exec "$PYTHON" "$@" 9>&-
-}
 waiter='' touched=() to_stop=()    # touched: the parts that were stopped or launched so far
 interrupted() {
     trap '' INT TERM HUP
@@ -61,7 +54,18 @@ interrupted() {
     fi
     exit 1
 }
-trap interrupted INT TERM
+# SIGTERM and SIGHUP still end it at once: the shell would handle them only after an installation.
+trap interrupted INT
+
+choose_python requirements.txt || exit 2
+
+# For `( quiet ... )` and `$(quiet ...)`: a short command that a signal does not tear in the middle. This shell handles the
+# signal after it.
+quiet() {
+    trap '' INT TERM HUP
+    exec "$PYTHON" "$@" 9>&-
+}
+trap interrupted TERM
 trap 'exec >/dev/null 2>&1; interrupted' HUP    # the terminal is gone
 
 names=(api_host api_port web_host web_port api_url start_timeout_s drain_s log_dir)
