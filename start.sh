@@ -1,44 +1,90 @@
 #!/usr/bin/env bash
-# ./start.sh [all|api|web]   starts the API and the page in the background and returns as soon as they answer.
+# ./start.sh [--restart] [all|api|web]   starts the API and the page in the background and returns as soon as they answer.
 #
-# Exit codes: 0 both are up (or were already, or the API is still loading its model), 1 one of them did not start,
-# 2 nothing was started: usage, settings, Python or disk, 3 nothing was started: a port is in use.
+# What already runs stays as it is, also if its code or settings have changed since; that is reported. --restart stops it
+# first, once it is certain that the code here can be imported.
+#
+# Exit codes: 0 both are up (or were already, or the API is still loading its model), 1 one of them did not start or did not
+# stop, 2 nothing was started: usage, settings, Python, disk or files, 3 nothing was started: a port is in use.
 set -euo pipefail
+trap 'exit 1' INT    # replaced below; without one the shell goes on if the command that it waits for ends in its own way
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 # shellcheck source=deploy/environment.sh
 source deploy/environment.sh
 
-case ${1:-all} in
-    all) parts=(api web) ;;
-    api | web) parts=("$1") ;;
-    *) complain "usage: ./start.sh [all|api|web]"; exit 2 ;;
-esac
+restart=() parts=()
+for argument in "$@"; do
+    case $argument in
+        --restart) restart=(--restart) ;;
+        all) parts+=(api web) ;;
+        api | web) parts+=("$argument") ;;
+        *) parts+=(wrong wrong wrong) ;;
+    esac
+done
+((${#parts[@]})) || parts=(api web)
+if ((${#parts[@]} > 2)); then
+    complain "usage: ./start.sh [--restart] [all|api|web]"
+    exit 2
+fi
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+trap '' PIPE    # the reader of `./start.sh | head` must not end a start in the middle
 
 # The lock is held by descriptor 9 of this shell. A server that inherited it would hold the lock for its lifetime, so every
 # process launched below closes it.
-mkdir -p logs
-exec 9>>logs/start.lock
+if mkdir -p logs 2>/dev/null && : 2>/dev/null >>logs/start.lock; then
+    exec 9>>logs/start.lock
+else
+    exec 9<start.sh    # the folder is not writable
+fi
 if ! flock -n 9; then
     say "Another start.sh is running; waiting for it"
     flock 9
 fi
 
+waiter='' touched=() to_stop=()    # touched: the parts that were stopped or launched so far
+interrupted() {
+    trap '' INT TERM HUP
+    if [[ -n $waiter ]]; then kill "$waiter" 2>/dev/null || true; fi
+    if ((${#touched[@]})); then
+        complain "Interrupted"
+        roll_back
+        ((${#to_stop[@]} == 0)) || complain "Not running now: ${touched[*]}"
+    else
+        complain "Interrupted; nothing was started"
+    fi
+    exit 1
+}
+# SIGTERM and SIGHUP still end it at once: the shell would handle them only after an installation.
+trap interrupted INT
+
 choose_python requirements.txt || exit 2
-values_text=$("$PYTHON" settings.py api_host api_port web_host web_port api_url start_timeout_s log_dir) || {
-    complain "Nothing was started: correct the settings above (in .env or GLM_ variables; see .env.example)"
+
+# For `( quiet ... )` and `$(quiet ...)`: a short command that a signal does not tear in the middle. This shell handles the
+# signal after it.
+quiet() {
+    trap '' INT TERM HUP
+    exec "$PYTHON" "$@" 9>&-
+}
+trap interrupted TERM
+trap 'exec >/dev/null 2>&1; interrupted' HUP    # the terminal is gone
+
+names=(api_host api_port web_host web_port api_url start_timeout_s drain_s log_dir)
+values_text=$(quiet settings.py "${names[@]}" 2>/dev/null) || {
+    # Of a failure that settings.py did not foresee, the last line is the one that says what it is.
+    complain "$( (quiet settings.py) 2>&1 | awk '{ all = all $0 "\n" } /^Traceback/ { odd = 1 } END { printf "%s", odd ? $0 : all }')"
+    complain "Nothing was started: correct the settings above (in ${GLM_ENV_FILE:-.env} or GLM_ variables; see .env.example)"
     exit 2
 }
-mapfile -t values <<<"$values_text"
+mapfile -t values < <(printf '%s\n' "$values_text")    # not <<<, which needs room in /tmp
 declare -A host=([api]=${values[0]} [web]=${values[2]}) port=([api]=${values[1]} [web]=${values[3]})
-api_url=${values[4]} limit_s=${values[5]} log_dir=$(realpath -m "${values[6]}")
+api_url=${values[4]} limit_s=${values[5]} drain_s=${values[6]} log_dir=$(realpath -m "${values[7]}")
 
 if [[ ${port[api]} == "${port[web]}" ]]; then
     complain "GLM_API_PORT and GLM_WEB_PORT are both ${port[api]}; they must differ"
     exit 2
 fi
-if ! mkdir -p "$log_dir" || [[ ! -w $log_dir ]]; then
-    complain "Nothing was started: cannot write to $log_dir"
+if ! mkdir -p "$log_dir" 2>/dev/null || [[ ! -w $log_dir ]]; then
+    complain "Nothing was started: $(id -un) cannot write to $log_dir"
     exit 2
 fi
 if (($(free_mib "$log_dir") < 256)); then
@@ -46,15 +92,25 @@ if (($(free_mib "$log_dir") < 256)); then
     exit 2
 fi
 
+START_SH_IDENTITY=$(quiet -m deploy.identity) || exit 2
+export START_SH_IDENTITY
 to_start=()
 for part in "${parts[@]}"; do
     status=0
-    "$PYTHON" -m deploy.service check "$log_dir" "$part" "${host[$part]}" "${port[$part]}" || status=$?
+    (quiet -m deploy.service check "$log_dir" "$part" "${host[$part]}" "${port[$part]}" "${restart[@]}") || status=$?
     case $status in
         0) to_start+=("$part") ;;
-        10) say "Already running: $part (port ${port[$part]})" ;;
-        *) complain "Nothing was started"; exit 3 ;;
+        10) if ((${#restart[@]})); then to_start+=("$part") to_stop+=("$part"); fi ;;
+        3) complain "Nothing was started"; exit 3 ;;
+        *) complain "Nothing was started"; exit 2 ;;
     esac
+done
+for part in "${to_stop[@]}"; do
+    (quiet -c "import $part.server") >/dev/null 2>&1 || {
+        complain "The code of $part cannot be imported: $( (quiet -c "import $part.server") 2>&1 | tail -n 1)"
+        complain "Nothing was stopped: what ran before still runs"
+        exit 2
+    }
 done
 
 secrets=()
@@ -62,43 +118,56 @@ secrets=()
 [[ ${parts[*]} == *api* || -z $api_url ]] && secrets+=(API_KEY)
 [[ ${parts[*]} == *web* ]] && secrets+=(WEB_TOKEN)
 [[ ${parts[*]} == *api* ]] && secrets+=(PROBE_TOKEN)
-"$PYTHON" deploy/keys.py "${secrets[@]}" || exit 2
+(quiet -m deploy.keys "${secrets[@]}") || exit 2
+if ((${#to_start[@]})); then START_SH_IDENTITY=$(quiet -m deploy.identity); fi    # with the new secrets
 
-launch() {
-    local part=$1 log=$log_dir/$1.log offset
-    offset=$(stat -c %s "$log" 2>/dev/null || echo 0)
-    nohup setsid "$PYTHON" -m "$part.server" >>"$log" 2>&1 </dev/null 9>&- &
-    "$PYTHON" -m deploy.service record "$log_dir" "$part" "$!" "${port[$part]}" "$offset"
+stop_parts() { # SECONDS PART... [--keep]
+    local limit=$1 argument arguments=()
+    shift
+    for argument in "$@"; do
+        [[ $argument == --* ]] || argument+="=${port[$argument]}"
+        arguments+=("$argument")
+    done
+    (quiet -m deploy.service stop "$log_dir" "$limit" "${arguments[@]}")
 }
 
-roll_back() {
-    trap - INT TERM
-    ((${#to_start[@]})) || return 0
+roll_back() { # [--keep]
+    trap '' INT TERM HUP    # a second signal must not leave half of it
+    ((${#touched[@]})) || return 0
     say "Stopping what was started"
-    local part pairs=()
-    for part in "${to_start[@]}"; do pairs+=("$part=${port[$part]}"); done
-    "$PYTHON" -m deploy.service stop "$log_dir" 10 "${pairs[@]}" || true
+    stop_parts 10 "${touched[@]}" "$@" || true
 }
-waiter=
-interrupted() {
-    complain "Interrupted"
-    if [[ -n $waiter ]]; then kill "$waiter" 2>/dev/null || true; fi
-    roll_back
+failed() {
+    if ((${#to_stop[@]})); then
+        # With its pid file left in place the checker reports what is down, and tries to start it.
+        roll_back --keep
+        complain "The restart failed. Not running now: ${to_start[*]}. What ran before was stopped, and its code is no longer here."
+        complain "Correct the cause above, or go back to the earlier code and settings; then run ./start.sh"
+    else
+        roll_back
+    fi
     exit 1
 }
-trap interrupted INT TERM
 
+touched=("${to_start[@]}")
+if ((${#to_stop[@]})); then
+    stop_parts "$(awk -v drain="$drain_s" 'BEGIN { print drain + 5 }')" "${to_stop[@]}" --keep || {
+        complain "Nothing was started, because not everything was stopped"
+        exit 1
+    }
+fi
 for part in "${to_start[@]}"; do
     say "Starting $part on port ${port[$part]}"
-    launch "$part"
+    # Without a signal between a server and its pid file.
+    (quiet -m deploy.service launch "$log_dir" "$part" "${port[$part]}") || failed
 done
 pairs=()
 for part in "${parts[@]}"; do pairs+=("$part=${host[$part]}"); done
 # In the background, because the shell handles a signal only after a command in the foreground has ended.
 "$PYTHON" -m deploy.service wait "$log_dir" "$limit_s" "${pairs[@]}" 9>&- &
 waiter=$!
-wait "$waiter" || { roll_back; exit 1; }
-trap - INT TERM
+wait "$waiter" || failed
+trap '' INT TERM HUP    # they run: what follows only prints
 
 address() {
     local first=${host[$1]}
@@ -109,7 +178,7 @@ for part in "${parts[@]}"; do
     if [[ $part == api ]]; then
         say "API:   $(address api)/v1   (every route but /health needs the key GLM_API_KEY)"
     else
-        say "Page:  $(address web)/?token=$("$PYTHON" settings.py web_token)"
+        say "Page:  $(address web)/?token=$(quiet settings.py web_token)"
     fi
 done
 if [[ ${host[${parts[0]}]} == 0.0.0.0 ]]; then

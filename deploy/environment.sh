@@ -9,8 +9,9 @@ NEEDED_MIB=2048            # torch without CUDA
 CUDA_MIB=9216              # torch with CUDA
 PYTHON=                    # set by choose_python
 
-say() { printf '%s\n' "$*"; }
-complain() { printf '%s\n' "$*" >&2; }
+# Neither fails: work goes on when nobody reads, or the file that the output goes to is on a full disk.
+say() { printf '%s\n' "$*" 2>/dev/null || true; }
+complain() { printf '%s\n' "$*" >&2 || true; }
 
 free_mib() { df -Pk "$1" | awk 'NR == 2 { print int($4 / 1024) }'; }
 
@@ -22,7 +23,7 @@ choose_python() {
     if [[ -n ${CONDA_PREFIX:-} && ${CONDA_DEFAULT_ENV:-base} != base && -x $CONDA_PREFIX/bin/python ]]; then
         PYTHON=$CONDA_PREFIX/bin/python
         [[ $CONDA_DEFAULT_ENV == "$CONDA_NAME" ]] && { install_into_conda "$requirements"; return; }
-        if recent_enough "$PYTHON" && missing=$("$PYTHON" deploy/packages.py "$requirements"); then
+        if recent_enough "$PYTHON" && missing=$(trap '' INT; "$PYTHON" deploy/packages.py "$requirements"); then
             return 0
         fi
         missing=${missing:-its Python is older than 3.11}
@@ -56,14 +57,26 @@ install_into_conda() {
 install_into_venv() {
     PYTHON=.venv/bin/python
     if [[ -e $MARK ]]; then
+        may_install || return 1
         say "The last installation was interrupted; starting over"
         rm -rf .venv
     fi
     if ! { [[ -x $PYTHON ]] && recent_enough "$PYTHON" && "$PYTHON" -c 'import pip' 2>/dev/null; }; then
+        may_install || return 1
         rm -rf .venv
         create_venv || return 1
     fi
     install_missing "$1"
+}
+
+may_install() {
+    local folder
+    for folder in . .venv; do
+        if [[ -e $folder && ! -w $folder ]]; then
+            complain "The packages cannot be installed: $(id -un) cannot write to $(realpath "$folder")"
+            return 1
+        fi
+    done
 }
 
 create_venv() {
@@ -98,10 +111,11 @@ base_python() {
 
 install_missing() {
     local requirements=$1 missing available
-    if missing=$("$PYTHON" deploy/packages.py "$requirements"); then
-        rm -f "$MARK"
+    if missing=$(trap '' INT; "$PYTHON" deploy/packages.py "$requirements"); then
+        if [[ -e $MARK ]]; then rm -f "$MARK"; fi
         return 0
     fi
+    [[ $PYTHON != .venv/* ]] || may_install || return 1
     available=$(free_mib .)
     if ((available < NEEDED_MIB)); then
         complain "Not enough free disk to install the packages: $available MiB free in $PWD, at least $NEEDED_MIB MiB required"

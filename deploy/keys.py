@@ -1,13 +1,15 @@
 """Creates the secrets of the service on the first start: writes them to `.env`, mode 0600, and prints them once.
 
-    python deploy/keys.py API_KEY WEB_TOKEN
+    python -m deploy.keys API_KEY WEB_TOKEN
 
 A secret set in the environment, in `.env` or as GLM_<NAME>_FILE is kept, and so is every other line of the file. Run after
-`python settings.py` has accepted the settings.
+`python settings.py` has accepted the settings. With GLM_ENV_FILE it is that file; the checker's copy of an earlier `.env`,
+with which it restarts while `.env` is invalid, is never written to.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import secrets
@@ -17,7 +19,8 @@ from pathlib import Path
 
 from dotenv import dotenv_values
 
-ENV_FILE = Path(__file__).resolve().parent.parent / ".env"
+ENV_FILE = Path(__file__).resolve().parent.parent / (os.environ.get("GLM_ENV_FILE") or ".env")
+CHECKERS_COPY = "last-good.env"
 DESCRIPTIONS = {"API_KEY": "key for programs (Authorization: Bearer ...)", "WEB_TOKEN": "token for the page",
                 "PROBE_TOKEN": "marks the checker's questions"}
 
@@ -39,17 +42,23 @@ def with_secret(text: str, name: str, value: str) -> str:
 def write(path: Path, text: str) -> None:
     """Replaces the file atomically; it is never readable by other users."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".env.")  # mkstemp uses mode 0600
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(temporary, path)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except OSError:
+        os.unlink(temporary)
+        raise
 
 
 def main(names: list[str]) -> int:
     path = ENV_FILE.resolve()
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    given = {**(dotenv_values(path) if text else {}), **{k: v for k, v in os.environ.items() if v}}
-    absent = missing(names, given)
+    if path.name == CHECKERS_COPY:
+        return 0
     try:
+        text = path.read_text(encoding="utf-8-sig") if path.is_file() else ""
+        in_file = dotenv_values(stream=io.StringIO(text))
+        absent = missing(names, {**in_file, **{k: v for k, v in os.environ.items() if v}})
         if absent:
             created = {name: secrets.token_urlsafe(24) for name in absent}
             for name, value in created.items():
@@ -58,13 +67,24 @@ def main(names: list[str]) -> int:
             print(f"First start: secrets written to {path} (readable by you only)")
             for name, value in created.items():
                 print(f"  GLM_{name}={value}   # {DESCRIPTIONS.get(name, 'secret')}")
-        elif text and path.stat().st_mode & 0o077 and not missing(names, dict(dotenv_values(path))):
-            path.chmod(0o600)
-            print(f"{path} holds secrets and was readable by other users: its mode is now 0600")
+        elif text and path.stat().st_mode & 0o077 and not missing(names, in_file):
+            close_to_others(path)
     except OSError as error:
-        print(f"cannot write {path}: {error.strerror}. Set GLM_API_KEY and GLM_WEB_TOKEN yourself", file=sys.stderr)
+        wanted = " and ".join(f"GLM_{name}" for name in names)
+        print(
+            f"Nothing was started: {path} cannot be written ({error.strerror}), and the first start writes {wanted} to it."
+            " Set them in the environment, or make it writable", file=sys.stderr,
+        )  # fmt: skip
         return 1
     return 0
+
+
+def close_to_others(path: Path) -> None:
+    try:
+        path.chmod(0o600)
+        print(f"{path} holds secrets and was readable by other users: its mode is now 0600")
+    except OSError as error:
+        print(f"{path} holds secrets and is readable by other users, which cannot be changed: {error.strerror}", file=sys.stderr)
 
 
 if __name__ == "__main__":

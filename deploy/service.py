@@ -1,61 +1,121 @@
-"""The parts of start.sh and stop.sh that need more than a shell: ports, pid files, waiting for readiness, stopping.
+"""The parts of start.sh and stop.sh that need more than a shell: ports, pid files, launching, waiting, stopping.
 
-    python -m deploy.service check  LOGS PART HOST PORT       0 may be started, 10 already running, 3 port in use
-    python -m deploy.service record LOGS PART PID PORT OFFSET
-    python -m deploy.service wait   LOGS SECONDS PART=HOST...  0 all answer (or are still loading), 1 one does not
-    python -m deploy.service stop   LOGS SECONDS PART=PORT...  0 stopped, ports free; 1 not stopped; 3 port held by another process
-    python -m deploy.service alive  LOGS PART...               0 all are running
+    python -m deploy.service check   LOGS PART HOST PORT [--restart]   0 may be started, 10 runs already, 3 port in use, 2 not writable
+    python -m deploy.service launch  LOGS PART PORT           0 launched and recorded
+    python -m deploy.service wait    LOGS SECONDS PART=HOST...  0 all answer (or are still loading), 1 one does not
+    python -m deploy.service stop    LOGS SECONDS PART=PORT... [--keep]   0 stopped, ports free; 1 not stopped; 3 port held by another process
+    python -m deploy.service halt    PART...                  the same with the settings that can be read, for stop.sh
+    python -m deploy.service alive   LOGS PART...             0 all are running
 
-Standard library only and no syntax newer than Python 3.8, so that stop.sh works when the environment is gone. Parts are `api` and `web`.
+`check` and `launch` take what deploy/identity.py printed from START_SH_IDENTITY. Standard library only and no syntax newer
+than Python 3.8, so that stop.sh works when the environment is gone. Parts are `api` and `web`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-from monitor.observe import ports, processes
+from deploy import plain_settings
+from monitor.observe import ports, process_search, processes
 from monitor.observe.http_exchange import exchange
 from monitor.observe.processes import ProcessRecord
 
 ROOT = Path(__file__).resolve().parent.parent
 HEALTH = {"api": "/health", "web": "/_stcore/health"}
 NAMES = {"api": "The API", "web": "The page"}
-MAY_START, FAILED, PORT_IN_USE, RUNNING = 0, 1, 3, 10
+MAY_START, FAILED, NOT_WRITABLE, PORT_IN_USE, RUNNING = 0, 1, 2, 3, 10
 LOG_LINES = 25
 ANSWER_LIMIT_S = 2.0
+STOP_MARGIN_S = 5.0  # beyond the time for running answers
 
 
-def check(log_dir: Path, part: str, host: str, port: int) -> int:
-    record = processes.read_record(log_dir, part)
-    if record is not None and processes.is_running(record):
-        if record.port == port:
+def check(log_dir: Path, part: str, host: str, port: int, identity: dict[str, Any], restart: bool) -> int:
+    """With `restart` a process of ours that runs is no obstacle, on whatever port."""
+    entry = process_search.find_record(log_dir, part, port)
+    if entry is not None and not processes.is_running(entry):
+        entry = None
+    if entry is not None and not restart:
+        if entry.port == port:
+            _say(f"Already running: {part} (port {port}, since {_started(entry)})")
+            _say_differences(part, entry, identity)
             return RUNNING
-        print(
-            f"{NAMES[part]} is already running on port {record.port} (pid {record.pid}), but the settings now specify {port}."
-            f" Run ./stop.sh {part} first.",
-            file=sys.stderr,
+        _complain(
+            f"{NAMES[part]} is already running on port {entry.port} (pid {entry.pid}, since {_started(entry)}), but the settings"
+            f" now specify {port}. To stop it and start what is here: ./start.sh --restart {part}"
         )
         return PORT_IN_USE
-    reason = ports.why_taken(host, port)
+    reason = "" if entry is not None and entry.port == port else ports.why_taken(host, port)
     if reason:
-        print(f"{NAMES[part]} cannot start: {reason}", file=sys.stderr)
+        _complain(f"{NAMES[part]} cannot start: {reason}")
         return PORT_IN_USE
-    return MAY_START
+    log = log_dir / f"{part}.log"
+    if log.exists() and not os.access(str(log), os.W_OK):
+        _complain(f"{NAMES[part]} cannot start: {log} belongs to {_owner(log)} and is not writable for {processes.user_name(os.geteuid())}")
+        return NOT_WRITABLE
+    return RUNNING if entry is not None else MAY_START
 
 
-def record(log_dir: Path, part: str, pid: int, port: int, log_offset: int) -> int:
-    stat = processes.read_stat(pid)
-    deadline = time.monotonic() + 5
-    # Between fork and setsid the child is still in the session of the shell.
-    while stat is not None and stat.session != pid and time.monotonic() < deadline:
-        time.sleep(0.02)
-        stat = processes.read_stat(pid)
-    start_time = stat.start_time if stat else 0  # 0 matches no process: it has died already, which `wait` reports
-    entry = ProcessRecord(pid, start_time, port, processes.boot_id(), str(ROOT), log_offset)
-    processes.write_record(log_dir, part, entry)
+def _say_differences(part: str, entry: ProcessRecord, identity: dict[str, Any]) -> None:
+    """Whether it was started from other code or with other settings than are here now."""
+    mark = process_search.mark_of(entry.pid)
+    differences = []
+    if not entry.code:
+        differences.append("an unknown version: it was started by a start.sh that did not note its code")
+    elif identity and entry.code != identity["code"]:
+        differences.append(f"an older version: the code here has changed since it was started on {_started(entry)}")
+    before = mark.get("settings")
+    if identity and isinstance(before, dict):
+        now = identity["settings"]
+        changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+        if changed:
+            names = ", ".join(f"GLM_{name.upper()}" for name in changed)
+            differences.append(f"with earlier settings: {names} changed since its start")
+    if process_search.log_of(entry.pid).endswith(process_search.DELETED):
+        differences.append("without a log: its file was deleted")
+    for difference in differences:
+        _say(f"  It runs {difference}")
+    if differences:
+        _say(f"  To stop it and start what is here: ./start.sh --restart {part}")
+
+
+def launch(log_dir: Path, part: str, port: int, identity: dict[str, Any]) -> int:
+    """The child writes the pid file before it becomes the server, so that there is no server without a pid file.
+
+    start.sh runs this with the signals of a terminal ignored, so it is not interrupted between the two.
+    """
+    path = log_dir / f"{part}.log"
+    mark = {"port": port, "log_dir": str(log_dir), **identity}
+
+    def record_itself() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        stat = processes.read_stat(os.getpid())
+        assert stat is not None
+        entry = ProcessRecord(
+            stat.pid, stat.start_time, port, processes.boot_id(), str(ROOT), mark["log_offset"], identity.get("code", "")
+        )
+        processes.write_record(log_dir, part, entry)
+
+    try:
+        with path.open("ab") as log:
+            mark["log_offset"] = log.tell()
+            subprocess.Popen(
+                [sys.executable, "-m", f"{part}.server"], cwd=str(ROOT), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True, preexec_fn=record_itself,
+                env={**os.environ, process_search.MARK: json.dumps(mark)},
+            )  # fmt: skip
+    except (OSError, subprocess.SubprocessError) as error:
+        why = error.strerror if isinstance(error, OSError) else f"its pid file cannot be written to {log_dir}"
+        _complain(f"{NAMES[part]} was not started: {why}")
+        return FAILED
     return 0
 
 
@@ -77,41 +137,81 @@ def wait(log_dir: Path, limit_s: float, hosts: dict[str, str]) -> int:
             elif time.monotonic() >= deadline and state != "loading":
                 return _fail(log_dir, part, entry, f"does not answer after {limit_s:g} s ({detail})")
             elif time.monotonic() >= deadline:
-                print(f"{NAMES[part]} is up and still loads the model ({detail}). Its log: {log_dir / (part + '.log')}")
+                _say(f"{NAMES[part]} is up and still loads the model ({detail}). Its log: {log_dir / (part + '.log')}")
                 del waiting[part]
             elif state == "loading" and detail != printed[part]:
-                print(f"{NAMES[part]} loads the model: {detail}", flush=True)
+                _say(f"{NAMES[part]} loads the model: {detail}")
                 printed[part] = detail
         time.sleep(0.2 if waiting else 0)
     return 0
 
 
-def stop(log_dir: Path, grace_s: float, configured_ports: dict[str, int]) -> int:
+def stop(log_dir: Path, grace_s: float, configured_ports: dict[str, int], certain: bool = True, keep: bool = False) -> int:
+    """Stops what serves these ports or writes to this log folder. `keep`: leaves the pid files.
+
+    Without `certain`, the ports and the folder may be wrong: if they match nothing, all that runs in this project is stopped.
+    """
     worst = 0
     for part, configured_port in configured_ports.items():
-        entry = processes.read_record(log_dir, part)
-        port = entry.port if entry else configured_port
-        if entry is not None and processes.members(entry):
-            left = processes.end(entry, grace_s)
-            if left:
-                shown = ", ".join(f"pid {pid} ({processes.command_of(pid)})" for pid in left)
-                print(f"{NAMES[part]} could not be killed: {shown}. Reboot the machine.", file=sys.stderr)
-                worst = worst or FAILED
-                continue
-            print(f"{NAMES[part]} is stopped (pid {entry.pid})")
-        else:
-            print(f"{NAMES[part]} was not running")
-        processes.record_path(log_dir, part).unlink(missing_ok=True)
-        others = ports.listeners(port)
-        if others:
-            shown = ", ".join(listener.describe() for listener in others)
-            print(f"Port {port} is still held by {shown}, which was not started by start.sh here", file=sys.stderr)
-            worst = worst or PORT_IN_USE
+        record = processes.read_record(log_dir, part)
+        found = process_search.search(part, log_dir, configured_port)
+        if not found and not certain:
+            found = process_search.search(part)
+        entries = [process.record for process in found]
+        if record is not None and processes.members(record) and record.pid not in [entry.pid for entry in entries]:
+            entries.append(record)
+        failed = [entry for entry in entries if not _end(part, entry, grace_s)]
+        if failed:
+            worst = worst or FAILED
+            continue
+        if not entries:
+            _say(f"{NAMES[part]} was not running")
+        if not keep:
+            for folder in {log_dir, *(process.log_dir for process in found if process.log_dir)}:
+                _forget(folder, part)
+        for port in sorted({entry.port for entry in entries if entry.port} or {record.port if record else configured_port}):
+            others = ports.listeners(port)
+            if others:
+                shown = ", ".join(listener.describe() for listener in others)
+                _complain(f"Port {port} is still held by {shown}, which was not started by start.sh here")
+                worst = worst or PORT_IN_USE
     return worst
 
 
+def halt(parts: list[str]) -> int:
+    settings = plain_settings.read(ROOT)
+    return stop(
+        settings.log_dir.resolve(), settings.drain_s + STOP_MARGIN_S, {part: settings.ports[part] for part in parts}, settings.certain
+    )
+
+
+def _end(part: str, entry: ProcessRecord, grace_s: float) -> bool:
+    owner = processes.foreign_owner(entry)
+    if owner:
+        who = owner if owner == "root" else f"{owner} or root"
+        _complain(f"{NAMES[part]} (pid {entry.pid}) was started by {owner}, so only {who} can stop it")
+        return False
+    left = processes.end(entry, grace_s)
+    if left:
+        shown = ", ".join(f"pid {pid} ({processes.command_of(pid)})" for pid in left)
+        _complain(f"{NAMES[part]} could not be killed: {shown}. Reboot the machine.")
+        return False
+    _say(f"{NAMES[part]} is stopped (pid {entry.pid})")
+    return True
+
+
+def _forget(log_dir: Path, part: str) -> None:
+    path = processes.record_path(log_dir, part)
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        _complain(f"{path} cannot be removed ({error.strerror}); it names a process that no longer runs and may stay")
+
+
 def alive(log_dir: Path, parts: list[str]) -> int:
-    records = [processes.read_record(log_dir, part) for part in parts]
+    records = [process_search.find_record(log_dir, part) for part in parts]
     return 0 if all(entry is not None and processes.is_running(entry) for entry in records) else FAILED
 
 
@@ -149,10 +249,36 @@ def _fail(log_dir: Path, part: str, entry: ProcessRecord | None, why: str) -> in
         with path.open("rb") as file:
             file.seek(min(entry.log_offset if entry else 0, path.stat().st_size))
             lines = file.read()[-65536:].decode("utf-8", "replace").splitlines()[-LOG_LINES:]
-    print(f"{NAMES[part]} {why}. The last lines of {path}:", file=sys.stderr)
+    _complain(f"{NAMES[part]} {why}. The last lines of {path}:")
     for line in lines or ["(empty)"]:
-        print(f"  {line}", file=sys.stderr)
+        _complain(f"  {line}")
     return FAILED
+
+
+def _started(entry: ProcessRecord) -> str:
+    age_s = processes.age_s(entry)
+    return "an unknown time" if age_s is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() - age_s))
+
+
+def _owner(path: Path) -> str:
+    return processes.user_name(path.stat().st_uid)
+
+
+def _say(text: str) -> None:
+    _print(text, sys.stdout)
+
+
+def _complain(text: str) -> None:
+    _print(text, sys.stderr)
+
+
+def _print(text: str, stream: Any) -> None:
+    """Goes on without output if the terminal is gone, the reader has ended or the disk is full: the work matters more."""
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _pairs(arguments: list[str]) -> dict[str, str]:
@@ -160,15 +286,21 @@ def _pairs(arguments: list[str]) -> dict[str, str]:
 
 
 def main(arguments: list[str]) -> int:
-    command, log_dir, rest = arguments[0], Path(arguments[1]), arguments[2:]
+    command, flags = arguments[0], [argument for argument in arguments if argument.startswith("--")]
+    rest = [argument for argument in arguments[1:] if argument not in flags]
+    identities = json.loads(os.environ.pop("START_SH_IDENTITY", "") or "{}")
+    if command == "halt":
+        return halt(rest)
+    log_dir, rest = Path(rest[0]), rest[1:]
     if command == "check":
-        return check(log_dir, rest[0], rest[1], int(rest[2]))
-    if command == "record":
-        return record(log_dir, rest[0], int(rest[1]), int(rest[2]), int(rest[3]))
+        return check(log_dir, rest[0], rest[1], int(rest[2]), identities.get(rest[0], {}), "--restart" in flags)
+    if command == "launch":
+        return launch(log_dir, rest[0], int(rest[1]), identities.get(rest[0], {}))
     if command == "wait":
         return wait(log_dir, float(rest[0]), _pairs(rest[1:]))
     if command == "stop":
-        return stop(log_dir, float(rest[0]), {part: int(port) for part, port in _pairs(rest[1:]).items()})
+        configured_ports = {part: int(port) for part, port in _pairs(rest[1:]).items()}
+        return stop(log_dir, float(rest[0]), configured_ports, keep="--keep" in flags)
     if command == "alive":
         return alive(log_dir, rest)
     raise SystemExit(__doc__)
@@ -176,4 +308,7 @@ def main(arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     os.chdir(ROOT)
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)

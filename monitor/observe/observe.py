@@ -26,7 +26,7 @@ from monitor.judge.evidence import (
     PageEvidence,
     Process,
 )  # fmt: skip
-from monitor.observe import api_probe, external_engine, gpu, machine, page_probe, ports, processes
+from monitor.observe import api_probe, external_engine, gpu, machine, page_probe, ports, process_search, processes
 from monitor.observe.http_exchange import Deadline
 from settings import Settings
 
@@ -55,8 +55,8 @@ def now() -> Moment:
 
 def observe(settings: Settings, rng: random.Random, plan: ProbePlan, moment: Moment, progress: EngineProgress) -> Observation:
     """Takes under a second for a healthy service and is bounded by the deadlines of its probes. Updates `progress`."""
-    records = {part: processes.read_record(settings.log_dir, part) for part in ("api", "web")}
-    api_record, web_record = records["api"], records["web"]
+    api_record = process_search.find_record(settings.log_dir, "api", settings.api_port)
+    web_record = process_search.find_record(settings.log_dir, "web", settings.web_port)
     external = bool(settings.engine_url)
     gpu_timeout: dict[str, Any] = {"gpus": [], "source": "none", "hung": True, "reason": "no answer in time"}
     gpu_reading = Deadline(gpu.read, GPU_LIMIT_S, gpu_timeout)

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import errno
 import os
-import pwd
 import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from monitor.observe.processes import PROC, command_of
+from monitor.observe.processes import PROC, command_of, user_name
 
 LISTEN = "0A"
 
@@ -27,7 +26,7 @@ class Listener:
 
     def describe(self) -> str:
         if self.pid is None:
-            return f"a process of user {_user_name(self.uid)} (not visible from here)"
+            return f"a process of user {user_name(self.uid)} (not visible from here)"
         return f"pid {self.pid} ({command_of(self.pid) or 'command not readable'})"
 
 
@@ -37,6 +36,12 @@ def listeners(port: int) -> list[Listener]:
     owners = _socket_owners(set(inodes))
     found = {Listener(owners.get(inode), uid) for inode, uid in inodes.items()}
     return sorted(found, key=lambda listener: listener.pid or 0)
+
+
+def listened_by(pid: int) -> set[int]:
+    """The ports on which the process listens."""
+    held = set(_links_in(PROC / str(pid) / "fd"))
+    return {port for port, inode, _ in _listening() if f"socket:[{inode}]" in held}
 
 
 def why_taken(host: str, port: int) -> str:
@@ -58,7 +63,12 @@ def why_taken(host: str, port: int) -> str:
 
 
 def _listening_inodes(port: int) -> dict[str, int]:
-    found: dict[str, int] = {}
+    return {inode: uid for number, inode, uid in _listening() if number == port}
+
+
+def _listening() -> list[tuple[int, str, int]]:
+    """(port, inode, uid) of every listening socket."""
+    found = []
     for table in ("tcp", "tcp6"):
         try:
             lines = (PROC / "net" / table).read_text(encoding="ascii").splitlines()[1:]
@@ -66,8 +76,8 @@ def _listening_inodes(port: int) -> dict[str, int]:
             continue
         for line in lines:
             fields = line.split()
-            if fields[3] == LISTEN and int(fields[1].rpartition(":")[2], 16) == port:
-                found[fields[9]] = int(fields[7])
+            if fields[3] == LISTEN:
+                found.append((int(fields[1].rpartition(":")[2], 16), fields[9], int(fields[7])))
     return found
 
 
@@ -95,10 +105,3 @@ def _links_in(folder: Path) -> list[str]:
     except OSError:
         pass
     return links
-
-
-def _user_name(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pwd
 import signal
 import tempfile
 import time
@@ -22,7 +23,10 @@ BOOT_ID = PROC / "sys/kernel/random/boot_id"
 
 @dataclass(frozen=True)
 class ProcessRecord:
-    """The pid file. `start_time` is in clock ticks since the boot `boot_id`."""
+    """The pid file. `start_time` is in clock ticks since the boot `boot_id`.
+
+    `code` identifies the source files that the process was started from (deploy/identity.py); empty if unknown.
+    """
 
     pid: int
     start_time: int
@@ -30,6 +34,7 @@ class ProcessRecord:
     boot_id: str = ""
     folder: str = ""
     log_offset: int = 0
+    code: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,22 @@ def command_of(pid: int) -> str:
     return raw.replace(b"\0", b" ").decode("utf-8", "replace").strip()[:160]
 
 
+def user_of(pid: int) -> str:
+    """The name of the user who runs it; empty if it is gone."""
+    try:
+        uid = os.stat(PROC / str(pid)).st_uid
+    except OSError:
+        return ""
+    return user_name(uid)
+
+
+def user_name(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
 def boot_id() -> str:
     try:
         return BOOT_ID.read_text(encoding="ascii").strip()
@@ -77,17 +98,22 @@ def record_path(log_dir: Path, part: str) -> Path:
 
 
 def write_record(log_dir: Path, part: str, record: ProcessRecord) -> None:
+    """Replaces the pid file atomically. Raises OSError."""
     path = record_path(log_dir, part)
     descriptor, temporary = tempfile.mkstemp(dir=str(log_dir), prefix=f".{path.name}.")
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        json.dump(asdict(record), file)
-        file.write("\n")
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            json.dump(asdict(record), file)
+            file.write("\n")
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError:
+        os.unlink(temporary)
+        raise
 
 
 def read_record(log_dir: Path, part: str) -> ProcessRecord | None:
-    """None if there is no pid file or it cannot be parsed."""
+    """None if there is no pid file or it cannot be parsed. process_search.py finds the process in that case."""
     try:
         raw = json.loads(record_path(log_dir, part).read_text(encoding="utf-8"))
         return ProcessRecord(
@@ -97,6 +123,7 @@ def read_record(log_dir: Path, part: str) -> ProcessRecord | None:
             boot_id=str(raw.get("boot_id", "")),
             folder=str(raw.get("folder", "")),
             log_offset=int(raw.get("log_offset", 0)),
+            code=str(raw.get("code", "")),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -123,12 +150,24 @@ def members(record: ProcessRecord) -> list[int]:
         return []
     leader_runs = leader is not None and leader.running
     found = [record.pid] if leader_runs else []
-    for stat in _all_stats():
+    for stat in all_stats():
         if stat.pid == record.pid or stat.session != record.pid or not stat.running:
             continue
         if stat.start_time >= record.start_time and (leader_runs or _works_in(stat.pid, record.folder)):
             found.append(stat.pid)
     return found
+
+
+def foreign_owner(record: ProcessRecord) -> str:
+    """The user of the recorded processes if this user may not signal them, otherwise empty."""
+    for pid in members(record):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            continue
+        except PermissionError:
+            return user_of(pid)
+    return ""
 
 
 def end(record: ProcessRecord, grace_s: float, kill_wait_s: float = 10.0) -> list[int]:
@@ -167,7 +206,8 @@ def _wait_until_gone(record: ProcessRecord, limit_s: float) -> bool:
     return True
 
 
-def _all_stats() -> list[ProcessStat]:
+def all_stats() -> list[ProcessStat]:
+    """Every process that is visible from here."""
     stats = (read_stat(int(entry)) for entry in os.listdir(PROC) if entry.isdigit())
     return [stat for stat in stats if stat is not None]
 

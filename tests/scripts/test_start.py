@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -189,3 +194,133 @@ def test_an_interrupted_start_stops_what_it_started(project, machine, number):
     assert starting.wait(timeout=60) == 1
     assert not machine.runs(pid)
     assert not list((project.root / "logs").glob("*.pid.json"))
+
+
+def running(project) -> set[int]:
+    """The pids of the project's servers."""
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes()
+            if b"\0-m\0" in command and b".server\0" in command and os.readlink(process / "cwd") == str(project.root):
+                found.add(int(process.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_no_signal_parts_a_server_from_its_pid_file(project, machine):
+    """At every moment of a start: afterwards nothing is left, or the start was complete."""
+    project.run("./start.sh && ./stop.sh")  # writes the secrets
+    for number, delay_s in enumerate([0.05, 0.7, 0.85, 1.0, 1.15]):
+        starting = subprocess.Popen(
+            ["./start.sh"], cwd=project.root, env=project.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            stdin=subprocess.DEVNULL, start_new_session=True,
+            preexec_fn=lambda: [signal.signal(kind, signal.SIG_DFL) for kind in (signal.SIGINT, signal.SIGHUP)],
+        )  # fmt: skip
+        time.sleep(delay_s)
+        os.killpg(starting.pid, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)[number % 3])
+        try:
+            shown = starting.communicate(timeout=30)[0]
+        finally:
+            starting.kill()
+
+        pids = running(project)
+        recorded = {json.loads(path.read_text())["pid"] for path in (project.root / "logs").glob("*.pid.json")}
+        assert pids == recorded, f"{delay_s} s: {shown}"
+        assert len(pids) == (2 if starting.returncode == 0 else 0), f"{delay_s} s: {shown}"
+        assert "Traceback" not in shown
+        if pids:
+            project.run("./stop.sh")
+
+
+def test_other_code_than_was_started_is_reported_and_restart_replaces_it(project):
+    assert project.run("./start.sh").returncode == 0
+    before = {part: project.pid(part) for part in ("api", "web")}
+    same = project.run("./start.sh")
+    with (project.root / "api" / "server.py").open("a") as file:
+        file.write("# a newer version\n")
+
+    seen = project.run("./start.sh")
+    restarted = project.run("./start.sh --restart api")
+    after = project.run("./start.sh")
+
+    assert "It runs" not in same.stdout
+    assert seen.returncode == 0
+    assert seen.stdout.count("It runs an older version") == 1 and "./start.sh --restart api" in seen.stdout
+    assert restarted.returncode == 0, restarted.stderr
+    assert project.pid("api") not in (before["api"], None) and project.pid("web") == before["web"]
+    assert "It runs" not in after.stdout
+
+
+def test_settings_and_unknown_versions_are_reported(project):
+    (project.root / "api" / "server.py").write_text((project.root / "api" / "server.py").read_text() + "# settings.max_images\n")
+    project.run("./start.sh api")
+    path = project.root / "logs" / "api.pid.json"
+    record = json.loads(path.read_text())
+
+    changed = project.run("./start.sh api", GLM_MAX_IMAGES="3", GLM_ALERTS_PER_HOUR="3")
+    path.write_text(json.dumps({name: value for name, value in record.items() if name != "code"}))
+    unknown = project.run("./start.sh api")
+
+    assert "GLM_MAX_IMAGES changed since its start" in changed.stdout and "ALERTS" not in changed.stdout
+    assert "an unknown version" in unknown.stdout
+
+
+def test_restart_leaves_what_runs_if_the_code_cannot_be_imported(project, machine):
+    project.run("./start.sh api")
+    pid = project.pid("api")
+    (project.root / "api" / "server.py").write_text("import no_such_module_at_all\n")
+
+    restarted = project.run("./start.sh --restart")
+
+    assert restarted.returncode == 2
+    assert "No module named 'no_such_module_at_all'" in restarted.stderr and "Nothing was stopped" in restarted.stderr
+    assert machine.runs(pid) and project.pid("api") == pid
+
+
+def test_a_failed_restart_says_what_is_down(project, machine):
+    project.run("./start.sh")
+
+    restarted = project.run("./start.sh --restart", STAND_IN_API="die")
+
+    assert restarted.returncode == 1
+    assert "there is no such model" in restarted.stderr
+    assert "The restart failed. Not running now: api web" in restarted.stderr
+    assert not running(project)
+    assert (project.root / "logs" / "api.pid.json").exists(), "the checker would not notice that it is gone"
+
+
+def test_running_servers_are_known_without_their_logs(project, machine):
+    project.run("./start.sh")
+    pids = {part: project.pid(part) for part in ("api", "web")}
+    shutil.rmtree(project.root / "logs")
+
+    again = project.run("./start.sh")
+    recovered = {part: project.pid(part) for part in ("api", "web")}
+    (project.root / "logs" / "api.pid.json").write_text("{")
+    shutil.rmtree(project.root / "logs")
+    stopped = project.run("./stop.sh")
+
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("Already running") == 2 and "its file was deleted" in again.stdout
+    assert recovered == pids
+    assert stopped.returncode == 0, stopped.stderr
+    assert not running(project)
+
+
+@pytest.mark.parametrize("name", ["logs", "logs/api.log"])
+def test_what_is_not_writable_is_one_sentence(project, name):
+    path = project.root / name
+    if name == "logs":
+        path.write_text("a file in its place")
+    else:
+        path.mkdir(parents=True)
+
+    started = project.run("./start.sh")
+
+    assert started.returncode in (1, 2)
+    assert name in started.stderr or "Is a directory" in started.stderr
+    assert "Traceback" not in started.stderr and ": line " not in started.stderr
+    if name == "logs":
+        path.unlink()

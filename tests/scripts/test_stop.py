@@ -6,8 +6,12 @@ import json
 import os
 import signal
 import sys
+from pathlib import Path
 
-from monitor.observe.processes import ProcessRecord, boot_id, read_stat, write_record
+import pytest
+
+from monitor.observe import processes
+from monitor.observe.processes import ProcessRecord, boot_id, foreign_owner, read_stat, write_record
 
 
 def test_everything_is_stopped_and_a_second_stop_changes_nothing(project, machine):
@@ -133,3 +137,65 @@ def test_stop_works_when_the_settings_are_broken(project, machine):
 
 def test_an_unknown_argument_is_rejected(project):
     assert project.run("./stop.sh everything").returncode == 2
+
+
+VALUES = "GLM_API_PORT={api}\nGLM_WEB_PORT={web}\nGLM_DRAIN_S=0\nGLM_LOG_DIR=kept\n"
+BROKEN = {
+    "unknown name": lambda path, text: path.write_text(text + "GLM_NO_SUCH_NAME=1\n"),
+    "open quote": lambda path, text: path.write_text('GLM_MODEL="abc\n' + text),
+    "not numbers": lambda path, text: path.write_text("GLM_API_PORT=eighty\nGLM_DRAIN_S=none\n"),
+    "utf-16": lambda path, text: path.write_text(text, encoding="utf-16"),
+    "noise": lambda path, text: path.write_bytes(bytes(range(255, 0, -1)) * 20),
+    "a folder": lambda path, text: path.mkdir(),
+    "gone": lambda path, text: None,
+}
+
+
+@pytest.mark.parametrize("damage", BROKEN)
+def test_stop_works_whatever_became_of_the_settings_file(project, machine, damage):
+    text, port = VALUES.format(**project.ports), project.ports["api"]
+    for name in ("GLM_API_PORT", "GLM_WEB_PORT", "GLM_DRAIN_S"):
+        del project.env[name]
+    (project.root / "kept").mkdir()
+    # As start.sh launches it, without waiting for an answer.
+    (project.root / ".env").write_text(text)
+    launched = project.run(f"{sys.executable} -m deploy.service launch {project.root / 'kept'} api {port}")
+    assert launched.returncode == 0, launched.stderr
+    pid = json.loads((project.root / "kept" / "api.pid.json").read_text())["pid"]
+    machine.until(lambda: machine.listens(port), "it has read its settings")
+    (project.root / ".env").unlink()
+    BROKEN[damage](project.root / ".env", text)
+
+    stopped = project.run("timeout 60 ./stop.sh api")
+
+    assert stopped.returncode in (0, 3), stopped.stderr  # 3: something else of this machine holds the default port
+    assert f"The API is stopped (pid {pid})" in stopped.stdout
+    assert not machine.runs(pid)
+    assert not (project.root / "kept" / "api.pid.json").exists()
+
+
+def test_the_wide_search_spares_another_service_of_the_folder(project, machine):
+    """Only if the settings that can be read match nothing is everything of the folder stopped."""
+    first, second = project.ports.values()
+    for folder, port in (("logs", first), ("others", second)):
+        (project.root / folder).mkdir()
+        project.run(f"{sys.executable} -m deploy.service launch {project.root / folder} api {port}", GLM_API_PORT=str(port))
+    spared = json.loads((project.root / "others" / "api.pid.json").read_text())["pid"]
+
+    project.run("./stop.sh api", GLM_NO_SUCH_NAME="1")
+
+    assert machine.runs(spared)
+    os.kill(spared, signal.SIGKILL)
+
+
+def test_processes_of_another_user_are_named(monkeypatch):
+    here = read_stat(os.getpid())
+    record = ProcessRecord(here.pid, here.start_time, 1, boot_id())
+    assert foreign_owner(record) == ""
+
+    def refuse(pid: int, number: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", refuse)
+
+    assert foreign_owner(record) == processes.user_name(Path("/proc/self").stat().st_uid)

@@ -29,14 +29,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
-print("stand-in API starts", flush=True)
-if MODE == "die":
-    sys.exit("there is no such model: nowhere/at-all")
-if MODE == "deaf":
-    time.sleep(600)
-if MODE == "stubborn":
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-if MODE == "parent":
-    child = subprocess.Popen(["sleep", "600"])
-    print(f"child {child.pid}", flush=True)
-http.server.ThreadingHTTPServer(("127.0.0.1", settings.load().api_port), Handler).serve_forever()
+if __name__ == "__main__":
+    print("stand-in API starts", flush=True)
+    if MODE == "die":
+        sys.exit("there is no such model: nowhere/at-all")
+    if MODE == "deaf":
+        time.sleep(600)
+    if MODE == "stubborn":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if MODE == "parent":
+        child = subprocess.Popen(["sleep", "600"])
+        print(f"child {child.pid}", flush=True)
+    http.server.ThreadingHTTPServer(("127.0.0.1", settings.load().api_port), Handler).serve_forever()

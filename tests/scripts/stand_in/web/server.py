@@ -14,5 +14,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
 
 
-print("stand-in page starts", flush=True)
-http.server.ThreadingHTTPServer(("127.0.0.1", settings.load().web_port), Handler).serve_forever()
+if __name__ == "__main__":
+    print("stand-in page starts", flush=True)
+    http.server.ThreadingHTTPServer(("127.0.0.1", settings.load().web_port), Handler).serve_forever()

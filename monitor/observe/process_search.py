@@ -1,0 +1,136 @@
+"""Finds the processes that start.sh started when their pid file is gone, damaged or stale.
+
+A process is ours only if all of this holds: it runs `-m <part>.server` in the project's folder, as this user, in this pid
+namespace, and leads a session, as start.sh makes it. Which of several it is, its mark says: start.sh puts the contents of
+the pid file into its environment. A process without a mark was started by an earlier version and is known by its port or
+its log file. Standard library only, and no syntax newer than Python 3.8, because stop.sh uses it without the environment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from monitor.observe import ports, processes
+from monitor.observe.processes import PROC, ProcessRecord
+
+MARK = "START_SH_RECORD"  # not GLM_*: settings.py refuses unknown names
+ROOT = Path(__file__).resolve().parent.parent.parent
+DELETED = " (deleted)"  # the kernel's suffix for what no longer has a name
+
+
+@dataclass(frozen=True)
+class FoundProcess:
+    """A running process of ours. `log` is the file it writes to, `mark` what start.sh noted; both may be empty."""
+
+    record: ProcessRecord
+    log: str
+    mark: dict[str, Any]
+
+    @property
+    def log_dir(self) -> Path | None:
+        folder = self.mark.get("log_dir") or os.path.dirname(self.log)
+        return Path(folder) if folder else None
+
+
+def find_record(log_dir: Path, part: str, port: int | None = None, root: Path = ROOT) -> ProcessRecord | None:
+    """The pid file's record if its process runs; otherwise that of the running process, with the pid file written anew.
+
+    If none runs, what the pid file says. `port`: the configured one; without it only the log folder identifies a process.
+    """
+    recorded = processes.read_record(log_dir, part)
+    if recorded is not None and processes.is_running(recorded):
+        return recorded
+    found = search(part, log_dir, port, root)
+    if not found:
+        return recorded
+    _write_anew(log_dir, part, found[0].record)
+    return found[0].record
+
+
+def search(part: str, log_dir: Path | None = None, port: int | None = None, root: Path = ROOT) -> list[FoundProcess]:
+    """Our running processes of this part, the newest first. Without `log_dir` and `port` every one of this folder."""
+    found = []
+    for stat in processes.all_stats():
+        if stat.running and stat.session == stat.pid and _is_ours(stat.pid, part, root):
+            process = _describe(stat, port, root)
+            if _belongs(process, part, log_dir, port):
+                found.append(process)
+    return sorted(found, key=lambda process: process.record.start_time, reverse=True)
+
+
+def mark_of(pid: int) -> dict[str, Any]:
+    """What start.sh noted in the environment of the process; empty for an earlier version or another user's process."""
+    try:
+        raw = (PROC / str(pid) / "environ").read_bytes()
+    except OSError:
+        return {}
+    prefix = f"{MARK}=".encode()
+    for entry in raw.split(b"\0"):
+        if entry.startswith(prefix):
+            with contextlib.suppress(ValueError):
+                mark = json.loads(entry[len(prefix) :])
+                return mark if isinstance(mark, dict) else {}
+    return {}
+
+
+def log_of(pid: int) -> str:
+    """The file of its standard output, with ` (deleted)` at the end if it was deleted; empty if it is not readable."""
+    return _link(pid, "fd/1")
+
+
+def _is_ours(pid: int, part: str, root: Path) -> bool:
+    folder = PROC / str(pid)
+    try:
+        if f"\0-m\0{part}.server\0".encode() not in (folder / "cmdline").read_bytes():
+            return False
+        if os.stat(folder).st_uid != os.geteuid() or _link(pid, "ns/pid") != _link(os.getpid(), "ns/pid"):
+            return False
+        # A project that was moved keeps its inode, one that was deleted and cloned again keeps its path.
+        return os.path.samefile(folder / "cwd", root) or _link(pid, "cwd") == f"{root}{DELETED}"
+    except OSError:
+        return False
+
+
+def _describe(stat: processes.ProcessStat, expected_port: int | None, root: Path) -> FoundProcess:
+    mark = mark_of(stat.pid)
+    port, offset = mark.get("port"), mark.get("log_offset")
+    if not isinstance(port, int):
+        listened = ports.listened_by(stat.pid)
+        port = expected_port if expected_port in listened or not listened else min(listened)
+    record = ProcessRecord(
+        stat.pid, stat.start_time, port or 0, processes.boot_id(), str(root),
+        offset if isinstance(offset, int) else 0, str(mark.get("code", "")),
+    )  # fmt: skip
+    log = log_of(stat.pid)
+    return FoundProcess(record, log[: -len(DELETED)] if log.endswith(DELETED) else log, mark)
+
+
+def _belongs(process: FoundProcess, part: str, log_dir: Path | None, port: int | None) -> bool:
+    """Whether it serves this port or writes to this log folder; two services may run in one folder."""
+    if log_dir is None and port is None:  # a server that someone runs by hand has neither
+        return "log_dir" in process.mark or os.path.basename(process.log) == f"{part}.log"
+    if "log_dir" in process.mark:
+        same_folder = log_dir is not None and os.path.realpath(process.mark["log_dir"]) == os.path.realpath(log_dir)
+        return same_folder or (port is not None and process.record.port == port)
+    writes_there = log_dir is not None and process.log == os.path.join(os.path.realpath(log_dir), f"{part}.log")
+    return writes_there or (port is not None and port in ports.listened_by(process.record.pid))
+
+
+def _write_anew(log_dir: Path, part: str, record: ProcessRecord) -> None:
+    with contextlib.suppress(OSError):
+        log_dir.mkdir(parents=True, exist_ok=True)
+        processes.write_record(log_dir, part, record)
+        if not processes.is_running(record):  # stopped meanwhile: a record would look like a crash
+            processes.record_path(log_dir, part).unlink()
+
+
+def _link(pid: int, name: str) -> str:
+    try:
+        return os.readlink(PROC / str(pid) / name)
+    except OSError:
+        return ""
