@@ -210,14 +210,16 @@ def _standing(
         return Standing(other, f"the process is {'running' if process.state == 'runs' else process.state}{holder}")
     if other:
         return Standing(other, f"{other} answers, not the one that was started here")
+    if not first.answered:
+        return Standing(no_credit="/health was not answered")
     if not has_token:
         return Standing(no_credit="GLM_PROBE_TOKEN is not set, so that nothing can be proven")
-    if first.answered and first.report.identity is None:
+    if first.report.identity is None:
         return Standing(no_credit="the API is of a version that proves nothing")
     if not first.proven:
         why = "its proof is wrong" if first.proven is False else "it gave no proof"
         # Certain only where kernel and API agree on who it is.
-        ours = first.answered and record is not None and process.port_owner == "ours"
+        ours = record is not None and process.port_owner == "ours"
         return Standing(no_credit=f"{why}: it was started with another GLM_PROBE_TOKEN", unproven=ours)
     if traffic is None:
         return Standing(no_credit="how many users failed since the last run is not known")

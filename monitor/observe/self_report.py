@@ -13,7 +13,7 @@ from monitor.judge.evidence import CardEvent, Corruption, Identity, Outcomes, Se
 
 MOST = 2.0**53
 MAX_REASONS = 32
-MAX_EVENTS = 64
+MAX_EVENTS = 64  # the newest come first
 MAX_ROWS = 32  # classes of rows in `pace`
 
 
@@ -102,7 +102,7 @@ def _corrupt(raw: object) -> Corruption | None:
 
 def _card_events(raw: object) -> tuple[CardEvent, ...]:
     events = []
-    for entry in raw[-MAX_EVENTS:] if isinstance(raw, list) else ():
+    for entry in raw[:MAX_EVENTS] if isinstance(raw, list) else ():
         given = mapping(entry)
         code, age_s = count(given.get("code")), number(given.get("age_s"))
         kind = text(given.get("kind"), 8)
