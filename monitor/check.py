@@ -34,7 +34,10 @@ from monitor.tell.log import warn
 from settings import Settings
 
 SCRIPT_EVERY_RUNS = 2
-ASK_AT_LEAST_EVERY_S = 600.0  # answers to users are not verified, so they replace the probe for a limited time only
+ASK_AT_LEAST_EVERY_S = 180.0  # answers to users are not verified, so they replace the probe for a limited time only
+
+FinerRule = Callable[[Observation, Settings, CheckerState], Verdict | None]
+FINER_RULES: tuple[FinerRule, ...] = ()  # compare with the API's own past, which only a state between runs knows
 
 
 @dataclass
@@ -98,13 +101,13 @@ def run(
 def limits_of(settings: Settings) -> Limits:
     return Limits(
         settings.check_period_s, settings.beat_limit_s, settings.stall_s, settings.start_deadline_s, settings.confirm_runs,
-        settings.stable_s,
+        settings.stable_s, settings.failure_share_limit, settings.failure_count_limit,
     )  # fmt: skip
 
 
 def judge(observation: Observation, settings: Settings, state: CheckerState) -> dict[str, Verdict]:
     limits = limits_of(settings)
-    verdicts = {"api": judge_api(observation.api, limits)}
+    verdicts = {"api": _judge_finer(judge_api(observation.api, limits), observation, settings, state)}
     if observation.page is not None:
         verdicts["page"] = judge_page(observation.page, limits)
     for target, verdict in verdicts.items():
@@ -118,6 +121,14 @@ def judge(observation: Observation, settings: Settings, state: CheckerState) -> 
     return verdicts
 
 
+def _judge_finer(verdict: Verdict, observation: Observation, settings: Settings, state: CheckerState) -> Verdict:
+    """Of an API that would be healthy, the first of FINER_RULES that finds fault with it decides."""
+    if verdict.word != "healthy":
+        return verdict
+    found = (rule(observation, settings, state) for rule in FINER_RULES)
+    return next((finer for finer in found if finer is not None), verdict)
+
+
 def _probe_plan(state: CheckerState, settings: Settings, now: float, operators: list[dict[str, Any]]) -> ProbePlan:
     last = state.last
     asked_ago_s = now - last.get("asked_at", 0)
@@ -127,6 +138,9 @@ def _probe_plan(state: CheckerState, settings: Settings, now: float, operators: 
         question=requested or unsure or not 0 <= asked_ago_s < ASK_AT_LEAST_EVERY_S,
         script=requested or bool(last.get("script_bad")) or last.get("runs", 0) % SCRIPT_EVERY_RUNS == 0,
         oom_kills=last.get("oom_kills"),
+        traffic=state.traffic,
+        unproven_runs=last.get("unproven_runs", 0),
+        limits=limits_of(settings),
     )
 
 
@@ -146,6 +160,7 @@ def _advance(state: CheckerState, verdicts: dict[str, Verdict], observation: Obs
         or (bool(state.last.get("script_bad")) and not (page and page.script)),
         "oom_kills": observation.machine.get("oom_kills"),
         "nightly": state.last.get("nightly", ""),
+        "unproven_runs": observation.api.unproven_runs,
     }
     return changes
 

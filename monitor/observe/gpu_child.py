@@ -21,9 +21,9 @@ MIB = 2**20
 # NVML's clock event reasons (nvml.h, nvmlClocksEventReason*).
 THROTTLE = {0x4: "power cap", 0x8: "hardware slowdown", 0x20: "heat (software)", 0x40: "heat (hardware)", 0x80: "power brake"}
 THROTTLE_HARDWARE = (0x8, 0x20, 0x40, 0x80)
-# XIDs for which NVIDIA's catalogue recommends a GPU reset, a reboot or diagnostics. Application errors (13, 31, 43, 94) are
-# not listed.
-XID_FATAL = frozenset({46, 48, 62, 64, 74, 79, 95, 109, 119, 120, 140, 143})
+# XIDs for which NVIDIA's catalogue recommends a GPU reset, a reboot or diagnostics. Application errors (13, 31, 43, 94, 109)
+# are not listed.
+XID_FATAL = frozenset({46, 48, 62, 64, 74, 79, 95, 119, 120, 140, 143})
 XID = re.compile(r"NVRM: Xid \(PCI:([0-9a-fA-F:.]+)\): (\d+)")
 XID_AGE_S = 900.0
 

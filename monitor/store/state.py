@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from monitor.judge import history, limiter, thresholds
@@ -10,6 +10,7 @@ from monitor.judge.evidence import EngineProgress
 from monitor.judge.history import History
 from monitor.judge.holds import Holds
 from monitor.judge.limiter import Limiter
+from monitor.judge.traffic import TrafficLog
 from monitor.store.store import Store
 
 PARTS = {"api": "api", "page": "web"}  # target -> its name on start.sh's command line
@@ -25,6 +26,7 @@ class CheckerState:
     last: dict[str, Any]
     holds: Holds
     external_engine: EngineProgress
+    traffic: TrafficLog = field(default_factory=TrafficLog)
 
     @classmethod
     def load(cls, store: Store, boot_id: str) -> CheckerState:
@@ -35,6 +37,7 @@ class CheckerState:
             store.get("last", {}),
             store.get("hold", {}),
             EngineProgress.from_dict(store.get("foreign", {}), boot_id),
+            TrafficLog.from_dict(store.get("traffic", {})),
         )
 
     def save(self, store: Store) -> None:
@@ -49,3 +52,4 @@ class CheckerState:
         store.put("last", self.last)
         store.put("hold", self.holds)
         store.put("foreign", self.external_engine.to_dict())
+        store.put("traffic", self.traffic.to_dict())

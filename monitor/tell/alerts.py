@@ -55,8 +55,25 @@ def compose(
         if reminder and history.incident:
             histories[target] = replace(history, incident=replace(history.incident, reminders=history.incident.reminders + 1))
             messages.append(reminder)
+    messages += [_degraded(change) for change in changes if change.kind == "flip" and _tells_of_degraded(change)]
     messages += [_warning(item) for item in changed_warnings]
     return messages
+
+
+def _tells_of_degraded(change: Change) -> bool:
+    """A target that serves users with something wrong has no incident, and is told all the same. Draining is meant."""
+    began = change.after == "degraded" and change.rule != "draining"
+    return began or (change.before == "degraded" and change.after == "healthy")
+
+
+def _degraded(change: Change) -> dict[str, Any]:
+    began = change.after == "degraded"
+    state_en, state_zh = ("degraded", "降级") if began else ("no longer degraded", "不再降级")
+    runbook_en, runbook_zh = (f" Runbook: {RUNBOOK}#{change.rule}", f"手册：{RUNBOOK}#{change.rule}") if began else ("", "")
+    return {
+        "kind": "fire" if began else "resolve", "severity": "warn", "incident": f"degraded-{change.target}",
+        "en": f"{change.target}: {state_en}. {change.en}{runbook_en}", "zh": f"{change.target}：{state_zh}。{change.zh}{runbook_zh}",
+    }  # fmt: skip
 
 
 def _fire(opened: list[Change], decisions: Mapping[str, Decision]) -> dict[str, Any]:

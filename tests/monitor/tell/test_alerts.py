@@ -16,6 +16,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from traces import GONE, Replay, api
 
+from monitor.judge.evidence import Traffic
 from monitor.judge.history import History, Incident
 from monitor.judge.limiter import Decision
 from monitor.store.store import Store
@@ -352,3 +353,17 @@ def test_the_ping_reports_the_verdict_and_whether_it_was_accepted(hook, make_set
     hook.default = (404, b"not found")
     problem = alerts.ping(settings, {"service_healthy": True, "verdict": "healthy", "reasons": []})
     assert problem == "the outbound ping was not accepted: HTTP 404"
+
+
+def test_a_degraded_target_is_told_once_and_once_when_it_is_well(make_settings) -> None:
+    degraded = api(traffic=Traffic(30, {"engine": 29}, 60.0, 29, 1))
+    replay, told = Replay(mode="shadow"), []
+    for seen in (api(), degraded, degraded, api(), api()):
+        before = len(replay.changes)
+        replay.run(seen)
+        histories = {"api": replay.history}
+        told += alerts.compose(replay.changes[before:], [], {}, {"api": replay.verdicts[-1]}, histories, make_settings(1), replay.wall)
+
+    assert [(message["kind"], message["severity"]) for message in told] == [("fire", "warn"), ("resolve", "warn")]
+    assert "29 of 59 users' requests failed" in told[0]["en"] and "docs/operations.md#users_fail" in told[0]["zh"]
+    assert "no longer degraded" in told[1]["en"]
