@@ -82,6 +82,7 @@ def engine_config(settings: Settings) -> EngineConfig:
         encoder_cache_bytes=settings.picture_cache_bytes,
         prefill_chunk_tokens=settings.prefill_chunk_tokens,
         kernels=settings.kernels,
+        reference_file=settings.log_dir / "reference.json",
     )
 
 
