@@ -27,7 +27,7 @@ from api.requests.admission import Admission
 from api.requests.handler import RequestHandlers
 from api.requests.prompt import PromptBuilder
 from api.requests.sampling_params import Grammars
-from api.routes import chat, models, ops, responses, tokens
+from api.routes import chat, control, models, ops, responses, tokens
 from api.state import ServerState
 from settings import Settings
 
@@ -61,7 +61,7 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
         title="GLM-4.6V-Flash-WEB", version=__version__, lifespan=lifespan, openapi_url=None, redirect_slashes=False
     )
     app.state.server = ServerState(settings, engine, admission, metrics, heartbeat, prompts, handlers)
-    for routes in (chat, responses, tokens, models, ops):
+    for routes in (chat, responses, tokens, models, ops, control):
         app.include_router(routes.router)
     app.add_exception_handler(ServingError, _serving_error)
     app.add_exception_handler(HTTPException, _http_error)

@@ -24,5 +24,5 @@ class EngineConfig:
     encoder_cache_bytes: int = 256 * 2**20
     prefill_chunk_tokens: int = 512  # most prompt tokens in one step
     fingerprint_s: float = 600.0  # between two comparisons of an idle model with itself
-    reference_file: Path | None = None  # remembers the revisions that agree with transformers; None: never compared
+    check_reference: bool = False  # compare an unknown revision with transformers while loading
     kernels: Literal["auto", "torch"] = "auto"  # `torch`: nothing is compiled

@@ -25,6 +25,7 @@ from api.engine.loaded_model import (
     Model,
     SamplingDefaults,
 )
+from api.engine.kernels.build import cache_folder
 from api.engine.loading.download import download
 from api.engine.loading.integrity import CheckpointIntegrity
 from api.engine.loading.operations import OperationsChoice, without_compiled
@@ -40,7 +41,7 @@ from api.engine.loading.placement import (
     free_gpu_bytes,
 )
 from api.engine.loading.progress import Progress, part, weights_progress
-from api.engine.loading.reference import compare_once, differences
+from api.engine.loading.reference import REFERENCE_FILE, compare_once, differences
 from api.engine.model.operations import TorchOperations
 from api.engine.model.runner import Glm4vRunner
 from api.engine.process import release_freed_memory
@@ -148,10 +149,10 @@ def _assemble(
     template = CheckpointTemplate(tokenizer)
     processor = CheckpointImageProcessor(transformers.AutoImageProcessor.from_pretrained(folder, backend="pil"))
     reference = Comparison("off", "not asked for")
-    if config.reference_file is not None:
+    if config.check_reference:
         computed = {"class": facts["class"], "dtype": facts["dtype"], "device": facts["device"], "kernels": kernels.value}
         reference = compare_once(
-            config.reference_file, folder, computed,
+            cache_folder() / REFERENCE_FILE, folder, computed,
             partial(differences, network, runner, tokenizer, vocabulary, template, processor, IMAGE_TOKEN),
         )  # fmt: skip
     return Model(

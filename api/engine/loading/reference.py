@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from hashlib import blake2b
@@ -31,6 +32,7 @@ from api.engine.text.tokenizer import Vocabulary
 
 logger = logging.getLogger(__name__)
 
+REFERENCE_FILE = "reference.json"  # in the cache folder of the compiled kernels: all starts on this machine share it
 PICTURES = {"square": (224, 224), "3:1": (336, 112), "tiny": (28, 28)}  # pixels
 NEEDS_BYTES = 2 * GIB  # for activations; the weights are in memory anyway
 # Both round differently, so tokens that are this close by the reference's own logits count as equal; the unit is the
@@ -169,7 +171,7 @@ def _read(file: Path) -> dict[str, str]:
 
 
 def _write(file: Path, remembered: dict[str, str]) -> None:
-    temporary = file.with_suffix(".tmp")
+    temporary = file.with_suffix(f".{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps(remembered, indent=1), encoding="utf-8")
