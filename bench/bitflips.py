@@ -63,7 +63,7 @@ def flips(model: Model, count: int, rng: random.Random) -> dict[str, object]:
     unseen_bits: Counter[int] = Counter()
     missed_by_sums = 0
     for _ in range(count):
-        name, memory, size = rng.choices(weights, [len(m) for _, m, _ in weights])[0]
+        _, memory, size = rng.choices(weights, [len(m) for _, m, _ in weights])[0]
         byte, bit = rng.randrange(len(memory)), rng.randrange(8)
         memory[byte] ^= 1 << bit
         taken = integrity.fingerprint(lambda: False) or {}
@@ -96,7 +96,7 @@ def soak(model: Model, seconds: float) -> dict[str, object]:
     rng = random.Random(1)
     while time.monotonic() < end:
         inboxes = []
-        for number in range(rng.choice((1, 1, 4, 12))):
+        for _ in range(rng.choice((1, 1, 4, 12))):
             text = f"What is {rng.randrange(100)}? " * rng.randrange(1, 12)
             rendered = model.template.render([{"role": "user", "content": text}], None, False)
             inboxes.append(queue.Queue())

@@ -17,6 +17,7 @@ import transformers
 
 from api.engine.config import EngineConfig
 from api.engine.guard import Comparison
+from api.engine.kernels.build import cache_folder
 from api.engine.loaded_model import (
     Capacity,
     CheckpointImageProcessor,
@@ -25,7 +26,6 @@ from api.engine.loaded_model import (
     Model,
     SamplingDefaults,
 )
-from api.engine.kernels.build import cache_folder
 from api.engine.loading.download import download
 from api.engine.loading.integrity import CheckpointIntegrity
 from api.engine.loading.operations import OperationsChoice, without_compiled

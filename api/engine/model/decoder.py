@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from api.engine.model.operations import DecoderLayer, ForwardBatch, Linear, Operations
 from api.engine.model.rotary import Rotary, half_split_order
 
-
 # Called with the number of a layer, its result [rows, hidden] and the same normed for what follows; it may change both.
 Observer = Callable[[int, torch.Tensor, torch.Tensor], None]
 
