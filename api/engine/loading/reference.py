@@ -26,7 +26,7 @@ from api.engine.loaded_model import ImageProcessor, Template
 from api.engine.loading.placement import GIB, free_gpu_bytes, free_memory_bytes
 from api.engine.model.rotary import rope_positions
 from api.engine.model.runner import Glm4vRunner
-from api.engine.request import Request, SamplingParams
+from api.engine.request import ImageInput, Request, SamplingParams
 from api.engine.sequence import make_sequence
 from api.engine.text.tokenizer import Vocabulary
 
@@ -87,7 +87,7 @@ def differences(
     """What the engine computes differently from `network`, one sentence for each; none if they agree."""
     image_id = vocabulary.special[image_token]
     for name, size in {**PICTURES, "text": None}.items():
-        images = () if size is None else (processor.process(_picture(size)),)
+        images: tuple[ImageInput, ...] = () if size is None else (processor.process(_picture(size)),)
         content = [{"type": "image"} for _ in images] + [{"type": "text", "text": "What do you see, and where? 12 × 3?"}]
         rendered = template.render([{"role": "user", "content": content}], None, False)
         ids = vocabulary.encode(rendered)
@@ -102,7 +102,7 @@ def differences(
 
 
 def _compare(
-    name: str, network: Any, runner: Glm4vRunner, ids: tuple[int, ...], images: tuple[Any, ...], image_id: int
+    name: str, network: Any, runner: Glm4vRunner, ids: tuple[int, ...], images: tuple[ImageInput, ...], image_id: int
 ) -> Iterator[str]:
     device = network.device
     tokens = torch.tensor([ids], device=device)

@@ -66,9 +66,7 @@ class Sampler:
         if random:
             rows = self._tensor(random)
             sampled[rows] = self._sample_random(scores[rows], [sequences[row] for row in random])
-        sums = logits.sum(-1)
-        tokens = sampled.masked_fill_((sums - sums) != 0, NOT_FINITE).tolist()
-        broken = [row for row, token in enumerate(tokens) if token == NOT_FINITE]
+        tokens, broken = self._on_cpu(sampled, logits)
         for row in broken:
             tokens[row] = 0  # a valid index for what follows
         for row, sequence in enumerate(sequences):
@@ -79,6 +77,16 @@ class Sampler:
         for row in broken:
             result[row] = SampledToken(0, finite=False)
         return result
+
+    def _on_cpu(self, sampled: torch.Tensor, logits: torch.Tensor) -> tuple[list[int], list[int]]:
+        """The sampled tokens, and the rows whose logits are not finite. One sum tells: it is finite if all of them are."""
+        if self._device.type == "cpu":  # numpy's calls cost a third of torch's
+            with np.errstate(all="ignore"):
+                finite = np.isfinite(logits.numpy().sum(-1))
+            return sampled.tolist(), [] if finite.all() else np.flatnonzero(~finite).tolist()
+        sums = logits.sum(-1)
+        tokens = sampled.masked_fill_((sums - sums) != 0, NOT_FINITE).tolist()
+        return tokens, [row for row, token in enumerate(tokens) if token == NOT_FINITE]
 
     # Scores: logits after biases, penalties and masks.
 

@@ -46,7 +46,7 @@ def part_sums(runner: Any) -> Iterator[tuple[str, int]]:
 
 
 def _sum(memory: torch.Tensor) -> int:
-    size, word = next(w for w in _WORDS if len(memory) % w[0] == 0 and memory.storage_offset() % w[0] == 0)
+    _, word = next(w for w in _WORDS if len(memory) % w[0] == 0 and memory.storage_offset() % w[0] == 0)
     return int(memory.view(word).sum(dtype=torch.int64))
 
 
