@@ -18,7 +18,6 @@ from api.engine.sequence import Sequence, make_sequence
 
 SIDE = 8  # of the picture, in patches
 TEXT_TOKENS = 24  # before the picture, and as many after it
-TOP_LOGITS = 16
 
 
 class _Interrupted(Exception):
@@ -44,8 +43,7 @@ def fingerprint(runner: Glm4vRunner, image_token_id: int, interrupted: Callable[
     except _Interrupted:
         return None
     vision = {"vision": _digest(next(iter(sequence.features.values())))}
-    top = logits.topk(min(TOP_LOGITS, len(logits)))
-    return vision | digests | {"logits": _digest(top.indices) + _digest(top.values)}
+    return vision | digests | {"logits": _digest(logits)}
 
 
 def _question(runner: Glm4vRunner, image_token_id: int) -> Sequence:
