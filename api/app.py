@@ -30,7 +30,7 @@ from api.requests.admission import Admission
 from api.requests.handler import RequestHandlers
 from api.requests.prompt import PromptBuilder
 from api.requests.sampling_params import Grammars
-from api.routes import chat, models, ops, responses, tokens
+from api.routes import chat, control, models, ops, responses, tokens
 from api.state import ServerState
 from settings import Settings
 
@@ -50,12 +50,14 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine.start()
         heartbeat.start()
+        card_events.start()
         faults = asyncio.create_task(FaultInjection(settings.log_dir).watch_loop()) if settings.test_faults else None
         yield
         if faults is not None:
             faults.cancel()
         engine.stop(timeout_s=1.0)
         heartbeat.stop()
+        card_events.stop()
         prompts.close()
         grammars.close()
 
@@ -67,7 +69,7 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     app.state.server = ServerState(
         settings, engine, admission, metrics, heartbeat, prompts, handlers, outcomes, card_events
     )
-    for routes in (chat, responses, tokens, models, ops):
+    for routes in (chat, responses, tokens, models, ops, control):
         app.include_router(routes.router)
     app.add_exception_handler(ServingError, _serving_error)
     app.add_exception_handler(HTTPException, _http_error)

@@ -120,6 +120,10 @@ def failed(kind: Failure, message: str) -> ServingError:
     """The error of a request that the engine ended without an answer."""
     if kind is Failure.ENGINE:
         return ServingError(500, message, "server_error", "engine_error")
+    if kind is Failure.RELOAD:
+        return unavailable(message, "reload", 5)
+    if kind is Failure.NONFINITE:
+        return ServingError(500, message, "server_error", "nonfinite_logits")
     if kind is Failure.DEAD:
         return unavailable(message, "dead", 60)
     if kind is Failure.DEADLINE:

@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not settings.test_faults:
             return load_checkpoint(config, progress)
         faults = FaultInjection(settings.log_dir)
-        faults.at_start()
+        faults.at_start(progress)
         return faults.wrap(load_checkpoint(config, progress))
 
     return serve(settings, Engine(load_model, settings.queue_size))
@@ -82,6 +82,7 @@ def engine_config(settings: Settings) -> EngineConfig:
         encoder_cache_bytes=settings.picture_cache_bytes,
         prefill_chunk_tokens=settings.prefill_chunk_tokens,
         kernels=settings.kernels,
+        check_reference=True,
     )
 
 

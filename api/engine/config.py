@@ -23,4 +23,6 @@ class EngineConfig:
     kv_cache_bytes: int = 0
     encoder_cache_bytes: int = 256 * 2**20
     prefill_chunk_tokens: int = 512  # most prompt tokens in one step
+    fingerprint_s: float = 600.0  # between two comparisons of an idle model with itself
+    check_reference: bool = False  # compare an unknown revision with transformers while loading
     kernels: Literal["auto", "torch"] = "auto"  # `torch`: nothing is compiled

@@ -38,6 +38,16 @@ class EncoderCache:
         self._items[key] = (value, size_bytes)
         self.used_bytes += size_bytes
 
+    def remove(self, key: ImageKey) -> None:
+        """Forget a value; an unknown key is ignored."""
+        _, freed = self._items.pop(key, (None, 0))
+        self.used_bytes -= freed
+
+    def drop(self) -> None:
+        """Forget all values."""
+        self._items.clear()
+        self.used_bytes = 0
+
     def check(self) -> None:
         """Raise AssertionError unless the bytes add up."""
         assert self.used_bytes == sum(size for _, size in self._items.values()) <= self.budget_bytes

@@ -14,7 +14,9 @@ from collections.abc import Callable
 from math import prod
 from typing import Any, Protocol
 
+from api.engine.command import Action, Command, CommandFailed
 from api.engine.encoder_cache import EncoderCache
+from api.engine.guard import Guard
 from api.engine.kv_cache import KvCache
 from api.engine.loaded_model import LoadError, Model, SampledToken
 from api.engine.pace import PaceCounters
@@ -29,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 WARM_UP_DEADLINE_S = 600.0
 CHECK_EVERY_S = 10.0  # integrity check while idle
+FINGERPRINT_DEADLINE_S = 120.0
+RELOAD_GRACE_S = 20.0  # for running requests to finish before the weights are loaded again
 
 
 class NotAccepting(Exception):
@@ -66,6 +70,8 @@ class Engine:
         self._last_step_s: float | None = None
         self._checked_at = 0.0
         self._encoded_last_step = False
+        self._guard = Guard()
+        self._commands: list[Command] = []  # guarded by _wake
 
     # Called from any thread.
 
@@ -128,6 +134,29 @@ class Engine:
         now = time.monotonic()
         return [sequence.facts(now) for sequence in self._scheduler.sequences()]
 
+    def guard_report(self) -> dict[str, Any]:
+        """The keys of `corrupt` in /health: what shows that the model or the machine computes wrongly."""
+        return self._guard.report()
+
+    def command(self, action: Action, timeout_s: float) -> float:
+        """Have the engine thread do `action` between two steps; returns the seconds that it took.
+
+        Raises NotAccepting, or CommandFailed if it cannot be done or is not done within `timeout_s`.
+        """
+        self.check_accepting()
+        command = Command(action, time.monotonic() + min(RELOAD_GRACE_S, timeout_s / 2))
+        with self._wake:
+            self._commands.append(command)
+            self._wake.notify_all()
+        if not command.done.wait(timeout_s):
+            with self._wake:
+                if command in self._commands:
+                    self._commands.remove(command)
+            raise CommandFailed(f"{action} was not done within {timeout_s:g} s")
+        if command.error is not None:
+            raise CommandFailed(command.error)
+        return command.seconds
+
     def drain(self, deadline_s: float) -> bool:
         """Accept no more requests and wait for the rest; those that miss the deadline fail. True if all finished."""
         with self._wake:
@@ -180,18 +209,6 @@ class Engine:
             load_reports=self._load_reports,
         )
 
-    def guard_report(self) -> dict[str, Any]:
-        """What the guards against wrong computing have found."""
-        return {
-            "nonfinite_total": 0,
-            "nonfinite_recent": 0,
-            "fingerprint": "off",
-            "fingerprint_stage": "",
-            "fingerprint_age_s": None,
-            "reference": "off",
-            "reference_detail": "",
-        }
-
     def _state(self, requests: int) -> State:
         if self._reason is not None:
             return "dead"
@@ -207,7 +224,9 @@ class Engine:
         try:
             self._set_up()
             while self._wait_for_work():
+                self._obey()
                 self._step()
+            self._refuse_commands("the server is shutting down")
         except BaseException as error:  # whatever ends this thread must show in /health
             self._die(error)
 
@@ -226,6 +245,7 @@ class Engine:
             EncoderCache(capacity.encoder_cache_bytes),
         )
         self._enter("idle")
+        self._guard.watch(model.integrity)
         self._progress, self._model = 1.0, model
         logger.info("event=engine_ready model=%s load_s=%.1f", model.id, time.monotonic() - started)
 
@@ -237,13 +257,83 @@ class Engine:
         self._phase = (phase, time.monotonic(), deadline_s)
 
     def _wait_for_work(self) -> bool:
+        while True:
+            with self._wake:
+                if not self._scheduler.has_work:
+                    self._enter("draining" if self._draining else "idle")
+                    self._wake.notify_all()  # a thread may wait in drain()
+                    self._check_integrity()
+                self._wake.wait_for(self._has_something_to_do, timeout=self._guard.due_in_s())
+                if self._stopping or self._scheduler.has_work:
+                    return not self._stopping
+            self._obey()
+            self._look_for_damage()
+
+    def _look_for_damage(self) -> None:
+        self._enter("check", FINGERPRINT_DEADLINE_S)
+        try:
+            self._guard.look(self._has_something_to_do)
+        except Exception as error:  # too little memory, for example, must not end the serving
+            assert self._model is not None
+            if self._model.runner.failure(error) == "device":
+                raise
+            logger.error("event=check_failed", exc_info=error)
+            self._guard.postpone()
+
+    def _has_something_to_do(self) -> bool:
+        return self._scheduler.has_work or self._stopping or bool(self._commands)
+
+    def _obey(self) -> None:
+        """Carry out the commands whose time has come."""
+        for command in tuple(self._commands):
+            if command.action == "reload-weights" and not self._is_clear(command):
+                continue
+            with self._wake:
+                if command not in self._commands:  # whoever gave it no longer waits
+                    continue
+                self._commands.remove(command)
+            began = time.monotonic()
+            error = self._carry_out(command.action)
+            command.finish(time.monotonic() - began, error)
+            logger.info("event=command action=%s error=%s", command.action, json.dumps(error))
+
+    def _refuse_commands(self, reason: str) -> None:
         with self._wake:
-            if not self._scheduler.has_work:
-                self._enter("draining" if self._draining else "idle")
-                self._wake.notify_all()  # a thread may wait in drain()
-                self._check_integrity()
-            self._wake.wait_for(lambda: self._scheduler.has_work or self._stopping)
-            return not self._stopping
+            commands, self._commands = self._commands, []
+        for command in commands:
+            command.finish(0.0, reason)
+
+    def _is_clear(self, command: Command) -> bool:
+        """Whether no request runs, so that weights may change. Those that run past the command's deadline fail."""
+        if self._scheduler.running and time.monotonic() > command.deadline:
+            failed = Failed(Failure.RELOAD, "The model is being loaded again.")
+            for sequence in self._scheduler.running_sequences():
+                self._close(sequence, failed, keep=False)
+        return not self._scheduler.running
+
+    def _carry_out(self, action: Action) -> str | None:
+        """Returns why it could not be done. Raises if the model is no longer usable."""
+        integrity = self._model.integrity if self._model else None
+        if action == "drop-caches":
+            with self._wake:
+                self._scheduler.drop_caches()
+            if integrity is not None:
+                integrity.drop_caches()
+            return None
+        if integrity is None:
+            return f"{action}: this model cannot do it"
+        if action == "reload-weights":
+            self._enter("warm-up", WARM_UP_DEADLINE_S)
+            try:
+                integrity.reload()
+            except LoadError as error:
+                return str(error)
+            with self._wake:
+                self._scheduler.drop_caches()
+            self._guard.look_again()
+        self._enter("check", FINGERPRINT_DEADLINE_S)
+        self._guard.take_fingerprint()
+        return None
 
     def _check_integrity(self) -> None:
         """Nothing runs, so every page and slot must be free or cached. If not, start again with empty caches."""
@@ -281,8 +371,11 @@ class Engine:
                 self._close(sequence, Failed(Failure.DEADLINE, f"The request took longer than its {limit:g} s."))
 
     def _admit(self) -> None:
+        if any(command.action == "reload-weights" for command in tuple(self._commands)):
+            return  # those that wait are computed with the new weights
         with self._wake:
             started = self._scheduler.admit()
+        self._clear_pages()
         for sequence in started:
             sequence.started_at = sequence.started_at or time.monotonic()
             try:
@@ -291,6 +384,14 @@ class Engine:
                 self._model.runner.begin(sequence)
             except Exception as error:
                 self._give_up((sequence,), "begin", error)
+
+    def _clear_pages(self) -> None:
+        """Pages whose last content may not have been finite are cleared before they are used again."""
+        pages = self._scheduler.kv.to_clear
+        if pages:
+            assert self._model is not None
+            self._model.runner.clear_pages(pages)
+            pages.clear()
 
     def _next_encode_task(self) -> EncodeTask | None:
         """Images and prompts alternate: a step with both would delay the decoding requests twice."""
@@ -328,6 +429,7 @@ class Engine:
         with self._wake:
             decoding = self._scheduler.decoding
             batch = self._scheduler.batch(self._budget.chunk_tokens(decoding, spent_s))
+        self._clear_pages()
         if not batch.sequences:
             return
         deadline_s = self._budget.deadline_s(decoding, batch.chunk_tokens)
@@ -367,6 +469,9 @@ class Engine:
 
     def _accept(self, sequence: Sequence, sampled: SampledToken) -> None:
         """Append one new token and deliver its text, and Done if it was the last."""
+        if not sampled.finite:
+            self._end_nonfinite(sequence)
+            return
         if sequence.aborted or sequence.closed:
             return
         sequence.first_token_at = sequence.first_token_at or time.monotonic()
@@ -400,6 +505,15 @@ class Engine:
         for sequence in sequences:
             self._close(sequence, failed, keep=False)
 
+    def _end_nonfinite(self, sequence: Sequence) -> None:
+        """Fail a request whose logits are not finite, and let nothing that it computed reach another."""
+        self._guard.nonfinite(time.monotonic())
+        logger.error("event=nonfinite_logits engine_requests=%s tokens=%d", sequence.request.id, len(sequence.keys))
+        with self._wake:
+            self._scheduler.distrust(sequence)
+        failed = Failed(Failure.NONFINITE, "The model computed numbers that are not finite for this request.")
+        self._close(sequence, failed, keep=False)
+
     def _close(self, sequence: Sequence, event: Done | Failed, keep: bool = True) -> None:
         """Free the slot and pages of a request, then deliver its last event."""
         with self._wake:
@@ -415,6 +529,7 @@ class Engine:
             self._reason = reason
             self._enter("dead")
             left = self._scheduler.sequences()
+        self._refuse_commands(reason)
         for sequence in left:
             self._close(sequence, Failed(Failure.DEAD, "The model has failed and must be restarted."))
 

@@ -31,6 +31,7 @@ class Node:
     children: dict[tuple[Key, ...], Node] = field(default_factory=dict)
     users: int = 0
     used_at: int = 0
+    cached: bool = True  # False once it is taken out of the tree while sequences still use it
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,9 @@ class KvCache:
         self._by_age: list[tuple[int, int, Node]] = []  # heap of idle leaves by last use; entries may be stale
         self._clock = count(1)
         self._block_tables: set[BlockTable] = set()
+        self._outside: set[Node] = set()  # nodes in use that are no longer in a tree
+        self._dirty: set[int] = set()  # pages that may hold numbers that are not finite
+        self.to_clear: list[int] = []  # those of them that have been allocated again: to be cleared before the next batch
         self.hit_tokens = 0
         self.queried_tokens = 0
 
@@ -112,7 +116,7 @@ class KvCache:
         """Record that the first `tokens` of `keys` are computed; their full pages join the prefix cache."""
         block_table.tokens = tokens
         size = self.page_tokens
-        while (len(block_table.shared) + 1) * size <= tokens:
+        while self._parent(block_table).cached and (len(block_table.shared) + 1) * size <= tokens:
             index = len(block_table.shared)
             self._insert(block_table, index, tuple(keys[index * size : (index + 1) * size]))
 
@@ -122,7 +126,8 @@ class KvCache:
             return
         self._block_tables.remove(block_table)
         rest = tuple(keys[len(block_table.shared) * self.page_tokens : block_table.tokens])
-        if keep and rest and rest not in self._parent(block_table).children:
+        parent = self._parent(block_table)
+        if keep and rest and parent.cached and rest not in parent.children:
             self._insert(block_table, len(block_table.shared), rest)
         self._free += block_table.pages[len(block_table.shared) :]
         for node in reversed(block_table.shared):  # leaves first, so that they are evicted before their prefixes
@@ -130,9 +135,28 @@ class KvCache:
         block_table.root.users -= 1
         self._prune(block_table.root)
 
+    def distrust(self, block_table: BlockTable) -> None:
+        """Take its pages, and all pages that build on them, out of the prefix cache: their content may be wrong.
+
+        Sequences that use them keep them until they end, and add nothing to the cache any more.
+        """
+        self._dirty.update(block_table.pages)
+        if block_table.shared and block_table.shared[0].cached:
+            self._take_out(block_table.shared[0])
+            self._prune(block_table.root)
+
+    def drop(self) -> None:
+        """Empty the prefix cache; what sequences use stays theirs until they end."""
+        for root in list(self._roots.values()):
+            for node in list(root.children.values()):
+                self._take_out(node)
+            self._prune(root)
+
     def check(self) -> None:
         """Raise AssertionError unless every page is free, in the tree or in one block table, and every count is right."""
         nodes = [node for root in self._roots.values() for node in _descendants(root)]
+        assert all(node.cached for node in nodes), "a distrusted page is in the tree"
+        nodes += self._outside
         private = [page for block_table in self._block_tables for page in block_table.pages[len(block_table.shared) :]]
         pages = [*self._free, *(node.page for node in nodes), *private]
         assert sorted(pages) == list(range(self.pages)), "a page is lost or held twice"
@@ -188,10 +212,28 @@ class KvCache:
 
     def _release(self, node: Node) -> None:
         node.users -= 1
-        if node.users == 0:
+        if node.users == 0 and not node.cached:
+            self._outside.remove(node)
+            self._free.append(node.page)
+        elif node.users == 0:
             self._idle += 1
             node.used_at = next(self._clock)
             self._push_evictable(node)
+
+    def _take_out(self, top: Node) -> None:
+        """Take a node and all below it out of its tree; pages without users become free."""
+        assert top.parent is not None
+        del top.parent.children[top.keys]
+        nodes = [top, *_descendants(top)]
+        for node in nodes:
+            self._dirty.add(node.page)
+            node.parent, node.cached = None, False
+            node.children = {}
+            if node.users:
+                self._outside.add(node)
+            else:
+                self._idle -= 1
+                self._free.append(node.page)
 
     # Pages.
 
@@ -199,7 +241,11 @@ class KvCache:
         return -(-tokens // self.page_tokens)
 
     def _take(self) -> int:
-        return self._free.pop() if self._free else self._evict()
+        page = self._free.pop() if self._free else self._evict()
+        if page in self._dirty:  # masked rows are read and multiplied by 0, which not every number survives
+            self._dirty.remove(page)
+            self.to_clear.append(page)
+        return page
 
     def _evict(self) -> int:
         """Remove the least recently used leaf from its tree; returns its page."""

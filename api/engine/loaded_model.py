@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
+from api.engine.guard import Integrity
 from api.engine.kv_cache import Copy
 from api.engine.request import ImageInput, TokenLogprob
 from api.engine.scheduler import Batch, EncodeTask
@@ -40,6 +41,9 @@ class Runner(Protocol):
 
     def copy_pages(self, copies: Items[Copy]) -> None:
         """Copy the first tokens of KV pages, in this order."""
+
+    def clear_pages(self, pages: Items[int]) -> None:
+        """Fill KV pages with zeros."""
 
     def begin(self, sequence: Sequence) -> None:
         """Prepare for a sequence that has been given its slot."""
@@ -103,6 +107,7 @@ class SampledToken(NamedTuple):
 
     token: int
     logprob: TokenLogprob | None = None
+    finite: bool = True  # False: the logits of its row were not finite numbers, and the token means nothing
 
 
 @dataclass(frozen=True)
@@ -138,5 +143,6 @@ class Model:
     capacity: Capacity
     defaults: SamplingDefaults = SamplingDefaults()
     image_token: str = "<|image|>"
+    integrity: Integrity | None = None  # None: the model cannot be checked
     # For `GET /info`: class, parameters, device, dtype, threads, knows, choices.
     facts: dict[str, Any] = field(default_factory=dict)

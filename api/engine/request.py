@@ -24,6 +24,8 @@ class Failure(StrEnum):
     SHUTDOWN = "shutdown"  # the drain deadline passed
     ABORTED = "aborted"  # abort() was called
     DEADLINE = "deadline"  # the request's own time limit passed
+    RELOAD = "reload"  # it ran for too long while the weights were to be loaded again
+    NONFINITE = "nonfinite_logits"  # its logits were not finite numbers: the model or the device computes wrongly
     MEMORY = "memory"  # the device has not enough memory for this request, even alone
 
 

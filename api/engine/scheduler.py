@@ -149,6 +149,19 @@ class Scheduler:
         elif sequence in self._waiting:
             self._waiting.remove(sequence)
 
+    def distrust(self, sequence: Sequence) -> None:
+        """What a running sequence has computed may be wrong: share none of it with others, its images included."""
+        if sequence.block_table is not None:
+            self.kv.distrust(sequence.block_table)
+        for span in sequence.spans:
+            self.encoder_cache.remove(span.key)
+
+    def drop_caches(self) -> None:
+        """Forget all keys and values and images but those that running sequences use."""
+        self.kv.drop()
+        self.encoder_cache.drop()
+        self._encode_task = None  # an image that is half encoded starts again
+
     def find(self, request_id: str) -> Sequence | None:
         return next((s for s in self.sequences() if s.request.id == request_id), None)
 
@@ -162,6 +175,9 @@ class Scheduler:
     def ended(self, now: float) -> list[Sequence]:
         """Sequences that are aborted or past their deadline."""
         return [s for s in self.sequences() if s.aborted or s.overdue(now)]
+
+    def running_sequences(self) -> list[Sequence]:
+        return list(self._running)
 
     def sequences(self) -> list[Sequence]:
         return [*self._running, *self._waiting]

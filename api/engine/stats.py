@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 State = Literal["loading", "idle", "busy", "draining", "dead"]
-Phase = Literal["loading", "warm-up", "idle", "vision", "prefill", "decode", "draining", "dead"]
+Phase = Literal["loading", "warm-up", "idle", "check", "vision", "prefill", "decode", "draining", "dead"]
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,7 @@ class FakeRunner:
         self.encoded: list[Any] = []  # the patches of every encoded image
         self.batches: list[Batch] = []
         self.most_rows = 10**9  # more sequences in a batch do not fit into memory
+        self.cleared: list[int] = []  # KV pages
         self.slices = 1  # steps that encoding an image takes
 
     def warm_up(self) -> None:
@@ -128,6 +129,9 @@ class FakeRunner:
         for copy in copies:
             for index in range(copy.tokens):
                 self._kv[copy.target, index] = self._kv[copy.source, index]
+
+    def clear_pages(self, pages: Items[int]) -> None:
+        self.cleared += pages
 
     def begin(self, sequence: Sequence) -> None:
         if sequence.state is None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ import torch
 import transformers
 
 from api.engine.config import EngineConfig
+from api.engine.guard import Comparison
+from api.engine.kernels.build import cache_folder
 from api.engine.loaded_model import (
     Capacity,
     CheckpointImageProcessor,
@@ -23,6 +27,7 @@ from api.engine.loaded_model import (
     SamplingDefaults,
 )
 from api.engine.loading.download import download
+from api.engine.loading.integrity import CheckpointIntegrity
 from api.engine.loading.operations import OperationsChoice, without_compiled
 from api.engine.loading.placement import (
     PAGE_TOKENS,
@@ -36,6 +41,7 @@ from api.engine.loading.placement import (
     free_gpu_bytes,
 )
 from api.engine.loading.progress import Progress, part, weights_progress
+from api.engine.loading.reference import REFERENCE_FILE, compare_once, differences
 from api.engine.model.operations import TorchOperations
 from api.engine.model.runner import Glm4vRunner
 from api.engine.process import release_freed_memory
@@ -44,6 +50,7 @@ from api.engine.text.tokenizer import UnsupportedTokenizer, Vocabulary
 logger = logging.getLogger(__name__)
 
 CLASSES = {"glm4v": "Glm4vForConditionalGeneration", "glm46v": "Glm46VForConditionalGeneration"}
+IMAGE_TOKEN = "<|image|>"
 DEFAULT_MAX_CONTEXT = 8192  # keeps the KV cache small; GLM_CONTEXT_TOKENS may set more
 
 
@@ -72,11 +79,14 @@ def load(config: EngineConfig, progress: Progress) -> Model:
     progress(0.05)
     torch_dtype = getattr(torch, dtype.value)
     operations = OperationsChoice(config, device.value, torch_dtype, transformers.AutoConfig.from_pretrained(folder))
+
+    def load_network() -> Any:
+        return getattr(transformers, class_name).from_pretrained(folder, dtype=torch_dtype).to(device.value).eval()
+
     with weights_progress(part(progress, 0.05 if local else 0.5, 0.95)):
-        network = getattr(transformers, class_name).from_pretrained(folder, dtype=torch_dtype)
-    network = network.to(device.value).eval()
+        network = load_network()
     progress(0.95)
-    model = _assemble(config, chosen, folder if local else None, folder, network, choices, operations)
+    model = _assemble(config, chosen, folder if local else None, folder, network, choices, operations, load_network)
     del network
     release_freed_memory()  # of the unpacked weights
     return model
@@ -90,6 +100,7 @@ def _assemble(
     network: Any,
     choices: dict[str, Selection],
     operations: OperationsChoice,
+    load_network: Callable[[], Any],
 ) -> Model:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     if not getattr(tokenizer, "chat_template", None):
@@ -135,12 +146,25 @@ def _assemble(
     runner, kernels = _runner(network, capacity, context_tokens, operations)
     facts["kernels"], facts["choices"]["kernels"] = kernels.value, kernels.reason
     logger.info("event=choice name=kernels value=%s reason=%s", kernels.value, json.dumps(kernels.reason))
+    template = CheckpointTemplate(tokenizer)
+    processor = CheckpointImageProcessor(transformers.AutoImageProcessor.from_pretrained(folder, backend="pil"))
+    reference = Comparison("off", "not asked for")
+    if config.check_reference:
+        computed = {"class": facts["class"], "dtype": facts["dtype"], "device": facts["device"], "kernels": kernels.value}
+        reference = compare_once(
+            cache_folder() / REFERENCE_FILE, folder, computed,
+            partial(differences, network, runner, tokenizer, vocabulary, template, processor, IMAGE_TOKEN),
+        )  # fmt: skip
     return Model(
         id=model_id,
         runner=runner,
         vocabulary=vocabulary,
-        template=CheckpointTemplate(tokenizer),
-        image_processor=CheckpointImageProcessor(transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")),
+        template=template,
+        image_processor=processor,
+        image_token=IMAGE_TOKEN,
+        integrity=CheckpointIntegrity(
+            runner, vocabulary.special[IMAGE_TOKEN], load_network, config.fingerprint_s, reference
+        ),
         end_ids=_end_ids(generation.eos_token_id, vocabulary),
         context_tokens=context_tokens,
         capacity=capacity,

@@ -7,7 +7,7 @@ product for query, key and value. Knows pages and positions, not requests. Engin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,14 +16,26 @@ import torch.nn.functional as F
 from api.engine.model.operations import DecoderLayer, ForwardBatch, Linear, Operations
 from api.engine.model.rotary import Rotary, half_split_order
 
+# Called with the number of a layer, its result [rows, hidden] and the same normed for what follows; it may change both.
+Observer = Callable[[int, torch.Tensor, torch.Tensor], None]
+
 
 class Decoder:
     """Takes its weights from `network`, a Glm4vForConditionalGeneration or Glm46VForConditionalGeneration.
 
     `positions` is the largest M-RoPE position plus one, `pages` of `page_tokens` tokens each the size of the KV cache.
+    `kv` is that of an earlier decoder of the same network, to be used again.
     """
 
-    def __init__(self, network: Any, positions: int, pages: int, page_tokens: int, operations: Operations) -> None:
+    def __init__(
+        self,
+        network: Any,
+        positions: int,
+        pages: int,
+        page_tokens: int,
+        operations: Operations,
+        kv: list[torch.Tensor] | None = None,
+    ) -> None:
         text, config = network.model.language_model, network.config.get_text_config()
         self.dtype, self.device = text.embed_tokens.weight.dtype, text.embed_tokens.weight.device
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -40,14 +52,16 @@ class Decoder:
         self._first_norm = norms[0].weight.detach()
         self._layers = [self._layer(*pair, order) for pair in zip(text.layers, norms[1:], strict=True)]
         self._head = operations.linear(network.lm_head.weight)
-        # A row holds the keys, then the values of a token. Zeros, because masked rows are read and multiplied by 0.
-        shape = (pages * page_tokens, 2 * self.kv_heads, self.head_dim)
-        self.kv = [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in self._layers]
+        self.kv = self.new_kv(pages * page_tokens) if kv is None else kv
         self._fused = operations.fuse_decoder(self._first_norm, self._layers, self._eps)
 
     @property
     def vocabulary_size(self) -> int:
         return self._head.out_features
+
+    @property
+    def layers(self) -> int:
+        return len(self._layers)
 
     @property
     def needs_masks(self) -> bool:
@@ -58,9 +72,19 @@ class Decoder:
             yield from (layer.qkv, layer.out, layer.gate_up, layer.down)
         yield self._head
 
-    def run(self, batch: ForwardBatch) -> torch.Tensor:
-        """Write the keys and values of all rows; returns float32 logits [len(logits_indices), vocabulary]."""
-        normed = self._fused(batch, self.kv) if self._fused else self._run_layers(batch)
+    def new_kv(self, tokens: int) -> list[torch.Tensor]:
+        """Room for the keys and values of `tokens` tokens: a tensor for each layer."""
+        # A row holds the keys, then the values of a token. Zeros, because masked rows are read and multiplied by 0.
+        shape = (tokens, 2 * self.kv_heads, self.head_dim)
+        return [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in self._layers]
+
+    def run(
+        self, batch: ForwardBatch, observe: Observer | None = None, kv: list[torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Write the keys and values of all rows; returns float32 logits [len(logits_indices), vocabulary]. With `kv` they
+        are written there and not to the KV cache."""
+        kv = self.kv if kv is None else kv
+        normed = self._fused(batch, kv) if self._fused and observe is None else self._run_layers(batch, kv, observe)
         if not len(normed):  # chunks that do not end their prompts: no token is sampled
             return torch.empty(0, self.vocabulary_size, device=self.device)
         return self._head(normed).float()
@@ -74,10 +98,12 @@ class Decoder:
             torch.cat([sin[:, None].expand(rotated), sin.new_zeros(values)], dim=1),
         )
 
-    def _run_layers(self, batch: ForwardBatch) -> torch.Tensor:
+    def _run_layers(
+        self, batch: ForwardBatch, all_kv: list[torch.Tensor], observe: Observer | None = None
+    ) -> torch.Tensor:
         ops, x, indices = self._operations, batch.inputs, batch.logits_indices
         normed = F.rms_norm(x, self._first_norm.shape, self._first_norm, self._eps)
-        for layer, kv in zip(self._layers, self.kv, strict=True):
+        for number, (layer, kv) in enumerate(zip(self._layers, all_kv, strict=True)):
             attended = self._attend(normed, layer, kv, batch)
             if indices is not None and layer is self._layers[-1]:  # of the other rows only keys and values are needed
                 if not len(indices):
@@ -86,6 +112,8 @@ class Decoder:
             x, normed = ops.add_norm(x, layer.out(attended), layer.post_attention_norm, layer.pre_mlp_norm, self._eps)
             delta = layer.down(layer.gate_up(normed))
             x, normed = ops.add_norm(x, delta, layer.post_mlp_norm, layer.next_norm, self._eps)
+            if observe is not None:
+                observe(number, x, normed)
         return normed
 
     def _attend(self, x: torch.Tensor, layer: DecoderLayer, kv: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:

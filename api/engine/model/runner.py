@@ -13,9 +13,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from api.engine.kv_cache import Copy
+from api.engine.kv_cache import BlockTable, Copy, Node
 from api.engine.loaded_model import Capacity, SampledToken
-from api.engine.model.decoder import Decoder
+from api.engine.model.decoder import Decoder, Observer
 from api.engine.model.operations import AttentionMetadata, ForwardBatch, Operations
 from api.engine.model.rotary import rope_positions
 from api.engine.model.sampler import Sampler
@@ -48,13 +48,56 @@ class Glm4vRunner:
     """The `Runner` of api.engine.loaded_model."""
 
     def __init__(self, network: Any, capacity: Capacity, context_tokens: int, operations: Operations) -> None:
-        with torch.inference_mode():
-            self._decoder = Decoder(network, context_tokens, capacity.pages, capacity.page_tokens, operations)
-            self._vision_encoder = VisionEncoder(network.model.visual, operations)
+        self.operations = operations
+        self.observer: Observer | None = None  # of the layers of the next batches; for fault injection
+        self._context_tokens = context_tokens
+        self._pages = capacity.pages
+        self._kv: list[torch.Tensor] | None = None
         self._page_tokens = capacity.page_tokens
+        self.take_weights(network)
+        self._padding_page = capacity.pages
         self._device = self._decoder.device
         self._decode_step = capacity.page_tokens if self._device.type == "cpu" else LENGTH_STEP
         self._sampler = Sampler(capacity.slots + 1, self._decoder.vocabulary_size, self._device)
+
+    @torch.inference_mode()
+    def take_weights(self, network: Any) -> None:
+        """Compute with the weights of `network` from now on; the KV cache stays."""
+        # One page more than are allocated: it stays zero and pads what is read, so that no row reads another's.
+        pages = self._pages + 1
+        self._decoder = Decoder(network, self._context_tokens, pages, self._page_tokens, self.operations, self._kv)
+        self._vision_encoder = VisionEncoder(network.model.visual, self.operations)
+        self._kv = self._decoder.kv
+
+    def release_weights(self) -> None:
+        """Free the memory of the weights. Nothing can be computed until `take_weights`."""
+        del self._decoder, self._vision_encoder
+
+    def drop_tables(self) -> None:
+        """Forget what is kept of earlier images besides their features."""
+        self._vision_encoder.drop_tables()
+
+    @property
+    def decoder(self) -> Decoder:
+        return self._decoder
+
+    @property
+    def vision_encoder(self) -> VisionEncoder:
+        return self._vision_encoder
+
+    @torch.inference_mode()
+    def answer_alone(self, sequence: Sequence, observe: Observer | None = None) -> torch.Tensor:
+        """Logits [vocabulary] after the prompt of a sequence that no scheduler knows. Uses no cache and changes none."""
+        for number, span in enumerate(sequence.spans):
+            progress = self._vision_encoder.begin(span.image.patches, span.image.grid, keep_table=False)
+            sequence.features[number] = self._vision_encoder.advance(progress, limit_s=float("inf"))
+        positions, delta = rope_positions(len(sequence.keys), sequence.spans, self._vision_encoder.merge)
+        sequence.state = _Positions(positions, delta)
+        # Whole steps of pages, so that nothing is padded with a page of the real cache.
+        pages = self._pages_for(len(sequence.keys), LENGTH_STEP)
+        sequence.block_table = BlockTable(Node(-1, (), None), [*range(pages)], 0, None, [], 0)
+        batch = self._forward_batch([], (), [Chunk(sequence, 0, len(sequence.keys))])
+        return self._decoder.run(batch, observe, self._decoder.new_kv(pages * self._page_tokens))[0]
 
     @torch.inference_mode()
     def encode(self, task: EncodeTask, limit_s: float) -> torch.Tensor | None:
@@ -72,6 +115,12 @@ class Glm4vRunner:
             for kv in self._decoder.kv:
                 kv[target : target + copy.tokens] = kv[source : source + copy.tokens].clone()
 
+    @torch.inference_mode()
+    def clear_pages(self, pages: Items[int]) -> None:
+        for page in pages:
+            for kv in self._decoder.kv:
+                kv[page * self._page_tokens : (page + 1) * self._page_tokens].zero_()
+
     def begin(self, sequence: Sequence) -> None:
         positions, delta = rope_positions(len(sequence.keys), sequence.spans, self._vision_encoder.merge)
         sequence.state = _Positions(positions, delta)
@@ -81,7 +130,7 @@ class Glm4vRunner:
     def compute(self, batch: Batch) -> list[SampledToken]:
         rows = _decode_order([sequence.computed + 1 for sequence in batch.decode])
         decode = [batch.decode[number] for number in rows.order]
-        logits = self._decoder.run(self._forward_batch(decode, rows.ends, batch.chunks))
+        logits = self._decoder.run(self._forward_batch(decode, rows.ends, batch.chunks), self.observer)
         tokens = self._sampler.sample(logits, [*decode, *(c.sequence for c in batch.chunks if c.is_last)])
         row_of = {number: row for row, number in enumerate(rows.order)}
         return [tokens[row_of[number]] for number in range(len(decode))] + tokens[len(decode) :]
@@ -152,7 +201,7 @@ class Glm4vRunner:
     def _decode_metadata(self, sequences: list[Sequence], start: int) -> AttentionMetadata:
         lengths = [sequence.computed + 1 for sequence in sequences]
         pages = self._pages_for(max(lengths), self._decode_step)
-        tables = np.zeros((len(sequences), pages), dtype=np.int64)
+        tables = np.full((len(sequences), pages), self._padding_page)
         for row, sequence in enumerate(sequences):
             assert sequence.block_table is not None
             held = sequence.block_table.pages[:pages]
@@ -167,7 +216,7 @@ class Glm4vRunner:
         assert chunk.sequence.block_table is not None
         pages = self._pages_for(chunk.end, LENGTH_STEP)
         held = chunk.sequence.block_table.pages[:pages]
-        table = np.zeros(pages, dtype=np.int64)
+        table = np.full(pages, self._padding_page)
         table[: len(held)] = held
         mask = None
         if chunk.start and self._decoder.needs_masks:

@@ -17,6 +17,8 @@ from api.engine.loaded_model import SampledToken
 from api.engine.request import SamplingParams, TokenLogprob
 from api.engine.sequence import Sequence
 
+# Stands for the token of a row whose logits are not finite, until the tokens are on the CPU.
+NOT_FINITE = -1
 # Up to this top_k, `topk` is used instead of sorting the vocabulary.
 MAX_PARTIAL_SORT = 1024
 
@@ -53,19 +55,38 @@ class Sampler:
                 self._counts[slot, token] += 1
 
     def sample(self, logits: torch.Tensor, sequences: Items[Sequence]) -> list[SampledToken]:
-        """One token for each row of float32 logits [rows, vocabulary]. Raises NothingAllowed."""
+        """One token for each row of float32 logits [rows, vocabulary]. Raises NothingAllowed.
+
+        A row with a logit that is not finite is marked, at the cost of one sum: the mark travels with the tokens, so that
+        nothing waits for it.
+        """
         scores = self._process_logits(logits, sequences)
         sampled = scores.argmax(-1)
         random = [row for row, s in enumerate(sequences) if s.request.sampling.temperature > 0]
         if random:
             rows = self._tensor(random)
             sampled[rows] = self._sample_random(scores[rows], [sequences[row] for row in random])
-        tokens = sampled.tolist()
+        tokens, broken = self._on_cpu(sampled, logits)
+        for row in broken:
+            tokens[row] = 0  # a valid index for what follows
         for row, sequence in enumerate(sequences):
             if sequence.output is not None and sequence.output.forced is not None:
                 tokens[row] = sequence.output.forced
         self._update_state(tokens, sequences)
-        return self._with_logprobs(logits, tokens, sequences)
+        result = self._with_logprobs(logits, tokens, sequences)
+        for row in broken:
+            result[row] = SampledToken(0, finite=False)
+        return result
+
+    def _on_cpu(self, sampled: torch.Tensor, logits: torch.Tensor) -> tuple[list[int], list[int]]:
+        """The sampled tokens, and the rows whose logits are not finite. One sum tells: it is finite if all of them are."""
+        if self._device.type == "cpu":  # numpy's calls cost a third of torch's
+            with np.errstate(all="ignore"):
+                finite = np.isfinite(logits.numpy().sum(-1))
+            return sampled.tolist(), [] if finite.all() else np.flatnonzero(~finite).tolist()
+        sums = logits.sum(-1)
+        tokens = sampled.masked_fill_((sums - sums) != 0, NOT_FINITE).tolist()
+        return tokens, [row for row, token in enumerate(tokens) if token == NOT_FINITE]
 
     # Scores: logits after biases, penalties and masks.
 

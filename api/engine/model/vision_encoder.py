@@ -56,10 +56,11 @@ class VisionEncoder:
         self._merge_down = linear(merger.down_proj.weight)
         self._tables: OrderedDict[Grid, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = OrderedDict()
 
-    def begin(self, patches: Any, grid: Grid) -> Progress:
-        """`patches` [patches, channels * frames * height * width] in the order of the image processor."""
+    def begin(self, patches: Any, grid: Grid, keep_table: bool = True) -> Progress:
+        """`patches` [patches, channels * frames * height * width] in the order of the image processor. `keep_table`: use
+        and fill the cache of position tables."""
         pixels = torch.as_tensor(patches).to(self.device, self.dtype)
-        learned, cos, sin = self._table(grid)
+        learned, cos, sin = self._table(grid) if keep_table else self._make_table(grid)
         x = F.rms_norm(self._embed(pixels), self._embed_norm.shape, self._embed_norm, self._eps)
         return Progress(x + learned, cos, sin, grid[0])
 
@@ -76,6 +77,10 @@ class VisionEncoder:
             if now + (now - began) > deadline:  # the merger takes about as long as a block
                 return None
         return self._merge(progress.x)
+
+    def drop_tables(self) -> None:
+        """Empty the cache of position tables."""
+        self._tables.clear()
 
     def _run(self, progress: Progress) -> torch.Tensor:
         x, block, fused = progress.x, self._blocks[progress.block], self._fused[progress.block]

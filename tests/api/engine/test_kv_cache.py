@@ -135,8 +135,41 @@ def test_the_trees_of_evicted_tenants_are_dropped() -> None:
     assert len(kv._roots) <= 4 and len(kv._by_age) < 100
 
 
+def test_distrusted_pages_and_all_that_build_on_them_are_found_by_nobody() -> None:
+    kv = KvCache(pages=12, page_tokens=4)
+    finish(kv, [*range(8), 50, 51, 52, 53])  # builds on the first page of what follows
+    broken, neighbour = stored(kv, [*range(9)]), stored(kv, [*range(8), 70])
+
+    kv.distrust(broken)
+    kv.free(broken, [*range(9)], keep=False)
+
+    kv.check()
+    again = kv.allocate("", [*range(8), 50, 51, 52, 53, 54])
+    assert again is not None and again.cached_tokens == 0
+    assert not set(again.pages) & set(neighbour.pages)  # those that run keep what they use
+    kv.free(neighbour, [*range(8), 70])
+    kv.check()
+    assert kv.allocate("", [*range(8), 71]).cached_tokens == 0
+    used = kv.to_clear.copy()
+    assert set(used) >= set(again.pages) & set(broken.pages)  # cleared before their next use
+
+
+def test_an_emptied_cache_shares_nothing_and_keeps_what_is_used() -> None:
+    kv = KvCache(pages=8, page_tokens=4)
+    finish(kv, [*range(9)])
+    used = stored(kv, [*range(9)])
+
+    kv.drop()
+
+    kv.check()
+    assert kv.used_tokens == 12
+    assert kv.allocate("", [*range(9)]).cached_tokens == 0
+    kv.free(used, [*range(9)])
+    kv.check()
+
+
 MOVES = st.lists(
-    st.tuples(st.sampled_from(["allocate", "store", "append", "free", "drop"]), st.integers(0, 7), st.integers(1, 20)),
+    st.tuples(st.sampled_from(["allocate", "store", "append", "free", "drop", "distrust", "empty"]), st.integers(0, 7), st.integers(1, 20)),
     max_size=60,
 )
 
@@ -159,9 +192,17 @@ def test_any_order_of_calls_keeps_every_page_accounted_for(moves, pages: int, pa
                     page = block_table.pages[index // page_tokens]
                     assert content[page, index % page_tokens] == (who % 2, *keys[: index + 1])
                 held[who] = (block_table, keys)
+        elif move == "empty":
+            kv.drop()
         elif who in held:
             block_table, keys = held[who]
-            if move == "store":
+            if move == "distrust":
+                kv.distrust(block_table)
+                for page in block_table.pages:  # nobody may find them any more
+                    content |= {(page, index): ("wrong",) for index in range(page_tokens)}
+                kv.free(block_table, keys, keep=False)
+                del held[who]
+            elif move == "store":
                 upto = max(block_table.cached_tokens, min(amount, len(keys)))
                 for index in range(block_table.cached_tokens, upto):
                     content[block_table.pages[index // page_tokens], index % page_tokens] = (who % 2, *keys[: index + 1])

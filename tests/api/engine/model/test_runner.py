@@ -216,3 +216,30 @@ def test_the_fused_layers_equal_the_single_operations(
 def load_half(checkpoint: Path, kernels: str) -> Model:
     config = EngineConfig(model=str(checkpoint), threads=1, device="cpu", slots=6, dtype="bfloat16", kernels=kernels)
     return load(config, lambda fraction: None)
+
+
+@torch.inference_mode()
+def test_padding_reads_no_page_of_another_request(model: Model) -> None:
+    """Masked rows are multiplied by 0, which does not make a number of one that is none."""
+    steps = Steps(model)
+    long = request_for(model, [ask("What is it? " * 12)], [], name="long")
+    short = request_for(model, [ask("Hello?")], [], name="short")
+    expected = Steps(model).run(long, short)
+    sequences = [steps.add(long), steps.add(short)]
+    steps.step()
+    first = sequences[0].block_table.pages[0]
+    assert first == 0 and len(sequences[0].block_table.pages) > len(sequences[1].block_table.pages)
+    kv = model.runner.decoder.kv[0]
+    before = kv[:16].clone()
+    kv[:16] = float("nan")
+
+    for _ in range(3):
+        batch = steps.scheduler.batch(512)
+        tokens = model.runner.compute(batch)
+        steps.scheduler.computed(batch)
+        assert [token.finite for token in tokens] == [False, True]
+        for one, sampled in zip(batch.sampled, tokens, strict=True):
+            one.append(sampled.token)
+
+    kv[:16] = before
+    assert sequences[1].output_ids[:4] == expected[1][:4]

@@ -208,3 +208,17 @@ def test_a_reused_slot_starts_clean() -> None:
         one = sequence(repetition_penalty=2.0, frequency_penalty=9.0)
         sampler.begin(one)
         assert sampler.sample(LOGITS[None], [one])[0].token == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 2}, {"logprobs": 2}])
+def test_a_row_that_is_not_finite_is_marked_and_changes_no_other(value: float, options: dict) -> None:
+    rows = LOGITS.repeat(3, 1)
+    expected = sample_batch(rows, *(sequence(slot, seed=slot, **options) for slot in range(3)))
+    broken = rows.clone()
+    broken[1, 3] = value
+
+    sampled = sample_batch(broken, *(sequence(slot, seed=slot, **options) for slot in range(3)))
+
+    assert [one.finite for one in sampled] == [True, False, True]
+    assert sampled[::2] == expected[::2]
