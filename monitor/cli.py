@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 import settings as settings_module
-from monitor.tell import report
+from monitor.tell import notices, report
 from monitor.tell.log import warn
 from settings import Settings, SettingsError
 
@@ -27,10 +27,12 @@ def main(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     command = args.command or "run"
     try:
-        settings = settings_module.load()
+        settings, problem = settings_module.load_or_last_good()
     except SettingsError as error:
         print(report.to_json(report.unknown(f"invalid settings: {error}")))
         return BAD
+    if problem and command != "run":  # a run says it in its report
+        print(notices.settings_fallback(problem)["en"], file=sys.stderr)
     try:
         # Each command imports what it needs, which keeps the memory of the scheduled run small.
         return int(COMMANDS[command](settings, args))
@@ -100,11 +102,22 @@ def _run(settings: Settings, args: argparse.Namespace) -> int:
     _end_at_deadline(settings, lock)
     try:
         outcome = check.run(settings, random.SystemRandom(), lock, _clock(settings), act=not getattr(args, "no_act", False))
+        _keep_settings()
     finally:
         lock.release()
     if not (getattr(args, "quiet", False) and outcome.report["service_healthy"]):
         print(report.to_json(outcome.report))
     return GOOD if outcome.report["service_healthy"] else BAD
+
+
+def _keep_settings() -> None:
+    """Keeps the settings of this run for a run with an invalid .env."""
+    try:
+        settings_module.keep_last_good()
+    except SettingsError:
+        return  # the report says it
+    except OSError as error:
+        warn(f"{settings_module.last_good_path()} could not be written: {error.strerror or error}")
 
 
 def _clock(settings: Settings) -> Any:

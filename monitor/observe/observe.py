@@ -28,6 +28,7 @@ from monitor.judge.evidence import (
 )  # fmt: skip
 from monitor.observe import api_probe, external_engine, gpu, machine, page_probe, ports, processes
 from monitor.observe.http_exchange import Deadline
+from monitor.observe.small_file import read_small
 from settings import Settings
 
 HEALTH_LIMIT_S = 2.0
@@ -139,7 +140,7 @@ def _ask(
 def read_heartbeat(log_dir: Path, record: processes.ProcessRecord | None, moment: Moment) -> Heartbeat | None:
     """The heartbeat of the recorded process; None if the file is missing, invalid or from another process."""
     try:
-        raw = json.loads((log_dir / HEARTBEAT).read_text(encoding="utf-8"))
+        raw = json.loads(read_small(log_dir / HEARTBEAT))
         same = record is None or (raw["pid"] == record.pid and raw["start_time"] == record.start_time)
         if not same or raw["boot_id"] != moment.boot_id:
             return None
@@ -155,7 +156,7 @@ def read_heartbeat(log_dir: Path, record: processes.ProcessRecord | None, moment
             deadline_s=float(raw["deadline_s"]),
             progress=float(raw["progress"]),
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

@@ -16,6 +16,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from monitor.observe.small_file import read_small
+
 PROC = Path("/proc")
 BOOT_ID = PROC / "sys/kernel/random/boot_id"
 
@@ -89,7 +91,7 @@ def write_record(log_dir: Path, part: str, record: ProcessRecord) -> None:
 def read_record(log_dir: Path, part: str) -> ProcessRecord | None:
     """None if there is no pid file or it cannot be parsed."""
     try:
-        raw = json.loads(record_path(log_dir, part).read_text(encoding="utf-8"))
+        raw = json.loads(read_small(record_path(log_dir, part)))
         return ProcessRecord(
             pid=int(raw["pid"]),
             start_time=int(raw["start_time"]),
@@ -98,7 +100,7 @@ def read_record(log_dir: Path, part: str) -> ProcessRecord | None:
             folder=str(raw.get("folder", "")),
             log_offset=int(raw.get("log_offset", 0)),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

@@ -14,11 +14,13 @@ import time
 from datetime import datetime
 from typing import Any
 
+from monitor.observe.small_file import read_small
 from monitor.store.store import Store, fallback_path
 from monitor.tell import report
 from settings import Settings
 
 GOOD, BAD = 0, 1
+REPORT_LIMIT_BYTES = 16 * 2**20
 MARKS = {"healthy": "ok", "busy": "ok", "starting": "..", "degraded": " !", "unknown": " ?"}
 
 
@@ -30,7 +32,7 @@ def read(settings: Settings) -> tuple[dict[str, Any] | None, float]:
             known = read_last(settings)
             if known is not None:
                 found.append((datetime.fromisoformat(known["timestamp"]).timestamp(), known))
-        except (OSError, ValueError, KeyError, TypeError, sqlite3.Error):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, sqlite3.Error):
             continue
     if not found:
         return None, 0.0
@@ -39,7 +41,7 @@ def read(settings: Settings) -> tuple[dict[str, Any] | None, float]:
 
 
 def _from_file(settings: Settings) -> dict[str, Any]:
-    return dict(json.loads((settings.log_dir / report.FILE_NAME).read_text(encoding="utf-8")))
+    return dict(json.loads(read_small(settings.log_dir / report.FILE_NAME, REPORT_LIMIT_BYTES)))
 
 
 def _from_memory(settings: Settings) -> dict[str, Any] | None:
