@@ -11,6 +11,8 @@ import random
 import signal
 import sys
 import time
+import traceback
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -29,7 +31,10 @@ def main(arguments: list[str]) -> int:
     try:
         settings, problem = settings_module.load_or_last_good()
     except SettingsError as error:
-        print(report.to_json(report.unknown(f"invalid settings: {error}")))
+        if command in ("run", "loop"):
+            _publish_unknown(f"invalid settings: {error}", settings_module.last_good_path().parent)
+        else:
+            print(f"invalid settings: {error}", file=sys.stderr)
         return BAD
     if problem and command != "run":  # a run says it in its report
         print(notices.settings_fallback(problem)["en"], file=sys.stderr)
@@ -103,11 +108,25 @@ def _run(settings: Settings, args: argparse.Namespace) -> int:
     try:
         outcome = check.run(settings, random.SystemRandom(), lock, _clock(settings), act=not getattr(args, "no_act", False))
         _keep_settings()
+    except Exception as error:
+        traceback.print_exc()
+        _publish_unknown(f"the checker failed: {type(error).__name__}: {error}; see health_check.log", settings.log_dir)
+        return BAD
     finally:
         lock.release()
     if not (getattr(args, "quiet", False) and outcome.report["service_healthy"]):
         print(report.to_json(outcome.report))
     return GOOD if outcome.report["service_healthy"] else BAD
+
+
+def _publish_unknown(reason: str, log_dir: Path) -> None:
+    """So that nobody takes yesterday's report for today's."""
+    unknown = report.unknown(reason)
+    print(report.to_json(unknown))
+    try:
+        report.write(unknown, log_dir)
+    except OSError as error:
+        warn(f"{log_dir / report.FILE_NAME} could not be written: {error.strerror or error}")
 
 
 def _keep_settings() -> None:

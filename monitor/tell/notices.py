@@ -28,6 +28,11 @@ def current(store: Store, now: float) -> tuple[list[dict[str, Any]], list[dict[s
     return list(found.values()), began + ended
 
 
+def settings_state(in_force: list[dict[str, Any]]) -> str:
+    """For the report: ok, or what is wrong with the settings."""
+    return next((notice["en"] for notice in in_force if notice["name"] == SETTINGS), "ok")
+
+
 def settings_fallback(problem: str) -> dict[str, Any]:
     lines = "; ".join(problem.splitlines()[:3])
     return {

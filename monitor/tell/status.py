@@ -78,7 +78,8 @@ def lines(found: dict[str, Any], age_s: float, settings: Settings) -> list[str]:
         if target.get("circuit_open"):
             out.append(f"          circuit open: {target['circuit_open']}; health_check.py reset --reason WHY")
     for warning in found.get("warnings", ()):
-        out.append(f"  ! {warning['en']} Now {warning['mean']}.")
+        now = "" if warning["mean"] is None else f" Now {warning['mean']}."
+        out.append(f"  ! {warning['en']}{now}")
     check = found.get("check", {})
     if check.get("hold"):
         out.append(f"    no restarts: {check['hold']}")
