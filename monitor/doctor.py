@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+import settings as settings_module
 from monitor import schedule
 from monitor.act.lock import Lock
 from monitor.observe import gpu, ports, processes
@@ -22,7 +23,6 @@ from monitor.store.salvage import all_aside
 from monitor.store.store import FILE_NAME as STORE_NAME
 from monitor.store.store import fallback_path
 from monitor.tell import alerts, channels, status
-import settings as settings_module
 from settings import ENV_FILE, ROOT, Settings, SettingsError
 
 GOOD, BAD = 0, 1

@@ -61,7 +61,7 @@ def test_a_byte_order_mark_and_line_ends_of_windows_are_read(env: Path) -> None:
 
 def test_a_folder_and_a_pipe_in_the_place_of_the_file_are_named(env: Path) -> None:
     env.mkdir()
-    with pytest.raises(SettingsError, match="is a folder|is not a file"):
+    with pytest.raises(SettingsError, match=r"is a folder|is not a file"):
         settings.load()
     env.rmdir()
     os.mkfifo(env)

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+JOURNALS = ("-wal", "-shm", "-journal")
 KEEP = 3  # files set aside; older ones are deleted
 LIMIT_S = 15.0  # of one salvage: it happens within a run of the checker or a click on the page
 PATIENT_STEPS = 200  # row numbers tried one by one behind an unreadable row, before the steps double
@@ -39,9 +40,9 @@ def set_aside(path: Path, now: float) -> Path:
     number = 1
     while aside.exists():
         number += 1
-        aside = path.with_name(f"{path.name}.damaged-{stamp}-{number}")
+        aside = path.with_name(f"{path.name}.damaged-{stamp}.{number}")
     path.rename(aside)
-    for journal in ("-wal", "-shm", "-journal"):
+    for journal in JOURNALS:
         with contextlib.suppress(FileNotFoundError):
             path.with_name(path.name + journal).rename(aside.with_name(aside.name + journal))
     _delete_older(path)
@@ -50,15 +51,15 @@ def set_aside(path: Path, now: float) -> Path:
 
 def all_aside(path: Path) -> list[Path]:
     """The files set aside earlier, oldest first."""
-    found = [entry for entry in path.parent.glob(f"{path.name}.damaged-*") if not entry.name.endswith(("-wal", "-shm", "-journal"))]
-    return sorted(found, key=lambda entry: entry.stat().st_mtime_ns)
+    found = [entry for entry in path.parent.glob(f"{path.name}.damaged-*") if not entry.name.endswith(JOURNALS)]
+    return sorted(found)
 
 
 def _delete_older(path: Path) -> None:
     for old in all_aside(path)[:-KEEP]:
-        for each in (old, *old.parent.glob(f"{old.name}-*")):
+        for end in ("", *JOURNALS):
             with contextlib.suppress(OSError):  # a folder that was in the file's place is nobody's to delete
-                each.unlink()
+                old.with_name(old.name + end).unlink()
 
 
 def salvage(source: Path, target: sqlite3.Connection, limit_s: float = LIMIT_S) -> dict[str, int]:

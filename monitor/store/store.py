@@ -50,7 +50,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from monitor.observe.small_file import read_small
 from monitor.store import steady_time
 from monitor.store.salvage import OTHER_SCHEMA, is_damage, salvage, set_aside
 
@@ -345,7 +344,7 @@ class Store:
         """The value in `state.copy.json`; an empty object if there is none."""
         with contextlib.suppress(OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError):
             if self._repairs_in is not None:
-                return _parsed(json.loads(read_small(self._repairs_in / COPY_NAME, COPY_LIMIT_BYTES))["state"].get(name), {})
+                return _parsed(json.loads(_copy_text(self._repairs_in / COPY_NAME))["state"].get(name), {})
         return {}
 
     def note_unreadable(self, name: str) -> None:
@@ -544,11 +543,14 @@ def _copy_intact(path: Path, mode: str, memory: sqlite3.Connection) -> bool:
     """Copies the file, unless it is damaged or unreadable: a copy would be damaged too."""
     try:
         with contextlib.closing(_reader(path, mode)) as disk, contextlib.closing(sqlite3.connect(":memory:")) as first:
+            disk.execute("SELECT 1 FROM sqlite_master").fetchone()  # raises while the file is locked; a backup waits for ever
             disk.backup(first)
             _check_schema(first)
             if first.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
                 return False
             first.backup(memory)
+            if mode == "immutable=1":
+                _add_copy(memory, path.with_name(COPY_NAME))
             return True
     except (sqlite3.Error, OSError):
         return False
@@ -623,7 +625,7 @@ def _fill(connection: sqlite3.Connection, log_dir: Path, source: Path) -> dict[s
 def _add_copy(connection: sqlite3.Connection, path: Path) -> None:
     """Adds what only `state.copy.json` still has. All of its state, if the file's is older or not there."""
     with contextlib.suppress(OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError, sqlite3.Error):
-        copy = json.loads(read_small(path, COPY_LIMIT_BYTES))
+        copy = json.loads(_copy_text(path))
         row = connection.execute("SELECT value FROM state WHERE name = 'last'").fetchone()
         in_file, in_copy = (_parsed(text, None) for text in (row[0] if row else None, copy["state"].get("last")))
         counts = [last.get("runs", -1) if isinstance(last, dict) else -1 for last in (in_file, in_copy)]
@@ -633,6 +635,13 @@ def _add_copy(connection: sqlite3.Connection, path: Path) -> None:
             names = [name for name in incident if name.isidentifier()]
             marks = ", ".join("?" * len(names))
             connection.execute(f"INSERT OR IGNORE INTO incidents ({', '.join(names)}) VALUES ({marks})", [incident[name] for name in names])
+
+
+def _copy_text(path: Path) -> str:
+    """Raises OSError, ValueError."""
+    if not path.is_file() or path.stat().st_size > COPY_LIMIT_BYTES:
+        raise OSError(f"{path} is not a file of the checker")
+    return path.read_text(encoding="utf-8")
 
 
 def _owner(path: Path) -> str:

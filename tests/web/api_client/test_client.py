@@ -143,10 +143,13 @@ def test_an_endless_answer_ends_at_its_limit(monkeypatch: pytest.MonkeyPatch, pi
     monkeypatch.setattr(answer_stream, "LINE_LIMIT_BYTES", 2**18)
     monkeypatch.setattr(answer_stream, "STREAM_LIMIT_BYTES", 2**20)
 
-    with endless(b"\r\n", piece) as url, answer_stream.AnswerStream(ApiClient(url), {}) as stream:
-        with pytest.raises(ApiError, match="longer than any answer"):
-            for _ in stream.batches():
-                pass
+    with (
+        endless(b"\r\n", piece) as url,
+        answer_stream.AnswerStream(ApiClient(url), {}) as stream,
+        pytest.raises(ApiError, match="longer than any answer"),
+    ):
+        for _ in stream.batches():
+            pass
 
 
 def test_a_body_of_brackets_is_no_answer() -> None:
