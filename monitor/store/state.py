@@ -56,10 +56,14 @@ class CheckerState:
 
 
 def _read(store: Store, name: str, parse: Callable[[Any], Part]) -> Part:
-    for raw in (store.get(name, {}), store.get_copy(name)):
+    for source, raw in (("store", store.get(name)), ("copy", store.get_copy(name))):
+        if not raw:  # never written, or not JSON
+            continue
         try:
             found = parse(raw)
             _check_types(found)
+            if source == "copy":
+                store.note_unreadable(name)
             return found
         except (ValueError, TypeError, KeyError, AttributeError, AssertionError):
             store.note_unreadable(name)

@@ -52,6 +52,6 @@ def _settings() -> dict[str, Any] | None:
 
 def _store(store: Store, now: float) -> dict[str, Any] | None:
     damage = store.damage or store.get("damage")
-    if not damage or not 0 <= now - damage["at"] < STORE_SHOWN_S:
+    if not damage or not -STORE_SHOWN_S < now - damage["at"] < STORE_SHOWN_S:
         return None
     return {"name": STORE, "since": damage["at"], "mean": None, "limit": None, "en": damage["en"], "zh": damage["zh"]}
