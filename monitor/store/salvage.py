@@ -28,9 +28,14 @@ def is_damage(error: BaseException, path: Path) -> bool:
     """Whether the file itself is at fault: damaged, of another schema, or no file at all. Not a full disk or a lock."""
     if isinstance(error, sqlite3.OperationalError):
         truncated = getattr(error, "sqlite_errorname", "") == "SQLITE_IOERR_SHORT_READ"
-        return truncated or path.is_dir() or any(part in str(error) for part in OTHER_SCHEMA)
+        return truncated or _in_place_of_a_file(path) or any(part in str(error) for part in OTHER_SCHEMA)
     # SQLITE_CORRUPT and SQLITE_NOTADB have no class of their own.
-    return type(error) is sqlite3.DatabaseError or (isinstance(error, OSError) and path.is_dir())
+    return type(error) is sqlite3.DatabaseError or (isinstance(error, OSError) and _in_place_of_a_file(path))
+
+
+def _in_place_of_a_file(path: Path) -> bool:
+    """Whether a folder is where the file or its journal should be."""
+    return any(path.with_name(path.name + end).is_dir() for end in ("", *JOURNALS))
 
 
 def set_aside(path: Path, now: float) -> Path:

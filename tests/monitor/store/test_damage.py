@@ -122,9 +122,9 @@ def test_a_run_with_a_damaged_store_judges_and_reports(make_settings, memory_dis
         doing["in_the_middle"] = lambda: None
         after = check.run(settings, chance)
         assert after.report["check"]["store"] == "ok" or "damaged" in after.report["check"]["store"], (seed, way)
-        with closing(Store.read_only(settings.log_dir)) as store:
-            assert "1-api-dead" in [row["id"] for row in store.incidents()], (seed, way)
-            assert store.runs(0), (seed, way)
+        history = checker_store.read(settings.log_dir, observation.moment.wall)
+        assert "1-api-dead" in [row["id"] for row in history.incidents], (seed, way)
+        assert history.runs, (seed, way)
 
 
 def damaged_in_the_middle(folder: Path) -> None:
