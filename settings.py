@@ -1,14 +1,23 @@
 """Every setting of the bundle, read once from `GLM_*` variables and the project's `.env`.
 
 The API server, the page, the checker and the shell scripts all read their settings here. It imports no other part of the
-bundle. An unknown name or an invalid value stops the program with a message that lists what is allowed.
+bundle. An unknown name or an invalid value stops the program with a message that lists what is allowed. `GLM_ENV_FILE` in
+the environment names another file than `.env`.
+
+What already runs must not stop for a typo in `.env`: the page keeps what it read at its start (`keep`, `kept`), and the
+checker goes on with a copy of the last file that was valid (`load_or_last_good`, `keep_last_good`).
 """
 
 from __future__ import annotations
 
+import codecs
+import contextlib
+import io
 import os
 import re
+import stat
 import sys
+import tempfile
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,12 +25,16 @@ from typing import Any, Literal
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from dotenv import dotenv_values
+from dotenv.parser import parse_stream
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 ROOT = Path(__file__).resolve().parent
-ENV_FILE = ROOT / ".env"
 PREFIX = "GLM_"
+ENV_FILE_NAME = f"{PREFIX}ENV_FILE"
+ENV_FILE = ROOT / (os.environ.get(ENV_FILE_NAME) or ".env")
+ENV_LIMIT_BYTES = 2**20
+LAST_GOOD = "last-good.env"  # in the log folder, readable by its owner only
 SECRETS = (
     "API_KEY", "API_KEYS", "WEB_TOKEN", "OPERATOR_TOKEN", "PROBE_TOKEN", "DINGTALK_URL", "DINGTALK_SECRET", "FEISHU_URL",
     "FEISHU_SECRET", "WECOM_URL",
@@ -38,8 +51,6 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
-        env_file=ENV_FILE,
-        env_file_encoding="utf-8",
         frozen=True,
         extra="ignore",
         env_ignore_empty=True,
@@ -194,11 +205,99 @@ class Settings(BaseSettings):
 
 def load(**overrides: object) -> Settings:
     """Reads the settings; keyword arguments override the environment. Raises SettingsError with one line per problem."""
-    given = _given_names()
+    return _load(ENV_FILE, overrides)
+
+
+_kept: Settings | None = None
+
+
+def keep(settings: Settings) -> None:
+    """Lets `kept` return these settings in this process, whatever becomes of the file."""
+    global _kept
+    _kept = settings
+
+
+def kept() -> Settings:
+    """What `keep` was given; without it, what `load` reads now. Raises SettingsError."""
+    return _kept or load()
+
+
+def load_or_last_good() -> tuple[Settings, str]:
+    """(settings, what is wrong with `.env`): the last valid file's settings if it is invalid now, or gone.
+
+    The problem is empty if the file is fine. Raises SettingsError if there is no last valid file either.
+    """
+    copy = last_good_path()
+    problem = f"{ENV_FILE} is gone. Restore it; or delete {copy} if the settings shall be the defaults"
+    if os.path.lexists(ENV_FILE) or not copy.is_file() or copy == ENV_FILE:
+        try:
+            return load(), ""
+        except SettingsError as error:
+            problem = str(error)
+    try:
+        return _load(copy, {}), problem
+    except SettingsError:
+        raise SettingsError(problem) from None
+
+
+def keep_last_good() -> None:
+    """Copies a valid `.env`, with the contents of its secret files, for `load_or_last_good`. Raises OSError, SettingsError."""
+    copy = last_good_path()
+    if copy == ENV_FILE or not os.path.lexists(ENV_FILE):
+        return
+    settings = load()
+    lines = [f"# The last valid {ENV_FILE.name}. Written by health_check.py; changes are lost."]
+    for name, value in _values_of(_text_of(ENV_FILE), ENV_FILE, interpolate=False).items():
+        if name.startswith(PREFIX) and name.endswith("_FILE"):
+            secret = getattr(settings, name.removeprefix(PREFIX).removesuffix("_FILE").lower())
+            name, value = name.removesuffix("_FILE"), secret.get_secret_value()
+        lines.append(f"{name}={_quoted(value)}")
+    text = "\n".join(lines) + "\n"
+    with contextlib.suppress(OSError, SettingsError):
+        if _text_of(copy) == text and stat.S_IMODE(copy.stat().st_mode) == 0o600:
+            return
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=copy.parent, prefix=f".{copy.name}.")  # 0600
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, copy)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def environment_for_children() -> dict[str, str]:
+    """Variables with which start.sh reads the same settings as the checker: none while `.env` is valid."""
+    return {ENV_FILE_NAME: str(last_good_path())} if load_or_last_good()[1] else {}
+
+
+def last_good_path() -> Path:
+    """Where the copy of the last valid file is: in the log folder, which an invalid file may still name."""
+    folder = os.environ.get(f"{PREFIX}LOG_DIR", "")
+    if not folder:
+        with contextlib.suppress(SettingsError):
+            text = _text_of(ENV_FILE) if os.path.lexists(ENV_FILE) else ""
+            bindings = list(parse_stream(io.StringIO(text)))
+            folder = next((b.value for b in reversed(bindings) if b.key == f"{PREFIX}LOG_DIR" and b.value), "")
+    return ROOT / (folder or Settings.model_fields["log_dir"].default) / LAST_GOOD
+
+
+def _load(file: Path, overrides: Mapping[str, object]) -> Settings:
+    if file == ENV_FILE and os.environ.get(ENV_FILE_NAME) and not os.path.lexists(file):
+        raise SettingsError(f"{ENV_FILE_NAME} names {file}, which does not exist. Create it, or unset the variable")
+    from_file = _values_of(_text_of(file), file) if os.path.lexists(file) else {}
+    if ENV_FILE_NAME in from_file:
+        raise SettingsError(f"{ENV_FILE_NAME}: belongs in the environment, not in {file}, because it names that file")
+    # As for the environment, an empty value is none.
+    given = {**from_file, **{name: value for name, value in os.environ.items() if value}}
+    given = {name: value for name, value in given.items() if name.startswith(PREFIX) and name != ENV_FILE_NAME}
     _refuse_unknown(given)
-    values: dict[str, Any] = {
-        name.lower(): _read_secret_file(name, given) for name in SECRETS if f"{PREFIX}{name}_FILE" in given
-    }
+    fields = {name.removeprefix(PREFIX).lower(): value for name, value in given.items() if value}
+    values: dict[str, Any] = {name: value for name, value in fields.items() if name in Settings.model_fields}
+    values |= {name.lower(): _read_secret_file(name, given) for name in SECRETS if f"{PREFIX}{name}_FILE" in given}
     values |= {name: value for name, value in overrides.items() if value is not None}
     try:
         return Settings(**values)
@@ -206,10 +305,66 @@ def load(**overrides: object) -> Settings:
         raise SettingsError("\n".join(_explain(problem) for problem in error.errors())) from None
 
 
-def _given_names() -> dict[str, str]:
-    from_file = {k: v or "" for k, v in dotenv_values(ENV_FILE).items()} if ENV_FILE.is_file() else {}
-    given = {**from_file, **os.environ}
-    return {name: value for name, value in given.items() if name.startswith(PREFIX)}
+def _text_of(file: Path) -> str:
+    """The file's text without a byte order mark. Raises SettingsError that says what to do."""
+    try:
+        # Without blocking: a pipe in the place of the file would hold every program that reads its settings.
+        with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as opened:
+            if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
+                raise SettingsError(f"{file} is not a file. Move it away and write the settings into a file of that name")
+            data = opened.read(ENV_LIMIT_BYTES + 1)
+    except PermissionError:
+        raise SettingsError(f"{file} may not be read by {_user()}. Run: chown {_user()} {file}; chmod 600 {file}") from None
+    except IsADirectoryError:
+        raise SettingsError(f"{file} is a folder. Move it away and write the settings into a file of that name") from None
+    except OSError as error:
+        raise SettingsError(f"{file} cannot be read: {error.strerror}. Check that the path leads to a file") from None
+    if len(data) > ENV_LIMIT_BYTES:
+        raise SettingsError(f"{file} has more than {ENV_LIMIT_BYTES} bytes. It should hold only lines NAME=value")
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data:
+        raise SettingsError(f"{file} is not UTF-8 but looks like UTF-16. Save it as UTF-8")
+    try:
+        return data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise SettingsError(f"{file}, line {line}: not UTF-8 (byte 0x{data[error.start]:02x}). Save the file as UTF-8") from None
+
+
+def _values_of(text: str, file: Path, interpolate: bool = True) -> dict[str, str]:
+    """Raises SettingsError for a line that dotenv would leave out in silence."""
+    lines = text.replace("\r\n", "\n").replace("\r", "\n")
+    problems = []
+    for binding in parse_stream(io.StringIO(lines)):
+        source = binding.original.string
+        # A binding begins with the blank lines before it.
+        number = binding.original.line + len(source) - len(source.lstrip("\n"))
+        named = binding.key or source.strip().split("=")[0]
+        named = named[:40] if re.fullmatch(r"[\w.\- ]+", named) else "this line"  # never the value, which may be a secret
+        if binding.error:
+            unclosed = re.search(r"=\s*['\"]", source) is not None
+            why = "a quote is not closed, or text follows it" if unclosed else "it is not NAME=value"
+            problems.append(f"{file}, line {number}: {named}: {why}. Write NAME=value, or put # before the line")
+        elif binding.key and binding.value is None:
+            problems.append(f"{file}, line {number}: {named}: there is no `=`. Write NAME=value, or put # before the line")
+        elif binding.value is not None and "\n" in binding.value and re.search(rf"\n\s*(export\s+)?{PREFIX}\w+=", binding.value):
+            problems.append(f"{file}, line {number}: {named}: a quote is not closed before the next setting. Close it on its line")
+    if problems:
+        raise SettingsError("\n".join(problems))
+    values = dotenv_values(stream=io.StringIO(lines), interpolate=interpolate)
+    return {name.upper() if name.upper().startswith(PREFIX) else name: value or "" for name, value in values.items()}
+
+
+def _quoted(value: str) -> str:
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _user() -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return str(os.geteuid())
 
 
 def _refuse_unknown(given: dict[str, str]) -> None:
@@ -232,6 +387,8 @@ def _read_secret_file(name: str, given: dict[str, str]) -> str:
         value = path.read_text(encoding="utf-8").strip()
     except OSError as error:
         raise SettingsError(f"{PREFIX}{name}_FILE: cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise SettingsError(f"{PREFIX}{name}_FILE: {path} is not UTF-8. Save it as UTF-8") from None
     if not value:
         raise SettingsError(f"{PREFIX}{name}_FILE: {path} is empty")
     return value

@@ -29,10 +29,11 @@ from monitor.observe.observe import ProbePlan, observe
 from monitor.observe.observe import now as current_moment
 from monitor.store.state import CheckerState
 from monitor.store.store import Store
-from monitor.tell import alerts, exports, report
+from monitor.tell import alerts, exports, notices, report
 from monitor.tell.log import warn
 from settings import Settings
 
+UNREADABLE = (sqlite3.Error, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError)
 SCRIPT_EVERY_RUNS = 2
 ASK_AT_LEAST_EVERY_S = 180.0  # answers to users are not verified, so they replace the probe for a limited time only
 
@@ -57,8 +58,20 @@ def run(
     act: bool = True,
 ) -> Outcome:
     """`act` False observes and records only: no restarts, no operators' requests."""
-    started = time.monotonic()
     store = Store.open_for_run(settings.log_dir)
+    try:
+        return _run(store, settings, rng, lock, clock, act)
+    except UNREADABLE as error:
+        # Values that make no sense, in a file that SQLite finds in order. A fault of the checker itself is raised again.
+        problem = f"{type(error).__name__}: {error}"
+        if not store.rebuild(problem):
+            raise
+        warn(f"the run is repeated with a new store ({problem})")
+        return _run(store, settings, rng, lock, clock, act)
+
+
+def _run(store: Store, settings: Settings, rng: random.Random, lock: Lock | None, clock: Callable[[], Any], act: bool) -> Outcome:
+    started = time.monotonic()
     moment = clock()
     state = CheckerState.load(store, moment.boot_id)
     operators = operator_requests.take(store, moment.wall) if act else []
@@ -69,6 +82,8 @@ def run(
     verdicts = judge(observation, settings, state)
     changes = _advance(state, verdicts, observation, settings)
     warnings, changed_warnings = _warn(state, observation, settings)
+    noticed, changed_notices = notices.current(store, moment.wall)
+    warnings, changed_warnings = warnings + noticed, changed_warnings + changed_notices
     hold = holds.why_no_restart(state.holds, moment.wall)
     decisions = _decide(state, verdicts, settings, moment.wall, hold) if act else {}
     summary = _report(observation, verdicts, decisions, state, warnings, settings, store, time.monotonic() - started)
@@ -235,7 +250,7 @@ def _report(
     reasons = [v.en for v in verdicts.values() if v.word != "healthy"]
     evidence = {"api": observation.api.to_dict(), "page": observation.page.to_dict() if observation.page else None}
     check = {
-        "store": store.lost or "ok", "period_s": settings.check_period_s, "cure": settings.cure,
+        "store": store.state, "settings": notices.settings_state(warnings), "period_s": settings.check_period_s, "cure": settings.cure,
         "hold": holds.why_no_restart(state.holds, observation.moment.wall) or None, "boot_id": observation.moment.boot_id,
         "run": state.last["runs"],
     }  # fmt: skip
@@ -273,6 +288,9 @@ def _persist(
 
     try:
         write(store)
+        if store.state != summary["check"]["store"]:  # the store was replaced while it was written
+            warn(store.state)
+            summary["check"]["store"] = store.state
         return store
     except sqlite3.Error as error:
         store.close()

@@ -11,11 +11,13 @@ import random
 import signal
 import sys
 import time
+import traceback
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import settings as settings_module
-from monitor.tell import report
+from monitor.tell import notices, report
 from monitor.tell.log import warn
 from settings import Settings, SettingsError
 
@@ -27,10 +29,15 @@ def main(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     command = args.command or "run"
     try:
-        settings = settings_module.load()
+        settings, problem = settings_module.load_or_last_good()
     except SettingsError as error:
-        print(report.to_json(report.unknown(f"invalid settings: {error}")))
+        if command in ("run", "loop"):
+            _publish_unknown(f"invalid settings: {error}", settings_module.last_good_path().parent)
+        else:
+            print(f"invalid settings: {error}", file=sys.stderr)
         return BAD
+    if problem and command != "run":  # a run says it in its report
+        print(notices.settings_fallback(problem)["en"], file=sys.stderr)
     try:
         # Each command imports what it needs, which keeps the memory of the scheduled run small.
         return int(COMMANDS[command](settings, args))
@@ -100,11 +107,36 @@ def _run(settings: Settings, args: argparse.Namespace) -> int:
     _end_at_deadline(settings, lock)
     try:
         outcome = check.run(settings, random.SystemRandom(), lock, _clock(settings), act=not getattr(args, "no_act", False))
+        _keep_settings()
+    except Exception as error:
+        traceback.print_exc()
+        _publish_unknown(f"the checker failed: {type(error).__name__}: {error}; see health_check.log", settings.log_dir)
+        return BAD
     finally:
         lock.release()
     if not (getattr(args, "quiet", False) and outcome.report["service_healthy"]):
         print(report.to_json(outcome.report))
     return GOOD if outcome.report["service_healthy"] else BAD
+
+
+def _publish_unknown(reason: str, log_dir: Path) -> None:
+    """So that nobody takes yesterday's report for today's."""
+    unknown = report.unknown(reason)
+    print(report.to_json(unknown))
+    try:
+        report.write(unknown, log_dir)
+    except OSError as error:
+        warn(f"{log_dir / report.FILE_NAME} could not be written: {error.strerror or error}")
+
+
+def _keep_settings() -> None:
+    """Keeps the settings of this run for a run with an invalid .env."""
+    try:
+        settings_module.keep_last_good()
+    except SettingsError:
+        return  # the report says it
+    except OSError as error:
+        warn(f"{settings_module.last_good_path()} could not be written: {error.strerror or error}")
 
 
 def _clock(settings: Settings) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import getpass
 import os
 import shutil
 import sqlite3
@@ -10,15 +12,18 @@ import sys
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 
+import settings as settings_module
 from monitor import schedule
 from monitor.act.lock import Lock
 from monitor.observe import gpu, ports, processes
 from monitor.observe.observe import now
+from monitor.store.salvage import all_aside
 from monitor.store.store import FILE_NAME as STORE_NAME
-from monitor.store.store import Store
+from monitor.store.store import fallback_path
 from monitor.tell import alerts, channels, status
-from settings import ENV_FILE, ROOT, Settings
+from settings import ENV_FILE, ROOT, Settings, SettingsError
 
 GOOD, BAD = 0, 1
 FINE, WARN, FAIL, NOTE = " ok ", "warn", "FAIL", "note"
@@ -104,14 +109,36 @@ def _store(settings: Settings) -> Iterator[Finding]:
     if not path.exists():
         yield NOTE, "no store yet", ""
         return
+    problem = problem_of_file(path)
+    if problem:
+        yield FAIL, f"{path}: {problem}", "nothing to do if it is damaged: the next run sets it aside and salvages its rows"
+    else:
+        yield FINE, f"{path} is intact ({path.stat().st_size / 2**20:.1f} MiB)", ""
+    if fallback_path(settings.log_dir).exists():
+        yield WARN, f"the runs write to {fallback_path(settings.log_dir)}, because {path} was not writable", "the next run that can write it moves them back"
+    aside = all_aside(path)
+    if aside:
+        yield NOTE, f"damaged files were set aside: {', '.join(each.name for each in aside)}", "delete them when nobody needs them"
+    if not os.access(path, os.W_OK) or not os.access(settings.log_dir, os.W_OK):
+        yield FAIL, f"{path} is not writable by {getpass.getuser()}", f"chown {getpass.getuser()} {settings.log_dir}/*, or run the checker as the owner"
+
+
+def problem_of_file(path: Path) -> str:
+    """What SQLite finds wrong with the file on the disk, which stays as it is; empty if nothing."""
+    if path.is_dir():
+        return "is a folder"
     try:
-        store = Store.read_only(settings.log_dir)
-        result = store.execute("PRAGMA quick_check").fetchone()[0]
-        store.close()
+        # Read-only, also without the journal where none can be opened, such as on a read-only disk.
+        for mode in ("mode=ro", "immutable=1"):
+            try:
+                with contextlib.closing(sqlite3.connect(f"file:{path}?{mode}", uri=True, timeout=5)) as db:
+                    found = str(db.execute("PRAGMA integrity_check(3)").fetchone()[0])
+                    return "" if found == "ok" else found.replace("\n", "; ")
+            except sqlite3.OperationalError as error:
+                problem = str(error)
     except sqlite3.Error as error:
-        yield FAIL, f"{path} cannot be read: {error}", f"move it away; the next run creates a new one: mv {path} {path}.broken"
-        return
-    yield (FINE, f"{path} is intact ({path.stat().st_size / 2**20:.1f} MiB)", "") if result == "ok" else (FAIL, f"{path}: {result}", "")
+        problem = str(error)
+    return problem
 
 
 def _lock(settings: Settings) -> Iterator[Finding]:
@@ -130,6 +157,12 @@ def _clock(settings: Settings) -> Iterator[Finding]:
 
 
 def _env_file(settings: Settings) -> Iterator[Finding]:
+    try:
+        problem = settings_module.load_or_last_good()[1]
+    except SettingsError as error:
+        problem = str(error)
+    if problem:
+        yield FAIL, "the settings are invalid, and the last valid ones are in force", problem
     if not ENV_FILE.exists():
         yield NOTE, f"{ENV_FILE} does not exist; start.sh creates it", ""
     elif ENV_FILE.stat().st_mode & 0o077:

@@ -24,7 +24,7 @@ def main() -> None:
     texts = Texts(_language())
     st.set_page_config(page_icon=str(ICON), layout="centered")
     if "settings" not in st.session_state:
-        st.session_state["settings"] = settings_module.load()
+        st.session_state["settings"] = settings_module.kept()
     settings: Settings = st.session_state["settings"]
     controls.keep_values()
     key = settings.api_key.get_secret_value() if settings.api_key else None

@@ -96,6 +96,7 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
+    settings_module.keep(settings)  # for every visitor, so that a typo in .env stops nobody
     log.info("page address=http://%s:%d/ api=%s", settings.web_host, settings.web_port, settings.api_base_url)
     sys.argv = sys.argv[:1]
     _share_freed_memory()

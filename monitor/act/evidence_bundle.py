@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from monitor.observe import processes
+from monitor.observe.small_file import read_small
 from monitor.tell import report
 from monitor.tell.redaction import redact
 from settings import Settings
@@ -52,7 +53,7 @@ def save(settings: Settings, incident: str, part: str, evidence: dict[str, Any],
     put("runs.json", lambda: json.dumps(report.finite(runs), indent=1, ensure_ascii=False))
     put("log.txt", lambda: _tail(settings.log_dir / f"{part}.log"))
     if part == "api":
-        put("heartbeat.json", lambda: (settings.log_dir / "api.heartbeat.json").read_text(encoding="utf-8"))
+        put("heartbeat.json", lambda: read_small(settings.log_dir / "api.heartbeat.json"))
     if pid is not None:
         put("stacks.txt", lambda: stacks(settings.log_dir, pid))
         put("process.txt", lambda: _process(pid))
@@ -114,15 +115,17 @@ def _state(folder: Path) -> str:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        return read_small(path, FILE_LIMIT_BYTES)
     except OSError as error:
-        return f"({error.strerror})"
+        return f"({error.strerror or error})"
 
 
 def _tail(path: Path) -> str:
+    if not path.is_file():  # a pipe would hold the run
+        return ""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - FILE_LIMIT_BYTES))
-        return "\n".join(file.read().decode("utf-8", "replace").splitlines()[-LOG_LINES:])
+        return "\n".join(file.read(FILE_LIMIT_BYTES).decode("utf-8", "replace").splitlines()[-LOG_LINES:])
 
 
 def _keep_newest(root: Path) -> None:

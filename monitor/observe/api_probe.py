@@ -18,6 +18,7 @@ from monitor.observe import question
 from monitor.observe.http_exchange import (
     ConnectionHandle,
     Deadline,
+    bounded_lines,
     failed_reply,
     open_exchange,
     seconds_since,
@@ -91,7 +92,7 @@ def _read_answer(asked: question.Question, response: HTTPResponse, started: floa
         message = _error_message(response.read(65536), response.status)
         return Answer(kind, "rejected", seconds_since(started), response.status, expected, detail=message)
     text, first_s, gap_s, last = "", None, 0.0, started
-    for event in SSEClient(response).events():
+    for event in SSEClient(bounded_lines(response)).events():
         if event.data == "[DONE]":
             outcome = "right" if asked.is_right(text) else "wrong"
             return Answer(kind, outcome, seconds_since(started), 200, expected, text[:200], "", first_s, round(gap_s, 3))

@@ -74,7 +74,7 @@ def model_name(base_url: str, key: str) -> str:
     reply = exchange(f"{base_url}/v1/models", 2.0, headers={"Authorization": f"Bearer {key}"} if key else {})
     try:
         return str(json.loads(reply.body)["data"][0]["id"])
-    except (ValueError, KeyError, IndexError, TypeError):
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
         return ""
 
 

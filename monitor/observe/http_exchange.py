@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 CONNECT_LIMIT_S = 1.0
 BODY_LIMIT_BYTES = 2**20
+STREAM_LIMIT_BYTES = 8 * 2**20
+LINE_LIMIT_BYTES = 256 * 1024
 Result = TypeVar("Result")
 
 
@@ -54,7 +56,7 @@ class Reply:
         """The body if it is a JSON object, else None."""
         try:
             parsed = json.loads(self.body)
-        except ValueError:
+        except (ValueError, RecursionError):  # a body of brackets only
             return None
         return parsed if isinstance(parsed, dict) else None
 
@@ -100,7 +102,10 @@ def exchange(
     url: str, limit_s: float, method: str = "GET", body: bytes | None = None, headers: Mapping[str, str] | None = None,
     connect_s: float = CONNECT_LIMIT_S,
 ) -> Reply:  # fmt: skip
-    """Never raises for what a server or network does, and uses no proxy. Reads at most BODY_LIMIT_BYTES of the body."""
+    """Never raises for what a server or network does, and uses no proxy. A body of more than BODY_LIMIT_BYTES is a failure.
+
+    http.client limits each line of the head, and their number.
+    """
     handle = ConnectionHandle()
     timeout = Reply("silent", limit_s, detail=f"no answer within {limit_s:.1f} s")
 
@@ -108,7 +113,9 @@ def exchange(
         started = time.monotonic()
         try:
             with open_exchange(handle, url, limit_s, method, body, headers, connect_s) as response:
-                content = response.read(BODY_LIMIT_BYTES)
+                content = response.read(BODY_LIMIT_BYTES + 1)
+                if len(content) > BODY_LIMIT_BYTES:
+                    raise TooLong(f"the body has more than {BODY_LIMIT_BYTES} bytes")
                 return Reply("answered", seconds_since(started), response.status, content, headers=dict(response.headers.items()))
         except Exception as error:
             return failed_reply(error, started, limit_s)
@@ -141,6 +148,24 @@ def open_exchange(
         yield connection.getresponse()
     finally:
         connection.close()
+
+
+class TooLong(Exception):
+    """The server sends more than anything that it could mean."""
+
+
+def bounded_lines(
+    response: http.client.HTTPResponse, total_bytes: int = STREAM_LIMIT_BYTES, line_bytes: int = LINE_LIMIT_BYTES
+) -> Iterator[bytes]:
+    """The lines of a stream, with their ends. Raises TooLong past either limit; an HTTPResponse itself has none."""
+    left = total_bytes
+    while line := response.readline(min(line_bytes, left) + 1):
+        left -= len(line)
+        if len(line) > line_bytes:
+            raise TooLong(f"a line of the stream has more than {line_bytes} bytes")
+        if left < 0:
+            raise TooLong(f"the stream has more than {total_bytes} bytes")
+        yield line
 
 
 def failed_reply(error: Exception, started: float, limit_s: float) -> Reply:

@@ -43,6 +43,7 @@ from monitor.observe import (
     self_report,
 )
 from monitor.observe.http_exchange import Deadline
+from monitor.observe.small_file import read_small
 from settings import Settings
 
 HEALTH_LIMIT_S = 2.0
@@ -50,7 +51,6 @@ SECOND_LOOK_LIMIT_S = 5.0
 RESOLVE_LIMIT_S = 2.0
 GPU_LIMIT_S = 12.0  # two children of 4 s and the time to end them
 HEARTBEAT = "api.heartbeat.json"
-HEARTBEAT_LIMIT_BYTES = 2**20
 FUTURE_S = 1.0  # a heartbeat that is younger than now by more than rounding is not this process's
 
 
@@ -257,8 +257,7 @@ def _can_bind(address: str) -> bool:
 def read_heartbeat(log_dir: Path, record: processes.ProcessRecord | None, moment: Moment) -> Heartbeat | None:
     """The heartbeat of the recorded process; None if the file is missing or invalid, from another process or the future."""
     try:
-        with (log_dir / HEARTBEAT).open(encoding="utf-8") as file:
-            raw = json.loads(file.read(HEARTBEAT_LIMIT_BYTES))
+        raw = json.loads(read_small(log_dir / HEARTBEAT))
         same = record is None or (raw["pid"] == record.pid and raw["start_time"] == record.start_time)
         if not same or raw["boot_id"] != moment.boot_id:
             return None

@@ -17,6 +17,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from monitor.observe.small_file import read_small
+
 PROC = Path("/proc")
 BOOT_ID = PROC / "sys/kernel/random/boot_id"
 
@@ -115,7 +117,7 @@ def write_record(log_dir: Path, part: str, record: ProcessRecord) -> None:
 def read_record(log_dir: Path, part: str) -> ProcessRecord | None:
     """None if there is no pid file or it cannot be parsed. process_search.py finds the process in that case."""
     try:
-        raw = json.loads(record_path(log_dir, part).read_text(encoding="utf-8"))
+        raw = json.loads(read_small(record_path(log_dir, part)))
         return ProcessRecord(
             pid=int(raw["pid"]),
             start_time=int(raw["start_time"]),
@@ -125,7 +127,7 @@ def read_record(log_dir: Path, part: str) -> ProcessRecord | None:
             log_offset=int(raw.get("log_offset", 0)),
             code=str(raw.get("code", "")),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

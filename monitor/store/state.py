@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, TypeVar
 
 from monitor.judge import history, limiter, thresholds
 from monitor.judge.evidence import EngineProgress
@@ -14,6 +15,8 @@ from monitor.judge.traffic import TrafficLog
 from monitor.store.store import Store
 
 PARTS = {"api": "api", "page": "web"}  # target -> its name on start.sh's command line
+
+Part = TypeVar("Part")
 
 
 @dataclass
@@ -30,14 +33,15 @@ class CheckerState:
 
     @classmethod
     def load(cls, store: Store, boot_id: str) -> CheckerState:
+        """What cannot be understood is taken from the second copy, else begins anew."""
         return cls(
-            {target: history.from_dict(store.get(f"history:{target}", {})) for target in PARTS},
-            {target: limiter.from_dict(store.get(f"limiter:{target}", {})) for target in PARTS},
-            {name: thresholds.from_dict(raw) for name, raw in store.get("thresholds", {}).items()},
-            store.get("last", {}),
-            store.get("hold", {}),
-            EngineProgress.from_dict(store.get("foreign", {}), boot_id),
-            TrafficLog.from_dict(store.get("traffic", {})),
+            {target: _read(store, f"history:{target}", history.from_dict) for target in PARTS},
+            {target: _read(store, f"limiter:{target}", limiter.from_dict) for target in PARTS},
+            _read(store, "thresholds", lambda raw: {name: thresholds.from_dict(each) for name, each in raw.items()}),
+            _read(store, "last", _numbers),
+            _read(store, "hold", _holds),
+            _read(store, "foreign", lambda raw: EngineProgress.from_dict(raw, boot_id)),
+            _read(store, "traffic", TrafficLog.from_dict),
         )
 
     def save(self, store: Store) -> None:
@@ -53,3 +57,48 @@ class CheckerState:
         store.put("hold", self.holds)
         store.put("foreign", self.external_engine.to_dict())
         store.put("traffic", self.traffic.to_dict())
+
+
+def _read(store: Store, name: str, parse: Callable[[Any], Part]) -> Part:
+    for source, raw in (("store", store.get(name)), ("copy", store.get_copy(name))):
+        if not raw:  # never written, or not JSON
+            continue
+        try:
+            found = parse(raw)
+            _check_types(found)
+            if source == "copy":
+                store.note_unreadable(name)
+            return found
+        except (ValueError, TypeError, KeyError, AttributeError, AssertionError):
+            store.note_unreadable(name)
+    return parse({})
+
+
+def _check_types(value: object) -> None:
+    """Raises TypeError for a field of another type than it is declared with: dataclasses do not check."""
+    if isinstance(value, dict):
+        for each in value.values():
+            _check_types(each)
+    if not is_dataclass(value):
+        return
+    types: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "bool": bool}
+    for each in fields(value):
+        found, declared = getattr(value, each.name), str(each.type).split(" | ")
+        expected = types.get(declared[0])
+        if expected and not isinstance(found, expected) and not (found is None and "None" in declared):
+            raise TypeError(f"{each.name} is {type(found).__name__}, not {each.type}")
+        _check_types(found)
+
+
+def _numbers(raw: dict[str, Any]) -> dict[str, Any]:
+    """The facts of the previous run: numbers, true or false, or text, but for what is nested."""
+    if not isinstance(raw.get("runs", 0), int) or not isinstance(raw.get("asked_at", 0), int | float):
+        raise TypeError("the number of runs")
+    return dict(raw)
+
+
+def _holds(raw: dict[str, Any]) -> Holds:
+    for hold in raw.values():
+        if not isinstance(hold["from"], int | float) or not isinstance(hold["until"], int | float | None):
+            raise TypeError("the time of a hold")
+    return dict(raw)

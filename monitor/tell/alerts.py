@@ -132,10 +132,14 @@ def _reminder(incident: Incident | None, now: float) -> dict[str, Any] | None:
 
 
 def _warning(item: Mapping[str, Any]) -> dict[str, Any]:
+    if item["mean"] is None:  # a fact about the checker, without a reading
+        now_en = now_zh = ""
+    else:
+        now_en, now_zh = f" Now {item['mean']}.", f"当前 {item['mean']}。"
     state_en, state_zh = ("Warning", "警告") if item["began"] else ("Resolved", "警告解除")
     return {
         "kind": "fire" if item["began"] else "resolve", "severity": "warn", "incident": f"warning-{item['name']}",
-        "en": f"{state_en}: {item['en']} Now {item['mean']}.", "zh": f"{state_zh}：{item['zh']}当前 {item['mean']}。",
+        "en": f"{state_en}: {item['en']}{now_en}", "zh": f"{state_zh}：{item['zh']}{now_zh}",
     }  # fmt: skip
 
 

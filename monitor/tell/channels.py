@@ -28,6 +28,7 @@ from monitor.observe.http_exchange import Reply, exchange
 from settings import Settings
 
 LIMIT_S = 5.0
+REPLIES_LIMIT_BYTES = 2**20
 TEXT_LIMIT_BYTES = 3800  # WeCom accepts 4096, DingTalk 20000
 TITLE = "GLM-4.6V-Flash-WEB"
 
@@ -171,13 +172,41 @@ class Mail:
     @staticmethod
     def _connect(scheme: str, host: str, port: int | None) -> smtplib.SMTP:
         if scheme == "smtps":
-            return smtplib.SMTP_SSL(host, port or 465, timeout=LIMIT_S, context=ssl.create_default_context())
-        server = smtplib.SMTP(host, port or 25, timeout=LIMIT_S)
+            return _SmtpSsl(host, port or 465, timeout=LIMIT_S, context=ssl.create_default_context())
+        server = _Smtp(host, port or 25, timeout=LIMIT_S)
         server.ehlo()
         if server.has_extn("starttls"):
             server.starttls(context=ssl.create_default_context())
             server.ehlo()
         return server
+
+
+class _BoundedReplies:
+    """What a mail server sends, up to REPLIES_LIMIT_BYTES; smtplib limits only the length of a line, not their number."""
+
+    def __init__(self, replies: Any) -> None:
+        self._replies, self._left = replies, REPLIES_LIMIT_BYTES
+
+    def readline(self, limit: int) -> bytes:
+        line: bytes = self._replies.readline(limit)
+        self._left -= len(line)
+        if self._left < 0:
+            raise OSError(f"the mail server sends more than {REPLIES_LIMIT_BYTES} bytes")
+        return line
+
+    def close(self) -> None:
+        self._replies.close()
+
+
+class _Smtp(smtplib.SMTP):
+    def getreply(self) -> tuple[int, bytes]:
+        if self.file is None and self.sock is not None:
+            self.file = _BoundedReplies(self.sock.makefile("rb"))
+        return super().getreply()
+
+
+class _SmtpSsl(smtplib.SMTP_SSL):
+    getreply = _Smtp.getreply
 
 
 def _post(url: str, body: Mapping[str, Any]) -> Reply:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import sys
 import time
@@ -10,7 +11,7 @@ from datetime import datetime
 from typing import Any
 
 from monitor.judge.verdict import SERVING
-from monitor.store.store import Store
+from monitor.store.store import FILE_NAME, Store
 from monitor.tell.report import to_json
 from settings import Settings
 
@@ -60,18 +61,36 @@ def availability(store: Store, since: float, now: float, period_s: float) -> dic
             for word, number in words.items():
                 kept[word] = kept.get(word, 0) + number
     first = store.execute("SELECT MIN(start) FROM rollups WHERE span = ? AND start >= ?", span, since).fetchone()[0]
-    expected = max(1.0, (now - (first if first is not None else now)) / period_s)
+    first_run = store.execute("SELECT MIN(at) FROM runs WHERE at >= ?", since).fetchone()[0]
+    # A roll-up begins with its minute or hour, the first run perhaps later.
+    begin = max((at for at in (first, first_run if first_run and first and first_run - first < 3600 else None) if at), default=now)
+    seen_s = min(seen * period_s, max(0.0, now - begin))
     found: dict[str, dict[str, Any]] = {}
     for target, words in counts.items():
         judged = sum(number for word, number in words.items() if word != "unknown")
         served = sum(words.get(word, 0) for word in SERVING)
         share = served / judged if judged else None
-        looked = min(1.0, seen / expected)
+        looked = min(1.0, seen_s / max(1.0, now - since))
         busy = words.get("busy", 0)
-        text = f"{100 * share:.2f} % served" if share is not None else "no data"
-        text += f" in {judged} runs ({busy} busy); checked {100 * looked:.0f} % of the time since {_when(first or now)}"
-        found[target] = {"share": share, "looks": judged, "busy": busy, "words": words, "looked_share": looked, "text": text}
+        text = f"{rounded_down(share)} % served of the {lasted(seen_s)} seen" if share is not None else "no data"
+        text += f" ({judged} runs, {busy} busy); seen: {rounded_down(looked)} % of the last {lasted(now - since)}"
+        found[target] = {
+            "share": share, "looks": judged, "busy": busy, "words": words, "seen_s": round(seen_s, 1), "looked_share": looked, "text": text,
+        }  # fmt: skip
     return found
+
+
+def rounded_down(share: float) -> str:
+    """In percent, so that 99.996 % is not shown as 100 %, and nine seconds of a day not as 0 %."""
+    percent = int(share * 10_000 + 1e-9) / 100
+    return f"{percent:g}" if percent or not share else "under 0.01"
+
+
+def lasted(seconds: float) -> str:
+    for unit, name in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
+        if seconds >= 2 * unit - 1e-6:
+            return f"{seconds / unit:.3g} {name}"
+    return f"{seconds:.0f} s"
 
 
 def show_incident(settings: Settings, name: str | None) -> int:
@@ -118,13 +137,18 @@ def _incident_line(row: Mapping[str, Any]) -> str:
 
 
 def _open(settings: Settings) -> Store | None:
+    path = settings.log_dir / FILE_NAME
+    if not os.path.lexists(path):
+        print(f"No history yet: {path} does not exist. Run health_check.py once.", file=sys.stderr)
+        return None
     try:
         store = Store.read_only(settings.log_dir)
-        store.get("version")
+        store.check_pages()
         return store
-    except sqlite3.Error as error:
-        print(f"No history yet: {error}. Run health_check.py once.", file=sys.stderr)
-        return None
+    except (sqlite3.Error, OSError) as error:
+        salvaged = Store.salvaged(settings.log_dir)
+        print(f"{salvaged.lost} ({error}). This is what can be read of it:", file=sys.stderr)
+        return salvaged
 
 
 def _when(at: float) -> str:

@@ -14,11 +14,13 @@ import time
 from datetime import datetime
 from typing import Any
 
+from monitor.observe.small_file import read_small
 from monitor.store.store import Store, fallback_path
 from monitor.tell import report
 from settings import Settings
 
 GOOD, BAD = 0, 1
+REPORT_LIMIT_BYTES = 16 * 2**20
 MARKS = {"healthy": "ok", "busy": "ok", "starting": "..", "degraded": " !", "unknown": " ?"}
 
 
@@ -30,7 +32,7 @@ def read(settings: Settings) -> tuple[dict[str, Any] | None, float]:
             known = read_last(settings)
             if known is not None:
                 found.append((datetime.fromisoformat(known["timestamp"]).timestamp(), known))
-        except (OSError, ValueError, KeyError, TypeError, sqlite3.Error):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, sqlite3.Error):
             continue
     if not found:
         return None, 0.0
@@ -39,7 +41,7 @@ def read(settings: Settings) -> tuple[dict[str, Any] | None, float]:
 
 
 def _from_file(settings: Settings) -> dict[str, Any]:
-    return dict(json.loads((settings.log_dir / report.FILE_NAME).read_text(encoding="utf-8")))
+    return dict(json.loads(read_small(settings.log_dir / report.FILE_NAME, REPORT_LIMIT_BYTES)))
 
 
 def _from_memory(settings: Settings) -> dict[str, Any] | None:
@@ -76,7 +78,8 @@ def lines(found: dict[str, Any], age_s: float, settings: Settings) -> list[str]:
         if target.get("circuit_open"):
             out.append(f"          circuit open: {target['circuit_open']}; health_check.py reset --reason WHY")
     for warning in found.get("warnings", ()):
-        out.append(f"  ! {warning['en']} Now {warning['mean']}.")
+        now = "" if warning["mean"] is None else f" Now {warning['mean']}."
+        out.append(f"  ! {warning['en']}{now}")
     check = found.get("check", {})
     if check.get("hold"):
         out.append(f"    no restarts: {check['hold']}")

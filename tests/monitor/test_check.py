@@ -225,7 +225,8 @@ def test_the_page_is_probed_through_the_reverse_proxy(service, behaviour, descri
 def test_a_disk_that_refuses_the_store_does_not_repeat_alerts(service, behaviour, make_settings):
     """The runs share a store in memory, so the incident is opened once."""
     settings = make_settings(1, web_port=service, webhook_url=f"http://127.0.0.1:{service}/v1/chat/completions")
-    (settings.log_dir / "state.db").mkdir(parents=True)
+    settings.log_dir.mkdir(parents=True)
+    (settings.log_dir / "state.db").symlink_to("missing/state.db")
     write_record(settings.log_dir, "api", ProcessRecord(4_000_000, 1, 1, boot_id()))
 
     reports = [run_check(settings, random.Random(seed)) for seed in range(3)]

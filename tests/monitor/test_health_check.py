@@ -113,6 +113,7 @@ def test_a_closed_pipe_causes_no_traceback(copy, tmp_path):
 
 def test_invalid_settings_give_an_unknown_verdict(copy, tmp_path):
     (copy / ".env").write_text("GLM_API_PROT=1\n")
+    (copy / "logs" / "last-good.env").unlink(missing_ok=True)
 
     done = run(sys.executable, copy / "health_check.py", {}, tmp_path)
 

@@ -19,6 +19,9 @@ import requests
 from web.api_client.client import ApiClient, ApiError, classify_error, error_of_response, shut_down
 
 LOADING_TIMEOUT_S = 900.0  # enough for a 9B model on a slow disk
+LINE_LIMIT_BYTES = 4 * 2**20
+STREAM_LIMIT_BYTES = 256 * 2**20  # an hour of heartbeats and the longest answer are less
+WAITING_EVENTS = 10_000
 LOADING_RETRY_S = 2.0  # the longest wait before a retry, so that the page's progress stays current
 
 
@@ -100,7 +103,7 @@ class AnswerStream:
     def __init__(self, client: ApiClient, body: dict[str, Any]) -> None:
         self._client = client
         self._body = {**body, "stream": True, "stream_options": {"include_usage": True}}
-        self._arrived: queue.SimpleQueue[Event | ApiError | None] = queue.SimpleQueue()
+        self._arrived: queue.Queue[Event | ApiError | None] = queue.Queue(WAITING_EVENTS)
         self._closed = threading.Event()
         self._response: requests.Response | None = None
         self._lock = threading.Lock()
@@ -152,11 +155,20 @@ class AnswerStream:
             if response is not None:
                 self._read(response)
         except ApiError as error:
-            self._arrived.put(error)
+            self._deliver(error)
         except Exception as error:  # whatever fails, the page must not wait forever
-            self._arrived.put(ApiError("broken", type(error).__name__))
+            self._deliver(ApiError("broken", type(error).__name__))
         finally:
-            self._arrived.put(None)
+            self._deliver(None)
+
+    def _deliver(self, item: Event | ApiError | None) -> None:
+        """Waits while the page is behind, until the stream is closed."""
+        while True:
+            try:
+                return self._arrived.put(item, timeout=0.2)
+            except queue.Full:
+                if self._closed.is_set():
+                    return
 
     def _open(self) -> requests.Response | None:
         """The response to read, None if the stream was closed meanwhile. Raises ApiError."""
@@ -179,23 +191,26 @@ class AnswerStream:
             response.close()
             if error.kind != "loading" or time.monotonic() > deadline:
                 raise error
-            self._arrived.put(Loading(self._client.health().progress))
+            self._deliver(Loading(self._client.health().progress))
             self._closed.wait(min(error.retry_after_s or LOADING_RETRY_S, LOADING_RETRY_S))
         return None
 
     def _read(self, response: requests.Response) -> None:
         request_id = response.headers.get("x-request-id", "")
         reader = EventReader(request_id)
-        rest = b""
+        rest, total = b"", 0
         try:
             while not self._closed.is_set() and not reader.done:
                 received = response.raw.read1(65536)
                 if not received:
                     break
                 *lines, rest = (rest + received).split(b"\n")
+                total += len(received)
+                if len(rest) > LINE_LIMIT_BYTES or total > STREAM_LIMIT_BYTES:
+                    raise ApiError("broken", "the answer is longer than any answer can be", request_id)
                 for line in lines:
                     for event in reader.read(line.decode("utf-8", "replace").rstrip("\r")):
-                        self._arrived.put(event)
+                        self._deliver(event)
         except ApiError:
             raise
         except Exception as error:  # urllib3, http.client and ssl raise errors of their own for a lost connection
@@ -239,7 +254,7 @@ class EventReader:
             return
         try:
             chunk = json.loads(data)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ApiError("broken", request_id=self.request_id) from None
         if isinstance(chunk, dict):
             yield from self._chunk(chunk)

@@ -15,6 +15,7 @@ import requests
 
 CONNECT_TIMEOUT_S = 4.0
 STATUS_DEADLINE_S = 3.0  # for /health, /info and /metrics, which never wait for the model
+BODY_LIMIT_BYTES = 4 * 2**20
 SILENCE_S = 60.0  # the API sends a heartbeat every second; longer silence means that it hangs
 
 READY_STATES = ("idle", "busy")
@@ -120,10 +121,10 @@ class ApiClient:
             deadline = threading.Timer(STATUS_DEADLINE_S, shut_down, [response])
             deadline.start()
             try:
-                response.content  # noqa: B018  read into the response
+                read_bounded(response)
             finally:
                 deadline.cancel()
-        except requests.RequestException:
+        except (requests.RequestException, TooLong):
             return None
         return response
 
@@ -135,6 +136,22 @@ class ApiClient:
         return session
 
 
+class TooLong(Exception):
+    """The API sends more than any of its answers has."""
+
+
+def read_bounded(response: requests.Response) -> None:
+    """Read the body into the response. Raises TooLong above BODY_LIMIT_BYTES, RequestException as `content` does."""
+    parts, size = [], 0
+    for part in response.iter_content(65536):
+        parts.append(part)
+        size += len(part)
+        if size > BODY_LIMIT_BYTES:
+            response.close()
+            raise TooLong(f"the body has more than {BODY_LIMIT_BYTES} bytes")
+    response._content = b"".join(parts)
+
+
 def shut_down(response: requests.Response) -> None:
     """End a blocked read of the response, from any thread."""
     # It may have been read to its end, or closed by the other side, at this moment.
@@ -143,8 +160,12 @@ def shut_down(response: requests.Response) -> None:
 
 
 def error_of_response(response: requests.Response) -> ApiError:
-    """The ApiError for a response with an error status."""
-    error = _json_object(response).get("error")
+    """The ApiError for a response with an error status. Reads its body."""
+    try:
+        read_bounded(response)
+        error = _json_object(response).get("error")
+    except (requests.RequestException, TooLong):
+        error = None
     headers = response.headers
     return classify_error(
         response.status_code,
@@ -182,7 +203,7 @@ def _json_object(response: requests.Response | None) -> dict[str, Any]:
     """Empty for anything but a JSON object."""
     try:
         body = response.json() if response is not None else {}
-    except (ValueError, requests.RequestException):
+    except (ValueError, RecursionError, requests.RequestException):
         return {}
     return body if isinstance(body, dict) else {}
 

@@ -296,6 +296,8 @@ class ChatRun:
     def show_notices(self) -> None:
         for notice in self._chat.notices:
             st.warning(notice, icon=":material/image_not_supported:")
+        if self._chats.replaced:
+            st.warning(self._texts("chat.replaced"), icon=":material/healing:")
         if self._chats.failed and self._chat.conversation.turns:
             st.warning(self._texts("chat.unsaved"), icon=":material/save:")
 

@@ -14,10 +14,18 @@ State = Literal["up", "busy", "degraded", "starting", "down", "unknown", "none"]
 # The checker's verdicts, reduced to what the console colours.
 STATES: dict[str, State] = {
     "healthy": "up", "busy": "busy", "degraded": "degraded", "starting": "starting", "unknown": "unknown",
-    "broken": "down", "corrupt": "down", "wedged": "down", "zombie": "down", "hardware": "down", "dead": "down",
+    "broken": "down", "wedged": "down", "zombie": "down", "hardware": "down", "dead": "down", "corrupt": "down",
 }  # fmt: skip
 WORST_LAST: tuple[State, ...] = ("none", "up", "busy", "unknown", "starting", "degraded", "down")
 UP: tuple[State, ...] = ("up", "busy", "degraded")
+# What the checker does, in words; the rungs of its cure first.
+ACTIONS = {
+    "drop-caches": {"en": "dropped the caches", "zh": "清空缓存"},
+    "reload-weights": {"en": "loaded the weights again", "zh": "重新加载权重"},
+    "restart": {"en": "restart", "zh": "重启"},
+    "hold": {"en": "no restart", "zh": "未重启"},
+    "shadow": {"en": "would restart", "zh": "本应重启"},
+}
 STALE_PERIODS = 2.0
 BARS, BAR_S = 96, 900.0
 GAP_WIDTHS = 2.5  # a longer gap between two points, in widths of an interval, breaks the line
@@ -73,14 +81,20 @@ def _began(runs: Sequence[Mapping[str, Any]], flips: Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Uptime:
-    """`share`: of the checks that found it serving; `coverage`: of the time that was checked at all. Both 0 to 1."""
+    """`share`: of the checks that found it serving; `coverage`: of the time that was checked at all. Both 0 to 1.
+
+    `seen_s`: that time, in seconds.
+    """
 
     share: float | None
     coverage: float
+    seen_s: float = 0.0
 
 
-def uptime(rollups: Sequence[Mapping[str, Any]], target: str, width_s: float, span_s: float, now: float) -> Uptime:
-    """From roll-ups of `width_s` each. Checks with the verdict unknown do not count."""
+def uptime(
+    rollups: Sequence[Mapping[str, Any]], target: str, width_s: float, span_s: float, now: float, period_s: float = 60.0
+) -> Uptime:
+    """From roll-ups of `width_s` each. Checks with the verdict unknown do not count. A check sees `period_s` at most."""
     up = down = 0
     covered_s = 0.0
     for row in rollups:
@@ -89,11 +103,11 @@ def uptime(rollups: Sequence[Mapping[str, Any]], target: str, width_s: float, sp
         counts = (row["words"] or {}).get(target)
         if not counts:
             continue
-        covered_s += min(width_s, now - row["start"])
+        covered_s += min(width_s, period_s * sum(counts.values()), max(0.0, now - row["start"]))
         up += sum(runs for word, runs in counts.items() if state_of(word) in UP)
         down += sum(runs for word, runs in counts.items() if state_of(word) in ("down", "starting"))
     share = up / (up + down) if up + down else None
-    return Uptime(share, min(1.0, covered_s / span_s))
+    return Uptime(share, min(1.0, covered_s / span_s), covered_s)
 
 
 @dataclass(frozen=True)
@@ -197,8 +211,10 @@ def timeline(
             events.append(TimelineEvent(flip["at"], "flip", {"en": change + flip["en"], "zh": change + flip["zh"]}))
     for action in actions:
         if action["incident"] == incident["id"]:
-            description = f"{action['kind']} ({action['actor']}): {action['outcome']}. {action['detail']}".strip()
-            events.append(TimelineEvent(action["at"], "action", {"en": description, "zh": description}))
+            kinds = ACTIONS.get(action["kind"], {})
+            rest = f" ({action['actor']}): {action['outcome']}. {action['detail']}".rstrip()
+            description = {language: kinds.get(language, action["kind"]) + rest for language in ("en", "zh")}
+            events.append(TimelineEvent(action["at"], "action", description))
     for message in messages:
         if message["incident"] == incident["id"]:
             kind = "alert_sent" if message["sent_at"] else "alert_waits"

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from monitor.store.store import Store
+from monitor.store.salvage import is_damage
+from monitor.store.store import FILE_NAME, Store
 
 DAY_S = 86400.0
 MONTH_S = 30 * DAY_S
@@ -41,22 +42,31 @@ class History:
 
 
 def read(log_dir: Path, now: float) -> History:
-    """Raises HistoryUnavailable."""
+    """What can be read, if the store is damaged. Raises HistoryUnavailable."""
     try:
-        with closing(Store.read_only(log_dir)) as store:
-            return History(
-                store.runs(now - DAY_S, RUNS),
-                store.rollups("minute", now - DAY_S),
-                store.rollups("hour", now - MONTH_S),
-                store.flips(now - MONTH_S),
-                store.incidents(now - MONTH_S),
-                store.actions(now - MONTH_S),
-                store.requests(),
-                store.rows(MESSAGES, now - MONTH_S),
-                store.last_report() or {},
-            )
-    except (sqlite3.Error, ValueError) as error:
+        return _read(Store.read_only(log_dir), now)
+    except (sqlite3.DatabaseError, ValueError, TypeError) as error:
+        if not is_damage(error, log_dir / FILE_NAME) and isinstance(error, sqlite3.Error):
+            raise HistoryUnavailable(str(error)) from None
+    try:
+        return _read(Store.salvaged(log_dir), now)
+    except (sqlite3.Error, OSError, ValueError, TypeError) as error:
         raise HistoryUnavailable(str(error)) from None
+
+
+def _read(opened: Store, now: float) -> History:
+    with closing(opened) as store:
+        return History(
+            store.runs(now - DAY_S, RUNS),
+            store.rollups("minute", now - DAY_S),
+            store.rollups("hour", now - MONTH_S),
+            store.flips(now - MONTH_S),
+            store.incidents(now - MONTH_S),
+            store.actions(now - MONTH_S),
+            store.requests(),
+            store.rows(MESSAGES, now - MONTH_S),
+            store.last_report() or {},
+        )
 
 
 def add_request(log_dir: Path, actor: str, kind: str, target: str, arguments: Mapping[str, Any]) -> int:

@@ -37,6 +37,7 @@ ICONS = {
     "none": ":material/sensors_off:",
 }  # fmt: skip
 FIGURES_PER_ROW = 3
+CHECKER_NOTICES = ("settings", "store")
 SHOWN_INCIDENTS = 20
 SHOWN_EVIDENCE_BYTES = 64 * 1024
 
@@ -67,10 +68,11 @@ def _live(client: ApiClient, settings: Settings, texts: Texts, zone: tzinfo) -> 
     _show_state(current, {**info, **health}, history.report, texts, zone, now)
     if notice:
         st.success(notice, icon=":material/outgoing_mail:")
+    _show_notices(history.report, texts)
     if not history.runs and not history.hours:
         st.info(texts("console.no_history"), icon=":material/schedule:")
         return
-    _show_figures(history, health, metrics, texts, now)
+    _show_figures(history, health, metrics, settings.check_period_s, texts, now)
     _show_bars(history, texts, now)
     _show_trends(history, settings, texts, now)
     _show_incidents(history, settings, texts, zone, now)
@@ -133,6 +135,32 @@ def _show_state(
         target, word = texts(target_key(reason["target"])), _word(reason["word"], texts)
         st.markdown(f"**{target}: {word}** — {escaped(reason[texts.language])}")
     st.caption(_service_line(service, report, texts))
+    if baseline := baseline_line(service.get("health_baseline"), texts, zone, now):
+        st.caption(baseline)
+
+
+def _show_notices(report: dict[str, Any], texts: Texts) -> None:
+    """What the last check says of itself: invalid settings, a store that it had to replace."""
+    for warning in report.get("warnings") or ():
+        if isinstance(warning, dict) and warning.get("name") in CHECKER_NOTICES:
+            st.warning(escaped(str(warning.get(texts.language) or "")), icon=":material/build:")
+
+
+def baseline_line(baseline: object, texts: Texts, zone: tzinfo, now: float) -> str:
+    """How many of the checker's questions this model answered rightly after its first start; empty if it is unknown."""
+    kinds = baseline.get("kinds") if isinstance(baseline, dict) else None
+    if not isinstance(baseline, dict) or not isinstance(kinds, dict):
+        return ""
+    parts = []
+    for kind, counts in kinds.items():
+        if isinstance(counts, dict) and isinstance(counts.get("asked"), int) and isinstance(counts.get("right"), int):
+            name = texts(f"question.{kind}") if f"question.{kind}" in TABLE else escaped(str(kind))
+            parts.append(texts("console.baseline_kind", kind=name, right=counts["right"], asked=counts["asked"]))
+    if not parts:
+        return ""
+    taken = baseline.get("taken_at")
+    at = format_time(taken, zone, now) if isinstance(taken, int | float) else "?"
+    return texts("console.baseline", at=at, kinds=", ".join(parts))
 
 
 def _service_line(service: dict[str, Any], report: dict[str, Any], texts: Texts) -> str:
@@ -175,14 +203,20 @@ def target_key(target: str) -> str:
 # Figures, bars, trends.
 
 
-def _show_figures(history: History, health: dict[str, Any], metrics: ApiMetrics, texts: Texts, now: float) -> None:
+def _show_figures(
+    history: History, health: dict[str, Any], metrics: ApiMetrics, period_s: float, texts: Texts, now: float
+) -> None:
     spans = (("24h", history.minutes, 60.0, DAY_S), ("7d", history.hours, 3600.0, 7 * DAY_S), ("30d", history.hours, 3600.0, 30 * DAY_S))
     figures: list[tuple[str, str, str | None]] = []
+    seen: dict[str, str] = {}
     for name, rows, width_s, span_s in spans:
-        uptime = check_history.uptime(rows, "api", width_s, span_s, now)
+        uptime = check_history.uptime(rows, "api", width_s, span_s, now, period_s)
         share = "–" if uptime.share is None else f"{percent_rounded_down(uptime.share)} %"
-        help = texts("figure.coverage", share=f"{100 * uptime.coverage:.0f}")
-        figures.append((texts(f"figure.uptime_{name}"), share, help))
+        label = texts(f"figure.uptime_{name}")
+        covered = percent_rounded_down(uptime.coverage) if uptime.coverage >= 0.0001 else "< 0.01"
+        if uptime.seen_s:
+            seen[label] = texts("figure.seen", span=format_duration(uptime.seen_s, texts), share=covered)
+        figures.append((label, share, texts("figure.coverage", share=covered if uptime.seen_s else "0")))
     ttfts = [(run["readings"] or {}).get("first_token_s") for run in history.runs]
     p95 = check_history.percentile(ttfts, 0.95)
     figures.append((texts("figure.first_word"), "–" if p95 is None else f"{p95:.2f} s", texts("figure.first_word_help")))
@@ -198,7 +232,7 @@ def _show_figures(history: History, health: dict[str, Any], metrics: ApiMetrics,
     for start in range(0, len(figures), FIGURES_PER_ROW):
         with st.container(horizontal=True):  # wraps again on a phone
             for label, value, tooltip in figures[start : start + FIGURES_PER_ROW]:
-                st.metric(label, value, border=True, help=tooltip)
+                st.metric(label, value, seen.get(label), delta_color="off", delta_arrow="off", border=True, help=tooltip)
 
 
 def percent_rounded_down(share: float) -> str:

@@ -7,9 +7,11 @@ transaction.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +21,8 @@ from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from monitor.store import steady_time
+from monitor.store.salvage import is_damage, salvage, set_aside
 from web.history.conversation import Conversation, Turn
 from web.images.attached_image import AttachedImage, data_url
 
@@ -26,6 +30,7 @@ FILE_NAME = "chats.db"
 LIST_LENGTH = 100
 DAY_S = 86400
 BUSY_S = 5.0
+SALVAGE_S = 60.0
 SAVE_EVERY_S = 1.0  # while an answer streams; a killed process loses at most this much of it
 VERSION = 1
 
@@ -44,6 +49,7 @@ CREATE TABLE IF NOT EXISTS chat_pictures (
 );
 CREATE INDEX IF NOT EXISTS chats_of_a_picture ON chat_pictures (sha);
 CREATE TABLE IF NOT EXISTS picture_bytes (sha TEXT PRIMARY KEY, data BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
 
 T = TypeVar("T")
@@ -56,6 +62,10 @@ _IMAGE = TypeAdapter(AttachedImage)
 
 class StoreError(Exception):
     """The chat could not be saved or read: a full disk, missing permissions, a damaged file."""
+
+
+class StoreReplacedError(StoreError):
+    """The file was damaged and is replaced by a new one with what could be read; the call may be repeated."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +84,19 @@ class ChatStore:
         """Creates the file and deletes old chats."""
         self._path = path
         self._keep_days = keep_days
+        self._replacing = threading.Lock()
+        self.replaced_at: float | None = None  # CLOCK_MONOTONIC
+        try:
+            self._create()
+        except StoreReplacedError:
+            self._create()
+        self.delete_old(time.time())
+
+    def _create(self) -> None:
+        path = self._path
+        if path.is_dir():
+            with _as_store_error():
+                set_aside(path, time.time())
         with _as_store_error():
             path.parent.mkdir(parents=True, exist_ok=True)
             # Created before SQLite opens it, so that only this user can read it and its journal.
@@ -82,7 +105,6 @@ class ChatStore:
             db.execute("PRAGMA journal_mode = WAL")
             db.executescript(TABLES)
             db.execute(f"PRAGMA user_version = {VERSION}")
-        self.delete_old(time.time())
 
     def summaries(self, visitor: str) -> list[ChatSummary]:
         """The visitor's chats, most recently used first."""
@@ -152,17 +174,26 @@ class ChatStore:
             raise StoreError(f"the bytes of {image.name} are missing")
         return bytes(row[0])
 
-    def delete_old(self, now: float) -> None:
-        """Delete chats that were not used for `keep_days`. `now`: Unix time in seconds."""
+    def delete_old(self, wall: float, monotonic: float | None = None) -> None:
+        """Delete chats that were not used for `keep_days`. `wall`: Unix time in seconds, which alone deletes nothing."""
         with self._connection() as db:
+            row = db.execute("SELECT value FROM facts WHERE name = 'steady_time'").fetchone()
+            newest = db.execute("SELECT MAX(updated) FROM chats").fetchone()[0]
+            record = json.loads(row[0]) if row else {"at": newest} if newest else {}
+            steady = steady_time.advance(record, wall, monotonic)
+            db.execute("INSERT OR REPLACE INTO facts VALUES ('steady_time', ?)", (json.dumps(steady),))
+            now = steady["at"]
             deleted = db.execute("DELETE FROM chats WHERE updated < ?", (now - self._keep_days * DAY_S,)).rowcount
             if deleted:
                 _drop_unused_images(db)
 
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
-        """One transaction. Raises StoreError for any error of SQLite."""
+        """One transaction. Raises StoreError for any error of SQLite, StoreReplacedError for a damaged file."""
         with _as_store_error():
+            opened = _identity(self._path)
+            if self._path.is_dir():
+                self._replace(opened, sqlite3.DatabaseError("a folder is in its place"))
             db = sqlite3.connect(self._path, timeout=BUSY_S)
             try:
                 db.execute("PRAGMA foreign_keys = ON")
@@ -170,8 +201,34 @@ class ChatStore:
                 db.execute("PRAGMA secure_delete = ON")  # deleted images are overwritten with zeros
                 with db:
                     yield db
+            except sqlite3.Error as error:
+                db.close()
+                if not is_damage(error, self._path):
+                    raise
+                self._replace(opened, error)
             finally:
                 db.close()
+
+    def _replace(self, damaged: tuple[int, int], error: sqlite3.Error) -> None:
+        """Sets the damaged file aside and salvages its rows into a new one. Raises StoreReplacedError, sqlite3.Error, OSError."""
+        with self._replacing:
+            if _identity(self._path) == damaged:  # else another thread has replaced it
+                aside = set_aside(self._path, time.time())
+                os.close(os.open(self._path, os.O_CREAT | os.O_RDWR, 0o600))
+                new = sqlite3.connect(self._path, timeout=BUSY_S)
+                try:
+                    new.execute("PRAGMA journal_mode = WAL")
+                    new.executescript(TABLES)
+                    rows = salvage(aside, new, SALVAGE_S)
+                    for table in ("turns", "chat_pictures"):
+                        new.execute(f"DELETE FROM {table} WHERE chat NOT IN (SELECT id FROM chats)")
+                    new.execute(f"PRAGMA user_version = {VERSION}")
+                    new.commit()
+                finally:
+                    new.close()
+                self.replaced_at = time.monotonic()
+                log.error("event=chats_salvaged reason=%r aside=%s rows=%s", str(error), aside.name, rows)
+        raise StoreReplacedError(str(error))
 
 
 class VisitorChats:
@@ -185,6 +242,12 @@ class VisitorChats:
         self._visitor = visitor
         self._saved_at = 0.0
         self.failed = store is None
+
+    @property
+    def replaced(self) -> bool:
+        """A damaged file was replaced within the last day; some chats may be missing."""
+        at = self._store.replaced_at if self._store else None
+        return at is not None and time.monotonic() - at < DAY_S
 
     def summaries(self) -> list[ChatSummary]:
         return self._try(lambda store: store.summaries(self._visitor)) or []
@@ -228,7 +291,10 @@ class VisitorChats:
         if self._store is None:
             return None
         try:
-            result = access(self._store)
+            try:
+                result = access(self._store)
+            except StoreReplacedError:
+                result = access(self._store)
         except StoreError as error:
             if not self.failed:
                 log.warning("event=chat_not_kept reason=%r", str(error))
@@ -244,6 +310,11 @@ def _as_store_error() -> Iterator[None]:
         yield
     except (sqlite3.Error, OSError) as error:
         raise StoreError(str(error)) from None
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_dev, found.st_ino
 
 
 def _drop_unused_images(db: sqlite3.Connection) -> None:

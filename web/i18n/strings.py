@@ -149,6 +149,10 @@ TABLE: dict[str, dict[str, str]] = {
         "en": "A chat holds {limit} questions. Start a new chat to go on; nothing was sent.",
         "zh": "一个对话最多 {limit} 个问题。请开始新对话；问题尚未发送。",
     },
+    "chat.replaced": {
+        "en": "The file of the chats was damaged. What could be read was kept; the damaged file lies beside it in `logs/`.",
+        "zh": "对话文件已损坏。可读出的内容已保留，损坏的文件仍在 `logs/` 中。",
+    },
     "chat.unsaved": {
         "en": "This chat cannot be saved right now (is the disk full?). It stays here until this tab is closed; "
         "\"This chat\" at the side saves it as a file.",

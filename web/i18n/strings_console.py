@@ -20,6 +20,16 @@ TABLE: dict[str, dict[str, str]] = {
     "console.context": {"en": "{count} tokens of context", "zh": "上下文 {count} token"},
     "console.slots": {"en": "{count} answers at once", "zh": "并发 {count}"},
     "console.phase": {"en": "engine: {phase}", "zh": "引擎：{phase}"},
+    "console.baseline": {"en": "Answered rightly at the first start ({at}): {kinds}", "zh": "首次启动时（{at}）的正确回答：{kinds}"},
+    "console.baseline_kind": {"en": "{kind} {right} of {asked}", "zh": "{kind} {asked} 题对 {right} 题"},
+    "question.color": {"en": "color", "zh": "颜色"},
+    "question.shape": {"en": "shape", "zh": "形状"},
+    "question.count": {"en": "count", "zh": "计数"},
+    "question.read": {"en": "reading", "zh": "文字识别"},
+    "question.where": {"en": "where", "zh": "位置"},
+    "question.arithmetic": {"en": "arithmetic", "zh": "算术"},
+    "question.copy": {"en": "copying", "zh": "抄写"},
+    "question.absent": {"en": "text", "zh": "文本"},
     # The current state.
     "state.never": {"en": "No data: nothing has checked this service yet.", "zh": "无数据：尚未进行过检查。"},
     "state.stale": {
@@ -59,11 +69,13 @@ TABLE: dict[str, dict[str, str]] = {
     "word.zombie": {"en": "zombie (accepts, never answers)", "zh": "僵死（只接收不响应）"},
     "word.hardware": {"en": "hardware fault", "zh": "硬件故障"},
     "word.dead": {"en": "dead", "zh": "已停止"},
+    "word.corrupt": {"en": "corrupt (computes wrongly)", "zh": "计算错误"},
     "word.unknown": {"en": "unknown", "zh": "未知"},
     # Key figures.
     "figure.uptime_24h": {"en": "Up, 24 h", "zh": "可用率 24 小时"},
     "figure.uptime_7d": {"en": "Up, 7 days", "zh": "可用率 7 天"},
     "figure.uptime_30d": {"en": "Up, 30 days", "zh": "可用率 30 天"},
+    "figure.seen": {"en": "of the {span} seen; {share} % of the time", "zh": "仅按所见 {span} 计算，占此时段 {share}%"},
     "figure.coverage": {
         "en": "Share of the conclusive checks. {share} % of this time was checked at all.",
         "zh": "按能够判断的检查计算；此时间段内有 {share}% 被检查过。",

@@ -177,12 +177,13 @@ def test_a_copy_that_began_empty_never_replaces_the_disk(tmp_path, shared_memory
     store.close()
     path, away = tmp_path / "state.db", tmp_path / "away"
     path.rename(away)
-    path.mkdir()
+    path.symlink_to(tmp_path / "missing" / "state.db")
+    (tmp_path / "state.copy.json").unlink(missing_ok=True)
     blind = Store.open_for_run(tmp_path)
     with blind.transaction():
         blind.put("seen", 1)
     blind.close()
-    path.rmdir()
+    path.unlink()
     away.rename(path)
 
     after = Store.open_for_run(tmp_path)

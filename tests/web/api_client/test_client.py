@@ -5,13 +5,14 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import pytest
 from ports import free_port
 from web_fake_api import FakeApi
 
-from web.api_client import client
+from web.api_client import answer_stream, client
 from web.api_client.client import ApiClient, ApiError, classify_error
 
 
@@ -107,3 +108,50 @@ def test_the_right_key_opens_the_api() -> None:
 )
 def test_each_error_of_the_api_has_a_kind(status: int, error: dict[str, str], kind: str) -> None:
     assert classify_error(status, error).kind == kind
+
+
+@contextmanager
+def endless(head: bytes, piece: bytes) -> Iterator[str]:
+    """A server that never stops sending. Yields its URL."""
+    gone = threading.Event()
+
+    def send() -> None:
+        connection, _ = listener.accept()
+        with connection, suppress(OSError):
+            connection.sendall(b"HTTP/1.1 200 OK\r\n" + head)
+            while not gone.is_set():
+                connection.sendall(piece)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = threading.Thread(target=send)
+        server.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        gone.set()
+        server.join()
+
+
+def test_an_endless_body_ends_at_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "BODY_LIMIT_BYTES", 2**18)
+    monkeypatch.setattr(client, "STATUS_DEADLINE_S", 60.0)
+
+    with endless(b"\r\n", b"x" * 65536) as url:
+        assert ApiClient(url).health_body() == {}
+
+
+@pytest.mark.parametrize("piece", [b"data: " + b"x" * 65536, b": queue_position=1\n" * 4096])
+def test_an_endless_answer_ends_at_its_limit(monkeypatch: pytest.MonkeyPatch, piece: bytes) -> None:
+    monkeypatch.setattr(answer_stream, "LINE_LIMIT_BYTES", 2**18)
+    monkeypatch.setattr(answer_stream, "STREAM_LIMIT_BYTES", 2**20)
+
+    with (
+        endless(b"\r\n", piece) as url,
+        answer_stream.AnswerStream(ApiClient(url), {}) as stream,
+        pytest.raises(ApiError, match="longer than any answer"),
+    ):
+        for _ in stream.batches():
+            pass
+
+
+def test_a_body_of_brackets_is_no_answer() -> None:
+    with endless(b"Content-Length: 200000\r\n\r\n", b"[" * 200_000) as url:
+        assert ApiClient(url).health_body() == {}

@@ -122,12 +122,53 @@ def test_a_deleted_image_is_overwritten_in_the_file(store: ChatStore, tmp_path: 
 def test_unused_chats_are_deleted_after_the_retention_time(store: ChatStore, tmp_path: Path) -> None:
     store.save("me", chat("old", image()))
 
-    store.delete_old(time.time() + 29 * DAY_S)
+    running_s = time.monotonic()
+    store.delete_old(time.time() + 29 * DAY_S, running_s + 29 * DAY_S)
     assert len(store.summaries("me")) == 1
-    store.delete_old(time.time() + 31 * DAY_S)
+    store.delete_old(time.time() + 31 * DAY_S, running_s + 31 * DAY_S)
 
     assert store.summaries("me") == []
     assert rows(tmp_path / FILE_NAME, "picture_bytes") == 0
+
+
+def test_a_clock_that_jumps_deletes_no_chat(store: ChatStore) -> None:
+    store.save("me", chat("old"))
+
+    for jump in (31 * DAY_S, 3650 * DAY_S, -3650 * DAY_S, 3650 * DAY_S):
+        store.delete_old(time.time() + jump)
+
+    assert len(store.summaries("me")) == 1
+
+
+@pytest.mark.parametrize("way", ["middle", "zeros", "end", "folder"])
+def test_a_damaged_file_is_set_aside_and_what_can_be_read_is_kept(store: ChatStore, tmp_path: Path, way: str) -> None:
+    chats = [chat(f"question {number} " + "long " * 400, image(str(number))) for number in range(40)]
+    for each in chats:
+        store.save("me", each)
+    path = tmp_path / FILE_NAME
+    with sqlite3.connect(path) as db:
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    size = path.stat().st_size
+    if way == "folder":
+        path.unlink()
+        path.mkdir()
+    else:
+        with path.open("r+b") as file:
+            file.seek({"middle": size // 2 // 4096 * 4096, "zeros": 0, "end": 0}[way])
+            file.write({"middle": bytes(3 * 4096), "zeros": bytes(size), "end": b""}[way])
+            file.truncate(size // 2 if way == "end" else size)
+    mine = VisitorChats(store, "me")
+
+    found = [mine.load(each.id) for each in chats]
+    mine.save(chats[0])
+
+    kept = sum(each is not None for each in found)
+    assert not mine.failed and mine.replaced
+    assert len(list(tmp_path.glob(f"{FILE_NAME}.damaged-*"))) >= 1
+    assert mine.load(chats[0].id) is not None, "saved into the new file"
+    assert path.stat().st_mode & 0o077 == 0
+    if way in ("middle", "end"):
+        assert kept > 10
 
 
 def test_only_the_owner_may_read_the_file(store: ChatStore, tmp_path: Path) -> None:
@@ -169,9 +210,9 @@ def test_a_damaged_store_does_not_lose_the_open_chat(tmp_path: Path) -> None:
 
     chats.save(conversation)
 
-    assert chats.failed
-    assert chats.bytes_of(conversation.images["a"]) == b"bytes of a"
-    assert chats.summaries() == []
+    assert not chats.failed and chats.replaced
+    assert chats.bytes_of(conversation.images["a"].without_bytes()) == b"bytes of a"
+    assert len(chats.summaries()) == 1
 
 
 def test_a_folder_that_cannot_be_created_raises_a_store_error(tmp_path: Path) -> None:

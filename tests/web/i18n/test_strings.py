@@ -12,7 +12,7 @@ from web.i18n.strings import LANGUAGES, TABLE, Texts, language_for
 
 WEB = Path(__file__).resolve().parents[3] / "web"
 # Keys that the code composes: error.<kind>, image.<kind>, finish.<reason>, preset.<name> and so on.
-COMPOSED = (
+COMPOSED = ("question.", 
     "error.", "image.", "finish.", "preset.", "state.", "word.", "target.", "figure.uptime_", "trend.", "span.", "timeline.",
     "request.", "act.", "size.", "unit.",
 )  # fmt: skip
