@@ -36,6 +36,9 @@ from settings import Settings
 SCRIPT_EVERY_RUNS = 2
 ASK_AT_LEAST_EVERY_S = 600.0  # answers to users are not verified, so they replace the probe for a limited time only
 
+FinerRule = Callable[[Observation, Settings, CheckerState], Verdict | None]
+FINER_RULES: tuple[FinerRule, ...] = ()  # compare with the API's own past, which only a state between runs knows
+
 
 @dataclass
 class Outcome:
@@ -104,7 +107,7 @@ def limits_of(settings: Settings) -> Limits:
 
 def judge(observation: Observation, settings: Settings, state: CheckerState) -> dict[str, Verdict]:
     limits = limits_of(settings)
-    verdicts = {"api": judge_api(observation.api, limits)}
+    verdicts = {"api": _judge_finer(judge_api(observation.api, limits), observation, settings, state)}
     if observation.page is not None:
         verdicts["page"] = judge_page(observation.page, limits)
     for target, verdict in verdicts.items():
@@ -116,6 +119,14 @@ def judge(observation: Observation, settings: Settings, state: CheckerState) -> 
                 {"would_be": verdict.word}, f"{history.CLOCK_JUMP_S:.0f} s between the two clocks",
             )  # fmt: skip
     return verdicts
+
+
+def _judge_finer(verdict: Verdict, observation: Observation, settings: Settings, state: CheckerState) -> Verdict:
+    """Of an API that would be healthy, the first of FINER_RULES that finds fault with it decides."""
+    if verdict.word != "healthy":
+        return verdict
+    found = (rule(observation, settings, state) for rule in FINER_RULES)
+    return next((finer for finer in found if finer is not None), verdict)
 
 
 def _probe_plan(state: CheckerState, settings: Settings, now: float, operators: list[dict[str, Any]]) -> ProbePlan:

@@ -41,6 +41,75 @@ class Process:
 
 
 @dataclass(frozen=True)
+class Identity:
+    """Which process answers, in its own words. `start_time`: clock ticks since the boot `boot_id`."""
+
+    pid: int
+    start_time: int
+    boot_id: str
+    version: str = ""
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """How users' requests ended since the process started. `failed`: by reason, without refusals, mistakes and aborts."""
+
+    answered: int = 0
+    failed: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Corruption:
+    """What the API noticed of its own wrong computing. The words are same, differs, pending and off; empty if unknown.
+
+    `nonfinite_recent`: requests within ten minutes whose logits were not finite. `fingerprint`: the digests of a fixed
+    request against those after the start; `reference`: the first load against the transformers modules.
+    """
+
+    nonfinite_total: int = 0
+    nonfinite_recent: int = 0
+    fingerprint: str = ""
+    fingerprint_stage: str = ""
+    fingerprint_age_s: float | None = None
+    reference: str = ""
+    reference_detail: str = ""
+
+
+@dataclass(frozen=True)
+class CardEvent:
+    """A message of the driver that the API's process received. `kind`: xid or ecc."""
+
+    kind: str
+    code: int
+    card: int = 0
+    age_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class SelfReport:
+    """What the API says of itself, in /health and in the heartbeat file alike. An older API says none of it.
+
+    `loading_still_s`: seconds since anything of the load moved. `pace`: engine time since the start, as
+    {"decode": {rows: [steps, seconds]}, "prefill": [tokens, seconds], "vision": [patches, seconds]}.
+    """
+
+    identity: Identity | None = None
+    loading_still_s: float | None = None
+    outcomes: Outcomes | None = None
+    pace: dict[str, Any] | None = None
+    corrupt: Corruption | None = None
+    card_events: tuple[CardEvent, ...] = ()
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> SelfReport:
+        fields: dict[str, Any] = dict(raw)
+        for name, kind in (("identity", Identity), ("outcomes", Outcomes), ("corrupt", Corruption)):
+            fields[name] = kind(**fields[name]) if fields.get(name) else None
+        fields["card_events"] = tuple(CardEvent(**event) for event in fields.get("card_events") or ())
+        return cls(**fields)
+
+
+@dataclass(frozen=True)
 class Heartbeat:
     """The server's heartbeat file. `beat_age_s` is the event loop's, `written_age_s` that of the thread that writes the file."""
 
@@ -53,13 +122,19 @@ class Heartbeat:
     no_progress_s: float = 0.0
     deadline_s: float | None = None
     progress: float | None = None
+    report: SelfReport = SelfReport()
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Heartbeat:
+        return cls(**{**raw, "report": SelfReport.from_dict(raw.get("report") or {})})
 
 
 @dataclass(frozen=True)
 class HealthReply:
     """The reply to GET /health, or its equivalent from an external engine's metrics.
 
-    `outcome`: answered, refused, silent, failed.
+    `outcome`: answered, refused, silent, failed. `success_age_s`: seconds since a user was answered, by kind of request.
+    `proven`: whether it knows the probe token; None if it gave no proof, or if there is no token to check one with.
     """
 
     outcome: str
@@ -74,6 +149,13 @@ class HealthReply:
     progress: float | None = None
     reason: str = ""
     detail: str = ""
+    success_age_s: dict[str, float] = field(default_factory=dict)
+    proven: bool | None = None
+    report: SelfReport = SelfReport()
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> HealthReply:
+        return cls(**{**raw, "report": SelfReport.from_dict(raw.get("report") or {})})
 
     @property
     def answered(self) -> bool:
@@ -104,10 +186,36 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class Traffic:
+    """Users' requests of the last runs, newest run included, until there are enough to judge.
+
+    `failed_now`: failures since the run before; `runs_failing`: runs with new failures since the share was last within its
+    limit. None in ApiEvidence if there is no earlier count of the same process.
+    """
+
+    answered: int = 0
+    failed: dict[str, int] = field(default_factory=dict)
+    span_s: float = 0.0
+    failed_now: int = 0
+    runs_failing: int = 0
+
+    @property
+    def failures(self) -> int:
+        return sum(self.failed.values())
+
+    @property
+    def share(self) -> float:
+        """Of requests that failed, 0 to 1; 0 without requests."""
+        return self.failures / max(1, self.answered + self.failures)
+
+
+@dataclass(frozen=True)
 class ApiEvidence:
     """`last` is a second reply of /health after a failed question, to see whether the engine made steps meanwhile.
 
-    `blind`: why the checker could not observe anything; empty if it could.
+    `blind`: why the checker could not observe anything; empty if it could. `no_credit`: why answers to users could not
+    replace questions, empty if they could. `unproven_runs`: runs in a row in which the very process that was started here
+    did not know the probe token.
     """
 
     url: str
@@ -118,6 +226,17 @@ class ApiEvidence:
     last: HealthReply | None = None
     hardware: tuple[str, ...] = ()
     blind: str = ""
+    no_credit: str = ""
+    unproven_runs: int = 0
+    traffic: Traffic | None = None
+
+    @property
+    def report(self) -> SelfReport:
+        """The newest that the API says of itself: over HTTP, or in its heartbeat file where HTTP is silent."""
+        for reply in (self.last, self.first):
+            if reply is not None and reply.answered:
+                return reply.report
+        return self.beat.report if self.beat else SelfReport()
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -127,9 +246,10 @@ class ApiEvidence:
         """The inverse of `to_dict`. Raises TypeError for an unknown field."""
         fields: dict[str, Any] = dict(raw)
         fields["process"] = Process(**fields.get("process") or {})
-        fields["beat"] = Heartbeat(**fields["beat"]) if fields.get("beat") else None
-        fields["first"] = HealthReply(**fields["first"])
-        fields["last"] = HealthReply(**fields["last"]) if fields.get("last") else None
+        fields["beat"] = Heartbeat.from_dict(fields["beat"]) if fields.get("beat") else None
+        fields["first"] = HealthReply.from_dict(fields["first"])
+        fields["last"] = HealthReply.from_dict(fields["last"]) if fields.get("last") else None
+        fields["traffic"] = Traffic(**fields["traffic"]) if fields.get("traffic") else None
         fields["answers"] = tuple(Answer(**answer) for answer in fields.get("answers") or ())
         fields["hardware"] = tuple(fields.get("hardware") or ())
         return cls(**fields)
@@ -151,7 +271,10 @@ class PageReply:
 
 @dataclass(frozen=True)
 class PageEvidence:
-    """`script` runs the page's script and is requested on some runs only; `front` goes through the reverse proxy."""
+    """`script` runs the page's script and is requested on some runs only; `front` goes through the reverse proxy.
+
+    `token`: the reply of a route that needs the token, asked only where the WebSocket was refused.
+    """
 
     url: str
     process: Process = Process()
@@ -159,6 +282,7 @@ class PageEvidence:
     websocket: PageReply | None = None
     script: PageReply | None = None
     front: PageReply | None = None
+    token: PageReply | None = None
     blind: str = ""
 
     def to_dict(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from monitor.judge.evidence import ApiEvidence, PageEvidence, Process
 
-WORDS = ("healthy", "busy", "starting", "degraded", "broken", "wedged", "zombie", "hardware", "dead", "unknown")
+WORDS = ("healthy", "busy", "starting", "degraded", "broken", "corrupt", "wedged", "zombie", "hardware", "dead", "unknown")
 SERVING = ("healthy", "busy", "degraded")
 NO_INCIDENT = (*SERVING, "starting", "unknown")  # verdicts that open no incident
 FRESH_PROCESS_S = 60.0  # imports alone take that long on a slow machine

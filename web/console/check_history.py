@@ -14,7 +14,7 @@ State = Literal["up", "busy", "degraded", "starting", "down", "unknown", "none"]
 # The checker's verdicts, reduced to what the console colours.
 STATES: dict[str, State] = {
     "healthy": "up", "busy": "busy", "degraded": "degraded", "starting": "starting", "unknown": "unknown",
-    "broken": "down", "wedged": "down", "zombie": "down", "hardware": "down", "dead": "down",
+    "broken": "down", "corrupt": "down", "wedged": "down", "zombie": "down", "hardware": "down", "dead": "down",
 }  # fmt: skip
 WORST_LAST: tuple[State, ...] = ("none", "up", "busy", "unknown", "starting", "degraded", "down")
 UP: tuple[State, ...] = ("up", "busy", "degraded")
