@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from monitor.judge import history, limiter, thresholds
+from monitor.judge import history, ladder, limiter, thresholds
 from monitor.judge.evidence import EngineProgress
 from monitor.judge.history import History
 from monitor.judge.holds import Holds
+from monitor.judge.ladder import Ladder
 from monitor.judge.limiter import Limiter
+from monitor.judge.pace import Pace
 from monitor.store.store import Store
 
 PARTS = {"api": "api", "page": "web"}  # target -> its name on start.sh's command line
@@ -17,7 +19,7 @@ PARTS = {"api": "api", "page": "web"}  # target -> its name on start.sh's comman
 
 @dataclass
 class CheckerState:
-    """`last` holds a few facts of the previous run, `holds` the operators' holds."""
+    """`last` holds a few facts of the previous run, `holds` the operators' holds, `ladder` the rungs taken for a corrupt API."""
 
     histories: dict[str, History]
     limiters: dict[str, Limiter]
@@ -25,6 +27,8 @@ class CheckerState:
     last: dict[str, Any]
     holds: Holds
     external_engine: EngineProgress
+    ladder: Ladder
+    pace: Pace
 
     @classmethod
     def load(cls, store: Store, boot_id: str) -> CheckerState:
@@ -35,6 +39,8 @@ class CheckerState:
             store.get("last", {}),
             store.get("hold", {}),
             EngineProgress.from_dict(store.get("foreign", {}), boot_id),
+            ladder.from_dict(store.get("ladder", {})),
+            Pace.from_dict(store.get("pace", {})),
         )
 
     def save(self, store: Store) -> None:
@@ -49,3 +55,5 @@ class CheckerState:
         store.put("last", self.last)
         store.put("hold", self.holds)
         store.put("foreign", self.external_engine.to_dict())
+        store.put("ladder", ladder.to_dict(self.ladder))
+        store.put("pace", self.pace.to_dict())
