@@ -34,7 +34,7 @@ class Restarter:
 
     def __init__(
         self, settings: Settings, store: Store, state: CheckerState, observation: Observation, lock: Lock | None = None,
-        root: Path = ROOT, environment: Mapping[str, str] | None = None,
+        root: Path = ROOT, *, environment: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
         self._settings = settings
         self._store = store

@@ -58,7 +58,7 @@ def decide(restart: Decision, verdict: Verdict, ladder: Ladder, now: float) -> D
         return restart
     rung = next_rung(recent(ladder, now))
     if rung == PERSON:
-        tried = ", ".join(f"{NAMES[step.rung][0]} ({step.outcome})" for step in ladder.steps)
+        tried = ", ".join(f"{NAMES[step.rung][0]} ({step.outcome})" for step in ladder.steps if step.rung != PERSON)
         told = PERSON in ladder.taken
         return Decision("hold", f"{tried} did not cure {verdict.rule}; a person is needed", tells=not told)
     if not _is_new(verdict, recent(ladder, now)):
