@@ -36,7 +36,7 @@ from monitor.tell.log import warn
 from settings import Settings
 
 SCRIPT_EVERY_RUNS = 2
-ASK_AT_LEAST_EVERY_S = 600.0  # answers to users are not verified, so they replace the probe for a limited time only
+ASK_AT_LEAST_EVERY_S = 180.0  # answers to users are not verified, so they replace the probe for a limited time only
 
 FinerRule = Callable[[Observation, Settings, CheckerState], Verdict | None]
 FINER_RULES: tuple[FinerRule, ...] = ()  # compare with the API's own past, which only a state between runs knows
@@ -114,7 +114,7 @@ def _note_own_work(store: Store) -> None:
 def limits_of(settings: Settings) -> Limits:
     return Limits(
         settings.check_period_s, settings.beat_limit_s, settings.stall_s, settings.start_deadline_s, settings.confirm_runs,
-        settings.stable_s,
+        settings.stable_s, settings.failure_share_limit, settings.failure_count_limit,
     )  # fmt: skip
 
 
@@ -158,6 +158,9 @@ def _probe_plan(state: CheckerState, settings: Settings, now: float, operators: 
         script=requested or bool(last.get("script_bad")) or last.get("runs", 0) % SCRIPT_EVERY_RUNS == 0,
         oom_kills=last.get("oom_kills"),
         machine=last.get("machine"),
+        traffic=state.traffic,
+        unproven_runs=last.get("unproven_runs", 0),
+        limits=limits_of(settings),
     )
 
 
@@ -178,6 +181,7 @@ def _advance(state: CheckerState, verdicts: dict[str, Verdict], observation: Obs
         "oom_kills": observation.machine.get("oom_kills"),
         "nightly": state.last.get("nightly", ""),
         "machine": observation.machine.get("counters"),
+        "unproven_runs": observation.api.unproven_runs,
     }
     return changes
 

@@ -17,7 +17,7 @@ from monitor.judge.evidence import Answer
 from monitor.judge.ladder import Step
 from monitor.judge.limiter import Decision
 from monitor.judge.verdict import Verdict
-from monitor.observe import api_probe
+from monitor.observe import api_probe, health_probe
 from monitor.observe.http_exchange import exchange
 from monitor.store.state import CheckerState
 from monitor.store.store import Store
@@ -105,7 +105,8 @@ class Cure:
         """A real question, and the API's own fingerprint taken anew."""
         answer = self._ask()
         took_fingerprint = self._control("fingerprint") == ("", False)
-        reply, _ = api_probe.get_health(self._settings.api_base_url, HEALTH_LIMIT_S)
+        token = self._settings.probe_token
+        reply = health_probe.get_health(self._settings.api_base_url, HEALTH_LIMIT_S, token.get_secret_value() if token else "")
         corrupt = reply.report.corrupt
         fingerprint = corrupt.fingerprint if took_fingerprint and corrupt is not None else ""
         words = f"a {answer.kind} question was answered {answer.outcome}" + (f" ({answer.detail})" if answer.detail else "")

@@ -1,50 +1,76 @@
-"""The rules for the API: pure functions from evidence to a verdict."""
+"""The rules for the API: pure functions from evidence to a verdict.
+
+The kernel is heard first: of a process that is gone, stopped or in a debugger, or whose port another one holds, no answer
+counts. Then what the API says of itself, then whether it answers.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from monitor.judge.evidence import Answer, ApiEvidence
+from monitor.judge.evidence import BEAT_STALE_S, Answer, ApiEvidence, CardEvent
+from monitor.judge.traffic import curable_failures, is_failing
 from monitor.judge.verdict import FRESH_PROCESS_S, Limits, Verdict, checker_blind, port_taken, process_gone
 
-BEAT_STALE_S = 5.0
+# XIDs for which NVIDIA's catalogue recommends a GPU reset, a reboot or diagnostics. Others, such as 13, 31, 43, 45, 68 and
+# 109, are errors of an application: the card is well.
+HARDWARE_XIDS = frozenset({46, 48, 62, 64, 74, 79, 95, 119, 120, 140, 143})
+DOUBLE_BIT_ECC = 2  # NVML's number of the event
+CARD_EVENT_S = 900.0
+NONFINITE_LIMIT = 2
+LOADING_BY_AGE_S = 900.0  # for an API that does not say whether its loading moves
 
 
 def judge_api(evidence: ApiEvidence, limits: Limits) -> Verdict:
     for rule in (
-        checker_blind, _answers_right, _hardware, _port_taken, _process_gone, _held_by_debugger, _engine_dead, _loading,
-        _stalled, _draining, _key_refused, _silent, _nothing_listens, _busy, _unanswered, _failed,
+        checker_blind, _hardware, _port_taken, _process_gone, _held_by_debugger, _frozen, _other_process, _engine_dead, _corrupt,
+        _answers_right, _loading, _stalled, _draining, _key_refused, _silent, _nothing_listens, _busy, _unanswered, _failed,
     ):  # fmt: skip
         verdict = rule(evidence, limits)
         if verdict is not None:
-            return verdict
+            return _flawed(evidence, limits) or verdict if verdict.word in ("healthy", "busy") else verdict
     return Verdict(
         "api", "unknown", "no_evidence", "What was observed fits no rule; nothing is done.", "看到的情况不符合任何规则，不采取行动。"
     )
 
 
-def _answers_right(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
+def _in_other_hands(evidence: ApiEvidence) -> bool:
+    """Whatever answers, it is not the process that was started here, or that one cannot have answered."""
+    process = evidence.process
+    return process.port_owner == "stranger" or process.state in ("gone", "stopped", "traced") or bool(evidence.other)
+
+
+def _serves(evidence: ApiEvidence) -> bool:
+    """Every question that was asked was answered correctly, by the process that was started here as far as is known."""
     asked = [answer for answer in evidence.answers if answer.outcome != "skipped"]
-    if not asked or not all(answer.good for answer in asked):
-        return None
-    slowest = max(answer.seconds for answer in asked)
-    facts = {"seconds": slowest, **{answer.kind: answer.outcome for answer in asked}}
-    if evidence.hardware:
-        what = "; ".join(evidence.hardware)
-        return Verdict(
-            "api", "degraded", "hardware_warns", f"It answers, but the GPU reports: {what}.", f"仍能回答，但显卡报告：{what}。", facts
-        )
-    return Verdict(
-        "api", "healthy", "answers_right", f"It answered real questions correctly in {slowest:.2f} s.",
-        f"真实提问得到正确回答，用时 {slowest:.2f} 秒。", facts, "every question that was asked",
-    )  # fmt: skip
+    return bool(asked) and all(answer.good for answer in asked) and not _in_other_hands(evidence)
+
+
+def _hardware_faults(evidence: ApiEvidence) -> list[str]:
+    faults = list(evidence.hardware)
+    known = " ".join(f"{fault} " for fault in faults)
+    for event in evidence.report.card_events if not _in_other_hands(evidence) else ():
+        name = f"GPU {event.card}: {_name_of(event)} "
+        if _is_hardware(event) and event.age_s <= CARD_EVENT_S and name not in known:
+            faults.append(f"{name}{event.age_s:.0f} s ago")
+    if evidence.process.state == "stuck":
+        faults.append(f"process {evidence.process.pid} is in uninterruptible sleep (a driver or disk does not answer)")
+    return faults
+
+
+def _is_hardware(event: CardEvent) -> bool:
+    return event.code in HARDWARE_XIDS if event.kind == "xid" else event.code == DOUBLE_BIT_ECC
+
+
+def _name_of(event: CardEvent) -> str:
+    return f"XID {event.code}" if event.kind == "xid" else f"ECC error of type {event.code}"
 
 
 def _hardware(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
-    faults = list(evidence.hardware)
-    if evidence.process.state == "stuck":
-        faults.append(f"process {evidence.process.pid} is in uninterruptible sleep (a driver or disk does not answer)")
-    if not faults:
+    faults = _hardware_faults(evidence)
+    # Of a stuck process only an answer of just now says anything.
+    credited = any(answer.outcome == "credited" for answer in evidence.answers)
+    if not faults or (_serves(evidence) and not (credited and evidence.process.state == "stuck")):
         return None
     what = "; ".join(faults)
     return Verdict(
@@ -75,6 +101,133 @@ def _held_by_debugger(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
     )  # fmt: skip
 
 
+def _frozen(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
+    return _stands_still(evidence, limits) if evidence.process.state == "stopped" else None
+
+
+def _other_process(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
+    if not evidence.other:
+        return None
+    pid = evidence.process.pid
+    return Verdict(
+        "api", "broken", "other_process", f"{evidence.other.capitalize()} answers at {evidence.url}, not process {pid} that was "
+        "started here. End one of them, then run ./start.sh.", f"{evidence.url} 由另一个进程（{evidence.other}）应答，而不是这里启动的进程 {pid}。"
+        "请结束其中一个，再运行 ./start.sh。", {"answers": evidence.other, "pid": pid},
+        f"pid and start time of /health must be those of the pid file, on {limits.confirm_runs} runs in a row", needed=limits.confirm_runs,
+    )  # fmt: skip
+
+
+def _corrupt(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
+    """It computes wrongly, by its own guards: what it answers may look right and is not to be trusted."""
+    found = evidence.report.corrupt
+    if found is None:
+        return None
+    facts = {"nonfinite_recent": found.nonfinite_recent, "nonfinite_total": found.nonfinite_total, "fingerprint": found.fingerprint, "stage": found.fingerprint_stage}
+    if found.nonfinite_recent >= NONFINITE_LIMIT:
+        return Verdict(
+            "api", "corrupt", "nonfinite", f"The model computes wrongly: {found.nonfinite_recent} results within ten minutes were "
+            "not finite numbers.", f"模型计算出错：十分钟内有 {found.nonfinite_recent} 个结果不是有限数值。", facts,
+            f"{NONFINITE_LIMIT} results that are not finite within ten minutes", cure=True,
+        )  # fmt: skip
+    if found.fingerprint == "differs":
+        stage = found.fingerprint_stage or "?"
+        return Verdict(
+            "api", "corrupt", "fingerprint_differs", "The model computes wrongly: a fixed request no longer gives what it gave after "
+            f"the start (first difference: {stage}).", f"模型计算出错：固定请求的结果与启动后不同（首个差异：{stage}）。", facts,
+            "the digests of every stage must stay the same", cure=True,
+        )  # fmt: skip
+    return None
+
+
+def _answers_right(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
+    if not _serves(evidence):
+        return None
+    answers = [answer for answer in evidence.answers if answer.outcome != "skipped"]
+    facts: dict[str, Any] = {answer.kind: answer.outcome for answer in answers}
+    if evidence.no_credit:
+        facts["no_credit"] = evidence.no_credit
+    if evidence.traffic is not None:
+        facts["users"] = {"answered": evidence.traffic.answered, "failed": evidence.traffic.failed}
+    events = [f"GPU {event.card}: {_name_of(event)} {event.age_s:.0f} s ago" for event in evidence.report.card_events]
+    if events:
+        facts["card_events"] = events
+    asked = [answer for answer in answers if answer.outcome == "right"]
+    if not asked:
+        return Verdict(
+            "api", "healthy", "answers_right", "Users were answered just now by the very process that was started here, so no question "
+            "was needed.", "刚刚已有用户得到本机所启动进程的回答，无需提问。", facts, "process, port and proof must agree",
+        )  # fmt: skip
+    slowest = max(answer.seconds for answer in asked)
+    return Verdict(
+        "api", "healthy", "answers_right", f"It answered real questions correctly in {slowest:.2f} s.",
+        f"真实提问得到正确回答，用时 {slowest:.2f} 秒。", {"seconds": slowest, **facts}, "every question that was asked",
+    )  # fmt: skip
+
+
+def _flawed(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
+    """What is wrong with an API that answers, or would if it were less busy."""
+    for rule in (_hardware_warns, _users_fail, _reference_differs, _probe_token_differs):
+        verdict = rule(evidence, limits)
+        if verdict is not None:
+            return verdict
+    return None
+
+
+def _hardware_warns(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
+    faults = _hardware_faults(evidence)
+    if not faults:
+        return None
+    what = "; ".join(faults)
+    return Verdict(
+        "api", "degraded", "hardware_warns", f"It answers, but the hardware reports: {what}.", f"仍能回答，但硬件报告：{what}。",
+        {"faults": faults}, "any fatal GPU error or stuck process",
+    )  # fmt: skip
+
+
+def _users_fail(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
+    """Once is told at once; a restart takes `confirm_runs` more runs, each with new failures."""
+    traffic = evidence.traffic
+    if traffic is None or not is_failing(traffic.answered, traffic.failures, limits):
+        return None
+    total, runs = traffic.answered + traffic.failures, 1 + limits.confirm_runs
+    reasons = ", ".join(f"{reason} {many}" for reason, many in sorted(traffic.failed.items(), key=lambda pair: -pair[1]))
+    cure = is_failing(traffic.answered, curable_failures(traffic), limits)
+    stays = traffic.runs_failing >= runs
+    minutes = f"{max(1.0, traffic.span_s / 60):.0f}"
+    return Verdict(
+        "api", "broken" if stays and cure else "degraded", "users_fail", f"{traffic.failures} of {total} users' requests failed within "
+        f"{minutes} min ({100 * traffic.share:.0f} %; {reasons}), on {traffic.runs_failing} runs.",
+        f"{minutes} 分钟内 {total} 个用户请求中有 {traffic.failures} 个失败（{100 * traffic.share:.0f}%；{reasons}），已连续 "
+        f"{traffic.runs_failing} 次检查。", {"answered": traffic.answered, "failed": traffic.failed, "runs": traffic.runs_failing},
+        f"at most {100 * limits.failure_share:g} % or fewer than {limits.failure_count}; a restart after {runs} runs",
+        cure=stays and cure, attempts=2,
+    )  # fmt: skip
+
+
+def _reference_differs(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
+    found = evidence.report.corrupt
+    if found is None or found.reference != "differs":
+        return None
+    what = found.reference_detail or "no detail"
+    return Verdict(
+        "api", "degraded", "reference_differs", "At its first load this model did not compute as its reference implementation does: "
+        f"{what}. Its answers may be wrong; try another dtype or GLM_KERNELS=torch.",
+        f"首次加载时，本模型的计算与参考实现不一致：{what}。回答可能有误；请尝试其他精度或 GLM_KERNELS=torch。", {"reference": what},
+        "token count, positions and most likely token must be equal",
+    )  # fmt: skip
+
+
+def _probe_token_differs(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
+    if evidence.unproven_runs < limits.confirm_runs:
+        return None
+    return Verdict(
+        "api", "degraded", "probe_token_differs", "It answers, but was started with another GLM_PROBE_TOKEN: the checker's questions "
+        "wait behind users, and are asked in every run. Run ./start.sh --restart when convenient.",
+        "仍能回答，但启动时的 GLM_PROBE_TOKEN 与现在不同：检查提问要与用户一起排队，且每次都要提问。请在方便时运行 ./start.sh --restart。",
+        {"runs": evidence.unproven_runs}, f"no valid proof on {limits.confirm_runs} runs in a row",
+    )  # fmt: skip
+
+
 def _engine_dead(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
     reply = evidence.last or evidence.first
     if reply.state != "dead":
@@ -87,23 +240,44 @@ def _engine_dead(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
 
 
 def _loading(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
-    state = evidence.first.state or (evidence.beat.state if evidence.beat and not evidence.first.answered else "")
+    """A large model over a slow disk may load for hours; one whose load does not move at all never ends."""
+    beat = evidence.beat if not evidence.first.answered else None
+    state = evidence.first.state or (beat.state if beat else "")
     if state != "loading":
         return None
-    share = evidence.first.progress if evidence.first.progress is not None else (evidence.beat.progress if evidence.beat else None)
+    share = evidence.first.progress if evidence.first.progress is not None else (beat.progress if beat else None)
     done = f"{100 * share:.0f} %" if share is not None else "?"
-    age_s = evidence.process.age_s
-    facts = {"progress": share, "age_s": age_s}
-    threshold = f"{limits.start_s:.0f} s from the start of the process"
-    if age_s is not None and age_s > limits.start_s:
+    age_s, still_s = evidence.process.age_s, _loading_still_s(evidence)
+    facts = {"progress": share, "age_s": age_s, "still_s": still_s}
+    threshold = f"{limits.start_s:.0f} s without any progress"
+    if still_s is not None and still_s > limits.start_s:
         return Verdict(
-            "api", "broken", "loading_too_long", f"The model has been loading for {age_s / 60:.0f} minutes ({done}), "
-            f"longer than {limits.start_s / 60:.0f}.", f"模型已加载 {age_s / 60:.0f} 分钟（{done}），超过上限 "
+            "api", "broken", "loading_stands_still", f"Loading the model has made no progress for {still_s / 60:.0f} minutes ({done}), "
+            f"{limits.start_s / 60:.0f} allowed.", f"模型加载已 {still_s / 60:.0f} 分钟没有任何进展（{done}），允许 "
             f"{limits.start_s / 60:.0f} 分钟。", facts, threshold, cure=True, needed=limits.confirm_runs, attempts=1,
         )  # fmt: skip
+    if still_s is None:
+        longest_s = max(limits.start_s, LOADING_BY_AGE_S)
+        threshold = f"{longest_s:.0f} s from the start of the process"
+        if age_s is not None and age_s > longest_s:
+            return Verdict(
+                "api", "broken", "loading_too_long", f"The model has been loading for {age_s / 60:.0f} minutes ({done}), "
+                f"longer than {longest_s / 60:.0f}.", f"模型已加载 {age_s / 60:.0f} 分钟（{done}），超过上限 "
+                f"{longest_s / 60:.0f} 分钟。", facts, threshold, cure=True, needed=limits.confirm_runs, attempts=1,
+            )  # fmt: skip
     return Verdict(
         "api", "starting", "loading", f"The model is loading ({done}).", f"模型正在加载（{done}）。", facts, threshold
     )
+
+
+def _loading_still_s(evidence: ApiEvidence) -> float | None:
+    """None if the API does not say, as older ones. The time since the file was written counts too: its writer may be blocked."""
+    if evidence.first.answered:
+        return evidence.first.report.loading_still_s
+    beat = evidence.beat
+    if beat is None or beat.report.loading_still_s is None:
+        return None
+    return beat.report.loading_still_s + beat.written_age_s
 
 
 def _stalled(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
@@ -132,7 +306,6 @@ def _stalled_for(evidence: ApiEvidence, limits: Limits) -> tuple[float, float, s
             return reply.no_progress_s, deadline_s, reply.phase, "health"
         return None
     beat = evidence.beat
-    # A stale file proves nothing about the engine, because its writer may be stopped.
     if beat is not None and beat.written_age_s <= BEAT_STALE_S and beat.pending:
         deadline_s = _allowed_s(beat.deadline_s, limits)
         if beat.no_progress_s > deadline_s:
@@ -172,10 +345,14 @@ def _silent(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
     # A server that has written a heartbeat is past its start.
     if evidence.beat is None and _is_fresh(evidence):
         return _starting(evidence)
+    beat = evidence.beat
+    if beat is not None and beat.beat_age_s <= BEAT_STALE_S:
+        return _silent_but_beating(evidence, limits)
+    return _stands_still(evidence, limits)
+
+
+def _stands_still(evidence: ApiEvidence, limits: Limits) -> Verdict:
     beat_age_s = evidence.beat.beat_age_s if evidence.beat else None
-    facts = {"beat_age_s": beat_age_s, "process": evidence.process.state, "pid": evidence.process.pid}
-    if evidence.process.state != "stopped" and beat_age_s is not None and beat_age_s <= BEAT_STALE_S:
-        return _silent_but_beating(evidence, limits, facts)
     age_en = "has no heartbeat" if beat_age_s is None else f"has not beaten for {beat_age_s:.0f} s"
     age_zh = "没有心跳" if beat_age_s is None else f"已 {beat_age_s:.0f} 秒没有跳动"
     frozen = evidence.process.state == "stopped"
@@ -184,15 +361,21 @@ def _silent(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
         "api", "zombie", "frozen" if frozen else "loop_stands_still",
         f"The API accepts connections but answers nothing, and its event loop {age_en}"
         + (" (the process was stopped by a signal)." if frozen else "."),
-        f"接口接受连接但毫无应答，事件循环{age_zh}" + ("（进程被信号暂停）。" if frozen else "。"), facts,
+        f"接口接受连接但毫无应答，事件循环{age_zh}" + ("（进程被信号暂停）。" if frozen else "。"), _beat_facts(evidence),
         f"no beat for {limits.beat_s:.0f} s, on {limits.confirm_runs} runs in a row",
         # Without a heartbeat one more run must confirm it.
         cure=long_enough, needed=limits.confirm_runs + (1 if beat_age_s is None else 0),
     )  # fmt: skip
 
 
-def _silent_but_beating(evidence: ApiEvidence, limits: Limits, facts: dict[str, Any]) -> Verdict:
+def _beat_facts(evidence: ApiEvidence) -> dict[str, Any]:
+    beat_age_s = evidence.beat.beat_age_s if evidence.beat else None
+    return {"beat_age_s": beat_age_s, "process": evidence.process.state, "pid": evidence.process.pid}
+
+
+def _silent_but_beating(evidence: ApiEvidence, limits: Limits) -> Verdict:
     """Takes more runs to confirm, because a slow machine answers late too; busy while the engine has work."""
+    facts = _beat_facts(evidence)
     if evidence.beat is not None and evidence.beat.pending:
         return Verdict(
             "api", "busy", "slow_http", "The API is slow to answer over HTTP, but its event loop beats and its engine works.",

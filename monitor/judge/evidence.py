@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+BEAT_STALE_S = 5.0  # a file that is older proves nothing about the engine, because its writer may be stopped
+
 
 @dataclass(frozen=True)
 class Moment:
@@ -213,7 +215,8 @@ class Traffic:
 class ApiEvidence:
     """`last` is a second reply of /health after a failed question, to see whether the engine made steps meanwhile.
 
-    `blind`: why the checker could not observe anything; empty if it could. `no_credit`: why answers to users could not
+    `blind`: why the checker could not observe anything; empty if it could. `other`: who says to answer, if it is not the
+    process that was started here. `no_credit`: why answers to users could not
     replace questions, empty if they could. `unproven_runs`: runs in a row in which the very process that was started here
     did not know the probe token.
     """
@@ -226,6 +229,7 @@ class ApiEvidence:
     last: HealthReply | None = None
     hardware: tuple[str, ...] = ()
     blind: str = ""
+    other: str = ""
     no_credit: str = ""
     unproven_runs: int = 0
     traffic: Traffic | None = None
@@ -236,7 +240,8 @@ class ApiEvidence:
         for reply in (self.last, self.first):
             if reply is not None and reply.answered:
                 return reply.report
-        return self.beat.report if self.beat else SelfReport()
+        fresh = self.beat is not None and self.beat.written_age_s <= BEAT_STALE_S
+        return self.beat.report if self.beat is not None and fresh else SelfReport()
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

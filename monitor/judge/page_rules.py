@@ -44,7 +44,14 @@ def _does_not_answer(evidence: PageEvidence, limits: Limits) -> Verdict:
 
 
 def _behind_the_server(evidence: PageEvidence, limits: Limits) -> Verdict:
-    """The page's server answers; checks the WebSocket, the script and the reverse proxy."""
+    """The page's server answers; checks the token, the WebSocket, the script and the reverse proxy."""
+    if evidence.token is not None and evidence.token.status == 401:
+        return Verdict(
+            "page", "broken", "token_refused", "The page refused the checker's token: GLM_WEB_TOKEN is not the one it was started with "
+            "(HTTP 401). A restart would end the sessions of its users, so it is left to you: ./start.sh --restart.",
+            "页面拒绝了检查程序的令牌：GLM_WEB_TOKEN 与启动时不同（HTTP 401）。重启会中断用户会话，因此由您决定：./start.sh --restart。",
+            {"status": evidence.token.status}, f"on {limits.confirm_runs} runs in a row", needed=limits.confirm_runs,
+        )  # fmt: skip
     if evidence.websocket is not None and not evidence.websocket.good:
         why = _why(evidence.websocket)
         return Verdict(

@@ -20,14 +20,19 @@ FRESH_PROCESS_S = 60.0  # imports alone take that long on a slow machine
 
 @dataclass(frozen=True)
 class Limits:
-    """The thresholds of the rules, in seconds and runs."""
+    """The thresholds of the rules, in seconds and runs. `start_s`: loading may stand still for so long.
+
+    Users' requests fail too often if more than `failure_share` of them do, and at least `failure_count`.
+    """
 
     period_s: float = 60.0
     beat_s: float = 60.0
     stall_s: float = 120.0
-    start_s: float = 900.0
+    start_s: float = 300.0
     confirm_runs: int = 2
     stable_s: float = 600.0
+    failure_share: float = 0.05
+    failure_count: int = 3
 
 
 @dataclass(frozen=True)

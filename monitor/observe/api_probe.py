@@ -1,4 +1,4 @@
-"""Probes the API: GET /health and real questions, each with a deadline.
+"""Probes the API with real questions, each with a deadline.
 
 At most one question is in flight, in the slot that the server reserves for health probes.
 """
@@ -13,13 +13,11 @@ from typing import Any
 
 from sseclient import SSEClient
 
-from monitor.judge.evidence import Answer, HealthReply
+from monitor.judge.evidence import Answer
 from monitor.observe import question
 from monitor.observe.http_exchange import (
     ConnectionHandle,
     Deadline,
-    Reply,
-    exchange,
     failed_reply,
     open_exchange,
     seconds_since,
@@ -141,36 +139,3 @@ def _message_of(body: dict[str, Any]) -> str:
     error = body.get("error")
     message = error.get("message") if isinstance(error, dict) else error
     return str(message or "")[:300]
-
-
-def get_health(base_url: str, limit_s: float) -> tuple[HealthReply, dict[str, Any]]:
-    """GET /health. Returns the parsed reply and the whole body."""
-    reply = exchange(f"{base_url}/health", limit_s)
-    body = reply.json() or {}
-    if reply.outcome == "answered" and not isinstance(body.get("state"), str):
-        return HealthReply("failed", reply.seconds, reply.status, detail=f"HTTP {reply.status} without a state"), body
-    return _health_reply(reply, body), body
-
-
-def _health_reply(reply: Reply, body: dict[str, Any]) -> HealthReply:
-    pending = None
-    if isinstance(body.get("running"), int) and isinstance(body.get("waiting"), int):
-        pending = body["running"] + body["waiting"]
-    return HealthReply(
-        outcome=reply.outcome,
-        seconds=reply.seconds,
-        status=reply.status,
-        state=str(body.get("state") or ""),
-        phase=str(body.get("phase") or ""),
-        steps=body["steps"] if isinstance(body.get("steps"), int) else None,
-        pending=pending,
-        no_progress_s=_number(body.get("no_progress_s")),
-        deadline_s=_number(body.get("phase_deadline_s")),
-        progress=_number(body.get("progress")),
-        reason=str(body.get("reason") or ""),
-        detail=reply.detail,
-    )
-
-
-def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None

@@ -7,11 +7,11 @@ import os
 import random
 import socket
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 
@@ -21,20 +21,36 @@ from monitor.judge.evidence import (
     EngineProgress,
     HealthReply,
     Heartbeat,
+    Identity,
     Moment,
     Observation,
     PageEvidence,
     Process,
+    Traffic,
 )  # fmt: skip
-from monitor.observe import api_probe, external_engine, gpu, machine, page_probe, ports, processes
+from monitor.judge.traffic import TrafficLog, add_run
+from monitor.judge.verdict import Limits
+from monitor.observe import (
+    api_probe,
+    external_engine,
+    gpu,
+    health_probe,
+    machine,
+    page_probe,
+    ports,
+    processes,
+    self_report,
+)
 from monitor.observe.http_exchange import Deadline
 from settings import Settings
 
 HEALTH_LIMIT_S = 2.0
 SECOND_LOOK_LIMIT_S = 5.0
+RESOLVE_LIMIT_S = 2.0
 GPU_LIMIT_S = 12.0  # two children of 4 s and the time to end them
 HEARTBEAT = "api.heartbeat.json"
-GetHealth = Callable[[float], tuple[HealthReply, dict[str, Any]]]
+HEARTBEAT_LIMIT_BYTES = 2**20
+FUTURE_S = 1.0  # a heartbeat that is younger than now by more than rounding is not this process's
 
 
 @dataclass(frozen=True)
@@ -42,12 +58,29 @@ class ProbePlan:
     """What this run probes, decided by the caller from its state.
 
     `question`: ask even if users were answered recently; `script`: run the page's script; `oom_kills`: count at the last run.
+    `traffic` is updated. `unproven_runs`: runs in a row until now in which the API did not know the probe token.
     """
 
     question: bool = True
     script: bool = True
     machine: Mapping[str, Any] | None = None  # the counters of the machine's readings in the last run
     oom_kills: int | None = None
+    traffic: TrafficLog = field(default_factory=TrafficLog)
+    unproven_runs: int = 0
+    limits: Limits = field(default_factory=Limits)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What is known of whoever answers before anything is asked. `other`: who it is, if not the process started here.
+
+    `no_credit`: why answers to users cannot replace questions; empty if they can. `unproven`: the very process that was
+    started here does not know the probe token.
+    """
+
+    other: str = ""
+    no_credit: str = ""
+    unproven: bool = False
 
 
 def now() -> Moment:
@@ -59,34 +92,36 @@ def observe(settings: Settings, rng: random.Random, plan: ProbePlan, moment: Mom
     records = {part: processes.read_record(settings.log_dir, part) for part in ("api", "web")}
     api_record, web_record = records["api"], records["web"]
     external = bool(settings.engine_url)
+    watched = api_record if not external and _is_here(settings.api_base_url) else None
     gpu_timeout: dict[str, Any] = {"gpus": [], "source": "none", "hung": True, "reason": "no answer in time"}
     gpu_reading = Deadline(gpu.read, GPU_LIMIT_S, gpu_timeout)
-    alive = api_record is not None and processes.is_running(api_record)
+    alive = watched is not None and processes.is_running(watched)
     folders = (settings.log_dir if settings.log_dir.is_dir() else settings.log_dir.parent, *_model_cache())
-    pid = api_record.pid if api_record is not None and alive and not external else None
+    pid = watched.pid if watched is not None and alive else None
     machine_reading: Deadline[dict[str, Any]] = Deadline(
         lambda: machine.read(pid, folders=folders, before=plan.machine), 5.0, {"reason": "the kernel did not answer"}
     )
-    stuck_before = _is_stuck(pid)
+    stuck_before = _stuck_threads(pid)
     # `./start.sh api` starts no page on purpose. If neither part has a record, both are expected.
     page_expected = web_record is not None or api_record is None
     page_probing: Deadline[PageEvidence | None] | None = None
     if page_expected:
         page_probing = Deadline(lambda: page_probe.probe_page(settings, plan.script), 4 * page_probe.LIMIT_S, None)
-    api, asked = _probe_api(settings, rng, plan, progress)
+    beat = None if external else read_heartbeat(settings.log_dir, watched, moment)
+    api, asked = _probe_api(settings, rng, plan, moment, progress, watched, beat)
     gpus, host = gpu_reading.result(), machine_reading.result()
     oom_now: int | None = host.get("oom_kills")
     oom_killed = oom_now is not None and plan.oom_kills is not None and oom_now > plan.oom_kills
     blind = _self_test()
     if not external:
-        api = replace(
-            api, process=_process(api_record, stuck_before, oom_killed), beat=read_heartbeat(settings.log_dir, api_record, moment)
-        )
+        # Again, because the questions take time, in which it may have ended or been blocked.
+        beat = read_heartbeat(settings.log_dir, watched, moment)
+        api = replace(api, process=_process(watched, stuck_before, oom_killed), beat=beat)
     api = replace(api, hardware=hardware_faults(gpus), blind=blind)
     page: PageEvidence | None = None
     if page_probing is not None:
         page = page_probing.result() or PageEvidence(page_probe.page_url(settings))
-        page = replace(page, process=_process(web_record, False, False), blind=blind)
+        page = replace(page, process=_process(web_record, {}, False), blind=blind)
     gpu_evidence = {
         "load_percent": gpu.highest(gpus["gpus"], "load_percent"),
         "memory_used_mib": gpu.highest(gpus["gpus"], "memory_used_mib"),
@@ -95,39 +130,55 @@ def observe(settings: Settings, rng: random.Random, plan: ProbePlan, moment: Mom
     return Observation(moment, api, page, host, gpu_evidence, asked)
 
 
-def _probe_api(settings: Settings, rng: random.Random, plan: ProbePlan, progress: EngineProgress) -> tuple[ApiEvidence, bool]:
+def _probe_api(
+    settings: Settings, rng: random.Random, plan: ProbePlan, moment: Moment, progress: EngineProgress,
+    record: processes.ProcessRecord | None, beat: Heartbeat | None,
+) -> tuple[ApiEvidence, bool]:  # fmt: skip
     """GET /health, the questions, and /health again if one failed, to see whether the engine made steps meanwhile."""
-    get_health: GetHealth
-    if settings.engine_url:
-        url = settings.engine_url.rstrip("/")
-        get_health = partial(external_engine.get_health, url, progress=progress, key=_secret(settings.api_key))
-    else:
-        url = settings.api_base_url
-        get_health = partial(api_probe.get_health, url)
-    first, body = get_health(min(HEALTH_LIMIT_S, settings.probe_timeout_s))
+    url = (settings.engine_url or settings.api_base_url).rstrip("/")
+
+    def get_health(limit_s: float) -> HealthReply:
+        if settings.engine_url:
+            return external_engine.get_health(url, limit_s, progress, _secret(settings.api_key))[0]
+        return health_probe.get_health(url, limit_s, _secret(settings.probe_token))
+
+    first = get_health(min(HEALTH_LIMIT_S, settings.probe_timeout_s))
+    evidence = ApiEvidence(url, beat=beat, first=first)
+    # The kernel is asked after the answer, so that what it says is the newer.
+    process = _process(record, {}, False)
+    other = _other(first, record)
+    traffic = None
+    if not other and process.port_owner != "stranger" and process.state != "gone":
+        traffic = add_run(plan.traffic, evidence.report, moment, plan.limits)
+    standing = Standing()
+    if not settings.engine_url:
+        standing = _standing(first, record, process, other, bool(settings.probe_token), traffic, plan.limits)
+    evidence = replace(
+        evidence, other=other, no_credit=standing.no_credit, unproven_runs=plan.unproven_runs + 1 if standing.unproven else 0,
+        traffic=traffic,
+    )  # fmt: skip
     if first.outcome == "refused" or first.state in ("loading", "dead", "draining", "stalled"):
-        return ApiEvidence(url, first=first), False
-    answers, asked = _ask(settings, url, rng, plan, body)
+        return evidence, False
+    answers, asked = _ask(settings, url, rng, plan, first, standing.no_credit)
+    evidence = replace(evidence, answers=answers)
     if all(answer.good for answer in answers) and first.answered:
-        return ApiEvidence(url, first=first, answers=answers), asked
-    last, _ = get_health(SECOND_LOOK_LIMIT_S)
-    return ApiEvidence(url, first=first, answers=answers, last=last), asked
+        return evidence, asked
+    return replace(evidence, last=get_health(SECOND_LOOK_LIMIT_S)), asked
 
 
 def _ask(
-    settings: Settings, url: str, rng: random.Random, plan: ProbePlan, health: Mapping[str, Any]
+    settings: Settings, url: str, rng: random.Random, plan: ProbePlan, health: HealthReply, no_credit: str
 ) -> tuple[tuple[Answer, ...], bool]:
     """(answers, whether a question was asked). A recent answer to a user is credited in place of a question."""
-    ages = health.get("success_age_s")
-    credit_s = 0.0 if plan.question else settings.probe_credit_s
+    credit_s = 0.0 if plan.question or no_credit else settings.probe_credit_s
     key = _secret(settings.api_key)
     model = external_engine.model_name(url, key) if settings.engine_url else ""
     prober = api_probe.Prober(url, key, _secret(settings.probe_token), rng, model)
     answers: list[Answer] = []
     asked = False
     for kind, ask in (("text", prober.ask_text), ("picture", prober.ask_image)):
-        age_s = ages.get(kind) if isinstance(ages, dict) else None
-        if isinstance(age_s, int | float) and age_s < credit_s:
+        age_s = health.success_age_s.get(kind)
+        if age_s is not None and age_s < credit_s:
             answers.append(Answer(kind, "credited", detail=f"a user was answered {age_s:.0f} s ago"))
         elif answers and answers[-1].outcome in ("silent", "refused"):
             answers.append(Answer(kind, "skipped", detail="the previous question got no answer"))
@@ -137,30 +188,101 @@ def _ask(
     return tuple(answers), asked
 
 
-def read_heartbeat(log_dir: Path, record: processes.ProcessRecord | None, moment: Moment) -> Heartbeat | None:
-    """The heartbeat of the recorded process; None if the file is missing, invalid or from another process."""
+def _other(first: HealthReply, record: processes.ProcessRecord | None) -> str:
+    """Who says to answer, if it is not the recorded process; empty if it is, or does not say."""
+    one = first.report.identity
+    if record is None or one is None or _is_recorded(one, record):
+        return ""
+    return f"process {one.pid}"
+
+
+def _is_recorded(one: Identity, record: processes.ProcessRecord) -> bool:
+    same = one.pid == record.pid and one.start_time == record.start_time
+    return same and one.boot_id == (record.boot_id or one.boot_id)
+
+
+def _standing(
+    first: HealthReply, record: processes.ProcessRecord | None, process: Process, other: str, has_token: bool,
+    traffic: Traffic | None, limits: Limits,
+) -> Standing:  # fmt: skip
+    """Kernel facts first; then who answers, by its own words and a proof of them; then how users fare."""
+    if record is not None and (process.state != "runs" or process.port_owner == "stranger"):
+        holder = f", the port is held by {process.holder}" if process.port_owner == "stranger" else ""
+        return Standing(other, f"the process is {'running' if process.state == 'runs' else process.state}{holder}")
+    if other:
+        return Standing(other, f"{other} answers, not the one that was started here")
+    if not has_token:
+        return Standing(no_credit="GLM_PROBE_TOKEN is not set, so that nothing can be proven")
+    if first.answered and first.report.identity is None:
+        return Standing(no_credit="the API is of a version that proves nothing")
+    if not first.proven:
+        why = "its proof is wrong" if first.proven is False else "it gave no proof"
+        # Certain only where kernel and API agree on who it is.
+        ours = first.answered and record is not None and process.port_owner == "ours"
+        return Standing(no_credit=f"{why}: it was started with another GLM_PROBE_TOKEN", unproven=ours)
+    if traffic is None:
+        return Standing(no_credit="how many users failed since the last run is not known")
+    if traffic.share > limits.failure_share:
+        return Standing(no_credit=f"{traffic.failures} of {traffic.answered + traffic.failures} users' requests failed")
+    return Standing()
+
+
+def _is_here(url: str) -> bool:
+    """Whether the URL is of this machine, so that the process in the pid file answers there; True if nobody can say."""
+    host = urlsplit(url).hostname or ""
+
+    def look() -> bool:
+        addresses = {str(info[4][0]) for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+        return any(_can_bind(address) for address in addresses)
+
     try:
-        raw = json.loads((log_dir / HEARTBEAT).read_text(encoding="utf-8"))
+        return Deadline(look, RESOLVE_LIMIT_S, True).result()
+    except (OSError, UnicodeError):
+        return True
+
+
+def _can_bind(address: str) -> bool:
+    """An address of this machine is one that a socket can be bound to."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.bind((address, 0))
+    except OSError:
+        return False
+    return True
+
+
+def read_heartbeat(log_dir: Path, record: processes.ProcessRecord | None, moment: Moment) -> Heartbeat | None:
+    """The heartbeat of the recorded process; None if the file is missing or invalid, from another process or the future."""
+    try:
+        with (log_dir / HEARTBEAT).open(encoding="utf-8") as file:
+            raw = json.loads(file.read(HEARTBEAT_LIMIT_BYTES))
         same = record is None or (raw["pid"] == record.pid and raw["start_time"] == record.start_time)
         if not same or raw["boot_id"] != moment.boot_id:
             return None
         clock = time.monotonic()
+        beat_age_s, written_age_s = clock - float(raw["beat_at"]), clock - float(raw["written_at"])
+        # Written so that NaN fails too.
+        if not (beat_age_s >= -FUTURE_S and written_age_s >= -FUTURE_S):
+            return None
         return Heartbeat(
-            beat_age_s=round(clock - raw["beat_at"], 1),
-            written_age_s=round(clock - raw["written_at"], 1),
-            state=str(raw["state"]),
-            phase=str(raw["phase"]),
-            steps=int(raw["steps"]),
-            pending=int(raw["running"]) + int(raw["waiting"]),
-            no_progress_s=float(raw["no_progress_s"]),
-            deadline_s=float(raw["deadline_s"]),
-            progress=float(raw["progress"]),
+            beat_age_s=round(max(0.0, beat_age_s), 1),
+            written_age_s=round(max(0.0, written_age_s), 1),
+            state=self_report.text(raw["state"], 40),
+            phase=self_report.text(raw["phase"], 40),
+            steps=self_report.count(raw["steps"]),
+            pending=(self_report.count(raw["running"]) or 0) + (self_report.count(raw["waiting"]) or 0),
+            no_progress_s=self_report.number(raw["no_progress_s"]) or 0.0,
+            deadline_s=self_report.number(raw["deadline_s"]),
+            progress=self_report.number(raw["progress"]),
+            report=self_report.parse(raw),
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
 
 
-def _process(record: processes.ProcessRecord | None, stuck_before: bool, oom_killed: bool) -> Process:
+def _process(record: processes.ProcessRecord | None, stuck_before: Mapping[str, str], oom_killed: bool) -> Process:
+    """`stuck_before`: its threads in uninterruptible sleep at the start of the run."""
     if record is None:
         return Process()
     owners = ports.listeners(record.port)
@@ -169,7 +291,7 @@ def _process(record: processes.ProcessRecord | None, stuck_before: bool, oom_kil
         return Process("gone", record.pid, None, "stranger" if owners else "nobody", holder, oom_killed)
     stat = processes.read_stat(record.pid)
     letter = stat.state if stat else "?"
-    stuck = stuck_before and _is_stuck(record.pid)
+    stuck = bool(stuck_before.items() & _stuck_threads(record.pid).items())
     state = "stuck" if stuck else {"T": "stopped", "t": "traced"}.get(letter, "runs")
     return Process(state, record.pid, processes.age_s(record), *_owner(record, owners))
 
@@ -186,22 +308,24 @@ def _owner(record: processes.ProcessRecord, owners: list[ports.Listener]) -> tup
     return "ours", ""
 
 
-def _is_stuck(pid: int | None) -> bool:
-    """Whether a thread is in uninterruptible sleep. Normal for a moment, so it is read at the start and end of a run."""
+def _stuck_threads(pid: int | None) -> dict[str, str]:
+    """The threads in uninterruptible sleep, with how often each was scheduled.
+
+    That sleep is normal for a moment. A thread that is in it at the start and the end of a run and was never scheduled in
+    between is stuck.
+    """
     if pid is None:
-        return False
-    try:
-        threads = os.listdir(processes.PROC / str(pid) / "task")
-    except OSError:
-        return False
-    for thread in threads:
+        return {}
+    stuck = {}
+    for folder in (processes.PROC / str(pid) / "task").glob("*"):
         try:
-            text = (processes.PROC / str(pid) / "task" / thread / "stat").read_text(encoding="utf-8", errors="replace")
-        except OSError:
+            text = (folder / "stat").read_text(encoding="utf-8", errors="replace")
+            if text.rpartition(")")[2].split()[0] == "D":
+                status = (folder / "status").read_text(encoding="utf-8", errors="replace")
+                stuck[folder.name] = " ".join(line for line in status.splitlines() if "ctxt_switches" in line)
+        except (OSError, IndexError):
             continue
-        if text.rpartition(")")[2].split()[0] == "D":
-            return True
-    return False
+    return stuck
 
 
 def hardware_faults(gpus: Mapping[str, Any]) -> tuple[str, ...]:

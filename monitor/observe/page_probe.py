@@ -16,10 +16,11 @@ from settings import Settings
 
 LIMIT_S = 10.0
 CLOSE_LIMIT_S = 0.5
+REFUSED = (401, 403)
 
 
 def probe_page(settings: Settings, with_script: bool) -> PageEvidence:
-    """Takes at most four times LIMIT_S. `with_script` also runs the page's script, which puts load on the page."""
+    """Takes at most four times LIMIT_S; a refused handshake takes none of it. `with_script` also runs the page's script, which puts load on the page."""
     url = page_url(settings)
     health = get(f"{url}/_stcore/health", LIMIT_S)
     if not health.good:
@@ -27,6 +28,8 @@ def probe_page(settings: Settings, with_script: bool) -> PageEvidence:
     # Every route but the health route requires the token.
     query = f"?token={quote(settings.web_token.get_secret_value())}" if settings.web_token else ""
     websocket = handshake(f"{url}/_stcore/stream{query}", LIMIT_S)
+    # The WebSocket may be refused for other reasons too. Any other route says whether the token was the reason.
+    token = get(f"{url}/_stcore/host-config{query}", LIMIT_S) if websocket.status in REFUSED else None
     script = get(f"{url}/_stcore/script-health-check{query}", LIMIT_S) if with_script else None
     front: PageReply | None = None
     if settings.front_url:
@@ -34,7 +37,7 @@ def probe_page(settings: Settings, with_script: bool) -> PageEvidence:
         front = get(f"{front_url}/_stcore/health", LIMIT_S)
         if front.good:
             front = handshake(f"{front_url}/_stcore/stream{query}", LIMIT_S)
-    return PageEvidence(url, health=health, websocket=websocket, script=script, front=front)
+    return PageEvidence(url, health=health, websocket=websocket, script=script, front=front, token=token)
 
 
 def page_url(settings: Settings) -> str:

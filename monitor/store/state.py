@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from monitor.judge import history, ladder, limiter, thresholds
@@ -12,6 +12,7 @@ from monitor.judge.holds import Holds
 from monitor.judge.ladder import Ladder
 from monitor.judge.limiter import Limiter
 from monitor.judge.pace import Pace
+from monitor.judge.traffic import TrafficLog
 from monitor.store.store import Store
 
 PARTS = {"api": "api", "page": "web"}  # target -> its name on start.sh's command line
@@ -29,6 +30,7 @@ class CheckerState:
     external_engine: EngineProgress
     ladder: Ladder
     pace: Pace
+    traffic: TrafficLog = field(default_factory=TrafficLog)
 
     @classmethod
     def load(cls, store: Store, boot_id: str) -> CheckerState:
@@ -41,6 +43,7 @@ class CheckerState:
             EngineProgress.from_dict(store.get("foreign", {}), boot_id),
             ladder.from_dict(store.get("ladder", {})),
             Pace.from_dict(store.get("pace", {})),
+            TrafficLog.from_dict(store.get("traffic", {})),
         )
 
     def save(self, store: Store) -> None:
@@ -57,3 +60,4 @@ class CheckerState:
         store.put("foreign", self.external_engine.to_dict())
         store.put("ladder", ladder.to_dict(self.ladder))
         store.put("pace", self.pace.to_dict())
+        store.put("traffic", self.traffic.to_dict())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import hmac
 import http.server
 import json
 import os
@@ -15,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import stand_in_model
@@ -69,7 +71,7 @@ def cron_project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
 
 
 class Behaviour:
-    """What the stand-in answers. `reply` gets the body of an image question, `text_reply` of a text question; both return
+    """What the stand-in answers. With `token` it proves what /health says. `reply` gets the body of an image question, `text_reply` of a text question; both return
     status and body. A completion is streamed."""
 
     def __init__(self) -> None:
@@ -77,7 +79,9 @@ class Behaviour:
         self.reply: Callable[[dict], tuple[int, dict]] = lambda body: (200, completion("It is red."))
         self.text_reply: Callable[[dict], tuple[int, dict]] = lambda body: (200, completion("I am a demo."))
         self.control: Callable[[dict, str | None], tuple[int, dict]] = lambda body, token: (404, {})
+        self.token = ""
         self.page_status = 200
+        self.page_token = ""
         self.script_status = 200
         self.websocket = True
         self.end_marker = True
@@ -85,6 +89,11 @@ class Behaviour:
         self.probe_tokens: list[str | None] = []
         self.keys: list[str | None] = []
         self.questions: list[dict] = []
+
+
+def proof_of(body: dict, nonce: str, token: str) -> str:
+    said = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hmac.new(token.encode(), f"{nonce}\n{said}".encode(), hashlib.sha256).hexdigest()
 
 
 @pytest.fixture(scope="session")
@@ -109,13 +118,18 @@ def service(behaviour: Behaviour) -> Iterator[int]:
             if self.path in behaviour.other:
                 status, data = behaviour.other[self.path]
                 return self.send_bytes(status, data)
-            if self.path == "/_stcore/health":
+            path, query = urlsplit(self.path).path, parse_qs(urlsplit(self.path).query)
+            refused = bool(behaviour.page_token) and query.get("token") != [behaviour.page_token]
+            if path == "/_stcore/health":
                 return self.send(behaviour.page_status, {})
-            if self.path == "/_stcore/script-health-check":
-                return self.send(behaviour.script_status, {})
-            if self.path == "/_stcore/stream":
-                return self.shake_hands()
-            return self.send(*behaviour.health())
+            if path == "/_stcore/stream":
+                return self.send(403, {}) if refused else self.shake_hands()
+            if path.startswith("/_stcore/"):
+                return self.send(401 if refused else behaviour.script_status, {})
+            status, body = behaviour.health()
+            if behaviour.token and "nonce" in query:
+                body = {**body, "proof": proof_of(body, query["nonce"][0], behaviour.token)}
+            return self.send(status, body)
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import threading
 import time
@@ -16,13 +17,20 @@ from models.shapes.pictures import COLORS
 from monitor import check
 from monitor.observe import observe
 from monitor.observe.observe import now
-from monitor.observe.processes import ProcessRecord, boot_id, write_record
+from monitor.observe.processes import ProcessRecord, boot_id, read_stat, write_record
 from monitor.store.store import Store
 from monitor.tell import status
 
 
 def run_check(settings, rng) -> dict:
     return check.run(settings, rng).report
+
+
+def this_process(port: int) -> ProcessRecord:
+    """The stand-in's process as start.sh would record it."""
+    stat = read_stat(os.getpid())
+    assert stat is not None
+    return ProcessRecord(stat.pid, stat.start_time, port, boot_id())
 
 
 OTHER_PROBES_S = 2 + 2 + 4  # /health twice, and the page
@@ -195,27 +203,12 @@ def test_page_that_was_not_started_is_not_expected(service, behaviour, describe,
     behaviour.reply = lambda body: (200, completion(describe(body)))
     settings = make_settings(service, web_port=1)
     settings.log_dir.mkdir()
-    write_record(settings.log_dir, "api", ProcessRecord(1, 1, service, boot_id()))
+    write_record(settings.log_dir, "api", this_process(service))
 
     report = run_check(settings, random.Random(1))
 
     assert report["verdict"] == "healthy"
     assert report["evidence"]["page"] is None
-
-
-def test_answers_to_users_replace_the_question_for_a_limited_time(service, behaviour, describe, make_settings):
-    behaviour.reply = lambda body: (200, completion(describe(body)))
-    behaviour.health = lambda: (200, {"state": "idle", "steps": 7, "success_age_s": {"text": 5.0, "picture": 5.0}})
-    settings = make_settings(service)
-    first, second = (run_check(settings, random.Random(seed)) for seed in range(2))
-
-    assert [answer["outcome"] for answer in first["evidence"]["api"]["answers"]] == ["right", "right"], "the first run asks"
-    assert [answer["outcome"] for answer in second["evidence"]["api"]["answers"]] == ["credited", "credited"]
-    assert second["verdict"] == "healthy" and len(behaviour.questions) == 1
-
-    late = replace(now(), wall=time.time() + check.ASK_AT_LEAST_EVERY_S, monotonic=time.monotonic() + check.ASK_AT_LEAST_EVERY_S)
-    check.run(settings, random.Random(3), clock=lambda: late)
-    assert len(behaviour.questions) == 2, "answers to users are not verified"
 
 
 def test_the_page_is_probed_through_the_reverse_proxy(service, behaviour, describe, make_settings):
@@ -245,3 +238,20 @@ def test_a_disk_that_refuses_the_store_does_not_repeat_alerts(service, behaviour
     with contextlib.closing(Store.read_only(settings.log_dir)) as store:
         assert len(store.incidents()) == 1
         assert [row["kind"] for row in store.rows("SELECT kind FROM outbox")] == ["fire"]
+
+
+def test_a_new_token_of_the_page_is_named_and_restarts_nothing(service, behaviour, describe, make_settings):
+    behaviour.reply = lambda body: (200, completion(describe(body)))
+    behaviour.page_token = "old"
+    settings, began = make_settings(service, web_token="new"), now()
+    reports = []
+    for after_s in (0, 60, 120, 180):
+        moment = replace(began, wall=began.wall + after_s, monotonic=began.monotonic + after_s)
+        reports.append(check.run(settings, random.Random(1), clock=lambda moment=moment: moment).report)
+
+    page = reports[-1]["targets"]["page"]
+    assert (page["word"], page["rule"], page["decision"]["kind"]) == ("broken", "token_refused", "none")
+    assert "GLM_WEB_TOKEN" in page["en"] and page["incident"]
+
+    behaviour.page_token = "new"
+    assert run_check(settings, random.Random(1))["targets"]["page"]["word"] == "healthy"
