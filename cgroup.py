@@ -25,12 +25,12 @@ class MemoryUse:
 
 @dataclass(frozen=True)
 class CpuBudget:
-    """Processor seconds that the group has used, and the most cores that it may use.
+    """Processor seconds that the group has used, None where they are accounted elsewhere, and the most cores that it may use.
 
     `periods`: enforcement periods in which it wanted to run, and in how many of them it was stopped; None if not reported.
     """
 
-    used_s: float
+    used_s: float | None
     cores: float
     periods: int | None = None
     throttled_periods: int | None = None
@@ -71,11 +71,11 @@ def cpu(root: Path = ROOT, membership: Path = MEMBERSHIP) -> CpuBudget | None:
     for folder in _folders(root / "cpu", membership, "cpu"):
         quota, period = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")
         used_ns = _number(root / "cpuacct" / folder.relative_to(root / "cpu") / "cpuacct.usage")
-        if quota is None or quota <= 0 or not period or used_ns is None:
+        if quota is None or quota <= 0 or not period:
             continue
         if lowest is None or quota / period < lowest.cores:
             stat = _keyed(folder / "cpu.stat")
-            lowest = CpuBudget(used_ns / 1e9, quota / period, stat.get("nr_periods"), stat.get("nr_throttled"), folder)
+            lowest = CpuBudget(None if used_ns is None else used_ns / 1e9, quota / period, stat.get("nr_periods"), stat.get("nr_throttled"), folder)
     return lowest
 
 

@@ -134,6 +134,9 @@ def judge(pace: Pace, observation: Observation, verdict: Verdict, recipe: str) -
         if not pace.slow_runs:
             _remember_lanes(past, observation)
         return verdict
+    if pace.fast_runs:
+        return _worse(past, verdict, f"It was slower than before, and no longer in this run ({pace.ratio:.1f} times); one more such run ends this.",
+                      f"此前比以往慢，本次检查中已不再慢（{pace.ratio:.1f} 倍）；下次检查仍如此则解除。", {"times": pace.ratio})  # fmt: skip
     return _slower(compared, pace, past, observation, verdict)
 
 
@@ -276,28 +279,29 @@ def _slower(compared: Comparison, pace: Pace, past: Past, observation: Observati
     times = compared.now_ms / compared.usual_ms
     runs = max(pace.slow_runs, RUNS)
     minutes = max(1.0, (observation.moment.wall - (pace.since or observation.moment.wall)) / 60)
-    return Verdict(
-        "api", "degraded", "slower_than_before",
+    return _worse(
+        past, verdict,
         f"It is {times:.1f} times slower than before: {compared.now_ms:.3g} {unit_en} where this model took {compared.usual_ms:.3g} on this machine "
         f"at like load, for {minutes:.0f} min. Cause: {cause_en}.",
         f"比以往慢 {times:.1f} 倍：{compared.now_ms:.3g} {unit_zh}，而此模型在本机同等负载下通常为 {compared.usual_ms:.3g}，"
         f"已持续 {minutes:.0f} 分钟。原因：{cause_zh}。",
         {
             "times": round(times, 2), "ms": round(compared.now_ms, 3), "usual_ms": round(compared.usual_ms, 3), "unit": unit_en,
-            "samples": compared.samples, "runs": runs, "cause": cause_en, "otherwise": verdict.word,
+            "samples": compared.samples, "runs": runs, "cause": cause_en,
         },
-        f"{past.limit:.1f} times the median of its past, on {RUNS} runs in a row",
     )  # fmt: skip
 
 
 def _still_slow(pace: Pace, past: Past, verdict: Verdict) -> Verdict:
     """Nothing was measured in this run, so what was found before stays in force."""
     ratio = pace.ratio or past.limit
-    return Verdict(
-        "api", "degraded", "slower_than_before", f"It was {ratio:.1f} times slower than before when it last had work to measure.",
-        f"最近一次可测量时，比以往慢 {ratio:.1f} 倍。", {"times": ratio, "otherwise": verdict.word},
-        f"{past.limit:.1f} times the median of its past, on {RUNS} runs in a row",
-    )  # fmt: skip
+    return _worse(past, verdict, f"It was {ratio:.1f} times slower than before when it last had work to measure.",
+                  f"最近一次可测量时，比以往慢 {ratio:.1f} 倍。", {"times": ratio})  # fmt: skip
+
+
+def _worse(past: Past, verdict: Verdict, en: str, zh: str, facts: dict[str, Any]) -> Verdict:
+    threshold = f"{past.limit:.1f} times the median of its past, on {RUNS} runs in a row"
+    return Verdict("api", "degraded", "slower_than_before", en, zh, {**facts, "otherwise": verdict.word}, threshold)
 
 
 def _remember_lanes(past: Past, observation: Observation) -> None:

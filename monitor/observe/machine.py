@@ -94,14 +94,13 @@ def cpu_use(before: Mapping[str, Any] | None, now: Mapping[str, Any], first: Map
         "steal_percent": _percent(now["steal_s"] - since["steal_s"], host_s), "quota_cores": now.get("cores"),
         "throttled_percent": None,
     }  # fmt: skip
-    if now["group"]:
-        if not now["own_counts"]:
-            own = 0.0
-        result["cpu_percent"] = _percent(now["used_s"] - since["used_s"] - own, elapsed_s * now["cores"])
+    if now["group"] and now["periods"] is not None and since.get("periods") is not None:
+        stopped = now["throttled_periods"] - since["throttled_periods"]
+        result["throttled_percent"] = _percent(stopped, now["periods"] - since["periods"])
+    if now.get("used_s") is not None and since.get("used_s") is not None:
+        own_in_group_s = own if now["own_counts"] else 0.0
+        result["cpu_percent"] = _percent(now["used_s"] - since["used_s"] - own_in_group_s, elapsed_s * now["cores"])
         result["cpu_source"] = f"control group, {now['cores']:g} cores, {period}"
-        if now["periods"] is not None and since.get("periods") is not None:
-            stopped = now["throttled_periods"] - since["throttled_periods"]
-            result["throttled_percent"] = _percent(stopped, now["periods"] - since["periods"])
     elif host_s > 0:
         result["cpu_percent"] = _percent(now["busy_s"] - since["busy_s"] - own, host_s)
         result["cpu_source"] = f"host, {os.cpu_count()} cores, {period}"

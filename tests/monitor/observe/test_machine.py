@@ -216,6 +216,16 @@ def test_processor_quota_of_both_versions(tree, files, membership, cores, used_s
     assert found.folder is not None and found.folder.name == "a"
 
 
+def test_a_quota_without_the_usage_of_its_group():
+    """Where cpu and cpuacct are hierarchies of their own, the machine's load is shown beside the throttling of the group."""
+    group = {**GROUP, "used_s": None}
+
+    reading = machine.cpu_use(counters(**group), counters(**{**LATER, **group, "periods": 200, "throttled_periods": 110}), counters())
+
+    assert (reading["throttled_percent"], reading["quota_cores"], reading["cpu_percent"]) == (100.0, 0.5, 50.0)
+    assert reading["cpu_source"].startswith("host")
+
+
 def test_no_processor_quota(tree):
     assert (
         cgroup.cpu(**tree({"cgroup.controllers": "cpu", "cpu.max": "max 100000", "cpu.stat": "usage_usec 1"}, "0::/"))
