@@ -71,8 +71,9 @@ class Cure:
                 continue
             check = self._look() if not problem else Check(False, problem)
             outcome = "done" if check.good else "failed"
-            detail = f"{decision.reason}; after it: {check.words}"
-            self._note(Step(rung, time.time(), outcome, round(time.monotonic() - began, 2), detail), check.nonfinite_total)
+            spent_s = round(time.monotonic() - began, 2)
+            detail = f"{decision.reason}; in {spent_s:.1f} s; after it: {check.words}"
+            self._note(Step(rung, time.time(), outcome, spent_s, detail), check.nonfinite_total)
             self.climbed.append(rung)
             return
 

@@ -133,7 +133,7 @@ def test_short_prompts_after_long_ones_are_not_slowness(service):
         service.run()
     verdicts = []
     for _ in range(60):
-        service.work("5-8", 40, tokens=40, chunk=8)
+        service.work("5-8", 40, tokens=40, chunk=4)
         verdicts.append(service.run())
 
     assert first_slow(verdicts) is None
