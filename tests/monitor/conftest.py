@@ -123,7 +123,7 @@ def service(behaviour: Behaviour) -> Iterator[int]:
             if path == "/_stcore/health":
                 return self.send(behaviour.page_status, {})
             if path == "/_stcore/stream":
-                return self.send(403, {}) if refused else self.shake_hands()
+                return self.refuse_handshake() if refused else self.shake_hands()
             if path.startswith("/_stcore/"):
                 return self.send(401 if refused else behaviour.script_status, {})
             status, body = behaviour.health()
@@ -156,7 +156,7 @@ def service(behaviour: Behaviour) -> Iterator[int]:
 
         def shake_hands(self) -> None:
             if not behaviour.websocket:
-                return self.send(403, {})
+                return self.refuse_handshake()
             key = self.headers["Sec-WebSocket-Key"].encode()
             proof = hashlib.sha1(key + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest()
             self.protocol_version = "HTTP/1.1"  # RFC 6455 requires it, and both headers
@@ -166,6 +166,10 @@ def service(behaviour: Behaviour) -> Iterator[int]:
             self.send_header("Sec-WebSocket-Accept", base64.b64encode(proof).decode())
             self.end_headers()
             self.close_connection = True
+
+        def refuse_handshake(self) -> None:
+            self.protocol_version, self.close_connection = "HTTP/1.1", True
+            self.send(403, {})
 
         def send(self, status: int, body: dict) -> None:
             self.send_bytes(status, json.dumps(body).encode())

@@ -7,7 +7,16 @@ from dataclasses import replace
 
 from monitor.judge import history, limiter
 from monitor.judge.api_rules import judge_api
-from monitor.judge.evidence import Answer, ApiEvidence, HealthReply, Heartbeat, Moment, Process
+from monitor.judge.evidence import (
+    Answer,
+    ApiEvidence,
+    HealthReply,
+    Heartbeat,
+    Moment,
+    Process,
+    SelfReport,
+    Traffic,
+)  # fmt: skip
 from monitor.judge.history import History
 from monitor.judge.limiter import Allowance, Decision, Limiter
 from monitor.judge.verdict import Limits, Verdict
@@ -64,7 +73,11 @@ def alive(rng: random.Random) -> ApiEvidence:
         return zombie(rng.uniform(0, 55))
     if kind == 5:
         share = rng.random()
-        return api(first=HealthReply("answered", 0.1, 503, "loading", "loading", 0, 0, progress=share), answers=(), process=replace(RUNS, age_s=rng.uniform(0, 890)))
+        # An API that says whether its loading moves may take as long as it likes.
+        still_s = rng.choice([None, rng.uniform(0, 299)])
+        age_s = rng.uniform(0, 890) if still_s is None else rng.uniform(0, 90_000)
+        reply = HealthReply("answered", 0.1, 503, "loading", "loading", 0, 0, progress=share, report=SelfReport(loading_still_s=still_s))
+        return api(first=reply, answers=(), process=replace(RUNS, age_s=age_s))
     if kind == 6:  # just started
         return api(process=replace(RUNS, age_s=rng.uniform(0, 59), port_owner="nobody"), beat=None, first=HealthReply("refused"), answers=())
     if kind == 7:  # the checker cannot reach anything
@@ -75,7 +88,10 @@ def alive(rng: random.Random) -> ApiEvidence:
         return api(first=NO_HTTP, answers=SILENT, last=busy(2, steps), beat=beat(2, pending=4))
     if kind == 10:  # shutting down
         return api(first=HealthReply("answered", 0.1, 503, "draining", "draining", steps, 2), answers=())
-    return api(answers=(Answer("text", "credited"), Answer("picture", "right", 1.0, 200)))
+    # Some users fail, as few of many do in a working service, or by themselves.
+    failed = rng.choice([{"engine": rng.randrange(3)}, {"engine": 40}, {"grammar": 90, "deadline": 300}])
+    traffic = Traffic(rng.randrange(800, 9000), failed, 60.0, sum(failed.values()), rng.randrange(5))
+    return api(answers=(Answer("text", "credited"), Answer("picture", "right", 1.0, 200)), traffic=traffic)
 
 
 class Replay:

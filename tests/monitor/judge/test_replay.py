@@ -12,7 +12,7 @@ import pytest
 from traces import FULL, GONE, IDLE, RIGHT, RUNS, WEDGED, Replay, alive, api, busy, zombie
 
 from monitor.judge import history
-from monitor.judge.evidence import Answer, ApiEvidence, HealthReply
+from monitor.judge.evidence import Answer, ApiEvidence, Corruption, HealthReply, SelfReport
 from monitor.judge.verdict import Limits
 
 TRACES, RUNS_EACH = 10_000, 30
@@ -147,6 +147,30 @@ def test_loading_beyond_its_deadline_is_restarted_once() -> None:
         replay.run(late)
 
     assert replay.restarts == 1
+
+
+def test_a_load_that_stands_still_is_restarted_once() -> None:
+    still = api(first=HealthReply("answered", 0, 503, "loading", report=SelfReport(loading_still_s=400.0)), answers=())
+    replay = Replay()
+    for _ in range(30):
+        replay.run(still)
+
+    assert replay.restarts == 1
+
+
+def test_a_load_that_moves_may_take_a_day() -> None:
+    replay = Replay()
+    for minute in range(1440):
+        moving = HealthReply("answered", 0, 503, "loading", progress=minute / 1440, report=SelfReport(loading_still_s=minute % 290))
+        replay.run(api(first=moving, answers=(), process=replace(RUNS, age_s=60.0 * minute)))
+
+    assert replay.restarts == 0 and {verdict.word for verdict in replay.verdicts} == {"starting"}
+
+
+def test_a_corrupt_engine_is_cured_at_once() -> None:
+    seen = api(first=replace(IDLE, report=SelfReport(corrupt=Corruption(fingerprint="differs"))))
+
+    assert Replay().run(seen).kind == "restart"
 
 
 @pytest.mark.parametrize("hours", [1, 24])

@@ -8,11 +8,45 @@ import pytest
 from traces import FULL, GONE, IDLE, NO_HTTP, RIGHT, RUNS, SILENT, WEDGED, api, beat, busy, zombie
 
 from monitor.judge.api_rules import judge_api
-from monitor.judge.evidence import Answer, ApiEvidence, HealthReply, PageEvidence, PageReply, Process
+from monitor.judge.evidence import (
+    Answer,
+    ApiEvidence,
+    CardEvent,
+    Corruption,
+    HealthReply,
+    PageEvidence,
+    PageReply,
+    Process,
+    SelfReport,
+    Traffic,
+)  # fmt: skip
 from monitor.judge.page_rules import judge_page
 from monitor.judge.verdict import SERVING, WORDS, Limits
 
 LIMITS = Limits()
+STRANGER = replace(RUNS, port_owner="stranger", holder="pid 9 (nc)")
+CREDITED = (Answer("text", "credited"), Answer("picture", "credited"))
+FULL_AND_MOVING = {"first": busy(1, 70), "answers": FULL, "last": busy(1, 90)}
+
+
+def says(**report) -> HealthReply:
+    return replace(IDLE, report=SelfReport(**report))
+
+
+def loading(still_s: float | None, progress: float = 0.4) -> HealthReply:
+    return HealthReply("answered", 0, 503, "loading", progress=progress, report=SelfReport(loading_still_s=still_s))
+
+
+def loads(still_s: float | None, age_s: float) -> ApiEvidence:
+    return api(first=loading(still_s), answers=(), process=replace(RUNS, age_s=age_s))
+
+
+def silent_load(still_s: float, written_age_s: float) -> ApiEvidence:
+    """The writer of the file is blocked together with the load, as by a library that holds Python's lock."""
+    file = beat(written_age_s, written_age_s, state="loading", report=SelfReport(loading_still_s=still_s))
+    return api(first=NO_HTTP, answers=SILENT, last=NO_HTTP, beat=file)
+
+
 CASES = {
     "right answers": (api(), "healthy", "answers_right", False),
     "a credit from users": (api(answers=(Answer("text", "credited"), Answer("picture", "credited"))), "healthy", "answers_right", False),
@@ -24,6 +58,42 @@ CASES = {
     "engine dead": (api(first=HealthReply("answered", 0, 503, "dead", reason="CUDA error"), answers=()), "dead", "engine_dead", True),
     "loading": (api(first=HealthReply("answered", 0, 503, "loading", progress=0.4), answers=(), process=replace(RUNS, age_s=800)), "starting", "loading", False),
     "loading too long": (api(first=HealthReply("answered", 0, 503, "loading"), answers=(), process=replace(RUNS, age_s=901)), "broken", "loading_too_long", True),
+    "an old load that moves": (loads(12.0, 90000.0), "starting", "loading", False),
+    "a load that stands still": (loads(301.0, 320.0), "broken", "loading_stands_still", True),
+    "a load that stands still for a moment": (loads(299.0, 90000.0), "starting", "loading", False),
+    "a silent load that stands still": (silent_load(200.0, 101.0), "broken", "loading_stands_still", True),
+    "a silent load that moved": (silent_load(200.0, 99.0), "starting", "loading", False),
+    "right answers from a stranger": (api(process=STRANGER), "dead", "port_taken", False),
+    "right answers while gone": (api(process=replace(RUNS, state="gone", port_owner="nobody")), "dead", "process_gone", True),
+    "right answers while gone, stranger": (api(process=replace(STRANGER, state="gone")), "dead", "port_taken", False),
+    "right answers while stopped": (api(process=replace(RUNS, state="stopped"), beat=beat(2)), "zombie", "frozen", False),
+    "right answers while stopped for long": (api(process=replace(RUNS, state="stopped"), beat=beat(61)), "zombie", "frozen", True),
+    "right answers from another process": (api(other="process 9"), "broken", "other_process", False),
+    "credits while stuck": (api(process=replace(RUNS, state="stuck"), answers=CREDITED), "hardware", "hardware_fault", False),
+    "right answers while a thread is stuck": (api(process=replace(RUNS, state="stuck")), "degraded", "hardware_warns", False),
+    "two results not finite": (api(first=says(corrupt=Corruption(9, 2))), "corrupt", "nonfinite", True),
+    "one result not finite": (api(first=says(corrupt=Corruption(9, 1, "same"))), "healthy", "answers_right", False),
+    "fingerprint differs": (api(first=says(corrupt=Corruption(0, 0, "differs", "layer 3"))), "corrupt", "fingerprint_differs", True),
+    "fingerprint pending": (api(first=says(corrupt=Corruption(0, 0, "pending"))), "healthy", "answers_right", False),
+    "corrupt and wrong": (api(first=says(corrupt=Corruption(0, 0, "differs")), answers=(Answer("text", "wrong", 1, 200),)), "corrupt", "fingerprint_differs", True),
+    "a stranger says corrupt": (api(process=STRANGER, first=says(corrupt=Corruption(9, 9))), "dead", "port_taken", False),
+    "an old file says corrupt": (api(first=HealthReply("refused"), answers=(), beat=beat(90, 90, report=SelfReport(corrupt=Corruption(9, 9)))), "dead", "port_closed", True),
+    "reference differs": (api(first=says(corrupt=Corruption(reference="differs", reference_detail="argmax"))), "degraded", "reference_differs", False),
+    "the card fell off the bus, by its event": (api(first=NO_HTTP, answers=SILENT, last=NO_HTTP, beat=beat(report=SelfReport(card_events=(CardEvent("xid", 79),)))), "hardware", "hardware_fault", False),
+    "fatal event but it answers": (api(first=says(card_events=(CardEvent("xid", 79),))), "degraded", "hardware_warns", False),
+    "fatal event of yesterday": (api(first=says(card_events=(CardEvent("xid", 79, 0, 90000.0),))), "healthy", "answers_right", False),
+    "an application's events": (api(first=says(card_events=tuple(CardEvent("xid", code) for code in (13, 31, 43, 45, 68, 109)))), "healthy", "answers_right", False),
+    "uncorrectable memory error": (api(first=says(card_events=(CardEvent("ecc", 2),))), "degraded", "hardware_warns", False),
+    "corrected memory error": (api(first=says(card_events=(CardEvent("ecc", 1),))), "healthy", "answers_right", False),
+    "users fail": (api(traffic=Traffic(30, {"engine": 29}, 60.0, 29, 1)), "degraded", "users_fail", False),
+    "users fail and it stays": (api(traffic=Traffic(30, {"engine": 29}, 60.0, 29, 3)), "broken", "users_fail", True),
+    "users fail at their own schemas": (api(traffic=Traffic(30, {"grammar": 29, "engine": 1}, 60.0, 29, 9)), "degraded", "users_fail", False),
+    "few users fail": (api(traffic=Traffic(98, {"engine": 4}, 60.0, 4, 0)), "healthy", "answers_right", False),
+    "two of two fail": (api(traffic=Traffic(0, {"engine": 2}, 60.0, 2, 0)), "healthy", "answers_right", False),
+    "users fail while it is busy": (api(**FULL_AND_MOVING, traffic=Traffic(30, {"engine": 29}, 60.0, 29, 1)), "degraded", "users_fail", False),
+    "users fail and the question fails": (api(answers=(Answer("text", "cut", 1, 200, detail="no end"),), last=IDLE, traffic=Traffic(30, {"engine": 29}, 60.0, 29, 1)), "broken", "text_cut", True),
+    "another probe token, once": (api(unproven_runs=1), "healthy", "answers_right", False),
+    "another probe token": (api(unproven_runs=2), "degraded", "probe_token_differs", False),
     "loop blocked for a minute": (zombie(61), "zombie", "loop_stands_still", True),
     "loop blocked a moment": (zombie(30), "zombie", "loop_stands_still", False),
     "stopped by a signal": (api(process=replace(RUNS, state="stopped"), beat=beat(61), first=NO_HTTP, answers=SILENT, last=NO_HTTP), "zombie", "frozen", True),
@@ -87,6 +157,21 @@ def test_evidence_survives_json(name: str) -> None:
     assert judge_api(ApiEvidence.from_dict(seen.to_dict()), LIMITS) == judge_api(seen, LIMITS)
 
 
+def test_what_the_verdict_knows_is_in_its_facts() -> None:
+    seen = api(first=says(card_events=(CardEvent("xid", 31, 1, 4.0),)), no_credit="its proof is wrong", traffic=Traffic(9, {"engine": 1}))
+
+    facts = judge_api(seen, LIMITS).facts
+
+    assert facts["card_events"] == ["GPU 1: XID 31 4 s ago"] and facts["no_credit"] == "its proof is wrong"
+    assert facts["users"] == {"answered": 9, "failed": {"engine": 1}}
+
+
+def test_one_error_of_a_card_is_named_once() -> None:
+    seen = api(hardware=("GPU 0: XID 79 5 s ago",), first=says(card_events=(CardEvent("xid", 79, 0, 6.0), CardEvent("xid", 79, 1, 6.0))))
+
+    assert judge_api(seen, LIMITS).facts["faults"] == ["GPU 0: XID 79 5 s ago", "GPU 1: XID 79 6 s ago"]
+
+
 def test_an_oom_kill_is_named() -> None:
     seen = replace(GONE, process=replace(GONE.process, oom_killed=True))
 
@@ -99,6 +184,8 @@ PAGES = {
     "no script route": ({"script": PageReply("answered", 0, 404)}, "healthy", False),
     "script broken": ({"script": PageReply("answered", 0, 503, "NameError")}, "broken", True),
     "websocket refused": ({"websocket": PageReply("answered", 0, 403, "HTTP 403 instead of 101")}, "broken", True),
+    "token refused": ({"websocket": PageReply("answered", 0, 403), "token": PageReply("answered", 0, 401)}, "broken", False),
+    "websocket refused, token right": ({"websocket": PageReply("answered", 0, 403), "token": PageReply("answered", 0, 200)}, "broken", True),
     "front broken": ({"front": PageReply("answered", 0, 502)}, "degraded", False),
     "silent": ({"health": PageReply("silent")}, "zombie", True),
     "gone": ({"process": Process("gone", 5)}, "dead", True),

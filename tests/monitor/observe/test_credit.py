@@ -130,7 +130,7 @@ def test_failing_users_are_told_at_once_and_cured_when_it_stays(api, behaviour) 
     reports = [api.run() for _ in range(4)]
 
     words = [report["targets"]["api"]["word"] for report in reports]
-    assert words == ["degraded", "degraded", "broken", "degraded"] or words[:3] == ["degraded", "degraded", "broken"], words
+    assert words == ["degraded", "degraded", "broken", "broken"]
     assert "3 of 30 users' requests failed" in reports[0]["reasons"][0] and "engine 2, memory 1" in reports[0]["reasons"][0]
     assert all(outcomes_of(report) == ["right", "right"] for report in reports), "no credit while users fail"
     assert reports[2]["targets"]["api"]["decision"]["kind"] == "shadow"
@@ -198,7 +198,7 @@ def test_a_stranger_with_a_copied_health_is_never_credited(stranger, make_settin
         api.wait()
 
     assert [(r["verdict"], r["targets"]["api"]["rule"], r["service_healthy"]) for r in reports] == [("dead", "port_taken", False)] * 3
-    assert "credited" not in [outcome for report in reports for outcome in outcomes_of(report)]
+    assert not any("credited" in outcomes_of(report) for report in reports)
     assert f"{sys.executable}" in reports[0]["reasons"][0], "who holds the port is named"
 
 
