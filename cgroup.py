@@ -7,7 +7,7 @@ any thread may call them. Source: the kernel's admin-guide/cgroup-v2 and admin-g
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path("/sys/fs/cgroup")
@@ -25,10 +25,16 @@ class MemoryUse:
 
 @dataclass(frozen=True)
 class CpuBudget:
-    """Processor seconds that the group has used, and the most cores that it may use."""
+    """Processor seconds that the group has used, None where they are accounted elsewhere, and the most cores that it may use.
 
-    used_s: float
+    `periods`: enforcement periods in which it wanted to run, and in how many of them it was stopped; None if not reported.
+    """
+
+    used_s: float | None
     cores: float
+    periods: int | None = None
+    throttled_periods: int | None = None
+    folder: Path | None = field(default=None, compare=False)
 
 
 def memory(host_total_bytes: int, root: Path = ROOT, membership: Path = MEMBERSHIP) -> MemoryUse | None:
@@ -57,18 +63,27 @@ def cpu(root: Path = ROOT, membership: Path = MEMBERSHIP) -> CpuBudget | None:
     if _is_version_2(root):
         for folder in _folders(root, membership, ""):
             cores = _quota_2(folder / "cpu.max")
-            used_us = _keyed(folder / "cpu.stat").get("usage_usec")
+            stat = _keyed(folder / "cpu.stat")
+            used_us = stat.get("usage_usec")
             if cores is not None and used_us is not None and (lowest is None or cores < lowest.cores):
-                lowest = CpuBudget(used_us / 1e6, cores)
+                lowest = CpuBudget(used_us / 1e6, cores, stat.get("nr_periods"), stat.get("nr_throttled"), folder)
         return lowest
     for folder in _folders(root / "cpu", membership, "cpu"):
         quota, period = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")
         used_ns = _number(root / "cpuacct" / folder.relative_to(root / "cpu") / "cpuacct.usage")
-        if quota is None or quota <= 0 or not period or used_ns is None:
+        if quota is None or quota <= 0 or not period:
             continue
         if lowest is None or quota / period < lowest.cores:
-            lowest = CpuBudget(used_ns / 1e9, quota / period)
+            stat = _keyed(folder / "cpu.stat")
+            lowest = CpuBudget(None if used_ns is None else used_ns / 1e9, quota / period, stat.get("nr_periods"), stat.get("nr_throttled"), folder)
     return lowest
+
+
+def is_within(group: Path, root: Path = ROOT, membership: Path = MEMBERSHIP) -> bool:
+    """Whether the process of `membership` counts in `group`, the folder of a CpuBudget."""
+    if _is_version_2(root):
+        return group in _folders(root, membership, "")
+    return group in _folders(root / "cpu", membership, "cpu")
 
 
 def _is_version_2(root: Path) -> bool:

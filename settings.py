@@ -140,8 +140,8 @@ class Settings(BaseSettings):
     test_faults: bool = Field(False, description="enables fault injection for the drill; never in production")
 
     # Limits that warn and never restart.
-    gpu_load_limit_percent: float = Field(85.0, gt=0)
-    gpu_memory_limit_mib: float = Field(11264.0, ge=0, description="0: use gpu_memory_limit_percent instead")
+    gpu_load_limit_percent: float = Field(0.0, ge=0, description="0: the load of the card is no reason to warn")
+    gpu_memory_limit_mib: float = Field(0.0, ge=0, description="0: use gpu_memory_limit_percent instead")
     gpu_memory_limit_percent: float = Field(95.0, gt=0, le=100)
     cpu_limit_percent: float = Field(70.0, gt=0)
     memory_limit_percent: float = Field(80.0, gt=0)

@@ -11,20 +11,22 @@ import random
 import sqlite3
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from monitor.act import nightly, operator_requests
+from monitor.act.cure import Cure
 from monitor.act.lock import Lock
 from monitor.act.restart import Restarter
-from monitor.judge import history, holds, limiter, thresholds
+from monitor.judge import history, holds, ladder, limiter, pace, thresholds
 from monitor.judge.api_rules import judge_api
 from monitor.judge.evidence import Observation
 from monitor.judge.history import Change
 from monitor.judge.limiter import Allowance, Decision
 from monitor.judge.page_rules import judge_page
-from monitor.judge.readings import settings_thresholds, values_of
+from monitor.judge.readings import SLOWER, settings_thresholds, values_of
 from monitor.judge.verdict import Limits, Verdict
+from monitor.observe import machine, recipe
 from monitor.observe.observe import ProbePlan, observe
 from monitor.observe.observe import now as current_moment
 from monitor.store.state import CheckerState
@@ -80,8 +82,9 @@ def _run(store: Store, settings: Settings, rng: random.Random, lock: Lock | None
     plan = _probe_plan(state, settings, moment.wall, operators)
     observation = observe(settings, rng, plan, moment, state.external_engine)
     verdicts = judge(observation, settings, state)
+    verdicts["api"] = _judge_pace(observation, verdicts["api"], settings, state)
     changes = _advance(state, verdicts, observation, settings)
-    warnings, changed_warnings = _warn(state, observation, settings)
+    warnings, changed_warnings = _warn(state, observation, settings, verdicts["api"])
     noticed, changed_notices = notices.current(store, moment.wall)
     warnings, changed_warnings = warnings + noticed, changed_warnings + changed_notices
     hold = holds.why_no_restart(state.holds, moment.wall)
@@ -92,14 +95,14 @@ def _run(store: Store, settings: Settings, rng: random.Random, lock: Lock | None
     _publish(summary, settings, store)
     if act:
         restarter = Restarter(settings, store, state, observation, lock)
+        cure = Cure(settings, store, state, restarter, rng, lock)
         for target, decision in decisions.items():
-            if decision.kind == "restart":
-                restarter.restart(target, verdicts[target], decision)
+            cure.carry_out(target, verdicts[target], decision)
         late = [r for r in operators if r["kind"] in operator_requests.AT_THE_END]
         operator_requests.carry_out(late, store, state, restarter, moment.wall)
         nightly.run(settings, store, state, restarter, verdicts, observation, moment.wall)
-        if restarter.restarted:
-            # Verify the restart now rather than one period later.
+        if restarter.restarted or cure.climbed:
+            # Verify the cure now rather than one period later.
             store.close()
             return run(settings, rng, lock, clock, act=False)
     try:
@@ -109,8 +112,18 @@ def _run(store: Store, settings: Settings, rng: random.Random, lock: Lock | None
     problem = alerts.ping(settings, summary)
     if problem:
         warn(problem)
+    _note_own_work(store)
     store.close()
     return Outcome(summary, verdicts, decisions)
+
+
+def _note_own_work(store: Store) -> None:
+    """What this run costs from its readings to here, which the next run does not count as load of the machine."""
+    last = store.get("last", {})
+    if last.get("machine"):
+        last["machine"]["own_end_s"] = machine.own_s()
+        with contextlib.suppress(sqlite3.Error), store.transaction():
+            store.put("last", last)
 
 
 def limits_of(settings: Settings) -> Limits:
@@ -144,6 +157,12 @@ def _judge_finer(verdict: Verdict, observation: Observation, settings: Settings,
     return next((finer for finer in found if finer is not None), verdict)
 
 
+def _judge_pace(observation: Observation, verdict: Verdict, settings: Settings, state: CheckerState) -> Verdict:
+    """The last rule for the API: a service that is well may be slower than it was."""
+    asks = verdict.word in pace.JUDGED and pace.wants_recipe(state.pace, observation)
+    return pace.judge(state.pace, observation, verdict, recipe.read(settings) if asks else "")
+
+
 def _probe_plan(state: CheckerState, settings: Settings, now: float, operators: list[dict[str, Any]]) -> ProbePlan:
     last = state.last
     asked_ago_s = now - last.get("asked_at", 0)
@@ -153,6 +172,7 @@ def _probe_plan(state: CheckerState, settings: Settings, now: float, operators: 
         question=requested or unsure or not 0 <= asked_ago_s < ASK_AT_LEAST_EVERY_S,
         script=requested or bool(last.get("script_bad")) or last.get("runs", 0) % SCRIPT_EVERY_RUNS == 0,
         oom_kills=last.get("oom_kills"),
+        machine=last.get("machine"),
         traffic=state.traffic,
         unproven_runs=last.get("unproven_runs", 0),
         limits=limits_of(settings),
@@ -175,23 +195,28 @@ def _advance(state: CheckerState, verdicts: dict[str, Verdict], observation: Obs
         or (bool(state.last.get("script_bad")) and not (page and page.script)),
         "oom_kills": observation.machine.get("oom_kills"),
         "nightly": state.last.get("nightly", ""),
+        "machine": observation.machine.get("counters"),
         "unproven_runs": observation.api.unproven_runs,
     }
     return changes
 
 
-def _warn(state: CheckerState, observation: Observation, settings: Settings) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(active warnings, those that began or ended in this run)."""
+def _warn(
+    state: CheckerState, observation: Observation, settings: Settings, verdict: Verdict
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(active warnings, those that began or ended in this run). `verdict`: of the API, which explains its slowness."""
     busy_since = state.histories["api"].busy_since
-    values, in_force, changed_warnings = values_of(observation, busy_since), [], []
+    values, in_force, changed_warnings = values_of(observation, busy_since, state.pace), [], []
     for threshold in settings_thresholds(settings):
         before = state.thresholds.get(threshold.name, thresholds.ThresholdState())
         after = thresholds.update(threshold, before, values.get(threshold.name), observation.moment.wall)
         state.thresholds[threshold.name] = after
         mean = thresholds.mean_of(after)
+        slower = threshold.name == verdict.rule == SLOWER
+        en, zh = (verdict.en, verdict.zh) if slower else (threshold.en, threshold.zh)
         warning = {
             "name": threshold.name, "since": after.since, "mean": None if mean is None else round(mean, 1),
-            "limit": threshold.raise_at, "en": threshold.en, "zh": threshold.zh,
+            "limit": threshold.raise_at, "en": en, "zh": zh,
         }  # fmt: skip
         if after.since is not None:
             in_force.append(warning)
@@ -209,10 +234,12 @@ def _decide(
     for target, verdict in verdicts.items():
         others = [at for name, at in newest.items() if name != target and at is not None]
         external = "GLM_ENGINE_URL names an external engine, which is never restarted" if target == "api" and settings.engine_url else ""
+        climbs = ladder.applies(verdict)  # and is limited by the ladder instead of by attempts
         decision = limiter.decide(
-            verdict, state.histories[target], state.limiters[target], allowance, now, settings.cure, hold or external,
+            replace(verdict, attempts=None) if climbs else verdict, state.histories[target], state.limiters[target], allowance, now, settings.cure, hold or external,
             max(others, default=None),
         )  # fmt: skip
+        decision = ladder.decide(decision, verdict, state.ladder, now)
         if decision.opens:
             state.limiters[target] = limiter.opened(state.limiters[target], now, decision.reason)
         if decision.kind == "restart":
@@ -246,6 +273,7 @@ def _report(
             "incident": target_history.incident.id if target_history.incident else None,
             "restarts_last_day": len(state.limiters[target].restarts),
             "circuit_open": state.limiters[target].open_reason or None,
+            "rungs": [asdict(step) for step in ladder.recent(state.ladder, observation.moment.wall).steps] if target == "api" else [],
         }  # fmt: skip
     reasons = [v.en for v in verdicts.values() if v.word != "healthy"]
     evidence = {"api": observation.api.to_dict(), "page": observation.page.to_dict() if observation.page else None}
@@ -269,7 +297,7 @@ def _persist(
     def write(target_store: Store) -> None:
         with target_store.transaction():
             words = {t: {"word": v.word, "rule": v.rule, "en": v.en, "zh": v.zh} for t, v in verdicts.items()}
-            readings = report.finite(values_of(observation, state.histories["api"].busy_since))
+            readings = report.finite(values_of(observation, state.histories["api"].busy_since, state.pace))
             target_store.add_run(observation.moment.wall, report.finite(summary), words, readings)
             state.save(target_store)
             for change in changes:

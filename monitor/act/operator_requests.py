@@ -9,7 +9,8 @@ import time
 from typing import Any
 
 from monitor.act.restart import Restarter
-from monitor.judge import holds, limiter
+from monitor.judge import holds, limiter, pace
+from monitor.judge.ladder import Ladder
 from monitor.judge.limiter import Decision
 from monitor.judge.verdict import Verdict
 from monitor.store.state import PARTS, CheckerState
@@ -64,7 +65,10 @@ def _do(request: dict[str, Any], state: CheckerState, restarter: Restarter | Non
         for name in PARTS if target in ("", "all") else (target,):
             _check_target(name)
             state.limiters[name] = limiter.reset()
-        return "", f"circuit closed: {arguments.get('reason', 'no reason given')}"
+        if target != "page":
+            state.ladder = Ladder()
+        accepted = "; the pace of today is the new normal" if pace.forget(state.pace) else ""
+        return "", f"circuit closed: {arguments.get('reason', 'no reason given')}{accepted}"
     holds.apply(state.holds, kind, arguments, now)
     return "", holds.why_no_restart(state.holds, now) or "in force"
 

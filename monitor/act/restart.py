@@ -10,8 +10,10 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
+import settings
 from monitor.act import evidence_bundle, preflight
 from monitor.act.lock import Lock
 from monitor.judge import history, limiter
@@ -29,11 +31,11 @@ HUNG_GRACE_S = 5.0  # a process with a blocked event loop cannot drain
 
 
 class Restarter:
-    """Restarts and drains of one run, each with an audit row. `root`: the folder of start.sh."""
+    """Restarts and drains of one run, each with an audit row. `root`: the folder of start.sh. `environment`: of start.sh."""
 
     def __init__(
         self, settings: Settings, store: Store, state: CheckerState, observation: Observation, lock: Lock | None = None,
-        root: Path = ROOT,
+        root: Path = ROOT, *, environment: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
         self._settings = settings
         self._store = store
@@ -41,6 +43,7 @@ class Restarter:
         self._observation = observation
         self._lock = lock
         self._root = root
+        self._environment = environment
         self.restarted: list[str] = []
 
     def restart(self, target: str, verdict: Verdict, decision: Decision, actor: str = "checker") -> str:
@@ -127,7 +130,8 @@ class Restarter:
         record = processes.read_record(self._settings.log_dir, part)
         limit_s = self._settings.start_timeout_s + MARGIN_S
         # start.sh chooses its own Python, which under cron may differ from this one.
-        env = {**os.environ, "PATH": f"{os.environ.get('PATH', '/usr/bin:/bin')}:/usr/local/bin:/usr/sbin"}
+        env = {**(environment_for_children() if self._environment is None else self._environment)}
+        env["PATH"] = f"{env.get('PATH', '/usr/bin:/bin')}:/usr/local/bin:/usr/sbin"
         if "CONDA_PREFIX" not in env and (Path(sys.prefix) / "conda-meta").is_dir():
             env |= {"CONDA_PREFIX": sys.prefix, "CONDA_DEFAULT_ENV": Path(sys.prefix).name}
         try:
@@ -149,6 +153,11 @@ class Restarter:
         spent_s = round(time.monotonic() - began, 2)
         with self._store.transaction():
             self._store.add_action(time.time(), target, kind, actor, outcome, detail, incident, spent_s)
+
+
+def environment_for_children() -> dict[str, str]:
+    """The environment of start.sh, which must read the settings that are in force here."""
+    return {**os.environ, **settings.environment_for_children()}
 
 
 def _last_lines(output: bytes, code: int) -> str:

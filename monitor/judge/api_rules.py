@@ -122,7 +122,7 @@ def _corrupt(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
     found = evidence.report.corrupt
     if found is None:
         return None
-    facts = {"nonfinite_recent": found.nonfinite_recent, "fingerprint": found.fingerprint, "stage": found.fingerprint_stage}
+    facts = {"nonfinite_recent": found.nonfinite_recent, "nonfinite_total": found.nonfinite_total, "fingerprint": found.fingerprint, "stage": found.fingerprint_stage}
     if found.nonfinite_recent >= NONFINITE_LIMIT:
         return Verdict(
             "api", "corrupt", "nonfinite", f"The model computes wrongly: {found.nonfinite_recent} results within ten minutes were "

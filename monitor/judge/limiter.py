@@ -36,11 +36,15 @@ class Limiter:
 
 @dataclass(frozen=True)
 class Decision:
-    """`kind`: none, restart, shadow (would restart), hold (a restart is due but not allowed). `opens`: the circuit opens now."""
+    """`kind`: none, restart, shadow (would restart), hold (a restart is due but not allowed), or a rung of the ladder.
+
+    `opens`: the circuit opens now. `tells`: a person must be told that nothing is left to try.
+    """
 
     kind: str
     reason: str
     opens: bool = False
+    tells: bool = False
 
 
 NONE = Decision("none", "")

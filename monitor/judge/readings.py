@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from monitor.judge.evidence import Observation
+from monitor.judge.pace import Pace
 from monitor.judge.thresholds import Threshold
 from settings import Settings
 
 HYSTERESIS = 10.0
 BUSY_WARN_S = 300.0
+SLOWER = "slower_than_before"  # judged by pace.py; its warning is what tells people of it
 
 
 def settings_thresholds(settings: Settings) -> list[Threshold]:
@@ -17,8 +19,10 @@ def settings_thresholds(settings: Settings) -> list[Threshold]:
     memory_unit = "%" if percent else "MiB"
     memory_name = "gpu_memory_used_percent" if percent else "gpu_memory_used"
     disk = settings.disk_free_limit_mib
+    # A busy card is what it was bought for, so its load alone warns only where somebody asks for it.
+    load = [_above("gpu_load", settings.gpu_load_limit_percent, window_s, "GPU load", "显卡负载", "%")] if settings.gpu_load_limit_percent else []
     return [
-        _above("gpu_load", settings.gpu_load_limit_percent, window_s, "GPU load", "显卡负载", "%"),
+        *load,
         Threshold(
             memory_name, memory_limit, memory_limit * 0.9, window_s,
             f"GPU memory is above {memory_limit:g} {memory_unit}.", f"显存占用超过 {memory_limit:g} {memory_unit}。",
@@ -33,6 +37,7 @@ def settings_thresholds(settings: Settings) -> list[Threshold]:
             "open_files_percent", 80.0, 70.0, 0.0, "The API holds more than 80 % of the files it may open.",
             "接口打开的文件数超过上限的 80%。",
         ),
+        Threshold(SLOWER, 0.5, 0.4, 0.0, "It is slower than before at like load.", "同等负载下比以往慢。"),
         Threshold(
             "busy_s", BUSY_WARN_S, BUSY_WARN_S - 1, 0.0, f"It has been too busy for the checker's question for {BUSY_WARN_S / 60:.0f} minutes "
             "or more.", f"服务繁忙，无法回答检查提问已达 {BUSY_WARN_S / 60:.0f} 分钟以上。",
@@ -48,7 +53,7 @@ def _above(name: str, limit: float, window_s: float, en: str, zh: str, unit: str
     )  # fmt: skip
 
 
-def values_of(observation: Observation, busy_since: float | None) -> dict[str, float | None]:
+def values_of(observation: Observation, busy_since: float | None, pace: Pace) -> dict[str, float | None]:
     """The readings for roll-ups and thresholds, None where unknown. `busy_since`: wall-clock seconds."""
     process = observation.machine.get("process") or {}
     free = [disk["free_mib"] for disk in observation.machine.get("disks") or () if disk.get("free_mib") is not None]
@@ -71,6 +76,8 @@ def values_of(observation: Observation, busy_since: float | None) -> dict[str, f
         "api_rss_mib": process.get("rss_mib"),
         "open_files_percent": round(100 * files / most, 1) if files is not None and most else None,
         "pending": health.pending,
+        "times_slower": pace.ratio,
+        SLOWER: 0.0 if pace.since is None else (pace.ratio or 1.0),
         "busy_s": 0.0 if busy_since is None else max(0.0, observation.moment.wall - busy_since),
         "text_s": text.seconds if text else None,
         "picture_s": picture.seconds if picture else None,

@@ -47,7 +47,7 @@ def read_nvml() -> dict:
 def _nvml_gpu(pynvml: types.ModuleType, index: int) -> dict:
     handle = pynvml.nvmlDeviceGetHandleByIndex(index)
 
-    def query(function: Callable[[], float | str | bytes]) -> float | str | None:
+    def query(function: Callable[[], float | str | bytes | list[int]]) -> float | str | list[int] | None:
         try:
             value = function()
         except (pynvml.NVMLError, AttributeError):  # this card (MIG, vGPU) or this driver does not report it
@@ -71,6 +71,11 @@ def _nvml_gpu(pynvml: types.ModuleType, index: int) -> dict:
                 handle, pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, pynvml.NVML_VOLATILE_ECC
             )
         ),
+        "pcie_width": query(lambda: pynvml.nvmlDeviceGetCurrPcieLinkWidth(handle)),
+        "pcie_width_max": query(lambda: pynvml.nvmlDeviceGetMaxPcieLinkWidth(handle)),
+        "clock_mhz": query(lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)),
+        "clock_max_mhz": query(lambda: pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM)),
+        "processes": query(lambda: [entry.pid for entry in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)]),
         "faults": ["rows could not be remapped"] if query(lambda: pynvml.nvmlDeviceGetRemappedRows(handle)[3]) else [],
     }
 

@@ -64,6 +64,7 @@ class ProbePlan:
 
     question: bool = True
     script: bool = True
+    machine: Mapping[str, Any] | None = None  # the counters of the machine's readings in the last run
     oom_kills: int | None = None
     traffic: TrafficLog = field(default_factory=TrafficLog)
     unproven_runs: int = 0
@@ -99,7 +100,7 @@ def observe(settings: Settings, rng: random.Random, plan: ProbePlan, moment: Mom
     folders = (settings.log_dir if settings.log_dir.is_dir() else settings.log_dir.parent, *_model_cache())
     pid = watched.pid if watched is not None and alive else None
     machine_reading: Deadline[dict[str, Any]] = Deadline(
-        lambda: machine.read(pid, folders=folders), 5.0, {"reason": "the kernel did not answer"}
+        lambda: machine.read(pid, folders=folders, before=plan.machine), 5.0, {"reason": "the kernel did not answer"}
     )
     stuck_before = _stuck_threads(pid)
     # `./start.sh api` starts no page on purpose. If neither part has a record, both are expected.

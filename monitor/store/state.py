@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar
 
-from monitor.judge import history, limiter, thresholds
+from monitor.judge import history, ladder, limiter, thresholds
 from monitor.judge.evidence import EngineProgress
 from monitor.judge.history import History
 from monitor.judge.holds import Holds
+from monitor.judge.ladder import Ladder
 from monitor.judge.limiter import Limiter
+from monitor.judge.pace import Pace
 from monitor.judge.traffic import TrafficLog
 from monitor.store.store import Store
 
@@ -21,7 +23,7 @@ Part = TypeVar("Part")
 
 @dataclass
 class CheckerState:
-    """`last` holds a few facts of the previous run, `holds` the operators' holds."""
+    """`last` holds a few facts of the previous run, `holds` the operators' holds, `ladder` the rungs taken for a corrupt API."""
 
     histories: dict[str, History]
     limiters: dict[str, Limiter]
@@ -29,6 +31,8 @@ class CheckerState:
     last: dict[str, Any]
     holds: Holds
     external_engine: EngineProgress
+    ladder: Ladder
+    pace: Pace
     traffic: TrafficLog = field(default_factory=TrafficLog)
 
     @classmethod
@@ -41,6 +45,8 @@ class CheckerState:
             _read(store, "last", _numbers),
             _read(store, "hold", _holds),
             _read(store, "foreign", lambda raw: EngineProgress.from_dict(raw, boot_id)),
+            _read(store, "ladder", ladder.from_dict),
+            _read(store, "pace", Pace.from_dict),
             _read(store, "traffic", TrafficLog.from_dict),
         )
 
@@ -56,6 +62,8 @@ class CheckerState:
         store.put("last", self.last)
         store.put("hold", self.holds)
         store.put("foreign", self.external_engine.to_dict())
+        store.put("ladder", ladder.to_dict(self.ladder))
+        store.put("pace", self.pace.to_dict())
         store.put("traffic", self.traffic.to_dict())
 
 

@@ -50,6 +50,8 @@ def compose(
     for target, decision in decisions.items():
         if decision.opens:
             messages.append(_circuit(target, decision, histories[target].incident))
+        if decision.tells:
+            messages.append(_person(target, decision, histories[target].incident))
     for target, history in histories.items():
         reminder = _reminder(history.incident, now) if history.seen else None
         if reminder and history.incident:
@@ -113,6 +115,12 @@ def _circuit(target: str, decision: Decision, incident: Incident | None) -> dict
     en = f"{target}: automatic restarts are stopped ({decision.reason}). Fix the cause, then run: health_check.py reset --reason WHY"
     zh = f"{target}：不再自动重启（{decision.reason}）。请排除原因后执行：health_check.py reset --reason 原因"
     return {"kind": "circuit", "severity": "page", "incident": name, "en": en, "zh": zh}
+
+
+def _person(target: str, decision: Decision, incident: Incident | None) -> dict[str, Any]:
+    en = f"{target}: {decision.reason}. Runbook: {RUNBOOK}#corrupt"
+    zh = f"{target}：自动处理的每一步都已尝试，仍未恢复（{decision.reason}），需要人工处理。手册：{RUNBOOK}#corrupt"
+    return {"kind": "person", "severity": "page", "incident": incident.id if incident else "", "en": en, "zh": zh}
 
 
 def _reminder(incident: Incident | None, now: float) -> dict[str, Any] | None:

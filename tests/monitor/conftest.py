@@ -78,6 +78,7 @@ class Behaviour:
         self.health: Callable[[], tuple[int, dict]] = lambda: (200, {"state": "idle", "steps": 7})
         self.reply: Callable[[dict], tuple[int, dict]] = lambda body: (200, completion("It is red."))
         self.text_reply: Callable[[dict], tuple[int, dict]] = lambda body: (200, completion("I am a demo."))
+        self.control: Callable[[dict, str | None], tuple[int, dict]] = lambda body, token: (404, {})
         self.token = ""
         self.page_status = 200
         self.page_token = ""
@@ -132,6 +133,8 @@ def service(behaviour: Behaviour) -> Iterator[int]:
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if self.path == "/control":
+                return self.send(*behaviour.control(body, self.headers["X-GLM-Probe"]))
             behaviour.keys.append(self.headers["Authorization"])
             behaviour.probe_tokens.append(self.headers["X-GLM-Probe"])
             about_text = isinstance(body["messages"][0]["content"], str)

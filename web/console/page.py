@@ -305,12 +305,13 @@ def trends_of(history: History, settings: Settings, span: str, texts: Texts, now
     in_percent = settings.gpu_memory_limit_mib == 0
     gpu_memory = "gpu_memory_used_percent" if in_percent else "gpu_memory_used"
     gpu_limit = settings.gpu_memory_limit_percent if in_percent else settings.gpu_memory_limit_mib
+    gpu_setting = "GLM_GPU_MEMORY_LIMIT_PERCENT" if in_percent else "GLM_GPU_MEMORY_LIMIT_MIB"
     rows: tuple[tuple[str, str, float | None, str], ...] = (
         ("picture_s", "s", settings.probe_timeout_s, "GLM_PROBE_TIMEOUT_S"),
         ("first_token_s", "s", None, ""),
         ("pending", "", None, ""),
-        ("gpu_load", "%", settings.gpu_load_limit_percent, "GLM_GPU_LOAD_LIMIT_PERCENT"),
-        (gpu_memory, "%" if in_percent else "MiB", gpu_limit, "GLM_GPU_MEMORY_LIMIT_MIB"),
+        ("gpu_load", "%", settings.gpu_load_limit_percent or None, "GLM_GPU_LOAD_LIMIT_PERCENT"),
+        (gpu_memory, "%" if in_percent else "MiB", gpu_limit, gpu_setting),
         ("cpu_percent", "%", settings.cpu_limit_percent, "GLM_CPU_LIMIT_PERCENT"),
         ("memory_used_percent", "%", settings.memory_limit_percent, "GLM_MEMORY_LIMIT_PERCENT"),
         ("page_s", "s", None, ""),

@@ -46,7 +46,9 @@ def test_a_working_processor_is_seen_in_the_first_reading():
     try:
         deadline = time.monotonic() + 40
         while time.monotonic() < deadline and not (readings and readings[-1] > 5):
-            readings.append(machine.read_cpu(interval_s=0.5)["cpu_percent"])
+            first = machine.read(interval_s=0.5)
+            readings.append(first["cpu_percent"])
+            assert "over 0.5 s only: this is the first run" in first["cpu_source"]
     finally:
         busy.kill()
         busy.join()
@@ -57,9 +59,80 @@ def test_a_working_processor_is_seen_in_the_first_reading():
 def test_the_reading_takes_the_interval_it_claims():
     started = time.monotonic()
 
-    machine.read_cpu(interval_s=0.3)
+    machine.read(interval_s=0.3)
 
     assert time.monotonic() - started >= 0.3
+
+
+def test_the_processor_is_measured_since_the_last_run_as_the_kernel_counts_it():
+    """The load of the last moments, in which the checker itself works, is not the load of the minute."""
+    before, began = machine.read_counters(), machine._processor_times()
+    busy = multiprocessing.get_context("spawn").Process(target=burn, args=(time.monotonic() + 1.5,), daemon=True)
+    busy.start()
+    time.sleep(2.0)
+    worked_s = time.process_time()
+    while time.process_time() < worked_s + 0.5:  # the checker's own work
+        pass
+
+    reading = machine.read(interval_s=0.1, before=before)
+
+    ended, own = machine._processor_times(), machine.own_s() - before["own_s"]
+    if before["group"]:
+        pytest.skip("the control group has a quota, so the machine's own counters measure something else")
+    expected = 100 * (ended[0] - began[0] - own) / (ended[1] - began[1])
+    assert own > 0.4
+    assert reading["cpu_percent"] == pytest.approx(expected, abs=5)
+    assert 2.0 < reading["cpu_interval_s"] < 30 and "only" not in reading["cpu_source"]
+    busy.join()
+
+
+def counters(**changes) -> dict:
+    return {
+        "boot_id": "b", "at": 1000.0, "busy_s": 500.0, "total_s": 2000.0, "steal_s": 5.0, "own_s": 3.0, "own_pid": 7, "group": "",
+        **changes,
+    }  # fmt: skip
+
+
+LATER = {"at": 1060.0, "busy_s": 560.0, "total_s": 2120.0, "steal_s": 17.0}
+GROUP = {"group": "/g", "used_s": 10.0, "cores": 0.5, "periods": 100, "throttled_periods": 10, "own_counts": True}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "percent"),
+    [
+        ({}, {**LATER, "own_s": 9.0}, 45.0),  # 60 s busy of 120, of which 6 were its own
+        ({"own_end_s": 4.5}, {**LATER, "own_s": 3.0, "own_pid": 8}, 46.2),  # 1.5 s by the last process, 3 by this one
+        (GROUP, {**LATER, **GROUP, "used_s": 25.0, "own_s": 6.0}, 40.0),  # 12 s of 30
+        (GROUP, {**LATER, **GROUP, "used_s": 25.0, "own_s": 6.0, "own_counts": False}, 50.0),
+    ],
+)
+def test_the_checkers_own_work_is_not_load(before, now, percent):
+    reading = machine.cpu_use(counters(**before), counters(**now), counters(at=1059.5))
+
+    assert reading["cpu_percent"] == percent
+    assert reading["steal_percent"] == 10.0
+    assert reading["cpu_interval_s"] == 60.0
+
+
+@pytest.mark.parametrize(
+    ("before", "why"),
+    [(None, "first run"), ({"boot_id": "a"}, "was started"), ({"group": "/g"}, "control group has changed"), ({"busy_s": 9000.0}, "cannot be compared")],
+)
+def test_a_short_time_is_measured_and_said_where_the_last_run_does_not_compare(before, why):
+    now = counters(**LATER)
+
+    reading = machine.cpu_use(before and counters(**before), now, counters(at=1059.5, busy_s=559.9, total_s=2119.0))
+
+    assert reading["cpu_percent"] == 10.0
+    assert "over 0.5 s only" in reading["cpu_source"] and why in reading["cpu_source"]
+
+
+def test_the_share_of_throttled_periods_is_of_the_time_since_the_last_run():
+    now = counters(**{**LATER, **GROUP, "periods": 200, "throttled_periods": 108, "used_s": 40.0})
+
+    reading = machine.cpu_use(counters(**GROUP), now, counters(**GROUP))
+
+    assert (reading["throttled_percent"], reading["quota_cores"]) == (98.0, 0.5)
 
 
 def test_memory_without_a_limit_is_the_hosts(tree):
@@ -114,7 +187,11 @@ def test_path_of_the_hosts_view_falls_back_to_the_mount(tree):
     ("files", "membership", "cores", "used_s"),
     [
         (
-            {"cgroup.controllers": "cpu", "a/cpu.max": "150000 100000", "a/cpu.stat": "usage_usec 2500000"},
+            {
+                "cgroup.controllers": "cpu",
+                "a/cpu.max": "150000 100000",
+                "a/cpu.stat": "usage_usec 2500000\nnr_periods 9\nnr_throttled 4",
+            },
             "0::/a",
             1.5,
             2.5,
@@ -124,6 +201,7 @@ def test_path_of_the_hosts_view_falls_back_to_the_mount(tree):
                 "cpu/a/cpu.cfs_quota_us": "400000",
                 "cpu/a/cpu.cfs_period_us": "100000",
                 "cpuacct/a/cpuacct.usage": "7000000000",
+                "cpu/a/cpu.stat": "nr_periods 9\nnr_throttled 4\nthrottled_time 1",
             },
             "3:cpu,cpuacct:/a",
             4.0,
@@ -132,7 +210,20 @@ def test_path_of_the_hosts_view_falls_back_to_the_mount(tree):
     ],
 )
 def test_processor_quota_of_both_versions(tree, files, membership, cores, used_s):
-    assert cgroup.cpu(**tree(files, membership)) == cgroup.CpuBudget(used_s, cores)
+    found = cgroup.cpu(**tree(files, membership))
+
+    assert found == cgroup.CpuBudget(used_s, cores, periods=9, throttled_periods=4)
+    assert found.folder is not None and found.folder.name == "a"
+
+
+def test_a_quota_without_the_usage_of_its_group():
+    """Where cpu and cpuacct are hierarchies of their own, the machine's load is shown beside the throttling of the group."""
+    group = {**GROUP, "used_s": None}
+
+    reading = machine.cpu_use(counters(**group), counters(**{**LATER, **group, "periods": 200, "throttled_periods": 110}), counters())
+
+    assert (reading["throttled_percent"], reading["quota_cores"], reading["cpu_percent"]) == (100.0, 0.5, 50.0)
+    assert reading["cpu_source"].startswith("host")
 
 
 def test_no_processor_quota(tree):
