@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from monitor.judge.accuracy import judge_accuracy
 from monitor.judge.evidence import Answer, ApiEvidence
 from monitor.judge.verdict import FRESH_PROCESS_S, Limits, Verdict, checker_blind, port_taken, process_gone
 
@@ -12,7 +13,7 @@ BEAT_STALE_S = 5.0
 
 def judge_api(evidence: ApiEvidence, limits: Limits) -> Verdict:
     for rule in (
-        checker_blind, _answers_right, _hardware, _port_taken, _process_gone, _held_by_debugger, _engine_dead, _loading,
+        checker_blind, judge_accuracy, _answers_right, _hardware, _port_taken, _process_gone, _held_by_debugger, _engine_dead, _loading,
         _stalled, _draining, _key_refused, _silent, _nothing_listens, _busy, _unanswered, _failed,
     ):  # fmt: skip
         verdict = rule(evidence, limits)

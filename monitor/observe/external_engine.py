@@ -69,13 +69,14 @@ def parse_metrics(text: str) -> dict[str, float]:
     return values
 
 
-def model_name(base_url: str, key: str) -> str:
-    """The model name that requests must carry; empty if the engine lists none."""
-    reply = exchange(f"{base_url}/v1/models", 2.0, headers={"Authorization": f"Bearer {key}"} if key else {})
+def model_key(base_url: str, key: str, limit_s: float) -> dict[str, str] | None:
+    """What a baseline belongs to. Engines tell the model, and vLLM its folder or hub id; none tells what computes it."""
+    reply = exchange(f"{base_url}/v1/models", limit_s, headers={"Authorization": f"Bearer {key}"} if key else {})
     try:
-        return str(json.loads(reply.body)["data"][0]["id"])
-    except (ValueError, KeyError, IndexError, TypeError):
-        return ""
+        first = json.loads(reply.body)["data"][0]
+        return {"model": str(first["id"]), "revision": str(first.get("root") or ""), "recipe": str(first.get("owned_by") or "")}
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        return None
 
 
 def _sum(values: Mapping[str, float], names: tuple[str, ...]) -> float | None:

@@ -8,13 +8,14 @@ import random
 import socket
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import SecretStr
 
+from monitor.judge.accuracy import Accuracy, for_model
 from monitor.judge.evidence import (
     Answer,
     ApiEvidence,
@@ -41,12 +42,14 @@ GetHealth = Callable[[float], tuple[HealthReply, dict[str, Any]]]
 class ProbePlan:
     """What this run probes, decided by the caller from its state.
 
-    `question`: ask even if users were answered recently; `script`: run the page's script; `oom_kills`: count at the last run.
+    `question`: ask even if users were answered recently; `script`: run the page's script; `oom_kills`: count at the last run;
+    `accuracy`: what is known of the model's answers.
     """
 
     question: bool = True
     script: bool = True
     oom_kills: int | None = None
+    accuracy: Accuracy = field(default_factory=Accuracy)
 
 
 def now() -> Moment:
@@ -106,22 +109,31 @@ def _probe_api(settings: Settings, rng: random.Random, plan: ProbePlan, progress
     first, body = get_health(min(HEALTH_LIMIT_S, settings.probe_timeout_s))
     if first.outcome == "refused" or first.state in ("loading", "dead", "draining", "stalled"):
         return ApiEvidence(url, first=first), False
-    answers, asked = _ask(settings, url, rng, plan, body)
+    model_key = _model_key(settings, url)
+    answers, asked = _ask(settings, url, rng, plan, body, model_key)
+    evidence = ApiEvidence(url, first=first, answers=answers, model_key=model_key)
     if all(answer.good for answer in answers) and first.answered:
-        return ApiEvidence(url, first=first, answers=answers), asked
+        return evidence, asked
     last, _ = get_health(SECOND_LOOK_LIMIT_S)
-    return ApiEvidence(url, first=first, answers=answers, last=last), asked
+    return replace(evidence, last=last), asked
+
+
+def _model_key(settings: Settings, url: str) -> dict[str, str] | None:
+    source = external_engine if settings.engine_url else api_probe
+    return source.model_key(url, _secret(settings.api_key), min(HEALTH_LIMIT_S, settings.probe_timeout_s))
 
 
 def _ask(
-    settings: Settings, url: str, rng: random.Random, plan: ProbePlan, health: Mapping[str, Any]
+    settings: Settings, url: str, rng: random.Random, plan: ProbePlan, health: Mapping[str, Any],
+    model_key: dict[str, str] | None,
 ) -> tuple[tuple[Answer, ...], bool]:
     """(answers, whether a question was asked). A recent answer to a user is credited in place of a question."""
     ages = health.get("success_age_s")
     credit_s = 0.0 if plan.question else settings.probe_credit_s
     key = _secret(settings.api_key)
-    model = external_engine.model_name(url, key) if settings.engine_url else ""
-    prober = api_probe.Prober(url, key, _secret(settings.probe_token), rng, model)
+    model = model_key["model"] if settings.engine_url and model_key else ""
+    idle = health.get("state") == "idle" or health.get("pending") == 0
+    prober = api_probe.Prober(url, key, _secret(settings.probe_token), rng, model, for_model(plan.accuracy, model_key), idle)
     answers: list[Answer] = []
     asked = False
     for kind, ask in (("text", prober.ask_text), ("picture", prober.ask_image)):

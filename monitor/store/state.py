@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from monitor.judge import history, limiter, thresholds
+from monitor.judge import accuracy, history, limiter, thresholds
+from monitor.judge.accuracy import Accuracy
 from monitor.judge.evidence import EngineProgress
 from monitor.judge.history import History
 from monitor.judge.holds import Holds
@@ -25,6 +26,7 @@ class CheckerState:
     last: dict[str, Any]
     holds: Holds
     external_engine: EngineProgress
+    accuracy: Accuracy
 
     @classmethod
     def load(cls, store: Store, boot_id: str) -> CheckerState:
@@ -35,6 +37,7 @@ class CheckerState:
             store.get("last", {}),
             store.get("hold", {}),
             EngineProgress.from_dict(store.get("foreign", {}), boot_id),
+            accuracy.from_dict(store.get("accuracy", {})),
         )
 
     def save(self, store: Store) -> None:
@@ -48,4 +51,5 @@ class CheckerState:
         store.put("thresholds", {name: thresholds.to_dict(state) for name, state in self.thresholds.items()})
         store.put("last", self.last)
         store.put("hold", self.holds)
+        store.put("accuracy", accuracy.to_dict(self.accuracy))
         store.put("foreign", self.external_engine.to_dict())

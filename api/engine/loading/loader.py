@@ -36,6 +36,7 @@ from api.engine.loading.placement import (
     free_gpu_bytes,
 )
 from api.engine.loading.progress import Progress, part, weights_progress
+from api.engine.loading.revision import revision_of
 from api.engine.model.operations import TorchOperations
 from api.engine.model.runner import Glm4vRunner
 from api.engine.process import release_freed_memory
@@ -121,6 +122,7 @@ def _assemble(
     defaults = _sampling_defaults(generation)
     facts: dict[str, Any] = {
         "class": type(network).__name__,
+        "revision": revision_of(folder),
         "parameters": parameters,
         "device": choices["device"].value,
         "dtype": choices["dtype"].value,
