@@ -2,7 +2,7 @@
 
 A model's baseline is its first BASELINE answers of each kind on this machine; later answers that raised no suspicion make it
 more exact, up to EXACT. The test is a CUSUM of log-likelihood ratios: a wrong answer raises a kind's score, a right one
-lowers it, never below zero, and at ALARM the share has fallen. `bench/accuracy_rates.py` simulates its rates.
+lowers it, never below zero, and at ALARM the share has fallen, until the score is zero again. `bench/accuracy_rates.py` simulates its rates.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from monitor.judge.verdict import Limits, Verdict
 
 BASELINE = 20  # answers of each kind
 EXACT = 1000
+CLEAR = 200  # enough to tell a fall from 97 % to 80 %
 SURE = 0.7  # the least share that the model must surely reach for a kind to be asked
 ALARM = 10.0
-CALM = 4.0  # below it an alarm ends
 # The test looks for odds of a wrong answer that are this many times those of the baseline: from 97 % right to 84 %.
 FALL_ODDS = 6.0
 CONFIDENCE_Z = 1.645  # one-sided bounds of 95 %
@@ -52,10 +52,13 @@ class KindRecord:
         return self.taken and lower_bound(self.right, self.asked) >= SURE
 
     @property
+    def answers(self) -> int:
+        return self.asked + self.later_asked
+
+    @property
     def share(self) -> float:
         """Of right answers, in the baseline with what made it more exact."""
-        asked = self.asked + self.later_asked
-        return (self.right + self.later_right) / asked if asked else 0.0
+        return (self.right + self.later_right) / self.answers if self.answers else 0.0
 
 
 @dataclass(frozen=True)
@@ -98,18 +101,18 @@ def advance(record: KindRecord, right: bool) -> KindRecord:
         return replace(record, asked=record.asked + 1, right=record.right + right)
     if not record.sure:
         return record
-    lowers, raises = steps(record.right + record.later_right, record.asked + record.later_asked)
+    lowers, raises = steps(record.right + record.later_right, record.answers)
     score = max(0.0, record.score + (lowers if right else raises))
     asked, rights = record.recent_asked + 1, record.recent_right + right
     if score == 0.0:
         record = _more_exact(record, asked, rights)
         return replace(record, score=0.0, recent_asked=0, recent_right=0, fallen=False)
-    fallen = score >= ALARM or (record.fallen and score >= CALM)
+    fallen = record.fallen or score >= ALARM
     return replace(record, score=min(score, ALARM), recent_asked=asked, recent_right=rights, fallen=fallen)
 
 
 def _more_exact(record: KindRecord, asked: int, right: int) -> KindRecord:
-    if record.fallen or record.asked + record.later_asked >= EXACT:
+    if record.fallen or record.answers >= EXACT:
         return record
     return replace(record, later_asked=record.later_asked + asked, later_right=record.later_right + right)
 
@@ -145,7 +148,7 @@ def after_restart(accuracy: Accuracy) -> Accuracy:
 def evidence_of(accuracy: Accuracy, pictures: Iterable[str]) -> AccuracyEvidence:
     """What the rules need to know. `pictures`: the kinds that are about a picture."""
     falls = tuple(
-        Fall(kind, record.recent_asked, record.recent_right, record.asked + record.later_asked, record.right + record.later_right)
+        Fall(kind, record.recent_asked, record.recent_right, record.answers, record.right + record.later_right)
         for kind, record in sorted(accuracy.kinds.items())
         if record.fallen
     )
@@ -169,7 +172,7 @@ def judge_accuracy(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
     unjudged = [answer for answer in asked if answer.outcome == "unjudged"]
     if unjudged and known.blind:
         return _blind(known)
-    if evidence.hardware or not wrong and not (unjudged and not any(answer.outcome == "right" for answer in asked)):
+    if evidence.hardware or (not wrong and not (unjudged and not any(answer.outcome == "right" for answer in asked))):
         return None
     facts = {answer.kind: answer.outcome for answer in asked}
     slowest = max(answer.seconds for answer in asked)
