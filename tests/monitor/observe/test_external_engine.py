@@ -151,7 +151,8 @@ def test_an_engine_without_schemas_is_asked_in_plain_words(engine, behaviour, de
     report = check.run(engine, random.Random(1)).report
 
     assert report["targets"]["api"]["rule"] == "answers_right"
-    assert ["response_format" in question for question in behaviour.questions] == [True, False, False], "refused once in a run"
+    assert ["response_format" in question for question in behaviour.questions[:2]] == [True, False]
+    assert not any("response_format" in question for question in behaviour.questions[2:]), "refused once in a run"
 
 
 def test_a_slow_engine_is_busy_while_it_moves_and_lost_the_question_when_it_is_idle(engine, behaviour):
