@@ -21,6 +21,7 @@ import stand_in_model
 from stand_in_model import completion
 
 import settings as settings_module
+from monitor.observe import api_probe
 from monitor.observe.question import NAMES, PICTURE_KINDS, TEXT_KINDS
 from monitor.store import store
 from settings import Settings
@@ -227,6 +228,7 @@ def make_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[.
     """Settings without .env and without restarts, which would start the project that the tests belong to. The time limit of
     a question is one that a loaded machine keeps; tests of the limit set a shorter one."""
     monkeypatch.setattr(settings_module, "ENV_FILE", tmp_path / "no.env")
+    monkeypatch.setattr(api_probe, "MORE_WITHIN_S", 60.0)  # so that a loaded machine asks as many questions
 
     def make(port: int, **changes: object) -> Settings:
         values = {"api_port": port, "web_port": port, "probe_timeout_s": 30.0, "log_dir": tmp_path / "logs", "cure": "shadow", **changes}
