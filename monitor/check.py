@@ -18,7 +18,7 @@ from monitor.act import nightly, operator_requests
 from monitor.act.cure import Cure
 from monitor.act.lock import Lock
 from monitor.act.restart import Restarter
-from monitor.judge import history, holds, ladder, limiter, pace, thresholds
+from monitor.judge import accuracy, history, holds, ladder, limiter, pace, thresholds
 from monitor.judge.api_rules import judge_api
 from monitor.judge.evidence import Observation
 from monitor.judge.history import Change
@@ -29,6 +29,8 @@ from monitor.judge.verdict import Limits, Verdict
 from monitor.observe import machine, recipe
 from monitor.observe.observe import ProbePlan, observe
 from monitor.observe.observe import now as current_moment
+from monitor.observe.question import PICTURE_KINDS
+from monitor.store import baseline
 from monitor.store.state import CheckerState
 from monitor.store.store import Store
 from monitor.tell import alerts, exports, notices, report
@@ -76,11 +78,13 @@ def _run(store: Store, settings: Settings, rng: random.Random, lock: Lock | None
     started = time.monotonic()
     moment = clock()
     state = CheckerState.load(store, moment.boot_id)
+    if not state.accuracy.kinds:
+        state.accuracy = accuracy.from_dict(baseline.read(settings.log_dir))
     operators = operator_requests.take(store, moment.wall) if act else []
     # Holds and resets apply to this run; restarts are made at its end.
     operator_requests.carry_out([r for r in operators if r["kind"] not in operator_requests.AT_THE_END], store, state, None, moment.wall)
     plan = _probe_plan(state, settings, moment.wall, operators)
-    observation = observe(settings, rng, plan, moment, state.external_engine)
+    observation = _with_accuracy(state, observe(settings, rng, plan, moment, state.external_engine))
     verdicts = judge(observation, settings, state)
     verdicts["api"] = _judge_pace(observation, verdicts["api"], settings, state)
     changes = _advance(state, verdicts, observation, settings)
@@ -92,7 +96,7 @@ def _run(store: Store, settings: Settings, rng: random.Random, lock: Lock | None
     summary = _report(observation, verdicts, decisions, state, warnings, settings, store, time.monotonic() - started)
     messages = alerts.compose(changes, changed_warnings, decisions, verdicts, state.histories, settings, moment.wall)
     store = _persist(settings, store, state, summary, verdicts, changes, decisions, messages, observation)
-    _publish(summary, settings, store)
+    _publish(summary, settings, store, state)
     if act:
         restarter = Restarter(settings, store, state, observation, lock)
         cure = Cure(settings, store, state, restarter, rng, lock)
@@ -169,14 +173,24 @@ def _probe_plan(state: CheckerState, settings: Settings, now: float, operators: 
     requested = any(request["kind"] == "probe" for request in operators)
     unsure = any(h.incident is not None or h.seen for h in state.histories.values())
     return ProbePlan(
-        question=requested or unsure or not 0 <= asked_ago_s < ASK_AT_LEAST_EVERY_S,
+        question=requested or unsure or state.accuracy.suspicious or not 0 <= asked_ago_s < ASK_AT_LEAST_EVERY_S,
         script=requested or bool(last.get("script_bad")) or last.get("runs", 0) % SCRIPT_EVERY_RUNS == 0,
         oom_kills=last.get("oom_kills"),
         machine=last.get("machine"),
         traffic=state.traffic,
         unproven_runs=last.get("unproven_runs", 0),
         limits=limits_of(settings),
+        accuracy=state.accuracy,
     )
+
+
+def _with_accuracy(state: CheckerState, observation: Observation) -> Observation:
+    """Adds the run's answers to what is known of this model, and that to the evidence."""
+    api = observation.api
+    if api.answers and not api.other and api.process.port_owner != "stranger":
+        known = accuracy.for_model(state.accuracy, api.model_key)
+        state.accuracy = accuracy.after_answers(known, api.answers, observation.moment.wall)
+    return replace(observation, api=replace(api, accuracy=accuracy.evidence_of(state.accuracy, PICTURE_KINDS)))
 
 
 def _advance(state: CheckerState, verdicts: dict[str, Verdict], observation: Observation, settings: Settings) -> list[Change]:
@@ -338,8 +352,9 @@ def _note_once(store: Store, target: str, decision: Decision, state: CheckerStat
         store.add_action(now, target, decision.kind, "checker", "noted", decision.reason, note[2])
 
 
-def _publish(summary: dict[str, Any], settings: Settings, store: Store) -> None:
+def _publish(summary: dict[str, Any], settings: Settings, store: Store, state: CheckerState) -> None:
     for name, write in (
+        (baseline.FILE_NAME, lambda: baseline.write(state.accuracy, settings.log_dir)),
         (report.FILE_NAME, lambda: report.write(summary, settings.log_dir)),
         (exports.JSONL, lambda: exports.write(summary, settings, store)),
     ):

@@ -25,8 +25,9 @@ SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
 WORD_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 WORDS = ["CAT", "DOG", "SUN", "CAR", "BUS", "KEY", "BOX", "CUP", "HAT", "PEN", "MAP", "ICE", "SKY", "SEA", "RED", "ZOO", "JAM", "FOX", "BEE", "OWL", "HI", "GO", "NO", "YES", "UP", "ON", "OK", "STOP", "OPEN", "FISH", "BIRD", "TREE", "MILK", "BOOK", "STAR", "MOON", "RAIN", "SNOW", "SALE", "EXIT", "TAXI", "CAFE", "JUNE", "JULY", "FIRE", "WIND", "GAME", "QUIZ", "VIEW", "WAVE", "YARD", "ZERO", "KING", "LION", "PARK", "ROAD", "SHOP", "TIME", "UNIT", "VOTE", "WORK"]
 MAX_ITEMS = 5
+WHITE = (255, 255, 255)
 BACKGROUNDS = (
-    (255, 255, 255), (255, 255, 255), (245, 245, 245), (225, 225, 225), (250, 243, 225), (226, 238, 250),
+    WHITE, WHITE, (245, 245, 245), (225, 225, 225), (250, 243, 225), (226, 238, 250),
     (232, 246, 230), (250, 232, 236), (205, 210, 215),
 )  # fmt: skip
 MIN_GAP_X = 0.045  # least distance of centres, as a share of the width, so that "from left to right" is unambiguous
@@ -101,9 +102,20 @@ def draw_shapes(shapes: list[tuple[str, str]], size: tuple[int, int] = (320, 240
     return _draw_items(random.Random(seed), size, shapes)[0]
 
 
-def draw_text(text: str, size: tuple[int, int] = (320, 200), seed: int = 0) -> Image.Image:
-    """Draw a number, or a word in capitals."""
-    return _draw_printed(random.Random(seed), size, text, "number" if text.isdigit() else "word")[0]
+def draw_on_white(
+    rng: random.Random, shapes: list[tuple[str, str]], size: tuple[int, int]
+) -> tuple[Image.Image, tuple[Item, ...]]:
+    """Draw (colour, shape) pairs on white; also returns them with their boxes, from left to right."""
+    picture, scene = _draw_items(rng, size, shapes, Image.new("RGB", size, WHITE))
+    return picture, scene.items
+
+
+def draw_text(
+    text: str, size: tuple[int, int] = (320, 200), seed: int = 0, background: tuple[int, int, int] | None = None
+) -> Image.Image:
+    """Draw a number, or a word in capitals, on a random background or the given one."""
+    picture = Image.new("RGB", size, background) if background else None
+    return _draw_printed(random.Random(seed), size, text, "number" if text.isdigit() else "word", picture)[0]
 
 
 def _random_text(rng: random.Random, kind: str) -> str:
@@ -128,8 +140,10 @@ def _shade(rng: random.Random, color: str) -> tuple[int, int, int]:
     return tuple(max(0, min(255, c + rng.randint(-spread, spread))) for c in COLORS[color])  # type: ignore[return-value]
 
 
-def _draw_items(rng: random.Random, size: tuple[int, int], shapes: list[tuple[str, str]]) -> tuple[Image.Image, Scene]:
-    picture = _background(rng, size)
+def _draw_items(
+    rng: random.Random, size: tuple[int, int], shapes: list[tuple[str, str]], picture: Image.Image | None = None
+) -> tuple[Image.Image, Scene]:
+    picture = picture or _background(rng, size)
     draw = ImageDraw.Draw(picture)
     items = []
     for (color, shape), (cx, cy, radius) in zip(shapes, _circles(rng, size, len(shapes)), strict=True):
@@ -210,8 +224,10 @@ def _paint(
         draw.line([*points, points[0], points[1]], fill=edge, width=max(1, round(radius * 0.08)), joint="curve")
 
 
-def _draw_printed(rng: random.Random, size: tuple[int, int], text: str, kind: str) -> tuple[Image.Image, Scene]:
-    picture = _background(rng, size)
+def _draw_printed(
+    rng: random.Random, size: tuple[int, int], text: str, kind: str, picture: Image.Image | None = None
+) -> tuple[Image.Image, Scene]:
+    picture = picture or _background(rng, size)
     width, height = size
     font_size = 100.0
     font = ImageFont.load_default(font_size)

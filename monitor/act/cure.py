@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from monitor.act.lock import Lock
 from monitor.act.restart import MARGIN_S, Restarter
-from monitor.judge import ladder
+from monitor.judge import accuracy, ladder
 from monitor.judge.evidence import Answer
 from monitor.judge.ladder import Step
 from monitor.judge.limiter import Decision
@@ -112,14 +112,15 @@ class Cure:
         fingerprint = corrupt.fingerprint if took_fingerprint and corrupt is not None else ""
         words = f"a {answer.kind} question was answered {answer.outcome}" + (f" ({answer.detail})" if answer.detail else "")
         words += f", the fingerprint is {fingerprint or 'unknown'}"
-        good = answer.outcome == "right" and fingerprint != "differs"
+        good = answer.outcome in ("right", "unjudged") and fingerprint != "differs"
         return Check(good, words, corrupt.nonfinite_total if corrupt is not None else None)
 
     def _ask(self) -> Answer:
         key, token = self._settings.api_key, self._settings.probe_token
         prober = api_probe.Prober(
-            self._settings.api_base_url, key.get_secret_value() if key else "", token.get_secret_value() if token else "", self._rng
-        )
+            self._settings.api_base_url, key.get_secret_value() if key else "", token.get_secret_value() if token else "", self._rng,
+            accuracy=self._state.accuracy,
+        )  # fmt: skip
         return prober.ask_image(self._settings.probe_timeout_s)
 
     def _note(self, step: Step, seen: int | None) -> None:
@@ -131,5 +132,7 @@ class Cure:
     def _keep(self, step: Step, seen: int | None) -> None:
         """Stored at once: a checker that is killed in the next rung must not begin again with the first."""
         self._state.ladder = ladder.took(self._state.ladder, step, seen)
+        if step.rung in ladder.CONTROL and step.outcome != "impossible":
+            self._state.accuracy = accuracy.after_restart(self._state.accuracy)
         with self._store.transaction():
             self._state.save(self._store)

@@ -16,7 +16,7 @@ from pathlib import Path
 import settings
 from monitor.act import evidence_bundle, preflight
 from monitor.act.lock import Lock
-from monitor.judge import history, limiter
+from monitor.judge import accuracy, history, limiter
 from monitor.judge.evidence import Observation
 from monitor.judge.limiter import Decision
 from monitor.judge.verdict import Verdict
@@ -123,6 +123,8 @@ class Restarter:
         moment = now()
         self._state.limiters[target] = limiter.restarted(self._state.limiters[target], moment.wall)
         self._state.histories[target] = history.after_restart(self._state.histories[target], moment)
+        if target == "api":
+            self._state.accuracy = accuracy.after_restart(self._state.accuracy)
         with self._store.transaction():
             self._state.save(self._store)
 

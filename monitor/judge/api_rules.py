@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from monitor.judge.accuracy import judge_accuracy
 from monitor.judge.evidence import BEAT_STALE_S, Answer, ApiEvidence, CardEvent
 from monitor.judge.traffic import curable_failures, is_failing
 from monitor.judge.verdict import FRESH_PROCESS_S, Limits, Verdict, checker_blind, port_taken, process_gone
@@ -24,7 +25,7 @@ LOADING_BY_AGE_S = 900.0  # for an API that does not say whether its loading mov
 def judge_api(evidence: ApiEvidence, limits: Limits) -> Verdict:
     for rule in (
         checker_blind, _hardware, _port_taken, _process_gone, _held_by_debugger, _frozen, _other_process, _engine_dead, _corrupt,
-        _answers_right, _loading, _stalled, _draining, _key_refused, _silent, _nothing_listens, _busy, _unanswered, _failed,
+        judge_accuracy, _answers_right, _loading, _stalled, _draining, _key_refused, _silent, _nothing_listens, _busy, _unanswered, _failed,
     ):  # fmt: skip
         verdict = rule(evidence, limits)
         if verdict is not None:

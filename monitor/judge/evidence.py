@@ -166,10 +166,11 @@ class HealthReply:
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer to a real question. `kind`: text or picture.
+    """The answer to a real question, or to several of one kind. `kind`: text or picture.
 
-    `outcome`: right, wrong, rejected (an HTTP error), cut (no end marker), silent, refused, failed, skipped, credited
-    (not asked, because a user was answered recently).
+    `outcome`: right, wrong, unjudged (no baseline of this model), rejected (an HTTP error), cut (no end marker), silent,
+    refused, failed, skipped, credited (not asked, because a user was answered recently). `tries`: each kind of question that
+    was judged, such as color, and whether rightly answered; `questions`: how many were answered.
     """
 
     kind: str
@@ -181,10 +182,45 @@ class Answer:
     detail: str = ""
     first_token_s: float | None = None
     longest_gap_s: float | None = None
+    tries: tuple[tuple[str, bool], ...] = ()
+    questions: int = 0
 
     @property
     def good(self) -> bool:
-        return self.outcome in ("right", "credited")
+        """Answered. Whether the share of wrong answers is too high is judged over many runs (`accuracy.py`)."""
+        return self.outcome in ("right", "wrong", "unjudged", "credited")
+
+
+@dataclass(frozen=True)
+class Fall:
+    """A kind of question whose share of right answers has fallen: now, and in the baseline."""
+
+    kind: str
+    asked: int
+    right: int
+    baseline_asked: int
+    baseline_right: int
+
+    @property
+    def share(self) -> float:
+        return self.right / self.asked if self.asked else 0.0
+
+    @property
+    def baseline(self) -> float:
+        return self.baseline_right / self.baseline_asked if self.baseline_asked else 0.0
+
+
+@dataclass(frozen=True)
+class AccuracyEvidence:
+    """`sure`: the kinds that the model answers surely; `taken`: kinds with a baseline; `blind`: pictures are never answered
+    rightly, and never were."""
+
+    falls: tuple[Fall, ...] = ()
+    sure: tuple[str, ...] = ()
+    taken: int = 0
+    blind: bool = False
+    pictures_right: int = 0
+    pictures_asked: int = 0
 
 
 @dataclass(frozen=True)
@@ -218,7 +254,7 @@ class ApiEvidence:
     `blind`: why the checker could not observe anything; empty if it could. `other`: who says to answer, if it is not the
     process that was started here. `no_credit`: why answers to users could not
     replace questions, empty if they could. `unproven_runs`: runs in a row in which the very process that was started here
-    did not know the probe token.
+    did not know the probe token. `model_key`: model, revision and recipe, if known.
     """
 
     url: str
@@ -233,6 +269,8 @@ class ApiEvidence:
     no_credit: str = ""
     unproven_runs: int = 0
     traffic: Traffic | None = None
+    model_key: dict[str, str] | None = None
+    accuracy: AccuracyEvidence | None = None
 
     @property
     def report(self) -> SelfReport:
@@ -255,9 +293,19 @@ class ApiEvidence:
         fields["first"] = HealthReply.from_dict(fields["first"])
         fields["last"] = HealthReply.from_dict(fields["last"]) if fields.get("last") else None
         fields["traffic"] = Traffic(**fields["traffic"]) if fields.get("traffic") else None
-        fields["answers"] = tuple(Answer(**answer) for answer in fields.get("answers") or ())
+        fields["answers"] = tuple(_answer(answer) for answer in fields.get("answers") or ())
+        fields["accuracy"] = _accuracy(fields["accuracy"]) if fields.get("accuracy") else None
         fields["hardware"] = tuple(fields.get("hardware") or ())
         return cls(**fields)
+
+
+def _answer(raw: Mapping[str, Any]) -> Answer:
+    return Answer(**{**raw, "tries": tuple((kind, right) for kind, right in raw.get("tries") or ())})
+
+
+def _accuracy(raw: Mapping[str, Any]) -> AccuracyEvidence:
+    falls = tuple(Fall(**fall) for fall in raw.get("falls") or ())
+    return AccuracyEvidence(**{**raw, "falls": falls, "sure": tuple(raw.get("sure") or ())})
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Probes the API with real questions, each with a deadline.
+"""Probes the API with GET /info and real questions, each with a deadline.
 
 At most one question is in flight, in the slot that the server reserves for health probes.
 """
@@ -8,29 +8,43 @@ from __future__ import annotations
 import json
 import random
 import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from http.client import HTTPResponse
 from typing import Any
 
-from sseclient import SSEClient
-
+from monitor.judge.accuracy import CLEAR, Accuracy, after_answers
 from monitor.judge.evidence import Answer
 from monitor.observe import question
 from monitor.observe.http_exchange import (
     ConnectionHandle,
     Deadline,
-    bounded_lines,
+    exchange,
     failed_reply,
     open_exchange,
     seconds_since,
 )
 
 PROBE_HEADER = "X-GLM-Probe"
+MORE_WITHIN_S = 0.5  # a second picture question is asked only where the first took no longer
+EXTRA_S = 5.0  # of a run, for questions that a suspicion or a missing baseline adds
+REFINE_S = 0.25  # of a run and family, for questions that make a baseline more exact
+MOST_EXTRA = 12
+LEAST_S = 0.1
+ONLY_THOUGHTS = "only thoughts and no answer"
+# Not the kernels, which are still being compiled when the server begins to answer, and compute the same.
+RECIPE = ("device", "dtype", "quantization")
+LONGEST_LINE_BYTES, LONGEST_ANSWER_BYTES = 2**16, 2**20
 
 
 class Prober:
-    """Asks the questions of one run. `model` is sent only to external engines, which require it."""
+    """Asks the questions of one run, of the kinds whose turn it is by `accuracy`. `model` is sent only to external engines,
+    which require it. `idle`: nobody else is being answered, so that a baseline may be taken.
+    """
 
-    def __init__(self, base_url: str, key: str, token: str, rng: random.Random, model: str = "") -> None:
+    def __init__(
+        self, base_url: str, key: str, token: str, rng: random.Random, model: str = "", accuracy: Accuracy | None = None, idle: bool = False
+    ) -> None:  # fmt: skip
         self._url = f"{base_url}/v1/chat/completions"
         self._headers = {"Content-Type": "application/json"}
         if key:
@@ -39,39 +53,68 @@ class Prober:
             self._headers[PROBE_HEADER] = token
         self._rng = rng
         self._model = model
+        self._accuracy = accuracy or Accuracy()
+        self._idle = idle
+        self._plain = False  # set by a server that refuses schemas
 
     def ask_text(self, limit_s: float) -> Answer:
-        return self._ask(question.text_question(self._rng), limit_s)
+        return self._ask_kinds("text", question.TEXT_KINDS, 1, limit_s)
 
     def ask_image(self, limit_s: float) -> Answer:
-        """After a wrong answer, asks about two more images; both answers must be right.
+        return self._ask_kinds("picture", question.PICTURE_KINDS, 2, limit_s)
 
-        No model is always right: an error rate of 1 % would raise two alarms a day. A blind model guesses right about once
-        in seven times, and rarely twice in a row.
-        """
-        ends_at = time.monotonic() + limit_s
-        first = self._ask(question.image_question(self._rng), limit_s)
-        if first.outcome != "wrong":
-            return first
-        answers = [first]
-        for _ in range(2):
-            left_s = ends_at - time.monotonic()
-            if left_s <= 0.1:
-                return first
-            answers.append(self._ask(question.image_question(self._rng), left_s))
-            if answers[-1].outcome != "right":
+    def _ask_kinds(self, family: str, kinds: tuple[str, ...], at_once: int, limit_s: float) -> Answer:
+        """The questions of one family until `limit_s`: the regular ones, then what suspicion or a missing baseline adds."""
+        started = time.monotonic()
+        asked: list[Answer] = []
+        known = self._accuracy
+
+        def left_s() -> float:
+            return started + limit_s - time.monotonic()
+
+        for number in range(at_once):
+            if number and time.monotonic() - started > MORE_WITHIN_S:
                 break
-        else:
-            return answers[-1]
-        wrong = [answer for answer in answers if answer.outcome == "wrong"]
-        expected, text = (" / ".join(getattr(answer, name) for answer in wrong) for name in ("expected", "text"))
-        seconds = round(sum(answer.seconds for answer in answers), 3)
-        return Answer("picture", "wrong", seconds, first.status, expected, text)
+            if number and not any(known.record(kind).sure for kind in kinds):
+                break
+            asked.append(self._ask(question.draw(regular_kind(known, family, kinds), self._rng), left_s()))
+            known = after_answers(known, asked[-1:], 0.0)
+            if not asked[-1].good or left_s() <= LEAST_S:
+                return _joined(asked, self._accuracy)
+        more, regular_until = 0, time.monotonic()
+        while left_s() > LEAST_S and time.monotonic() - started < min(EXTRA_S, limit_s / 2):
+            kind = suspicious_kind(known, kinds) if more < MOST_EXTRA else None
+            if kind is None and self._idle:
+                refining = time.monotonic() - regular_until < REFINE_S
+                kind = _untaken_kind(known, kinds) or (_vague_kind(known, kinds) if refining else None)
+            if kind is None:
+                break
+            answer = self._ask(question.draw(kind, self._rng), left_s())
+            if not answer.good and answer.outcome not in ("failed", "cut"):
+                break  # the regular questions were answered, so this one says nothing more than that it is busy
+            more += 1
+            asked.append(answer)
+            known = after_answers(known, [answer], 0.0)
+            if not answer.good:
+                break
+        return _joined(asked, self._accuracy)
 
     def _ask(self, asked: question.Question, limit_s: float) -> Answer:
+        started = time.monotonic()
+        answer = self._send(asked, asked.plain if self._plain else asked.body, limit_s)
+        left_s = limit_s - (time.monotonic() - started)
+        if answer.outcome == "rejected" and answer.status in (400, 422) and not self._plain and left_s > LEAST_S:
+            self._plain = True  # an engine without grammars
+        elif answer.detail == ONLY_THOUGHTS and not self._plain and left_s > LEAST_S:
+            self._plain = True  # an engine that cannot switch thinking off; the plain question leaves room for it
+        else:
+            return answer
+        return self._send(asked, asked.plain, left_s)
+
+    def _send(self, asked: question.Question, fields: Mapping[str, Any], limit_s: float) -> Answer:
         handle = ConnectionHandle()
-        body = json.dumps({"model": self._model, **asked.body} if self._model else asked.body).encode()
-        timeout = Answer(asked.kind, "silent", limit_s, expected=asked.expected, detail=f"no answer within {limit_s:.1f} s")
+        body = json.dumps({"model": self._model, **fields} if self._model else fields).encode()
+        timeout = Answer(asked.family, "silent", limit_s, expected=asked.expected, detail=f"no answer within {limit_s:.1f} s")
 
         def send() -> Answer:
             started = time.monotonic()
@@ -80,34 +123,93 @@ class Prober:
                     return _read_answer(asked, response, started)
             except Exception as error:
                 failed = failed_reply(error, started, limit_s)
-                return Answer(asked.kind, failed.outcome, failed.seconds, expected=asked.expected, detail=failed.detail)
+                return Answer(asked.family, failed.outcome, failed.seconds, expected=asked.expected, detail=failed.detail)
 
         # Closing the socket at the deadline also makes the server cancel the request.
         return Deadline(send, limit_s, timeout, handle.close).result()
 
 
+def regular_kind(known: Accuracy, family: str, kinds: tuple[str, ...]) -> str:
+    """The sure kinds in turn; without any, the first one that has no baseline yet."""
+    sure = [kind for kind in kinds if known.record(kind).sure]
+    if sure:
+        return sure[known.turns.get(family, 0) % len(sure)]
+    return _untaken_kind(known, kinds) or kinds[0]
+
+
+def _untaken_kind(known: Accuracy, kinds: tuple[str, ...]) -> str | None:
+    return next((kind for kind in kinds if not known.record(kind).taken), None)
+
+
+def _vague_kind(known: Accuracy, kinds: tuple[str, ...]) -> str | None:
+    """The sure one with the fewest answers, if a fall from 97 % to 80 % could not be told from them."""
+    vague = [kind for kind in kinds if known.record(kind).sure and known.record(kind).answers < CLEAR]
+    return min(vague, key=lambda kind: known.record(kind).answers, default=None)
+
+
+def suspicious_kind(known: Accuracy, kinds: tuple[str, ...]) -> str | None:
+    """The one with the highest score."""
+    scored = [kind for kind in kinds if known.record(kind).score > 0]
+    return max(scored, key=lambda kind: known.record(kind).score, default=None)
+
+
+def _joined(answers: list[Answer], known: Accuracy) -> Answer:
+    """All answers of one family as one: what failed decides, then what was wrong. Without a sure kind nothing is judged."""
+    tries = tuple(one for answer in answers for one in answer.tries)
+    failed = next((answer for answer in answers if not answer.good), None)
+    judged = [kind_right for kind_right in tries if known.record(kind_right[0]).sure]
+    wrong = next((a for a in answers if any(known.record(kind).sure and not right for kind, right in a.tries)), None)
+    shown = failed or wrong or answers[-1]
+    outcome = failed.outcome if failed else "wrong" if wrong else "right" if judged else "unjudged"
+    seconds = round(max(answer.seconds for answer in answers), 3)
+    return replace(shown, outcome=outcome, seconds=seconds, tries=tries, questions=len(answers) - (failed is not None))
+
+
 def _read_answer(asked: question.Question, response: HTTPResponse, started: float) -> Answer:
-    kind, expected = asked.kind, asked.expected
+    family, expected = asked.family, asked.expected
     if response.status != 200:
         message = _error_message(response.read(65536), response.status)
-        return Answer(kind, "rejected", seconds_since(started), response.status, expected, detail=message)
-    text, first_s, gap_s, last = "", None, 0.0, started
-    for event in SSEClient(bounded_lines(response)).events():
-        if event.data == "[DONE]":
-            outcome = "right" if asked.is_right(text) else "wrong"
-            return Answer(kind, outcome, seconds_since(started), 200, expected, text[:200], "", first_s, round(gap_s, 3))
-        chunk = _parsed(event.data)
+        return Answer(family, "rejected", seconds_since(started), response.status, expected, detail=message)
+    text, thoughts, first_s, gap_s, last = "", "", None, 0.0, started
+    for data in _events(response):
+        if data == "[DONE]":
+            if not text.strip() and not thoughts:
+                return Answer(family, "failed", seconds_since(started), 200, expected, detail="an empty answer")
+            tries = tuple(asked.tries(text).items())
+            outcome = "right" if all(right for _, right in tries) else "wrong"
+            detail = "" if text.strip() else ONLY_THOUGHTS
+            return Answer(
+                family, outcome, seconds_since(started), 200, expected, text[:200], detail, first_s, round(gap_s, 3), tries, 1
+            )
+        chunk = _parsed(data)
         if "error" in chunk:
             message = _message_of(chunk) or "an error event"
-            return Answer(kind, "failed", seconds_since(started), 200, expected, text[:200], message, first_s)
-        piece = _delta(chunk, kind)
+            return Answer(family, "failed", seconds_since(started), 200, expected, text[:200], message, first_s)
+        piece, thought = _delta(chunk, "content"), _delta(chunk, "reasoning_content") or _delta(chunk, "reasoning")
+        thoughts = thoughts or thought
         if piece:
             now = time.monotonic()
             first_s = seconds_since(started) if first_s is None else first_s
             gap_s, last = max(gap_s, now - last if text else 0.0), now
             text += piece
     detail = "the stream ended without its end marker"
-    return Answer(kind, "cut", seconds_since(started), 200, expected, text[:200], detail, first_s, round(gap_s, 3))
+    return Answer(family, "cut", seconds_since(started), 200, expected, text[:200], detail, first_s, round(gap_s, 3))
+
+
+def _events(response: HTTPResponse) -> Iterator[str]:
+    """The data of the server-sent events. Raises ValueError for an answer that no question can have: a server that sends
+    without end must not fill the memory."""
+    received, data = 0, []
+    while line := response.readline(LONGEST_LINE_BYTES + 1):
+        received += len(line)
+        if len(line) > LONGEST_LINE_BYTES or received > LONGEST_ANSWER_BYTES:
+            raise ValueError(f"an answer of more than {received} bytes to a short question")
+        text = line.decode("utf-8", "replace").rstrip("\r\n")
+        if text.startswith("data:"):
+            data.append(text[5:].removeprefix(" "))
+        elif not text and data:
+            yield "\n".join(data)
+            data = []
 
 
 def _parsed(data: str) -> dict[str, Any]:
@@ -118,14 +220,11 @@ def _parsed(data: str) -> dict[str, Any]:
     return chunk if isinstance(chunk, dict) else {}
 
 
-def _delta(chunk: dict[str, Any], kind: str) -> str:
-    """The new text. Reasoning counts for text questions only: an image must be described in the content."""
+def _delta(chunk: dict[str, Any], field: str) -> str:
     try:
-        delta = chunk["choices"][0]["delta"]
-    except (KeyError, IndexError, TypeError):
+        return str(chunk["choices"][0]["delta"].get(field) or "")
+    except (KeyError, IndexError, TypeError, AttributeError):
         return ""
-    reasoning = delta.get("reasoning_content") or delta.get("reasoning") if kind == "text" else None
-    return str(delta.get("content") or reasoning or "")
 
 
 def _error_message(body: bytes, status: int) -> str:
@@ -140,3 +239,13 @@ def _message_of(body: dict[str, Any]) -> str:
     error = body.get("error")
     message = error.get("message") if isinstance(error, dict) else error
     return str(message or "")[:300]
+
+
+def model_key(base_url: str, key: str, limit_s: float) -> dict[str, str] | None:
+    """What a baseline belongs to, by GET /info: model, revision and recipe (what computes it). None if unknown."""
+    reply = exchange(f"{base_url}/info", limit_s, headers={"Authorization": f"Bearer {key}"} if key else {})
+    info = (reply.json() or {}) if reply.status == 200 else {}
+    if not isinstance(info.get("model"), str):
+        return None
+    recipe = "/".join(str(info[name]) for name in RECIPE if info.get(name))
+    return {"model": info["model"], "revision": str(info.get("revision") or ""), "recipe": str(info.get("recipe") or recipe)}

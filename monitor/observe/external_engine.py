@@ -9,13 +9,17 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from monitor.judge.evidence import EngineProgress, HealthReply
+from monitor.observe import self_report
 from monitor.observe.http_exchange import exchange
 
 clock = time.monotonic
+Sample = tuple[str, Mapping[str, str], float]
+RESPONSES = ("http_requests_total", "sglang:http_responses_total")  # the first is vLLM's, where 503 is not told from other 5xx
 RUNNING = ("vllm:num_requests_running", "sglang:num_running_reqs", "glm_num_requests_running")
 WAITING = ("vllm:num_requests_waiting", "sglang:num_queue_reqs", "glm_num_requests_waiting")
 TOKENS = (
@@ -32,7 +36,9 @@ def get_health(base_url: str, limit_s: float, progress: EngineProgress, key: str
     if health.outcome != "answered":
         return HealthReply(health.outcome, health.seconds, detail=health.detail), {}
     metrics = exchange(f"{base_url}/metrics", limit_s, headers=headers)
-    values = parse_metrics(metrics.body.decode("utf-8", "replace")) if metrics.status == 200 else {}
+    # Without the last line, which may be cut off: an exchange reads a bounded part of the body.
+    samples = read_samples(metrics.body.decode("utf-8", "replace").rpartition("\n")[0]) if metrics.status == 200 else []
+    values = summed(samples)
     pending = _sum(values, RUNNING + WAITING)
     counters = {name: values[name] for name in TOKENS if name in values}
     now = clock()
@@ -50,32 +56,74 @@ def get_health(base_url: str, limit_s: float, progress: EngineProgress, key: str
         "answered", health.seconds, health.status, state, "", progress.steps if values else None,
         None if pending is None else int(pending), still_s if values else None, None, None, "", detail,
     )  # fmt: skip
-    return reply, {"metrics": {name: values[name] for name in (*RUNNING, *WAITING, *TOKENS) if name in values}}
+    known = outcomes(samples)
+    if known is not None:
+        reply = replace(reply, report=self_report.parse({"outcomes": known}))
+    body: dict[str, Any] = {"metrics": {name: values[name] for name in (*RUNNING, *WAITING, *TOKENS) if name in values}}
+    body["pending"] = reply.pending
+    return reply, body if known is None else {**body, "outcomes": known}
 
 
-def parse_metrics(text: str) -> dict[str, float]:
-    """Sums the samples of each name over all label sets, without NaN. Empty if the text is not in Prometheus format."""
+def read_samples(text: str) -> list[Sample]:
+    """Name, labels and value of each sample, without NaN. Empty if the text is not in Prometheus format."""
     # Imported only where there is an external engine.
     from prometheus_client.parser import text_string_to_metric_families
 
-    values: dict[str, float] = {}
     try:
-        for family in text_string_to_metric_families(text):
-            for sample in family.samples:
-                if not math.isnan(sample.value):
-                    values[sample.name] = values.get(sample.name, 0.0) + sample.value
+        return [
+            (sample.name, sample.labels, sample.value)
+            for family in text_string_to_metric_families(text + "\n")
+            for sample in family.samples
+            if not math.isnan(sample.value)
+        ]
     except ValueError:
-        return {}
+        return []
+
+
+def parse_metrics(text: str) -> dict[str, float]:
+    """The sum of the samples of each name over all label sets."""
+    return summed(read_samples(text))
+
+
+def summed(samples: Iterable[Sample]) -> dict[str, float]:
+    values: dict[str, float] = {}
+    for name, _, value in samples:
+        values[name] = values.get(name, 0.0) + value
     return values
 
 
-def model_name(base_url: str, key: str) -> str:
-    """The model name that requests must carry; empty if the engine lists none."""
-    reply = exchange(f"{base_url}/v1/models", 2.0, headers={"Authorization": f"Bearer {key}"} if key else {})
+def outcomes(samples: Iterable[Sample]) -> dict[str, Any] | None:
+    """Requests answered and failed since the engine's start, in the form of this project's /health; None if it counts none.
+
+    The checker's own questions are among them, because engines do not know them. Refusals for load and requests that their
+    clients aborted are no failures.
+    """
+    answered, known = 0, False
+    failed: dict[str, int] = {}
+    for name, labels, value in samples:
+        if name == "vllm:request_success_total":
+            reason, known = labels.get("finished_reason", ""), True
+            if reason in ("stop", "length", "repetition"):
+                answered += int(value)
+            elif reason == "error":
+                failed["engine error"] = failed.get("engine error", 0) + int(value)
+        elif name in RESPONSES and labels.get("handler", labels.get("endpoint", "")).startswith("/v1/"):
+            status, known = labels.get("status", labels.get("status_code", "")), True
+            if status.startswith("5") and status != "503":
+                failed[f"HTTP {status}"] = failed.get(f"HTTP {status}", 0) + int(value)
+            elif status.startswith("2") and name == "sglang:http_responses_total":
+                answered += int(value)
+    return {"answered": {"text": answered}, "failed": failed} if known else None
+
+
+def model_key(base_url: str, key: str, limit_s: float) -> dict[str, str] | None:
+    """What a baseline belongs to. Engines tell the model, and vLLM its folder or hub id; none tells what computes it."""
+    reply = exchange(f"{base_url}/v1/models", limit_s, headers={"Authorization": f"Bearer {key}"} if key else {})
     try:
-        return str(json.loads(reply.body)["data"][0]["id"])
-    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
-        return ""
+        first = json.loads(reply.body)["data"][0]
+        return {"model": str(first["id"]), "revision": str(first.get("root") or ""), "recipe": str(first.get("owned_by") or "")}
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+        return None
 
 
 def _sum(values: Mapping[str, float], names: tuple[str, ...]) -> float | None:

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 
+from monitor.judge.accuracy import Accuracy, for_model
 from monitor.judge.evidence import (
     Answer,
     ApiEvidence,
@@ -60,6 +61,7 @@ class ProbePlan:
 
     `question`: ask even if users were answered recently; `script`: run the page's script; `oom_kills`: count at the last run.
     `traffic` is updated. `unproven_runs`: runs in a row until now in which the API did not know the probe token.
+    `accuracy`: what is known of the model's answers.
     """
 
     question: bool = True
@@ -69,6 +71,7 @@ class ProbePlan:
     traffic: TrafficLog = field(default_factory=TrafficLog)
     unproven_runs: int = 0
     limits: Limits = field(default_factory=Limits)
+    accuracy: Accuracy = field(default_factory=Accuracy)
 
 
 @dataclass(frozen=True)
@@ -160,21 +163,29 @@ def _probe_api(
     )  # fmt: skip
     if first.outcome == "refused" or first.state in ("loading", "dead", "draining", "stalled"):
         return evidence, False
-    answers, asked = _ask(settings, url, rng, plan, first, standing.no_credit)
-    evidence = replace(evidence, answers=answers)
+    model_key = _model_key(settings, url)
+    answers, asked = _ask(settings, url, rng, plan, first, standing.no_credit, model_key)
+    evidence = replace(evidence, answers=answers, model_key=model_key)
     if all(answer.good for answer in answers) and first.answered:
         return evidence, asked
     return replace(evidence, last=get_health(SECOND_LOOK_LIMIT_S)), asked
 
 
+def _model_key(settings: Settings, url: str) -> dict[str, str] | None:
+    source = external_engine if settings.engine_url else api_probe
+    return source.model_key(url, _secret(settings.api_key), min(HEALTH_LIMIT_S, settings.probe_timeout_s))
+
+
 def _ask(
-    settings: Settings, url: str, rng: random.Random, plan: ProbePlan, health: HealthReply, no_credit: str
+    settings: Settings, url: str, rng: random.Random, plan: ProbePlan, health: HealthReply, no_credit: str,
+    model_key: dict[str, str] | None,
 ) -> tuple[tuple[Answer, ...], bool]:
     """(answers, whether a question was asked). A recent answer to a user is credited in place of a question."""
     credit_s = 0.0 if plan.question or no_credit else settings.probe_credit_s
     key = _secret(settings.api_key)
-    model = external_engine.model_name(url, key) if settings.engine_url else ""
-    prober = api_probe.Prober(url, key, _secret(settings.probe_token), rng, model)
+    model = model_key["model"] if settings.engine_url and model_key else ""
+    idle = health.state == "idle" or health.pending == 0
+    prober = api_probe.Prober(url, key, _secret(settings.probe_token), rng, model, for_model(plan.accuracy, model_key), idle)
     answers: list[Answer] = []
     asked = False
     for kind, ask in (("text", prober.ask_text), ("picture", prober.ask_image)):

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar
 
-from monitor.judge import history, ladder, limiter, thresholds
+from monitor.judge import accuracy, history, ladder, limiter, thresholds
+from monitor.judge.accuracy import Accuracy
 from monitor.judge.evidence import EngineProgress
 from monitor.judge.history import History
 from monitor.judge.holds import Holds
@@ -33,6 +34,7 @@ class CheckerState:
     external_engine: EngineProgress
     ladder: Ladder
     pace: Pace
+    accuracy: Accuracy
     traffic: TrafficLog = field(default_factory=TrafficLog)
 
     @classmethod
@@ -47,6 +49,7 @@ class CheckerState:
             _read(store, "foreign", lambda raw: EngineProgress.from_dict(raw, boot_id)),
             _read(store, "ladder", ladder.from_dict),
             _read(store, "pace", Pace.from_dict),
+            _read(store, "accuracy", accuracy.from_dict),
             _read(store, "traffic", TrafficLog.from_dict),
         )
 
@@ -61,6 +64,7 @@ class CheckerState:
         store.put("thresholds", {name: thresholds.to_dict(state) for name, state in self.thresholds.items()})
         store.put("last", self.last)
         store.put("hold", self.holds)
+        store.put("accuracy", accuracy.to_dict(self.accuracy))
         store.put("foreign", self.external_engine.to_dict())
         store.put("ladder", ladder.to_dict(self.ladder))
         store.put("pace", self.pace.to_dict())

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import threading
 import time
 from dataclasses import replace
@@ -45,8 +46,8 @@ def test_right_answer_about_the_drawn_image_is_healthy(service, behaviour, descr
     assert [report["verdict"] for report in reports] == ["healthy"] * 3
     assert all(report["service_healthy"] is True for report in reports)
     assert list(reports[0])[:6] == SIX_KEYS
-    assert behaviour.keys == ["Bearer secret"] * 6, "a question without a picture and one with one, each time"
-    assert behaviour.probe_tokens == ["mark"] * 6
+    assert behaviour.keys == ["Bearer secret"] * 9, "a question without a picture and two with one, each time"
+    assert behaviour.probe_tokens == ["mark"] * 9
     assert "secret" not in str(reports) and "mark'" not in str(reports)
 
 
@@ -58,25 +59,73 @@ def test_every_probe_asks_about_a_different_image(service, behaviour, make_setti
     assert len(urls) == len(behaviour.questions) >= 4
 
 
-@pytest.mark.parametrize("answer", ["", "I cannot see pictures.", ", ".join(COLORS), "It is pink."])
-def test_wrong_answer_is_broken_and_shown(service, behaviour, make_settings, answer):
+@pytest.mark.parametrize("answer", ["I cannot see pictures.", ", ".join(COLORS), "It is pink."])
+def test_answers_that_are_always_wrong_have_fallen_within_the_run(service, behaviour, make_settings, answer):
     behaviour.reply = lambda body: (200, completion(answer))
 
     report = run_check(make_settings(service), random.Random(1))
 
-    assert report["verdict"] == "broken"
+    assert (report["verdict"], report["targets"]["api"]["rule"]) == ("broken", "accuracy_fell")
     assert report["service_healthy"] is False
-    assert answer in report["reasons"][0]
+    assert re.search(r"color: 0 of \d+ right now, 100% in the baseline", report["reasons"][0])
+    assert report["evidence"]["api"]["answers"][1]["text"].strip() == answer
 
 
-def test_one_wrong_answer_is_tolerated_but_not_two(service, behaviour, describe, make_settings):
-    slips = iter([True, False, False, True, False, True])
-    behaviour.reply = lambda body: (200, completion("pink" if next(slips) else describe(body)))
+def test_an_empty_answer_is_a_failure(service, behaviour, make_settings):
+    behaviour.reply = lambda body: (200, completion(""))
 
-    verdicts = [run_check(make_settings(service), random.Random(seed))["verdict"] for seed in range(2)]
+    assert run_check(make_settings(service), random.Random(1))["targets"]["api"]["rule"] == "picture_failed"
 
-    assert verdicts == ["healthy", "broken"]
-    assert next(slips, "none left") == "none left"
+
+def test_a_wrong_answer_among_right_ones_is_healthy_and_shown(service, behaviour, describe, make_settings):
+    slips = iter([True])
+    behaviour.reply = lambda body: (200, completion("pink" if next(slips, False) else describe(body)))
+
+    report = run_check(make_settings(service), random.Random(1))
+
+    assert (report["verdict"], report["targets"]["api"]["rule"]) == ("healthy", "answers_mostly_right")
+    assert "got 'pink" in report["targets"]["api"]["en"]
+    assert len(behaviour.questions) > 2, "a wrong answer makes it ask more"
+
+
+def test_without_a_baseline_no_answer_is_wrong(service, behaviour, make_settings):
+    behaviour.reply = lambda body: (200, completion("It is pink."))
+    settings = make_settings(service)
+    (settings.log_dir / "baseline.json").unlink()
+
+    reports = [run_check(settings, random.Random(seed)) for seed in range(3)]
+
+    assert {report["verdict"] for report in reports} == {"degraded"}
+    assert reports[-1]["targets"]["api"]["rule"] == "never_right"
+    assert reports[-1]["targets"]["api"]["decision"]["kind"] == "none"
+
+
+def test_the_baseline_is_taken_only_while_nobody_else_is_answered(service, behaviour, describe, make_settings):
+    behaviour.reply = lambda body: (200, completion(describe(body)))
+    behaviour.health = lambda: (200, {"state": "busy", "steps": 7, "running": 1, "waiting": 0, "no_progress_s": 0.1})
+    settings = make_settings(service)
+    (settings.log_dir / "baseline.json").unlink()
+
+    run_check(settings, random.Random(1))
+
+    assert len(behaviour.questions) == 1
+    behaviour.health = lambda: (200, {"state": "idle", "steps": 7})
+    run_check(settings, random.Random(2))
+    taken = json.loads((settings.log_dir / "baseline.json").read_text())
+    assert taken["kinds"]["color"] == {"asked": 20, "right": 20, "later_asked": 0, "later_right": 0, "sure": True}
+    assert taken["kinds"]["absent"]["right"] == 20 and not taken["kinds"]["arithmetic"]["sure"]
+
+
+def test_another_model_gets_a_baseline_of_its_own(service, behaviour, describe, make_settings):
+    behaviour.reply = lambda body: (200, completion(describe(body)))
+    behaviour.other["/info"] = (200, json.dumps({"model": "other", "revision": "r2", "device": "cpu", "dtype": "float32"}).encode())
+    settings = make_settings(service)
+
+    run_check(settings, random.Random(1))
+
+    taken = json.loads((settings.log_dir / "baseline.json").read_text())
+    assert taken["key"] == {"model": "other", "revision": "r2", "recipe": "cpu/float32"}
+    assert taken["kinds"]["color"]["asked"] + taken["kinds"]["color"]["later_asked"] < 200, "that of the stand-in is not used"
 
 
 def test_hung_api_is_detected_within_its_time_limit(hung, service, make_settings, monkeypatch):
@@ -112,7 +161,7 @@ def test_nothing_listening_is_dead(make_settings):
 
 def test_dead_names_the_missing_process(make_settings):
     settings = make_settings(1)
-    settings.log_dir.mkdir()
+    settings.log_dir.mkdir(exist_ok=True)
     write_record(settings.log_dir, "api", ProcessRecord(1, 1, 1, boot_id()))
 
     report = run_check(settings, random.Random(1))
@@ -202,7 +251,7 @@ def test_page_that_does_not_answer_degrades_a_good_api(service, behaviour, descr
 def test_page_that_was_not_started_is_not_expected(service, behaviour, describe, make_settings):
     behaviour.reply = lambda body: (200, completion(describe(body)))
     settings = make_settings(service, web_port=1)
-    settings.log_dir.mkdir()
+    settings.log_dir.mkdir(exist_ok=True)
     write_record(settings.log_dir, "api", this_process(service))
 
     report = run_check(settings, random.Random(1))

@@ -42,6 +42,7 @@ from api.engine.loading.placement import (
 )
 from api.engine.loading.progress import Progress, part, weights_progress
 from api.engine.loading.reference import REFERENCE_FILE, compare_once, differences
+from api.engine.loading.revision import revision_of
 from api.engine.model.operations import TorchOperations
 from api.engine.model.runner import Glm4vRunner
 from api.engine.process import release_freed_memory
@@ -132,6 +133,7 @@ def _assemble(
     defaults = _sampling_defaults(generation)
     facts: dict[str, Any] = {
         "class": type(network).__name__,
+        "revision": revision_of(folder),
         "parameters": parameters,
         "device": choices["device"].value,
         "dtype": choices["dtype"].value,

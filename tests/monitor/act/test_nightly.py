@@ -87,7 +87,7 @@ def test_a_young_process_and_one_that_did_not_grow_are_skipped(night, store):
 
 
 def test_a_broken_service_is_left_to_the_restart_rules(night):
-    outcome, restarts = night(answers=(replace(RIGHT[0], outcome="wrong"), RIGHT[1]))
+    outcome, restarts = night(answers=(replace(RIGHT[0], outcome="cut"), RIGHT[1]))
 
     assert outcome == "not healthy: broken" and restarts == []
 

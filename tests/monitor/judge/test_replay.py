@@ -12,7 +12,15 @@ import pytest
 from traces import FULL, GONE, IDLE, RIGHT, RUNS, WEDGED, Replay, alive, api, busy, zombie
 
 from monitor.judge import history
-from monitor.judge.evidence import Answer, ApiEvidence, Corruption, HealthReply, SelfReport
+from monitor.judge.evidence import (
+    AccuracyEvidence,
+    Answer,
+    ApiEvidence,
+    Corruption,
+    Fall,
+    HealthReply,
+    SelfReport,
+)
 from monitor.judge.verdict import Limits
 
 TRACES, RUNS_EACH = 10_000, 30
@@ -44,7 +52,7 @@ def test_the_same_traces_with_one_real_fault_are_cured_within_three_runs() -> No
 
 def test_alternating_bad_and_good_runs_restart_nothing() -> None:
     replay = Replay()
-    lost = api(answers=(Answer("text", "wrong", 1.0, 200), Answer("picture", "wrong", 1.0, 200)), last=IDLE)
+    lost = api(answers=(Answer("text", "cut", 1.0, 200), Answer("picture", "cut", 1.0, 200)), last=IDLE)
     for number in range(500):
         replay.run(lost if number % 2 else api())
 
@@ -131,7 +139,8 @@ def test_back_off_grows_while_the_service_is_unstable() -> None:
 
 
 def test_restarts_that_do_not_cure_stop() -> None:
-    wrong = api(answers=(RIGHT[0], Answer("picture", "wrong", 3, 200, "red circle", "blue")), last=IDLE)
+    fallen = AccuracyEvidence((Fall("color", 12, 1, 220, 219),), ("color",), 8)
+    wrong = api(answers=(RIGHT[0], Answer("picture", "wrong", 3, 200, "red circle", "blue")), last=IDLE, accuracy=fallen)
     replay = Replay()
     for _ in range(40):
         replay.run(wrong)

@@ -9,10 +9,12 @@ from traces import FULL, GONE, IDLE, NO_HTTP, RIGHT, RUNS, SILENT, WEDGED, api, 
 
 from monitor.judge.api_rules import judge_api
 from monitor.judge.evidence import (
+    AccuracyEvidence,
     Answer,
     ApiEvidence,
     CardEvent,
     Corruption,
+    Fall,
     HealthReply,
     PageEvidence,
     PageReply,
@@ -47,6 +49,9 @@ def silent_load(still_s: float, written_age_s: float) -> ApiEvidence:
     return api(first=NO_HTTP, answers=SILENT, last=NO_HTTP, beat=file)
 
 
+WRONG = (RIGHT[0], Answer("picture", "wrong", 3, 200, "red circle", "blue"))
+UNJUDGED = (Answer("text", "unjudged", 0.2, 200), Answer("picture", "unjudged", 0.2, 200))
+FALLEN = AccuracyEvidence((Fall("color", 12, 1, 220, 219),), ("color", "shape"), 8)
 CASES = {
     "right answers": (api(), "healthy", "answers_right", False),
     "a credit from users": (api(answers=(Answer("text", "credited"), Answer("picture", "credited"))), "healthy", "answers_right", False),
@@ -105,7 +110,12 @@ CASES = {
     "past the deadline, but it moved": (api(first=busy(130, 70), answers=SILENT, last=busy(121, 71)), "busy", "busy", False),
     "queue full and moving": (api(first=busy(1, 70), answers=FULL, last=busy(1, 90)), "busy", "busy", False),
     "question lost by an idle engine": (api(answers=SILENT, last=IDLE), "broken", "lost_question", True),
-    "wrong answer": (api(answers=(RIGHT[0], Answer("picture", "wrong", 3, 200, "red circle", "blue")), last=IDLE), "broken", "picture_wrong", True),
+    "one wrong answer": (api(answers=WRONG, last=IDLE), "healthy", "answers_mostly_right", False),
+    "fewer right answers": (api(answers=WRONG, last=IDLE, accuracy=FALLEN), "broken", "accuracy_fell", True),
+    "fewer right answers lately": (api(accuracy=FALLEN), "broken", "accuracy_fell", True),
+    "fewer right answers, and a hung step": (replace(WEDGED, accuracy=FALLEN), "wedged", "no_progress", True),
+    "no baseline": (api(answers=UNJUDGED), "healthy", "answers", False),
+    "never right": (api(answers=UNJUDGED, accuracy=AccuracyEvidence(blind=True, pictures_asked=20)), "degraded", "never_right", False),
     "pictures fail": (api(answers=(RIGHT[0], Answer("picture", "rejected", 1, 500, detail="boom")), last=IDLE), "broken", "picture_rejected", True),
     "stream without end": (api(answers=(Answer("text", "cut", 1, 200, detail="no end"),), last=IDLE), "broken", "text_cut", True),
     "refused as a mistake": (api(answers=(Answer("text", "rejected", 1, 400, detail="bad"),), last=IDLE), "broken", "text_rejected", False),

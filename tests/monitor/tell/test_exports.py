@@ -34,7 +34,7 @@ def promtool(*words: str, text: str = "") -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def settings(service, behaviour, make_settings):
     """Settings after one run in which the model answered wrongly."""
-    behaviour.reply = lambda body: (200, {"choices": [{"message": {"content": "I see nothing."}}]})
+    behaviour.reply = lambda body: (200, {"choices": [{"message": {"content": "It is pink."}}]})
     found = make_settings(service, memory_limit_percent=0.1, limit_window_s=0)
     check.run(found, random.Random(1))
     return found

@@ -1,0 +1,116 @@
+"""The sequential test on the share of right answers. `bench/accuracy_rates.py` has its rates from many more sequences."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from bench.accuracy_rates import answers_of_three_months, false_alarms, runs_until_told
+from monitor.judge import accuracy
+from monitor.judge.accuracy import ALARM, BASELINE, CLEAR, Accuracy, KindRecord, advance
+from monitor.judge.evidence import Answer
+from monitor.observe.question import PICTURE_KINDS
+
+TAKEN = KindRecord(BASELINE, BASELINE, CLEAR - BASELINE, CLEAR - BASELINE - 5)
+
+
+def after(record: KindRecord, *rights: bool) -> KindRecord:
+    for right in rights:
+        record = advance(record, right)
+    return record
+
+
+def test_the_first_answers_are_the_baseline_and_judge_nothing() -> None:
+    record = after(KindRecord(), *[False] * BASELINE)
+
+    assert (record.asked, record.right, record.score, record.fallen) == (BASELINE, 0, 0.0, False)
+    assert after(record, *[False] * 100) == record, "a kind that was never answered surely is not tested"
+
+
+@pytest.mark.parametrize(("right", "sure"), [(20, True), (19, True), (18, True), (17, False), (10, False)])
+def test_a_kind_is_sure_by_the_lower_bound_of_its_share(right: int, sure: bool) -> None:
+    assert KindRecord(BASELINE, right).sure is sure
+
+
+def test_one_wrong_answer_is_no_fall_and_ten_are() -> None:
+    assert not after(TAKEN, False).fallen
+    assert after(TAKEN, *[False] * 10).fallen
+
+
+def test_right_answers_end_a_fall_only_after_a_while() -> None:
+    fallen = after(TAKEN, *[False] * 10)
+
+    assert after(fallen, *[True] * 20).fallen
+    assert after(fallen, *[True] * 100).score == 0.0 and not after(fallen, *[True] * 100).fallen
+
+
+def test_answers_without_suspicion_make_the_baseline_more_exact_and_those_of_a_fall_do_not() -> None:
+    exact = after(KindRecord(BASELINE, BASELINE), *[True] * 50)
+    assert (exact.later_asked, exact.later_right) == (50, 50)
+
+    fallen = after(TAKEN, *[False] * 10, *[True] * 200)
+    assert fallen.later_right / fallen.later_asked >= TAKEN.later_right / TAKEN.later_asked
+
+
+def test_another_model_starts_anew_and_an_unknown_one_changes_nothing() -> None:
+    known = Accuracy({"model": "a"}, {"color": TAKEN})
+
+    assert accuracy.for_model(known, None) == accuracy.for_model(known, {"model": "a"}) == known
+    assert accuracy.for_model(known, {"model": "b"}) == Accuracy({"model": "b"})
+
+
+def test_a_new_process_must_show_that_it_answers_rightly() -> None:
+    known = Accuracy(kinds={"color": after(TAKEN, *[False] * 10), "shape": TAKEN})
+
+    renewed = accuracy.after_restart(known)
+
+    assert (renewed.kinds["color"].score, renewed.kinds["color"].fallen) == (ALARM / 2, False)
+    assert renewed.kinds["shape"] == TAKEN
+
+
+def test_the_state_survives_its_storage() -> None:
+    known = accuracy.after_answers(Accuracy({"model": "a"}), [Answer("picture", "right", tries=(("color", True),), questions=1)], 5.0)
+
+    assert known.turns == {"picture": 1} and known.kinds["color"] == KindRecord(1, 1)
+    assert accuracy.from_dict(accuracy.to_dict(known)) == known
+
+
+def test_the_simulation_takes_the_steps_of_the_test() -> None:
+    """`false_alarms` walks all sequences at once; here one of them by the functions."""
+    share, answers = 0.8, 3000
+    rng = np.random.default_rng(3)
+    record = KindRecord(BASELINE, int(rng.binomial(BASELINE, share, 1)[0]))
+    alarms = 0
+    for right in (rng.random(1)[0] < share for _ in range(answers)):
+        record = advance(record, bool(right))
+        if record.fallen:
+            alarms += 1
+            record = KindRecord(record.asked, record.right, record.later_asked, record.later_right)
+
+    found = false_alarms(share, answers, 1, 3)
+    assert record.sure == bool(found.asked)
+    assert round(found.per_answer * answers) == (alarms if record.sure else 0)
+
+
+def test_a_healthy_model_gives_less_than_one_false_alarm_in_three_months() -> None:
+    found = false_alarms(0.97, 8000, 800, 1)
+
+    assert found.per_answer * answers_of_three_months(0.97, 1, 2000) < 1
+
+
+@pytest.mark.parametrize("kinds", [PICTURE_KINDS, ("color",)], ids=["all kinds", "one kind"])
+def test_a_fall_to_80_percent_is_told_within_an_hour(kinds: tuple[str, ...]) -> None:
+    shares = {kind: 0.80 if kind in kinds else 0.97 for kind in PICTURE_KINDS}
+    rng = random.Random(5)
+    told = [runs_until_told(shares, TAKEN, rng, 60) for _ in range(100)]
+
+    assert sum(run is not None for run in told) >= 90
+
+
+def test_a_blind_model_is_told_within_two_runs() -> None:
+    shares = {"color": 1 / 7, "shape": 1 / 5, "count": 1 / 4, "read": 0.0, "where": 0.05}
+    rng = random.Random(5)
+
+    assert all(runs_until_told(shares, KindRecord(BASELINE, BASELINE), rng, 2) for _ in range(100))
