@@ -61,8 +61,8 @@ def systemd_runs() -> bool:
 def installed(way: str) -> bool:
     if way == "systemd":
         return (_unit_folder() / f"{UNIT}.timer").exists()
-    table = read_crontab() if shutil.which("crontab") else None
-    return bool(table) and without_block(table) != table
+    table = read_crontab() or ""
+    return without_block(table) != table
 
 
 def command(variables: Mapping[str, str] | None = None) -> str:
