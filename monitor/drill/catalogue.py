@@ -17,6 +17,8 @@ from settings import Settings
 SLOW_S = 5.0
 CHECKER_LIMIT_BYTES = 100e6  # bounded, whatever a server sends; a healthy run stays below 60 MB
 BASELINE = "baseline.json"
+FINGERPRINT_EVERY_S = 600.0
+BEFORE_S = 3.0  # between two runs that come before a fault, which need not keep the pace
 Report = dict[str, Any]
 Proof = Callable[[Report, Store], bool]
 Why = Callable[[FaultContext], str]
@@ -31,8 +33,8 @@ class Fault:
     """`verdicts`: those that count as detection for `target`. `restarts`: the numbers that are right. `cured`: the target must
     recover while the fault is injected.
 
-    `around` is in force from `runs_before` runs before the injection (users, an external engine), which wait until
-    `why_not_ready` is empty. `visible_s`: how long the fault is invisible by definition, such as the deadline of a step.
+    `around` is in force from `runs_before` runs before the injection (users, an external engine) and from as many more as it
+    takes until `why_not_ready` is empty. `visible_s`: how long the fault is invisible by definition, such as the deadline of a step.
     `found_within`: runs from then until it must be detected. `in_order`: verdicts that must be seen one after the other.
     `lasts_s`: minimum duration of a fault that must not be cured. `proof`: what one report must show as well. `never`: why a
     report is a lie, or empty. `why_not_in_force`: checked after each run; empty if the fault was effective since the run
@@ -63,8 +65,9 @@ class Fault:
 
     def expected_s(self, settings: Settings, context: FaultContext, period_s: float) -> float:
         """How long it takes if all goes well, with the start of a healthy service before it."""
-        runs = self.runs_before + self.found_within + max(self.restarts) + (0 if self.cured else RUNS_AFTER)
-        return 45 + self.visible_s(settings) + self.lasts_s(context) + runs * period_s
+        until_found = 1 if self.found_within <= 2 else self.found_within // 2
+        runs = until_found + max(self.restarts) - 0.5 + (0 if self.cured else RUNS_AFTER)
+        return 45 + self.runs_before * (BEFORE_S + 1) + self.visible_s(settings) + self.lasts_s(context) + runs * period_s
 
 
 RUNS_AFTER = 2  # in which nothing more may happen
@@ -170,7 +173,7 @@ def twice_the_loading_limit(context: FaultContext) -> float:
 UNAFFECTED = ("healthy", "busy")
 TOLD = ("degraded", "broken", "corrupt")
 NEVER: tuple[int, ...] = (0,)
-watched = partial(Fault, restarts=NEVER, cured=False, around=ports.engine_behind, runs_before=3)
+watched = partial(Fault, restarts=NEVER, cured=False, around=ports.engine_behind, runs_before=30)
 FAULTS = (
     Fault("api-killed", "SIGKILL to the API", processes.kill, ("dead",)),
     Fault("page-killed", "SIGKILL to the page", partial(processes.kill, part="web"), ("dead",), "page"),
@@ -193,13 +196,13 @@ FAULTS = (
     Fault("new-page-token", "the checker has another page token: must NOT restart", readings.configured(GLM_WEB_TOKEN="not-the-one"),
           (*UNAFFECTED, "degraded", "broken"), "page", restarts=NEVER, cured=False),
     Fault("nonfinite", "two requests meet logits that are not finite", processes.injected_twice("nan-layer"), ("corrupt",),
-          restarts=(0, 1), proof=rule_is("nonfinite")),
-    Fault("weights-flipped", "a bit of the weights is flipped", injected("flip-weight"), ("corrupt",), restarts=NEVER, found_within=15, runs=30,
-          proof=acted("reload-weights")),
+          restarts=(0, 1), proof=acted("drop-caches", "reload-weights", "restart")),
+    Fault("weights-flipped", "a bit of the weights is flipped", injected("flip-weight"), ("corrupt",), restarts=NEVER,
+          visible_s=lambda settings: FINGERPRINT_EVERY_S, found_within=3, proof=acted("reload-weights")),
     Fault("colors-swapped", "red and green are exchanged in the weights", injected("swap-colors"), TOLD, restarts=(0, 1, 2), cured=False,
           runs_before=5, why_not_ready=why_no_baseline, found_within=60, runs=60),
     Fault("slowed", "2 % of the processor: must NOT restart", processes.slow_down, ("degraded",), restarts=NEVER, cured=False,
-          around=load.users(2, ("text", "picture"), pause_s=1.0), runs_before=12, found_within=10, runs=15, proof=rule_is("slower_than_before"),
+          around=load.users(2, ("text", "picture"), pause_s=1.0), runs_before=30, found_within=10, runs=15, proof=rule_is("slower_than_before"),
           note=means),
     Fault("store-damaged", "pages of the checker's store are overwritten, and the API is killed", files.damage_store, ("dead",),
           proof=told("state.db")),
@@ -221,7 +224,7 @@ FAULTS = (
     Fault("gpu-tool-gone", "no nvidia-smi and no NVML", no_fault, UNAFFECTED, restarts=NEVER, cured=False, proof=gpu_evidence_has("nvml")),
     Fault("slow-start", "killed, and its successor loads slowly", injected_at_restart("slow-start", short(40.0)), ("dead",)),
     Fault("loading-slow-but-moving", "loads for longer than loading may stand still, but always moves: must NOT restart",
-          injected_while_loading("slow-loading", twice_the_loading_limit), ("starting",), restarts=NEVER, cured=False,
+          injected_while_loading("slow-start", twice_the_loading_limit), ("starting",), restarts=NEVER, cured=False,
           lasts_s=twice_the_loading_limit, found_within=1),
     Fault("loading-still", "its loading stands still", injected_while_loading("slow-loading-still", twice_the_loading_limit), ("broken",),
           visible_s=lambda settings: settings.start_deadline_s, in_order=("starting", "broken"), found_within=3),

@@ -27,6 +27,7 @@ from monitor import schedule
 from monitor.check import limits_of
 from monitor.drill import table
 from monitor.drill.catalogue import (
+    BEFORE_S,
     CRON_REMOVED,
     CRON_REMOVED_DESCRIPTION,
     FAULTS,
@@ -48,6 +49,7 @@ from settings import ROOT, Settings
 GOOD, BAD, WRONG_USE = 0, 1, 2
 QUICK_S, LONG_S = 8.0, 600.0  # of the long faults
 HEALTHY_WITHIN_S = 300.0
+MOST_RUNS_BEFORE = 150
 
 
 @dataclass
@@ -107,15 +109,15 @@ class Drill:
 
     def _wait_until_ready(self, fault: Fault) -> None:
         """Runs of the checker before the fault, for what it compares with."""
-        if not fault.runs_before and not fault.why_not_ready(self.context):
-            return
-        self.runs.begin()
-        for _ in range(fault.runs_before):
-            self.runs.next()
+        runs = 0
+        while runs < fault.runs_before or (fault.why_not_ready(self.context) and runs < MOST_RUNS_BEFORE):
+            check(self.context)
+            time.sleep(BEFORE_S)
+            runs += 1
         if why := fault.why_not_ready(self.context):
             raise RuntimeError(why)
-        self.runs.end()
-        self._reset_state()
+        if runs:
+            self._reset_state()
 
     def _trace(self, target: str, since: float) -> list[dict[str, Any]]:
         """Every observation from the store. A run that restarts observes twice, and its report has the second one only.
