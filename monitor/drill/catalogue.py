@@ -134,6 +134,14 @@ def called_healthy(report: Report, context: FaultContext) -> str:
     return "it was called healthy" if report["targets"]["api"]["word"] == "healthy" else ""
 
 
+def healthy_while_users_fail(report: Report, context: FaultContext) -> str:
+    """Of the process under the cap; its successor starts with failures that were its predecessor's."""
+    assert context.traffic is not None
+    failed, context.failed_before = sum(context.traffic.failed.values()) - context.failed_before, sum(context.traffic.failed.values())
+    same = report["evidence"]["api"]["process"]["pid"] == context.capped_pid
+    return f"it was called healthy while {failed} requests of users failed" if same and failed > 3 and called_healthy(report, context) else ""
+
+
 def second_server(report: Report, context: FaultContext) -> str:
     found = files.servers_here("api.server")
     return f"{len(found)} API servers run in this folder" if len(found) > 1 else ""
@@ -189,7 +197,7 @@ FAULTS = (
     Fault("stranger-replays", "the API is gone and a stranger answers a copied /health with fresh successes", ports.replay, ("dead",),
           restarts=NEVER, cured=False, found_within=1, proof=rule_is("port_taken"), never=called_healthy),
     Fault("users-fail", "too little memory for users' pictures, while small questions work", processes.cap_memory, ("degraded", "broken"),
-          around=load.users(4, ("picture", "text", "picture", "text")), in_order=("degraded", "broken"),
+          around=load.users(4, ("picture", "text", "picture", "text")), never=healthy_while_users_fail,
           note=lambda context: f"{context.means}; {load.summary(context)}"),
     Fault("wrong-probe-token", "the checker has a wrong probe token: must NOT restart", readings.configured(GLM_PROBE_TOKEN="not-the-one"),
           (*UNAFFECTED, "degraded"), restarts=NEVER, cured=False, never=credited),

@@ -24,7 +24,8 @@ class FaultContext:
 
     `queue_full_at`: times (CLOCK_MONOTONIC) of rejections for a full queue; `checked_until`: the last call of
     `why_queue_not_full`; `injected_at` (Unix seconds); `rows_before`: runs in the store before that; `checker_peak_bytes`: the most memory that a run
-    of the checker has held; `means`: how the fault was made, where there are several ways.
+    of the checker has held; `capped_pid`: the process whose memory is capped; `failed_before`: requests of users that had
+    failed at the run before; `means`: how the fault was made, where there are several ways.
     """
 
     settings: Settings
@@ -36,6 +37,8 @@ class FaultContext:
     checked_until: float = 0.0
     injected_at: float = 0.0
     rows_before: int = 0
+    capped_pid: int = 0
+    failed_before: int = 0
     checker_peak_bytes: int = 0
     means: str = ""
 

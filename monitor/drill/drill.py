@@ -49,6 +49,7 @@ from settings import ROOT, Settings
 GOOD, BAD, WRONG_USE = 0, 1, 2
 QUICK_S, LONG_S = 8.0, 600.0  # of the long faults
 HEALTHY_WITHIN_S = 300.0
+STILL_BAD_S = 20.0  # then everything is stopped and started
 MOST_RUNS_BEFORE = 150
 
 
@@ -242,8 +243,10 @@ class Drill:
     def settle(self) -> None:
         """Restores a healthy service and resets the checker's state, so that no fault affects the next one."""
         self.context.clear_fault()
-        subprocess.run(["bash", str(ROOT / "start.sh")], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, check=False)
-        deadline = time.monotonic() + max(HEALTHY_WITHIN_S, self.settings.start_deadline_s)
+        self._script("start.sh")
+        began = time.monotonic()
+        deadline = began + max(HEALTHY_WITHIN_S, self.settings.start_deadline_s)
+        stopped = False
         while True:
             self._reset_state()
             report = check(self.context, "--no-act")
@@ -252,7 +255,14 @@ class Drill:
                 return
             if time.monotonic() > deadline:
                 raise RuntimeError(f"the service does not become healthy: {report['reasons']}")
+            if not stopped and time.monotonic() > began + STILL_BAD_S:  # such as a page that was started with the fault's settings
+                self._script("stop.sh")
+                self._script("start.sh")
+                stopped = True
             time.sleep(1)
+
+    def _script(self, name: str) -> None:
+        subprocess.run(["bash", str(ROOT / name)], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, check=False)
 
     def _reset_state(self) -> None:
         with contextlib.closing(Store.open(self.settings.log_dir)) as store, store.transaction():

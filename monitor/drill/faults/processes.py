@@ -66,9 +66,11 @@ def cap_memory(context: FaultContext) -> Iterator[None]:
     """Its address space is capped, lower and lower until a request of a user fails, so that what needs less still works."""
     pid = context.pid("api")
     soft, hard = resource.prlimit(pid, resource.RLIMIT_AS)
+    context.capped_pid, context.failed_before = pid, 0
+    held = min(_sampled_address_space(pid))  # while no picture is being decoded
     try:
         for spare_bytes in SPARE_BYTES:
-            resource.prlimit(pid, resource.RLIMIT_AS, (_address_space(pid) + spare_bytes, hard))
+            resource.prlimit(pid, resource.RLIMIT_AS, (held + spare_bytes, hard))
             with contextlib.suppress(TimeoutError):
                 wait_for(lambda: bool(context.traffic and context.traffic.failed), "", NEXT_CAP_S)
                 break
@@ -81,7 +83,14 @@ def cap_memory(context: FaultContext) -> Iterator[None]:
             resource.prlimit(pid, resource.RLIMIT_AS, (soft, hard))
 
 
-def _address_space(pid: int) -> int:
+def _sampled_address_space(pid: int) -> Iterator[int]:
+    for _ in range(100):
+        yield address_space(pid)
+        time.sleep(0.02)
+
+
+def address_space(pid: int) -> int:
+    """Bytes."""
     return int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
 
 
