@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     drill.add_argument("--list", action="store_true", help="list the faults and exit")
     drill.add_argument("--yes", action="store_true", help="confirm that this is not production")
     drill.add_argument("--period", type=float, default=0.0, metavar="SECONDS", help="time between two runs (default: GLM_CHECK_PERIOD_S)")
+    drill.add_argument("--under-cron", action="store_true", help="let the real cron run the checker each minute; the drill only watches")
     drill.add_argument("--quick", action="store_true", help="make long faults last seconds instead of minutes")
     drill.add_argument("--out", default="", metavar="FILE",
                        help="update the rows of these faults in the table of this file")

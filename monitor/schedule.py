@@ -1,10 +1,12 @@
-"""Schedules health_check.py: a systemd timer where systemd runs, else a marked block in the crontab.
+"""Schedules health_check.py: a systemd timer where systemd runs, else a marked block in the crontab, one for each folder.
 
 Both are idempotent; uninstall removes exactly what install wrote.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import getpass
 import hashlib
 import os
@@ -12,6 +14,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import psutil
@@ -19,7 +23,8 @@ import psutil
 from settings import ROOT, Settings
 
 GOOD, BAD = 0, 1
-BEGIN, END = "# >>> glm health_check >>>", "# <<< glm health_check <<<"
+BEGIN, END = f"# >>> glm health_check {ROOT} >>>", f"# <<< glm health_check {ROOT} <<<"
+UNNAMED = "# >>> glm health_check >>>", "# <<< glm health_check <<<"  # the markers of earlier versions
 UNIT = "glm-health-check"
 JITTER_S = 10
 NO_CRONTAB = "crontab is missing or refuses this user. Debian: apt-get install cron"
@@ -56,12 +61,14 @@ def systemd_runs() -> bool:
 def installed(way: str) -> bool:
     if way == "systemd":
         return (_unit_folder() / f"{UNIT}.timer").exists()
-    return shutil.which("crontab") is not None and BEGIN in (read_crontab() or "")
+    table = read_crontab() or ""
+    return without_block(table) != table
 
 
-def command() -> str:
+def command(variables: Mapping[str, str] | None = None) -> str:
     """The shell command that cron and systemd run. start.sh chooses its Python by conda's two variables."""
-    words = [f"{name}={shlex.quote(os.environ[name])}" for name in ("CONDA_PREFIX", "CONDA_DEFAULT_ENV") if os.environ.get(name)]
+    conda = {name: os.environ[name] for name in ("CONDA_PREFIX", "CONDA_DEFAULT_ENV") if os.environ.get(name)}
+    words = [f"{name}={shlex.quote(value)}" for name, value in {**conda, **(variables or {})}.items()]
     words += [shlex.quote(sys.executable), shlex.quote(str(ROOT / "health_check.py")), "run", "--quiet"]
     return " ".join(words)
 
@@ -76,13 +83,14 @@ def jitter_s() -> int:
     return hashlib.sha256(seed).digest()[0] % JITTER_S
 
 
-def cron_block(settings: Settings) -> str:
+def cron_block(settings: Settings, variables: Mapping[str, str] | None = None) -> str:
+    """`variables` are added to the environment of the runs."""
     minutes = max(1, round(settings.check_period_s / 60))
     when = "* * * * *" if minutes == 1 else f"*/{min(minutes, 59)} * * * *"
     log = shlex.quote(str(settings.log_dir / "health_check.log"))
     # Output goes to a file, because cron would mail it every minute. The folder may have been removed.
     folder = shlex.quote(str(settings.log_dir))
-    line = f"{when} sleep {jitter_s()}; mkdir -p {folder}; {command()} >/dev/null 2>>{log}"
+    line = f"{when} sleep {jitter_s()}; mkdir -p {folder}; {command(variables)} >/dev/null 2>>{log}"
     if "%" in line:
         line = line.replace("%", r"\%")  # cron reads a bare % as a line break
     return f"{BEGIN}\n{line}\n{END}\n"
@@ -99,28 +107,47 @@ def read_crontab() -> str | None:
 
 
 def without_block(text: str) -> str:
-    """The text without our block. A block without its end marker is left alone, so that nothing behind it is removed."""
+    """The text without the block of this folder. A block without its end marker is left alone, so that nothing behind it is
+    removed."""
     kept: list[str] = []
     lines = text.splitlines(keepends=True)
     while lines:
-        if lines[0].strip() == BEGIN and any(line.strip() == END for line in lines):
-            while lines.pop(0).strip() != END:
-                pass
-        else:
-            kept.append(lines.pop(0))
+        length = _length_of_block(lines)
+        if not length:
+            kept.append(lines[0])
+        del lines[: length or 1]
     return "".join(kept)
 
 
+def _length_of_block(lines: list[str]) -> int:
+    """Lines of the block that begins at the first line; 0 if none of this folder begins there."""
+    for begin, end in ((BEGIN, END), UNNAMED):
+        if lines[0].strip() == begin:
+            for number, line in enumerate(lines):
+                if line.strip() == end:
+                    ours = begin == BEGIN or str(ROOT / "health_check.py") in "".join(lines[:number])
+                    return number + 1 if ours else 0
+    return 0
+
+
+@contextlib.contextmanager
+def _changing_the_crontab() -> Iterator[None]:
+    """Other folders of this user change the same table: reading and writing it must not be interleaved with theirs."""
+    path = Path(tempfile.gettempdir()) / f"glm-crontab-{os.geteuid()}.lock"
+    try:
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "w")
+    except OSError:  # without a lock there is a small risk, without a block no checks at all
+        yield
+        return
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def _install_cron(settings: Settings) -> int:
-    old = read_crontab()
-    if old is None:
-        print(NO_CRONTAB, file=sys.stderr)
-        return BAD
-    rest = without_block(old)
-    if rest and not rest.endswith("\n"):
-        rest += "\n"
-    if not _write_crontab(rest + cron_block(settings)):
-        return BAD
+    code = put_cron_block(settings)
+    if code != GOOD:
+        return code
     settings.log_dir.mkdir(parents=True, exist_ok=True)
     print(f"cron runs it for {getpass.getuser()} from the next minute: {command()}")
     if not cron_runs():
@@ -129,17 +156,31 @@ def _install_cron(settings: Settings) -> int:
     return GOOD
 
 
+def put_cron_block(settings: Settings, variables: Mapping[str, str] | None = None) -> int:
+    """Writes or replaces this folder's block."""
+    with _changing_the_crontab():
+        old = read_crontab()
+        if old is None:
+            print(NO_CRONTAB, file=sys.stderr)
+            return BAD
+        rest = without_block(old)
+        if rest and not rest.endswith("\n"):
+            rest += "\n"
+        return GOOD if _write_crontab(rest + cron_block(settings, variables)) else BAD
+
+
 def _uninstall_cron() -> int:
-    old = read_crontab()
-    if old is None:
-        print(NO_CRONTAB, file=sys.stderr)
-        return BAD
-    rest = without_block(old)
-    if rest == old:
-        print("cron: not installed.")
-        return GOOD
-    if not _write_crontab(rest):
-        return BAD
+    with _changing_the_crontab():
+        old = read_crontab()
+        if old is None:
+            print(NO_CRONTAB, file=sys.stderr)
+            return BAD
+        rest = without_block(old)
+        if rest == old:
+            print("cron: not installed.")
+            return GOOD
+        if not _write_crontab(rest):
+            return BAD
     print("cron: removed.")
     return GOOD
 

@@ -22,6 +22,11 @@ def lines(rows: Mapping[str, str], order: list[str]) -> list[str]:
     return [*HEAD, *(rows[name] for name in sorted(rows, key=order.index))]
 
 
+def rows(path: Path) -> dict[str, str]:
+    """The rows of the table in this file, by fault."""
+    return _parts(path)[1]
+
+
 def check(path: Path) -> None:
     """Raises MarkersMissing or OSError, before the drill rather than after it."""
     _parts(path)

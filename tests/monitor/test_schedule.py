@@ -53,6 +53,49 @@ def test_uninstall_removes_exactly_the_block(crontab, make_settings):
     assert schedule.uninstall(make_settings(1), "cron") == 0, "uninstalling twice succeeds"
 
 
+def test_the_blocks_of_other_folders_are_left_alone(crontab, make_settings):
+    other = "# >>> glm health_check /opt/other >>>\n* * * * * other\n# <<< glm health_check /opt/other <<<\n"
+    crontab.write_text(other)
+    schedule.install(make_settings(1), "cron")
+
+    assert crontab.read_text().startswith(other) and schedule.installed("cron")
+    schedule.uninstall(make_settings(1), "cron")
+
+    assert crontab.read_text() == other
+    assert not schedule.installed("cron")
+
+
+def test_the_block_of_an_earlier_version_is_replaced_if_it_is_of_this_folder(crontab, make_settings):
+    begin, end = schedule.UNNAMED
+    foreign = f"{begin}\n* * * * * python /opt/other/health_check.py run\n{end}\n"
+    crontab.write_text(f"{foreign}{begin}\n* * * * * python {ROOT / 'health_check.py'} run --quiet\n{end}\n")
+
+    schedule.install(make_settings(1), "cron")
+
+    text = crontab.read_text()
+    assert text.startswith(foreign) and text.count(str(ROOT / "health_check.py")) == 1 and schedule.BEGIN in text
+
+
+def test_variables_are_part_of_the_command_that_cron_runs(crontab, make_settings):
+    schedule.put_cron_block(make_settings(1), {"GLM_LOG_DIR": "/tmp/with space"})
+
+    assert f"GLM_LOG_DIR='/tmp/with space' {sys.executable}" in crontab.read_text()
+
+
+def test_many_folders_that_install_at_once_lose_no_block(crontab, tmp_path):
+    """Each is a process of its own with another folder."""
+    code = (
+        "import sys; from pathlib import Path; from types import SimpleNamespace as S\n"
+        "from monitor import schedule\n"
+        "schedule.BEGIN, schedule.END = (m + sys.argv[1] for m in (schedule.BEGIN, schedule.END))\n"
+        "sys.exit(schedule.put_cron_block(S(check_period_s=60, log_dir=Path('/tmp'))))\n"
+    )
+    started = [subprocess.Popen([sys.executable, "-c", code, str(n)], cwd=ROOT) for n in range(6)]
+
+    assert [process.wait(60) for process in started] == [0] * 6
+    assert crontab.read_text().count("health_check.py run") == 6
+
+
 def test_an_empty_crontab_is_removed(crontab, make_settings):
     schedule.install(make_settings(1), "cron")
     schedule.uninstall(make_settings(1), "cron")
@@ -80,7 +123,7 @@ def test_a_block_without_its_end_is_left_alone():
 
 
 def test_a_percent_sign_is_escaped_for_cron(make_settings, monkeypatch):
-    monkeypatch.setattr(schedule, "command", lambda: "/opt/100%/python health_check.py run")
+    monkeypatch.setattr(schedule, "command", lambda variables: "/opt/100%/python health_check.py run")
 
     assert r"/opt/100\%/python" in schedule.cron_block(make_settings(1))
 

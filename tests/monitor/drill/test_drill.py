@@ -7,13 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from ports import free_port
 
-from monitor.drill import faults, table
+from monitor.drill import table
 
 ROOT = Path(__file__).resolve().parents[3]
 DRILLED = ("engine-dead", "clock-jump", "saturated")
@@ -52,15 +51,6 @@ def test_a_short_drill_of_the_real_service_passes(tmp_path, monkeypatch):
         assert "questions rejected" in rows[2] and "dead" not in rows[2]
     finally:
         subprocess.run(["bash", "stop.sh"], cwd=root, env=env, stdin=subprocess.DEVNULL, capture_output=True)
-
-
-def test_a_queue_with_room_is_not_accepted_as_full(make_settings):
-    context = faults.FaultContext(make_settings(1), checked_until=time.monotonic())
-    assert "no question was rejected" in faults.why_queue_not_full(context)
-
-    context.queue_full_at.append(time.monotonic())
-    assert faults.why_queue_not_full(context) == ""
-    assert "no question was rejected" in faults.why_queue_not_full(context), "earlier rejections do not count"
 
 
 def test_parts_of_the_drill_are_merged_into_one_table_within_other_text(tmp_path):
