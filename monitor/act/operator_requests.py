@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from monitor.act.restart import Restarter
-from monitor.judge import holds, limiter, pace
+from monitor.judge import accuracy, holds, limiter, pace
 from monitor.judge.ladder import Ladder
 from monitor.judge.limiter import Decision
 from monitor.judge.verdict import Verdict
@@ -67,6 +67,7 @@ def _do(request: dict[str, Any], state: CheckerState, restarter: Restarter | Non
             state.limiters[name] = limiter.reset()
         if target != "page":
             state.ladder = Ladder()
+            state.accuracy = accuracy.forget_earlier(state.accuracy)
         accepted = "; the pace of today is the new normal" if pace.forget(state.pace) else ""
         return "", f"circuit closed: {arguments.get('reason', 'no reason given')}{accepted}"
     holds.apply(state.holds, kind, arguments, now)

@@ -63,12 +63,16 @@ class KindRecord:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Of one model on this machine: `key` has its model, revision and recipe. `turns`: questions asked by family."""
+    """Of one model on this machine: `key` has its model, revision and recipe. `turns`: questions asked by family.
+
+    `earlier`: (answers, right ones) of the kinds that the revision or recipe before this one answered surely.
+    """
 
     key: dict[str, str] = field(default_factory=dict)
     kinds: dict[str, KindRecord] = field(default_factory=dict)
     taken_at: float | None = None
     turns: dict[str, int] = field(default_factory=dict)
+    earlier: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def record(self, kind: str) -> KindRecord:
         return self.kinds.get(kind, KindRecord())
@@ -118,10 +122,16 @@ def _more_exact(record: KindRecord, asked: int, right: int) -> KindRecord:
 
 
 def for_model(accuracy: Accuracy, key: Mapping[str, str] | None) -> Accuracy:
-    """What is known of the model of this key; nothing if it is another one. An unknown key changes nothing."""
+    """What is known of the model of this key. An unknown key changes nothing.
+
+    Another revision or recipe has a baseline of its own, which is compared with the earlier one; nothing is known of another model.
+    """
     if key is None or dict(key) == accuracy.key:
         return accuracy
-    return Accuracy(dict(key))
+    if key.get("model") != accuracy.key.get("model"):
+        return Accuracy(dict(key))
+    sure = {kind: (record.answers, record.right + record.later_right) for kind, record in accuracy.kinds.items() if record.sure}
+    return Accuracy(dict(key), earlier={**accuracy.earlier, **sure})
 
 
 def after_answers(accuracy: Accuracy, answers: Iterable[Answer], now: float) -> Accuracy:
@@ -157,7 +167,12 @@ def evidence_of(accuracy: Accuracy, pictures: Iterable[str]) -> AccuracyEvidence
     sure = tuple(sorted(kind for kind, record in accuracy.kinds.items() if record.sure))
     taken = sum(record.taken for record in accuracy.kinds.values())
     blind = not right and asked >= BLIND_FROM and not any(record.sure for record in seen)
-    return AccuracyEvidence(falls, sure, taken, blind, right, asked)
+    worse = tuple(
+        Fall(kind, accuracy.record(kind).answers, accuracy.record(kind).right + accuracy.record(kind).later_right, *accuracy.earlier[kind])
+        for kind in sorted(accuracy.earlier)
+        if accuracy.record(kind).taken and not accuracy.record(kind).sure
+    )
+    return AccuracyEvidence(falls, sure, taken, blind, right, asked, worse)
 
 
 def judge_accuracy(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
@@ -168,6 +183,8 @@ def judge_accuracy(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
     known = evidence.accuracy or AccuracyEvidence()
     if known.falls:
         return _fell(known.falls, limits)
+    if known.worse:
+        return _worse(known.worse)
     wrong = [answer for answer in asked if answer.outcome == "wrong"]
     unjudged = [answer for answer in asked if answer.outcome == "unjudged"]
     if unjudged and known.blind:
@@ -204,6 +221,18 @@ def _fell(falls: tuple[Fall, ...], limits: Limits) -> Verdict:
     )  # fmt: skip
 
 
+def _worse(falls: tuple[Fall, ...]) -> Verdict:
+    en = "; ".join(f"{fall.kind}: {fall.right} of {fall.asked} right, {fall.baseline:.0%} before" for fall in falls)
+    zh = "；".join(f"{KIND_ZH.get(fall.kind, fall.kind)}：{fall.asked} 题对 {fall.right} 题，此前为 {fall.baseline:.0%}" for fall in falls)
+    return Verdict(
+        "api", "degraded", "accuracy_below_earlier", f"The model's files or recipe have changed, and it answers less rightly than before "
+        f"({en}). If that is meant: health_check.py reset --reason WHY.",
+        f"模型文件或计算方式已改变，正确率低于此前（{zh}）。如属预期：health_check.py reset --reason 原因。",
+        {"kinds": {fall.kind: {"share": round(fall.share, 3), "earlier": round(fall.baseline, 3)} for fall in falls}},
+        f"a lower bound of {SURE:.0%} for every kind that was answered surely before",
+    )  # fmt: skip
+
+
 def _blind(known: AccuracyEvidence) -> Verdict:
     return Verdict(
         "api", "degraded", "never_right", f"Not one of {known.pictures_asked} questions about pictures was answered rightly. This "
@@ -217,6 +246,11 @@ KIND_ZH = {
     "color": "颜色", "shape": "形状", "count": "数量", "read": "文字识别", "where": "位置", "arithmetic": "算术", "copy": "复述",
     "absent": "无图识别",
 }  # fmt: skip
+
+
+def forget_earlier(accuracy: Accuracy) -> Accuracy:
+    """Takes the baseline of this revision as the normal one."""
+    return replace(accuracy, earlier={})
 
 
 def to_dict(accuracy: Accuracy) -> dict[str, Any]:
@@ -233,4 +267,5 @@ def from_dict(raw: Mapping[str, Any]) -> Accuracy:
     return Accuracy(
         {str(name): str(value) for name, value in raw.get("key", {}).items()}, kinds,
         None if taken_at is None else float(taken_at), {str(name): int(value) for name, value in raw.get("turns", {}).items()},
+        {str(kind): (int(asked), int(right)) for kind, (asked, right) in raw.get("earlier", {}).items()},
     )  # fmt: skip

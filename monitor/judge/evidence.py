@@ -213,7 +213,7 @@ class Fall:
 @dataclass(frozen=True)
 class AccuracyEvidence:
     """`sure`: the kinds that the model answers surely; `taken`: kinds with a baseline; `blind`: pictures are never answered
-    rightly, and never were."""
+    rightly, and never were; `worse`: kinds that this revision answers less rightly than the one before."""
 
     falls: tuple[Fall, ...] = ()
     sure: tuple[str, ...] = ()
@@ -221,6 +221,7 @@ class AccuracyEvidence:
     blind: bool = False
     pictures_right: int = 0
     pictures_asked: int = 0
+    worse: tuple[Fall, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -305,7 +306,8 @@ def _answer(raw: Mapping[str, Any]) -> Answer:
 
 def _accuracy(raw: Mapping[str, Any]) -> AccuracyEvidence:
     falls = tuple(Fall(**fall) for fall in raw.get("falls") or ())
-    return AccuracyEvidence(**{**raw, "falls": falls, "sure": tuple(raw.get("sure") or ())})
+    worse = tuple(Fall(**fall) for fall in raw.get("worse") or ())
+    return AccuracyEvidence(**{**raw, "falls": falls, "worse": worse, "sure": tuple(raw.get("sure") or ())})
 
 
 @dataclass(frozen=True)

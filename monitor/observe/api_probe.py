@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from http.client import HTTPResponse
 from typing import Any
+
+from sseclient import SSEClient
 
 from monitor.judge.accuracy import CLEAR, Accuracy, after_answers
 from monitor.judge.evidence import Answer
@@ -19,6 +21,7 @@ from monitor.observe import question
 from monitor.observe.http_exchange import (
     ConnectionHandle,
     Deadline,
+    bounded_lines,
     exchange,
     failed_reply,
     open_exchange,
@@ -34,7 +37,6 @@ LEAST_S = 0.1
 ONLY_THOUGHTS = "only thoughts and no answer"
 # Not the kernels, which are still being compiled when the server begins to answer, and compute the same.
 RECIPE = ("device", "dtype", "quantization")
-LONGEST_LINE_BYTES, LONGEST_ANSWER_BYTES = 2**16, 2**20
 
 
 class Prober:
@@ -171,8 +173,8 @@ def _read_answer(asked: question.Question, response: HTTPResponse, started: floa
         message = _error_message(response.read(65536), response.status)
         return Answer(family, "rejected", seconds_since(started), response.status, expected, detail=message)
     text, thoughts, first_s, gap_s, last = "", "", None, 0.0, started
-    for data in _events(response):
-        if data == "[DONE]":
+    for event in SSEClient(bounded_lines(response)).events():
+        if event.data == "[DONE]":
             if not text.strip() and not thoughts:
                 return Answer(family, "failed", seconds_since(started), 200, expected, detail="an empty answer")
             tries = tuple(asked.tries(text).items())
@@ -181,7 +183,7 @@ def _read_answer(asked: question.Question, response: HTTPResponse, started: floa
             return Answer(
                 family, outcome, seconds_since(started), 200, expected, text[:200], detail, first_s, round(gap_s, 3), tries, 1
             )
-        chunk = _parsed(data)
+        chunk = _parsed(event.data)
         if "error" in chunk:
             message = _message_of(chunk) or "an error event"
             return Answer(family, "failed", seconds_since(started), 200, expected, text[:200], message, first_s)
@@ -196,26 +198,10 @@ def _read_answer(asked: question.Question, response: HTTPResponse, started: floa
     return Answer(family, "cut", seconds_since(started), 200, expected, text[:200], detail, first_s, round(gap_s, 3))
 
 
-def _events(response: HTTPResponse) -> Iterator[str]:
-    """The data of the server-sent events. Raises ValueError for an answer that no question can have: a server that sends
-    without end must not fill the memory."""
-    received, data = 0, []
-    while line := response.readline(LONGEST_LINE_BYTES + 1):
-        received += len(line)
-        if len(line) > LONGEST_LINE_BYTES or received > LONGEST_ANSWER_BYTES:
-            raise ValueError(f"an answer of more than {received} bytes to a short question")
-        text = line.decode("utf-8", "replace").rstrip("\r\n")
-        if text.startswith("data:"):
-            data.append(text[5:].removeprefix(" "))
-        elif not text and data:
-            yield "\n".join(data)
-            data = []
-
-
 def _parsed(data: str) -> dict[str, Any]:
     try:
         chunk = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {"error": {"message": f"an event that is not JSON: {data[:80]!r}"}}
     return chunk if isinstance(chunk, dict) else {}
 

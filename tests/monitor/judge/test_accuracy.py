@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from traces import api
 
 from bench.accuracy_rates import answers_of_three_months, false_alarms, runs_until_told
 from monitor.judge import accuracy
 from monitor.judge.accuracy import ALARM, BASELINE, CLEAR, Accuracy, KindRecord, advance
+from monitor.judge.api_rules import judge_api
 from monitor.judge.evidence import Answer
+from monitor.judge.verdict import Limits
 from monitor.observe.question import PICTURE_KINDS
 
 TAKEN = KindRecord(BASELINE, BASELINE, CLEAR - BASELINE, CLEAR - BASELINE - 5)
@@ -114,3 +119,19 @@ def test_a_blind_model_is_told_within_two_runs() -> None:
     rng = random.Random(5)
 
     assert all(runs_until_told(shares, KindRecord(BASELINE, BASELINE), rng, 2) for _ in range(100))
+
+
+def test_new_files_that_answer_worse_than_the_ones_before_are_degraded_until_an_operator_accepts_them():
+    """Whoever replaces the weights by wrong ones gets a new baseline, which must not hide it."""
+    before = Accuracy({"model": "m", "revision": "1"}, {kind: KindRecord(20, 20) for kind in ("color", "shape")})
+    swapped = replace(accuracy.for_model(before, {"model": "m", "revision": "2"}), kinds={"color": KindRecord(20, 5), "shape": KindRecord(20, 20)})
+    answered = (Answer("text", "unjudged", 0.2, 200), Answer("picture", "right", 0.2, 200))
+
+    known = accuracy.from_dict(json.loads(json.dumps(accuracy.to_dict(swapped))))
+    verdict = judge_api(api(answers=answered, accuracy=accuracy.evidence_of(known, ("color", "shape"))), Limits())
+    accepted = accuracy.evidence_of(accuracy.forget_earlier(known), ("color", "shape"))
+
+    assert (verdict.word, verdict.rule, verdict.cure) == ("degraded", "accuracy_below_earlier", False)
+    assert "color: 5 of 20 right, 100% before" in verdict.en and "shape" not in verdict.en
+    assert judge_api(api(answers=answered, accuracy=accepted), Limits()).word == "healthy"
+    assert accuracy.for_model(before, {"model": "another", "revision": "1"}).earlier == {}
