@@ -41,11 +41,9 @@ def _in_place_of_a_file(path: Path) -> bool:
 def set_aside(path: Path, now: float) -> Path:
     """Renames the file with its journal to NAME.damaged-TIME, and returns the new path. Raises OSError."""
     stamp = datetime.fromtimestamp(now, UTC).strftime("%Y%m%dT%H%M%S")
-    aside = path.with_name(f"{path.name}.damaged-{stamp}")
-    number = 1
-    while aside.exists():
-        number += 1
-        aside = path.with_name(f"{path.name}.damaged-{stamp}.{number}")
+    numbers = [_age_key(entry)[1] for entry in all_aside(path) if _age_key(entry)[0] == stamp]
+    # Above the highest, not the first free one: that of a file deleted within the same second would sort as the oldest.
+    aside = path.with_name(f"{path.name}.damaged-{stamp}" + (f".{max(numbers) + 1}" if numbers else ""))
     path.rename(aside)
     for journal in JOURNALS:
         with contextlib.suppress(FileNotFoundError):
@@ -57,7 +55,13 @@ def set_aside(path: Path, now: float) -> Path:
 def all_aside(path: Path) -> list[Path]:
     """The files set aside earlier, oldest first."""
     found = [entry for entry in path.parent.glob(f"{path.name}.damaged-*") if not entry.name.endswith(JOURNALS)]
-    return sorted(found)
+    return sorted(found, key=_age_key)
+
+
+def _age_key(aside: Path) -> tuple[str, int]:
+    """Time and number of a file set aside."""
+    stamp, _, number = aside.name.rpartition(".damaged-")[2].partition(".")
+    return stamp, int(number) if number.isdecimal() else 1
 
 
 def _delete_older(path: Path) -> None:
