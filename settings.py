@@ -234,6 +234,8 @@ def load_or_last_good() -> tuple[Settings, str]:
             return load(), ""
         except SettingsError as error:
             problem = str(error)
+    if not copy.is_file():
+        raise SettingsError(problem)
     try:
         return _load(copy, {}), problem
     except SettingsError:
