@@ -34,6 +34,7 @@ EXTRA_S = 5.0  # of a run, for questions that a suspicion or a missing baseline 
 REFINE_S = 0.25  # of a run and family, for questions that make a baseline more exact
 MOST_EXTRA = 12
 LEAST_S = 0.1
+ANSWER_LIMIT_BYTES = 2**20  # of a stream: the answer to a short question has some kilobytes
 ONLY_THOUGHTS = "only thoughts and no answer"
 # Not the kernels, which are still being compiled when the server begins to answer, and compute the same.
 RECIPE = ("device", "dtype", "quantization")
@@ -173,7 +174,7 @@ def _read_answer(asked: question.Question, response: HTTPResponse, started: floa
         message = _error_message(response.read(65536), response.status)
         return Answer(family, "rejected", seconds_since(started), response.status, expected, detail=message)
     text, thoughts, first_s, gap_s, last = "", "", None, 0.0, started
-    for event in SSEClient(bounded_lines(response)).events():
+    for event in SSEClient(bounded_lines(response, ANSWER_LIMIT_BYTES)).events():
         if event.data == "[DONE]":
             if not text.strip() and not thoughts:
                 return Answer(family, "failed", seconds_since(started), 200, expected, detail="an empty answer")

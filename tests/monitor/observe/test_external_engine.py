@@ -16,6 +16,7 @@ from stand_in_model import completion
 from monitor import check
 from monitor.judge.evidence import Answer, EngineProgress
 from monitor.observe import api_probe, external_engine
+from monitor.observe.http_exchange import LINE_LIMIT_BYTES, TooLong
 from monitor.observe.observe import now
 from monitor.observe.question import draw
 
@@ -171,15 +172,17 @@ def test_a_slow_engine_is_busy_while_it_moves_and_lost_the_question_when_it_is_i
     assert (idle["verdict"], idle["targets"]["api"]["rule"]) == ("broken", "lost_question")
 
 
-@pytest.mark.parametrize("line", [b"data: " + b"x" * 2**17, b"data: {}\n\n" * 2**17], ids=["one line", "many events"])
-def test_an_answer_without_end_is_bounded(line):
-    ends = io.BytesIO(line)
+@pytest.mark.parametrize(
+    ("sent", "limit"), [(b"x", LINE_LIMIT_BYTES), (b"data: {}\n\n", api_probe.ANSWER_LIMIT_BYTES)], ids=["one line", "many events"]
+)
+def test_an_answer_without_end_is_bounded(sent, limit):
+    ends = io.BytesIO(sent * (2 * limit // len(sent)))
     response = types.SimpleNamespace(status=200, readline=ends.readline)
     asked = draw("color", random.Random(1))
 
-    with pytest.raises(ValueError, match="a short question"):
+    with pytest.raises(TooLong):
         api_probe._read_answer(asked, response, time.monotonic())
-    assert ends.tell() <= 2**20 + 2**16, "bytes read"
+    assert ends.tell() <= limit + 1, "bytes read"
 
 
 def test_an_engine_that_only_thinks_is_asked_with_room_for_it(engine, behaviour, describe, monkeypatch):
