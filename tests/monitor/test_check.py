@@ -16,7 +16,7 @@ from stand_in_model import completion
 
 from models.shapes.pictures import COLORS
 from monitor import check
-from monitor.observe import observe
+from monitor.observe import api_probe, observe
 from monitor.observe.observe import now
 from monitor.observe.processes import ProcessRecord, boot_id, read_stat, write_record
 from monitor.store.store import Store
@@ -100,7 +100,9 @@ def test_without_a_baseline_no_answer_is_wrong(service, behaviour, make_settings
     assert reports[-1]["targets"]["api"]["decision"]["kind"] == "none"
 
 
-def test_the_baseline_is_taken_only_while_nobody_else_is_answered(service, behaviour, describe, make_settings):
+def test_the_baseline_is_taken_only_while_nobody_else_is_answered(service, behaviour, describe, make_settings, monkeypatch):
+    monkeypatch.setattr(api_probe, "EXTRA_S", 60.0)  # so that a loaded machine asks as many questions
+    monkeypatch.setattr(api_probe, "REFINE_S", 0.0)
     behaviour.reply = lambda body: (200, completion(describe(body)))
     behaviour.health = lambda: (200, {"state": "busy", "steps": 7, "running": 1, "waiting": 0, "no_progress_s": 0.1})
     settings = make_settings(service)
@@ -274,7 +276,6 @@ def test_the_page_is_probed_through_the_reverse_proxy(service, behaviour, descri
 def test_a_disk_that_refuses_the_store_does_not_repeat_alerts(service, behaviour, make_settings):
     """The runs share a store in memory, so the incident is opened once."""
     settings = make_settings(1, web_port=service, webhook_url=f"http://127.0.0.1:{service}/v1/chat/completions")
-    settings.log_dir.mkdir(parents=True)
     (settings.log_dir / "state.db").symlink_to("missing/state.db")
     write_record(settings.log_dir, "api", ProcessRecord(4_000_000, 1, 1, boot_id()))
 

@@ -17,7 +17,6 @@ from monitor.tell import incident_history, status
 def dead(make_settings):
     """Settings of a service whose API was started and is gone, after one run that saw it."""
     settings = make_settings(1)
-    settings.log_dir.mkdir()
     write_record(settings.log_dir, "api", ProcessRecord(4_000_000, 1, 1, boot_id()))
     check.run(settings, random.Random(1))
     return settings

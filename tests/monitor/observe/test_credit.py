@@ -56,7 +56,6 @@ def outcomes_of(report: dict) -> list[str]:
 def api(service, behaviour, describe, make_settings):
     """The stand-in as the recorded process, which knows the token and has answered users."""
     settings = make_settings(service, probe_token=TOKEN)
-    settings.log_dir.mkdir()
     record = record_of(os.getpid(), service)
     write_record(settings.log_dir, "api", record)
     behaviour.token = TOKEN
@@ -124,10 +123,11 @@ def test_an_older_version_is_asked_each_time_and_nothing_is_wrong(api, behaviour
 
 
 def test_failing_users_are_told_at_once_and_cured_when_it_stays(api, behaviour) -> None:
-    failed = iter([2, 9, 18, 27, 27])
-    behaviour.health = lambda: (200, said_by(behaviour.record, outcomes={"answered": {"text": 40}, "failed": {"engine": next(failed), "memory": 1}}))
-
-    reports = [api.run() for _ in range(4)]
+    reports = []
+    for failed in (2, 9, 18, 27):
+        outcomes = {"answered": {"text": 40}, "failed": {"engine": failed, "memory": 1}}
+        behaviour.health = lambda outcomes=outcomes: (200, said_by(behaviour.record, outcomes=outcomes))
+        reports.append(api.run())
 
     words = [report["targets"]["api"]["word"] for report in reports]
     assert words == ["degraded", "degraded", "broken", "broken"]
@@ -185,7 +185,6 @@ def test_a_stranger_with_a_copied_health_is_never_credited(stranger, make_settin
         body = said_by(record)
         port = stranger({**body, "proof": proof_of(body, "00" * 16, TOKEN)})
         settings = make_settings(port, probe_token=TOKEN, web_port=1)
-        settings.log_dir.mkdir()
         write_record(settings.log_dir, "api", replace(record, port=port))
         if not alive:
             api.kill()
