@@ -207,7 +207,8 @@ FAULTS = (
           (*UNAFFECTED, "degraded", "broken"), "page", restarts=NEVER, cured=False),
     Fault("nonfinite", "two requests meet logits that are not finite", processes.injected_twice("nan-layer"), ("corrupt",),
           restarts=(0, 1), proof=acted("drop-caches", "reload-weights", "restart")),
-    Fault("weights-flipped", "a bit of the weights is flipped", injected("flip-weight"), ("corrupt",), restarts=NEVER,
+    # Which bit it is decides whether the fingerprint, numbers that are not finite or wrong answers show it first.
+    Fault("weights-flipped", "a bit of the weights is flipped", injected("flip-weight"), ("corrupt", "broken"), restarts=NEVER,
           visible_s=lambda settings: FINGERPRINT_EVERY_S, found_within=3, proof=acted("reload-weights")),
     Fault("colors-swapped", "red and green are exchanged in the weights", injected("swap-colors"), TOLD, restarts=(0, 1, 2), cured=False,
           runs_before=5, why_not_ready=why_no_baseline, found_within=60, runs=60),
