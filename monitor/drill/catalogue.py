@@ -96,9 +96,14 @@ def told(text: str) -> Proof:
     return proof
 
 
-def acted(*kinds: str) -> Proof:
-    """The audit log has an action of one of these kinds."""
-    return lambda report, store: any(row["kind"] in kinds for row in store.actions(limit=20))
+def climbed(*rungs: str) -> Proof:
+    """One of these rungs of the ladder was taken for this fault."""
+
+    def proof(report: Report, store: Store) -> bool:
+        taken = report["targets"]["api"]["rungs"]
+        return any(step["rung"] in rungs and step["outcome"] == "done" for step in taken)
+
+    return proof
 
 
 def undelivered(report: Report, store: Store) -> bool:
@@ -206,12 +211,12 @@ FAULTS = (
     Fault("new-page-token", "the checker has another page token: must NOT restart", readings.configured(GLM_WEB_TOKEN="not-the-one"),
           (*UNAFFECTED, "degraded", "broken"), "page", restarts=NEVER, cured=False),
     Fault("nonfinite", "two requests meet logits that are not finite", processes.injected_twice("nan-layer"), ("corrupt",),
-          restarts=(0, 1), proof=acted("drop-caches", "reload-weights", "restart")),
+          restarts=(0, 1), proof=climbed("drop-caches", "reload-weights", "restart")),
     # Which bit it is decides whether the fingerprint, numbers that are not finite or wrong answers show it first.
     Fault("weights-flipped", "a bit of the weights is flipped", injected("flip-weight"), ("corrupt", "broken"), restarts=NEVER,
-          visible_s=lambda settings: FINGERPRINT_EVERY_S, found_within=3, proof=acted("reload-weights")),
-    Fault("colors-swapped", "red and green are exchanged in the weights", injected("swap-colors"), TOLD, restarts=(0, 1, 2), cured=False,
-          runs_before=5, why_not_ready=why_no_baseline, found_within=60, runs=60),
+          visible_s=lambda settings: FINGERPRINT_EVERY_S, found_within=3, proof=climbed("reload-weights")),
+    Fault("colors-swapped", "red and green are exchanged in the weights", injected("swap-colors"), TOLD, restarts=(0, 1),
+          runs_before=5, why_not_ready=why_no_baseline, found_within=60, runs=60, proof=climbed("reload-weights", "restart")),
     Fault("slowed", "2 % of the processor: must NOT restart", processes.slow_down, ("degraded",), restarts=NEVER, cured=False,
           around=load.users(2, ("text", "picture"), pause_s=1.0), runs_before=30, found_within=10, runs=15, proof=rule_is("slower_than_before"),
           note=means),
