@@ -11,12 +11,12 @@ from typing import Any
 from monitor.drill.context import FaultContext
 from monitor.drill.faults import clocks, files, load, ports, processes, readings
 from monitor.drill.faults.processes import Inject, injected, injected_at_restart, injected_while_loading, no_fault
+from monitor.store import baseline
 from monitor.store.store import Store
 from settings import Settings
 
 SLOW_S = 5.0
 CHECKER_LIMIT_BYTES = 100e6  # bounded, whatever a server sends; a healthy run stays below 60 MB
-BASELINE = "baseline.json"
 FINGERPRINT_EVERY_S = 600.0
 BEFORE_S = 3.0  # between two runs that come before a fault, which need not keep the pace
 Report = dict[str, Any]
@@ -162,7 +162,9 @@ def memory_summary(context: FaultContext) -> str:
 
 
 def why_no_baseline(context: FaultContext) -> str:
-    return "" if (context.settings.log_dir / BASELINE).exists() else "the checker has taken no baseline yet"
+    """The file is there from the first answers on, but nothing is judged by it before it is taken."""
+    color = baseline.read(context.log_dir).get("kinds", {}).get("color", {})
+    return "" if color.get("sure") else "the checker has taken no sure baseline of colors yet"
 
 
 def means(context: FaultContext) -> str:
