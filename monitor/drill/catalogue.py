@@ -188,7 +188,7 @@ def twice_the_loading_limit(context: FaultContext) -> float:
 UNAFFECTED = ("healthy", "busy")
 TOLD = ("degraded", "broken", "corrupt")
 NEVER: tuple[int, ...] = (0,)
-watched = partial(Fault, restarts=NEVER, cured=False, around=ports.engine_behind, runs_before=30)
+watched = partial(Fault, restarts=NEVER, cured=False, around=ports.engine_behind, runs_before=1)
 FAULTS = (
     Fault("api-killed", "SIGKILL to the API", processes.kill, ("dead",)),
     Fault("page-killed", "SIGKILL to the page", partial(processes.kill, part="web"), ("dead",), "page"),
@@ -264,8 +264,10 @@ FAULTS = (
           proof=really_asked, note=load.summary),
     watched("engine-hangs", "an external engine says 200 and hangs: never restarted", ports.engine_becomes("hangs"), ("wedged", "broken"),
           visible_s=lambda s: s.stall_s),
-    watched("engine-wrong", "an external engine answers wrongly: never restarted", ports.engine_becomes("wrong"), TOLD, found_within=8),
-    watched("engine-slow", "an external engine gets slow: never restarted", ports.engine_becomes("slow"), ("degraded",), found_within=10),
+    watched("engine-wrong", "an external engine answers wrongly: never restarted", ports.engine_becomes("wrong"), TOLD, runs_before=5,
+            why_not_ready=why_no_baseline, found_within=8),
+    watched("engine-slow", "an external engine gets slow: never restarted", ports.engine_becomes("slow"), ("degraded",), runs_before=30,
+            why_not_ready=why_no_baseline, found_within=10, proof=rule_is("slower_than_before")),
     watched("engine-fails", "an external engine answers each question with 500: never restarted", ports.engine_becomes("failing"), TOLD),
     watched("endless-line", "an external engine answers with a line that never ends: never restarted", ports.engine_becomes("endless"), TOLD,
           never=memory_unbounded, note=memory_summary),
