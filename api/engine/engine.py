@@ -319,6 +319,7 @@ class Engine:
                 self._scheduler.drop_caches()
             if integrity is not None:
                 integrity.drop_caches()
+            self._guard.cured()
             return None
         if integrity is None:
             return f"{action}: this model cannot do it"
@@ -330,6 +331,7 @@ class Engine:
                 return str(error)
             with self._wake:
                 self._scheduler.drop_caches()
+            self._guard.cured()
             self._guard.look_again()
         self._enter("check", FINGERPRINT_DEADLINE_S)
         self._guard.take_fingerprint()

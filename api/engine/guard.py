@@ -71,6 +71,10 @@ class Guard:
         self._nonfinite += 1
         self._nonfinite_at.append(now)
 
+    def cured(self) -> None:
+        """The caches were dropped or the weights loaded again: only what happens from now on counts as recent."""
+        self._nonfinite_at.clear()
+
     def watch(self, integrity: Integrity | None) -> None:
         """Called once the model is loaded. None: it cannot be checked."""
         self._integrity, self._loaded = integrity, True

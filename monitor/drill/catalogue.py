@@ -11,12 +11,12 @@ from typing import Any
 from monitor.drill.context import FaultContext
 from monitor.drill.faults import clocks, files, load, ports, processes, readings
 from monitor.drill.faults.processes import Inject, injected, injected_at_restart, injected_while_loading, no_fault
+from monitor.store import baseline
 from monitor.store.store import Store
 from settings import Settings
 
 SLOW_S = 5.0
 CHECKER_LIMIT_BYTES = 100e6  # bounded, whatever a server sends; a healthy run stays below 60 MB
-BASELINE = "baseline.json"
 FINGERPRINT_EVERY_S = 600.0
 BEFORE_S = 3.0  # between two runs that come before a fault, which need not keep the pace
 Report = dict[str, Any]
@@ -96,9 +96,14 @@ def told(text: str) -> Proof:
     return proof
 
 
-def acted(*kinds: str) -> Proof:
-    """The audit log has an action of one of these kinds."""
-    return lambda report, store: any(row["kind"] in kinds for row in store.actions(limit=20))
+def climbed(*rungs: str) -> Proof:
+    """One of these rungs of the ladder was taken for this fault."""
+
+    def proof(report: Report, store: Store) -> bool:
+        taken = report["targets"]["api"]["rungs"]
+        return any(step["rung"] in rungs and step["outcome"] == "done" for step in taken)
+
+    return proof
 
 
 def undelivered(report: Report, store: Store) -> bool:
@@ -162,7 +167,9 @@ def memory_summary(context: FaultContext) -> str:
 
 
 def why_no_baseline(context: FaultContext) -> str:
-    return "" if (context.settings.log_dir / BASELINE).exists() else "the checker has taken no baseline yet"
+    """The file is there from the first answers on, but nothing is judged by it before it is taken."""
+    color = baseline.read(context.log_dir).get("kinds", {}).get("color", {})
+    return "" if color.get("sure") else "the checker has taken no sure baseline of colors yet"
 
 
 def means(context: FaultContext) -> str:
@@ -181,7 +188,7 @@ def twice_the_loading_limit(context: FaultContext) -> float:
 UNAFFECTED = ("healthy", "busy")
 TOLD = ("degraded", "broken", "corrupt")
 NEVER: tuple[int, ...] = (0,)
-watched = partial(Fault, restarts=NEVER, cured=False, around=ports.engine_behind, runs_before=30)
+watched = partial(Fault, restarts=NEVER, cured=False, around=ports.engine_behind, runs_before=1)
 FAULTS = (
     Fault("api-killed", "SIGKILL to the API", processes.kill, ("dead",)),
     Fault("page-killed", "SIGKILL to the page", partial(processes.kill, part="web"), ("dead",), "page"),
@@ -204,11 +211,12 @@ FAULTS = (
     Fault("new-page-token", "the checker has another page token: must NOT restart", readings.configured(GLM_WEB_TOKEN="not-the-one"),
           (*UNAFFECTED, "degraded", "broken"), "page", restarts=NEVER, cured=False),
     Fault("nonfinite", "two requests meet logits that are not finite", processes.injected_twice("nan-layer"), ("corrupt",),
-          restarts=(0, 1), proof=acted("drop-caches", "reload-weights", "restart")),
-    Fault("weights-flipped", "a bit of the weights is flipped", injected("flip-weight"), ("corrupt",), restarts=NEVER,
-          visible_s=lambda settings: FINGERPRINT_EVERY_S, found_within=3, proof=acted("reload-weights")),
-    Fault("colors-swapped", "red and green are exchanged in the weights", injected("swap-colors"), TOLD, restarts=(0, 1, 2), cured=False,
-          runs_before=5, why_not_ready=why_no_baseline, found_within=60, runs=60),
+          restarts=(0, 1), proof=climbed("drop-caches", "reload-weights", "restart")),
+    # Which bit it is decides whether the fingerprint, numbers that are not finite or wrong answers show it first.
+    Fault("weights-flipped", "a bit of the weights is flipped", injected("flip-weight"), ("corrupt", "broken"), restarts=NEVER,
+          visible_s=lambda settings: FINGERPRINT_EVERY_S, found_within=3, proof=climbed("reload-weights")),
+    Fault("colors-swapped", "red and green are exchanged in the weights", injected("swap-colors"), TOLD, restarts=(0, 1),
+          runs_before=5, why_not_ready=why_no_baseline, found_within=60, runs=60, proof=climbed("reload-weights", "restart")),
     Fault("slowed", "2 % of the processor: must NOT restart", processes.slow_down, ("degraded",), restarts=NEVER, cured=False,
           around=load.users(2, ("text", "picture"), pause_s=1.0), runs_before=30, found_within=10, runs=15, proof=rule_is("slower_than_before"),
           note=means),
@@ -256,8 +264,10 @@ FAULTS = (
           proof=really_asked, note=load.summary),
     watched("engine-hangs", "an external engine says 200 and hangs: never restarted", ports.engine_becomes("hangs"), ("wedged", "broken"),
           visible_s=lambda s: s.stall_s),
-    watched("engine-wrong", "an external engine answers wrongly: never restarted", ports.engine_becomes("wrong"), TOLD, found_within=8),
-    watched("engine-slow", "an external engine gets slow: never restarted", ports.engine_becomes("slow"), ("degraded",), found_within=10),
+    watched("engine-wrong", "an external engine answers wrongly: never restarted", ports.engine_becomes("wrong"), TOLD, runs_before=5,
+            why_not_ready=why_no_baseline, found_within=8),
+    watched("engine-slow", "an external engine gets slow: never restarted", ports.engine_becomes("slow"), ("degraded",), runs_before=30,
+            why_not_ready=why_no_baseline, found_within=10, proof=rule_is("slower_than_before")),
     watched("engine-fails", "an external engine answers each question with 500: never restarted", ports.engine_becomes("failing"), TOLD),
     watched("endless-line", "an external engine answers with a line that never ends: never restarted", ports.engine_becomes("endless"), TOLD,
           never=memory_unbounded, note=memory_summary),

@@ -39,7 +39,7 @@ from monitor.drill.catalogue import (
 )
 from monitor.drill.checker import CheckerSilent, CronRuns, OwnRuns, Runs, check, memory_watched
 from monitor.drill.context import FaultContext
-from monitor.judge import history, limiter
+from monitor.judge import history, ladder, limiter
 from monitor.observe.http_exchange import exchange
 from monitor.store.state import PARTS
 from monitor.store.store import Store
@@ -272,6 +272,7 @@ class Drill:
                 store.put(f"history:{target}", history.to_dict(history.History(moment=moment)))
                 store.put(f"limiter:{target}", limiter.to_dict(limiter.reset()))
             store.put("thresholds", {})
+            store.put("ladder", ladder.to_dict(ladder.Ladder()))  # the rungs of one fault would be missing for the next
             store.execute("DELETE FROM outbox WHERE sent_at IS NULL")
             store.execute("DELETE FROM runs WHERE at > ?", time.time())  # of a clock that had jumped
 

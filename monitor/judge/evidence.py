@@ -64,8 +64,8 @@ class Outcomes:
 class Corruption:
     """What the API noticed of its own wrong computing. The words are same, differs, pending and off; empty if unknown.
 
-    `nonfinite_recent`: requests within ten minutes whose logits were not finite. `fingerprint`: the digests of a fixed
-    request against those after the start; `reference`: the first load against the transformers modules.
+    `nonfinite_recent`: requests within ten minutes, and since the last cure, whose logits were not finite. `fingerprint`: the
+    digests of a fixed request against those after the start; `reference`: the first load against the transformers modules.
     """
 
     nonfinite_total: int = 0

@@ -113,7 +113,7 @@ def judge(pace: Pace, observation: Observation, verdict: Verdict, recipe: str) -
     """
     if recipe:
         pace.recipe_of = _process_of(observation)
-        pace.key = f"{recipe} on {observation.machine.get('name') or 'this machine'}"
+        _watch(pace, f"{recipe} on {observation.machine.get('name') or 'this machine'}")
     past = _past_of(pace)
     work = _work_since(pace, observation)
     if verdict.word not in JUDGED:
@@ -174,6 +174,13 @@ def _past_of(pace: Pace) -> Past:
     while len(pace.pasts) > PASTS_KEPT:
         del pace.pasts[next(iter(pace.pasts))]
     return past
+
+
+def _watch(pace: Pace, key: str) -> None:
+    """A slowness that was found is one of the earlier model, recipe or machine, and says nothing of another."""
+    if key != pace.key:
+        pace.since, pace.slow_runs, pace.fast_runs, pace.waiting, pace.ratio = None, 0, 0, [], None
+    pace.key = key
 
 
 def _count(pace: Pace, past: Past, compared: Comparison, work: list[Work], now: float) -> None:

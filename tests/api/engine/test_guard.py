@@ -114,6 +114,19 @@ def test_pages_with_numbers_that_are_not_finite_do_not_harm_their_next_owner(sta
     assert [text for text, _ in answers] == [text for text, _ in expected]
 
 
+@pytest.mark.parametrize("cure", ["drop-caches", "reload-weights"])
+def test_after_a_cure_only_new_numbers_that_are_not_finite_are_recent(cure, started, model, tmp_path) -> None:
+    engine = started()
+    (tmp_path / FILE_NAME).write_text(json.dumps({"fault": "nan-layer", "layer": 0}), encoding="utf-8")
+    ask(engine, model, TEXTS[:1])
+    assert engine.guard_report()["nonfinite_recent"] == 1
+
+    engine.command(cure, WAIT_S)
+
+    report = engine.guard_report()
+    assert (report["nonfinite_total"], report["nonfinite_recent"]) == (1, 0)
+
+
 @pytest.mark.parametrize(
     ("part", "stage"),
     [("decoder.layers.0.qkv", "layer-0"), ("vision.blocks.0.qkv", "vision"), ("decoder.head", "logits")],

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from ports import free_port
 
 from monitor.drill import table
+from monitor.drill.catalogue import climbed
+from monitor.drill.checker import OwnRuns
+from monitor.drill.context import FaultContext
+from monitor.drill.drill import Drill
+from monitor.judge import ladder
+from monitor.store.store import Store
 
 ROOT = Path(__file__).resolve().parents[3]
 DRILLED = ("engine-dead", "clock-jump", "saturated")
@@ -72,3 +81,19 @@ def test_a_file_without_markers_is_refused_before_the_drill(tmp_path):
         table.check(tmp_path / "notes.md")
     table.check(tmp_path / "new.md")
     assert (tmp_path / "notes.md").read_text() == "other text\n"
+
+
+def test_the_rungs_of_one_fault_are_neither_proof_nor_missing_for_the_next(make_settings):
+    settings = make_settings(1)
+    taken = ladder.Ladder((ladder.Step(ladder.DROP_CACHES, time.time(), "done"), ladder.Step(ladder.RELOAD_WEIGHTS, time.time(), "failed")))
+    with contextlib.closing(Store.open(settings.log_dir)) as store:
+        with store.transaction():
+            store.put("ladder", ladder.to_dict(taken))
+        report = {"targets": {"api": {"rungs": [asdict(step) for step in taken.steps]}}}
+        assert climbed(ladder.DROP_CACHES)(report, store) and not climbed(ladder.RELOAD_WEIGHTS)(report, store)
+
+    context = FaultContext(settings)
+    Drill(settings, context, OwnRuns(context, 1.0))._reset_state()
+
+    with contextlib.closing(Store.read_only(settings.log_dir)) as store:
+        assert ladder.next_rung(ladder.from_dict(store.get("ladder"))) == ladder.DROP_CACHES

@@ -19,11 +19,13 @@ from types import SimpleNamespace
 import pytest
 
 import settings as settings_module
-from monitor.drill.catalogue import FAULTS, NOT_HERE, UNAFFECTED
+from monitor.drill.catalogue import FAULTS, NOT_HERE, UNAFFECTED, why_no_baseline
 from monitor.drill.context import FaultContext
 from monitor.drill.faults import clocks, files, load, ports, readings
 from monitor.drill.faults import processes as faults
+from monitor.judge.accuracy import Accuracy, KindRecord
 from monitor.observe import processes
+from monitor.store import baseline
 from monitor.store.store import Store
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -33,7 +35,7 @@ BUSY = "import time\nwhile True: pass\n"
 @pytest.fixture
 def context(make_settings):
     context = FaultContext(make_settings(1))
-    context.settings.log_dir.mkdir(parents=True)
+    context.settings.log_dir.mkdir(parents=True, exist_ok=True)
     return context
 
 
@@ -283,3 +285,9 @@ def test_a_stand_in_ends_with_whoever_started_it():
     while (found := processes.read_stat(pid)) is not None and found.running and time.monotonic() < deadline:
         time.sleep(0.05)
     assert found is None or not found.running
+
+
+def test_colors_are_exchanged_only_once_their_baseline_is_taken(context) -> None:
+    for asked in (0, 19, 20):
+        baseline.write(Accuracy({"model": "m"}, {"color": KindRecord(asked, asked)} if asked else {}), context.settings.log_dir)
+        assert bool(why_no_baseline(context)) == (asked < 20)

@@ -170,6 +170,13 @@ def test_another_model_or_recipe_begins_anew(service, change):
     assert first_slow(service.idle(NEEDED + 20, 8.0)) is None
 
 
+def test_a_slowness_ends_with_the_recipe_that_was_slow(service):
+    assert service.idle(4, 40.0)[-1].word == "degraded"
+    service.recipe, service.pid, service.decode, service.prefill = "model shapes, dtype nf4", 200, {}, [0, 0.0]
+
+    assert service.run().word == "healthy", "nothing was measured yet, and the other recipe is gone"
+
+
 def test_another_machine_begins_anew(service):
     assert first_slow(service.idle(NEEDED + 20, 8.0, machine={"name": "a slower machine"})) is None
 
