@@ -256,7 +256,7 @@ FAULTS = (
     Fault("healthy-under-legal-load", "24 users with large pictures, schemas and aborts: must NOT restart", load.under_way, UNAFFECTED,
           restarts=NEVER, cured=False, around=load.users(24), lasts_s=short(300.0),
           proof=really_asked, note=load.summary),
-    watched("engine-hangs", "an external engine says 200 and hangs: never restarted", ports.engine_becomes("hangs"), ("wedged", "broken"),
+    watched("engine-hangs", "an external engine says 200 and hangs: never restarted", ports.engine_becomes("hangs"), ("wedged",),
           visible_s=lambda s: s.stall_s),
     watched("engine-wrong", "an external engine answers wrongly: never restarted", ports.engine_becomes("wrong"), TOLD, runs_before=5,
             why_not_ready=why_no_baseline, found_within=8),
