@@ -218,7 +218,7 @@ FAULTS = (
           proof=told("state.db")),
     Fault("chats-damaged", "pages of the page's chats are overwritten: must NOT restart", files.damage_chats, UNAFFECTED, "page",
           restarts=NEVER, cured=False),
-    Fault("env-typo", "a typo in .env, and the API is killed", files.misspell_a_setting, ("dead",), proof=told(".env")),
+    Fault("env-typo", "a typo in .env, and the API is killed", files.misspell_a_setting, ("dead",), proof=told("GLM_API_PROT")),
     Fault("pid-file-damaged", "the API's pid file is cut in half: must NOT restart", files.damage_pid_file, (*UNAFFECTED, "degraded"),
           restarts=NEVER, cured=False, proof=found_again, never=second_server),
     Fault("logs-deleted", "the folder of the logs is deleted: must NOT restart", files.delete_logs, (*UNAFFECTED, "degraded"), restarts=NEVER,
