@@ -34,6 +34,7 @@ PREFIX = "GLM_"
 ENV_FILE_NAME = f"{PREFIX}ENV_FILE"
 ENV_FILE = ROOT / (os.environ.get(ENV_FILE_NAME) or ".env")
 ENV_LIMIT_BYTES = 2**20
+ALL_SETTINGS = "Settings that exist"  # begins the last line of an error about an unknown setting
 LAST_GOOD = "last-good.env"  # in the log folder, readable by its owner only
 SECRETS = (
     "API_KEY", "API_KEYS", "WEB_TOKEN", "OPERATOR_TOKEN", "PROBE_TOKEN", "DINGTALK_URL", "DINGTALK_SECRET", "FEISHU_URL",
@@ -379,7 +380,7 @@ def _refuse_unknown(given: dict[str, str]) -> None:
         near = get_close_matches(name, known, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         lines.append(f"{name}: no such setting.{hint}")
-    lines.append("Settings that exist: " + ", ".join(sorted(known)))
+    lines.append(f"{ALL_SETTINGS}: " + ", ".join(sorted(known)))
     raise SettingsError("\n".join(lines))
 
 

@@ -47,10 +47,14 @@ class Mode:
         self.set(first)
 
     def set(self, line: str) -> None:
-        name, _, self.file = line.strip().partition(" ")
-        if name == "hangs":
-            self.frozen = _pending(_upstream(self.upstream, "GET", "/metrics", None, {})[1])
-        self.name = name
+        self.name, _, self.file = line.strip().partition(" ")
+        self.frozen = b""
+
+    def metrics(self, headers: dict[str, str]) -> bytes:
+        """The metrics as they were when they were first asked for in this mode, with one request running."""
+        if not self.frozen:
+            self.frozen = _pending(_upstream(self.upstream, "GET", "/metrics", None, headers)[1])
+        return self.frozen
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -65,7 +69,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if mode.name == "hangs" and self.path == "/health":
             return self._send(200, b"", "text/plain")
         if mode.name == "hangs" and self.path == "/metrics":
-            return self._send(200, mode.frozen, "text/plain")
+            return self._send(200, mode.metrics(self._headers_to_pass()), "text/plain")
         return self._pass_on(None)
 
     def do_POST(self) -> None:
@@ -83,11 +87,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._pass_on(body)
 
     def _pass_on(self, body: bytes | None) -> None:
-        headers = {name: self.headers[name] for name in ("Authorization", "Content-Type", "X-GLM-Probe") if self.headers[name]}
-        status, answer, kind = _upstream(self.mode.upstream, self.command, self.path, body, headers)
+        status, answer, kind = _upstream(self.mode.upstream, self.command, self.path, body, self._headers_to_pass())
         if self.mode.name == "wrong" and body is not None and status == 200:
             answer = _exchanged(answer)
         self._send(status, answer, kind)
+
+    def _headers_to_pass(self) -> dict[str, str]:
+        return {name: self.headers[name] for name in ("Authorization", "Content-Type", "X-GLM-Probe") if self.headers[name]}
 
     def _stream_endlessly(self) -> None:
         self.send_response(200)

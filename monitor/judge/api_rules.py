@@ -446,14 +446,18 @@ def _busy(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
 
 
 def _unanswered(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
-    """The engine is idle, but a question got no answer."""
+    """The engine is idle, or does not say whether it works, but a question got no answer."""
     lost = [answer for answer in evidence.answers if _unserved(answer)]
     if not lost:
         return None
     what = lost[0].detail or "no answer"
+    reply = evidence.last or evidence.first
+    state_en, state_zh = "reports that it is idle", "显示空闲"
+    if reply.pending is None:
+        state_en, state_zh = f"does not say whether it has work ({reply.detail or 'no count'})", f"未说明是否有任务（{reply.detail or '无计数'}）"
     return Verdict(
-        "api", "broken", "lost_question", f"The engine reports that it is idle, but a {lost[0].kind} question got no answer: {what}.",
-        f"引擎显示空闲，但{_kind_zh(lost[0])}提问没有回答：{what}。", {"seconds": lost[0].seconds},
+        "api", "broken", "lost_question", f"The engine {state_en}, but a {lost[0].kind} question got no answer: {what}.",
+        f"引擎{state_zh}，但{_kind_zh(lost[0])}提问没有回答：{what}。", {"seconds": lost[0].seconds},
         f"on {limits.confirm_runs} runs in a row", cure=True, needed=limits.confirm_runs, attempts=2,
     )  # fmt: skip
 

@@ -34,11 +34,12 @@ def settings_state(in_force: list[dict[str, Any]]) -> str:
 
 
 def settings_fallback(problem: str) -> dict[str, Any]:
-    lines = "; ".join(problem.splitlines()[:3])
+    file = settings_module.ENV_FILE.name
+    lines = "; ".join([line for line in problem.splitlines() if not line.startswith(settings_module.ALL_SETTINGS)][:3])
     return {
         "name": SETTINGS, "since": None, "mean": None, "limit": None,
-        "en": f"The settings are invalid, and the last valid ones are in force: {lines}. The servers keep what they read at their start.",
-        "zh": f"设置有误，仍使用上次有效的设置：{lines}。运行中的服务保持启动时读取的设置。",
+        "en": f"The settings in {file} are invalid, and the last valid ones are in force: {lines}. The servers keep what they read at their start.",
+        "zh": f"{file} 中的设置有误，仍使用上次有效的设置：{lines}。运行中的服务保持启动时读取的设置。",
     }  # fmt: skip
 
 

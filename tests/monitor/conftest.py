@@ -99,6 +99,7 @@ class Behaviour:
         self.other: dict[str, tuple[int, bytes]] = {}
         self.probe_tokens: list[str | None] = []
         self.keys: list[str | None] = []
+        self.read_with: dict[str, str | None] = {}  # the key of the last GET of a path
         self.questions: list[dict] = []
 
 
@@ -126,6 +127,7 @@ def service(behaviour: Behaviour) -> Iterator[int]:
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            behaviour.read_with[self.path] = self.headers["Authorization"]
             if self.path in behaviour.other:
                 status, data = behaviour.other[self.path]
                 return self.send_bytes(status, data)

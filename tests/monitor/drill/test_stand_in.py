@@ -13,6 +13,7 @@ from stand_in_model import completion
 from monitor.drill import stand_in
 from monitor.drill.faults import ports
 
+FROZEN = b"glm_num_requests_running 1.0\nglm_generation_tokens_total 7.0\n"
 QUESTION = json.dumps({"messages": [{"role": "user", "content": "What is it?"}]}).encode()
 
 
@@ -47,13 +48,17 @@ def test_wrong_answers_are_whole_answers_with_other_names(engine):
     assert text(stream) == "A green star, 4 of them." and stream.endswith("data: [DONE]\n\n")
 
 
-def test_a_hanging_engine_looks_alive_and_answers_nothing(engine):
+def test_a_hanging_engine_looks_alive_and_answers_nothing(engine, behaviour):
     engine.becomes("hangs")
+    metrics = urllib.request.Request(f"{engine.url}/metrics", headers={"Authorization": "Bearer sk-1"})
 
-    for path in ("/health", "/metrics"):
-        with urllib.request.urlopen(engine.url + path, timeout=10) as response:
-            shown = response.read()
-    assert shown == b"glm_num_requests_running 1.0\nglm_generation_tokens_total 7.0\n"
+    shown = []
+    for asked in (metrics, f"{engine.url}/health", metrics):
+        with urllib.request.urlopen(asked, timeout=10) as response:
+            shown.append(response.read())
+        behaviour.other["/metrics"] = (200, b"glm_generation_tokens_total 8.0\n")
+    assert shown == [FROZEN, b"", FROZEN]
+    assert behaviour.read_with["/metrics"] == "Bearer sk-1", "an engine with a key shows its metrics to nobody else"
     with pytest.raises(TimeoutError):
         urllib.request.urlopen(f"{engine.url}/v1/chat/completions", QUESTION, timeout=0.5)
 

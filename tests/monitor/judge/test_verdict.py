@@ -129,6 +129,14 @@ CASES = {
 }  # fmt: skip
 
 
+def test_a_server_that_does_not_count_its_work_is_not_called_idle() -> None:
+    uncounted = replace(IDLE, pending=None, detail="no metrics at /metrics (HTTP 401)")
+    verdict = judge_api(api(answers=SILENT, last=uncounted), LIMITS)
+
+    assert verdict.rule == "lost_question" and "idle" not in verdict.en and "空闲" not in verdict.zh
+    assert "HTTP 401" in verdict.en and "HTTP 401" in verdict.zh
+
+
 @pytest.mark.parametrize(("estimate_s", "stalled_s", "word"), [(30, 100, "busy"), (30, 130, "wedged"), (600, 500, "busy"), (600, 610, "wedged")])
 @pytest.mark.parametrize("phase", ["vision", "prefill", "decode"])
 def test_the_engines_estimate_raises_the_limit_and_never_lowers_it(phase, estimate_s, stalled_s, word) -> None:
