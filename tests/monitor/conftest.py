@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import hmac
 import http.server
 import json
 import os
@@ -20,6 +19,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import stand_in_model
+from signing import proof_of
 from stand_in_model import completion
 
 import settings as settings_module
@@ -100,11 +100,6 @@ class Behaviour:
         self.probe_tokens: list[str | None] = []
         self.keys: list[str | None] = []
         self.questions: list[dict] = []
-
-
-def proof_of(body: dict, nonce: str, token: str) -> str:
-    said = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hmac.new(token.encode(), f"{nonce}\n{said}".encode(), hashlib.sha256).hexdigest()
 
 
 @pytest.fixture(scope="session")
