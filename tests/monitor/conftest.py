@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import hmac
 import http.server
 import json
 import os
@@ -20,6 +19,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import stand_in_model
+from signing import proof_of
 from stand_in_model import completion
 
 import settings as settings_module
@@ -101,11 +101,6 @@ class Behaviour:
         self.keys: list[str | None] = []
         self.read_with: dict[str, str | None] = {}  # the key of the last GET of a path
         self.questions: list[dict] = []
-
-
-def proof_of(body: dict, nonce: str, token: str) -> str:
-    said = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hmac.new(token.encode(), f"{nonce}\n{said}".encode(), hashlib.sha256).hexdigest()
 
 
 @pytest.fixture(scope="session")

@@ -142,7 +142,7 @@ def test_servers_do_not_inherit_the_lock(project):
 
 def test_logs_are_appended_to(project):
     for _ in range(2):
-        assert project.run("./start.sh").returncode == 0
+        assert project.run("./start.sh api").returncode == 0
         assert project.run("./stop.sh").returncode == 0
 
     assert project.log("api").count("stand-in API starts") == 2
@@ -237,7 +237,6 @@ def test_no_signal_parts_a_server_from_its_pid_file(project, machine):
 def test_other_code_than_was_started_is_reported_and_restart_replaces_it(project):
     assert project.run("./start.sh").returncode == 0
     before = {part: project.pid(part) for part in ("api", "web")}
-    same = project.run("./start.sh")
     with (project.root / "api" / "server.py").open("a") as file:
         file.write("# a newer version\n")
 
@@ -245,7 +244,6 @@ def test_other_code_than_was_started_is_reported_and_restart_replaces_it(project
     restarted = project.run("./start.sh --restart api")
     after = project.run("./start.sh")
 
-    assert "It runs" not in same.stdout
     assert seen.returncode == 0
     assert seen.stdout.count("It runs an older version") == 1 and "./start.sh --restart api" in seen.stdout
     assert restarted.returncode == 0, restarted.stderr

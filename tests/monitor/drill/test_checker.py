@@ -86,7 +86,6 @@ def test_a_run_counts_once_it_has_ended_and_looked_again(crontab, runs):
 
 def test_the_memory_of_the_runs_is_watched(make_settings):
     context = FaultContext(make_settings(1))
-    context.settings.log_dir.mkdir(parents=True)
     code = (
         "import sys, time; from pathlib import Path; from monitor.act.lock import Lock\n"
         "lock = Lock(Path(sys.argv[1])); lock.acquire(60, 'checking'); held = bytearray(300_000_000); time.sleep(1)\n"

@@ -12,7 +12,7 @@ import time
 from dataclasses import replace
 
 import pytest
-from conftest import proof_of
+from signing import proof_of
 from stand_in_model import completion
 
 from monitor import check
