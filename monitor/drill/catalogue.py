@@ -123,7 +123,8 @@ def answered_slowly(report: Report, store: Store) -> bool:
 
 
 def really_asked(report: Report, store: Store) -> bool:
-    return any(answer["outcome"] == "right" for answer in report["evidence"]["api"]["answers"])
+    """An answer is not judged before there is a baseline, which is not taken while users are served."""
+    return any(answer["outcome"] in ("right", "unjudged") for answer in report["evidence"]["api"]["answers"])
 
 
 def found_again(report: Report, store: Store) -> bool:

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import pytest
 
 import settings as settings_module
-from monitor.drill.catalogue import FAULTS, NOT_HERE, UNAFFECTED, why_no_baseline
+from monitor.drill.catalogue import FAULTS, NOT_HERE, UNAFFECTED, really_asked, why_no_baseline
 from monitor.drill.context import FaultContext
 from monitor.drill.faults import clocks, files, load, ports, readings
 from monitor.drill.faults import processes as faults
@@ -85,6 +85,13 @@ def test_the_catalogue_is_consistent():
 def test_what_the_drill_cannot_make_is_tested_where_it_says():
     for name, why in NOT_HERE.items():
         assert (ROOT / why.rpartition(": ")[2]).exists(), name
+
+
+@pytest.mark.parametrize(("outcome", "asked"), [("right", True), ("unjudged", True), ("credited", False), ("silent", False)])
+def test_a_question_counts_as_asked_under_load_if_it_was_answered(context, outcome, asked):
+    report = {"evidence": {"api": {"answers": [{"outcome": "credited"}, {"outcome": outcome}]}}}
+
+    assert really_asked(report, Store.open(context.log_dir)) is asked
 
 
 def test_a_stopped_process_continues_after_an_interrupt(context, recorded):
