@@ -124,8 +124,12 @@ def judge(pace: Pace, observation: Observation, verdict: Verdict, recipe: str) -
     if pace.since is None and not 0 <= now - pace.judged_at < STREAK_GAP_S:
         pace.slow_runs = 0
     compared = compare(past, work)
-    pace.ratio = None if compared is None else round(compared.ratio, 2)
+    if compared is not None:
+        pace.ratio = round(compared.ratio, 2)
     if compared is None:
+        if pace.since is not None:  # a load without a past says nothing, and a slow time is never learned
+            return _still_slow(pace, past, verdict)
+        pace.ratio = None
         _learn(past, work, now)
         return verdict
     pace.judged_at = now
@@ -300,10 +304,10 @@ def _slower(compared: Comparison, pace: Pace, past: Past, observation: Observati
 
 
 def _still_slow(pace: Pace, past: Past, verdict: Verdict) -> Verdict:
-    """Nothing was measured in this run, so what was found before stays in force."""
+    """Nothing could be compared in this run, so what was found before stays in force."""
     ratio = pace.ratio or past.limit
-    return _worse(past, verdict, f"It was {ratio:.1f} times slower than before when it last had work to measure.",
-                  f"最近一次可测量时，比以往慢 {ratio:.1f} 倍。", {"times": ratio})  # fmt: skip
+    return _worse(past, verdict, f"It was {ratio:.1f} times slower than before when it last had work to compare.",
+                  f"最近一次可比较时，比以往慢 {ratio:.1f} 倍。", {"times": ratio})  # fmt: skip
 
 
 def _worse(past: Past, verdict: Verdict, en: str, zh: str, facts: dict[str, Any]) -> Verdict:
