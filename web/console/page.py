@@ -215,8 +215,9 @@ def _show_figures(
         label = texts(f"figure.uptime_{name}")
         covered = percent_rounded_down(uptime.coverage) if uptime.coverage >= 0.0001 else "< 0.01"
         if uptime.seen_s:
-            seen[label] = texts("figure.seen", span=format_duration(uptime.seen_s, texts), share=covered)
-        figures.append((label, share, texts("figure.coverage", share=covered if uptime.seen_s else "0")))
+            seen[label] = texts("figure.seen", share=covered)
+        span = format_duration(uptime.seen_s, texts)
+        figures.append((label, share, texts("figure.coverage", share=covered if uptime.seen_s else "0", span=span)))
     ttfts = [(run["readings"] or {}).get("first_token_s") for run in history.runs]
     p95 = check_history.percentile(ttfts, 0.95)
     figures.append((texts("figure.first_word"), "–" if p95 is None else f"{p95:.2f} s", texts("figure.first_word_help")))

@@ -75,10 +75,10 @@ TABLE: dict[str, dict[str, str]] = {
     "figure.uptime_24h": {"en": "Up, 24 h", "zh": "可用率 24 小时"},
     "figure.uptime_7d": {"en": "Up, 7 days", "zh": "可用率 7 天"},
     "figure.uptime_30d": {"en": "Up, 30 days", "zh": "可用率 30 天"},
-    "figure.seen": {"en": "of the {span} seen; {share} % of the time", "zh": "仅按所见 {span} 计算，占此时段 {share}%"},
+    "figure.seen": {"en": "{share} % of it seen", "zh": "所见时段 {share}%"},
     "figure.coverage": {
-        "en": "Share of the conclusive checks. {share} % of this time was checked at all.",
-        "zh": "按能够判断的检查计算；此时间段内有 {share}% 被检查过。",
+        "en": "Share of the conclusive checks. {share} % of this time ({span}) was checked at all.",
+        "zh": "按能够判断的检查计算；此时间段内有 {share}%（{span}）被检查过。",
     },
     "figure.first_word": {"en": "First word, p95", "zh": "首字 p95"},
     "figure.first_word_help": {
