@@ -23,7 +23,7 @@ from monitor.judge.evidence import (
 )
 from monitor.judge.verdict import Limits
 
-TRACES, RUNS_EACH = 10_000, 12
+TRACES, RUNS_EACH = 10_000, 30
 
 
 def test_ten_thousand_traces_of_a_working_service_restart_nothing() -> None:
