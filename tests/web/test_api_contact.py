@@ -15,6 +15,7 @@ from browsing import TOKEN
 from page_process import Server
 from web_fake_api import FakeApi
 
+from monitor.judge.evidence import ApiContact as ApiContactSeen
 from monitor.observe.page_probe import probe_page
 from settings import Settings
 from web import api_contact
@@ -80,16 +81,17 @@ def test_many_who_ask_make_one_request_and_a_later_one_asks_again(monkeypatch: p
 
 
 def test_the_real_page_tells_the_checker_whether_its_key_is_right(
-    page_server: Callable[..., Server], fake_api: FakeApi, own_settings: None
+    page_server: Callable[..., Server], own_settings: None
 ) -> None:
-    old = page_server(GLM_WEB_TOKEN=TOKEN, GLM_API_KEY="old", GLM_API_URL=fake_api.url)
-    url = old.url + api_contact.PATH
+    with FakeApi(key="new") as api:
+        old = page_server(GLM_WEB_TOKEN=TOKEN, GLM_API_KEY="old", GLM_API_URL=api.url)
+        url = old.url + api_contact.PATH
 
-    assert requests.get(url, timeout=20).status_code == 401, "behind the token"
-    assert requests.get(f"{url}?token=wrong", timeout=20).status_code == 401
-    seen = probe_page(Settings(web_host="127.0.0.1", web_port=old.port, web_token=TOKEN), with_script=False).api_contact
-    assert seen is not None
-    assert (seen.answer, seen.status, seen.address) == ("refused", 401, f"127.0.0.1:{fake_api.port}")
+        assert requests.get(url, timeout=20).status_code == 401, "behind the token"
+        assert requests.get(f"{url}?token=wrong", timeout=20).status_code == 401
+        settings = Settings(web_host="127.0.0.1", web_port=old.port, web_token=TOKEN)
+        seen = probe_page(settings, with_script=False).api_contact
+    assert seen == ApiContactSeen("refused", 401, f"127.0.0.1:{api.port}")
 
 
 def test_the_real_page_reaches_the_real_api(real_page_server: Server, real_api: Server) -> None:
