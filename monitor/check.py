@@ -141,7 +141,7 @@ def judge(observation: Observation, settings: Settings, state: CheckerState) -> 
     limits = limits_of(settings)
     verdicts = {"api": _judge_finer(judge_api(observation.api, limits), observation, settings, state)}
     if observation.page is not None:
-        verdicts["page"] = judge_page(observation.page, limits)
+        verdicts["page"] = judge_page(observation.page, limits, observation.api)
     for target, verdict in verdicts.items():
         why = history.why_inconclusive(state.histories[target].moment, observation.moment, limits)
         if why and verdict.bad:

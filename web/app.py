@@ -27,8 +27,7 @@ def main() -> None:
         st.session_state["settings"] = settings_module.kept()
     settings: Settings = st.session_state["settings"]
     controls.keep_values()
-    key = settings.api_key.get_secret_value() if settings.api_key else None
-    client = ApiClient(settings.api_base_url, key)
+    client = ApiClient.of(settings)
     chats = VisitorChats(_store(settings.log_dir / FILE_NAME, settings.chat_days), _visitor(settings))
 
     def chat() -> None:

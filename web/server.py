@@ -20,6 +20,8 @@ from starlette.middleware import Middleware
 import settings as settings_module
 from settings import Settings, SettingsError
 from web.access import Access
+from web.api_client.client import ApiClient
+from web.api_contact import ApiContact
 from web.i18n.strings import Texts
 
 APP = Path(__file__).resolve().parent / "app.py"
@@ -57,8 +59,9 @@ def streamlit_options(settings: Settings) -> dict[str, object]:
     }
 
 
-def create_app(token: str) -> st.App:
-    return st.App(str(APP), middleware=[Middleware(Access, token=token)], on_script_error=_show_failure)
+def create_app(token: str, client: ApiClient) -> st.App:
+    middleware = [Middleware(Access, token=token), Middleware(ApiContact, client=client)]
+    return st.App(str(APP), middleware=middleware, on_script_error=_show_failure)
 
 
 def _show_failure(error: Exception) -> bool:
@@ -101,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     sys.argv = sys.argv[:1]
     _share_freed_memory()
     token = settings.web_token.get_secret_value() if settings.web_token else ""
-    create_app(token).run(config=streamlit_options(settings))
+    create_app(token, ApiClient.of(settings)).run(config=streamlit_options(settings))
     return 0
 
 

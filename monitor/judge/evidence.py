@@ -325,10 +325,23 @@ class PageReply:
 
 
 @dataclass(frozen=True)
+class ApiContact:
+    """What the page says of its own calls to the API. `answer`: ok, refused, loading, unreachable.
+
+    `status`: of its request, 0 without a response. `address`: host and port of the API that it asks.
+    """
+
+    answer: str
+    status: int = 0
+    address: str = ""
+
+
+@dataclass(frozen=True)
 class PageEvidence:
     """`script` runs the page's script and is requested on some runs only; `front` goes through the reverse proxy.
 
     `token`: the reply of a route that needs the token, asked only where the WebSocket was refused.
+    `api_contact`: None if the page did not say, as an older one does not.
     """
 
     url: str
@@ -338,6 +351,7 @@ class PageEvidence:
     script: PageReply | None = None
     front: PageReply | None = None
     token: PageReply | None = None
+    api_contact: ApiContact | None = None
     blind: str = ""
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from monitor.judge.evidence import PageEvidence, PageReply
+from monitor.judge.evidence import ApiEvidence, PageEvidence, PageReply
 from monitor.judge.verdict import FRESH_PROCESS_S, Limits, Verdict, checker_blind, port_taken, process_gone
 
+REFUSED = (401, 403)
 
-def judge_page(evidence: PageEvidence, limits: Limits) -> Verdict:
+
+def judge_page(evidence: PageEvidence, limits: Limits, api: ApiEvidence | None = None) -> Verdict:
+    """`api`: what was seen of the API in the same run, which the page may be unable to ask."""
     blind = checker_blind(evidence, limits)
     if blind is not None:
         return blind
@@ -19,7 +22,8 @@ def judge_page(evidence: PageEvidence, limits: Limits) -> Verdict:
         return Verdict("page", "unknown", "held_by_debugger", "A debugger holds the page.", "页面进程正被调试器控制。")
     if not evidence.health.good:
         return _does_not_answer(evidence, limits)
-    return _behind_the_server(evidence, limits)
+    verdict = _behind_the_server(evidence, limits)
+    return (_cut_off_from_the_api(evidence, limits, api) or verdict) if verdict.serving else verdict
 
 
 def _does_not_answer(evidence: PageEvidence, limits: Limits) -> Verdict:
@@ -76,6 +80,40 @@ def _behind_the_server(evidence: PageEvidence, limits: Limits) -> Verdict:
         "page", "healthy", "page_answers", f"The page answered in {evidence.health.seconds:.2f} s.",
         f"页面 {evidence.health.seconds:.2f} 秒内响应。", {"seconds": evidence.health.seconds},
     )  # fmt: skip
+
+
+def _cut_off_from_the_api(evidence: PageEvidence, limits: Limits, api: ApiEvidence | None) -> Verdict | None:
+    """The page keeps the key and the address that it was started with. It is not restarted for them: an edit of `.env` may be half done."""
+    contact, needed = evidence.api_contact, limits.confirm_runs
+    if contact is None:
+        return None
+    facts = {"status": contact.status, "address": contact.address}
+    if contact.answer == "refused":
+        checker_too = api is not None and any(answer.status in REFUSED for answer in api.answers)
+        command = "./start.sh --restart" if checker_too else "./start.sh --restart web"
+        return Verdict(
+            "page", "broken", "page_key_refused", f"The page runs, but every question on it fails: the API at {contact.address} refuses the "
+            f"page's key (HTTP {contact.status}). GLM_API_KEY has changed since one of them was started. A restart would end the "
+            f"sessions of the page's users, so it is left to you: {command}.",
+            f"页面在运行，但页面上的每个问题都会失败：{contact.address} 的接口拒绝了页面的密钥（HTTP {contact.status}）。其中一方启动后 "
+            f"GLM_API_KEY 已更改。重启会中断用户会话，因此由您决定：{command}。",
+            facts, f"on {limits.confirm_runs} runs in a row", needed=needed,
+        )  # fmt: skip
+    if contact.answer == "unreachable" and api is not None and _is_up(api):
+        why_en, why_zh = (f"HTTP {contact.status}",) * 2 if contact.status else ("no answer", "没有应答")
+        return Verdict(
+            "page", "broken", "page_cannot_reach_api", f"The page runs, but every question on it fails: it asks the API at {contact.address} "
+            f"({why_en}), while {api.url} answers the checker. GLM_API_URL or GLM_API_PORT has changed since the page was started. "
+            "A restart would end the sessions of its users, so it is left to you: ./start.sh --restart web.",
+            f"页面在运行，但页面上的每个问题都会失败：它访问的接口是 {contact.address}（{why_zh}），而 {api.url} 能响应检查程序。"
+            "页面启动后 GLM_API_URL 或 GLM_API_PORT 已更改。重启会中断用户会话，因此由您决定：./start.sh --restart web。",
+            {**facts, "checked": api.url}, f"on {limits.confirm_runs} runs in a row", needed=needed,
+        )  # fmt: skip
+    return None
+
+
+def _is_up(api: ApiEvidence) -> bool:
+    return api.first.answered and api.first.status == 200
 
 
 def _why(reply: PageReply) -> str:

@@ -10,13 +10,16 @@ from websockets.exceptions import InvalidHandshake, InvalidStatus
 from websockets.sync.client import connect
 from websockets.typing import Subprotocol
 
-from monitor.judge.evidence import PageEvidence, PageReply
+from monitor.judge.evidence import ApiContact, PageEvidence, PageReply
 from monitor.observe.http_exchange import Deadline, exchange, failed_reply, seconds_since
+from monitor.observe.self_report import count, text
 from settings import Settings
 
 LIMIT_S = 10.0
 CLOSE_LIMIT_S = 0.5
+CONTACT_LIMIT_S = 8.0  # the page gives up on its API after 7
 REFUSED = (401, 403)
+API_ANSWERS = ("ok", "refused", "loading", "unreachable")
 
 
 def probe_page(settings: Settings, with_script: bool) -> PageEvidence:
@@ -28,6 +31,8 @@ def probe_page(settings: Settings, with_script: bool) -> PageEvidence:
     # Every route but the health route requires the token.
     query = f"?token={quote(settings.web_token.get_secret_value())}" if settings.web_token else ""
     websocket = handshake(f"{url}/_stcore/stream{query}", LIMIT_S)
+    # Meanwhile: the page may wait for an API that does not answer.
+    asking = Deadline(lambda: api_contact(f"{url}/_stcore/api-contact{query}"), CONTACT_LIMIT_S, None) if websocket.good else None
     # The WebSocket may be refused for other reasons too. Any other route says whether the token was the reason.
     token = get(f"{url}/_stcore/host-config{query}", LIMIT_S) if websocket.status in REFUSED else None
     script = get(f"{url}/_stcore/script-health-check{query}", LIMIT_S) if with_script else None
@@ -37,7 +42,8 @@ def probe_page(settings: Settings, with_script: bool) -> PageEvidence:
         front = get(f"{front_url}/_stcore/health", LIMIT_S)
         if front.good:
             front = handshake(f"{front_url}/_stcore/stream{query}", LIMIT_S)
-    return PageEvidence(url, health=health, websocket=websocket, script=script, front=front, token=token)
+    contact = asking.result() if asking else None
+    return PageEvidence(url, health=health, websocket=websocket, script=script, front=front, token=token, api_contact=contact)
 
 
 def page_url(settings: Settings) -> str:
@@ -51,6 +57,15 @@ def get(url: str, limit_s: float) -> PageReply:
     reply = exchange(url, limit_s)
     body = reply.body.decode("utf-8", "replace").strip()[:200] if reply.status not in (0, 200) else ""
     return PageReply(reply.outcome, reply.seconds, reply.status, reply.detail or body)
+
+
+def api_contact(url: str) -> ApiContact | None:
+    """Whether the page can ask the API, by its own words; None if it does not say."""
+    reply = exchange(url, CONTACT_LIMIT_S)
+    said = (reply.json() or {}) if reply.status == 200 else {}
+    if said.get("api") not in API_ANSWERS:
+        return None
+    return ApiContact(said["api"], count(said.get("status")) or 0, text(said.get("address"), 80))
 
 
 def handshake(url: str, limit_s: float) -> PageReply:

@@ -306,3 +306,28 @@ def test_a_new_token_of_the_page_is_named_and_restarts_nothing(service, behaviou
 
     behaviour.page_token = "new"
     assert run_check(settings, random.Random(1))["targets"]["page"]["word"] == "healthy"
+
+
+@pytest.mark.parametrize(
+    ("said", "rule"),
+    [
+        ({"api": "refused", "status": 401, "address": "127.0.0.1:8080"}, "page_key_refused"),
+        ({"api": "unreachable", "status": 0, "address": "127.0.0.1:9"}, "page_cannot_reach_api"),
+    ],
+)
+def test_a_page_whose_own_questions_fail_is_told_and_restarts_nothing(service, behaviour, describe, make_settings, said, rule):
+    behaviour.reply = lambda body: (200, completion(describe(body)))
+    behaviour.other["/_stcore/api-contact"] = (200, json.dumps(said).encode())
+    settings, began = make_settings(service), now()
+    reports = []
+    for after_s in (0, 60, 120):
+        moment = replace(began, wall=began.wall + after_s, monotonic=began.monotonic + after_s)
+        reports.append(check.run(settings, random.Random(1), clock=lambda moment=moment: moment).report)
+
+    page = reports[-1]["targets"]["page"]
+    assert (page["word"], page["rule"], page["decision"]["kind"]) == ("broken", rule, "none")
+    assert reports[0]["service_healthy"] is False, "told at once"
+    assert page["incident"] and said["address"] in page["en"] and "./start.sh --restart web" in page["zh"]
+
+    del behaviour.other["/_stcore/api-contact"]  # as a page of an earlier version
+    assert run_check(settings, random.Random(1))["targets"]["page"]["rule"] == "page_answers"

@@ -13,6 +13,8 @@ from typing import Any
 
 import requests
 
+from settings import Settings
+
 CONNECT_TIMEOUT_S = 4.0
 STATUS_DEADLINE_S = 3.0  # for /health, /info and /metrics, which never wait for the model
 BODY_LIMIT_BYTES = 4 * 2**20
@@ -63,6 +65,11 @@ class ApiClient:
         self.base_url = base_url.rstrip("/")
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
 
+    @classmethod
+    def of(cls, settings: Settings) -> ApiClient:
+        """The page's API, by the page's settings."""
+        return cls(settings.api_base_url, settings.api_key.get_secret_value() if settings.api_key else None)
+
     def health(self) -> Health:
         body = self.health_body()
         if "state" not in body:
@@ -98,6 +105,11 @@ class ApiClient:
         """The text of `/metrics`; empty without a response."""
         response = self._get("/metrics")
         return response.text if response is not None and response.status_code == 200 else ""
+
+    def models_status(self) -> int:
+        """The status of `/v1/models`, the cheapest route that requires the key; 0 without a response."""
+        response = self._get("/v1/models")
+        return 0 if response is None else response.status_code
 
     def post_stream(self, body: dict[str, Any]) -> requests.Response:
         """Send one streamed chat request; returns once the headers have arrived, whatever the status.

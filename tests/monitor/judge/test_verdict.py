@@ -11,6 +11,7 @@ from monitor.judge.api_rules import judge_api
 from monitor.judge.evidence import (
     AccuracyEvidence,
     Answer,
+    ApiContact,
     ApiEvidence,
     CardEvent,
     Corruption,
@@ -197,6 +198,7 @@ def test_an_oom_kill_is_named() -> None:
 
 
 GOOD = PageReply("answered", 0.1, 200)
+GOOD_PAGE = PageEvidence("http://x", Process("runs", 5, 900.0, "ours"), GOOD, PageReply("answered", 0.1, 101), GOOD)
 PAGES = {
     "all good": ({}, "healthy", False),
     "no script route": ({"script": PageReply("answered", 0, 404)}, "healthy", False),
@@ -216,8 +218,41 @@ PAGES = {
 @pytest.mark.parametrize("name", PAGES)
 def test_the_page(name: str) -> None:
     changes, word, cure = PAGES[name]
-    good = PageEvidence("http://x", Process("runs", 5, 900.0, "ours"), GOOD, PageReply("answered", 0.1, 101), GOOD)
 
-    verdict = judge_page(replace(good, **changes), LIMITS)
+    verdict = judge_page(replace(GOOD_PAGE, **changes), LIMITS)
 
     assert (verdict.word, verdict.cure) == (word, cure)
+
+
+UP = ApiEvidence("http://127.0.0.1:8080", first=HealthReply("answered", status=200))
+REJECTED = replace(UP, answers=(Answer("text", "rejected", status=401),))
+DOWN = replace(UP, first=HealthReply("refused"))
+LOADING = replace(UP, first=HealthReply("answered", status=503, state="loading"))
+CONTACTS = {
+    "ok": (ApiContact("ok", 200), UP, "page_answers", ""),
+    "an older page": (None, UP, "page_answers", ""),
+    "loading": (ApiContact("loading", 503), LOADING, "page_answers", ""),
+    "key refused": (ApiContact("refused", 401, "127.0.0.1:8080"), UP, "page_key_refused", "./start.sh --restart web."),
+    "both keys refused": (ApiContact("refused", 401, "127.0.0.1:8080"), REJECTED, "page_key_refused", "./start.sh --restart."),
+    "elsewhere": (ApiContact("unreachable", 0, "127.0.0.1:9"), UP, "page_cannot_reach_api", "no answer), while http://127.0.0.1:8080"),
+    "a stranger there": (ApiContact("unreachable", 404, "127.0.0.1:9"), UP, "page_cannot_reach_api", "127.0.0.1:9 (HTTP 404)"),
+    "the API is down": (ApiContact("unreachable", 0, "127.0.0.1:8080"), DOWN, "page_answers", ""),
+    "the API loads": (ApiContact("unreachable", 0, "127.0.0.1:8080"), LOADING, "page_answers", ""),
+}
+
+
+@pytest.mark.parametrize("name", CONTACTS)
+def test_a_page_that_cannot_ask_its_api_is_broken_and_not_restarted(name: str) -> None:
+    contact, api, rule, says = CONTACTS[name]
+
+    verdict = judge_page(replace(GOOD_PAGE, api_contact=contact), LIMITS, api)
+
+    assert (verdict.rule, verdict.cure, verdict.serving) == (rule, False, rule == "page_answers")
+    assert says in verdict.en
+    assert verdict.serving or (contact.address in verdict.zh and "./start.sh --restart" in verdict.zh)
+
+
+def test_a_page_that_fails_itself_is_told_first() -> None:
+    page = replace(GOOD_PAGE, script=PageReply("answered", 0, 503, "NameError"), api_contact=ApiContact("refused", 401))
+
+    assert judge_page(page, LIMITS, UP).rule == "page_script"
