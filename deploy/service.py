@@ -100,8 +100,9 @@ def launch(log_dir: Path, part: str, port: int, identity: dict[str, Any]) -> int
         stat = processes.read_stat(os.getpid())
         assert stat is not None
         entry = ProcessRecord(
-            stat.pid, stat.start_time, port, processes.boot_id(), str(ROOT), mark["log_offset"], identity.get("code", "")
-        )
+            stat.pid, stat.start_time, port, processes.boot_id(), str(ROOT), mark["log_offset"], identity.get("code", ""),
+            processes.id_of(ROOT),
+        )  # fmt: skip
         processes.write_record(log_dir, part, entry)
 
     try:

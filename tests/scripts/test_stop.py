@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 from monitor.observe import processes
 from monitor.observe.processes import ProcessRecord, boot_id, foreign_owner, read_stat, write_record
@@ -37,6 +39,19 @@ def test_one_part_alone_is_stopped(project, machine):
 
     assert stopped.returncode == 0
     assert not machine.listens(project.ports["api"]) and machine.listens(project.ports["web"])
+
+
+def test_a_copied_folder_leaves_the_originals_processes_alone(project, machine):
+    project.run("./start.sh api")
+    pid = project.pid("api")
+    copy = project.root.parent / "copy"
+    shutil.copytree(project.root, copy)
+
+    stopped = project.run(f"{copy}/stop.sh", GLM_API_PORT=str(free_port()), GLM_WEB_PORT=str(free_port()))
+
+    assert stopped.returncode == 0, stopped.stderr
+    assert stopped.stdout.count("was not running") == 2
+    assert machine.runs(pid) and project.pid("api") == pid
 
 
 def test_reused_pid_is_left_alone(project, unrelated):

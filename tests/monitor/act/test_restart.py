@@ -83,6 +83,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Project
     monkeypatch.setattr(settings_module, "ENV_FILE", tmp_path / "no.env")
     # A whole run restarts in the project of the code; here it must be the copy.
     monkeypatch.setattr(Restarter.__init__, "__defaults__", (None, root))
+    monkeypatch.setattr(processes, "ROOT", root)
     # The stand-ins answer no questions; a frozen one answers nothing.
     monkeypatch.setattr(observe_module, "SECOND_LOOK_LIMIT_S", 1.0)
     opened = Project(root, Settings(_env_file=None, probe_timeout_s=1))
