@@ -35,15 +35,24 @@ class FoundProcess:
         return Path(folder) if folder else None
 
 
-def find_record(log_dir: Path, part: str, port: int | None = None, root: Path | None = None) -> ProcessRecord | None:
+def find_record(
+    log_dir: Path, part: str, port: int | None = None, root: Path | None = None, remembered: ProcessRecord | None = None
+) -> ProcessRecord | None:
     """The pid file's record if its process runs; otherwise that of the running process, with the pid file written anew.
 
-    If none runs, what the pid file says. `port`: the configured one; without it only the log folder identifies a process.
+    If none runs, what the pid file says, or without one the `remembered` record of an earlier run; None if it was stopped on
+    purpose. `port`: the configured one; without it only the log folder identifies a process.
     """
     recorded = processes.read_record(log_dir, part, root)
     if recorded is not None and processes.is_running(recorded):
         return recorded
     found = search(part, log_dir, port, root)
+    if not found and processes.was_stopped(log_dir, part):
+        return None
+    if not found and recorded is None and remembered is not None:
+        with contextlib.suppress(OSError):
+            processes.write_record(log_dir, part, remembered)
+        return remembered
     if not found:
         return recorded
     _write_anew(log_dir, part, found[0].record)

@@ -1,5 +1,8 @@
 """The processes that start.sh started, identified by pid and start time from `logs/<part>.pid.json`.
 
+`logs/<part>.stopped` says that a part was stopped on purpose. Without that mark a process that is gone has crashed, whatever
+became of its pid file.
+
 Reads and writes the pid file, checks whether a process is still the recorded one, and ends exactly that process with its
 descendants. Standard library only, and no syntax newer than Python 3.8, so that stop.sh works without the environment.
 psutil is no substitute: its `create_time` is in wall-clock seconds, which move with the clock; the kernel's ticks do not.
@@ -22,6 +25,7 @@ from monitor.observe.small_file import read_small
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PROC = Path("/proc")
+FAILED_START = "a failed start"
 DELETED = " (deleted)"  # the kernel's suffix for what no longer has a name
 BOOT_ID = PROC / "sys/kernel/random/boot_id"
 
@@ -117,6 +121,52 @@ def write_record(log_dir: Path, part: str, record: ProcessRecord) -> None:
     except OSError:
         os.unlink(temporary)
         raise
+
+
+def stop_mark(log_dir: Path, part: str) -> Path:
+    return log_dir / f"{part}.stopped"
+
+
+def mark_stopped(log_dir: Path, part: str, why: str) -> bool:
+    """Before the process is ended, so that no run of the checker sees the end without the reason. False if marked already.
+
+    Raises OSError. On a full disk the mark may be empty, which is as good.
+    """
+    try:
+        descriptor = os.open(stop_mark(log_dir, part), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    except FileExistsError:
+        return False
+    with contextlib.suppress(OSError):
+        os.write(descriptor, f"{why}\n".encode())
+    os.close(descriptor)
+    return True
+
+
+def unmark_stopped(log_dir: Path, part: str) -> None:
+    with contextlib.suppress(OSError):
+        stop_mark(log_dir, part).unlink()
+
+
+def was_stopped(log_dir: Path, part: str) -> bool:
+    """Whether it was stopped on purpose, or a start of it failed and was undone."""
+    return stop_mark(log_dir, part).exists()
+
+
+def was_stopped_by_request(log_dir: Path, part: str) -> bool:
+    try:
+        return read_small(stop_mark(log_dir, part)).strip() != FAILED_START
+    except (OSError, ValueError):
+        return was_stopped(log_dir, part)
+
+
+def forget(log_dir: Path, part: str) -> None:
+    """Removes the pid file of what was stopped. Raises OSError."""
+    if was_stopped(log_dir, part):
+        with contextlib.suppress(FileNotFoundError):
+            record_path(log_dir, part).unlink()
+        return
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(record_path(log_dir, part), stop_mark(log_dir, part))  # possible on a disk without room for a mark
 
 
 def read_record(log_dir: Path, part: str, root: Path | None = None) -> ProcessRecord | None:
