@@ -198,6 +198,22 @@ def test_a_process_killed_with_its_pid_file_lost_is_restarted(project, loss):
     assert project.record().pid != old.pid and processes.is_running(project.record())
 
 
+def test_the_checker_of_a_copied_folder_leaves_the_originals_servers_alone(project, monkeypatch):
+    project.start()
+    check.run(project.settings, random.Random(1))  # so that the copy has the checker's memory too
+    original = project.record()
+    copy = project.root.parent / "copy"
+    shutil.copytree(project.root, copy)
+    monkeypatch.setattr(processes, "ROOT", copy)
+    settings = project.settings.model_copy(update={"log_dir": copy / "logs", "api_port": free_port(), "web_port": free_port()})
+
+    report = check.run(settings, random.Random(1)).report
+
+    assert report["targets"]["api"]["rule"] == "not_started"
+    assert report["targets"]["api"]["decision"]["kind"] == "none"
+    assert processes.is_running(original)
+
+
 def test_what_is_stopped_between_the_verdict_and_the_restart_stays_stopped(project):
     project.start()
     old = project.record()
