@@ -135,7 +135,7 @@ roll_back() { # [--keep]
     trap '' INT TERM HUP    # a second signal must not leave half of it
     ((${#touched[@]})) || return 0
     say "Stopping what was started"
-    stop_parts 10 "${touched[@]}" "$@" || true
+    stop_parts 10 "${touched[@]}" "${@:---failed-start}" || true
 }
 failed() {
     if ((${#to_stop[@]})); then

@@ -3,11 +3,12 @@
     python -m deploy.service check   LOGS PART HOST PORT [--restart]   0 may be started, 10 runs already, 3 port in use, 2 not writable
     python -m deploy.service launch  LOGS PART PORT           0 launched and recorded
     python -m deploy.service wait    LOGS SECONDS PART=HOST...  0 all answer (or are still loading), 1 one does not
-    python -m deploy.service stop    LOGS SECONDS PART=PORT... [--keep]   0 stopped, ports free; 1 not stopped; 3 port held by another process
+    python -m deploy.service stop    LOGS SECONDS PART=PORT... [--keep | --failed-start]   0 stopped, ports free; 1 not stopped; 3 port held by another process
     python -m deploy.service halt    PART...                  the same with the settings that can be read, for stop.sh
     python -m deploy.service alive   LOGS PART...             0 all are running
 
-`check` and `launch` take what deploy/identity.py printed from START_SH_IDENTITY. Standard library only and no syntax newer
+`check` and `launch` take what deploy/identity.py printed from START_SH_IDENTITY. With START_SH_CURE=1, which the checker sets,
+`launch` starts nothing that was stopped on purpose. Standard library only and no syntax newer
 than Python 3.8, so that stop.sh works when the environment is gone. Parts are `api` and `web`.
 """
 
@@ -86,10 +87,11 @@ def _say_differences(part: str, entry: ProcessRecord, identity: dict[str, Any]) 
         _say(f"  To stop it and start what is here: ./start.sh --restart {part}")
 
 
-def launch(log_dir: Path, part: str, port: int, identity: dict[str, Any]) -> int:
+def launch(log_dir: Path, part: str, port: int, identity: dict[str, Any], cure: bool = False) -> int:
     """The child writes the pid file before it becomes the server, so that there is no server without a pid file.
 
-    start.sh runs this with the signals of a terminal ignored, so it is not interrupted between the two.
+    start.sh runs this with the signals of a terminal ignored, so it is not interrupted between the two. A `cure` looks for the
+    mark of a stop after it has written the pid file, and `stop` for the pid file after it has set the mark: one sees the other.
     """
     path = log_dir / f"{part}.log"
     mark = {"port": port, "log_dir": str(log_dir), **identity}
@@ -99,10 +101,15 @@ def launch(log_dir: Path, part: str, port: int, identity: dict[str, Any]) -> int
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         stat = processes.read_stat(os.getpid())
         assert stat is not None
+        if not cure:
+            processes.unmark_stopped(log_dir, part)
         entry = ProcessRecord(
-            stat.pid, stat.start_time, port, processes.boot_id(), str(ROOT), mark["log_offset"], identity.get("code", "")
-        )
+            stat.pid, stat.start_time, port, processes.boot_id(), str(ROOT), mark["log_offset"], identity.get("code", ""),
+            processes.id_of(ROOT),
+        )  # fmt: skip
         processes.write_record(log_dir, part, entry)
+        if cure and processes.was_stopped_by_request(log_dir, part):
+            raise InterruptedError
 
     try:
         with path.open("ab") as log:
@@ -114,6 +121,8 @@ def launch(log_dir: Path, part: str, port: int, identity: dict[str, Any]) -> int
             )  # fmt: skip
     except (OSError, subprocess.SubprocessError) as error:
         why = error.strerror if isinstance(error, OSError) else f"its pid file cannot be written to {log_dir}"
+        if cure and processes.was_stopped_by_request(log_dir, part):
+            why = "it was stopped on purpose meanwhile"
         _complain(f"{NAMES[part]} was not started: {why}")
         return FAILED
     return 0
@@ -146,13 +155,16 @@ def wait(log_dir: Path, limit_s: float, hosts: dict[str, str]) -> int:
     return 0
 
 
-def stop(log_dir: Path, grace_s: float, configured_ports: dict[str, int], certain: bool = True, keep: bool = False) -> int:
-    """Stops what serves these ports or writes to this log folder. `keep`: leaves the pid files.
+def stop(
+    log_dir: Path, grace_s: float, configured_ports: dict[str, int], certain: bool = True, keep: bool = False, why: str = "stop.sh"
+) -> int:
+    """Stops what serves these ports or writes to this log folder. `keep`: leaves the pid files, for what is started again.
 
     Without `certain`, the ports and the folder may be wrong: if they match nothing, all that runs in this project is stopped.
     """
     worst = 0
     for part, configured_port in configured_ports.items():
+        marked = [] if keep else _mark({log_dir}, part, why)
         record = processes.read_record(log_dir, part)
         found = process_search.search(part, log_dir, configured_port)
         if not found and not certain:
@@ -160,14 +172,18 @@ def stop(log_dir: Path, grace_s: float, configured_ports: dict[str, int], certai
         entries = [process.record for process in found]
         if record is not None and processes.members(record) and record.pid not in [entry.pid for entry in entries]:
             entries.append(record)
+        folders = {log_dir, *(process.log_dir for process in found if process.log_dir)}
+        marked += [] if keep else _mark(folders - {log_dir}, part, why)
         failed = [entry for entry in entries if not _end(part, entry, grace_s)]
         if failed:
+            for folder in marked:
+                processes.unmark_stopped(folder, part)
             worst = worst or FAILED
             continue
         if not entries:
             _say(f"{NAMES[part]} was not running")
         if not keep:
-            for folder in {log_dir, *(process.log_dir for process in found if process.log_dir)}:
+            for folder in folders:
                 _forget(folder, part)
         for port in sorted({entry.port for entry in entries if entry.port} or {record.port if record else configured_port}):
             others = ports.listeners(port)
@@ -200,12 +216,20 @@ def _end(part: str, entry: ProcessRecord, grace_s: float) -> bool:
     return True
 
 
+def _mark(folders: set[Path], part: str, why: str) -> list[Path]:
+    """The folders that were not marked before. On a full disk `_forget` makes the mark of the pid file."""
+    marked = []
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            if processes.mark_stopped(folder, part, why):
+                marked.append(folder)
+    return marked
+
+
 def _forget(log_dir: Path, part: str) -> None:
     path = processes.record_path(log_dir, part)
     try:
-        path.unlink()
-    except FileNotFoundError:
-        pass
+        processes.forget(log_dir, part)
     except OSError as error:
         _complain(f"{path} cannot be removed ({error.strerror}); it names a process that no longer runs and may stay")
 
@@ -288,6 +312,7 @@ def _pairs(arguments: list[str]) -> dict[str, str]:
 def main(arguments: list[str]) -> int:
     command, flags = arguments[0], [argument for argument in arguments if argument.startswith("--")]
     rest = [argument for argument in arguments[1:] if argument not in flags]
+    cure = os.environ.pop("START_SH_CURE", "") == "1"
     identities = json.loads(os.environ.pop("START_SH_IDENTITY", "") or "{}")
     if command == "halt":
         return halt(rest)
@@ -295,12 +320,13 @@ def main(arguments: list[str]) -> int:
     if command == "check":
         return check(log_dir, rest[0], rest[1], int(rest[2]), identities.get(rest[0], {}), "--restart" in flags)
     if command == "launch":
-        return launch(log_dir, rest[0], int(rest[1]), identities.get(rest[0], {}))
+        return launch(log_dir, rest[0], int(rest[1]), identities.get(rest[0], {}), cure)
     if command == "wait":
         return wait(log_dir, float(rest[0]), _pairs(rest[1:]))
     if command == "stop":
         configured_ports = {part: int(port) for part, port in _pairs(rest[1:]).items()}
-        return stop(log_dir, float(rest[0]), configured_ports, keep="--keep" in flags)
+        why = processes.FAILED_START if "--failed-start" in flags else "stop.sh"
+        return stop(log_dir, float(rest[0]), configured_ports, keep="--keep" in flags, why=why)
     if command == "alive":
         return alive(log_dir, rest)
     raise SystemExit(__doc__)

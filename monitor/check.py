@@ -170,6 +170,7 @@ def _judge_pace(observation: Observation, verdict: Verdict, settings: Settings, 
 def _probe_plan(state: CheckerState, settings: Settings, now: float, operators: list[dict[str, Any]]) -> ProbePlan:
     last = state.last
     asked_ago_s = now - last.get("asked_at", 0)
+    records: Any = last.get("records")
     requested = any(request["kind"] == "probe" for request in operators)
     unsure = any(h.incident is not None or h.seen for h in state.histories.values())
     return ProbePlan(
@@ -181,6 +182,7 @@ def _probe_plan(state: CheckerState, settings: Settings, now: float, operators: 
         unproven_runs=last.get("unproven_runs", 0),
         limits=limits_of(settings),
         accuracy=state.accuracy,
+        records=records if isinstance(records, dict) else {},
     )
 
 
@@ -211,6 +213,7 @@ def _advance(state: CheckerState, verdicts: dict[str, Verdict], observation: Obs
         "nightly": state.last.get("nightly", ""),
         "machine": observation.machine.get("counters"),
         "unproven_runs": observation.api.unproven_runs,
+        "records": observation.records,
     }
     return changes
 

@@ -1,7 +1,8 @@
-"""One run at a time. A run that exceeds its deadline is killed by the next one.
+"""One run at a time. A run that exceeds its deadline is killed by the next one, if it is certain which process that is.
 
 The lock is flock(2) on a descriptor that no child inherits; a server started under the lock would otherwise hold it for
-its lifetime. The holder records its identity and deadline in the file.
+its lifetime. The holder records its identity and deadline in the file. Anybody may have written that, so a process is ended
+only if it is a checker of this folder and the kernel says that it holds the lock.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import signal
 import time
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from pathlib import Path
 from monitor.observe import processes
 
 FILE_NAME = "health_check.lock"
+SCRIPT = "health_check.py"
 END_WAIT_S = 3.0
 
 
@@ -59,10 +62,10 @@ class Lock:
                     file.close()
                     return _describe(holder)
             else:
-                _terminate(holder)
-                if not _wait_for_flock(file):
+                problem = _end(holder, file)
+                if problem:
                     file.close()
-                    return f"{_describe(holder)}, which is past its deadline and cannot be killed"
+                    return problem
         self._file = file
         self.extend(limit_s, what)
         return ""
@@ -118,9 +121,48 @@ def _read_holder(file: FileIO) -> Holder | None:
         return None
 
 
-def _terminate(holder: Holder) -> None:
+def _end(holder: Holder, file: FileIO) -> str:
+    """Ends a run past its deadline and takes the lock. Empty if that succeeded; otherwise why not."""
+    if not _holds(holder.pid, file) or not _is_checker(holder.pid):
+        if _try_flock(file):  # released meanwhile
+            return ""
+        shown = f"pid {holder.pid} ({processes.command_of(holder.pid)})"
+        return f"the lock is held, and {shown}, which its file names, is not known to be a run of this checker: it is left alone"
+    _terminate(holder, file)
+    if _wait_for_flock(file):
+        return ""
+    if holder.alive():
+        return f"{_describe(holder)}, which is past its deadline and cannot be killed"
+    return f"the run of pid {holder.pid} was past its deadline and has been killed, but another process holds the lock now"
+
+
+def _is_checker(pid: int) -> bool:
+    """Whether it runs the checker in this folder."""
+    try:
+        words = (processes.PROC / str(pid) / "cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    runs_script = any(os.path.basename(word) == SCRIPT.encode() for word in words[:4])
+    return runs_script and processes.works_in(pid, processes.ROOT) is True
+
+
+def _holds(pid: int, file: FileIO) -> bool:
+    """Whether the kernel counts the lock of this file as held by a descriptor of the process."""
+    try:
+        own = os.fstat(file.fileno())
+        for entry in (processes.PROC / str(pid) / "fdinfo").iterdir():
+            with contextlib.suppress(OSError):  # closed meanwhile
+                opened = os.stat(processes.PROC / str(pid) / "fd" / entry.name)
+                if os.path.samestat(opened, own) and re.search(r"^lock:.*\bFLOCK\b", entry.read_text(encoding="ascii"), re.MULTILINE):
+                    return True
+    except (OSError, ValueError):
+        return False
+    return False
+
+
+def _terminate(holder: Holder, file: FileIO) -> None:
     for number in (signal.SIGTERM, signal.SIGKILL):
-        if not holder.alive():
+        if not holder.alive() or not _holds(holder.pid, file):
             return
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(holder.pid, number)

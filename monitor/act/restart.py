@@ -6,6 +6,7 @@ survives a checker that is killed here.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -27,6 +28,8 @@ from monitor.store.store import Store
 from settings import ROOT, Settings
 
 BUNDLE_S, PORT_WAIT_S, GPU_WAIT_S, MARGIN_S = 10.0, 10.0, 20.0, 60.0
+AUTOMATIC = ("checker", "nightly")  # actors that start nothing that was stopped on purpose
+STOPPED_MEANWHILE = "it was stopped on purpose meanwhile"
 HUNG_GRACE_S = 5.0  # a process with a blocked event loop cannot drain
 
 
@@ -65,8 +68,12 @@ class Restarter:
         if problem:
             self._audit(target, "restart", actor, "failed", problem, name, began)
             return problem
+        automatic = actor in AUTOMATIC
+        if automatic and processes.was_stopped_by_request(self._settings.log_dir, part):
+            self._audit(target, "restart", actor, "refused", STOPPED_MEANWHILE, name, began)
+            return STOPPED_MEANWHILE
         self._count(target)
-        problem = self._start(part)
+        problem = self._start(part, automatic)
         detail = problem or f"{decision.reason}; evidence in {saved or 'none: the disk is not writable'}"
         self._audit(target, "restart", actor, "failed" if problem else "done", detail, name, began)
         if not problem:
@@ -74,7 +81,7 @@ class Restarter:
         return problem
 
     def drain(self, target: str, actor: str) -> str:
-        """Stops the target. Without its pid file no later run restarts it. Empty if it was stopped, otherwise why not."""
+        """Stops the target, and marks that, so that no later run restarts it. Empty if it was stopped, otherwise why not."""
         began = time.monotonic()
         part = PARTS[target]
         record = processes.read_record(self._settings.log_dir, part)
@@ -82,10 +89,13 @@ class Restarter:
             return f"the {target} was not started here"
         if self._lock is not None:
             self._lock.extend(self._settings.drain_s + MARGIN_S, f"draining {target}")
+        with contextlib.suppress(OSError):  # of a full disk: `forget` makes the mark of the pid file
+            processes.mark_stopped(self._settings.log_dir, part, f"drained by {actor}")
         left = processes.end(record, self._settings.drain_s + HUNG_GRACE_S)
         if left:
+            processes.unmark_stopped(self._settings.log_dir, part)
             return f"processes {left} cannot be killed"
-        processes.record_path(self._settings.log_dir, part).unlink(missing_ok=True)
+        processes.forget(self._settings.log_dir, part)
         self._audit(target, "drain", actor, "done", "stopped on request", "", began)
         return ""
 
@@ -128,11 +138,13 @@ class Restarter:
         with self._store.transaction():
             self._state.save(self._store)
 
-    def _start(self, part: str) -> str:
+    def _start(self, part: str, automatic: bool) -> str:
         record = processes.read_record(self._settings.log_dir, part)
         limit_s = self._settings.start_timeout_s + MARGIN_S
         # start.sh chooses its own Python, which under cron may differ from this one.
         env = {**(environment_for_children() if self._environment is None else self._environment)}
+        if automatic:
+            env["START_SH_CURE"] = "1"  # start.sh starts nothing that is stopped on purpose meanwhile
         env["PATH"] = f"{env.get('PATH', '/usr/bin:/bin')}:/usr/local/bin:/usr/sbin"
         if "CONDA_PREFIX" not in env and (Path(sys.prefix) / "conda-meta").is_dir():
             env |= {"CONDA_PREFIX": sys.prefix, "CONDA_DEFAULT_ENV": Path(sys.prefix).name}
@@ -146,9 +158,11 @@ class Restarter:
             problem = f"start.sh {part} did not finish within {limit_s:.0f} s"
         except OSError as error:
             problem = f"start.sh cannot be run: {error}"
-        if problem and record is not None and processes.read_record(self._settings.log_dir, part) is None:
-            # start.sh removes the pid file of a failed start; with it, the next run tries again.
-            processes.write_record(self._settings.log_dir, part, record)
+        if problem and not processes.was_stopped_by_request(self._settings.log_dir, part):
+            # start.sh undoes a failed start; with the pid file and without the mark, the next run tries again.
+            processes.unmark_stopped(self._settings.log_dir, part)
+            if record is not None and processes.read_record(self._settings.log_dir, part) is None:
+                processes.write_record(self._settings.log_dir, part, record)
         return problem
 
     def _audit(self, target: str, kind: str, actor: str, outcome: str, detail: str, incident: str, began: float) -> None:

@@ -363,6 +363,7 @@ class Observation:
     """Everything that one run observed. `page` is None where no page is expected on this machine.
 
     `machine` and `gpu` are readings for the report and the thresholds. `asked`: at least one question was asked, not credited.
+    `records`: what the pid files say, by part, for a run that finds one of them lost.
     """
 
     moment: Moment
@@ -371,6 +372,7 @@ class Observation:
     machine: dict[str, Any]
     gpu: dict[str, Any]
     asked: bool = False
+    records: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

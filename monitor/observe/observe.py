@@ -8,7 +8,7 @@ import random
 import socket
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -61,7 +61,7 @@ class ProbePlan:
 
     `question`: ask even if users were answered recently; `script`: run the page's script; `oom_kills`: count at the last run.
     `traffic` is updated. `unproven_runs`: runs in a row until now in which the API did not know the probe token.
-    `accuracy`: what is known of the model's answers.
+    `accuracy`: what is known of the model's answers. `records`: the pid files as the last run saw them, by part.
     """
 
     question: bool = True
@@ -72,6 +72,7 @@ class ProbePlan:
     unproven_runs: int = 0
     limits: Limits = field(default_factory=Limits)
     accuracy: Accuracy = field(default_factory=Accuracy)
+    records: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,9 @@ def now() -> Moment:
 
 def observe(settings: Settings, rng: random.Random, plan: ProbePlan, moment: Moment, progress: EngineProgress) -> Observation:
     """Takes under a second for a healthy service and is bounded by the deadlines of its probes. Updates `progress`."""
-    api_record = process_search.find_record(settings.log_dir, "api", settings.api_port)
-    web_record = process_search.find_record(settings.log_dir, "web", settings.web_port)
+    remembered = {part: processes.parse_record(plan.records.get(part)) for part in ("api", "web")}
+    api_record = process_search.find_record(settings.log_dir, "api", settings.api_port, remembered=remembered["api"])
+    web_record = process_search.find_record(settings.log_dir, "web", settings.web_port, remembered=remembered["web"])
     external = bool(settings.engine_url)
     watched = api_record if not external and _is_here(settings.api_base_url) else None
     gpu_timeout: dict[str, Any] = {"gpus": [], "source": "none", "hung": True, "reason": "no answer in time"}
@@ -131,7 +133,8 @@ def observe(settings: Settings, rng: random.Random, plan: ProbePlan, moment: Mom
         "memory_used_mib": gpu.highest(gpus["gpus"], "memory_used_mib"),
         **gpus,
     }
-    return Observation(moment, api, page, host, gpu_evidence, asked)
+    records = {part: asdict(record) for part, record in (("api", api_record), ("web", web_record)) if record is not None}
+    return Observation(moment, api, page, host, gpu_evidence, asked, records)
 
 
 def _probe_api(

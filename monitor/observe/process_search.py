@@ -16,11 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from monitor.observe import ports, processes
-from monitor.observe.processes import PROC, ProcessRecord
+from monitor.observe.processes import DELETED, PROC, ProcessRecord
 
 MARK = "START_SH_RECORD"  # not GLM_*: settings.py refuses unknown names
-ROOT = Path(__file__).resolve().parent.parent.parent
-DELETED = " (deleted)"  # the kernel's suffix for what no longer has a name
 
 
 @dataclass(frozen=True)
@@ -37,23 +35,33 @@ class FoundProcess:
         return Path(folder) if folder else None
 
 
-def find_record(log_dir: Path, part: str, port: int | None = None, root: Path = ROOT) -> ProcessRecord | None:
+def find_record(
+    log_dir: Path, part: str, port: int | None = None, root: Path | None = None, remembered: ProcessRecord | None = None
+) -> ProcessRecord | None:
     """The pid file's record if its process runs; otherwise that of the running process, with the pid file written anew.
 
-    If none runs, what the pid file says. `port`: the configured one; without it only the log folder identifies a process.
+    If none runs, what the pid file says, or without one the `remembered` record of an earlier run; None if it was stopped on
+    purpose. `port`: the configured one; without it only the log folder identifies a process.
     """
-    recorded = processes.read_record(log_dir, part)
+    recorded = processes.read_record(log_dir, part, root)
     if recorded is not None and processes.is_running(recorded):
         return recorded
     found = search(part, log_dir, port, root)
+    if not found and processes.was_stopped(log_dir, part):
+        return None
+    if not found and recorded is None and remembered is not None:
+        with contextlib.suppress(OSError):
+            processes.write_record(log_dir, part, remembered)
+        return remembered
     if not found:
         return recorded
     _write_anew(log_dir, part, found[0].record)
     return found[0].record
 
 
-def search(part: str, log_dir: Path | None = None, port: int | None = None, root: Path = ROOT) -> list[FoundProcess]:
+def search(part: str, log_dir: Path | None = None, port: int | None = None, root: Path | None = None) -> list[FoundProcess]:
     """Our running processes of this part, the newest first. Without `log_dir` and `port` every one of this folder."""
+    root = root or processes.ROOT
     found = []
     for stat in processes.all_stats():
         if stat.running and stat.session == stat.pid and _is_ours(stat.pid, part, root):
@@ -90,8 +98,7 @@ def _is_ours(pid: int, part: str, root: Path) -> bool:
             return False
         if os.stat(folder).st_uid != os.geteuid() or _link(pid, "ns/pid") != _link(os.getpid(), "ns/pid"):
             return False
-        # A project that was moved keeps its inode, one that was deleted and cloned again keeps its path.
-        return os.path.samefile(folder / "cwd", root) or _link(pid, "cwd") == f"{root}{DELETED}"
+        return bool(processes.works_in(pid, root))
     except OSError:
         return False
 
@@ -104,7 +111,7 @@ def _describe(stat: processes.ProcessStat, expected_port: int | None, root: Path
         port = expected_port if expected_port in listened or not listened else min(listened)
     record = ProcessRecord(
         stat.pid, stat.start_time, port or 0, processes.boot_id(), str(root),
-        offset if isinstance(offset, int) else 0, str(mark.get("code", "")),
+        offset if isinstance(offset, int) else 0, str(mark.get("code", "")), processes.id_of(root),
     )  # fmt: skip
     log = log_of(stat.pid)
     return FoundProcess(record, log[: -len(DELETED)] if log.endswith(DELETED) else log, mark)

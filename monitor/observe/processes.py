@@ -1,5 +1,8 @@
 """The processes that start.sh started, identified by pid and start time from `logs/<part>.pid.json`.
 
+`logs/<part>.stopped` says that a part was stopped on purpose. Without that mark a process that is gone has crashed, whatever
+became of its pid file.
+
 Reads and writes the pid file, checks whether a process is still the recorded one, and ends exactly that process with its
 descendants. Standard library only, and no syntax newer than Python 3.8, so that stop.sh works without the environment.
 psutil is no substitute: its `create_time` is in wall-clock seconds, which move with the clock; the kernel's ticks do not.
@@ -16,10 +19,14 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from monitor.observe.small_file import read_small
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 PROC = Path("/proc")
+FAILED_START = "a failed start"
+DELETED = " (deleted)"  # the kernel's suffix for what no longer has a name
 BOOT_ID = PROC / "sys/kernel/random/boot_id"
 
 
@@ -28,6 +35,7 @@ class ProcessRecord:
     """The pid file. `start_time` is in clock ticks since the boot `boot_id`.
 
     `code` identifies the source files that the process was started from (deploy/identity.py); empty if unknown.
+    `folder` is the project's folder, and `folder_id` that folder whatever its name (`id_of`).
     """
 
     pid: int
@@ -37,6 +45,7 @@ class ProcessRecord:
     folder: str = ""
     log_offset: int = 0
     code: str = ""
+    folder_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -114,11 +123,67 @@ def write_record(log_dir: Path, part: str, record: ProcessRecord) -> None:
         raise
 
 
-def read_record(log_dir: Path, part: str) -> ProcessRecord | None:
-    """None if there is no pid file or it cannot be parsed. process_search.py finds the process in that case."""
+def stop_mark(log_dir: Path, part: str) -> Path:
+    return log_dir / f"{part}.stopped"
+
+
+def mark_stopped(log_dir: Path, part: str, why: str) -> bool:
+    """Before the process is ended, so that no run of the checker sees the end without the reason. False if marked already.
+
+    Raises OSError. On a full disk the mark may be empty, which is as good.
+    """
     try:
-        raw = json.loads(read_small(record_path(log_dir, part)))
-        return ProcessRecord(
+        descriptor = os.open(stop_mark(log_dir, part), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    except FileExistsError:
+        return False
+    with contextlib.suppress(OSError):
+        os.write(descriptor, f"{why}\n".encode())
+    os.close(descriptor)
+    return True
+
+
+def unmark_stopped(log_dir: Path, part: str) -> None:
+    with contextlib.suppress(OSError):
+        stop_mark(log_dir, part).unlink()
+
+
+def was_stopped(log_dir: Path, part: str) -> bool:
+    """Whether it was stopped on purpose, or a start of it failed and was undone."""
+    return stop_mark(log_dir, part).exists()
+
+
+def was_stopped_by_request(log_dir: Path, part: str) -> bool:
+    try:
+        return read_small(stop_mark(log_dir, part)).strip() != FAILED_START
+    except (OSError, ValueError):
+        return was_stopped(log_dir, part)
+
+
+def forget(log_dir: Path, part: str) -> None:
+    """Removes the pid file of what was stopped. Raises OSError."""
+    if was_stopped(log_dir, part):
+        with contextlib.suppress(FileNotFoundError):
+            record_path(log_dir, part).unlink()
+        return
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(record_path(log_dir, part), stop_mark(log_dir, part))  # possible on a disk without room for a mark
+
+
+def read_record(log_dir: Path, part: str, root: Path | None = None) -> ProcessRecord | None:
+    """None if there is no pid file, it cannot be parsed, or it is of another folder. process_search.py finds the process then.
+
+    `root`: the project's folder, by default that of this code.
+    """
+    try:
+        return parse_record(json.loads(read_small(record_path(log_dir, part))), root)
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def parse_record(raw: Any, root: Path | None = None) -> ProcessRecord | None:
+    """None if it is no record, or one of another folder."""
+    try:
+        record = ProcessRecord(
             pid=int(raw["pid"]),
             start_time=int(raw["start_time"]),
             port=int(raw["port"]),
@@ -126,8 +191,46 @@ def read_record(log_dir: Path, part: str) -> ProcessRecord | None:
             folder=str(raw.get("folder", "")),
             log_offset=int(raw.get("log_offset", 0)),
             code=str(raw.get("code", "")),
+            folder_id=str(raw.get("folder_id", "")),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        return None
+    return record if _is_of_folder(record, root or ROOT) else None
+
+
+def _is_of_folder(record: ProcessRecord, root: Path) -> bool:
+    """A copy of the project has the pid files of the original, whose processes are none of the copy's.
+
+    The working directory of a process follows a folder that is moved. If it has ended, the path decides, and after a move
+    the identity of the folder.
+    """
+    if not record.folder:
+        return True
+    if is_running(record):
+        works_here = works_in(record.pid, root)
+        if works_here is not None:
+            return works_here
+    if os.path.realpath(record.folder) == os.path.realpath(str(root)):
+        return True
+    return bool(record.folder_id) and record.boot_id == boot_id() and record.folder_id == id_of(root)
+
+
+def id_of(folder: Path) -> str:
+    """Device and inode, which a move within the file system keeps and a copy does not; empty if it cannot be read."""
+    try:
+        found = os.stat(folder)
+    except OSError:
+        return ""
+    return f"{found.st_dev}:{found.st_ino}"
+
+
+def works_in(pid: int, folder: Path) -> bool | None:
+    """Whether its working directory is this folder, also under an earlier name; None if that is not readable."""
+    cwd = PROC / str(pid) / "cwd"
+    try:
+        # A folder that was moved keeps its inode, one that was deleted and cloned again keeps its path.
+        return os.readlink(cwd) == f"{os.path.realpath(str(folder))}{DELETED}" or os.path.samefile(cwd, folder)
+    except OSError:
         return None
 
 
@@ -155,7 +258,7 @@ def members(record: ProcessRecord) -> list[int]:
     for stat in all_stats():
         if stat.pid == record.pid or stat.session != record.pid or not stat.running:
             continue
-        if stat.start_time >= record.start_time and (leader_runs or _works_in(stat.pid, record.folder)):
+        if stat.start_time >= record.start_time and (leader_runs or _works_in(stat.pid, record.folder) or works_in(stat.pid, ROOT)):
             found.append(stat.pid)
     return found
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
+from deploy import service
 from monitor.observe import processes
 from monitor.observe.processes import ProcessRecord, boot_id, foreign_owner, read_stat, write_record
 
@@ -37,6 +40,55 @@ def test_one_part_alone_is_stopped(project, machine):
 
     assert stopped.returncode == 0
     assert not machine.listens(project.ports["api"]) and machine.listens(project.ports["web"])
+
+
+def test_a_copied_folder_leaves_the_originals_processes_alone(project, machine):
+    project.run("./start.sh api")
+    pid = project.pid("api")
+    copy = project.root.parent / "copy"
+    shutil.copytree(project.root, copy)
+
+    stopped = project.run(f"{copy}/stop.sh", GLM_API_PORT=str(free_port()), GLM_WEB_PORT=str(free_port()))
+
+    assert stopped.returncode == 0, stopped.stderr
+    assert stopped.stdout.count("was not running") == 2
+    assert machine.runs(pid) and project.pid("api") == pid
+
+
+def test_the_checker_starts_nothing_that_was_stopped_on_purpose(project, machine):
+    project.run("./start.sh api")
+    project.run("./stop.sh api")
+    mark = project.root / "logs" / "api.stopped"
+    assert mark.read_text() == "stop.sh\n"
+
+    refused = project.run("./start.sh api", START_SH_CURE="1")
+
+    assert refused.returncode == 1 and "stopped on purpose" in refused.stderr
+    assert not machine.listens(project.ports["api"]) and mark.read_text() == "stop.sh\n"
+    assert project.run("./start.sh api").returncode == 0
+    assert not mark.exists()
+
+
+def test_a_stop_that_fails_leaves_no_mark(tmp_path, monkeypatch, unrelated):
+    other = unrelated("sleep", "600")
+    write_record(tmp_path, "api", ProcessRecord(other.pid, read_stat(other.pid).start_time, 1, boot_id()))
+    monkeypatch.setattr(service, "_end", lambda *_: False)
+
+    assert service.stop(tmp_path, 0, {"api": free_port()}) == service.FAILED
+
+    assert not processes.was_stopped(tmp_path, "api") and processes.read_record(tmp_path, "api") is not None
+
+
+def test_without_room_for_a_mark_the_pid_file_becomes_it(tmp_path, monkeypatch):
+    write_record(tmp_path, "api", ProcessRecord(4_000_000, 1, 1, boot_id()))
+
+    def refuse(*_: object) -> bool:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(processes, "mark_stopped", refuse)
+    assert service.stop(tmp_path, 0, {"api": free_port()}) == 0
+
+    assert processes.was_stopped_by_request(tmp_path, "api") and processes.read_record(tmp_path, "api") is None
 
 
 def test_reused_pid_is_left_alone(project, unrelated):

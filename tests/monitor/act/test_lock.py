@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from monitor.act.lock import FILE_NAME, Lock
+from monitor.observe import processes
 
 ROOT = Path(__file__).resolve().parents[3]
 HOLD = (
@@ -23,10 +26,13 @@ HOLD = (
 def other_run(tmp_path: Path) -> Iterator:
     started = []
 
-    def hold(limit_s: float, then: str = "time.sleep(600)") -> subprocess.Popen:
+    def hold(limit_s: float, then: str = "time.sleep(600)", name: str = "health_check.py", folder: Path = ROOT) -> subprocess.Popen:
+        script = tmp_path / name
+        script.write_text(HOLD + then)
         child = subprocess.Popen(
-            [sys.executable, "-c", HOLD + then, str(tmp_path), str(limit_s)], cwd=ROOT, stdout=subprocess.PIPE, text=True
-        )
+            [sys.executable, str(script), str(tmp_path), str(limit_s)], cwd=folder, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
         assert child.stdout is not None and child.stdout.readline() == "acquired\n"
         started.append(child)
         return child
@@ -96,6 +102,50 @@ def test_a_reused_pid_is_not_killed(tmp_path):
     assert unrelated.poll() is None
     unrelated.kill()
     unrelated.wait()
+
+
+def test_a_process_that_does_not_hold_the_lock_is_not_killed(other_run, tmp_path):
+    """The file names another checker than the one that holds the lock, here by a run that inherited its descriptor."""
+    holder = other_run(0)
+    (tmp_path / "elsewhere").mkdir()
+    named = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", "health_check.py"], cwd=ROOT)
+    stat = processes.read_stat(named.pid)
+    text = json.dumps({"pid": named.pid, "start_time": stat.start_time, "until": 0, "what": "checking"})
+    (tmp_path / FILE_NAME).write_text(text)
+
+    try:
+        problem = Lock(tmp_path).acquire(45, "checking")
+
+        assert f"pid {named.pid}" in problem and "left alone" in problem and "killed" not in problem
+        assert named.poll() is None and holder.poll() is None
+    finally:
+        named.kill()
+        named.wait()
+
+
+@pytest.mark.parametrize("case", ["another program", "another folder"])
+def test_a_holder_that_is_no_checker_of_this_folder_is_not_killed(other_run, tmp_path, case):
+    child = other_run(0, name="backup.py") if case == "another program" else other_run(0, folder=tmp_path)
+
+    problem = Lock(tmp_path).acquire(45, "checking")
+
+    assert f"pid {child.pid}" in problem and "left alone" in problem
+    assert child.poll() is None
+
+
+def test_a_killed_run_whose_child_keeps_the_lock_is_said_to_be_killed(other_run, tmp_path):
+    code = "import os, subprocess; os.set_inheritable(lock._file.fileno(), True)\n" \
+        "print(subprocess.Popen(['sleep', '600'], close_fds=False).pid, flush=True); time.sleep(600)"
+    child = other_run(0, code)
+    heir = int(child.stdout.readline())
+
+    try:
+        problem = Lock(tmp_path).acquire(45, "checking")
+
+        assert child.wait(10) != 0
+        assert "has been killed" in problem and "cannot" not in problem
+    finally:
+        os.kill(heir, signal.SIGKILL)
 
 
 def test_a_full_disk_does_not_prevent_a_run(tmp_path):

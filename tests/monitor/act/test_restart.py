@@ -83,6 +83,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Project
     monkeypatch.setattr(settings_module, "ENV_FILE", tmp_path / "no.env")
     # A whole run restarts in the project of the code; here it must be the copy.
     monkeypatch.setattr(Restarter.__init__, "__defaults__", (None, root))
+    monkeypatch.setattr(processes, "ROOT", root)
     # The stand-ins answer no questions; a frozen one answers nothing.
     monkeypatch.setattr(observe_module, "SECOND_LOOK_LIMIT_S", 1.0)
     opened = Project(root, Settings(_env_file=None, probe_timeout_s=1))
@@ -182,8 +183,56 @@ def test_a_whole_run_restarts_and_reports_it(project):
     assert outcome.report["targets"]["api"]["restarts_last_day"] == 1
 
 
+@pytest.mark.parametrize("loss", ["deleted", "damaged"])
+def test_a_process_killed_with_its_pid_file_lost_is_restarted(project, loss):
+    project.start()
+    old = project.record()
+    check.run(project.settings, random.Random(1))
+    path = processes.record_path(project.settings.log_dir, "api")
+    path.unlink() if loss == "deleted" else path.write_text("{")
+    os.kill(old.pid, signal.SIGKILL)
+
+    check.run(project.settings, random.Random(1))
+
+    assert project.store.incidents()[0]["rule"] == "process_gone"
+    assert project.record().pid != old.pid and processes.is_running(project.record())
+
+
+def test_the_checker_of_a_copied_folder_leaves_the_originals_servers_alone(project, monkeypatch):
+    project.start()
+    check.run(project.settings, random.Random(1))  # so that the copy has the checker's memory too
+    original = project.record()
+    copy = project.root.parent / "copy"
+    shutil.copytree(project.root, copy)
+    monkeypatch.setattr(processes, "ROOT", copy)
+    settings = project.settings.model_copy(update={"log_dir": copy / "logs", "api_port": free_port(), "web_port": free_port()})
+
+    report = check.run(settings, random.Random(1)).report
+
+    assert report["targets"]["api"]["rule"] == "not_started"
+    assert report["targets"]["api"]["decision"]["kind"] == "none"
+    assert processes.is_running(original)
+
+
+def test_what_is_stopped_between_the_verdict_and_the_restart_stays_stopped(project):
+    project.start()
+    old = project.record()
+    restarter = project.restarter()
+    processes.mark_stopped(project.settings.log_dir, "api", "stop.sh")
+    os.kill(old.pid, signal.SIGKILL)
+
+    assert "stopped on purpose" in restarter.restart("api", DEAD, Decision("restart", "dead"))
+
+    assert project.observe().api.process.state == "unrecorded", "its pid file is not yet removed, but it has not crashed"
+    assert project.state.limiters["api"].restarts == ()
+    assert restarter.restart("api", DEAD, Decision("restart", "asked"), "ann") == "", "an operator may start it again"
+    assert processes.is_running(project.record()) and not processes.was_stopped(project.settings.log_dir, "api")
+
+
 def test_what_was_stopped_on_purpose_is_not_started(project):
     project.start()
+    check.run(project.settings, random.Random(1))
+    processes.record_path(project.settings.log_dir, "api").unlink()
     assert os.system(f"bash {project.root / 'stop.sh'} >/dev/null 2>&1") == 0
 
     outcome = check.run(project.settings, random.Random(1))
@@ -228,6 +277,7 @@ def test_an_operators_restart_and_drain_are_carried_out_and_audited(project):
     check.run(project.settings, random.Random(1))
 
     assert processes.read_record(project.settings.log_dir, "api") is None
+    assert check.run(project.settings, random.Random(1)).report["targets"]["api"]["rule"] == "not_started"
     newest = project.store.requests()
     assert [row["state"] for row in newest[:2]] == ["refused", "done"]
     assert "`target` must be one of" in newest[0]["outcome"]

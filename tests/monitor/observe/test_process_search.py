@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import pytest
 from ports import free_port
 
 from monitor.observe.process_search import MARK, find_record, search
-from monitor.observe.processes import ProcessRecord, boot_id, read_record, read_stat, record_path, write_record
+from monitor.observe.processes import ProcessRecord, boot_id, id_of, read_record, read_stat, record_path, write_record
 
 SERVER = """
 import socket, sys, time
@@ -67,7 +68,7 @@ def serve() -> Iterator[Callable[..., subprocess.Popen]]:
 def test_a_lost_pid_file_is_written_anew(folder, serve, damage):
     port, logs = free_port(), folder / "logs"
     process = serve(folder, port)
-    true = ProcessRecord(process.pid, read_stat(process.pid).start_time, port, boot_id(), str(folder), 7, "abc")
+    true = ProcessRecord(process.pid, read_stat(process.pid).start_time, port, boot_id(), str(folder), 7, "abc", id_of(folder))
     path = record_path(logs, "api")
     if damage == "folder deleted":
         (logs / "api.log").unlink()
@@ -80,7 +81,7 @@ def test_a_lost_pid_file_is_written_anew(folder, serve, damage):
         path.write_text({"empty": "", "text": '{"pid": 3', "list": "[]"}[damage])
 
     assert find_record(logs, "api", port, folder) == true
-    assert read_record(logs, "api") == true
+    assert read_record(logs, "api", folder) == true
 
 
 def test_a_server_of_an_earlier_version_is_found_by_its_port_or_its_log(folder, serve):
@@ -121,3 +122,45 @@ def test_without_a_process_the_pid_file_is_what_it_was(folder):
 
     assert find_record(folder / "logs", "api", 8080, folder) == gone
     assert find_record(folder / "logs", "web", 8081, folder) is None
+
+
+def test_a_copy_of_the_folder_has_no_part_in_the_original(folder, serve, tmp_path):
+    port = free_port()
+    process = serve(folder, port)
+    own = find_record(folder / "logs", "api", port, folder)
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+
+    assert read_record(copy / "logs", "api", copy) is None
+    assert find_record(copy / "logs", "api", port, copy) is None
+    assert own is not None and own.pid == process.pid
+    process.kill()
+    process.wait()
+    assert read_record(copy / "logs", "api", copy) is None, "its end is none of the copy's either"
+    assert read_record(folder / "logs", "api", folder) == own
+
+
+def test_a_moved_folder_keeps_its_processes(folder, serve, tmp_path):
+    port = free_port()
+    process = serve(folder, port)
+    recorded = find_record(folder / "logs", "api", port, folder)
+    moved, link = tmp_path / "moved", tmp_path / "link"
+    folder.rename(moved)
+    link.symlink_to(moved)
+
+    assert read_record(moved / "logs", "api", moved) == read_record(link / "logs", "api", link) == recorded
+    process.kill()
+    process.wait()
+    assert read_record(moved / "logs", "api", moved) == read_record(link / "logs", "api", link) == recorded, "so that its end is seen"
+
+
+def test_a_copy_in_the_place_of_the_original_does_not_take_its_process(folder, serve, tmp_path):
+    port = free_port()
+    serve(folder, port)
+    recorded = find_record(folder / "logs", "api", port, folder)
+    moved = tmp_path / "moved"
+    folder.rename(moved)
+    shutil.copytree(moved, folder)
+
+    assert read_record(folder / "logs", "api", folder) is None
+    assert read_record(moved / "logs", "api", moved) == recorded
