@@ -27,7 +27,7 @@ class Failure(StrEnum):
     RELOAD = "reload"  # it ran for too long while the weights were to be loaded again
     NONFINITE = "nonfinite_logits"  # its logits were not finite numbers: the model or the device computes wrongly
     GRAMMAR = "grammar"  # its grammar could not be followed: too complex for the parser, or no text satisfies it
-    MEMORY = "memory"  # the device has not enough memory for this request, even alone
+    MEMORY = "out_of_memory"  # the device has not enough memory for this request, even alone
 
 
 @dataclass(frozen=True)
