@@ -120,6 +120,8 @@ def failed(kind: Failure, message: str) -> ServingError:
     """The error of a request that the engine ended without an answer."""
     if kind is Failure.ENGINE:
         return ServingError(500, message, "server_error", "engine_error")
+    if kind is Failure.GRAMMAR:
+        return cannot_enforce(message)
     if kind is Failure.RELOAD:
         return unavailable(message, "reload", 5)
     if kind is Failure.NONFINITE:
@@ -133,10 +135,10 @@ def failed(kind: Failure, message: str) -> ServingError:
     return unavailable(message, "draining", 30)
 
 
-def grammar_failed(reason: str) -> ServingError:
-    """`reason` is the grammar's own error; only its first line helps the caller."""
-    message = f"Structured output failed: {reason.partition(chr(10))[0][:300]}"
-    return ServingError(500, message, "server_error", "grammar_failed")
+def cannot_enforce(reason: str, param: str | None = None) -> ServingError:
+    """A schema that no grammar can enforce, or only up to here. `reason` is the grammar's own error."""
+    subject = f"`{param}`" if param else "The schema of the answer"
+    return invalid(f"{subject} cannot be enforced: {reason}", param, "unsupported_schema")
 
 
 def internal() -> ServingError:

@@ -7,13 +7,18 @@ serving (a CUDA error, for example): only a new process can use it again.
 from __future__ import annotations
 
 import argparse
+import asyncio
+import errno
 import ipaddress
 import logging
 import os
+import resource
+import socket
 import sys
 import threading
 import time
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
@@ -33,6 +38,10 @@ logger = logging.getLogger(__name__)
 
 CLOSE_S = 5  # after draining, for the last bytes to be sent
 KEEP_ALIVE_S = 5  # of an idle connection
+OPEN_FILES = 65_536  # connections and files at once, where the hard limit allows it
+# Connections that asyncio accepts at a time. Out of descriptors it tries, and reports, so many in a row (Python 3.11).
+BACKLOG = 512
+REPORT_S = 10.0
 DEVICE_LOST = 70
 ERROR_GRACE_S = 2.0  # for the error to reach the waiting clients
 
@@ -89,6 +98,7 @@ def engine_config(settings: Settings) -> EngineConfig:
 def serve(settings: Settings, engine: Engine) -> int:
     """Serve until a signal or a lost device; returns the exit code. Call in the main thread."""
     logs.set_up(settings.log_level)
+    allow_open_files()
     config = uvicorn.Config(
         create_app(settings, engine),
         host=settings.api_host,
@@ -97,6 +107,7 @@ def serve(settings: Settings, engine: Engine) -> int:
         access_log=False,
         server_header=False,
         http=Connection,
+        backlog=BACKLOG,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=CLOSE_S,
     )
@@ -112,6 +123,14 @@ def serve(settings: Settings, engine: Engine) -> int:
     code = DEVICE_LOST if server.lost else 0
     logger.info(logs.line("stopped", code=code))
     return code
+
+
+def allow_open_files() -> None:
+    """Raises the soft limit on open files, which a shell often sets to 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def check_bind_address(settings: Settings) -> None:
@@ -140,7 +159,23 @@ class DrainingServer(uvicorn.Server):
         self._drain_s = drain_s
         self._drain = threading.Thread(target=self._drain_then_exit, name="drain", daemon=True)
         self.lost = False
+        self._reported_at = -REPORT_S
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(self._report)
+        await super().startup(sockets)
+
+    def _report(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """An error that nobody awaits. One of accepting connections is repeated for as long as it lasts."""
+        error = context.get("exception")
+        if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
+            loop.default_exception_handler(context)
+            return
+        Connection.close_oldest()
+        if loop.time() - self._reported_at >= REPORT_S:
+            self._reported_at = loop.time()
+            logger.error(logs.line("no_files_left", limit=resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._drain.ident is None:

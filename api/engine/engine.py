@@ -24,7 +24,7 @@ from api.engine.request import Delta, Done, Event, Failed, Failure, Request
 from api.engine.scheduler import Batch, EncodeTask, Scheduler
 from api.engine.sequence import Sequence, make_sequence
 from api.engine.stats import Phase, State, Stats
-from api.engine.text.output import OutputState
+from api.engine.text.output import GrammarViolation, OutputState
 from api.engine.token_budget import TokenBudget
 
 logger = logging.getLogger(__name__)
@@ -497,12 +497,17 @@ class Engine:
         """Fail the requests that cannot be computed. Raises the error again if the device is lost."""
         assert self._model is not None
         ids = ",".join(s.request.id for s in sequences)
-        logger.error("event=step_failed engine_requests=%s work=%s", ids, work, exc_info=error)
+        if isinstance(error, GrammarViolation):  # of a caller's schema: no fault to be traced
+            logger.info("event=grammar_failed engine_requests=%s reason=%s", ids, json.dumps(str(error)))
+        else:
+            logger.error("event=step_failed engine_requests=%s work=%s", ids, work, exc_info=error)
         kind = self._model.runner.failure(error)
         if kind == "device":
             raise error
         failed = Failed(Failure.ENGINE, f"The model failed on this request: {type(error).__name__}.")
-        if kind == "memory":
+        if isinstance(error, GrammarViolation):
+            failed = Failed(Failure.GRAMMAR, str(error))
+        elif kind == "memory":
             failed = Failed(Failure.MEMORY, "There is not enough memory for this request.")
         for sequence in sequences:
             self._close(sequence, failed, keep=False)

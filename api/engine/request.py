@@ -26,7 +26,8 @@ class Failure(StrEnum):
     DEADLINE = "deadline"  # the request's own time limit passed
     RELOAD = "reload"  # it ran for too long while the weights were to be loaded again
     NONFINITE = "nonfinite_logits"  # its logits were not finite numbers: the model or the device computes wrongly
-    MEMORY = "memory"  # the device has not enough memory for this request, even alone
+    GRAMMAR = "grammar"  # its grammar could not be followed: too complex for the parser, or no text satisfies it
+    MEMORY = "out_of_memory"  # the device has not enough memory for this request, even alone
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,10 @@ class Grammar(Protocol):
 
     def finished(self) -> bool:
         """Whether no token may follow."""
+
+    @property
+    def failed(self) -> str:
+        """The error that stopped it, or an empty string."""
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ uvicorn limits how long a connection may be idle, but not how slowly headers may
 from __future__ import annotations
 
 import asyncio
+import resource
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import Executor
 from contextlib import suppress
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
@@ -24,6 +25,8 @@ T = TypeVar("T")
 HEADERS_S = 10.0  # from opening a connection, or the first byte after an answer, to the end of a request's headers
 BODY_S = 60.0
 SEND_S = 30.0  # a client that reads nothing for so long counts as disconnected
+MOST_WAITING = 4096  # connections without a request under way
+SPARE_FILES = 768  # descriptors kept free of waiting connections, for files and for a burst of new connections
 LARGE_BODY_BYTES = 64 * 1024
 # How much of a body is read and discarded after an early answer, and for how long.
 LINGER_S = 10.0
@@ -35,16 +38,28 @@ class ClientDisconnected(Exception):
 
 
 class Connection(H11Protocol):
-    """uvicorn's HTTP/1.1 protocol with a time limit on a request's headers.
+    """uvicorn's HTTP/1.1 protocol with a time limit on a request's headers, and a limit on the connections that wait.
 
-    Without it, a client that sends a byte now and then could hold any number of file descriptors, and needs no key.
+    Without them a client could hold any number of file descriptors, by sending nothing or a byte now and then, and needs
+    no key. Beyond the limit, or when descriptors run short, a new connection ends the one that has waited longest.
     """
 
     _timer: asyncio.TimerHandle | None = None
+    _waiting: ClassVar[dict[Connection, None]] = {}  # oldest first
+
+    @classmethod
+    def close_oldest(cls) -> None:
+        """Closes the connection that has waited longest for the headers of a request, if any."""
+        for oldest in cls._waiting:
+            oldest._cancel_timer()
+            oldest.transport.abort()
+            return
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._update_timer()
+        if len(self._waiting) > MOST_WAITING or _descriptors_are_short(transport.get_extra_info("socket").fileno()):
+            self.close_oldest()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -59,11 +74,19 @@ class Connection(H11Protocol):
             self._cancel_timer()
         elif self._timer is None:
             self._timer = self.loop.call_later(HEADERS_S, self.transport.close)
+            self._waiting[self] = None
 
     def _cancel_timer(self) -> None:
+        self._waiting.pop(self, None)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+def _descriptors_are_short(newest: int) -> bool:
+    """`newest` is the number of a new descriptor: the kernel gives the lowest free one, so all below it are in use."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return limit != resource.RLIM_INFINITY and newest >= limit - min(SPARE_FILES, limit // 4)
 
 
 async def read_body(request: Request, max_bytes: int, on_bytes: Callable[[int], None]) -> bytes:

@@ -24,7 +24,7 @@ from api.engine.request import Delta, Done, Event, Failed
 from api.engine.request import Request as EngineRequest
 from api.engine.scheduler import QueueFull
 from api.engine.text.grammar import MatcherGrammar
-from api.errors import ServingError, failed, grammar_failed, internal, not_accepting, queue_full, unknown_model
+from api.errors import ServingError, cannot_enforce, failed, internal, not_accepting, queue_full, unknown_model
 from api.health.metrics import Metrics
 from api.parsing.output import OutputParser
 from api.protocol.completion import Choice, Chunk, Completion, ResponseFormatter
@@ -254,7 +254,7 @@ class RequestHandler:
         grammar = self._grammars[index]
         if grammar is not None and grammar.failed:
             self._fail("grammar")
-            raise grammar_failed(grammar.failed)
+            raise cannot_enforce(grammar.failed)
         return event
 
     def _succeed(self) -> None:

@@ -178,6 +178,7 @@ def finish(draft: Draft, model: Model) -> Prompt:
     images, sizes = [], []
     for param, image in draft.opened:
         upright = decode(image, param)
+        image.close()  # `draft` holds it until the last one is done
         images.append(_with_key(model.image_processor.process(upright), upright))
         sizes.append(upright.size)
     image_id = model.vocabulary.special[model.image_token]

@@ -11,7 +11,7 @@ from api.engine.request import SamplingParams
 from api.engine.text.grammar import GrammarCompiler, MatcherGrammar
 from api.engine.text.grammar_text import AnswerForm, CallableTool, GrammarError
 from api.engine.text.markup import END_THINK, THINK
-from api.errors import invalid
+from api.errors import cannot_enforce, invalid
 from api.protocol.schemas import ChatRequest
 from settings import Settings
 
@@ -60,7 +60,7 @@ class Grammars:
             return await asyncio.wait_for(work, COMPILE_S)
         except GrammarError as error:
             reason = _POSITION_IN_GRAMMAR.sub("", str(error))
-            raise invalid(f"`{param}` cannot be enforced: {reason}", param, "unsupported_schema") from None
+            raise cannot_enforce(reason, param) from None
         except TimeoutError:
             raise invalid(
                 f"`{param}` is too complex: not compiled in {COMPILE_S:g} s.", param, "schema_too_complex"

@@ -346,6 +346,8 @@ def _silent(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
     # A server that has written a heartbeat is past its start.
     if evidence.beat is None and _is_fresh(evidence):
         return _starting(evidence)
+    if evidence.process.out_of_files:
+        return _no_files_left(evidence, limits)
     beat = evidence.beat
     if beat is not None and beat.beat_age_s <= BEAT_STALE_S:
         return _silent_but_beating(evidence, limits)
@@ -366,6 +368,17 @@ def _stands_still(evidence: ApiEvidence, limits: Limits) -> Verdict:
         f"no beat for {limits.beat_s:.0f} s, on {limits.confirm_runs} runs in a row",
         # Without a heartbeat one more run must confirm it.
         cure=long_enough, needed=limits.confirm_runs + (1 if beat_age_s is None else 0),
+    )  # fmt: skip
+
+
+def _no_files_left(evidence: ApiEvidence, limits: Limits) -> Verdict:
+    """It can neither accept a connection nor write its heartbeat. Idle connections are closed soon, so it may recover."""
+    files, most, runs = evidence.process.open_files, evidence.process.open_files_limit, limits.confirm_runs + 3
+    return Verdict(
+        "api", "broken", "no_files_left", f"The API has no file descriptors left: {files} of {most} are in use, so it accepts no "
+        "connections.", f"接口的文件描述符已用尽：{most} 个中已用 {files} 个，无法接受新连接。",
+        {"open_files": files, "open_files_limit": most, **_beat_facts(evidence)}, f"fewer than 95 % in use; a restart after {runs} runs in a row",
+        cure=True, needed=runs, attempts=1,
     )  # fmt: skip
 
 

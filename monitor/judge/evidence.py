@@ -36,6 +36,14 @@ class Process:
     port_owner: str = "unknown"
     holder: str = ""
     oom_killed: bool = False
+    open_files: int | None = None
+    open_files_limit: int | None = None
+
+    @property
+    def out_of_files(self) -> bool:
+        """Whether it can hardly open a file or accept a connection. 95 %, for some may just have been closed."""
+        files, limit = self.open_files, self.open_files_limit
+        return files is not None and limit is not None and files >= 0.95 * limit
 
     @property
     def alive(self) -> bool:

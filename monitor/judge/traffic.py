@@ -15,8 +15,9 @@ from monitor.judge.verdict import Limits
 
 ENOUGH = 20
 WINDOW_S = 600.0
-# Failures that a new process would repeat: the time limit of a request passed, or a user's schema cannot be followed.
-NOT_CURABLE = frozenset({"deadline", "grammar"})
+# Failures that a new process would repeat, and that one user can cause at will: the time limit of a request passed, its schema
+# cannot be followed, or it is too large for the device (a 413).
+NOT_CURABLE = frozenset({"deadline", "grammar", "out_of_memory"})
 
 
 @dataclass

@@ -309,7 +309,10 @@ def _process(record: processes.ProcessRecord | None, stuck_before: Mapping[str, 
     letter = stat.state if stat else "?"
     stuck = bool(stuck_before.items() & _stuck_threads(record.pid).items())
     state = "stuck" if stuck else {"T": "stopped", "t": "traced"}.get(letter, "runs")
-    return Process(state, record.pid, processes.age_s(record), *_owner(record, owners))
+    files, most = processes.open_files(record.pid)
+    return Process(
+        state, record.pid, processes.age_s(record), *_owner(record, owners), open_files=files, open_files_limit=most
+    )
 
 
 def _owner(record: processes.ProcessRecord, owners: list[ports.Listener]) -> tuple[str, str]:

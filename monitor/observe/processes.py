@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import pwd
+import resource
 import signal
 import tempfile
 import time
@@ -70,6 +71,15 @@ def read_stat(pid: int) -> ProcessStat | None:
         return None
     fields = text.rpartition(")")[2].split()  # the command name before it may hold spaces and brackets
     return ProcessStat(pid, fields[0], int(fields[3]), int(fields[19]))
+
+
+def open_files(pid: int) -> tuple[int | None, int | None]:
+    """How many it has open, and how many it may have; None where unknown or without limit."""
+    try:
+        limit = resource.prlimit(pid, resource.RLIMIT_NOFILE)[0]
+        return len(os.listdir(PROC / str(pid) / "fd")), None if limit == resource.RLIM_INFINITY else limit
+    except OSError:
+        return None, None
 
 
 def command_of(pid: int) -> str:

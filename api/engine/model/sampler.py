@@ -16,15 +16,12 @@ import torch
 from api.engine.loaded_model import SampledToken
 from api.engine.request import SamplingParams, TokenLogprob
 from api.engine.sequence import Sequence
+from api.engine.text.output import GrammarViolation
 
 # Stands for the token of a row whose logits are not finite, until the tokens are on the CPU.
 NOT_FINITE = -1
 # Up to this top_k, `topk` is used instead of sorting the vocabulary.
 MAX_PARTIAL_SORT = 1024
-
-
-class NothingAllowed(ValueError):
-    """The grammar of a sequence allows no token."""
 
 
 class Sampler:
@@ -55,7 +52,7 @@ class Sampler:
                 self._counts[slot, token] += 1
 
     def sample(self, logits: torch.Tensor, sequences: Items[Sequence]) -> list[SampledToken]:
-        """One token for each row of float32 logits [rows, vocabulary]. Raises NothingAllowed.
+        """One token for each row of float32 logits [rows, vocabulary]. Raises GrammarViolation.
 
         A row with a logit that is not finite is marked, at the cost of one sum: the mark travels with the tokens, so that
         nothing waits for it.
@@ -134,7 +131,7 @@ class Sampler:
             words = np.stack([np.asarray(outputs[row].grammar.allowed()).reshape(-1) for row in bound])
             allowed = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")[:, : self._size].astype(bool)
             if not allowed.any(axis=1).all():
-                raise NothingAllowed("the grammar allows no token")
+                raise GrammarViolation("the grammar allows no token")
             bits = torch.zeros(len(bound), self._size, dtype=torch.bool, device=self._device)
             bits[:, : allowed.shape[1]] = torch.from_numpy(allowed).to(self._device)
             scores = _replace(scores, bound, scores[bound].masked_fill(~bits, -torch.inf))

@@ -13,11 +13,13 @@ import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from api.engine.text.grammar_text import AnswerForm, GrammarError, write
+from api.engine.text.markup import CALL, END_THINK
 from api.engine.text.tokenizer import Vocabulary
 
 # Limits of one grammar; beyond them compiling fails.
 _LIMITS = LLParserLimits(max_grammar_size=100_000, max_lexer_states=50_000, verbose_errors=False)
 MAX_GRAMMAR_CHARACTERS = 200_000
+JSON_STARTS = tuple('{["-0123456789tfn')
 DEAD_END = "no text can satisfy the schema from here on"  # llguidance's NoExtensionBias
 
 
@@ -37,8 +39,23 @@ class GrammarCompiler:
             raise GrammarError(f"it must have <= {MAX_GRAMMAR_CHARACTERS} characters as a grammar. Given: {len(text)}")
         matcher = LLMatcher(self._table(), text, log_level=0, limits=_LIMITS)
         if matcher.is_error():
-            raise GrammarError(matcher.get_error().strip().splitlines()[0][:300])
+            raise GrammarError(_first_line(matcher))
+        self._check_start(matcher, form)
         return MatcherGrammar(matcher)
+
+    def _check_start(self, matcher: LLMatcher, form: AnswerForm) -> None:
+        """Raises GrammarError if no answer can begin, or if its beginning is past the parser's limits.
+
+        The limits on what may come next are checked by a step only, not by compiling. A schema that exceeds them later in
+        the answer is not found here.
+        """
+        head = [self._vocabulary.special[END_THINK]] if form.starts_thinking else []
+        if form.schema is not None and not form.must_call:
+            starts = [_takes(matcher, [*head, *self._vocabulary.encode(text)]) for text in JSON_STARTS]
+            if not any(starts):
+                raise GrammarError(DEAD_END)
+        for tool in form.tools:
+            _takes(matcher, [*head, *self._vocabulary.encode(f"{CALL}{tool.name}\n")])
 
     def _table(self) -> LLTokenizer:
         with self._lock:
@@ -72,5 +89,19 @@ class MatcherGrammar:
 
     @property
     def failed(self) -> str:
-        error = self._matcher.get_error().strip()
-        return DEAD_END if error.startswith("NoExtensionBias") else error
+        return _first_line(self._matcher)
+
+
+def _takes(matcher: LLMatcher, tokens: list[int]) -> bool:
+    """Whether an answer may begin with `tokens`. Raises GrammarError if the parser fails on them."""
+    trial = matcher.deep_copy()
+    taken = trial.try_consume_tokens(tokens)
+    if trial.is_error():
+        raise GrammarError(_first_line(trial))
+    return taken == len(tokens)
+
+
+def _first_line(matcher: LLMatcher) -> str:
+    """The matcher's error for a caller; empty without one."""
+    error = matcher.get_error().strip()
+    return DEAD_END if error.startswith("NoExtensionBias") else error.partition("\n")[0][:300]

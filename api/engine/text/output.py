@@ -19,7 +19,7 @@ MIN_REPEATS = 4
 
 
 class GrammarViolation(Exception):
-    """The sampled token is not one that the grammar allows."""
+    """The grammar takes no token, or not the sampled one: it is past its limits, for example."""
 
 
 class OutputState:
@@ -77,7 +77,7 @@ class OutputState:
             self._forced.popleft()
         grammar = self.grammar
         if grammar is not None and not grammar.accept(token):
-            raise GrammarViolation(f"token {token} does not fit the grammar")
+            raise GrammarViolation(grammar.failed or f"token {token} does not fit the grammar")
         if self._grammar_trigger:
             self._tail = (self._tail + data)[-len(self._grammar_trigger) - len(data) :]
             if self._grammar_trigger in self._tail:

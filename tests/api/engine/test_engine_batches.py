@@ -176,6 +176,8 @@ def test_a_prompt_as_long_as_the_context_is_refused(drive) -> None:
 class Rule:
     """A grammar that allows one text and then the end."""
 
+    failed = ""
+
     def __init__(self, ids: list[int]) -> None:
         self.left = ids
 
@@ -208,7 +210,8 @@ def test_a_grammar_may_apply_only_after_a_text(drive) -> None:
 def test_a_token_against_the_grammar_fails_its_own_request(drive) -> None:
     driver = drive(answer=lambda p, i: "no")
 
-    assert read(driver.ask("q", grammar=Rule([1])))[1].kind is Failure.ENGINE
+    failed = read(driver.ask("q", grammar=Rule([1])))[1]
+    assert failed.kind is Failure.GRAMMAR and "does not fit the grammar" in failed.message
     assert isinstance(read(driver.ask("q", "b"))[1], Done)
 
 

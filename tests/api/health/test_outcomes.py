@@ -69,7 +69,7 @@ def test_running_out_of_memory_is_a_failure_although_its_status_is_413(serve) ->
     served.runner.most_rows = 0
 
     assert served.chat("hi").status_code == 413
-    assert counts(served)["failed"] == {"memory": 1}
+    assert counts(served)["failed"] == {"out_of_memory": 1}
 
 
 def test_refusals_by_a_dead_engine_are_failures(serve) -> None:

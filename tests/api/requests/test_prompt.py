@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from fake_model import fake_model
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from PIL import Image
 from served import image_part, text_part
 
 from api.engine.loaded_model import Model
@@ -131,3 +132,26 @@ def test_a_tool_result_may_contain_an_image(model: Model) -> None:
     messages = [{"role": "user", "content": "look"}, {"role": "tool", "content": [image_part()]}]
 
     assert len(prompt_of(model, messages).images) == 1
+
+
+def test_an_image_is_let_go_before_the_next_is_decoded(model: Model, monkeypatch) -> None:
+    chat = parse_chat(json.dumps({"messages": [{"role": "user", "content": [image_part(), image_part(), image_part()]}]}).encode())
+    drafted = draft(chat, {}, model, Settings())
+    process, held = model.image_processor.process, []
+
+    def noting(image):
+        held.append(sum(has_pixels(opened) for _, opened in drafted.opened))
+        return process(image)
+
+    monkeypatch.setattr(model.image_processor, "process", noting)
+    finish(drafted, model)
+
+    assert held == [0, 0, 0], "an upright copy is processed"
+
+
+def has_pixels(image: Image.Image) -> bool:
+    """Whether they are in memory; asks for none to be decoded."""
+    try:
+        return image.im is not None
+    except (ValueError, AssertionError):  # closed, and not yet decoded
+        return False

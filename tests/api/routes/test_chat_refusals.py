@@ -179,6 +179,20 @@ def test_a_schema_that_cannot_be_enforced_is_refused_by_name(serve) -> None:
     assert (error["param"], error["code"]) == ("response_format", "unsupported_schema")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_schema_that_fails_while_the_model_writes_is_its_senders_error(serve, stream: bool) -> None:
+    wide = {"type": "object", "properties": {f"q{n}": {"type": "string"} for n in range(1000)}}
+    schema = {"type": "array", "items": {**wide, "additionalProperties": False}}
+    served = serve(answer=lambda prompt, index: "[{")
+
+    response_format = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    answer = served.chat(response_format=response_format, stream=stream)
+
+    error = next(item["error"] for item in sse_data(answer.text) if "error" in item) if stream else error_of(answer, 400)
+    assert error["code"] == "unsupported_schema" and "max is 2000" in error["message"]
+    assert served.client.get("/health").json()["outcomes"]["failed"] == {"grammar": 1}
+
+
 def test_a_schema_that_takes_too_long_is_refused(serve, monkeypatch) -> None:
     monkeypatch.setattr("api.requests.sampling_params.COMPILE_S", 0.05)
     monkeypatch.setattr("api.requests.sampling_params._compile_all", lambda *_: time.sleep(0.5))

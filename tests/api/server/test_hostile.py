@@ -247,11 +247,9 @@ SCHEMAS: list[dict[str, Any]] = [
 def test_hostile_schemas(schema: dict[str, Any], server: Server) -> None:
     answer = server.post(bound(schema))
 
-    assert answer.status_code in (200, 400, 500), answer.text
-    if answer.status_code == 400:
-        assert answer.json()["error"]["param"] == "response_format"
-    if answer.status_code == 500:  # the fake model's text does not match the schema
-        assert answer.json()["error"]["code"] in ("engine_error", "grammar_failed")
+    assert answer.status_code in (200, 400), answer.text
+    if answer.status_code == 400:  # without the name: the fake model's text does not match the schema
+        assert answer.json()["error"]["param"] in ("response_format", None)
 
 
 def bound(schema: dict[str, Any]) -> dict[str, Any]:

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from api.engine.loaded_model import SampledToken
-from api.engine.model.sampler import NothingAllowed, Sampler
+from api.engine.model.sampler import Sampler
 from api.engine.request import Request, SamplingParams
 from api.engine.sequence import Sequence
+from api.engine.text.output import GrammarViolation
 
 LOGITS = torch.tensor([1.0, 3.0, 2.5, -1.0, 0.0])
 SIZE = len(LOGITS)
@@ -176,7 +177,7 @@ def test_a_grammar_applies_to_its_own_row() -> None:
 
 
 def test_a_grammar_that_allows_nothing_is_an_error() -> None:
-    with pytest.raises(NothingAllowed):
+    with pytest.raises(GrammarViolation):
         sample_batch(LOGITS[None], sequence(output=Output(allowed=[])))
 
 

@@ -152,13 +152,51 @@ def test_a_rejected_token_fails_the_grammar_and_leaves_only_end_tokens(compiler,
 
 def test_a_schema_that_nothing_satisfies_fails_in_plain_words(compiler, vocabulary) -> None:
     endless = {"$ref": "#/$defs/x", "$defs": {"x": {"$ref": "#/$defs/x"}}}
-    grammar = compiler.compile(AnswerForm(schema=endless, may_think=False))
+    inner = {"type": "object", "properties": {"a": endless}, "required": ["a"], "$defs": endless["$defs"]}
+    grammar = compiler.compile(AnswerForm(schema=inner, may_think=False))
     [newline] = vocabulary.encode("\n")
+    for token in vocabulary.encode('{"a":'):
+        grammar.accept(token)
     for _ in range(40):  # white space is allowed before the JSON, but not without end
         if allows(grammar, newline):
             grammar.accept(newline)
 
     assert grammar.failed == "no text can satisfy the schema from here on"
+
+
+def wide(count: int) -> dict[str, Any]:
+    properties = {f"q{number}": {"type": "string"} for number in range(count)}
+    return {"type": "object", "properties": properties, "additionalProperties": False}
+
+
+def ambiguous() -> dict[str, Any]:
+    """Objects that agree in their names, of strings that many patterns fit at once."""
+    patterns = [f"^(a|b)*a(a|b){{{number % 14}}}$" for number in range(60)]
+    shapes = [{f"p{n}": {"type": "string", "pattern": pattern} for n in range(12)} for pattern in patterns]
+    return {"anyOf": [{"type": "object", "properties": one, "additionalProperties": False} for one in shapes]}
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        (AnswerForm(wide(1000)), "max is 2000"),
+        (AnswerForm(wide(1000), starts_thinking=True), "max is 2000"),
+        (AnswerForm(ambiguous()), "max is 2000"),
+        (AnswerForm(tools=(COUNT, CallableTool("w", wide(1500))), must_call=True), "max is 2000"),
+        (AnswerForm({"$ref": "#"}), "no text can satisfy"),
+    ],
+    ids=["wide", "wide, thinking", "ambiguous", "wide tool", "of itself"],
+)
+def test_a_form_that_fails_at_its_first_step_is_refused_at_once(form: AnswerForm, message: str, compiler) -> None:
+    with pytest.raises(GrammarError, match=message):
+        compiler.compile(form)
+
+
+def test_a_schema_that_is_too_wide_further_in_tells_its_limit_when_it_fails(compiler, vocabulary) -> None:
+    grammar = compiler.compile(AnswerForm({"type": "array", "items": wide(1000)}))
+
+    assert not all(grammar.accept(token) for token in vocabulary.encode("[{"))
+    assert "max is 2000" in grammar.failed and "\n" not in grammar.failed
 
 
 def test_grammars_do_not_share_state(compiler, vocabulary) -> None:
