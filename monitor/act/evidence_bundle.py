@@ -45,7 +45,7 @@ def save(settings: Settings, incident: str, part: str, evidence: dict[str, Any],
         except OSError as error:
             text = f"could not be read: {error}\n"
         try:
-            (folder / name).write_text(redact(text[-FILE_LIMIT_BYTES:], settings), encoding="utf-8")
+            (folder / name).write_text(redact(text[-FILE_LIMIT_BYTES:], settings), encoding="utf-8", errors="replace")
         except OSError:
             return
 

@@ -55,10 +55,21 @@ class Reply:
     def json(self) -> dict[str, Any] | None:
         """The body if it is a JSON object, else None."""
         try:
-            parsed = json.loads(self.body)
-        except (ValueError, RecursionError):  # a body of brackets only
+            parsed = parse_json(self.body)
+        except ValueError:
             return None
         return parsed if isinstance(parsed, dict) else None
+
+
+def parse_json(text: bytes | str) -> Any:
+    """What a server sent as JSON. A lone surrogate, which no file could store, becomes a question mark. Raises ValueError."""
+    try:
+        parsed = json.loads(text.decode("utf-8") if isinstance(text, bytes) else text)
+        said = json.dumps(parsed, ensure_ascii=False)
+        storable = said.encode("utf-8", "replace").decode("utf-8")
+        return parsed if storable == said else json.loads(storable)
+    except RecursionError:  # a body of brackets only
+        raise ValueError("too many brackets") from None
 
 
 class Deadline(Generic[Result]):

@@ -152,7 +152,7 @@ def _append(path: Path, line: str) -> None:
             if older.exists():
                 older.replace(path.with_name(f"{path.name}.{number + 1}"))
         path.replace(path.with_name(f"{path.name}.1"))
-    with path.open("a", encoding="utf-8") as file:
+    with path.open("a", encoding="utf-8", errors="replace") as file:
         file.write(line)
 
 
@@ -205,7 +205,7 @@ def _bulk(url: str, document: Mapping[str, Any], log_dir: Path) -> str:
         headers["Authorization"] = "Basic " + base64.b64encode(pair).decode()
     port = f":{parts.port}" if parts.port else ""
     target = f"{parts.scheme}://{parts.hostname}{port}/_bulk"
-    reply = exchange(target, SEND_LIMIT_S, "POST", ("\n".join(lines) + "\n").encode(), headers, connect_s=2.0)
+    reply = exchange(target, SEND_LIMIT_S, "POST", ("\n".join(lines) + "\n").encode("utf-8", "replace"), headers, connect_s=2.0)
     body = reply.json() or {}
     # A document rejected for its content would be rejected again and must not block later ones.
     if reply.status == 200:

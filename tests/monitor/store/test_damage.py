@@ -216,15 +216,24 @@ def test_values_that_no_code_expects_are_left_out_with_their_rows(make_settings,
     assert "the run is repeated with a new store" in capsys.readouterr().err
 
 
-def test_a_fault_of_the_checker_is_raised_and_sets_no_file_aside_again(make_settings, monkeypatch):
+def test_a_fault_of_the_checker_is_raised_and_sets_no_file_aside(make_settings, monkeypatch):
     settings = make_settings(1)
     monkeypatch.setattr(check, "judge", lambda *_: {}["api"])
 
-    for _ in range(3):
+    for _ in range(2):
         with pytest.raises(KeyError):
             check.run(settings, random.Random(1))
 
-    assert len(all_aside(settings.log_dir / "state.db")) == 1
+    assert not all_aside(settings.log_dir / "state.db")
+
+
+def test_text_that_no_file_can_hold_is_stored_with_question_marks(tmp_path):
+    with closing(Store.open(tmp_path)) as store:
+        store.add_action(1.0, "api", "restart", "\udc80ann", "done", "why \ud800")
+        store.put("last", {"runs": "\ud800"})
+
+        assert (store.actions()[0]["actor"], store.actions()[0]["detail"]) == ("?ann", "why ?")
+        assert store.get("last") == {"runs": "?"}
 
 
 def test_a_locked_file_is_left_alone_and_the_run_goes_on(tmp_path):
