@@ -5,23 +5,29 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import getpass
 import os
 import random
 import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import settings as settings_module
 from monitor.tell import notices, report
 from monitor.tell.log import warn
 from settings import Settings, SettingsError
 
+if TYPE_CHECKING:
+    from monitor.act.lock import Lock
+
 GOOD, BAD, WRONG_USE, LOCKED, INTERRUPTED = 0, 1, 2, 3, 130
+WATCH_EVERY_S = 1.0
+LAST_RESORT_S = 5.0  # after the deadline
 
 
 def main(arguments: list[str]) -> int:
@@ -101,11 +107,11 @@ def _run(settings: Settings, args: argparse.Namespace) -> int:
     from monitor.act.lock import Lock
 
     lock = Lock(settings.log_dir)
+    _end_at_deadline(settings, lock)
     holder = lock.acquire(settings.check_budget_s, "checking")
     if holder:
         warn(f"skipped: {holder}")
         return LOCKED
-    _end_at_deadline(settings, lock)
     try:
         outcome = check.run(settings, random.SystemRandom(), lock, _clock(settings), act=not getattr(args, "no_act", False))
         _keep_settings()
@@ -150,17 +156,20 @@ def _clock(settings: Settings) -> Any:
     return lambda: replace(now(), wall=now().wall + shift_s) if shift_s else now()
 
 
-def _end_at_deadline(settings: Settings, lock: Any) -> None:
-    """Ends this run at its deadline; otherwise the next run would kill it."""
+def _end_at_deadline(settings: Settings, lock: Lock) -> None:
+    """Ends this run at its deadline; otherwise the next run would kill it. Not by a signal: Python handles those in the main
+    thread, which may never come back from the kernel."""
+    lock.begin(settings.check_budget_s)
 
-    def on_alarm(number: int, frame: FrameType | None) -> None:
-        if lock.expired():
-            warn(f"ended: the run took longer than {settings.check_budget_s:g} s")
-            os._exit(BAD)
-        signal.alarm(5)
+    def watch() -> None:
+        while not lock.expired():
+            # For a main thread that does not even let this one run; it needs no Python.
+            faulthandler.dump_traceback_later(lock.left_s + LAST_RESORT_S, exit=True, file=2)
+            time.sleep(min(WATCH_EVERY_S, max(0.0, lock.left_s)))
+        warn(f"ended: the run took longer than {settings.check_budget_s:g} s")
+        os._exit(BAD)
 
-    signal.signal(signal.SIGALRM, on_alarm)
-    signal.alarm(max(1, int(settings.check_budget_s)))
+    threading.Thread(target=watch, name="deadline", daemon=True).start()
 
 
 def _loop(settings: Settings, args: argparse.Namespace) -> int:

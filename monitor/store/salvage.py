@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from monitor.observe.small_file import is_no_file
+
 JOURNALS = ("-wal", "-shm", "-journal")
 KEEP = 3  # files set aside; older ones are deleted
 LIMIT_S = 15.0  # of one salvage: it happens within a run of the checker or a click on the page
@@ -34,8 +36,14 @@ def is_damage(error: BaseException, path: Path) -> bool:
 
 
 def _in_place_of_a_file(path: Path) -> bool:
-    """Whether a folder is where the file or its journal should be."""
-    return any(path.with_name(path.name + end).is_dir() for end in ("", *JOURNALS))
+    """Whether a folder, a pipe or the like is where the file or its journal should be."""
+    return any(is_no_file(path.with_name(path.name + end)) for end in ("", *JOURNALS))
+
+
+def refuse_pipes(path: Path) -> None:
+    """Raises OperationalError for what is no file, before SQLite opens it: a pipe would hold the program for ever."""
+    if _in_place_of_a_file(path):
+        raise sqlite3.OperationalError(f"{path.name} or its journal is not a file")
 
 
 def set_aside(path: Path, now: float) -> Path:
@@ -77,8 +85,12 @@ def salvage(source: Path, target: sqlite3.Connection, limit_s: float = LIMIT_S) 
     Leaves the file as it is. Rows that `target` has already are kept. Values of a wrong type are left out with their row.
     """
     ends_at = time.monotonic() + limit_s
+    if not source.is_file():
+        return _counts(target)
     with contextlib.ExitStack() as stack:
         sources = [f"file:{source}?mode=ro", f"file:{source}?immutable=1"]  # with the journal; as if there were none
+        if _in_place_of_a_file(source):
+            del sources[0]
         for uri in sources:
             _copy_tables(uri, target, ends_at)
         if not any(_counts(target).values()):

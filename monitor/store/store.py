@@ -51,7 +51,7 @@ from pathlib import Path
 from typing import Any
 
 from monitor.store import steady_time
-from monitor.store.salvage import OTHER_SCHEMA, is_damage, salvage, set_aside
+from monitor.store.salvage import OTHER_SCHEMA, is_damage, refuse_pipes, salvage, set_aside
 
 FILE_NAME = "state.db"
 COPY_NAME = "state.copy.json"
@@ -493,6 +493,7 @@ class Store:
 
 def _writer(log_dir: Path) -> sqlite3.Connection:
     log_dir.mkdir(parents=True, exist_ok=True)
+    refuse_pipes(log_dir / FILE_NAME)
     connection = sqlite3.connect(log_dir / FILE_NAME, timeout=5, isolation_level=None)
     try:
         connection.execute("PRAGMA journal_mode=WAL")
@@ -560,6 +561,7 @@ def _copy_intact(path: Path, mode: str, memory: sqlite3.Connection) -> bool:
 
 
 def _reader(path: Path, mode: str = "mode=ro") -> sqlite3.Connection:
+    refuse_pipes(path)
     # A WAL reader needs the -shm file: the folder must be writable, or the file must exist.
     return sqlite3.connect(f"file:{path}?{mode}", uri=True, timeout=5, isolation_level=None)
 
