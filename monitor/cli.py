@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import settings as settings_module
 from monitor.tell import notices, report
-from monitor.tell.log import warn
+from monitor.tell.log import warn, write_line
 from settings import Settings, SettingsError
 
 if TYPE_CHECKING:
@@ -122,18 +122,25 @@ def _run(settings: Settings, args: argparse.Namespace) -> int:
     finally:
         lock.release()
     if not (getattr(args, "quiet", False) and outcome.report["service_healthy"]):
-        print(report.to_json(outcome.report))
+        _print(outcome.report)
     return GOOD if outcome.report["service_healthy"] else BAD
 
 
 def _publish_unknown(reason: str, log_dir: Path) -> None:
     """So that nobody takes yesterday's report for today's."""
     unknown = report.unknown(reason)
-    print(report.to_json(unknown))
+    _print(unknown)
     try:
         report.write(unknown, log_dir)
     except OSError as error:
         warn(f"{log_dir / report.FILE_NAME} could not be written: {error.strerror or error}")
+
+
+def _print(summary: dict[str, Any]) -> None:
+    """The exit code is the verdict's, also where nobody reads the report."""
+    error = write_line(sys.stdout, report.to_json(summary))
+    if error is not None and not isinstance(error, BrokenPipeError):
+        warn(f"the report could not be printed: {error.strerror or error}")
 
 
 def _keep_settings() -> None:

@@ -213,3 +213,18 @@ def test_a_run_whose_main_thread_is_held_by_the_kernel_ends_itself(copy, tmp_pat
     done = run(sys.executable, copy / "health_check.py", {}, tmp_path)
 
     assert done.returncode == 1 and "ended: the run took longer than 5 s" in done.stderr
+
+
+@pytest.mark.parametrize("where", ["> /dev/full", "> /dev/full 2> /dev/full", "2>&1 | true", ">&- 2>&-"])
+def test_the_exit_code_is_the_verdicts_where_nobody_can_read_it(copy, tmp_path, service, behaviour, describe, where):
+    behaviour.reply = lambda body: (200, completion(describe(body)))
+    (copy / ".env").write_text(f"GLM_API_PORT={service}\nGLM_WEB_PORT={service}\n")
+
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} {copy / 'health_check.py'} {where}; exit ${{PIPESTATUS[0]}}"], cwd=tmp_path, capture_output=True,
+        text=True, timeout=60,
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+    assert ("could not be printed: No space left" in done.stderr) == (where == "> /dev/full")

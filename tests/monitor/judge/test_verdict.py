@@ -52,6 +52,8 @@ def silent_load(still_s: float, written_age_s: float) -> ApiEvidence:
 WRONG = (RIGHT[0], Answer("picture", "wrong", 3, 200, "red circle", "blue"))
 UNJUDGED = (Answer("text", "unjudged", 0.2, 200), Answer("picture", "unjudged", 0.2, 200))
 FALLEN = AccuracyEvidence((Fall("color", 12, 1, 220, 219),), ("color", "shape"), 8)
+GARBAGE = HealthReply("failed", 0.1, detail="BadStatusLine: SSH-2.0")
+NONSENSE = api(process=Process(), beat=None, first=GARBAGE, last=GARBAGE, answers=(Answer("text", "failed", detail="BadStatusLine: SSH-2.0"),))
 CASES = {
     "right answers": (api(), "healthy", "answers_right", False),
     "a credit from users": (api(answers=(Answer("text", "credited"), Answer("picture", "credited"))), "healthy", "answers_right", False),
@@ -102,6 +104,8 @@ CASES = {
     "loop blocked for a minute": (zombie(61), "zombie", "loop_stands_still", True),
     "loop blocked a moment": (zombie(30), "zombie", "loop_stands_still", False),
     "stopped by a signal": (api(process=replace(RUNS, state="stopped"), beat=beat(61), first=NO_HTTP, answers=SILENT, last=NO_HTTP), "zombie", "frozen", True),
+    "an engine that is silent": (api(process=Process(), beat=None, first=NO_HTTP, answers=SILENT, last=NO_HTTP), "zombie", "no_valid_reply", True),
+    "an engine that sends nonsense": (NONSENSE, "broken", "no_valid_reply", True),
     "silent, beating, idle": (api(first=NO_HTTP, answers=SILENT, last=NO_HTTP), "zombie", "silent_but_beating", True),
     "silent, beating, working": (api(first=NO_HTTP, answers=SILENT, last=NO_HTTP, beat=beat(pending=2)), "busy", "slow_http", False),
     "silent, but the file shows a hung step": (api(first=NO_HTTP, answers=SILENT, last=NO_HTTP, beat=beat(2, pending=2, no_progress_s=130)), "wedged", "no_progress", True),
@@ -221,3 +225,10 @@ def test_the_page(name: str) -> None:
     verdict = judge_page(replace(good, **changes), LIMITS)
 
     assert (verdict.word, verdict.cure) == (word, cure)
+
+
+def test_an_engines_broken_reply_is_named_and_no_heartbeat_is_missed():
+    verdict = judge_api(NONSENSE, LIMITS)
+
+    assert "BadStatusLine: SSH-2.0" in verdict.en and "BadStatusLine: SSH-2.0" in verdict.zh
+    assert "heartbeat" not in verdict.en and "心跳" not in verdict.zh
