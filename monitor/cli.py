@@ -5,10 +5,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import faulthandler
 import getpass
 import os
 import random
+import resource
 import signal
 import sys
 import threading
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 
 GOOD, BAD, WRONG_USE, LOCKED, INTERRUPTED = 0, 1, 2, 3, 130
 WATCH_EVERY_S = 1.0
+FILES = 256
 LAST_RESORT_S = 5.0  # after the deadline
 
 
@@ -106,8 +110,12 @@ def _run(settings: Settings, args: argparse.Namespace) -> int:
     from monitor import check
     from monitor.act.lock import Lock
 
+    _allow_files()
     lock = Lock(settings.log_dir)
-    _end_at_deadline(settings, lock)
+    try:
+        _end_at_deadline(settings, lock)
+    except RuntimeError as error:  # no more threads; the next run ends this one then
+        warn(f"nothing keeps the deadline of this run: {error}")
     holder = lock.acquire(settings.check_budget_s, "checking")
     if holder:
         warn(f"skipped: {holder}")
@@ -116,7 +124,12 @@ def _run(settings: Settings, args: argparse.Namespace) -> int:
         outcome = check.run(settings, random.SystemRandom(), lock, _clock(settings), act=not getattr(args, "no_act", False))
         _keep_settings()
     except Exception as error:
-        traceback.print_exc()
+        short = _short_of(error)
+        if short:
+            _publish_unknown(f"checker_blind: the checker cannot judge, because {short}", settings.log_dir)
+            return BAD
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
         _publish_unknown(f"the checker failed: {type(error).__name__}: {error}; see health_check.log", settings.log_dir)
         return BAD
     finally:
@@ -124,6 +137,24 @@ def _run(settings: Settings, args: argparse.Namespace) -> int:
     if not (getattr(args, "quiet", False) and outcome.report["service_healthy"]):
         _print(outcome.report)
     return GOOD if outcome.report["service_healthy"] else BAD
+
+
+def _short_of(error: Exception) -> str:
+    """What the system refuses the checker, which is nobody's mistake in the code; empty for any other error."""
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return f"it may not open more files (ulimit -n is {resource.getrlimit(resource.RLIMIT_NOFILE)[0]}): {error.strerror}"
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in (errno.ENOMEM, errno.EAGAIN)):
+        return f"the system gives it no more memory or processes: {error or 'out of memory'}"
+    if isinstance(error, RuntimeError) and "start new thread" in str(error):
+        return f"the system gives it no more threads: {error}"
+    return ""
+
+
+def _allow_files() -> None:
+    """As many open files as it may allow itself."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= soft < FILES and (hard > soft or hard < 0):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(FILES, hard) if hard >= 0 else FILES, hard))
 
 
 def _publish_unknown(reason: str, log_dir: Path) -> None:

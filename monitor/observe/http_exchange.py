@@ -8,6 +8,7 @@ syntax newer than Python 3.8, because stop.sh imports this through deploy/servic
 from __future__ import annotations
 
 import contextlib
+import errno
 import http.client
 import json
 import socket
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
 CONNECT_LIMIT_S = 1.0
+NO_FILES = "the checker itself may not open more files"
 BODY_LIMIT_BYTES = 2**20
 STREAM_LIMIT_BYTES = 8 * 2**20
 LINE_LIMIT_BYTES = 256 * 1024
@@ -184,6 +186,8 @@ def failed_reply(error: Exception, started: float, limit_s: float) -> Reply:
         return Reply("refused", seconds_since(started), detail="nothing listens there")
     if isinstance(error, TimeoutError):
         return Reply("silent", seconds_since(started), detail=f"no answer within {limit_s:.1f} s")
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return Reply("failed", seconds_since(started), detail=NO_FILES)
     return Reply("failed", seconds_since(started), detail=f"{type(error).__name__}: {error}"[:200])
 
 

@@ -228,3 +228,15 @@ def test_the_exit_code_is_the_verdicts_where_nobody_can_read_it(copy, tmp_path, 
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr and "Exception" not in done.stderr
     assert ("could not be printed: No space left" in done.stderr) == (where == "> /dev/full")
+
+
+@pytest.mark.parametrize(("limit", "verdict"), [("-n 6", "unknown"), ("-Sn 6", "dead")])
+def test_too_few_open_files_are_named_without_a_traceback(copy, tmp_path, limit, verdict):
+    command = ["bash", "-c", f"ulimit {limit}; exec {sys.executable} {copy / 'health_check.py'}"]
+
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+
+    printed = json.loads(done.stdout)
+    assert "Traceback" not in done.stderr and printed["verdict"] == verdict
+    if verdict == "unknown":
+        assert "the checker cannot judge" in printed["reasons"][0].lower() and "open" in printed["reasons"][0]
