@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sqlite3
 import tempfile
 import time
@@ -19,8 +20,11 @@ from monitor.observe.small_file import is_no_file
 
 JOURNALS = ("-wal", "-shm", "-journal")
 KEEP = 3  # files set aside; older ones are deleted
+COPY_PREFIX = ".salvage-"
+LEFT_AFTER_S = 600.0
 LIMIT_S = 15.0  # of one salvage: it happens within a run of the checker or a click on the page
 PATIENT_STEPS = 200  # row numbers tried one by one behind an unreadable row, before the steps double
+COPY_LIMIT_BYTES = 512 * 2**20  # a larger file is not copied: that would take a run's time, and disk space
 PAGE_BYTES = 4096  # SQLite's default, with which every file here was made
 OTHER_SCHEMA = ("no such table", "no such column", "has no column", "datatype mismatch")
 TYPES: dict[str, tuple[type, ...]] = {"INTEGER": (int,), "REAL": (float, int), "TEXT": (str,), "BLOB": (bytes,)}
@@ -73,6 +77,10 @@ def _age_key(aside: Path) -> tuple[str, int]:
 
 
 def _delete_older(path: Path) -> None:
+    for left in path.parent.glob(f"{COPY_PREFIX}*"):  # by a salvage that was killed
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > LEFT_AFTER_S:
+                shutil.rmtree(left, ignore_errors=True)
     for old in all_aside(path)[:-KEEP]:
         for end in ("", *JOURNALS):
             with contextlib.suppress(OSError):  # a folder that was in the file's place is nobody's to delete
@@ -93,7 +101,7 @@ def salvage(source: Path, target: sqlite3.Connection, limit_s: float = LIMIT_S) 
             del sources[0]
         for uri in sources:
             _copy_tables(uri, target, ends_at)
-        if not any(_counts(target).values()):
+        if not any(_counts(target).values()) and source.stat().st_size <= COPY_LIMIT_BYTES:
             with contextlib.suppress(OSError, sqlite3.Error):
                 _copy_tables(f"file:{stack.enter_context(_with_new_first_page(source, target))}?immutable=1", target, ends_at)
     return _counts(target)
@@ -197,7 +205,7 @@ def _with_new_first_page(source: Path, target: sqlite3.Connection) -> Iterator[P
     The tables begin at the same pages, because they are always made in the same order.
     """
     statements = [row[0] for row in target.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY rowid")]
-    with tempfile.TemporaryDirectory(dir=source.parent, prefix=".salvage-") as folder:
+    with tempfile.TemporaryDirectory(dir=source.parent, prefix=COPY_PREFIX) as folder:
         new, copy = Path(folder) / "new.db", Path(folder) / "copy.db"
         with contextlib.closing(sqlite3.connect(new)) as db:
             for statement in statements:

@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -318,3 +319,16 @@ def test_the_time_of_deletion_follows_a_steady_clock_and_no_other():
     assert steady_time.advance(record, 1e9, 5.0, "another boot")["at"] == 1600 + 3600
     assert steady_time.advance({"at": 5.0}, 1e9, 5.0, "boot")["at"] == 3605.0
     assert KEEP_RUNS_S == 86400
+
+
+def test_a_store_of_many_gigabytes_of_nothing_is_replaced_at_once(tmp_path):
+    for name in ("state.db", "state.copy.json"):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(10 * 2**30)
+    started = time.monotonic()
+
+    with closing(Store.open_for_run(tmp_path)) as store:
+        assert store.damage is not None and not store.lost
+
+    assert time.monotonic() - started < 10
+    assert not list(tmp_path.glob(".salvage-*"))
