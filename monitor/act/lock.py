@@ -50,8 +50,7 @@ class Lock:
         """Empty if this process holds the lock now; otherwise who does. Kills a holder past its deadline."""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            if self._path.is_fifo():
-                self._path.unlink()
+            _remove_what_is_no_file(self._path)
             # Unbuffered, so that on a full disk only the record fails, not the lock or its release.
             file = FileIO(open_file(self._path, os.O_RDWR | os.O_CREAT), "r+")
         except OSError:
@@ -103,6 +102,12 @@ class Lock:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _remove_what_is_no_file(path: Path) -> None:
+    """A pipe, a device or a link that leads to no file, none of which holds anything. Raises OSError."""
+    if os.path.lexists(path) and not path.is_file() and not path.is_dir():
+        path.unlink()
 
 
 def _try_flock(file: FileIO) -> bool:
