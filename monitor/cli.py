@@ -5,23 +5,33 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
+import faulthandler
 import getpass
 import os
 import random
+import resource
 import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import settings as settings_module
 from monitor.tell import notices, report
-from monitor.tell.log import warn
+from monitor.tell.log import warn, write_line
 from settings import Settings, SettingsError
 
+if TYPE_CHECKING:
+    from monitor.act.lock import Lock
+
 GOOD, BAD, WRONG_USE, LOCKED, INTERRUPTED = 0, 1, 2, 3, 130
+WATCH_EVERY_S = 1.0
+FILES = 256
+LAST_RESORT_S = 5.0  # after the deadline
 
 
 def main(arguments: list[str]) -> int:
@@ -100,34 +110,68 @@ def _run(settings: Settings, args: argparse.Namespace) -> int:
     from monitor import check
     from monitor.act.lock import Lock
 
+    _allow_files()
     lock = Lock(settings.log_dir)
+    try:
+        _end_at_deadline(settings, lock)
+    except RuntimeError as error:  # no more threads; the next run ends this one then
+        warn(f"nothing keeps the deadline of this run: {error}")
     holder = lock.acquire(settings.check_budget_s, "checking")
     if holder:
         warn(f"skipped: {holder}")
         return LOCKED
-    _end_at_deadline(settings, lock)
     try:
         outcome = check.run(settings, random.SystemRandom(), lock, _clock(settings), act=not getattr(args, "no_act", False))
         _keep_settings()
     except Exception as error:
-        traceback.print_exc()
+        short = _short_of(error)
+        if short:
+            _publish_unknown(f"checker_blind: the checker cannot judge, because {short}", settings.log_dir)
+            return BAD
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
         _publish_unknown(f"the checker failed: {type(error).__name__}: {error}; see health_check.log", settings.log_dir)
         return BAD
     finally:
         lock.release()
     if not (getattr(args, "quiet", False) and outcome.report["service_healthy"]):
-        print(report.to_json(outcome.report))
+        _print(outcome.report)
     return GOOD if outcome.report["service_healthy"] else BAD
+
+
+def _short_of(error: Exception) -> str:
+    """What the system refuses the checker, which is nobody's mistake in the code; empty for any other error."""
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return f"it may not open more files (ulimit -n is {resource.getrlimit(resource.RLIMIT_NOFILE)[0]}): {error.strerror}"
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in (errno.ENOMEM, errno.EAGAIN)):
+        return f"the system gives it no more memory or processes: {error or 'out of memory'}"
+    if isinstance(error, RuntimeError) and "start new thread" in str(error):
+        return f"the system gives it no more threads: {error}"
+    return ""
+
+
+def _allow_files() -> None:
+    """As many open files as it may allow itself."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= soft < FILES and (hard > soft or hard < 0):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(FILES, hard) if hard >= 0 else FILES, hard))
 
 
 def _publish_unknown(reason: str, log_dir: Path) -> None:
     """So that nobody takes yesterday's report for today's."""
     unknown = report.unknown(reason)
-    print(report.to_json(unknown))
+    _print(unknown)
     try:
         report.write(unknown, log_dir)
     except OSError as error:
         warn(f"{log_dir / report.FILE_NAME} could not be written: {error.strerror or error}")
+
+
+def _print(summary: dict[str, Any]) -> None:
+    """The exit code is the verdict's, also where nobody reads the report."""
+    error = write_line(sys.stdout, report.to_json(summary))
+    if error is not None and not isinstance(error, BrokenPipeError):
+        warn(f"the report could not be printed: {error.strerror or error}")
 
 
 def _keep_settings() -> None:
@@ -150,17 +194,20 @@ def _clock(settings: Settings) -> Any:
     return lambda: replace(now(), wall=now().wall + shift_s) if shift_s else now()
 
 
-def _end_at_deadline(settings: Settings, lock: Any) -> None:
-    """Ends this run at its deadline; otherwise the next run would kill it."""
+def _end_at_deadline(settings: Settings, lock: Lock) -> None:
+    """Ends this run at its deadline; otherwise the next run would kill it. Not by a signal: Python handles those in the main
+    thread, which may never come back from the kernel."""
+    lock.begin(settings.check_budget_s)
 
-    def on_alarm(number: int, frame: FrameType | None) -> None:
-        if lock.expired():
-            warn(f"ended: the run took longer than {settings.check_budget_s:g} s")
-            os._exit(BAD)
-        signal.alarm(5)
+    def watch() -> None:
+        while not lock.expired():
+            # For a main thread that does not even let this one run; it needs no Python.
+            faulthandler.dump_traceback_later(lock.left_s + LAST_RESORT_S, exit=True, file=2)
+            time.sleep(min(WATCH_EVERY_S, max(0.0, lock.left_s)))
+        warn(f"ended: the run took longer than {settings.check_budget_s:g} s")
+        os._exit(BAD)
 
-    signal.signal(signal.SIGALRM, on_alarm)
-    signal.alarm(max(1, int(settings.check_budget_s)))
+    threading.Thread(target=watch, name="deadline", daemon=True).start()
 
 
 def _loop(settings: Settings, args: argparse.Namespace) -> int:

@@ -19,7 +19,7 @@ from monitor import schedule
 from monitor.act.lock import Lock
 from monitor.observe import gpu, ports, processes
 from monitor.observe.observe import now
-from monitor.store.salvage import all_aside
+from monitor.store.salvage import all_aside, refuse_pipes
 from monitor.store.store import FILE_NAME as STORE_NAME
 from monitor.store.store import fallback_path
 from monitor.tell import alerts, channels, status
@@ -127,6 +127,10 @@ def problem_of_file(path: Path) -> str:
     """What SQLite finds wrong with the file on the disk, which stays as it is; empty if nothing."""
     if path.is_dir():
         return "is a folder"
+    try:
+        refuse_pipes(path)
+    except sqlite3.OperationalError as error:
+        return str(error)
     try:
         # Read-only, also without the journal where none can be opened, such as on a read-only disk.
         for mode in ("mode=ro", "immutable=1"):

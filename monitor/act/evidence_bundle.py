@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from monitor.observe import processes
-from monitor.observe.small_file import read_small
+from monitor.observe.small_file import open_file, read_small
 from monitor.tell import report
 from monitor.tell.redaction import redact
 from settings import Settings
@@ -45,7 +45,7 @@ def save(settings: Settings, incident: str, part: str, evidence: dict[str, Any],
         except OSError as error:
             text = f"could not be read: {error}\n"
         try:
-            (folder / name).write_text(redact(text[-FILE_LIMIT_BYTES:], settings), encoding="utf-8")
+            (folder / name).write_text(redact(text[-FILE_LIMIT_BYTES:], settings), encoding="utf-8", errors="replace")
         except OSError:
             return
 
@@ -77,7 +77,7 @@ def stacks(log_dir: Path, pid: int) -> str:
         size = now
     if size <= before:
         return "the process wrote no stacks; it may be stopped by a signal or stuck in the kernel\n"
-    with path.open("rb") as file:
+    with open(open_file(path, os.O_RDONLY), "rb") as file:
         file.seek(before)
         return file.read(FILE_LIMIT_BYTES).decode("utf-8", "replace")
 
@@ -121,10 +121,8 @@ def _read(path: Path) -> str:
 
 
 def _tail(path: Path) -> str:
-    if not path.is_file():  # a pipe would hold the run
-        return ""
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - FILE_LIMIT_BYTES))
+    with open(open_file(path, os.O_RDONLY), "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - FILE_LIMIT_BYTES))
         return "\n".join(file.read(FILE_LIMIT_BYTES).decode("utf-8", "replace").splitlines()[-LOG_LINES:])
 
 

@@ -19,10 +19,12 @@ from io import FileIO
 from pathlib import Path
 
 from monitor.observe import processes
+from monitor.observe.small_file import open_file
 
 FILE_NAME = "health_check.lock"
 SCRIPT = "health_check.py"
 END_WAIT_S = 3.0
+RECORD_LIMIT_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,9 @@ class Lock:
         """Empty if this process holds the lock now; otherwise who does. Kills a holder past its deadline."""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            _remove_what_is_no_file(self._path)
             # Unbuffered, so that on a full disk only the record fails, not the lock or its release.
-            file = FileIO(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+")
+            file = FileIO(open_file(self._path, os.O_RDWR | os.O_CREAT), "r+")
         except OSError:
             return ""  # the folder is unusable: a run without a lock is better than no run
         if not _try_flock(file):
@@ -85,6 +88,15 @@ class Lock:
             self._file.truncate()
             self._file.write(json.dumps(record).encode())
 
+    def begin(self, limit_s: float) -> None:
+        """Sets the deadline before the lock is held."""
+        self._until = time.monotonic() + limit_s
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until the deadline."""
+        return self._until - time.monotonic()
+
     def expired(self) -> bool:
         """Whether the deadline has passed."""
         return time.monotonic() >= self._until
@@ -93,6 +105,12 @@ class Lock:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _remove_what_is_no_file(path: Path) -> None:
+    """A pipe, a device or a link that leads to no file, none of which holds anything. Raises OSError."""
+    if os.path.lexists(path) and not path.is_file() and not path.is_dir():
+        path.unlink()
 
 
 def _try_flock(file: FileIO) -> bool:
@@ -115,9 +133,9 @@ def _wait_for_flock(file: FileIO) -> bool:
 def _read_holder(file: FileIO) -> Holder | None:
     try:
         file.seek(0)
-        raw = json.loads(file.read())
+        raw = json.loads(file.read(RECORD_LIMIT_BYTES))
         return Holder(int(raw["pid"]), int(raw["start_time"]), float(raw["until"]), str(raw["what"]))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

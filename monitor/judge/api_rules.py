@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from monitor.judge.accuracy import judge_accuracy
-from monitor.judge.evidence import BEAT_STALE_S, Answer, ApiEvidence, CardEvent
+from monitor.judge.evidence import BEAT_STALE_S, Answer, ApiEvidence, CardEvent, HealthReply
 from monitor.judge.traffic import curable_failures, is_failing
 from monitor.judge.verdict import FRESH_PROCESS_S, Limits, Verdict, checker_blind, port_taken, process_gone
 
@@ -351,7 +351,21 @@ def _silent(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
     beat = evidence.beat
     if beat is not None and beat.beat_age_s <= BEAT_STALE_S:
         return _silent_but_beating(evidence, limits)
+    if beat is None and evidence.process.state == "unrecorded":
+        return _no_valid_reply(reply, limits)
     return _stands_still(evidence, limits)
+
+
+def _no_valid_reply(reply: HealthReply, limits: Limits) -> Verdict:
+    """Of a server that was not started here, such as an external engine: it has no heartbeat, only its reply."""
+    what = reply.detail or reply.outcome
+    silent = reply.outcome == "silent"
+    came_en, came_zh = ("nothing complete came back", "没有完整的应答") if silent else ("what came back is no valid HTTP reply", "返回的不是有效的 HTTP 应答")
+    return Verdict(
+        "api", "zombie" if silent else "broken", "no_valid_reply", f"The server accepts connections, but to GET /health {came_en}: {what}.",
+        f"服务器接受连接，但对 GET /health {came_zh}：{what}。", {"reply": reply.detail, "seconds": reply.seconds},
+        f"a whole HTTP reply in time, on {limits.confirm_runs} runs in a row", cure=True, needed=limits.confirm_runs + 1,
+    )  # fmt: skip
 
 
 def _stands_still(evidence: ApiEvidence, limits: Limits) -> Verdict:

@@ -25,6 +25,7 @@ from monitor.observe.http_exchange import (
     exchange,
     failed_reply,
     open_exchange,
+    parse_json,
     seconds_since,
 )
 
@@ -201,8 +202,8 @@ def _read_answer(asked: question.Question, response: HTTPResponse, started: floa
 
 def _parsed(data: str) -> dict[str, Any]:
     try:
-        chunk = json.loads(data)
-    except (ValueError, RecursionError):
+        chunk = parse_json(data)
+    except ValueError:
         return {"error": {"message": f"an event that is not JSON: {data[:80]!r}"}}
     return chunk if isinstance(chunk, dict) else {}
 
@@ -216,7 +217,7 @@ def _delta(chunk: dict[str, Any], field: str) -> str:
 
 def _error_message(body: bytes, status: int) -> str:
     try:
-        parsed = json.loads(body)
+        parsed = parse_json(body)
     except ValueError:
         parsed = None
     return _message_of(parsed if isinstance(parsed, dict) else {}) or f"HTTP {status}"

@@ -6,7 +6,6 @@ a hang. `EngineProgress` keeps the counters between runs.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterable, Mapping
@@ -15,7 +14,7 @@ from typing import Any
 
 from monitor.judge.evidence import EngineProgress, HealthReply
 from monitor.observe import self_report
-from monitor.observe.http_exchange import exchange
+from monitor.observe.http_exchange import exchange, parse_json
 
 clock = time.monotonic
 Sample = tuple[str, Mapping[str, str], float]
@@ -120,9 +119,9 @@ def model_key(base_url: str, key: str, limit_s: float) -> dict[str, str] | None:
     """What a baseline belongs to. Engines tell the model, and vLLM its folder or hub id; none tells what computes it."""
     reply = exchange(f"{base_url}/v1/models", limit_s, headers={"Authorization": f"Bearer {key}"} if key else {})
     try:
-        first = json.loads(reply.body)["data"][0]
+        first = parse_json(reply.body)["data"][0]
         return {"model": str(first["id"]), "revision": str(first.get("root") or ""), "recipe": str(first.get("owned_by") or "")}
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         return None
 
 

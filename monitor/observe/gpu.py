@@ -50,11 +50,14 @@ def _gaps(gpus: list[dict]) -> str | None:
 
 
 def _run_child(mode: str, limit_s: float, path: str) -> tuple[dict, bool]:
-    child = subprocess.Popen(
-        [sys.executable, "-B", "-P", str(CHILD), mode],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={**os.environ, "PATH": path}, start_new_session=True,
-    )  # fmt: skip
+    try:
+        child = subprocess.Popen(
+            [sys.executable, "-B", "-P", str(CHILD), mode],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={**os.environ, "PATH": path}, start_new_session=True,
+        )  # fmt: skip
+    except OSError as error:  # no more files or processes are allowed
+        return {"gpus": [], "reason": f"the {mode} reader cannot be started: {error.strerror or error}"}, False
     try:
         out, errors = child.communicate(timeout=limit_s)
     except subprocess.TimeoutExpired:

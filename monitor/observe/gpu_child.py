@@ -13,11 +13,13 @@ import os
 import re
 import shutil
 import sys
+import threading
 import time
 import types
 from collections.abc import Callable
 
 MIB = 2**20
+MEMORY_LIMIT_BYTES = 256 * MIB
 # NVML's clock event reasons (nvml.h, nvmlClocksEventReason*).
 THROTTLE = {0x4: "power cap", 0x8: "hardware slowdown", 0x20: "heat (software)", 0x40: "heat (hardware)", 0x80: "power brake"}
 THROTTLE_HARDWARE = (0x8, 0x20, 0x40, 0x80)
@@ -156,5 +158,17 @@ def _supply_distutils() -> None:
     sys.modules.setdefault("distutils.spawn", spawn)
 
 
+def _end_if_it_grows() -> None:
+    """GPUtil reads all that nvidia-smi prints, and one that prints for ever would fill the machine's memory."""
+    while True:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            used_bytes = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        if used_bytes > MEMORY_LIMIT_BYTES:
+            print(json.dumps({"gpus": [], "reason": "nvidia-smi prints without end"}), flush=True)
+            os._exit(0)
+        time.sleep(0.02)
+
+
 if __name__ == "__main__":
+    threading.Thread(target=_end_if_it_grows, daemon=True).start()
     print(json.dumps({"nvml": read_nvml, "gputil": read_gputil}[sys.argv[1]](), allow_nan=False))

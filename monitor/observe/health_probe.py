@@ -10,7 +10,7 @@ from typing import Any
 
 from monitor.judge.evidence import HealthReply
 from monitor.observe import self_report
-from monitor.observe.http_exchange import Reply, exchange
+from monitor.observe.http_exchange import exchange
 
 NONCE_BYTES = 16
 
@@ -19,7 +19,7 @@ def get_health(base_url: str, limit_s: float, token: str = "") -> HealthReply:
     """Never raises, whatever answers. With a probe token the reply says whether the server has proven that it knows it."""
     nonce = secrets.token_hex(NONCE_BYTES) if token else ""
     reply = exchange(f"{base_url}/health" + (f"?nonce={nonce}" if nonce else ""), limit_s)
-    body = _object(reply)
+    body = reply.json() or {}
     state = self_report.text(body.get("state"), 40)
     if reply.outcome == "answered" and not state:
         return HealthReply("failed", reply.seconds, reply.status, detail=f"HTTP {reply.status} without a state")
@@ -56,10 +56,3 @@ def is_proven(body: dict[str, Any], nonce: str, token: str) -> bool | None:
     expected = hmac.new(token.encode(), f"{nonce}\n{said}".encode(), hashlib.sha256).hexdigest()
     given = body["proof"]
     return isinstance(given, str) and hmac.compare_digest(expected.encode(), given.encode("utf-8", "replace"))
-
-
-def _object(reply: Reply) -> dict[str, Any]:
-    try:
-        return reply.json() or {}
-    except RecursionError:  # a million brackets
-        return {}

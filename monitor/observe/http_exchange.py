@@ -8,6 +8,7 @@ syntax newer than Python 3.8, because stop.sh imports this through deploy/servic
 from __future__ import annotations
 
 import contextlib
+import errno
 import http.client
 import json
 import socket
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
 CONNECT_LIMIT_S = 1.0
+NO_FILES = "the checker itself may not open more files"
 BODY_LIMIT_BYTES = 2**20
 STREAM_LIMIT_BYTES = 8 * 2**20
 LINE_LIMIT_BYTES = 256 * 1024
@@ -55,10 +57,21 @@ class Reply:
     def json(self) -> dict[str, Any] | None:
         """The body if it is a JSON object, else None."""
         try:
-            parsed = json.loads(self.body)
-        except (ValueError, RecursionError):  # a body of brackets only
+            parsed = parse_json(self.body)
+        except ValueError:
             return None
         return parsed if isinstance(parsed, dict) else None
+
+
+def parse_json(text: bytes | str) -> Any:
+    """What a server sent as JSON. A lone surrogate, which no file could store, becomes a question mark. Raises ValueError."""
+    try:
+        parsed = json.loads(text.decode("utf-8") if isinstance(text, bytes) else text)
+        said = json.dumps(parsed, ensure_ascii=False)
+        storable = said.encode("utf-8", "replace").decode("utf-8")
+        return parsed if storable == said else json.loads(storable)
+    except RecursionError:  # a body of brackets only
+        raise ValueError("too many brackets") from None
 
 
 class Deadline(Generic[Result]):
@@ -173,6 +186,8 @@ def failed_reply(error: Exception, started: float, limit_s: float) -> Reply:
         return Reply("refused", seconds_since(started), detail="nothing listens there")
     if isinstance(error, TimeoutError):
         return Reply("silent", seconds_since(started), detail=f"no answer within {limit_s:.1f} s")
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return Reply("failed", seconds_since(started), detail=NO_FILES)
     return Reply("failed", seconds_since(started), detail=f"{type(error).__name__}: {error}"[:200])
 
 

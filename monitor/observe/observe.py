@@ -43,7 +43,7 @@ from monitor.observe import (
     processes,
     self_report,
 )
-from monitor.observe.http_exchange import Deadline
+from monitor.observe.http_exchange import NO_FILES, Deadline
 from monitor.observe.small_file import read_small
 from settings import Settings
 
@@ -118,7 +118,7 @@ def observe(settings: Settings, rng: random.Random, plan: ProbePlan, moment: Mom
     gpus, host = gpu_reading.result(), machine_reading.result()
     oom_now: int | None = host.get("oom_kills")
     oom_killed = oom_now is not None and plan.oom_kills is not None and oom_now > plan.oom_kills
-    blind = _self_test()
+    blind = _self_test() or _short_of_files(api)
     if not external:
         # Again, because the questions take time, in which it may have ended or been blocked.
         beat = read_heartbeat(settings.log_dir, watched, moment)
@@ -362,6 +362,12 @@ def _self_test() -> str:
     except OSError as error:
         return f"its own connection to this machine fails ({error})"
     return ""
+
+
+def _short_of_files(api: ApiEvidence) -> str:
+    """Why a probe of the API was never sent; empty if all were."""
+    details = {(api.last or api.first).detail, api.first.detail, *(answer.detail for answer in api.answers if not answer.status)}
+    return NO_FILES if NO_FILES in details else ""
 
 
 def _model_cache() -> tuple[Path, ...]:

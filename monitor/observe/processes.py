@@ -123,7 +123,7 @@ def write_record(log_dir: Path, part: str, record: ProcessRecord) -> None:
     path = record_path(log_dir, part)
     descriptor, temporary = tempfile.mkstemp(dir=str(log_dir), prefix=f".{path.name}.")
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        with os.fdopen(descriptor, "w", encoding="utf-8", errors="replace") as file:
             json.dump(asdict(record), file)
             file.write("\n")
         os.chmod(temporary, 0o644)

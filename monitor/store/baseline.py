@@ -10,6 +10,7 @@ from typing import Any
 
 from monitor.judge import accuracy
 from monitor.judge.accuracy import Accuracy
+from monitor.observe.small_file import read_small
 
 FILE_NAME = "baseline.json"
 
@@ -17,9 +18,9 @@ FILE_NAME = "baseline.json"
 def read(log_dir: Path) -> dict[str, Any]:
     """Empty if the file is missing or is no baseline."""
     try:
-        raw = json.loads((log_dir / FILE_NAME).read_text(encoding="utf-8")[:2**20])
+        raw = json.loads(read_small(log_dir / FILE_NAME))
         accuracy.from_dict(raw)
-    except (OSError, ValueError, TypeError, AttributeError, KeyError):
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError):
         return {}
     return dict(raw)
 
@@ -33,7 +34,9 @@ def write(known: Accuracy, log_dir: Path) -> None:
         return
     path = log_dir / FILE_NAME
     new = path.with_suffix(".json.new")
-    new.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+    new.unlink(missing_ok=True)
+    with new.open("x", encoding="utf-8", errors="replace") as file:
+        file.write(json.dumps(wanted, indent=1) + "\n")
     os.replace(new, path)
 
 

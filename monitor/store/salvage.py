@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sqlite3
 import tempfile
 import time
@@ -15,10 +16,15 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from monitor.observe.small_file import is_no_file
+
 JOURNALS = ("-wal", "-shm", "-journal")
 KEEP = 3  # files set aside; older ones are deleted
+COPY_PREFIX = ".salvage-"
+LEFT_AFTER_S = 600.0
 LIMIT_S = 15.0  # of one salvage: it happens within a run of the checker or a click on the page
 PATIENT_STEPS = 200  # row numbers tried one by one behind an unreadable row, before the steps double
+COPY_LIMIT_BYTES = 512 * 2**20  # a larger file is not copied: that would take a run's time, and disk space
 PAGE_BYTES = 4096  # SQLite's default, with which every file here was made
 OTHER_SCHEMA = ("no such table", "no such column", "has no column", "datatype mismatch")
 TYPES: dict[str, tuple[type, ...]] = {"INTEGER": (int,), "REAL": (float, int), "TEXT": (str,), "BLOB": (bytes,)}
@@ -34,8 +40,14 @@ def is_damage(error: BaseException, path: Path) -> bool:
 
 
 def _in_place_of_a_file(path: Path) -> bool:
-    """Whether a folder is where the file or its journal should be."""
-    return any(path.with_name(path.name + end).is_dir() for end in ("", *JOURNALS))
+    """Whether a folder, a pipe or the like is where the file or its journal should be."""
+    return any(is_no_file(path.with_name(path.name + end)) for end in ("", *JOURNALS))
+
+
+def refuse_pipes(path: Path) -> None:
+    """Raises OperationalError for what is no file, before SQLite opens it: a pipe would hold the program for ever."""
+    if _in_place_of_a_file(path):
+        raise sqlite3.OperationalError(f"{path.name} or its journal is not a file")
 
 
 def set_aside(path: Path, now: float) -> Path:
@@ -65,6 +77,10 @@ def _age_key(aside: Path) -> tuple[str, int]:
 
 
 def _delete_older(path: Path) -> None:
+    for left in path.parent.glob(f"{COPY_PREFIX}*"):  # by a salvage that was killed
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > LEFT_AFTER_S:
+                shutil.rmtree(left, ignore_errors=True)
     for old in all_aside(path)[:-KEEP]:
         for end in ("", *JOURNALS):
             with contextlib.suppress(OSError):  # a folder that was in the file's place is nobody's to delete
@@ -77,11 +93,15 @@ def salvage(source: Path, target: sqlite3.Connection, limit_s: float = LIMIT_S) 
     Leaves the file as it is. Rows that `target` has already are kept. Values of a wrong type are left out with their row.
     """
     ends_at = time.monotonic() + limit_s
+    if not source.is_file():
+        return _counts(target)
     with contextlib.ExitStack() as stack:
         sources = [f"file:{source}?mode=ro", f"file:{source}?immutable=1"]  # with the journal; as if there were none
+        if _in_place_of_a_file(source):
+            del sources[0]
         for uri in sources:
             _copy_tables(uri, target, ends_at)
-        if not any(_counts(target).values()):
+        if not any(_counts(target).values()) and source.stat().st_size <= COPY_LIMIT_BYTES:
             with contextlib.suppress(OSError, sqlite3.Error):
                 _copy_tables(f"file:{stack.enter_context(_with_new_first_page(source, target))}?immutable=1", target, ends_at)
     return _counts(target)
@@ -185,7 +205,7 @@ def _with_new_first_page(source: Path, target: sqlite3.Connection) -> Iterator[P
     The tables begin at the same pages, because they are always made in the same order.
     """
     statements = [row[0] for row in target.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY rowid")]
-    with tempfile.TemporaryDirectory(dir=source.parent, prefix=".salvage-") as folder:
+    with tempfile.TemporaryDirectory(dir=source.parent, prefix=COPY_PREFIX) as folder:
         new, copy = Path(folder) / "new.db", Path(folder) / "copy.db"
         with contextlib.closing(sqlite3.connect(new)) as db:
             for statement in statements:

@@ -51,7 +51,7 @@ from pathlib import Path
 from typing import Any
 
 from monitor.store import steady_time
-from monitor.store.salvage import OTHER_SCHEMA, is_damage, salvage, set_aside
+from monitor.store.salvage import OTHER_SCHEMA, is_damage, refuse_pipes, salvage, set_aside
 
 FILE_NAME = "state.db"
 COPY_NAME = "state.copy.json"
@@ -204,6 +204,7 @@ class Store:
             self._written = None
 
     def execute(self, sql: str, *values: object) -> sqlite3.Cursor:
+        values = tuple(_storable(value) if isinstance(value, str) else value for value in values)
         cursor = self._statement(sql, *values)
         if self._written is not None and not sql.startswith("SELECT"):
             self._written.append((sql, values))
@@ -267,9 +268,11 @@ class Store:
         return self.lost or (self.damage["en"] if self.damage else "ok")
 
     def rebuild(self, why: str) -> bool:
-        """Replaces a file whose values a run could not use. False if that was tried within REBUILD_AGAIN_S: it does not help."""
+        """Replaces a file with values that no run can use. False if it has none, or if that was tried within REBUILD_AGAIN_S."""
         log_dir = self._repairs_in
         with contextlib.suppress(sqlite3.Error):
+            if not any(self._connection.execute(f"SELECT 1 FROM {table} WHERE {_senseless(table)} LIMIT 1").fetchone() for table in REQUIRED):
+                return False  # the fault is the checker's, and a new file would have the same rows
             before = self.get("rebuilt_at", 0)
             if log_dir is None or self.lost or (isinstance(before, int | float) and 0 <= time.time() - before < REBUILD_AGAIN_S):
                 return False
@@ -326,7 +329,7 @@ class Store:
         text = json.dumps({"state": state, "incidents": [dict(row) for row in open_now]}, ensure_ascii=False)
         descriptor, temporary = tempfile.mkstemp(dir=log_dir, prefix=f".{COPY_NAME}.")
         try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            with os.fdopen(descriptor, "w", encoding="utf-8", errors="replace") as file:
                 file.write(text)
             os.replace(temporary, log_dir / COPY_NAME)
         except BaseException:
@@ -490,6 +493,7 @@ class Store:
 
 def _writer(log_dir: Path) -> sqlite3.Connection:
     log_dir.mkdir(parents=True, exist_ok=True)
+    refuse_pipes(log_dir / FILE_NAME)
     connection = sqlite3.connect(log_dir / FILE_NAME, timeout=5, isolation_level=None)
     try:
         connection.execute("PRAGMA journal_mode=WAL")
@@ -557,6 +561,7 @@ def _copy_intact(path: Path, mode: str, memory: sqlite3.Connection) -> bool:
 
 
 def _reader(path: Path, mode: str = "mode=ro") -> sqlite3.Connection:
+    refuse_pipes(path)
     # A WAL reader needs the -shm file: the folder must be writable, or the file must exist.
     return sqlite3.connect(f"file:{path}?{mode}", uri=True, timeout=5, isolation_level=None)
 
@@ -610,16 +615,21 @@ def _fill(connection: sqlite3.Connection, log_dir: Path, source: Path) -> dict[s
     connection.execute("BEGIN")
     connection.execute("DELETE FROM state")
     rows = salvage(source, connection)
-    for table, needed in REQUIRED.items():
-        damaged = " OR ".join(f"{name} IS NULL" for name in needed)
-        times = " OR ".join(f"({name} IS NOT NULL AND {name} NOT BETWEEN 0 AND {LATEST_TIME})" for name in TIMES[table])
-        connection.execute(f"DELETE FROM {table} WHERE {damaged} OR {times}")
+    for table in REQUIRED:
+        connection.execute(f"DELETE FROM {table} WHERE {_senseless(table)}")
     _add_copy(connection, log_dir / COPY_NAME)
     # An older state of a row may have been read: a restart that was made must not be made again.
     connection.execute("UPDATE requests SET state = 'refused', outcome = 'the store was damaged; ask again' WHERE state IN ('waiting', 'running')")
     connection.execute("INSERT OR REPLACE INTO state VALUES ('version', ?)", (json.dumps(VERSION),))
     connection.execute("COMMIT")
     return rows
+
+
+def _senseless(table: str) -> str:
+    """The SQL condition for a row that the schema allows and no code expects. SQLite keeps text in a column of numbers."""
+    lacking = [f"{name} IS NULL" for name in REQUIRED[table]]
+    times = [f"typeof({name}) NOT IN ('real', 'integer', 'null') OR {name} NOT BETWEEN 0 AND {LATEST_TIME}" for name in TIMES[table]]
+    return " OR ".join(f"({part})" for part in lacking + times)
 
 
 def _add_copy(connection: sqlite3.Connection, path: Path) -> None:
@@ -660,3 +670,8 @@ def _owner(path: Path) -> str:
 
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, default=list)
+
+
+def _storable(text: str) -> str:
+    """Without lone surrogates, which SQLite refuses: names of files may hold them."""
+    return text.encode("utf-8", "replace").decode("utf-8")

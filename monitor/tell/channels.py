@@ -122,7 +122,7 @@ class Webhook:
 
     def send(self, text: str, severity: str, messages: list[Mapping[str, Any]]) -> str:
         body = {"service": TITLE, "severity": severity, "text": _truncated(text), "messages": list(messages)}
-        data = json.dumps(body, ensure_ascii=False).encode()
+        data = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
         stamp = str(int(time.time()))
         headers = {"Content-Type": "application/json", "X-GLM-Timestamp": stamp}
         if self._secret:
@@ -210,7 +210,7 @@ class _SmtpSsl(smtplib.SMTP_SSL):
 
 
 def _post(url: str, body: Mapping[str, Any]) -> Reply:
-    data = json.dumps(body, ensure_ascii=False).encode()
+    data = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
     return exchange(url, LIMIT_S, "POST", data, {"Content-Type": "application/json"}, connect_s=3.0)
 
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import platform
+import shutil
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +21,7 @@ from prometheus_client.exposition import push_to_gateway, write_to_textfile
 
 from monitor.judge.verdict import WORDS
 from monitor.observe.http_exchange import exchange
+from monitor.observe.small_file import is_no_file, open_file, read_small
 from monitor.store.store import Store
 from monitor.tell.report import replace_file
 from settings import Settings
@@ -31,6 +34,7 @@ ROTATE_KEEP = 5
 RAW_LOGS = ("api.log", "web.log", "health_check.log")
 RAW_LIMIT_BYTES = 200 * 2**20
 SEND_LIMIT_S = 4.0
+PENDING_LIMIT_BYTES = 32 * 2**20
 OUTCOMES = {True: "success", False: "failure", None: "unknown"}
 
 
@@ -152,7 +156,10 @@ def _append(path: Path, line: str) -> None:
             if older.exists():
                 older.replace(path.with_name(f"{path.name}.{number + 1}"))
         path.replace(path.with_name(f"{path.name}.1"))
-    with path.open("a", encoding="utf-8") as file:
+    if is_no_file(path):
+        path.replace(path.with_name(f"{path.name}.1"))
+    descriptor = open_file(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    with open(descriptor, "a", encoding="utf-8", errors="replace") as file:
         file.write(line)
 
 
@@ -161,11 +168,10 @@ def _truncate(path: Path) -> None:
     if not path.exists() or path.stat().st_size <= RAW_LIMIT_BYTES:
         return
     old = path.with_name(f"{path.name}.1")
-    with path.open("rb") as source, old.open("wb") as target:
+    with open(open_file(path, os.O_RDWR), "r+b") as source, open(open_file(old, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as target:
         source.seek(-RAW_LIMIT_BYTES // 4, 2)
-        target.write(source.read())
-    with path.open("r+b") as file:
-        file.truncate(0)
+        shutil.copyfileobj(source, target)
+        source.truncate(0)
 
 
 def _push(url: str, registry: CollectorRegistry) -> str:
@@ -195,7 +201,10 @@ def _bulk(url: str, document: Mapping[str, Any], log_dir: Path) -> str:
     parts = urlsplit(url)
     index = parts.path.strip("/") or "glm-health"
     pending = log_dir / ".elasticsearch.pending"
-    lines = pending.read_text(encoding="utf-8").splitlines()[-998:] if pending.exists() else []
+    try:
+        lines = read_small(pending, PENDING_LIMIT_BYTES).splitlines()[-998:]
+    except OSError:
+        lines = []
     # With a fixed id, a document that is sent again after a lost reply is not duplicated.
     name = f"{platform.node()}-{document['@timestamp']}"
     lines += [json.dumps({"index": {"_index": index, "_id": name}}), json.dumps(document, ensure_ascii=False)]
@@ -205,7 +214,7 @@ def _bulk(url: str, document: Mapping[str, Any], log_dir: Path) -> str:
         headers["Authorization"] = "Basic " + base64.b64encode(pair).decode()
     port = f":{parts.port}" if parts.port else ""
     target = f"{parts.scheme}://{parts.hostname}{port}/_bulk"
-    reply = exchange(target, SEND_LIMIT_S, "POST", ("\n".join(lines) + "\n").encode(), headers, connect_s=2.0)
+    reply = exchange(target, SEND_LIMIT_S, "POST", ("\n".join(lines) + "\n").encode("utf-8", "replace"), headers, connect_s=2.0)
     body = reply.json() or {}
     # A document rejected for its content would be rejected again and must not block later ones.
     if reply.status == 200:

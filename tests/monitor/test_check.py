@@ -153,6 +153,19 @@ def test_api_that_trickles_does_not_delay_the_run(trickling, service, make_setti
     assert report["service_healthy"] is False
 
 
+def test_a_health_reply_with_half_a_surrogate_in_every_text_is_judged(service, behaviour, describe, make_settings):
+    behaviour.reply = lambda body: (200, completion(describe(body)))
+    texts = dict.fromkeys(("state", "phase", "reason", "proof", "model", "\ud800"), "\ud800x")
+    behaviour.health = lambda: (200, {**texts, "identity": {"pid": 1, "start_time": 1, "boot_id": "\ud800x", "version": "\ud800"}})
+    settings = make_settings(service, web_port=service)
+
+    for _ in range(2):
+        report = run_check(settings, random.Random(1))
+
+        assert report["targets"]["api"]["word"] != "unknown" and report["check"]["store"] == "ok"
+    assert not list(settings.log_dir.glob("state.db.damaged*"))
+
+
 def test_nothing_listening_is_dead(make_settings):
     report = run_check(make_settings(1), random.Random(1))
 

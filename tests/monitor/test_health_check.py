@@ -180,3 +180,63 @@ def test_a_run_past_its_budget_ends_itself(copy, tmp_path, hung):
     assert "ended: the run took longer than 5 s" in done.stderr
     with (copy / "logs" / "health_check.lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@pytest.mark.parametrize("names", [("baseline.json", "health.jsonl", "health_check.lock", "state.db", "state.copy.json", "state.db-wal",
+                                    "health.json", "health.prom", "last-good.env", "api.heartbeat.json", "api.log", "api.pid.json",
+                                    "baseline.json.new", ".elasticsearch.pending"), ("state.db-wal", "state.db-shm", "health.jsonl.1")])  # fmt: skip
+def test_pipes_in_place_of_its_files_hold_no_run(copy, tmp_path, names):
+    if names[0] == "state.db-wal":  # next to a good store
+        run(sys.executable, copy / "health_check.py", {}, tmp_path)
+    for name in names:
+        (copy / "logs").mkdir(exist_ok=True)
+        (copy / "logs" / name).unlink(missing_ok=True)
+        os.mkfifo(copy / "logs" / name)
+    started = time.monotonic()
+
+    for _ in range(2):
+        done = run(sys.executable, copy / "health_check.py", {}, tmp_path)
+
+        assert json.loads(done.stdout)["verdict"] == "dead", done.stderr
+    assert "Traceback" not in done.stderr and time.monotonic() - started < 40
+    assert (copy / "logs" / "state.db").is_file() and json.loads((copy / "logs" / "health.json").read_text())
+    assert (copy / "logs" / "health.jsonl").read_text().count("\n") >= 2
+
+
+def test_a_run_whose_main_thread_is_held_by_the_kernel_ends_itself(copy, tmp_path):
+    (copy / ".env").write_text("GLM_API_PORT=1\nGLM_WEB_PORT=2\nGLM_CHECK_BUDGET_S=5\n")
+    os.mkfifo(tmp_path / "pipe")
+    check = copy / "monitor" / "check.py"
+    hold = f"    sqlite3.connect('file:{tmp_path / 'pipe'}?mode=ro', uri=True).execute('SELECT 1 FROM t')\n"
+    check.write_text(check.read_text().replace("    started = time.monotonic()\n", hold, 1))
+
+    done = run(sys.executable, copy / "health_check.py", {}, tmp_path)
+
+    assert done.returncode == 1 and "ended: the run took longer than 5 s" in done.stderr
+
+
+@pytest.mark.parametrize("where", ["> /dev/full", "> /dev/full 2> /dev/full", "2>&1 | true", ">&- 2>&-"])
+def test_the_exit_code_is_the_verdicts_where_nobody_can_read_it(copy, tmp_path, service, behaviour, describe, where):
+    behaviour.reply = lambda body: (200, completion(describe(body)))
+    (copy / ".env").write_text(f"GLM_API_PORT={service}\nGLM_WEB_PORT={service}\n")
+
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} {copy / 'health_check.py'} {where}; exit ${{PIPESTATUS[0]}}"], cwd=tmp_path, capture_output=True,
+        text=True, timeout=60,
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+    assert ("could not be printed: No space left" in done.stderr) == (where == "> /dev/full")
+
+
+@pytest.mark.parametrize(("limit", "verdict"), [("-n 6", "unknown"), ("-Sn 6", "dead")])
+def test_too_few_open_files_are_named_without_a_traceback(copy, tmp_path, limit, verdict):
+    command = ["bash", "-c", f"ulimit {limit}; exec {sys.executable} {copy / 'health_check.py'}"]
+
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+
+    printed = json.loads(done.stdout)
+    assert "Traceback" not in done.stderr and printed["verdict"] == verdict
+    if verdict == "unknown":
+        assert "the checker cannot judge" in printed["reasons"][0].lower() and "open" in printed["reasons"][0]

@@ -157,3 +157,16 @@ def test_a_full_disk_does_not_prevent_a_run(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False)
 
     assert done.stdout.split() == ["''", "released"], done.stderr
+
+
+@pytest.mark.parametrize("kind", ["pipe", "loop", "dangling", "device"])
+def test_what_is_no_file_in_its_place_does_not_let_two_runs_in(tmp_path, kind):
+    path = tmp_path / FILE_NAME
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to({"loop": FILE_NAME, "dangling": "/nowhere/file", "device": "/dev/zero"}[kind])
+    first, second = Lock(tmp_path), Lock(tmp_path)
+
+    assert first.acquire(45, "checking") == "" and "another run" in second.acquire(45, "checking")
+    first.release()

@@ -53,6 +53,8 @@ def silent_load(still_s: float, written_age_s: float) -> ApiEvidence:
 WRONG = (RIGHT[0], Answer("picture", "wrong", 3, 200, "red circle", "blue"))
 UNJUDGED = (Answer("text", "unjudged", 0.2, 200), Answer("picture", "unjudged", 0.2, 200))
 FALLEN = AccuracyEvidence((Fall("color", 12, 1, 220, 219),), ("color", "shape"), 8)
+GARBAGE = HealthReply("failed", 0.1, detail="BadStatusLine: SSH-2.0")
+NONSENSE = api(process=Process(), beat=None, first=GARBAGE, last=GARBAGE, answers=(Answer("text", "failed", detail="BadStatusLine: SSH-2.0"),))
 CASES = {
     "right answers": (api(), "healthy", "answers_right", False),
     "a credit from users": (api(answers=(Answer("text", "credited"), Answer("picture", "credited"))), "healthy", "answers_right", False),
@@ -105,6 +107,8 @@ CASES = {
     "loop blocked for a minute": (zombie(61), "zombie", "loop_stands_still", True),
     "loop blocked a moment": (zombie(30), "zombie", "loop_stands_still", False),
     "stopped by a signal": (api(process=replace(RUNS, state="stopped"), beat=beat(61), first=NO_HTTP, answers=SILENT, last=NO_HTTP), "zombie", "frozen", True),
+    "an engine that is silent": (api(process=Process(), beat=None, first=NO_HTTP, answers=SILENT, last=NO_HTTP), "zombie", "no_valid_reply", True),
+    "an engine that sends nonsense": (NONSENSE, "broken", "no_valid_reply", True),
     "silent, beating, idle": (api(first=NO_HTTP, answers=SILENT, last=NO_HTTP), "zombie", "silent_but_beating", True),
     "silent for want of descriptors": (replace(zombie(61), process=replace(RUNS, open_files=63, open_files_limit=64)), "broken", "no_files_left", True),
     "silent with descriptors left": (replace(zombie(61), process=replace(RUNS, open_files=40, open_files_limit=64)), "zombie", "loop_stands_still", True),
@@ -261,3 +265,10 @@ def test_a_page_that_fails_itself_is_told_first() -> None:
     page = replace(GOOD_PAGE, script=PageReply("answered", 0, 503, "NameError"), api_contact=ApiContact("refused", 401))
 
     assert judge_page(page, LIMITS, UP).rule == "page_script"
+
+
+def test_an_engines_broken_reply_is_named_and_no_heartbeat_is_missed():
+    verdict = judge_api(NONSENSE, LIMITS)
+
+    assert "BadStatusLine: SSH-2.0" in verdict.en and "BadStatusLine: SSH-2.0" in verdict.zh
+    assert "heartbeat" not in verdict.en and "心跳" not in verdict.zh

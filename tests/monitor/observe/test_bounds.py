@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import smtplib
@@ -82,6 +83,15 @@ def test_an_endless_answer_ends_at_its_limit(piece, detail, monkeypatch):
 
 def test_a_body_of_brackets_is_no_json():
     assert http_exchange.Reply("answered", 0.0, 200, b"[" * 100_000).json() is None
+
+
+def test_surrogates_do_not_get_past_the_parser():
+    lone = {"\ud800x": ["\udfff", "\U0001f600"]}
+
+    assert http_exchange.parse_json(json.dumps(lone)) == {"?x": ["?", "\U0001f600"]}
+    assert http_exchange.parse_json(json.dumps({"a": "\u00e9"}).encode()) == {"a": "\u00e9"}
+    with pytest.raises(ValueError):
+        http_exchange.parse_json(b'"\xed\xa0\x80"')
 
 
 def test_an_endless_mail_server_ends_at_its_limit(monkeypatch):

@@ -60,6 +60,18 @@ def test_an_engine_that_answers_is_healthy_and_gets_its_models_name(engine, beha
     assert behaviour.questions[0]["model"] == "glm"
 
 
+def test_an_engine_with_half_a_surrogate_in_its_words_is_judged(engine, behaviour):
+    set_metrics(behaviour, VLLM, 0, 5000)
+    behaviour.other["/v1/models"] = (200, b'{"data": [{"id": "\\ud800"}]}')
+    behaviour.text_reply = behaviour.reply = lambda body: (200, completion("\ud800"))
+
+    report = check.run(engine, random.Random(1)).report
+
+    assert report["verdict"] != "unknown" and report["check"]["store"] == "ok"
+    assert not list(engine.log_dir.glob("state.db.damaged*"))
+    assert behaviour.questions[0]["model"] == "?"
+
+
 @pytest.mark.parametrize("text", [VLLM, SGLANG], ids=["vllm", "sglang"])
 def test_frozen_tokens_with_pending_requests_behind_a_good_health_answer_are_wedged(engine, behaviour, text, monkeypatch):
     released = threading.Event()

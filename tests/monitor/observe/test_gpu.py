@@ -141,3 +141,13 @@ def test_gputil_finds_what_python_3_12_removed(monkeypatch):
     assert sys.modules["distutils"].spawn.find_executable("sh")
     monkeypatch.delitem(sys.modules, "distutils.spawn")
     monkeypatch.delitem(sys.modules, "distutils")
+
+
+def test_a_tool_that_prints_for_ever_fills_no_memory(driver):
+    driver(nvml=FAILING_NVML, smi=f"exec yes '{SMI_LINE}'")
+    started = time.monotonic()
+
+    reading = gpu.read()
+
+    assert reading["gpus"] == [] and "nvidia-smi prints without end" in reading["reason"]
+    assert time.monotonic() - started < gpu.CHILD_LIMIT_S + 4

@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -216,15 +217,24 @@ def test_values_that_no_code_expects_are_left_out_with_their_rows(make_settings,
     assert "the run is repeated with a new store" in capsys.readouterr().err
 
 
-def test_a_fault_of_the_checker_is_raised_and_sets_no_file_aside_again(make_settings, monkeypatch):
+def test_a_fault_of_the_checker_is_raised_and_sets_no_file_aside(make_settings, monkeypatch):
     settings = make_settings(1)
     monkeypatch.setattr(check, "judge", lambda *_: {}["api"])
 
-    for _ in range(3):
+    for _ in range(2):
         with pytest.raises(KeyError):
             check.run(settings, random.Random(1))
 
-    assert len(all_aside(settings.log_dir / "state.db")) == 1
+    assert not all_aside(settings.log_dir / "state.db")
+
+
+def test_text_that_no_file_can_hold_is_stored_with_question_marks(tmp_path):
+    with closing(Store.open(tmp_path)) as store:
+        store.add_action(1.0, "api", "restart", "\udc80ann", "done", "why \ud800")
+        store.put("last", {"runs": "\ud800"})
+
+        assert (store.actions()[0]["actor"], store.actions()[0]["detail"]) == ("?ann", "why ?")
+        assert store.get("last") == {"runs": "?"}
 
 
 def test_a_locked_file_is_left_alone_and_the_run_goes_on(tmp_path):
@@ -309,3 +319,16 @@ def test_the_time_of_deletion_follows_a_steady_clock_and_no_other():
     assert steady_time.advance(record, 1e9, 5.0, "another boot")["at"] == 1600 + 3600
     assert steady_time.advance({"at": 5.0}, 1e9, 5.0, "boot")["at"] == 3605.0
     assert KEEP_RUNS_S == 86400
+
+
+def test_a_store_of_many_gigabytes_of_nothing_is_replaced_at_once(tmp_path):
+    for name in ("state.db", "state.copy.json"):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(10 * 2**30)
+    started = time.monotonic()
+
+    with closing(Store.open_for_run(tmp_path)) as store:
+        assert store.damage is not None and not store.lost
+
+    assert time.monotonic() - started < 10
+    assert not list(tmp_path.glob(".salvage-*"))
