@@ -387,7 +387,11 @@ def _refuse_unknown(given: dict[str, str]) -> None:
 def _read_secret_file(name: str, given: dict[str, str]) -> str:
     path = Path(given[f"{PREFIX}{name}_FILE"])
     try:
-        value = path.read_text(encoding="utf-8").strip()
+        # Without blocking, as a pipe would.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), encoding="utf-8") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise SettingsError(f"{PREFIX}{name}_FILE: {path} is not a file")
+            value = file.read(ENV_LIMIT_BYTES).strip()
     except OSError as error:
         raise SettingsError(f"{PREFIX}{name}_FILE: cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:

@@ -156,3 +156,11 @@ def test_what_was_kept_does_not_change_with_the_file(env: Path) -> None:
     env.write_text("GLM_API_PORT=x\n")
 
     assert settings.kept().api_port == 8123
+
+
+def test_a_pipe_in_place_of_a_secret_is_named_and_does_not_hold_the_start(monkeypatch, tmp_path):
+    os.mkfifo(tmp_path / "key")
+    monkeypatch.setenv("GLM_API_KEY_FILE", str(tmp_path / "key"))
+
+    with pytest.raises(SettingsError, match=r"GLM_API_KEY_FILE: .*key is not a file"):
+        settings.load()
