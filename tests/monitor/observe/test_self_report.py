@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import time
 from dataclasses import replace
@@ -21,7 +22,7 @@ from monitor.judge.verdict import SERVING, WORDS, Limits
 from monitor.observe import health_probe, self_report
 from monitor.observe.http_exchange import Reply
 from monitor.observe.observe import now, read_heartbeat
-from monitor.observe.processes import boot_id
+from monitor.observe.processes import ProcessRecord, boot_id, read_stat, write_record
 from monitor.tell import report
 
 NUMBERS = st.one_of(
@@ -174,10 +175,13 @@ def test_any_heartbeat_is_read_or_refused(tmp_path_factory, changes) -> None:
 
 
 def test_a_heartbeat_of_the_future_does_not_keep_a_hung_api_from_its_cure(hung, service, make_settings, monkeypatch) -> None:
-    """The process is this one, old enough to be past its start."""
+    """The process is this one, past its start."""
     monkeypatch.setattr("monitor.observe.observe.SECOND_LOOK_LIMIT_S", 0.5)
+    monkeypatch.setattr("monitor.judge.api_rules.FRESH_PROCESS_S", 0.0)
     settings = make_settings(hung, web_port=service, probe_timeout_s=0.5)
-    beat_file(settings.log_dir, beat_at=1e9, written_at=1e9)
+    stat = read_stat(os.getpid())
+    write_record(settings.log_dir, "api", ProcessRecord(stat.pid, stat.start_time, hung, boot_id()))
+    beat_file(settings.log_dir, pid=stat.pid, start_time=stat.start_time, beat_at=1e9, written_at=1e9)
     began, reports = now(), []
     for after_s in (0, 60, 120):
         moment = replace(began, wall=began.wall + after_s, monotonic=began.monotonic + after_s)
