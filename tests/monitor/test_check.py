@@ -101,11 +101,11 @@ def test_without_a_baseline_no_answer_is_wrong(service, behaviour, make_settings
 
 
 def test_the_baseline_is_taken_only_while_nobody_else_is_answered(service, behaviour, describe, make_settings, monkeypatch):
-    monkeypatch.setattr(api_probe, "EXTRA_S", 60.0)  # so that a loaded machine asks as many questions
+    monkeypatch.setattr(api_probe, "EXTRA_S", 120.0)  # so that a loaded machine asks as many questions
     monkeypatch.setattr(api_probe, "REFINE_S", 0.0)
     behaviour.reply = lambda body: (200, completion(describe(body)))
     behaviour.health = lambda: (200, {"state": "busy", "steps": 7, "running": 1, "waiting": 0, "no_progress_s": 0.1})
-    settings = make_settings(service)
+    settings = make_settings(service, probe_timeout_s=240.0)  # half of which a baseline may take
     (settings.log_dir / "baseline.json").unlink()
 
     run_check(settings, random.Random(1))
