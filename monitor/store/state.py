@@ -73,7 +73,8 @@ class CheckerState:
 
 def _read(store: Store, name: str, parse: Callable[[Any], Part]) -> Part:
     for source, raw in (("store", store.get(name)), ("copy", store.get_copy(name))):
-        if not raw:  # never written, or not JSON
+        # None: never written, or not JSON. An empty value of the store was written, and the copy may be older.
+        if raw is None or (source == "copy" and not raw):
             continue
         try:
             found = parse(raw)

@@ -20,6 +20,7 @@ from monitor import check, doctor
 from monitor.observe import observe
 from monitor.store import steady_time
 from monitor.store.salvage import KEEP, all_aside
+from monitor.store.state import CheckerState
 from monitor.store.store import KEEP_RUNS_S, Store
 from monitor.tell import incident_history, report, status
 from web.console import checker_store
@@ -332,3 +333,16 @@ def test_a_store_of_many_gigabytes_of_nothing_is_replaced_at_once(tmp_path):
 
     assert time.monotonic() - started < 10
     assert not list(tmp_path.glob(".salvage-*"))
+
+
+def test_an_entry_that_was_emptied_is_not_taken_from_an_older_copy(tmp_path):
+    """The checker was killed between the end of a hold and the copy of the new state."""
+    fill(tmp_path)
+    assert json.loads((tmp_path / "state.copy.json").read_text())["state"]["hold"] != "{}"
+    with closing(sqlite3.connect(tmp_path / "state.db")) as db, db:
+        db.execute("UPDATE state SET value = '{}' WHERE name = 'hold'")
+
+    with closing(Store.open_for_run(tmp_path)) as store:
+        state = CheckerState.load(store, "boot")
+
+        assert state.holds == {} and store.damage is None
