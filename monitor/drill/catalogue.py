@@ -262,7 +262,8 @@ FAULTS = (
           lasts_s=lambda context: context.long_s, why_not_in_force=load.why_queue_not_full, note=load.queue_full_summary),
     Fault("healthy-under-legal-load", "24 users with large pictures, schemas and aborts: must NOT restart", load.under_way, UNAFFECTED,
           restarts=NEVER, cured=False, around=load.users(24), lasts_s=short(300.0),
-          proof=really_asked, note=load.summary),
+          # Users' answers stand in for questions for three minutes.
+          proof=really_asked, found_within=5, note=load.summary),
     watched("engine-hangs", "an external engine says 200 and hangs: never restarted", ports.engine_becomes("hangs"), ("wedged",),
           visible_s=lambda s: s.stall_s),
     watched("engine-wrong", "an external engine answers wrongly: never restarted", ports.engine_becomes("wrong"), TOLD, runs_before=5,
