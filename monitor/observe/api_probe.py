@@ -32,7 +32,7 @@ from monitor.observe.http_exchange import (
 PROBE_HEADER = "X-GLM-Probe"
 MORE_WITHIN_S = 0.5  # a second picture question is asked only where the first took no longer
 EXTRA_S = 5.0  # of a run, for questions that a suspicion or a missing baseline adds
-REFINE_S = 0.25  # of a run and family, for questions that make a baseline more exact
+REFINE_S = 0.05  # of a run and family, for questions that make a baseline more exact
 MOST_EXTRA = 12
 LEAST_S = 0.1
 ANSWER_LIMIT_BYTES = 2**20  # of a stream: the answer to a short question has some kilobytes
