@@ -26,7 +26,7 @@ from monitor.judge.limiter import Allowance, Decision
 from monitor.judge.page_rules import judge_page
 from monitor.judge.readings import SLOWER, settings_thresholds, values_of
 from monitor.judge.verdict import Limits, Verdict
-from monitor.observe import machine, recipe
+from monitor.observe import machine
 from monitor.observe.observe import ProbePlan, observe
 from monitor.observe.observe import now as current_moment
 from monitor.observe.question import PICTURE_KINDS
@@ -163,8 +163,9 @@ def _judge_finer(verdict: Verdict, observation: Observation, settings: Settings,
 
 def _judge_pace(observation: Observation, verdict: Verdict, settings: Settings, state: CheckerState) -> Verdict:
     """The last rule for the API: a service that is well may be slower than it was."""
-    asks = verdict.word in pace.JUDGED and pace.wants_recipe(state.pace, observation)
-    return pace.judge(state.pace, observation, verdict, recipe.read(settings) if asks else "")
+    model_key = observation.api.model_key
+    recipe = settings.engine_url or (", ".join(model_key.values()) if model_key else "")
+    return pace.judge(state.pace, observation, verdict, recipe if verdict.word in pace.JUDGED else "")
 
 
 def _probe_plan(state: CheckerState, settings: Settings, now: float, operators: list[dict[str, Any]]) -> ProbePlan:

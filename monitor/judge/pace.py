@@ -77,10 +77,9 @@ class Past:
 
 @dataclass
 class Pace:
-    """What is kept between runs. `recipe_of`: the process whose recipe is in `key`. `since`: when the slowness began that is in force (wall clock), None if it is not slow."""
+    """What is kept between runs. `since`: when the slowness began that is in force (wall clock), None if it is not slow."""
 
     key: str = ""
-    recipe_of: str = ""
     process: str = ""
     counters: dict[str, Any] = field(default_factory=dict)
     pasts: dict[str, Past] = field(default_factory=dict)
@@ -112,7 +111,6 @@ def judge(pace: Pace, observation: Observation, verdict: Verdict, recipe: str) -
     `recipe`: model, revision and data types as the server states them; empty if unknown in this run. Updates `pace`.
     """
     if recipe:
-        pace.recipe_of = _process_of(observation)
         _watch(pace, f"{recipe} on {observation.machine.get('name') or 'this machine'}")
     past = _past_of(pace)
     work = _work_since(pace, observation)
@@ -142,11 +140,6 @@ def judge(pace: Pace, observation: Observation, verdict: Verdict, recipe: str) -
         return _worse(past, verdict, f"It was slower than before, and no longer in this run ({pace.ratio:.1f} times); one more such run ends this.",
                       f"此前比以往慢，本次检查中已不再慢（{pace.ratio:.1f} 倍）；下次检查仍如此则解除。", {"times": pace.ratio})  # fmt: skip
     return _slower(compared, pace, past, observation, verdict)
-
-
-def wants_recipe(pace: Pace, observation: Observation) -> bool:
-    """Whether the API was started since its recipe was read."""
-    return pace.recipe_of != _process_of(observation)
 
 
 def forget(pace: Pace) -> bool:
