@@ -9,7 +9,7 @@ from settings import Settings
 
 HYSTERESIS = 10.0
 BUSY_WARN_S = 300.0
-SLOWER = "slower_than_before"  # judged by pace.py; its warning is what tells people of it
+SLOWER = "slower_than_before"  # judged by pace.py, whose verdict tells people of it
 
 
 def settings_thresholds(settings: Settings) -> list[Threshold]:

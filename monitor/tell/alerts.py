@@ -19,6 +19,7 @@ from zoneinfo import ZoneInfo
 from monitor.judge import holds
 from monitor.judge.history import Change, History, Incident
 from monitor.judge.limiter import Decision
+from monitor.judge.readings import SLOWER
 from monitor.judge.verdict import Verdict
 from monitor.observe.http_exchange import Deadline, exchange
 from monitor.store.store import Store
@@ -58,7 +59,8 @@ def compose(
             histories[target] = replace(history, incident=replace(history.incident, reminders=history.incident.reminders + 1))
             messages.append(reminder)
     messages += [_degraded(change) for change in changes if change.kind == "flip" and _tells_of_degraded(change)]
-    messages += [_warning(item) for item in changed_warnings]
+    # A slowness is told by its verdict; its warning is for the report and the metrics.
+    messages += [_warning(item) for item in changed_warnings if item["name"] != SLOWER]
     return messages
 
 
