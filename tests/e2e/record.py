@@ -330,7 +330,8 @@ def _checker_files(logs: Path) -> dict[str, Any]:
         "health.json": _shape(json.loads((logs / "health.json").read_text(encoding="utf-8"))),
         "health.jsonl": _shape(json.loads(line)),
         "health.prom": [entry if entry.startswith("#") else entry.rsplit(" ", 1)[0] for entry in prom],
-        "files": sorted(name for name in files if not name.endswith(("-wal", "-shm"))),
+        # last-good.env is there where the project has a .env
+        "files": sorted(name for name in files if not name.endswith(("-wal", "-shm")) and name != "last-good.env"),
     }
 
 

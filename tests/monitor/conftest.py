@@ -246,6 +246,8 @@ def make_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[.
     """Settings without .env and without restarts, which would start the project that the tests belong to. The time limit of
     a question is one that a loaded machine keeps; tests of the limit set a shorter one."""
     monkeypatch.setattr(settings_module, "ENV_FILE", tmp_path / "no.env")
+    # Not that of the project: whoever runs the tests may have run the checker.
+    monkeypatch.setattr(settings_module, "last_good_path", lambda: tmp_path / "logs" / settings_module.LAST_GOOD)
     monkeypatch.setattr(api_probe, "MORE_WITHIN_S", 60.0)  # so that a loaded machine asks as many questions
 
     def make(port: int, **changes: object) -> Settings:

@@ -24,9 +24,12 @@ WAIT_S = 120.0
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     port, logs = free_port(), tmp_path_factory.mktemp("logs")
+    no_settings = logs / "empty.env"  # not those of whoever runs the tests
+    no_settings.touch()
     given = {
         "GLM_API_PORT": str(port), "GLM_API_HOST": "127.0.0.1", "GLM_MODEL": "models/shapes", "GLM_DEVICE": "cpu",
         "GLM_LOG_DIR": str(logs), "GLM_PROBE_TOKEN": "a-token-of-the-test",
+        "GLM_ENV_FILE": str(no_settings),
     }  # fmt: skip
     env = {name: value for name, value in os.environ.items() if not name.startswith("GLM_")} | given
     with (logs / "api.log").open("w") as log:
