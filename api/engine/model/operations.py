@@ -28,14 +28,20 @@ class AttentionMetadata:
     tokens that a row attends to. Prefill, consecutive tokens of one sequence: `pages` [pages], after `first` earlier
     tokens. `mask` [rows, ...] is added to the scores by operations that need it; None for the first chunk of a sequence,
     where causal attention is enough.
+
+    Operations that say so compute chunks of several sequences in one call: `pages` [sequences, pages], the first row of
+    each chunk and the number of rows in `starts`, earlier tokens in `firsts`, and at most `max_rows` rows of a sequence.
     """
 
     start: int
     end: int
-    pages: torch.Tensor  # int64 page numbers of the KV cache
+    pages: torch.Tensor  # int64 page numbers (on CUDA int32 too) of the KV cache
     mask: torch.Tensor | None = None
     lengths: torch.Tensor | None = None
     first: int = 0
+    starts: torch.Tensor | None = None  # int32 [sequences + 1], on the device
+    firsts: torch.Tensor | None = None  # int32 [sequences], on the device
+    max_rows: int | None = None
 
     @property
     def decode(self) -> bool:

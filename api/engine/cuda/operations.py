@@ -1,0 +1,136 @@
+"""The operations of a model on a CUDA device: the kernels of this room, torch's products and torch's image attention.
+
+Implements api.engine.model.operations.Operations. Beyond the interface:
+
+- `rotate_store` takes cos and sin [rows, head_dim] too, which need not be spread over the heads, or with `positions`
+  [rows] the tables [positions, head_dim] of `Rotary`. Slot -1 writes nothing.
+- `attend_decode` and `attend_prefill` take int32 or int64 pages and lengths. With `starts` and `firsts` in its metadata,
+  `attend_prefill` computes chunks of several sequences in one launch.
+- `out` is where attention writes its result, for buffers that a CUDA graph keeps.
+
+May be captured in a CUDA graph after one run of the same operations, which compiles the kernels. `prepare` keeps the
+room that decoding needs. Engine thread only.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
+
+from api.engine.cuda.attention import DecodeScratch, decode_scratch, paged_decode, paged_prefill, plans_for
+from api.engine.cuda.rotation import rotate_image, rotate_store
+from api.engine.cuda.rows import add_norm, silu_mul
+from api.engine.model.operations import AttentionMetadata, Linear, TorchOperations
+
+Attention = Literal["triton", "torch"]
+
+
+class CudaLinear:
+    """A product by cuBLAS; if gated, the activation is one kernel."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, gated: bool = False) -> None:
+        self.out_features, self.in_features = weight.shape
+        self._weight, self._gated = weight.detach().contiguous(), gated
+        self._bias = None if bias is None else bias.detach().contiguous()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.linear(x, self._weight, self._bias)
+        return silu_mul(y) if self._gated else y
+
+
+class CudaOperations(TorchOperations):
+    """`decode` and `prefill` choose who computes attention: the paged kernels, or torch over gathered keys and values.
+
+    `capability` is the device's compute capability, by which tiles are chosen.
+    """
+
+    needs_masks = False
+
+    def __init__(
+        self,
+        page_tokens: int,
+        decode: Attention = "triton",
+        prefill: Attention = "triton",
+        capability: tuple[int, int] = (9, 0),
+    ) -> None:
+        super().__init__(page_tokens)
+        self._decode, self._prefill = decode, prefill
+        self.needs_masks = decode == "torch"
+        self._decode_plan, self._prefill_plan = plans_for(capability)
+        self._scratch: DecodeScratch | None = None
+
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None, gated: bool = False) -> Linear:
+        return CudaLinear(weight, bias, gated)
+
+    def prepare(self, rows: int, heads: int, head_dim: int, device: torch.device) -> None:
+        """Keep room for decoding up to `rows` rows, so that calls and CUDA graphs share it."""
+        self._scratch = decode_scratch(rows, heads, head_dim, device, self._decode_plan)
+
+    def add_norm(
+        self, x: torch.Tensor, delta: torch.Tensor, delta_norm: torch.Tensor, next_norm: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return add_norm(x.contiguous(), delta.contiguous(), delta_norm, next_norm, eps)
+
+    def rotate_store(
+        self,
+        qkv: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        kv: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        positions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if cos.ndim == 3:  # spread over the heads: those of the first hold for all
+            cos, sin = cos[:, 0], sin[:, 0]
+        return rotate_store(qkv, cos, sin, kv, slot_mapping, positions)
+
+    def attend_decode(
+        self, qkv: torch.Tensor, kv: torch.Tensor, metadata: AttentionMetadata, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if self._decode == "torch":
+            return super().attend_decode(qkv, kv, metadata)
+        assert metadata.lengths is not None
+        rows, heads = len(qkv), qkv.shape[1] - kv.shape[1]
+        scratch = self._scratch
+        if scratch is not None and (scratch.parts.shape[0] < rows or scratch.parts.shape[1] != heads):
+            scratch = None
+        attended = paged_decode(
+            qkv[:, :heads], kv, metadata.pages, metadata.lengths, self._page_tokens, out, scratch, self._decode_plan
+        )
+        return attended.view(rows, -1)
+
+    def attend_prefill(
+        self, qkv: torch.Tensor, kv: torch.Tensor, metadata: AttentionMetadata, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        rows, heads = len(qkv), qkv.shape[1] - kv.shape[1]
+        if self._prefill == "torch":
+            return self._attend_gathered(qkv, kv, metadata)
+        pages = metadata.pages if metadata.pages.ndim == 2 else metadata.pages[None]
+        attended = paged_prefill(
+            qkv[:, :heads], kv, pages, metadata.max_rows or rows, self._page_tokens,
+            metadata.first, metadata.starts, metadata.firsts, out, self._prefill_plan,
+        )  # fmt: skip
+        return attended.view(rows, -1)
+
+    def attend_image(
+        self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, frames: int, heads: int
+    ) -> torch.Tensor:
+        patches = len(qkv)
+        q, k, v = rotate_image(qkv.contiguous(), cos, sin, heads).view(frames, -1, 3, heads, -1).unbind(2)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [frames, heads, patches of a frame, head_dim]
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(patches, -1)
+
+    def _attend_gathered(self, qkv: torch.Tensor, kv: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
+        """One sequence: its keys and values are gathered, and torch's flash attention aligns the rows with the last."""
+        (rows, total, _), kv_heads = qkv.shape, kv.shape[1] // 2
+        end = metadata.first + rows
+        stored = self._read(kv, metadata.pages.flatten())[:end]
+        q = qkv[:, : total - 2 * kv_heads].transpose(0, 1)[None]
+        k, v = stored.transpose(0, 1)[None].split(kv_heads, dim=1)
+        group = q.shape[1] // kv_heads
+        k, v = (t[:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2) for t in (k, v))
+        mask = causal_lower_right(rows, end)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[0].transpose(0, 1).reshape(rows, -1)
