@@ -45,6 +45,7 @@ from api.engine.loading.reference import REFERENCE_FILE, compare_once, differenc
 from api.engine.loading.revision import revision_of
 from api.engine.model.operations import TorchOperations
 from api.engine.model.runner import Glm4vRunner
+from api.engine.model.weight_source import NetworkSource
 from api.engine.process import release_freed_memory
 from api.engine.text.tokenizer import UnsupportedTokenizer, Vocabulary
 
@@ -152,7 +153,12 @@ def _assemble(
     processor = CheckpointImageProcessor(transformers.AutoImageProcessor.from_pretrained(folder, backend="pil"))
     reference = Comparison("off", "not asked for")
     if config.check_reference:
-        computed = {"class": facts["class"], "dtype": facts["dtype"], "device": facts["device"], "kernels": kernels.value}
+        computed = {
+            "class": facts["class"],
+            "dtype": facts["dtype"],
+            "device": facts["device"],
+            "kernels": kernels.value,
+        }
         reference = compare_once(
             cache_folder() / REFERENCE_FILE, folder, computed,
             partial(differences, network, runner, tokenizer, vocabulary, template, processor, IMAGE_TOKEN),
@@ -180,12 +186,12 @@ def _runner(
 ) -> tuple[Glm4vRunner, Selection]:
     operations, kernels = choice.choose()
     try:
-        return Glm4vRunner(network, capacity, context_tokens, operations), kernels
+        return Glm4vRunner(NetworkSource(network), capacity, context_tokens, operations), kernels
     except (RuntimeError, MemoryError) as error:
         if isinstance(operations, TorchOperations):
             raise
         operations, kernels = without_compiled(error)  # not enough memory for packed weights
-        return Glm4vRunner(network, capacity, context_tokens, operations), kernels
+        return Glm4vRunner(NetworkSource(network), capacity, context_tokens, operations), kernels
 
 
 def _local_folder(model: str, root: Path) -> Path | None:
