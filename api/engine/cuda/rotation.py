@@ -81,11 +81,11 @@ def _rotate(
     tl.store(place + HALF, high, mask=real & turns)
     if STORED > 0:
         slot = tl.load(slots + row).to(tl.int64)
-        stored = head - (TOTAL - STORED)
-        real = real & (stored >= 0)[:, None] & (slot >= 0)
-        place = kv + slot * (STORED * 2 * HALF) + stored[:, None] * (2 * HALF) + dim[None, :]
-        tl.store(place, low, mask=real)
-        tl.store(place + HALF, high, mask=real)
+        if slot >= 0:
+            stored = head - (TOTAL - STORED)
+            place = kv + slot * (STORED * 2 * HALF) + stored[:, None] * (2 * HALF) + dim[None, :]
+            tl.store(place, low, mask=real & (stored >= 0)[:, None])
+            tl.store(place + HALF, high, mask=real & (stored >= 0)[:, None])
 
 
 @triton.jit
