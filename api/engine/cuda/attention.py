@@ -59,7 +59,7 @@ def plans_for(capability: tuple[int, int]) -> tuple[DecodePlan, PrefillPlan]:
         return DecodePlan(stages=1), PrefillPlan(queries=64, keys=32, warps=4, stages=1)
     if capability in ((8, 6), (8, 7), (8, 9)) or capability[0] >= 12:
         return DecodePlan(stages=2), PrefillPlan(queries=64, keys=64, warps=4)
-    return DecodePlan(), PrefillPlan()
+    return DecodePlan(), PrefillPlan(stages=3)
 
 
 def decode_scratch(
@@ -157,14 +157,18 @@ def _decode_part(
     best = tl.full([TILE], -float("inf"), tl.float32)
     total = tl.zeros([TILE], tl.float32)
     result = tl.zeros([TILE, HEAD_DIM], tl.float32)
+    table = tables + row * table_row
+    token = start + tl.arange(0, BLOCK)
+    page = tl.load(table + token // PAGE, mask=token < end, other=0)
     for at in range(start, end, BLOCK):
         token = at + tl.arange(0, BLOCK)
         inside = token < end
-        page = tl.load(tables + row * table_row + token // PAGE, mask=inside, other=0).to(tl.int64)
-        place = (page * PAGE + token % PAGE) * (2 * KV_HEADS * HEAD_DIM) + kv_head * HEAD_DIM
+        place = (page.to(tl.int64) * PAGE + token % PAGE) * (2 * KV_HEADS * HEAD_DIM) + kv_head * HEAD_DIM
         place = place[:, None] + dim[None, :]
         key = tl.load(kv + place, mask=inside[:, None], other=0.0)
         value = tl.load(kv + place + KV_HEADS * HEAD_DIM, mask=inside[:, None], other=0.0)
+        # One round ahead: loads that wait for another load of the same round are not overlapped with products.
+        page = tl.load(table + (token + BLOCK) // PAGE, mask=token + BLOCK < end, other=0)
         score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
         score = tl.where(inside[None, :], score, -float("inf"))
         higher = tl.maximum(best, tl.max(score, 1))
@@ -206,13 +210,11 @@ def _attend(
 ):  # fmt: skip
     """The running softmax of a tile over tokens `start` to `end`; if MASKED, query i sees the tokens before sees[i]."""
     dim = tl.arange(0, HEAD_DIM)
+    token = start + tl.arange(0, KEYS)
+    page = tl.load(table + token // PAGE, mask=token < end, other=0)
     for at in range(start, end, KEYS):
         token = at + tl.arange(0, KEYS)
-        if MASKED:
-            page = tl.load(table + token // PAGE, mask=token < end, other=0).to(tl.int64)
-        else:
-            page = tl.load(table + token // PAGE).to(tl.int64)
-        place = (page * PAGE + token % PAGE) * (2 * KV_HEADS * HEAD_DIM) + kv_head * HEAD_DIM
+        place = (page.to(tl.int64) * PAGE + token % PAGE) * (2 * KV_HEADS * HEAD_DIM) + kv_head * HEAD_DIM
         place = place[:, None] + dim[None, :]
         if MASKED:
             key = tl.load(kv + place, mask=(token < end)[:, None], other=0.0)
@@ -220,6 +222,7 @@ def _attend(
         else:
             key = tl.load(kv + place)
             value = tl.load(kv + place + KV_HEADS * HEAD_DIM)
+        page = tl.load(table + (token + KEYS) // PAGE, mask=token + KEYS < end, other=0)
         score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
         if MASKED:
             score = tl.where(token[None, :] < tl.minimum(sees, end)[:, None], score, -float("inf"))

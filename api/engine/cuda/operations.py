@@ -140,7 +140,9 @@ class CudaOperations(TorchOperations):
         if "image" in self._plain:
             return super().attend_image(qkv, cos, sin, frames, heads)
         patches = len(qkv)
-        q, k, v = rotate_image(qkv.contiguous(), cos, sin, heads).view(frames, -1, 3, heads, -1).unbind(2)
+        q, k, v = (
+            rotate_image(qkv.contiguous(), cos, sin, heads).view(frames, patches // frames, 3, heads, -1).unbind(2)
+        )
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [frames, heads, patches of a frame, head_dim]
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(patches, -1)
 
