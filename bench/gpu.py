@@ -27,6 +27,8 @@ from typing import Any
 import torch
 import transformers
 
+from api.engine.cuda.operations import PATHS, CudaOperations
+from api.engine.cuda.self_test import Shape, prove
 from api.engine.engine import Engine
 from api.engine.loaded_model import Capacity, Model
 from api.engine.model.operations import TorchOperations
@@ -166,8 +168,6 @@ def serving(bench: Bench, recipe: str, slots: int = 64) -> Iterator[Client]:
 def operations(bench: Bench, recipe: str) -> Any:
     if bench.dry:
         return TorchOperations(PAGE_TOKENS)
-    from api.engine.cuda.operations import CudaOperations
-
     return CudaOperations(PAGE_TOKENS, capability=torch.cuda.get_device_capability())
 
 
@@ -322,8 +322,25 @@ def timed(bench: Bench, work: Callable[[], Any], times: int) -> list[float]:
     return took
 
 
+def proof(bench: Bench) -> None:
+    """The comparison of each fast path with plain torch that every start makes."""
+    config = bench.config()
+    text, vision = config.text_config, config.vision_config
+    shape = Shape(
+        text.num_attention_heads, text.num_key_value_heads, text.hidden_size // text.num_attention_heads,
+        text.hidden_size, text.intermediate_size, vision.num_heads, vision.hidden_size // vision.num_heads, PAGE_TOKENS,
+    )  # fmt: skip
+    fast = CudaOperations(PAGE_TOKENS, (9, 0) if bench.dry else torch.cuda.get_device_capability())
+    if bench.dry:
+        fast.use_plain(PATHS)
+    began = time.perf_counter()
+    proofs = prove(fast, shape, bench.device, torch.bfloat16)
+    bench.tell("proof", seconds=round(time.perf_counter() - began, 1), paths={p.path: f"{p.proven}: {p.reason}" for p in proofs})
+
+
 SECTIONS: dict[str, Callable[[Bench], None]] = {
     "machine": machine,
+    "proof": proof,
     "parity": handler,
     "bf16": served("bf16"),
 }
