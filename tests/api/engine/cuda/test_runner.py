@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from prompts import STEPS, Steps, ask, draw_image, request_for
+from prompts import Steps, ask, draw_image, request_for
 from replay import ReplayDevice
 
 from api.engine.config import EngineConfig
