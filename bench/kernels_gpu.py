@@ -251,7 +251,8 @@ def prefill_speed() -> None:
         )
         line = f"{count:5} after {first:5}: {ours:7.1f} us {flops / max(ours, 1e-9) / 1e6:5.0f} TFLOP/s"
         cache.kv.nan_to_num_()
-        gathered = CudaOperations(PAGE, prefill="torch")
+        gathered = CudaOperations(PAGE)
+        gathered.use_plain(["prefill"])
         try:
             theirs = timed(lambda q=q, c=cache, m=metadata, g=gathered: g.attend_prefill(q, c.kv, m))
             report(f"{line}; gathered, SDPA: {theirs:.1f} us", gathered.attend_prefill(q, cache.kv, metadata),

@@ -14,7 +14,8 @@ room that decoding needs. Engine thread only.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable, Iterable
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -25,45 +26,59 @@ from api.engine.cuda.rotation import rotate_image, rotate_store
 from api.engine.cuda.rows import add_norm, silu_mul
 from api.engine.model.operations import AttentionMetadata, Linear, TorchOperations
 
-Attention = Literal["triton", "torch"]
+# What may be computed by a kernel of this room or by plain torch.
+Path = Literal["decode", "prefill", "norms", "rotation", "activation", "image"]
+PATHS: tuple[Path, ...] = get_args(Path)
 
 
 class CudaLinear:
-    """A product by cuBLAS; if gated, the activation is one kernel."""
+    """A product by cuBLAS; if gated, `activate` is silu(first half of a row) * second half."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, gated: bool = False) -> None:
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        gated: bool = False,
+        activate: Callable[[torch.Tensor], torch.Tensor] = silu_mul,
+    ) -> None:
+        self._activate = activate
         self.out_features, self.in_features = weight.shape
         self._weight, self._gated = weight.detach().contiguous(), gated
         self._bias = None if bias is None else bias.detach().contiguous()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         y = F.linear(x, self._weight, self._bias)
-        return silu_mul(y) if self._gated else y
+        return self._activate(y) if self._gated else y
 
 
 class CudaOperations(TorchOperations):
-    """`decode` and `prefill` choose who computes attention: the paged kernels, or torch over gathered keys and values.
+    """`capability` is the device's compute capability, by which tiles are chosen.
 
-    `capability` is the device's compute capability, by which tiles are chosen.
+    Paths that `use_plain` names are computed by torch: attention over gathered keys and values.
     """
 
     needs_masks = False
 
-    def __init__(
-        self,
-        page_tokens: int,
-        decode: Attention = "triton",
-        prefill: Attention = "triton",
-        capability: tuple[int, int] = (9, 0),
-    ) -> None:
+    def __init__(self, page_tokens: int, capability: tuple[int, int] = (9, 0)) -> None:
         super().__init__(page_tokens)
-        self._decode, self._prefill = decode, prefill
-        self.needs_masks = decode == "torch"
+        self._plain: frozenset[Path] = frozenset()
         self._decode_plan, self._prefill_plan = plans_for(capability)
         self._scratch: DecodeScratch | None = None
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None, gated: bool = False) -> Linear:
-        return CudaLinear(weight, bias, gated)
+        return CudaLinear(weight, bias, gated, self.activate)
+
+    def use_plain(self, paths: Iterable[Path]) -> None:
+        """From now on these paths, and no others, are computed by plain torch."""
+        self._plain = frozenset(paths)
+        self.needs_masks = "decode" in self._plain
+
+    def activate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """silu(first half of a row) * second half: [rows, 2 * inner] -> [rows, inner]."""
+        if "activation" in self._plain:
+            gate, up = gate_up.chunk(2, dim=-1)
+            return F.silu(gate).mul_(up)
+        return silu_mul(gate_up)
 
     def prepare(self, rows: int, heads: int, head_dim: int, device: torch.device) -> None:
         """Keep room for decoding up to `rows` rows, so that calls and CUDA graphs share it."""
@@ -72,6 +87,8 @@ class CudaOperations(TorchOperations):
     def add_norm(
         self, x: torch.Tensor, delta: torch.Tensor, delta_norm: torch.Tensor, next_norm: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if "norms" in self._plain:
+            return super().add_norm(x, delta, delta_norm, next_norm, eps)
         return add_norm(x.contiguous(), delta.contiguous(), delta_norm, next_norm, eps)
 
     def rotate_store(
@@ -83,6 +100,8 @@ class CudaOperations(TorchOperations):
         slot_mapping: torch.Tensor,
         positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        if "rotation" in self._plain:
+            return self._rotate_store_plain(qkv, cos, sin, kv, slot_mapping, positions)
         if cos.ndim == 3:  # spread over the heads: those of the first hold for all
             cos, sin = cos[:, 0], sin[:, 0]
         return rotate_store(qkv, cos, sin, kv, slot_mapping, positions)
@@ -90,7 +109,7 @@ class CudaOperations(TorchOperations):
     def attend_decode(
         self, qkv: torch.Tensor, kv: torch.Tensor, metadata: AttentionMetadata, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        if self._decode == "torch":
+        if "decode" in self._plain:
             return super().attend_decode(qkv, kv, metadata)
         assert metadata.lengths is not None
         rows, heads = len(qkv), qkv.shape[1] - kv.shape[1]
@@ -106,7 +125,7 @@ class CudaOperations(TorchOperations):
         self, qkv: torch.Tensor, kv: torch.Tensor, metadata: AttentionMetadata, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         rows, heads = len(qkv), qkv.shape[1] - kv.shape[1]
-        if self._prefill == "torch":
+        if "prefill" in self._plain:
             return self._attend_gathered(qkv, kv, metadata)
         pages = metadata.pages if metadata.pages.ndim == 2 else metadata.pages[None]
         attended = paged_prefill(
@@ -118,12 +137,33 @@ class CudaOperations(TorchOperations):
     def attend_image(
         self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, frames: int, heads: int
     ) -> torch.Tensor:
+        if "image" in self._plain:
+            return super().attend_image(qkv, cos, sin, frames, heads)
         patches = len(qkv)
         q, k, v = (
             rotate_image(qkv.contiguous(), cos, sin, heads).view(frames, patches // frames, 3, heads, -1).unbind(2)
         )
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [frames, heads, patches of a frame, head_dim]
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(patches, -1)
+
+    def _rotate_store_plain(
+        self,
+        qkv: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        kv: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        positions: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """As the interface has it: rows without a slot are not supported."""
+        if positions is not None:
+            cos, sin = cos.index_select(0, positions), sin.index_select(0, positions)
+        if cos.ndim == 2:
+            turned = qkv.shape[1] - kv.shape[1] // 2
+            values = (len(qkv), kv.shape[1] // 2, qkv.shape[2])
+            cos = torch.cat([cos[:, None].expand(-1, turned, -1), cos.new_ones(values)], dim=1)
+            sin = torch.cat([sin[:, None].expand(-1, turned, -1), sin.new_zeros(values)], dim=1)
+        return super().rotate_store(qkv, cos, sin, kv, slot_mapping)
 
     def _attend_gathered(self, qkv: torch.Tensor, kv: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
         """One sequence: its keys and values are gathered, and torch's flash attention aligns the rows with the last."""

@@ -17,6 +17,7 @@ from api.engine.loaded_model import LoadError
 from api.engine.loading.placement import GIB, free_memory_bytes
 from api.engine.model.fingerprint import fingerprint
 from api.engine.model.runner import Glm4vRunner
+from api.engine.model.weight_source import NetworkSource
 from api.engine.model.weights import part_sums, raw_bytes, weights_of
 from api.engine.process import release_freed_memory
 
@@ -63,7 +64,7 @@ class CheckpointIntegrity:
             if not both:
                 raise
             raise LoadError(f"the weights cannot be loaded: {type(error).__name__}: {error}") from None
-        self._runner.take_weights(network)
+        self._runner.take_weights(NetworkSource(network))
         del network
         release_freed_memory()
         logger.info("event=weights_reloaded seconds=%.2f", time.monotonic() - began)

@@ -8,50 +8,50 @@ product for query, key and value. Knows pages and positions, not requests. Engin
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from api.engine.model.operations import DecoderLayer, ForwardBatch, Linear, Operations
-from api.engine.model.rotary import Rotary, half_split_order
+from api.engine.model.rotary import DEFAULT_SECTIONS, Rotary, half_split_order, head_dim_of, inverse_frequencies
+from api.engine.model.weight_source import WeightSource
 
 # Called with the number of a layer, its result [rows, hidden] and the same normed for what follows; it may change both.
 Observer = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 
-class Decoder:
-    """Takes its weights from `network`, a Glm4vForConditionalGeneration or Glm46VForConditionalGeneration.
+TEXT = "model.language_model"
 
-    `positions` is the largest M-RoPE position plus one, `pages` of `page_tokens` tokens each the size of the KV cache.
-    `kv` is that of an earlier decoder of the same network, to be used again.
+
+class Decoder:
+    """`positions` is the largest M-RoPE position plus one, `pages` of `page_tokens` tokens each the size of the KV cache.
+    `kv` is that of an earlier decoder of the same model, to be used again.
     """
 
     def __init__(
         self,
-        network: Any,
+        source: WeightSource,
         positions: int,
         pages: int,
         page_tokens: int,
         operations: Operations,
         kv: list[torch.Tensor] | None = None,
     ) -> None:
-        text, config = network.model.language_model, network.config.get_text_config()
-        self.dtype, self.device = text.embed_tokens.weight.dtype, text.embed_tokens.weight.device
+        config = source.config.get_text_config()
+        self.dtype, self.device = source.dtype, source.device
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.head_dim = head_dim_of(config)
         self._operations = operations
         self._eps = config.rms_norm_eps
-        rope = text.rotary_emb
-        order = half_split_order(self.head_dim, 2 * len(rope.inv_freq))
-        self.rotary = Rotary(
-            rope.inv_freq, rope.mrope_section, self.head_dim, positions, self.dtype, rope.attention_scaling
-        )
-        self.embeddings: torch.Tensor = text.embed_tokens.weight.detach()  # [vocabulary, hidden]
-        norms = [*(layer.input_layernorm for layer in text.layers), text.norm]
-        self._first_norm = norms[0].weight.detach()
-        self._layers = [self._layer(*pair, order) for pair in zip(text.layers, norms[1:], strict=True)]
-        self._head = operations.linear(network.lm_head.weight)
+        frequencies = inverse_frequencies(config, self.head_dim).to(self.device)
+        sections = config.rope_parameters.get("mrope_section", DEFAULT_SECTIONS)
+        self.rotary = Rotary(frequencies, sections, self.head_dim, positions, self.dtype)
+        order = half_split_order(self.head_dim, 2 * len(frequencies))
+        self.embeddings = source.take(f"{TEXT}.embed_tokens.weight")  # [vocabulary, hidden]
+        self._first_norm = source.take(f"{TEXT}.layers.0.input_layernorm.weight")
+        layers = range(config.num_hidden_layers)
+        self._layers = [self._layer(source, number, number == layers[-1], order) for number in layers]
+        self._head = operations.linear(source.take("lm_head.weight"))
         self.kv = self.new_kv(pages * page_tokens) if kv is None else kv
         self._fused = operations.fuse_decoder(self._first_norm, self._layers, self._eps)
 
@@ -83,11 +83,21 @@ class Decoder:
     ) -> torch.Tensor:
         """Write the keys and values of all rows; returns float32 logits [len(logits_indices), vocabulary]. With `kv` they
         are written there and not to the KV cache."""
-        kv = self.kv if kv is None else kv
-        normed = self._fused(batch, kv) if self._fused and observe is None else self._run_layers(batch, kv, observe)
+        normed = self.hidden(batch, observe, kv)
         if not len(normed):  # chunks that do not end their prompts: no token is sampled
             return torch.empty(0, self.vocabulary_size, device=self.device)
-        return self._head(normed).float()
+        return self.head(normed).float()
+
+    def hidden(
+        self, batch: ForwardBatch, observe: Observer | None = None, kv: list[torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """The same up to the head: normed rows [len(logits_indices), hidden]."""
+        kv = self.kv if kv is None else kv
+        return self._fused(batch, kv) if self._fused and observe is None else self._run_layers(batch, kv, observe)
+
+    def head(self, normed: torch.Tensor) -> torch.Tensor:
+        """Logits [rows, vocabulary] of normed rows, in the number format of the model."""
+        return self._head(normed)
 
     def spread_over_heads(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [rows, head_dim] -> [rows, heads of q, k and v, head_dim], with no rotation for those of v."""
@@ -118,28 +128,38 @@ class Decoder:
 
     def _attend(self, x: torch.Tensor, layer: DecoderLayer, kv: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
         ops, qkv = self._operations, layer.qkv(x).view(len(x), -1, self.head_dim)
-        qkv = ops.rotate_store(qkv, batch.cos, batch.sin, kv, batch.slot_mapping)
+        if batch.positions is None:
+            qkv = ops.rotate_store(qkv, batch.cos, batch.sin, kv, batch.slot_mapping)
+        else:
+            qkv = ops.rotate_store(qkv, batch.cos, batch.sin, kv, batch.slot_mapping, batch.positions)
         outs = [
             (ops.attend_decode if part.decode else ops.attend_prefill)(qkv[part.start : part.end], kv, part)
             for part in batch.attention
         ]
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
-    def _layer(self, layer: Any, next_norm: Any, order: list[int]) -> DecoderLayer:
-        attention, mlp, linear = layer.self_attn, layer.mlp, self._operations.linear
-        q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
-        weight = [self._reorder(q.weight, order), self._reorder(k.weight, order), v.weight]
-        bias = [self._reorder(q.bias, order), self._reorder(k.bias, order), v.bias]
+    def _layer(self, source: WeightSource, number: int, last: bool, order: list[int]) -> DecoderLayer:
+        linear, name = self._operations.linear, f"{TEXT}.layers.{number}"
+        after = f"{TEXT}.norm.weight" if last else f"{TEXT}.layers.{number + 1}.input_layernorm.weight"
         return DecoderLayer(
-            qkv=linear(torch.cat(weight), torch.cat(bias)),
-            out=linear(attention.o_proj.weight),
-            post_attention_norm=layer.post_self_attn_layernorm.weight.detach(),
-            pre_mlp_norm=layer.post_attention_layernorm.weight.detach(),
-            gate_up=linear(mlp.gate_up_proj.weight, gated=True),
-            down=linear(mlp.down_proj.weight),
-            post_mlp_norm=layer.post_mlp_layernorm.weight.detach(),
-            next_norm=next_norm.weight.detach(),
+            qkv=linear(*self._qkv(source, f"{name}.self_attn", order)),
+            out=linear(source.take(f"{name}.self_attn.o_proj.weight")),
+            post_attention_norm=source.take(f"{name}.post_self_attn_layernorm.weight"),
+            pre_mlp_norm=source.take(f"{name}.post_attention_layernorm.weight"),
+            gate_up=linear(source.take(f"{name}.mlp.gate_up_proj.weight"), gated=True),
+            down=linear(source.take(f"{name}.mlp.down_proj.weight")),
+            post_mlp_norm=source.take(f"{name}.post_mlp_layernorm.weight"),
+            next_norm=source.take(after),
         )
+
+    def _qkv(self, source: WeightSource, name: str, order: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight and bias of one product for query, key and value."""
+        q, k, v = (source.take(f"{name}.{part}_proj.weight") for part in "qkv")
+        weight = torch.cat([self._reorder(q, order), self._reorder(k, order), v])
+        if source.find(f"{name}.q_proj.bias") is None:
+            return weight, None
+        q, k, v = (source.take(f"{name}.{part}_proj.bias") for part in "qkv")
+        return weight, torch.cat([self._reorder(q, order), self._reorder(k, order), v])
 
     def _reorder(self, rows: torch.Tensor, order: list[int]) -> torch.Tensor:
         """Permute the dimensions of every head in the output rows of a projection."""

@@ -9,11 +9,14 @@ transformers.models.glm4v.modeling_glm4v (5.23).
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
+from typing import Any
 
 import numpy as np
 import torch
 
 from api.engine.sequence import ImageSpan
+
+DEFAULT_SECTIONS = (8, 12, 12)  # frequencies for time, height and width, where the config names none
 
 
 def rope_positions(length: int, spans: Items[ImageSpan], merge: int) -> tuple[np.ndarray, int]:
@@ -71,6 +74,11 @@ class Rotary:
         self._axes = torch.tensor(axes * 2, device=device)  # [head_dim]
         self._dims = torch.arange(head_dim, device=device)
 
+    @property
+    def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and signed sin [positions, head_dim] of tokens whose three positions are equal."""
+        return self._cos, self._sin
+
     def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and signed sin [tokens, head_dim] for int64 positions [3, tokens]."""
         rows = positions[self._axes].T
@@ -79,6 +87,20 @@ class Rotary:
     def at_text(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The same for tokens whose three positions are equal: positions [tokens]."""
         return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
+
+
+def head_dim_of(config: Any) -> int:
+    """From the config of a text model where it stands there: GLM-OCR's is not hidden_size / heads."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def inverse_frequencies(config: Any, head_dim: int) -> torch.Tensor:
+    """Frequencies [rotated / 2] of a text model, as Glm4vTextRotaryEmbedding computes them. Raises ValueError."""
+    rope = config.rope_parameters
+    if rope.get("rope_type", "default") != "default":
+        raise ValueError(f"rope_type must be default. Given: {rope['rope_type']}")
+    rotated = int(head_dim * rope.get("partial_rotary_factor", 1.0))
+    return 1.0 / (rope["rope_theta"] ** (torch.arange(0, rotated, 2, dtype=torch.float) / rotated))
 
 
 def half_split_order(head_dim: int, rotated: int) -> list[int]:

@@ -1,7 +1,6 @@
 """Every forward pass of a GLM-4.6V model: from sequences to tensors, and from logits to tokens.
 
-Takes the weights of the unmodified transformers modules `glm4v` and `glm46v`, which are not needed afterwards. Knows
-sequences and pages, not the queue. Engine thread only.
+Knows sequences and pages, not the queue. Engine thread only.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from api.engine.model.operations import AttentionMetadata, ForwardBatch, Operati
 from api.engine.model.rotary import rope_positions
 from api.engine.model.sampler import Sampler
 from api.engine.model.vision_encoder import VisionEncoder
+from api.engine.model.weight_source import WeightSource
 from api.engine.scheduler import Batch, Chunk, EncodeTask
 from api.engine.sequence import Sequence
 
@@ -47,26 +47,29 @@ class _DecodeOrder:
 class Glm4vRunner:
     """The `Runner` of api.engine.loaded_model."""
 
-    def __init__(self, network: Any, capacity: Capacity, context_tokens: int, operations: Operations) -> None:
+    # Pages beyond those that are allocated: one stays zero and pads what is read, so that no row reads another's.
+    SPARE_PAGES = 1
+    SPARE_SLOTS = 1  # beyond those of requests: one for a probe
+
+    def __init__(self, source: WeightSource, capacity: Capacity, context_tokens: int, operations: Operations) -> None:
         self.operations = operations
         self.observer: Observer | None = None  # of the layers of the next batches; for fault injection
         self._context_tokens = context_tokens
         self._pages = capacity.pages
         self._kv: list[torch.Tensor] | None = None
         self._page_tokens = capacity.page_tokens
-        self.take_weights(network)
+        self.take_weights(source)
         self._padding_page = capacity.pages
         self._device = self._decoder.device
         self._decode_step = capacity.page_tokens if self._device.type == "cpu" else LENGTH_STEP
-        self._sampler = Sampler(capacity.slots + 1, self._decoder.vocabulary_size, self._device)
+        self._sampler = Sampler(capacity.slots + self.SPARE_SLOTS, self._decoder.vocabulary_size, self._device)
 
     @torch.inference_mode()
-    def take_weights(self, network: Any) -> None:
-        """Compute with the weights of `network` from now on; the KV cache stays."""
-        # One page more than are allocated: it stays zero and pads what is read, so that no row reads another's.
-        pages = self._pages + 1
-        self._decoder = Decoder(network, self._context_tokens, pages, self._page_tokens, self.operations, self._kv)
-        self._vision_encoder = VisionEncoder(network.model.visual, self.operations)
+    def take_weights(self, source: WeightSource) -> None:
+        """Compute with the weights of `source` from now on; the KV cache stays."""
+        pages = self._pages + self.SPARE_PAGES
+        self._decoder = Decoder(source, self._context_tokens, pages, self._page_tokens, self.operations, self._kv)
+        self._vision_encoder = VisionEncoder(source, self.operations)
         self._kv = self._decoder.kv
 
     def release_weights(self) -> None:
@@ -135,6 +138,9 @@ class Glm4vRunner:
         row_of = {number: row for row, number in enumerate(rows.order)}
         return [tokens[row_of[number]] for number in range(len(decode))] + tokens[len(decode) :]
 
+    def prepare_next(self) -> bool:
+        return False
+
     def failure(self, error: BaseException) -> Literal["request", "memory", "device"]:
         """After a CUDA error every later call fails too, except after running out of memory."""
         if isinstance(error, torch.OutOfMemoryError):
@@ -147,7 +153,9 @@ class Glm4vRunner:
     @torch.inference_mode()
     def warm_up(self) -> None:
         side = 2 * self._vision_encoder.merge
-        progress = self._vision_encoder.begin(torch.zeros(side * side, self._vision_encoder.patch_size), (1, side, side))
+        progress = self._vision_encoder.begin(
+            torch.zeros(side * side, self._vision_encoder.patch_size), (1, side, side)
+        )
         self._vision_encoder.advance(progress, limit_s=float("inf"))
         for start, end in ((0, 4), (4, 6), (6, 7)):
             self._decoder.run(self._warm_up_batch(start, end))

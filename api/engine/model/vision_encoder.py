@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,10 @@ import torch
 import torch.nn.functional as F
 
 from api.engine.model.operations import Linear, Operations, VisionBlock
+from api.engine.model.weight_source import WeightSource
 
 Grid = tuple[int, int, int]  # frames, rows, columns, in patches
+TOWER = "model.visual"
 MAX_TABLES = 8  # position tables kept, of the latest image sizes
 
 
@@ -32,28 +35,31 @@ class Progress:
 
 
 class VisionEncoder:
-    def __init__(self, visual: Any, operations: Operations) -> None:
-        config = visual.config
+    def __init__(self, source: WeightSource, operations: Operations) -> None:
+        config, linear = source.config.vision_config, operations.linear
         self._operations = operations
-        self.dtype, self.device = visual.patch_embed.proj.weight.dtype, visual.patch_embed.proj.weight.device
+        self.dtype, self.device = source.dtype, source.device
         self.merge = config.spatial_merge_size
         self.patch_size = config.in_channels * config.temporal_patch_size * config.patch_size**2
         self._heads, self._eps = config.num_heads, config.rms_norm_eps
-        linear = operations.linear
-        embed = visual.patch_embed.proj
-        self._embed = linear(embed.weight.flatten(1), embed.bias)  # strides are as large as the kernel
-        self._embed_norm = visual.post_conv_layernorm.weight.detach()
-        self._positions = visual.embeddings.position_embedding.weight.detach()
-        self._inverse_frequencies = visual.rotary_pos_emb.inv_freq.float()
-        self._blocks = [self._block(block) for block in visual.blocks]
+        embed = source.take(f"{TOWER}.patch_embed.proj.weight")
+        self._embed = linear(
+            embed.flatten(1), source.find(f"{TOWER}.patch_embed.proj.bias")
+        )  # strides equal the kernel
+        self._embed_norm = source.take(f"{TOWER}.post_conv_layernorm.weight")
+        self._positions = source.take(f"{TOWER}.embeddings.position_embedding.weight")
+        self._inverse_frequencies = _inverse_frequencies(config).to(self.device)
+        self._blocks = [_block(source, f"{TOWER}.blocks.{number}", linear) for number in range(config.depth)]
         self._fused = [operations.fuse_block(block, self._heads, self._eps) for block in self._blocks]
-        self._norm = visual.post_layernorm.weight.detach()
-        down = visual.downsample
-        self._downsample = linear(down.weight.permute(0, 2, 3, 1).flatten(1), down.bias)
-        merger = visual.merger
-        self._merge_in, self._merge_norm = linear(merger.proj.weight, merger.proj.bias), merger.post_projection_norm
-        self._merge_gate_up = self._gated(merger)
-        self._merge_down = linear(merger.down_proj.weight)
+        self._norm = source.take(f"{TOWER}.post_layernorm.weight")
+        down = source.take(f"{TOWER}.downsample.weight")
+        self._downsample = linear(down.permute(0, 2, 3, 1).flatten(1), source.find(f"{TOWER}.downsample.bias"))
+        merger = f"{TOWER}.merger"
+        self._merge_in = linear(source.take(f"{merger}.proj.weight"), source.find(f"{merger}.proj.bias"))
+        self._merge_norm = source.take(f"{merger}.post_projection_norm.weight")
+        self._merge_norm_bias = source.take(f"{merger}.post_projection_norm.bias")
+        self._merge_gate_up = linear(_gate_up(source, merger), gated=True)
+        self._merge_down = linear(source.take(f"{merger}.down_proj.weight"))
         self._tables: OrderedDict[Grid, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = OrderedDict()
 
     def begin(self, patches: Any, grid: Grid, keep_table: bool = True) -> Progress:
@@ -96,7 +102,7 @@ class VisionEncoder:
         """Merge squares of neighbouring patches into image tokens."""
         x = F.rms_norm(x, self._norm.shape, self._norm, self._eps)
         x = self._merge_in(self._downsample(x.view(-1, self.merge**2 * x.shape[-1])))
-        x = F.gelu(self._merge_norm(x))
+        x = F.gelu(F.layer_norm(x, x.shape[-1:], self._merge_norm, self._merge_norm_bias))
         return self._merge_down(self._merge_gate_up(x))
 
     def _table(self, grid: Grid) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -127,16 +133,24 @@ class VisionEncoder:
         resized = F.grid_sample(learned, at, mode="bicubic", align_corners=False, padding_mode="border")
         return resized[0, :, :, 0].T.to(self.dtype).contiguous()
 
-    def _block(self, block: Any) -> VisionBlock:
-        linear = self._operations.linear
-        return VisionBlock(
-            norm1=block.norm1.weight.detach(),
-            qkv=linear(block.attn.qkv.weight, block.attn.qkv.bias),
-            out=linear(block.attn.proj.weight),
-            norm2=block.norm2.weight.detach(),
-            gate_up=self._gated(block.mlp),
-            down=linear(block.mlp.down_proj.weight),
-        )
 
-    def _gated(self, mlp: Any) -> Linear:
-        return self._operations.linear(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]), gated=True)
+def _block(source: WeightSource, name: str, linear: Callable[..., Linear]) -> VisionBlock:
+    return VisionBlock(
+        norm1=source.take(f"{name}.norm1.weight"),
+        qkv=linear(source.take(f"{name}.attn.qkv.weight"), source.find(f"{name}.attn.qkv.bias")),
+        out=linear(source.take(f"{name}.attn.proj.weight")),
+        norm2=source.take(f"{name}.norm2.weight"),
+        gate_up=linear(_gate_up(source, f"{name}.mlp"), gated=True),
+        down=linear(source.take(f"{name}.mlp.down_proj.weight")),
+    )
+
+
+def _gate_up(source: WeightSource, name: str) -> torch.Tensor:
+    return torch.cat([source.take(f"{name}.gate_proj.weight"), source.take(f"{name}.up_proj.weight")])
+
+
+def _inverse_frequencies(config: Any) -> torch.Tensor:
+    """Frequencies [head_dim / 4] of one axis, as Glm4vVisionRotaryEmbedding computes them."""
+    dim = config.hidden_size // config.num_heads // 2
+    theta = (config.rope_parameters or {}).get("rope_theta", 10000.0)
+    return 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float) / dim))

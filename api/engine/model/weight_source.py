@@ -1,0 +1,39 @@
+"""Where a model's weights come from: tensors by the names that transformers gives them, on the computing device.
+
+The decoder and the vision encoder ask for each tensor once and arrange it as they need it, so that a source which reads
+files never holds more than one layer besides the result.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+
+
+class WeightSource(Protocol):
+    config: Any  # Glm4vConfig or one of the same shape, of transformers
+    device: torch.device
+    dtype: torch.dtype  # of every tensor
+
+    def take(self, name: str) -> torch.Tensor:
+        """The tensor of this name, like `model.visual.blocks.0.attn.qkv.weight`. Raises KeyError if there is none."""
+
+    def find(self, name: str) -> torch.Tensor | None:
+        """The tensor of this name, or None if the checkpoint has none: the bias of some layers."""
+
+
+class NetworkSource:
+    """The weights of a network of transformers that is in memory."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        self.config: Any = network.config
+        self._tensors = {name: tensor.detach() for name, tensor in network.named_parameters(remove_duplicate=False)}
+        first = self.take("model.language_model.embed_tokens.weight")
+        self.device, self.dtype = first.device, first.dtype
+
+    def take(self, name: str) -> torch.Tensor:
+        return self._tensors[name]
+
+    def find(self, name: str) -> torch.Tensor | None:
+        return self._tensors.get(name)
