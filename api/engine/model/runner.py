@@ -47,6 +47,7 @@ class _DecodeOrder:
 class Glm4vRunner:
     """The `Runner` of api.engine.loaded_model."""
 
+    overlaps = False
     # Pages beyond those that are allocated: one stays zero and pads what is read, so that no row reads another's.
     SPARE_PAGES = 1
     SPARE_SLOTS = 1  # beyond those of requests: one for a probe
