@@ -19,7 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -35,6 +35,7 @@ from api.engine.model.operations import TorchOperations
 from api.engine.model.runner import Glm4vRunner
 from api.engine.model.weights import raw_bytes, weights_of
 from api.engine.request import Delta, Done, Event, Failed, ImageInput, Request, SamplingParams
+from api.engine.sequence import make_sequence
 from bench.random_model import RandomSource, flash_config, image_of, random_model, small_config
 
 GIB = 2**30
@@ -235,9 +236,9 @@ def served(recipe: str) -> Callable[[Bench], None]:
     return section
 
 
-def handler(bench: Bench) -> None:
-    """The same network by `generate`, one request after another, as in a handler without an engine; and whether its
-    greedy tokens are those of the engine."""
+def parity(bench: Bench) -> None:
+    """The logits of the engine's runner and those of transformers' network with the same weights, at every token of an
+    answer; beside it how far transformers is from itself with another attention. And the time of `generate`."""
     from transformers.models.glm4v import Glm4vForConditionalGeneration
 
     config = bench.config()
@@ -248,40 +249,45 @@ def handler(bench: Bench) -> None:
     with torch.no_grad():
         for name, tensor in network.named_parameters():
             tensor.copy_(source.take(name))
-    rebuild_buffers(network, config, bench.device)
+    rebuild_buffers(network, bench.device)
     answer = 8 if bench.dry else 48
     with serving(bench, "bf16", slots=4) as client:
+        runner: Any = client.model.runner
         image_id = client.model.vocabulary.special[client.model.image_token]
         network.config.image_token_id = network.model.config.image_token_id = image_id
-        patch = client.model.runner.vision_encoder.patch_size  # type: ignore[attr-defined]
         grid = (1, 8, 8) if bench.dry else (1, 24, 24)
-        for name, images in {"text": (), "336x336": (image_of(grid, patch, 5),)}.items():
-            asked = client.ask(40, answer, images, logprobs=0)
-            ours = tokens_of(asked)
-            inputs = generate_inputs(asked.request, image_id, bench.device)
+        for name, images in {"text": (), "336x336": (image_of(grid, runner.vision_encoder.patch_size, 5),)}.items():
+            request = client.ask(40, answer, images).wait().request
+            inputs = generate_inputs(request, image_id, bench.device)
             with torch.inference_mode():
-                for _ in range(2):
-                    bench.wait()
-                    began = time.perf_counter()
-                    theirs = network.generate(**inputs, max_new_tokens=answer, do_sample=False, eos_token_id=None, pad_token_id=0)
-                    bench.wait()
-                    took_s = time.perf_counter() - began
-            theirs_ids = theirs[0, inputs["input_ids"].shape[1] :].tolist()
-            same = next((n for n, pair in enumerate(zip(ours, theirs_ids, strict=True)) if pair[0] != pair[1]), answer)
-            bench.tell("parity", question=name, equal_tokens=same, of=answer, distinct=len(set(ours)), generate_ms_a_token=round(took_s / answer * 1e3, 1))
+                greedy = {"max_new_tokens": answer, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+                network.generate(**inputs, **greedy)
+                bench.wait()
+                began = time.perf_counter()
+                tokens = network.generate(**inputs, **greedy)[0].tolist()
+                bench.wait()
+                generate_s = time.perf_counter() - began
+                inputs = generate_inputs(replace(request, prompt_ids=tuple(tokens[:-1])), image_id, bench.device)
+                logits = {}
+                for attention in ("sdpa", "eager"):
+                    network.set_attn_implementation(attention)
+                    logits[attention] = network(**inputs, logits_to_keep=answer, use_cache=False).logits[0].float()
+                ours = []
+                for end in range(len(tokens) - answer, len(tokens)):
+                    ids = replace(request, prompt_ids=tuple(tokens[:end]))
+                    ours.append(runner.answer_alone(make_sequence(ids, lambda event: None, image_id)))
+                found = torch.stack(ours)
+            equal = int((found.argmax(-1) == logits["sdpa"].argmax(-1)).sum())
+            bench.tell(
+                "parity", question=name, relative_error=relative(found, logits["sdpa"]),
+                transformers_against_itself=relative(logits["eager"], logits["sdpa"]), equal_argmax=equal, of=answer,
+                transformers_equal=int((logits["eager"].argmax(-1) == logits["sdpa"].argmax(-1)).sum()),
+                generate_ms_a_token=round(generate_s / answer * 1e3, 1),
+            )  # fmt: skip
 
 
-def tokens_of(asked: Asked) -> list[int]:
-    """The sampled tokens, by their log probabilities."""
-    ids: list[int] = []
-    while True:
-        _, event = asked.events.get(timeout=120)
-        if isinstance(event, Delta):
-            ids += [logprob.token_id for logprob in event.logprobs]
-        elif isinstance(event, Failed):
-            raise RuntimeError(event.message)
-        else:
-            return ids
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return round(float((found - expected).norm() / expected.norm()), 4)
 
 
 def generate_inputs(request: Request, image_id: int, device: torch.device) -> dict[str, Any]:
@@ -294,7 +300,7 @@ def generate_inputs(request: Request, image_id: int, device: torch.device) -> di
     return inputs
 
 
-def rebuild_buffers(network: Any, config: Any, device: torch.device) -> None:
+def rebuild_buffers(network: Any, device: torch.device) -> None:
     """Rotary frequencies, which a network made on `meta` does not have."""
     for module in network.modules():
         if hasattr(module, "inv_freq"):
@@ -341,7 +347,7 @@ def proof(bench: Bench) -> None:
 SECTIONS: dict[str, Callable[[Bench], None]] = {
     "machine": machine,
     "proof": proof,
-    "parity": handler,
+    "parity": parity,
     "bf16": served("bf16"),
 }
 
