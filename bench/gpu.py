@@ -27,7 +27,9 @@ from typing import Any
 import torch
 import transformers
 
+from api.engine.cuda.device import CudaDevice
 from api.engine.cuda.operations import PATHS, CudaOperations
+from api.engine.cuda.runner import CudaRunner
 from api.engine.cuda.self_test import Shape, prove
 from api.engine.engine import Engine
 from api.engine.loaded_model import Capacity, Model
@@ -154,7 +156,10 @@ def serving(bench: Bench, recipe: str, slots: int = 64) -> Iterator[Client]:
     bench.wait()
     began = time.perf_counter()
     source = RandomSource(config, bench.device, torch.bfloat16)
-    runner = Glm4vRunner(source, capacity, CONTEXT, operations(bench, recipe))
+    if bench.dry:
+        runner = Glm4vRunner(source, capacity, CONTEXT, operations(bench, recipe))
+    else:
+        runner = CudaRunner(source, capacity, CONTEXT, operations(bench, recipe), CudaDevice())
     bench.wait()
     built_s = time.perf_counter() - began
     client = Client(random_model(source, runner, capacity, CONTEXT))

@@ -70,6 +70,7 @@ class Engine:
         self._last_step_s: float | None = None
         self._checked_at = 0.0
         self._encoded_last_step = False
+        self._unprepared = False  # whether the runner has something to prepare while nothing is to do
         self._guard = Guard()
         self._commands: list[Command] = []  # guarded by _wake
 
@@ -246,7 +247,7 @@ class Engine:
         )
         self._enter("idle")
         self._guard.watch(model.integrity)
-        self._progress, self._model = 1.0, model
+        self._progress, self._model, self._unprepared = 1.0, model, True
         logger.info("event=engine_ready model=%s load_s=%.1f", model.id, time.monotonic() - started)
 
     def _report(self, fraction: float) -> None:
@@ -263,11 +264,16 @@ class Engine:
                     self._enter("draining" if self._draining else "idle")
                     self._wake.notify_all()  # a thread may wait in drain()
                     self._check_integrity()
-                self._wake.wait_for(self._has_something_to_do, timeout=self._guard.due_in_s())
+                timeout_s = 0.0 if self._unprepared else self._guard.due_in_s()
+                self._wake.wait_for(self._has_something_to_do, timeout=timeout_s)
                 if self._stopping or self._scheduler.has_work:
                     return not self._stopping
             self._obey()
-            self._look_for_damage()
+            if self._unprepared and self._model is not None:
+                self._enter("warm-up", WARM_UP_DEADLINE_S)
+                self._unprepared = self._model.runner.prepare_next()
+            else:
+                self._look_for_damage()
 
     def _look_for_damage(self) -> None:
         self._enter("check", FINGERPRINT_DEADLINE_S)
@@ -333,6 +339,7 @@ class Engine:
                 self._scheduler.drop_caches()
             self._guard.cured()
             self._guard.look_again()
+            self._unprepared = True
         self._enter("check", FINGERPRINT_DEADLINE_S)
         self._guard.take_fingerprint()
         return None

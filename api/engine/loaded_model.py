@@ -51,6 +51,9 @@ class Runner(Protocol):
     def compute(self, batch: Batch) -> list[SampledToken]:
         """One forward pass: the next token of each decoding sequence, then of each chunk that ends its prompt."""
 
+    def prepare_next(self) -> bool:
+        """Prepare one more of the things that make later steps faster, while there is nothing to do. False: none is left."""
+
     def failure(self, error: BaseException) -> Literal["request", "memory", "device"]:
         """The scope of an error: this work cannot be computed, there is too little memory, or the device is lost."""
 

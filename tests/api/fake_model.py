@@ -113,6 +113,9 @@ class FakeRunner:
     def warm_up(self) -> None:
         pass
 
+    def prepare_next(self) -> bool:
+        return False
+
     def encode(self, task: EncodeTask, limit_s: float) -> Any | None:
         task.state = (task.state or 0) + 1
         if task.image.patches == FAIL_COLOUR:

@@ -16,6 +16,8 @@ import torch
 import transformers
 
 from api.engine.config import EngineConfig
+from api.engine.cuda.device import CudaDevice
+from api.engine.cuda.runner import CudaRunner
 from api.engine.guard import Comparison
 from api.engine.kernels.build import cache_folder
 from api.engine.loaded_model import (
@@ -43,7 +45,7 @@ from api.engine.loading.placement import (
 from api.engine.loading.progress import Progress, part, weights_progress
 from api.engine.loading.reference import REFERENCE_FILE, compare_once, differences
 from api.engine.loading.revision import revision_of
-from api.engine.model.operations import TorchOperations
+from api.engine.model.operations import Operations, TorchOperations
 from api.engine.model.runner import Glm4vRunner
 from api.engine.model.weight_source import NetworkSource
 from api.engine.process import release_freed_memory
@@ -184,14 +186,20 @@ def _assemble(
 def _runner(
     network: Any, capacity: Capacity, context_tokens: int, choice: OperationsChoice
 ) -> tuple[Glm4vRunner, Selection]:
+    def build(operations: Operations) -> Glm4vRunner:
+        source = NetworkSource(network)
+        if source.device.type == "cuda":
+            return CudaRunner(source, capacity, context_tokens, operations, CudaDevice())
+        return Glm4vRunner(source, capacity, context_tokens, operations)
+
     operations, kernels = choice.choose()
     try:
-        return Glm4vRunner(NetworkSource(network), capacity, context_tokens, operations), kernels
+        return build(operations), kernels
     except (RuntimeError, MemoryError) as error:
         if isinstance(operations, TorchOperations):
             raise
         operations, kernels = without_compiled(error)  # not enough memory for packed weights
-        return Glm4vRunner(NetworkSource(network), capacity, context_tokens, operations), kernels
+        return build(operations), kernels
 
 
 def _local_folder(model: str, root: Path) -> Path | None:

@@ -47,6 +47,10 @@ class _DecodeOrder:
 class Glm4vRunner:
     """The `Runner` of api.engine.loaded_model."""
 
+    # Pages beyond those that are allocated: one stays zero and pads what is read, so that no row reads another's.
+    SPARE_PAGES = 1
+    SPARE_SLOTS = 1  # beyond those of requests: one for a probe
+
     def __init__(self, source: WeightSource, capacity: Capacity, context_tokens: int, operations: Operations) -> None:
         self.operations = operations
         self.observer: Observer | None = None  # of the layers of the next batches; for fault injection
@@ -58,13 +62,12 @@ class Glm4vRunner:
         self._padding_page = capacity.pages
         self._device = self._decoder.device
         self._decode_step = capacity.page_tokens if self._device.type == "cpu" else LENGTH_STEP
-        self._sampler = Sampler(capacity.slots + 1, self._decoder.vocabulary_size, self._device)
+        self._sampler = Sampler(capacity.slots + self.SPARE_SLOTS, self._decoder.vocabulary_size, self._device)
 
     @torch.inference_mode()
     def take_weights(self, source: WeightSource) -> None:
         """Compute with the weights of `source` from now on; the KV cache stays."""
-        # One page more than are allocated: it stays zero and pads what is read, so that no row reads another's.
-        pages = self._pages + 1
+        pages = self._pages + self.SPARE_PAGES
         self._decoder = Decoder(source, self._context_tokens, pages, self._page_tokens, self.operations, self._kv)
         self._vision_encoder = VisionEncoder(source, self.operations)
         self._kv = self._decoder.kv
@@ -134,6 +137,9 @@ class Glm4vRunner:
         tokens = self._sampler.sample(logits, [*decode, *(c.sequence for c in batch.chunks if c.is_last)])
         row_of = {number: row for row, number in enumerate(rows.order)}
         return [tokens[row_of[number]] for number in range(len(decode))] + tokens[len(decode) :]
+
+    def prepare_next(self) -> bool:
+        return False
 
     def failure(self, error: BaseException) -> Literal["request", "memory", "device"]:
         """After a CUDA error every later call fails too, except after running out of memory."""

@@ -1,0 +1,90 @@
+"""Streams, events, pinned memory and graphs of a device: all that a test without a card has to replace.
+
+The engine thread queues work on one stream and waits in one place a step. Whatever else needs the device from the host goes
+through here, so that a hidden wait is a bug that a test can find.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+
+class Event(Protocol):
+    """A point in the work that has been queued."""
+
+    def wait(self) -> None:
+        """Return once the device has reached it."""
+
+    def done(self) -> bool: ...
+
+    def seconds_since(self, earlier: Event) -> float:
+        """Time of the device between two points. Both must have been reached."""
+
+
+class Device(Protocol):
+    def pinned(self, size: int, dtype: torch.dtype) -> torch.Tensor:
+        """Memory of the host [size] that the device copies from and to by itself."""
+
+    def upload(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Queue a copy of pinned memory to the device."""
+
+    def download(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Queue a copy to pinned memory; an event recorded after it tells when it is there."""
+
+    def record(self) -> Event:
+        """A point after all that has been queued so far."""
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Run `work` once, record it, and return what queues it again: the same operations on the same memory.
+
+        `work` must not wait for the device, nor read anything of the host that changes. Raises RuntimeError.
+        """
+
+
+class CudaEvent:
+    def __init__(self) -> None:
+        self._event = torch.cuda.Event(enable_timing=True)
+        self._event.record()
+
+    def wait(self) -> None:
+        self._event.synchronize()
+
+    def done(self) -> bool:
+        return self._event.query()
+
+    def seconds_since(self, earlier: Event) -> float:
+        assert isinstance(earlier, CudaEvent)
+        return earlier._event.elapsed_time(self._event) / 1000
+
+
+class CudaDevice:
+    """A CUDA device through torch. All graphs share one pool of memory, because one runs at a time."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def pinned(self, size: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(size, dtype=dtype, pin_memory=True)
+
+    def upload(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        target.copy_(source, non_blocking=True)
+
+    def download(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        target.copy_(source, non_blocking=True)
+
+    def record(self) -> Event:
+        return CudaEvent()
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(current)
+        with torch.cuda.stream(side):  # compiles kernels and lets libraries allocate what they keep
+            work()
+        current.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            work()
+        return graph.replay

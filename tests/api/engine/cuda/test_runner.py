@@ -1,0 +1,90 @@
+"""The runner of a CUDA device on a device that replays on the CPU: the same tokens as the eager path, in any company."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from prompts import Steps, ask, draw_image, request_for
+from replay import ReplayDevice
+
+from api.engine.config import EngineConfig
+from api.engine.cuda.runner import CudaRunner
+from api.engine.loaded_model import Model
+from api.engine.loading.loader import load
+from api.engine.model.operations import TorchOperations
+from api.engine.model.weight_source import NetworkSource
+
+SLOTS = 6
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_checkpoint: Path) -> Model:
+    return load(EngineConfig(model=str(tiny_checkpoint), threads=1, device="cpu", slots=SLOTS), lambda fraction: None)
+
+
+@pytest.fixture(scope="module")
+def replayed(tiny_checkpoint: Path, plain: Model) -> Model:
+    from dataclasses import replace
+
+    from transformers import Glm4vForConditionalGeneration
+
+    network = Glm4vForConditionalGeneration.from_pretrained(tiny_checkpoint, dtype=torch.float32).eval()
+    operations = TorchOperations(plain.capacity.page_tokens)
+    runner = CudaRunner(NetworkSource(network), plain.capacity, plain.context_tokens, operations, ReplayDevice())
+    runner.warm_up()
+    while runner.prepare_next():
+        pass
+    return replace(plain, runner=runner)
+
+
+KINDS = [
+    ([ask("Hello, what is this?")], []),
+    ([ask("What is in the picture?", 1)], [draw_image(1, (150, 90))]),
+    ([ask("And here? " * 9)], []),
+]
+SAMPLING = [{}, {"temperature": 1.2, "top_k": 5, "top_p": 0.9, "seed": 3}, {"temperature": 0.9, "seed": 4},
+            {"repetition_penalty": 1.3}, {"logprobs": 2}]  # fmt: skip
+
+
+def test_every_bucket_is_recorded(replayed: Model) -> None:
+    assert replayed.runner.graphs.captured == (1, 2, 4, 7)
+
+
+@pytest.mark.parametrize("kind", range(len(KINDS)))
+def test_tokens_equal_the_eager_path(kind: int, plain: Model, replayed: Model) -> None:
+    request = request_for(plain, *KINDS[kind], max_tokens=24)
+    before = replayed.runner._queue.replays
+
+    assert Steps(replayed).run(request) == Steps(plain).run(request)
+    assert replayed.runner._queue.replays == before + 23
+
+
+def test_a_thousand_random_steps_give_the_tokens_of_the_eager_path(plain: Model, replayed: Model) -> None:
+    """Arrivals, ends, preemptions, aborts, and lengths around the borders of pages."""
+    answers = [churn(model) for model in (plain, replayed)]
+
+    assert answers[0] == answers[1]
+
+
+def churn(model: Model) -> dict[str, list[int]]:
+    rng = random.Random(20)
+    steps = Steps(model, chunk_tokens=40, pages=20)  # too few for all: some are preempted
+    sequences = []
+    for number in range(1000):
+        waiting = steps.scheduler.waiting
+        if waiting < 3 and rng.random() < 0.4:
+            messages, images = KINDS[rng.randrange(3)]
+            length = rng.choice((1, 14, 15, 16, 17, 30, 33, 48))
+            request = request_for(
+                model, [*messages[:-1], ask("a" * rng.randrange(40) + messages[0]["content"][-1]["text"], len(images))],
+                images, name=f"{number}", max_tokens=length, **rng.choice(SAMPLING),
+            )  # fmt: skip
+            sequences.append(steps.add(request))
+        if sequences and rng.random() < 0.03:
+            steps.scheduler.remove(rng.choice(sequences))
+        steps.step()
+    assert steps.scheduler.preemptions > 3 and len(sequences) > 50
+    return {sequence.request.id: sequence.output_ids for sequence in sequences}
