@@ -10,12 +10,14 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from api.engine.model.operations import Linear, Operations, VisionBlock
+from api.engine.model.linear import Linear
+from api.engine.model.operations import Operations, VisionBlock
 from api.engine.model.weight_source import WeightSource
 
 Grid = tuple[int, int, int]  # frames, rows, columns, in patches
@@ -36,7 +38,7 @@ class Progress:
 
 class VisionEncoder:
     def __init__(self, source: WeightSource, operations: Operations) -> None:
-        config, linear = source.config.vision_config, operations.linear
+        config, linear = source.config.vision_config, partial(operations.linear, role="vision")
         self._operations = operations
         self.dtype, self.device = source.dtype, source.device
         self.merge = config.spatial_merge_size
