@@ -28,12 +28,14 @@ import torch
 import transformers
 
 from api.engine.cuda.device import CudaDevice
+from api.engine.cuda.graphs import buckets_for
 from api.engine.cuda.operations import PATHS, CudaOperations
 from api.engine.cuda.runner import CudaRunner
 from api.engine.cuda.self_test import Shape, prove
 from api.engine.engine import Engine
 from api.engine.loaded_model import Capacity, Model
 from api.engine.model.operations import TorchOperations
+from api.engine.model.recipe import Weights, make_recipe
 from api.engine.model.runner import Glm4vRunner
 from api.engine.model.weights import raw_bytes, weights_of
 from api.engine.request import Delta, Done, Event, Failed, ImageInput, Request, SamplingParams
@@ -148,7 +150,7 @@ def machine(bench: Bench) -> None:
 
 
 @contextmanager
-def serving(bench: Bench, recipe: str, slots: int = 64) -> Iterator[Client]:
+def serving(bench: Bench, recipe: Weights, slots: int = 64) -> Iterator[Client]:
     """An engine with random weights of the exact shape."""
     config = bench.config()
     slots, tokens = (4, 2048) if bench.dry else (slots, slots * 1280 + CONTEXT)
@@ -163,18 +165,25 @@ def serving(bench: Bench, recipe: str, slots: int = 64) -> Iterator[Client]:
     bench.wait()
     built_s = time.perf_counter() - began
     client = Client(random_model(source, runner, capacity, CONTEXT))
+    began = time.perf_counter()
+    while isinstance(runner, CudaRunner) and runner.graphs.off is None and len(runner.graphs.captured) < len(buckets_for(slots + 1)):
+        if time.perf_counter() - began > 20:
+            raise RuntimeError(f"only these graphs were captured in 20 s: {runner.graphs.captured}")
+        time.sleep(0.05)
+    graphs = {"graphs": str(runner.graphs.off or runner.graphs.captured)} if isinstance(runner, CudaRunner) else {}
     size = sum(len(raw_bytes(tensor)) for _, tensor in weights_of(runner))
-    bench.tell("model", recipe=recipe, weights_gib=round(size / GIB, 2), built_s=round(built_s, 1), **peak(bench))
+    bench.tell("model", recipe=recipe, **graphs, graphs_s=round(time.perf_counter() - began, 1), weights_gib=round(size / GIB, 2), built_s=round(built_s, 1), **peak(bench))
     try:
         yield client
     finally:
         client.stop()
 
 
-def operations(bench: Bench, recipe: str) -> Any:
+def operations(bench: Bench, recipe: Weights) -> Any:
     if bench.dry:
-        return TorchOperations(PAGE_TOKENS)
-    return CudaOperations(PAGE_TOKENS, capability=torch.cuda.get_device_capability())
+        return TorchOperations(PAGE_TOKENS, make_recipe(recipe))
+    capability = torch.cuda.get_device_capability()
+    return CudaOperations(PAGE_TOKENS, capability, make_recipe(recipe, capability=capability))
 
 
 def peak(bench: Bench) -> dict[str, float]:
@@ -183,7 +192,7 @@ def peak(bench: Bench) -> dict[str, float]:
     return {"allocated_gib": round(torch.cuda.memory_allocated() / GIB, 2), "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 2)}
 
 
-def decode(bench: Bench, client: Client, recipe: str) -> None:
+def decode(bench: Bench, client: Client, recipe: Weights) -> None:
     """Streams that decode together: tokens a second by the gaps between the tokens of one stream."""
     read = sum(len(raw_bytes(t)) for name, t in weights_of(client.model.runner) if name.startswith("decoder.") and "embeddings" not in name)
     limit_s = read / bench.bandwidth
@@ -199,7 +208,7 @@ def decode(bench: Bench, client: Client, recipe: str) -> None:
         )  # fmt: skip
 
 
-def first_token(bench: Bench, client: Client, recipe: str) -> None:
+def first_token(bench: Bench, client: Client, recipe: Weights) -> None:
     """Milliseconds to the first token on an idle card, median of five different questions."""
     patch = client.model.runner.vision_encoder.patch_size  # type: ignore[attr-defined]
     grids = {"text": None, "336x336": (1, 24, 24), "1000 tokens": (1, 64, 64), "448x448, 8 tokens": (1, 32, 32)}
@@ -215,7 +224,7 @@ def first_token(bench: Bench, client: Client, recipe: str) -> None:
         bench.tell("first token", recipe=recipe, question=name, ttft_ms=round(median(firsts[2:]) * 1e3, 1), answer_8_ms=round(median(wholes[2:]) * 1e3, 1))
 
 
-def mix(bench: Bench, client: Client, recipe: str) -> None:
+def mix(bench: Bench, client: Client, recipe: Weights) -> None:
     """Pictures that come into running streams: how long those streams wait for a token."""
     patch = client.model.runner.vision_encoder.patch_size  # type: ignore[attr-defined]
     streams = [client.ask(64, 16 if bench.dry else 400) for _ in range(2 if bench.dry else 16)]
@@ -231,7 +240,7 @@ def mix(bench: Bench, client: Client, recipe: str) -> None:
     )  # fmt: skip
 
 
-def served(recipe: str) -> Callable[[Bench], None]:
+def served(recipe: Weights) -> Callable[[Bench], None]:
     def section(bench: Bench) -> None:
         with serving(bench, recipe) as client:
             for part in (decode, first_token, mix):
@@ -354,6 +363,8 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "proof": proof,
     "parity": parity,
     "bf16": served("bf16"),
+    "fp8": served("fp8"),
+    "nf4": served("nf4"),
 }
 
 
