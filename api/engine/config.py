@@ -21,6 +21,7 @@ class EngineConfig:
     context_tokens: int = 0  # limit of prompt and answer together
     slots: int = 0  # requests that run at once
     kv_cache_bytes: int = 0
+    weights: Literal["auto", "bf16", "fp8", "nf4"] = "auto"  # the recipe of quantisation
     encoder_cache_bytes: int = 256 * 2**20
     prefill_chunk_tokens: int = 512  # most prompt tokens in one step
     fingerprint_s: float = 600.0  # between two comparisons of an idle model with itself
