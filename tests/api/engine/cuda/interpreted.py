@@ -17,7 +17,7 @@ from prompts import Steps, ask, draw_image, generate, request_for
 
 from api.engine.config import EngineConfig
 from api.engine.cuda.attention import DecodePlan, PrefillPlan, decode_scratch, paged_decode, paged_prefill
-from api.engine.cuda.operations import CudaOperations
+from api.engine.cuda.operations import PATHS, CudaOperations
 from api.engine.cuda.quantization import quantize_rows, rescale, silu_mul_quantize
 from api.engine.cuda.rotation import rotate_image, rotate_store
 from api.engine.cuda.rows import add_norm, add_rms_norm, rms_norm, silu_mul
@@ -248,10 +248,10 @@ def test_rescale(biased: bool, gated: bool) -> None:
     close(found, exact, 4)
 
 
-@pytest.mark.parametrize("prefill", ["triton", "torch"])
-@pytest.mark.parametrize("decode", ["triton", "torch"])
-def test_operations_attend_as_torch_does(decode: str, prefill: str) -> None:
-    ours = CudaOperations(PAGE, decode, prefill)
+@pytest.mark.parametrize("plain", [(), ("decode",), ("prefill",), PATHS], ids=str)
+def test_operations_attend_as_torch_does(plain: tuple[str, ...]) -> None:
+    ours = CudaOperations(PAGE)
+    ours.use_plain(plain)
     ours.prepare(2, 6, 16, torch.device("cpu"))
     qkv, kv = qkv_of(3, 6, 2, 16, torch.float32), randn(8 * PAGE, 4, 16)
     tables, lengths = torch.randperm(8).view(2, 4), torch.tensor([40, 3])
