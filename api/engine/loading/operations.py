@@ -15,6 +15,8 @@ from api.engine.kernels.build import KernelError, PendingLibrary, unsupported
 from api.engine.kernels.operations import CompiledOperations
 from api.engine.loading.placement import PAGE_TOKENS, Selection
 from api.engine.model.operations import Operations, TorchOperations
+from api.engine.model.recipe import BF16, Recipe
+from api.engine.model.rotary import head_dim_of
 
 WAIT_S = 60.0  # for the compiler and the trial, once the weights are loaded
 
@@ -22,10 +24,16 @@ WAIT_S = 60.0  # for the compiler and the trial, once the weights are loaded
 class OperationsChoice:
     """Created before the weights are loaded, to compile in the meantime; `choose` is called after. Engine thread only."""
 
-    def __init__(self, config: EngineConfig, device: str, dtype: torch.dtype, model_config: Any) -> None:
+    def __init__(
+        self, config: EngineConfig, device: str, dtype: torch.dtype, model_config: Any, recipe: Recipe = BF16
+    ) -> None:
         self._pending: PendingLibrary | None = None
         self._reason = "set by GLM_KERNELS"
+        self._recipe = recipe
         if config.kernels == "torch":
+            return
+        if recipe != BF16:
+            self._reason = f"the compiled kernels do not multiply {recipe.name} weights"
             return
         if (reason := unsupported(device, dtype, PAGE_TOKENS, _head_dims(model_config))) is not None:
             self._reason = reason
@@ -35,7 +43,7 @@ class OperationsChoice:
     def choose(self) -> tuple[Operations, Selection]:
         """Waits up to WAIT_S for a library that is still being compiled."""
         if self._pending is None:
-            return TorchOperations(PAGE_TOKENS), Selection("torch", self._reason)
+            return TorchOperations(PAGE_TOKENS, self._recipe), Selection("torch", self._reason)
         try:
             library = self._pending.wait(WAIT_S)
             torch.ops.load_library(str(library))
@@ -50,4 +58,4 @@ def without_compiled(error: Exception) -> tuple[Operations, Selection]:
 
 def _head_dims(model_config: Any) -> tuple[int, int]:
     text, vision = model_config.get_text_config(), model_config.vision_config
-    return text.hidden_size // text.num_attention_heads, vision.hidden_size // vision.num_heads
+    return head_dim_of(text), vision.hidden_size // vision.num_heads

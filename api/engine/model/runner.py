@@ -65,8 +65,9 @@ class Glm4vRunner:
         """Compute with the weights of `source` from now on; the KV cache stays."""
         # One page more than are allocated: it stays zero and pads what is read, so that no row reads another's.
         pages = self._pages + 1
-        self._decoder = Decoder(source, self._context_tokens, pages, self._page_tokens, self.operations, self._kv)
-        self._vision_encoder = VisionEncoder(source, self.operations)
+        decoder = Decoder(source, self._context_tokens, pages, self._page_tokens, self.operations, self._kv)
+        vision_encoder = VisionEncoder(source, self.operations)
+        self._decoder, self._vision_encoder = decoder, vision_encoder  # only once all of it could be read
         self._kv = self._decoder.kv
 
     def release_weights(self) -> None:
