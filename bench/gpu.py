@@ -31,7 +31,8 @@ from api.engine.cuda.device import CudaDevice
 from api.engine.cuda.graphs import buckets_for
 from api.engine.cuda.operations import PATHS, CudaOperations
 from api.engine.cuda.runner import CudaRunner
-from api.engine.cuda.self_test import Shape, prove
+from api.engine.cuda.self_test import prove
+from api.engine.cuda.shape import shape_of
 from api.engine.engine import Engine
 from api.engine.loaded_model import Capacity, Model
 from api.engine.model.operations import TorchOperations
@@ -345,16 +346,11 @@ def timed(bench: Bench, work: Callable[[], Any], times: int) -> list[float]:
 def proof(bench: Bench) -> None:
     """The comparison of each fast path with plain torch that every start makes."""
     config = bench.config()
-    text, vision = config.text_config, config.vision_config
-    shape = Shape(
-        text.num_attention_heads, text.num_key_value_heads, text.hidden_size // text.num_attention_heads,
-        text.hidden_size, text.intermediate_size, vision.num_heads, vision.hidden_size // vision.num_heads, PAGE_TOKENS,
-    )  # fmt: skip
     fast = CudaOperations(PAGE_TOKENS, (9, 0) if bench.dry else torch.cuda.get_device_capability())
     if bench.dry:
         fast.use_plain(PATHS)
     began = time.perf_counter()
-    proofs = prove(fast, shape, bench.device, torch.bfloat16)
+    proofs = prove(fast, shape_of(config, PAGE_TOKENS), bench.device, torch.bfloat16)
     bench.tell("proof", seconds=round(time.perf_counter() - began, 1), paths={p.path: f"{p.proven}: {p.reason}" for p in proofs})
 
 

@@ -14,7 +14,7 @@ room that decoding needs. Engine thread only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Literal, get_args
 
@@ -28,7 +28,7 @@ from api.engine.cuda.rotation import rotate_image, rotate_store
 from api.engine.cuda.rows import add_norm, silu_mul
 from api.engine.model.linear import Linear, Role
 from api.engine.model.operations import AttentionMetadata, TorchOperations
-from api.engine.model.recipe import BF16, LINEARS, Recipe
+from api.engine.model.recipe import BF16, LINEARS, Format, Recipe
 
 # What may be computed by a kernel of this room or by plain torch.
 Path = Literal["decode", "prefill", "norms", "rotation", "activation", "image"]
@@ -45,7 +45,9 @@ class CudaOperations(TorchOperations):
 
     def __init__(self, page_tokens: int, capability: tuple[int, int] = (9, 0), recipe: Recipe = BF16) -> None:
         super().__init__(page_tokens, recipe)
-        self._linears = {**LINEARS, "plain": partial(CudaLinear, activate=self.activate), "fp8": CudaFp8Linear}
+        self._linears: dict[Format, Callable[..., Linear]] = {
+            **LINEARS, "plain": partial(CudaLinear, activate=self.activate), "fp8": CudaFp8Linear,
+        }  # fmt: skip
         self._plain: frozenset[Path] = frozenset()
         self._decode_plan, self._prefill_plan = plans_for(capability)
         self._scratch: DecodeScratch | None = None

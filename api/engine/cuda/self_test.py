@@ -16,6 +16,7 @@ from statistics import median
 import torch
 
 from api.engine.cuda.operations import PATHS, CudaOperations, Path
+from api.engine.cuda.shape import Shape
 from api.engine.model.operations import AttentionMetadata, Operations, TorchOperations
 
 # Relative errors of up to this much are rounding in bfloat16; above it, plain torch's own error decides.
@@ -30,20 +31,6 @@ CHUNKS = ((0, 37), (16, 240), (219, 37), (220, 37), (700, 129))  # first token a
 EPS = 1e-5
 
 Case = Callable[[Operations, torch.dtype], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What the kernels depend on, of a model."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    hidden: int
-    inner: int  # of an MLP
-    image_heads: int
-    image_head_dim: int
-    page_tokens: int
 
 
 @dataclass(frozen=True)

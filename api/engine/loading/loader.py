@@ -145,7 +145,7 @@ def _assemble(
         | {"context_tokens": context_reason, "slots": slots.reason, "kv_cache": kv.reason},
     }
     runner, kernels = _runner(weights, capacity, context_tokens, operations, progress)
-    facts["kernels"], facts["choices"]["kernels"] = kernels.value, kernels.reason
+    facts["kernels"], facts["choices"]["kernels"], facts["proofs"] = kernels.value, kernels.reason, operations.proofs
     logger.info("event=choice name=kernels value=%s reason=%s", kernels.value, json.dumps(kernels.reason))
     template = CheckpointTemplate(tokenizer)
     image_processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
