@@ -54,9 +54,11 @@ class DecodeScratch(NamedTuple):
 
 
 def plans_for(capability: tuple[int, int]) -> tuple[DecodePlan, PrefillPlan]:
-    """Plans that fit the shared memory of a device: 64 KiB on Turing, 99 on 8.6, 8.9 and 12.x, else at least 163."""
+    """Plans that fit the shared memory of a device: 64 KiB on Turing, 99 on 8.6, 8.9 and 12.x, else at least 163.
+
+    On Turing Triton does not use the tensor cores, and larger tiles take a minute to compile."""
     if capability < (8, 0):
-        return DecodePlan(stages=1), PrefillPlan(queries=64, keys=32, warps=4, stages=1)
+        return DecodePlan(block=16, stages=1), PrefillPlan(queries=32, keys=32, warps=4, stages=1)
     if capability in ((8, 6), (8, 7), (8, 9)) or capability[0] >= 12:
         return DecodePlan(stages=2), PrefillPlan(queries=64, keys=64, warps=4)
     return DecodePlan(), PrefillPlan(stages=3)

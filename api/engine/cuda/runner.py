@@ -85,7 +85,7 @@ class CudaRunner(Glm4vRunner):
         self._graphs = DecodeGraphs(self._queue, self._decode_step_of, buckets_for(self._rows))
         prepare = getattr(self.operations, "prepare", None)
         if prepare is not None:
-            prepare(self._rows, self._decoder.heads, self._decoder.head_dim, self._device)
+            prepare(self._rows, self._decoder.heads, self._decoder.head_dim, self._decoder.device)
 
     def release_weights(self) -> None:
         self._graphs = None
