@@ -19,7 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,15 +28,19 @@ import torch
 import transformers
 
 from api.engine.cuda.device import CudaDevice
+from api.engine.cuda.graphs import buckets_for
 from api.engine.cuda.operations import PATHS, CudaOperations
 from api.engine.cuda.runner import CudaRunner
-from api.engine.cuda.self_test import Shape, prove
+from api.engine.cuda.self_test import prove
+from api.engine.cuda.shape import shape_of
 from api.engine.engine import Engine
 from api.engine.loaded_model import Capacity, Model
 from api.engine.model.operations import TorchOperations
+from api.engine.model.recipe import Weights, make_recipe
 from api.engine.model.runner import Glm4vRunner
 from api.engine.model.weights import raw_bytes, weights_of
 from api.engine.request import Delta, Done, Event, Failed, ImageInput, Request, SamplingParams
+from api.engine.sequence import make_sequence
 from bench.random_model import RandomSource, flash_config, image_of, random_model, small_config
 
 GIB = 2**30
@@ -147,7 +151,7 @@ def machine(bench: Bench) -> None:
 
 
 @contextmanager
-def serving(bench: Bench, recipe: str, slots: int = 64) -> Iterator[Client]:
+def serving(bench: Bench, recipe: Weights, slots: int = 64) -> Iterator[Client]:
     """An engine with random weights of the exact shape."""
     config = bench.config()
     slots, tokens = (4, 2048) if bench.dry else (slots, slots * 1280 + CONTEXT)
@@ -162,18 +166,25 @@ def serving(bench: Bench, recipe: str, slots: int = 64) -> Iterator[Client]:
     bench.wait()
     built_s = time.perf_counter() - began
     client = Client(random_model(source, runner, capacity, CONTEXT))
+    began = time.perf_counter()
+    while isinstance(runner, CudaRunner) and runner.graphs.off is None and len(runner.graphs.captured) < len(buckets_for(slots + 1)):
+        if time.perf_counter() - began > 20:
+            raise RuntimeError(f"only these graphs were captured in 20 s: {runner.graphs.captured}")
+        time.sleep(0.05)
+    graphs = {"graphs": str(runner.graphs.off or runner.graphs.captured)} if isinstance(runner, CudaRunner) else {}
     size = sum(len(raw_bytes(tensor)) for _, tensor in weights_of(runner))
-    bench.tell("model", recipe=recipe, weights_gib=round(size / GIB, 2), built_s=round(built_s, 1), **peak(bench))
+    bench.tell("model", recipe=recipe, **graphs, graphs_s=round(time.perf_counter() - began, 1), weights_gib=round(size / GIB, 2), built_s=round(built_s, 1), **peak(bench))
     try:
         yield client
     finally:
         client.stop()
 
 
-def operations(bench: Bench, recipe: str) -> Any:
+def operations(bench: Bench, recipe: Weights) -> Any:
     if bench.dry:
-        return TorchOperations(PAGE_TOKENS)
-    return CudaOperations(PAGE_TOKENS, capability=torch.cuda.get_device_capability())
+        return TorchOperations(PAGE_TOKENS, make_recipe(recipe))
+    capability = torch.cuda.get_device_capability()
+    return CudaOperations(PAGE_TOKENS, capability, make_recipe(recipe, capability=capability))
 
 
 def peak(bench: Bench) -> dict[str, float]:
@@ -182,7 +193,7 @@ def peak(bench: Bench) -> dict[str, float]:
     return {"allocated_gib": round(torch.cuda.memory_allocated() / GIB, 2), "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 2)}
 
 
-def decode(bench: Bench, client: Client, recipe: str) -> None:
+def decode(bench: Bench, client: Client, recipe: Weights) -> None:
     """Streams that decode together: tokens a second by the gaps between the tokens of one stream."""
     read = sum(len(raw_bytes(t)) for name, t in weights_of(client.model.runner) if name.startswith("decoder.") and "embeddings" not in name)
     limit_s = read / bench.bandwidth
@@ -198,7 +209,7 @@ def decode(bench: Bench, client: Client, recipe: str) -> None:
         )  # fmt: skip
 
 
-def first_token(bench: Bench, client: Client, recipe: str) -> None:
+def first_token(bench: Bench, client: Client, recipe: Weights) -> None:
     """Milliseconds to the first token on an idle card, median of five different questions."""
     patch = client.model.runner.vision_encoder.patch_size  # type: ignore[attr-defined]
     grids = {"text": None, "336x336": (1, 24, 24), "1000 tokens": (1, 64, 64), "448x448, 8 tokens": (1, 32, 32)}
@@ -214,7 +225,7 @@ def first_token(bench: Bench, client: Client, recipe: str) -> None:
         bench.tell("first token", recipe=recipe, question=name, ttft_ms=round(median(firsts[2:]) * 1e3, 1), answer_8_ms=round(median(wholes[2:]) * 1e3, 1))
 
 
-def mix(bench: Bench, client: Client, recipe: str) -> None:
+def mix(bench: Bench, client: Client, recipe: Weights) -> None:
     """Pictures that come into running streams: how long those streams wait for a token."""
     patch = client.model.runner.vision_encoder.patch_size  # type: ignore[attr-defined]
     streams = [client.ask(64, 16 if bench.dry else 400) for _ in range(2 if bench.dry else 16)]
@@ -230,7 +241,7 @@ def mix(bench: Bench, client: Client, recipe: str) -> None:
     )  # fmt: skip
 
 
-def served(recipe: str) -> Callable[[Bench], None]:
+def served(recipe: Weights) -> Callable[[Bench], None]:
     def section(bench: Bench) -> None:
         with serving(bench, recipe) as client:
             for part in (decode, first_token, mix):
@@ -240,9 +251,9 @@ def served(recipe: str) -> Callable[[Bench], None]:
     return section
 
 
-def handler(bench: Bench) -> None:
-    """The same network by `generate`, one request after another, as in a handler without an engine; and whether its
-    greedy tokens are those of the engine."""
+def parity(bench: Bench) -> None:
+    """The logits of the engine's runner and those of transformers' network with the same weights, at every token of an
+    answer; beside it how far transformers is from itself with another attention. And the time of `generate`."""
     from transformers.models.glm4v import Glm4vForConditionalGeneration
 
     config = bench.config()
@@ -253,40 +264,45 @@ def handler(bench: Bench) -> None:
     with torch.no_grad():
         for name, tensor in network.named_parameters():
             tensor.copy_(source.take(name))
-    rebuild_buffers(network, config, bench.device)
+    rebuild_buffers(network, bench.device)
     answer = 8 if bench.dry else 48
     with serving(bench, "bf16", slots=4) as client:
+        runner: Any = client.model.runner
         image_id = client.model.vocabulary.special[client.model.image_token]
         network.config.image_token_id = network.model.config.image_token_id = image_id
-        patch = client.model.runner.vision_encoder.patch_size  # type: ignore[attr-defined]
         grid = (1, 8, 8) if bench.dry else (1, 24, 24)
-        for name, images in {"text": (), "336x336": (image_of(grid, patch, 5),)}.items():
-            asked = client.ask(40, answer, images, logprobs=0)
-            ours = tokens_of(asked)
-            inputs = generate_inputs(asked.request, image_id, bench.device)
+        for name, images in {"text": (), "336x336": (image_of(grid, runner.vision_encoder.patch_size, 5),)}.items():
+            request = client.ask(40, answer, images).wait().request
+            inputs = generate_inputs(request, image_id, bench.device)
             with torch.inference_mode():
-                for _ in range(2):
-                    bench.wait()
-                    began = time.perf_counter()
-                    theirs = network.generate(**inputs, max_new_tokens=answer, do_sample=False, eos_token_id=None, pad_token_id=0)
-                    bench.wait()
-                    took_s = time.perf_counter() - began
-            theirs_ids = theirs[0, inputs["input_ids"].shape[1] :].tolist()
-            same = next((n for n, pair in enumerate(zip(ours, theirs_ids, strict=True)) if pair[0] != pair[1]), answer)
-            bench.tell("parity", question=name, equal_tokens=same, of=answer, distinct=len(set(ours)), generate_ms_a_token=round(took_s / answer * 1e3, 1))
+                greedy = {"max_new_tokens": answer, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+                network.generate(**inputs, **greedy)
+                bench.wait()
+                began = time.perf_counter()
+                tokens = network.generate(**inputs, **greedy)[0].tolist()
+                bench.wait()
+                generate_s = time.perf_counter() - began
+                inputs = generate_inputs(replace(request, prompt_ids=tuple(tokens[:-1])), image_id, bench.device)
+                logits = {}
+                for attention in ("sdpa", "eager"):
+                    network.set_attn_implementation(attention)
+                    logits[attention] = network(**inputs, logits_to_keep=answer, use_cache=False).logits[0].float()
+                ours = []
+                for end in range(len(tokens) - answer, len(tokens)):
+                    ids = replace(request, prompt_ids=tuple(tokens[:end]))
+                    ours.append(runner.answer_alone(make_sequence(ids, lambda event: None, image_id)))
+                found = torch.stack(ours)
+            equal = int((found.argmax(-1) == logits["sdpa"].argmax(-1)).sum())
+            bench.tell(
+                "parity", question=name, relative_error=relative(found, logits["sdpa"]),
+                transformers_against_itself=relative(logits["eager"], logits["sdpa"]), equal_argmax=equal, of=answer,
+                transformers_equal=int((logits["eager"].argmax(-1) == logits["sdpa"].argmax(-1)).sum()),
+                generate_ms_a_token=round(generate_s / answer * 1e3, 1),
+            )  # fmt: skip
 
 
-def tokens_of(asked: Asked) -> list[int]:
-    """The sampled tokens, by their log probabilities."""
-    ids: list[int] = []
-    while True:
-        _, event = asked.events.get(timeout=120)
-        if isinstance(event, Delta):
-            ids += [logprob.token_id for logprob in event.logprobs]
-        elif isinstance(event, Failed):
-            raise RuntimeError(event.message)
-        else:
-            return ids
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return round(float((found - expected).norm() / expected.norm()), 4)
 
 
 def generate_inputs(request: Request, image_id: int, device: torch.device) -> dict[str, Any]:
@@ -299,7 +315,7 @@ def generate_inputs(request: Request, image_id: int, device: torch.device) -> di
     return inputs
 
 
-def rebuild_buffers(network: Any, config: Any, device: torch.device) -> None:
+def rebuild_buffers(network: Any, device: torch.device) -> None:
     """Rotary frequencies, which a network made on `meta` does not have."""
     for module in network.modules():
         if hasattr(module, "inv_freq"):
@@ -330,24 +346,21 @@ def timed(bench: Bench, work: Callable[[], Any], times: int) -> list[float]:
 def proof(bench: Bench) -> None:
     """The comparison of each fast path with plain torch that every start makes."""
     config = bench.config()
-    text, vision = config.text_config, config.vision_config
-    shape = Shape(
-        text.num_attention_heads, text.num_key_value_heads, text.hidden_size // text.num_attention_heads,
-        text.hidden_size, text.intermediate_size, vision.num_heads, vision.hidden_size // vision.num_heads, PAGE_TOKENS,
-    )  # fmt: skip
     fast = CudaOperations(PAGE_TOKENS, (9, 0) if bench.dry else torch.cuda.get_device_capability())
     if bench.dry:
         fast.use_plain(PATHS)
     began = time.perf_counter()
-    proofs = prove(fast, shape, bench.device, torch.bfloat16)
+    proofs = prove(fast, shape_of(config, PAGE_TOKENS), bench.device, torch.bfloat16)
     bench.tell("proof", seconds=round(time.perf_counter() - began, 1), paths={p.path: f"{p.proven}: {p.reason}" for p in proofs})
 
 
 SECTIONS: dict[str, Callable[[Bench], None]] = {
     "machine": machine,
     "proof": proof,
-    "parity": handler,
+    "parity": parity,
     "bf16": served("bf16"),
+    "fp8": served("fp8"),
+    "nf4": served("nf4"),
 }
 
 

@@ -31,6 +31,8 @@ class Runner(Protocol):
     A call that raises leaves the state consistent: the engine may repeat the same work, or a part of it.
     """
 
+    overlaps: bool  # whether it is an OverlappingRunner
+
     def warm_up(self) -> None:
         """Run every kind of step once, so that the first request pays for no set-up and a broken model fails now."""
 
@@ -56,6 +58,31 @@ class Runner(Protocol):
 
     def failure(self, error: BaseException) -> Literal["request", "memory", "device"]:
         """The scope of an error: this work cannot be computed, there is too little memory, or the device is lost."""
+
+
+class Flight(Protocol):
+    """A step that has been queued on a device."""
+
+    @property
+    def seconds(self) -> float:
+        """What it took the device, once it is collected."""
+
+
+class OverlappingRunner(Runner, Protocol):
+    """A runner of a device that computes while the host does something else. Steps are computed in the order of launching."""
+
+    def launch(self, batch: Batch) -> Flight:
+        """Queue what `compute` does, and return at once."""
+
+    def launch_next(self, flight: Flight, sequences: tuple[Sequence, ...]) -> Flight | None:
+        """Queue the step after `flight`, which is not collected yet, for these of its sequences: each decodes one token
+        more, whatever `flight` samples. None if that cannot be done."""
+
+    def collect(self, flight: Flight) -> list[SampledToken]:
+        """Wait for a step and return its tokens; those of sequences that have ended since have no meaning."""
+
+    def settle(self, flight: Flight) -> None:
+        """Wait for a step whose tokens are not wanted any more."""
 
 
 class Template(Protocol):

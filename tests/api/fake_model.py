@@ -89,6 +89,8 @@ class FakeImageProcessor:
 class FakeRunner:
     """Its KV cache stores the tokens' prefix cache keys, so that every read can be checked."""
 
+    overlaps = False
+
     def __init__(
         self,
         vocabulary: Vocabulary,

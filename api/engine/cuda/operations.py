@@ -15,6 +15,7 @@ room that decoding needs. Engine thread only.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -22,33 +23,16 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from api.engine.cuda.attention import DecodeScratch, decode_scratch, paged_decode, paged_prefill, plans_for
+from api.engine.cuda.linear import CudaFp8Linear, CudaLinear
 from api.engine.cuda.rotation import rotate_image, rotate_store
 from api.engine.cuda.rows import add_norm, silu_mul
-from api.engine.model.operations import AttentionMetadata, Linear, TorchOperations
+from api.engine.model.linear import Linear, Role
+from api.engine.model.operations import AttentionMetadata, TorchOperations
+from api.engine.model.recipe import BF16, LINEARS, Format, Recipe
 
 # What may be computed by a kernel of this room or by plain torch.
 Path = Literal["decode", "prefill", "norms", "rotation", "activation", "image"]
 PATHS: tuple[Path, ...] = get_args(Path)
-
-
-class CudaLinear:
-    """A product by cuBLAS; if gated, `activate` is silu(first half of a row) * second half."""
-
-    def __init__(
-        self,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None = None,
-        gated: bool = False,
-        activate: Callable[[torch.Tensor], torch.Tensor] = silu_mul,
-    ) -> None:
-        self._activate = activate
-        self.out_features, self.in_features = weight.shape
-        self._weight, self._gated = weight.detach().contiguous(), gated
-        self._bias = None if bias is None else bias.detach().contiguous()
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        y = F.linear(x, self._weight, self._bias)
-        return self._activate(y) if self._gated else y
 
 
 class CudaOperations(TorchOperations):
@@ -59,14 +43,19 @@ class CudaOperations(TorchOperations):
 
     needs_masks = False
 
-    def __init__(self, page_tokens: int, capability: tuple[int, int] = (9, 0)) -> None:
-        super().__init__(page_tokens)
+    def __init__(self, page_tokens: int, capability: tuple[int, int] = (9, 0), recipe: Recipe = BF16) -> None:
+        super().__init__(page_tokens, recipe)
+        self._linears: dict[Format, Callable[..., Linear]] = {
+            **LINEARS, "plain": partial(CudaLinear, activate=self.activate), "fp8": CudaFp8Linear,
+        }  # fmt: skip
         self._plain: frozenset[Path] = frozenset()
         self._decode_plan, self._prefill_plan = plans_for(capability)
         self._scratch: DecodeScratch | None = None
 
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None, gated: bool = False) -> Linear:
-        return CudaLinear(weight, bias, gated, self.activate)
+    def linear(
+        self, weight: torch.Tensor, bias: torch.Tensor | None = None, gated: bool = False, role: Role = "text"
+    ) -> Linear:
+        return self.recipe.linear(role, weight, bias, gated, self._linears)
 
     def use_plain(self, paths: Iterable[Path]) -> None:
         """From now on these paths, and no others, are computed by plain torch."""

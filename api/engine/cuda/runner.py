@@ -36,19 +36,24 @@ RESULTS = 3  # blocks of results that may be on their way
 
 @dataclass
 class Flight:
-    """A step that the device computes, or has computed."""
+    """A step that the device computes, or has computed: the `Flight` of api.engine.loaded_model."""
 
     sequences: tuple[Sequence, ...]  # whose next tokens it samples
     result: torch.Tensor  # int32 [rows], on the host once `finished` is reached
     began: Event
     finished: Event
-    logits: torch.Tensor  # float32 [rows, vocabulary], until the next step
-    by_host: list[int]  # rows whose token is sampled from their logits by the host
+    logits: torch.Tensor  # float32 [rows, vocabulary], until the next step is queued
+    recorded: bool  # whether it was a graph
+
+    @property
+    def seconds(self) -> float:
+        return self.finished.seconds_since(self.began)
 
 
 class CudaRunner(Glm4vRunner):
     """`device` is what streams, events, pinned memory and graphs go through."""
 
+    overlaps = True
     SPARE_PAGES = 2  # one that stays zero and one that padding rows write to
     SPARE_SLOTS = 2  # one for a probe and one for padding rows
 
@@ -80,7 +85,7 @@ class CudaRunner(Glm4vRunner):
         self._graphs = DecodeGraphs(self._queue, self._decode_step_of, buckets_for(self._rows))
         prepare = getattr(self.operations, "prepare", None)
         if prepare is not None:
-            prepare(self._rows, self._decoder.heads, self._decoder.head_dim, self._device)
+            prepare(self._rows, self._decoder.heads, self._decoder.head_dim, self._decoder.device)
 
     def release_weights(self) -> None:
         self._graphs = None
@@ -106,12 +111,20 @@ class CudaRunner(Glm4vRunner):
             return super().compute(batch)
         return self.collect(self.launch(batch))
 
-    @torch.inference_mode()
     def launch(self, batch: Batch) -> Flight:
-        """Queue a step; nothing waits for it."""
+        return self._launch(batch, 0)
+
+    def launch_next(self, flight: Flight, sequences: tuple[Sequence, ...]) -> Flight | None:
+        if not flight.recorded or not all(map(chosen_on_device, flight.sequences)):
+            return None
+        return self._launch(Batch(sequences), 1)
+
+    @torch.inference_mode()
+    def _launch(self, batch: Batch, ahead: int) -> Flight:
+        """Queue a step. `ahead`: how many tokens of its sequences are not known yet; the device takes the last itself."""
         sampled = batch.sampled
         began = self._queue.record()
-        self._stage_rows(batch.decode, sampled)
+        self._stage_rows(batch.decode, sampled, ahead)
         bucket = None if batch.chunks else self.graphs.bucket_for(len(sampled))
         if bucket is None:
             self._run_operations(batch)
@@ -123,8 +136,8 @@ class CudaRunner(Glm4vRunner):
         result = self._results[self._flights][: len(sampled)]
         if sampled:
             self._queue.download(result, self._sampled[: len(sampled)])
-        by_host = [row for row, sequence in enumerate(sampled) if not chosen_on_device(sequence)]
-        return Flight(sampled, result, began, self._queue.record(), self._logits[: len(sampled)], by_host)
+        logits = self._logits[: len(sampled)]
+        return Flight(sampled, result, began, self._queue.record(), logits, bucket is not None)
 
     @torch.inference_mode()
     def collect(self, flight: Flight) -> list[SampledToken]:
@@ -134,12 +147,17 @@ class CudaRunner(Glm4vRunner):
         sampled = [
             SampledToken(0, finite=False) if token == NOT_FINITE else SampledToken(token) for token in tokens
         ]
-        if rows := flight.by_host:
+        # Known only now: the token before may have brought a grammar into force, or forced the next one.
+        rows = [row for row, sequence in enumerate(flight.sequences) if _needs_logits(sequence)]
+        if rows:
             logits = flight.logits if len(rows) == len(tokens) else flight.logits[rows]
             theirs = self._sampler.sample(logits, [flight.sequences[row] for row in rows])
             for row, token in zip(rows, theirs, strict=True):
                 sampled[row] = token
         return sampled
+
+    def settle(self, flight: Flight) -> None:
+        flight.finished.wait()
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -169,16 +187,16 @@ class CudaRunner(Glm4vRunner):
 
     # What the host tells the device.
 
-    def _stage_rows(self, decode: Items[Sequence], sampled: Items[Sequence]) -> None:
+    def _stage_rows(self, decode: Items[Sequence], sampled: Items[Sequence], ahead: int) -> None:
         self._staging.next_block()
         host, slots = self._staging.host, np.array([sequence.slot for sequence in sampled], dtype=np.int64)
-        host["given"][: len(decode)] = [sequence.output_ids[-1] for sequence in decode]
-        host["length"][: len(decode)] = [sequence.computed + 1 for sequence in decode]
-        host["position"][: len(decode)] = [sequence.computed + sequence.state.delta for sequence in decode]
+        host["given"][: len(decode)] = -1 if ahead else [sequence.output_ids[-1] for sequence in decode]
+        host["length"][: len(decode)] = [sequence.computed + ahead + 1 for sequence in decode]
+        host["position"][: len(decode)] = [sequence.computed + ahead + sequence.state.delta for sequence in decode]
         host["slot"][: len(slots)] = slots
         for name, values in self._parameters.items():
             host[name][: len(slots)] = values[slots]
-        numbers = [len(sequence.output_ids) + 1 for sequence in sampled]
+        numbers = [len(sequence.output_ids) + ahead + 1 for sequence in sampled]
         host["random"][: len(slots)] = self._sampler.random_numbers(slots, numbers)
 
     def _pad(self, rows: int, bucket: int) -> None:
@@ -302,3 +320,8 @@ class CudaRunner(Glm4vRunner):
         sequence.block_table = BlockTable(Node(-1, (), None), [self._padding_page + 1], 0, None, [], 0)
         self.begin(sequence)
         return sequence
+
+
+def _needs_logits(sequence: Sequence) -> bool:
+    """Whether the host chooses the next token of a sequence, which still waits for it."""
+    return sequence.slot is not None and not chosen_on_device(sequence)

@@ -9,16 +9,16 @@ from __future__ import annotations
 import torch
 
 from api.engine.kernels.build import has_fast_products
+from api.engine.model.linear import Linear, Role, TorchLinear
 from api.engine.model.operations import (
     AttentionMetadata,
     DecoderLayer,
     ForwardBatch,
     FusedBlock,
     FusedDecoder,
-    Linear,
-    TorchLinear,
     VisionBlock,
 )
+from api.engine.model.recipe import BF16
 
 # A panel of products.h: output features, and input features that one instruction multiplies.
 PANEL, PAIR = 32, 2
@@ -41,8 +41,11 @@ class PackedLinear:
 
 class CompiledOperations:
     needs_masks = False
+    recipe = BF16
 
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None, gated: bool = False) -> Linear:
+    def linear(
+        self, weight: torch.Tensor, bias: torch.Tensor | None = None, gated: bool = False, role: Role = "text"
+    ) -> Linear:
         """Packed in panels where that is faster and the matrix is divisible into them, else for oneDNN."""
         features, inputs = weight.shape
         if not has_fast_products() or features % PANEL or inputs % PAIR:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +27,11 @@ from api.engine.loaded_model import (
     SamplingDefaults,
 )
 from api.engine.loading.download import download
+from api.engine.loading.families import FAMILIES, check_config, check_processor
 from api.engine.loading.integrity import CheckpointIntegrity
 from api.engine.loading.operations import OperationsChoice, without_compiled
 from api.engine.loading.placement import (
+    GIB,
     PAGE_TOKENS,
     Selection,
     choose_device,
@@ -41,19 +41,21 @@ from api.engine.loading.placement import (
     choose_slots,
     choose_threads,
     free_gpu_bytes,
+    free_memory_bytes,
 )
-from api.engine.loading.progress import Progress, part, weights_progress
-from api.engine.loading.reference import REFERENCE_FILE, compare_once, differences
+from api.engine.loading.progress import Progress, part
+from api.engine.loading.reference import NEEDS_BYTES, REFERENCE_FILE, compare_once, differences
 from api.engine.loading.revision import revision_of
+from api.engine.loading.safetensors_source import Checkpoint, weight_files
+from api.engine.loading.weights import Weights
 from api.engine.model.operations import Operations, TorchOperations
+from api.engine.model.recipe import make_recipe
+from api.engine.model.rotary import head_dim_of
 from api.engine.model.runner import Glm4vRunner
-from api.engine.model.weight_source import NetworkSource
-from api.engine.process import release_freed_memory
 from api.engine.text.tokenizer import UnsupportedTokenizer, Vocabulary
 
 logger = logging.getLogger(__name__)
 
-CLASSES = {"glm4v": "Glm4vForConditionalGeneration", "glm46v": "Glm46VForConditionalGeneration"}
 IMAGE_TOKEN = "<|image|>"
 DEFAULT_MAX_CONTEXT = 8192  # keeps the KV cache small; GLM_CONTEXT_TOKENS may set more
 
@@ -69,43 +71,34 @@ def load(config: EngineConfig, progress: Progress) -> Model:
     # 2. Locate or download its files.
     local = _local_folder(chosen.value, config.root)
     folder = local or download(chosen.value, config.hub, part(progress, 0.01, 0.5))
-    model_type = _read_json(folder / "config.json").get("model_type")
-    class_name = CLASSES.get(model_type or "")
-    if class_name is None:
-        raise LoadError(f"{folder}: model_type must be one of {sorted(CLASSES)}. Given: {model_type!r}")
+    model_config = _model_config(folder)
+    checkpoint = Checkpoint(folder, model_config)
     weights_bytes = _weights_bytes(folder)
     dtype, threads = choose_dtype(config, device.value, weights_bytes), choose_threads(config, weights_bytes)
     torch.set_num_threads(int(threads.value))
     choices = {"model": chosen, "device": device, "dtype": dtype, "threads": threads}
     for name, choice in choices.items():
         logger.info("event=choice name=%s value=%s reason=%s", name, choice.value, json.dumps(choice.reason))
-    # 3. Load the weights while the kernels are compiled.
+    # 3. Compile the kernels, then load the weights for them.
     progress(0.05)
     torch_dtype = getattr(torch, dtype.value)
-    operations = OperationsChoice(config, device.value, torch_dtype, transformers.AutoConfig.from_pretrained(folder))
-
-    def load_network() -> Any:
-        return getattr(transformers, class_name).from_pretrained(folder, dtype=torch_dtype).to(device.value).eval()
-
-    with weights_progress(part(progress, 0.05 if local else 0.5, 0.95)):
-        network = load_network()
-    progress(0.95)
-    model = _assemble(config, chosen, folder if local else None, folder, network, choices, operations, load_network)
-    del network
-    release_freed_memory()  # of the unpacked weights
-    return model
+    recipe = make_recipe("bf16" if config.weights == "auto" else config.weights)
+    operations = OperationsChoice(config, device.value, torch_dtype, model_config, recipe)
+    weights = Weights(checkpoint, torch.device(device.value), torch_dtype)
+    loading = part(progress, 0.05 if local else 0.5, 0.95)
+    return _assemble(config, chosen, folder if local else None, weights, choices, operations, loading)
 
 
 def _assemble(
     config: EngineConfig,
     chosen: Selection,
     local: Path | None,
-    folder: Path,
-    network: Any,
+    weights: Weights,
     choices: dict[str, Selection],
     operations: OperationsChoice,
-    load_network: Callable[[], Any],
+    progress: Progress,
 ) -> Model:
+    folder, model_config = weights.checkpoint.folder, weights.checkpoint.config
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     if not getattr(tokenizer, "chat_template", None):
         raise LoadError(f"{folder}: the chat template (chat_template.jinja) is missing.")
@@ -113,9 +106,13 @@ def _assemble(
         vocabulary = Vocabulary(tokenizer.backend_tokenizer)
     except (AttributeError, UnsupportedTokenizer) as error:
         raise LoadError(f"{folder}: the tokenizer is not a byte-level fast tokenizer: {error}") from None
-    context_tokens, context_reason = _context(config, network.config.get_text_config().max_position_embeddings)
+    context_tokens, context_reason = _context(config, model_config.get_text_config().max_position_embeddings)
     slots = choose_slots(config, choices["device"].value)
-    kv = choose_kv_cache(config, choices["device"].value, kv_token_bytes(network), context_tokens, slots.number)
+    parameters = weights.checkpoint.parameters
+    token_bytes = kv_token_bytes(model_config, weights.dtype)
+    kv = choose_kv_cache(
+        config, choices["device"].value, token_bytes, context_tokens, slots.number, parameters * weights.dtype.itemsize
+    )
     if kv.number < context_tokens:
         if config.context_tokens:
             raise LoadError(
@@ -129,13 +126,12 @@ def _assemble(
         chunk_tokens=config.prefill_chunk_tokens,
         encoder_cache_bytes=config.encoder_cache_bytes,
     )
-    parameters = sum(p.numel() for p in network.parameters())
     demo = _read_json(folder / "demo.json") if (folder / "demo.json").is_file() else None
     model_id = (demo or {}).get("id") or (local.name if local else chosen.value)
-    generation = network.generation_config
+    generation = _generation_config(folder, model_config)
     defaults = _sampling_defaults(generation)
     facts: dict[str, Any] = {
-        "class": type(network).__name__,
+        "class": FAMILIES[model_config.model_type].class_name,
         "revision": revision_of(folder),
         "parameters": parameters,
         "device": choices["device"].value,
@@ -148,11 +144,14 @@ def _assemble(
         "choices": {name: choice.reason for name, choice in choices.items()}
         | {"context_tokens": context_reason, "slots": slots.reason, "kv_cache": kv.reason},
     }
-    runner, kernels = _runner(network, capacity, context_tokens, operations)
-    facts["kernels"], facts["choices"]["kernels"] = kernels.value, kernels.reason
+    runner, kernels = _runner(weights, capacity, context_tokens, operations, progress)
+    facts["kernels"], facts["choices"]["kernels"], facts["proofs"] = kernels.value, kernels.reason, operations.proofs
     logger.info("event=choice name=kernels value=%s reason=%s", kernels.value, json.dumps(kernels.reason))
     template = CheckpointTemplate(tokenizer)
-    processor = CheckpointImageProcessor(transformers.AutoImageProcessor.from_pretrained(folder, backend="pil"))
+    image_processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
+    if problems := list(check_processor(model_config, image_processor)):
+        raise LoadError(f"{folder}: {'; '.join(problems)}")
+    processor = CheckpointImageProcessor(image_processor)
     reference = Comparison("off", "not asked for")
     if config.check_reference:
         computed = {
@@ -163,7 +162,9 @@ def _assemble(
         }
         reference = compare_once(
             cache_folder() / REFERENCE_FILE, folder, computed,
-            partial(differences, network, runner, tokenizer, vocabulary, template, processor, IMAGE_TOKEN),
+            lambda: differences(
+                _network(weights), runner, tokenizer, vocabulary, template, processor, IMAGE_TOKEN
+            ),
         )  # fmt: skip
     return Model(
         id=model_id,
@@ -173,7 +174,7 @@ def _assemble(
         image_processor=processor,
         image_token=IMAGE_TOKEN,
         integrity=CheckpointIntegrity(
-            runner, vocabulary.special[IMAGE_TOKEN], load_network, config.fingerprint_s, reference
+            runner, vocabulary.special[IMAGE_TOKEN], weights, config.fingerprint_s, reference
         ),
         end_ids=_end_ids(generation.eos_token_id, vocabulary),
         context_tokens=context_tokens,
@@ -184,29 +185,61 @@ def _assemble(
 
 
 def _runner(
-    network: Any, capacity: Capacity, context_tokens: int, choice: OperationsChoice
+    weights: Weights, capacity: Capacity, context_tokens: int, choice: OperationsChoice, progress: Progress
 ) -> tuple[Glm4vRunner, Selection]:
-    def build(operations: Operations) -> Glm4vRunner:
-        source = NetworkSource(network)
-        if source.device.type == "cuda":
-            return CudaRunner(source, capacity, context_tokens, operations, CudaDevice())
-        return Glm4vRunner(source, capacity, context_tokens, operations)
+    def build(operations: Operations, progress: Progress) -> Glm4vRunner:
+        with weights.open(progress) as source:
+            # Without the attention of the kernels a step depends on masks, which the recorded steps do not have.
+            if weights.device.type == "cuda" and not operations.needs_masks:
+                return CudaRunner(source, capacity, context_tokens, operations, CudaDevice())
+            return Glm4vRunner(source, capacity, context_tokens, operations)
 
     operations, kernels = choice.choose()
     try:
-        return build(operations), kernels
+        return build(operations, progress), kernels
     except (RuntimeError, MemoryError) as error:
         if isinstance(operations, TorchOperations):
             raise
         operations, kernels = without_compiled(error)  # not enough memory for packed weights
-        return build(operations), kernels
+    return build(operations, progress), kernels
+
+
+def _network(weights: Weights) -> Any:
+    """The network of transformers, for a comparison with it. Raises MemoryError if there is no room for it beside ours."""
+    folder, config = weights.checkpoint.folder, weights.checkpoint.config
+    size = _weights_bytes(folder)
+    free = free_gpu_bytes(weights.device.type) if weights.device.type == "cuda" else free_memory_bytes()
+    if (free or 0) < size + NEEDS_BYTES:
+        raise MemoryError(f"{(free or 0) / GIB:.1f} GiB are free, the network of transformers takes {size / GIB:.1f}")
+    network_class = getattr(transformers, FAMILIES[config.model_type].class_name)
+    return network_class.from_pretrained(folder, dtype=weights.dtype).to(weights.device).eval()
+
+
+def _model_config(folder: Path) -> Any:
+    """The config of transformers. Raises LoadError that names all that the engine does not compute."""
+    model_type = _read_json(folder / "config.json").get("model_type")
+    if model_type not in FAMILIES:
+        raise LoadError(f"{folder}: model_type must be one of {sorted(FAMILIES)}. Given: {model_type!r}")
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+    except Exception as error:  # validation raises many types
+        raise LoadError(f"{folder}/config.json: {type(error).__name__}: {error}") from None
+    if problems := list(check_config(config)):
+        raise LoadError(f"{folder}/config.json: {'; '.join(problems)}")
+    return config
+
+
+def _generation_config(folder: Path, config: Any) -> Any:
+    if (folder / "generation_config.json").is_file():
+        return transformers.GenerationConfig.from_pretrained(folder)
+    return transformers.GenerationConfig.from_model_config(config)
 
 
 def _local_folder(model: str, root: Path) -> Path | None:
     """The folder that a model name refers to, relative to the working directory or `root`; None for a hub id."""
     for folder in (Path(model), root / model):
         if folder.is_dir():
-            if not (folder / "config.json").is_file() or not _weights_bytes(folder):
+            if not (folder / "config.json").is_file() or not weight_files(folder):
                 raise LoadError(f"{folder}: a model folder needs config.json and *.safetensors.")
             return folder.resolve()
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
@@ -234,11 +267,10 @@ def _context(config: EngineConfig, allowed: int) -> tuple[int, str]:
     return min(allowed, DEFAULT_MAX_CONTEXT), f"the model allows {allowed}; at most {DEFAULT_MAX_CONTEXT} unless set"
 
 
-def kv_token_bytes(network: Any) -> int:
+def kv_token_bytes(config: Any, dtype: torch.dtype) -> int:
     """Bytes of the keys and values of one token in all layers."""
-    text = network.config.get_text_config()
-    head_dim = text.hidden_size // text.num_attention_heads
-    return 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * network.dtype.itemsize
+    text = config.get_text_config()
+    return 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim_of(text) * dtype.itemsize
 
 
 def _end_ids(configured: int | list[int] | None, vocabulary: Vocabulary) -> frozenset[int]:

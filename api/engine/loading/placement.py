@@ -53,16 +53,18 @@ def choose_slots(config: EngineConfig, device: str) -> Amount:
     return Amount(number, f"the default for {device}")
 
 
-def choose_kv_cache(config: EngineConfig, device: str, token_bytes: int, context_tokens: int, slots: int) -> Amount:
-    """Tokens of the KV cache, in whole pages."""
+def choose_kv_cache(
+    config: EngineConfig, device: str, token_bytes: int, context_tokens: int, slots: int, weights_bytes: int
+) -> Amount:
+    """Tokens of the KV cache, in whole pages. `weights_bytes` are still to be loaded."""
     if config.kv_cache_bytes:
         budget, reason = config.kv_cache_bytes, "set by GLM_KV_CACHE_BYTES"
     elif device == "cuda":
-        free = free_gpu_bytes(device) or 0
+        free = max((free_gpu_bytes(device) or 0) - weights_bytes, 0)
         budget = max(int(free * GPU_SHARE) - GPU_WORK_BYTES, 0)
         reason = f"{GPU_SHARE:.0%} of the {free / GIB:.1f} GiB free after loading the weights, less working memory"
     else:
-        free = free_memory_bytes()
+        free = max(free_memory_bytes() - weights_bytes, 0)
         budget, reason = int(free * CPU_SHARE), f"{CPU_SHARE:.0%} of the {free / GIB:.1f} GiB free"
     most = -(-(slots + 1) * context_tokens // PAGE_TOKENS) * PAGE_TOKENS
     tokens = budget // token_bytes // PAGE_TOKENS * PAGE_TOKENS

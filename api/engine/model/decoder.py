@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
-from api.engine.model.operations import DecoderLayer, ForwardBatch, Linear, Operations
+from api.engine.model.host_memory import device_view
+from api.engine.model.linear import Linear
+from api.engine.model.operations import DecoderLayer, ForwardBatch, Operations
 from api.engine.model.rotary import DEFAULT_SECTIONS, Rotary, half_split_order, head_dim_of, inverse_frequencies
 from api.engine.model.weight_source import WeightSource
 
@@ -47,11 +49,12 @@ class Decoder:
         sections = config.rope_parameters.get("mrope_section", DEFAULT_SECTIONS)
         self.rotary = Rotary(frequencies, sections, self.head_dim, positions, self.dtype)
         order = half_split_order(self.head_dim, 2 * len(frequencies))
-        self.embeddings = source.take(f"{TEXT}.embed_tokens.weight")  # [vocabulary, hidden]
+        self.embeddings = self._embeddings(source)  # [vocabulary, hidden]
+        # The largest matrix comes first, when there is most room for its copy in full precision.
+        self._head = operations.linear(source.take("lm_head.weight"), role="head")
         self._first_norm = source.take(f"{TEXT}.layers.0.input_layernorm.weight")
         layers = range(config.num_hidden_layers)
         self._layers = [self._layer(source, number, number == layers[-1], order) for number in layers]
-        self._head = operations.linear(source.take("lm_head.weight"))
         self.kv = self.new_kv(pages * page_tokens) if kv is None else kv
         self._fused = operations.fuse_decoder(self._first_norm, self._layers, self._eps)
 
@@ -137,6 +140,12 @@ class Decoder:
             for part in batch.attention
         ]
         return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def _embeddings(self, source: WeightSource) -> torch.Tensor:
+        name = f"{TEXT}.embed_tokens.weight"
+        if self.device.type == "cuda" and self._operations.recipe.host_embeddings:
+            return device_view(source.take(name, on_host=True), self.device)
+        return source.take(name)
 
     def _layer(self, source: WeightSource, number: int, last: bool, order: list[int]) -> DecoderLayer:
         linear, name = self._operations.linear, f"{TEXT}.layers.{number}"

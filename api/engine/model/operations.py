@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
+from api.engine.model.linear import Linear, Role, has_onednn
+from api.engine.model.recipe import BF16, Recipe
 from api.engine.model.rotary import rotate
 
 # Attention scores held at once; more queries are computed in blocks, so that a large image does not need gigabytes.
@@ -64,18 +65,6 @@ class ForwardBatch:
     positions: torch.Tensor | None = None
 
 
-class Linear(Protocol):
-    """y = x W^T + b; if gated, silu(first half of y) * second half.
-
-    `x` is [rows, in_features]. `out_features` counts the rows of W, so a gated result has half as many.
-    """
-
-    in_features: int
-    out_features: int
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
-
-
 @dataclass(frozen=True)
 class DecoderLayer:
     """The weights of a layer of the text model. Norm weights are [hidden]."""
@@ -110,8 +99,11 @@ FusedBlock = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Ten
 
 class Operations(Protocol):
     needs_masks: bool  # whether AttentionMetadata must carry masks
+    recipe: Recipe  # how `linear` keeps weights
 
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None, gated: bool = False) -> Linear:
+    def linear(
+        self, weight: torch.Tensor, bias: torch.Tensor | None = None, gated: bool = False, role: Role = "text"
+    ) -> Linear:
         """Prepare a matrix [out_features, in_features] and a bias [out_features] for these operations."""
 
     def fuse_decoder(self, first_norm: torch.Tensor, layers: list[DecoderLayer], eps: float) -> FusedDecoder | None:
@@ -153,11 +145,14 @@ class Operations(Protocol):
 class TorchOperations:
     needs_masks = True
 
-    def __init__(self, page_tokens: int) -> None:
+    def __init__(self, page_tokens: int, recipe: Recipe = BF16) -> None:
         self._page_tokens = page_tokens
+        self.recipe = recipe
 
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None, gated: bool = False) -> Linear:
-        return TorchLinear(weight, bias, gated)
+    def linear(
+        self, weight: torch.Tensor, bias: torch.Tensor | None = None, gated: bool = False, role: Role = "text"
+    ) -> Linear:
+        return self.recipe.linear(role, weight, bias, gated)
 
     def fuse_decoder(self, first_norm: torch.Tensor, layers: list[DecoderLayer], eps: float) -> FusedDecoder | None:
         return None
@@ -243,43 +238,6 @@ def _rotate_exact(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torc
     """Rotate x [patches, heads, head_dim] in float32, as apply_rotary_pos_emb_vision of transformers' glm4v does."""
     exact = x.float()
     return torch.addcmul(exact * cos, exact.roll(exact.shape[-1] // 2, -1), sin).to(x.dtype)
-
-
-class TorchLinear:
-    """On the CPU, weights are packed once for oneDNN; `F.linear` does so at every call (2 cores, 8192 x 1024, bf16:
-    2.8 times as fast for one row, 1.9 times for 16)."""
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, gated: bool = False) -> None:
-        self.out_features, self.in_features = weight.shape
-        self._bias = None if bias is None else bias.detach().contiguous()
-        self._gated = gated
-        self._weight = _packed_for_onednn(weight.detach().contiguous())
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self._weight.is_mkldnn:
-            y = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
-        else:
-            y = F.linear(x, self._weight, self._bias)
-        if not self._gated:
-            return y
-        gate, up = y.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
-
-
-@cache
-def has_onednn(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether oneDNN has fast products for this device and number format."""
-    if device_type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    if dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return dtype == torch.float32
-
-
-def _packed_for_onednn(weight: torch.Tensor) -> torch.Tensor:
-    if not has_onednn(weight.device.type, weight.dtype):
-        return weight
-    return torch.ops.mkldnn._reorder_linear_weight(weight)
 
 
 def has_fast_products(device: torch.device, dtype: torch.dtype) -> bool:

@@ -47,6 +47,7 @@ class _DecodeOrder:
 class Glm4vRunner:
     """The `Runner` of api.engine.loaded_model."""
 
+    overlaps = False
     # Pages beyond those that are allocated: one stays zero and pads what is read, so that no row reads another's.
     SPARE_PAGES = 1
     SPARE_SLOTS = 1  # beyond those of requests: one for a probe
@@ -68,8 +69,9 @@ class Glm4vRunner:
     def take_weights(self, source: WeightSource) -> None:
         """Compute with the weights of `source` from now on; the KV cache stays."""
         pages = self._pages + self.SPARE_PAGES
-        self._decoder = Decoder(source, self._context_tokens, pages, self._page_tokens, self.operations, self._kv)
-        self._vision_encoder = VisionEncoder(source, self.operations)
+        decoder = Decoder(source, self._context_tokens, pages, self._page_tokens, self.operations, self._kv)
+        vision_encoder = VisionEncoder(source, self.operations)
+        self._decoder, self._vision_encoder = decoder, vision_encoder  # only once all of it could be read
         self._kv = self._decoder.kv
 
     def release_weights(self) -> None:

@@ -16,8 +16,9 @@ class WeightSource(Protocol):
     device: torch.device
     dtype: torch.dtype  # of every tensor
 
-    def take(self, name: str) -> torch.Tensor:
-        """The tensor of this name, like `model.visual.blocks.0.attn.qkv.weight`. Raises KeyError if there is none."""
+    def take(self, name: str, on_host: bool = False) -> torch.Tensor:
+        """The tensor of this name, like `model.visual.blocks.0.attn.qkv.weight`; `on_host`: in host memory and not on the
+        device. Raises KeyError if there is none."""
 
     def find(self, name: str) -> torch.Tensor | None:
         """The tensor of this name, or None if the checkpoint has none: the bias of some layers."""
@@ -32,8 +33,8 @@ class NetworkSource:
         first = self.take("model.language_model.embed_tokens.weight")
         self.device, self.dtype = first.device, first.dtype
 
-    def take(self, name: str) -> torch.Tensor:
-        return self._tensors[name]
+    def take(self, name: str, on_host: bool = False) -> torch.Tensor:
+        return self._tensors[name].cpu() if on_host else self._tensors[name]
 
     def find(self, name: str) -> torch.Tensor | None:
         return self._tensors.get(name)

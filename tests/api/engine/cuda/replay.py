@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +44,9 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
 
 
 class Moment:
+    def __init__(self) -> None:
+        self.at = time.perf_counter()
+
     def wait(self) -> None:
         pass
 
@@ -50,7 +54,7 @@ class Moment:
         return True
 
     def seconds_since(self, earlier: Moment) -> float:
-        return 0.0
+        return self.at - earlier.at
 
 
 class ReplayDevice:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from api.engine.cuda.operations import PATHS, CudaOperations
-from api.engine.cuda.self_test import Shape, prove
+from api.engine.cuda.self_test import prove
+from api.engine.cuda.shape import Shape
 
 SHAPE = Shape(heads=8, kv_heads=2, head_dim=32, hidden=128, inner=256, image_heads=4, image_head_dim=32, page_tokens=16)
 CPU = torch.device("cpu")

@@ -11,7 +11,8 @@ import torch
 
 from api.engine.kernels import build
 from api.engine.kernels.operations import CompiledOperations, PackedLinear
-from api.engine.model.operations import AttentionMetadata, TorchLinear, TorchOperations
+from api.engine.model.linear import TorchLinear
+from api.engine.model.operations import AttentionMetadata, TorchOperations
 
 PAGE = build.PAGE_TOKENS
 THEIRS = TorchOperations(PAGE)
