@@ -30,6 +30,7 @@ import transformers
 from api.engine.cuda.device import CudaDevice
 from api.engine.cuda.graphs import buckets_for
 from api.engine.cuda.operations import PATHS, CudaOperations
+from api.engine.cuda.product_trial import try_products
 from api.engine.cuda.runner import CudaRunner
 from api.engine.cuda.self_test import prove
 from api.engine.cuda.shape import shape_of
@@ -184,7 +185,11 @@ def operations(bench: Bench, recipe: Weights) -> Any:
     if bench.dry:
         return TorchOperations(PAGE_TOKENS, make_recipe(recipe))
     capability = torch.cuda.get_device_capability()
-    return CudaOperations(PAGE_TOKENS, capability, make_recipe(recipe, capability=capability))
+    chosen = CudaOperations(PAGE_TOKENS, capability, make_recipe(recipe, capability=capability))
+    began = time.perf_counter()
+    found = try_products(chosen, shape_of(bench.config(), PAGE_TOKENS), bench.device, torch.bfloat16)
+    bench.tell("products", recipe=recipe, found=found, seconds=round(time.perf_counter() - began, 1))
+    return chosen
 
 
 def peak(bench: Bench) -> dict[str, float]:
