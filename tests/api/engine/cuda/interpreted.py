@@ -302,7 +302,8 @@ def test_the_quicker_of_both_computes_few_rows(recipe: str, monkeypatch: pytest.
     few = linear(x[:16])
 
     assert len(called) == 1 and found.count("500000 of 1000000 µs") == 4
-    assert (few - many[:16]).norm() < (1e-5 if recipe == "bf16" else 0.06) * few.norm()
+    # The interpreter cuts inputs off where they are rounded to float8.
+    assert (few - many[:16]).norm() < (1e-5 if recipe == "bf16" else 0.12) * few.norm()
 
 
 def test_a_slower_kernel_computes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
