@@ -19,6 +19,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from api.engine.cuda.device import CudaDevice
+from api.engine.cuda.graphs import Size
 from api.engine.cuda.runner import CudaRunner
 from api.engine.cuda.sampling import choose_tokens
 from api.engine.encoder_cache import EncoderCache
@@ -33,6 +34,7 @@ from bench.gpu import CONTEXT, PAGE_TOKENS, Bench, operations, peak, timed
 from bench.random_model import RandomSource
 
 SLOTS = 64
+KERNELS_OF = (Size("decode", 1), Size("decode", 16), Size("decode", 65), Size("prompt", 64), Size("mixed", 512))
 
 
 class Steps:
@@ -165,17 +167,17 @@ def decode(bench: Bench, runner: CudaRunner, capacity: Capacity) -> None:
 
 def kernels(bench: Bench, runner: CudaRunner) -> None:
     activities = [ProfilerActivity.CPU] if bench.dry else [ProfilerActivity.CPU, ProfilerActivity.CUDA]
-    for rows in runner.graphs.captured:
-        if rows not in (1, 16, 65) and not bench.dry:
+    for size in runner.graphs.captured:
+        if size not in KERNELS_OF and not bench.dry:
             continue
         with profile(activities=activities) as profiled:
             for _ in range(3):
-                runner.graphs.replay(rows)
+                runner.graphs.replay(size)
             bench.wait()
         events = [e for e in profiled.key_averages() if bench.dry or e.self_device_time_total > 0]
         events.sort(key=lambda e: -(e.self_cpu_time_total if bench.dry else e.self_device_time_total))
         table = {e.key[:70]: (e.count // 3, round((e.self_cpu_time_total if bench.dry else e.self_device_time_total) / 3)) for e in events[:22]}
-        bench.tell("kernels", rows=rows, count_and_us_a_step=table)
+        bench.tell("kernels", size=size, count_and_us_a_step=table)
 
 
 def prefill(bench: Bench, runner: CudaRunner, capacity: Capacity) -> None:

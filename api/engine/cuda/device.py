@@ -65,6 +65,7 @@ class CudaDevice:
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        self._side = torch.cuda.Stream()  # one for all captures: libraries keep room for each stream
 
     def pinned(self, size: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(size, dtype=dtype, pin_memory=True)
@@ -79,12 +80,12 @@ class CudaDevice:
         return CudaEvent()
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        current, side = torch.cuda.current_stream(), self._side
         side.wait_stream(current)
         with torch.cuda.stream(side):  # compiles kernels and lets libraries allocate what they keep
             work()
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
             work()
         return graph.replay
