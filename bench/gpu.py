@@ -154,7 +154,7 @@ def serving(bench: Bench, recipe: Weights, slots: int = 64) -> Iterator[Client]:
     """An engine with random weights of the exact shape."""
     config = bench.config()
     slots, tokens = (4, 2048) if bench.dry else (slots, slots * 1280 + CONTEXT)
-    capacity = Capacity(slots, tokens // PAGE_TOKENS, PAGE_TOKENS, 512, 256 * 2**20)
+    capacity = Capacity(slots, tokens // PAGE_TOKENS, PAGE_TOKENS, 512 if bench.dry else 1024, 256 * 2**20)
     bench.wait()
     began = time.perf_counter()
     source = RandomSource(config, bench.device, torch.bfloat16)

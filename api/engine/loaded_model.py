@@ -32,6 +32,7 @@ class Runner(Protocol):
     """
 
     overlaps: bool  # whether it is an OverlappingRunner
+    free_rows: int  # up to so many rows a pass takes about as long as for one: it is bound by reading the weights
 
     def warm_up(self) -> None:
         """Run every kind of step once, so that the first request pays for no set-up and a broken model fails now."""
@@ -73,6 +74,9 @@ class OverlappingRunner(Runner, Protocol):
 
     def launch(self, batch: Batch) -> Flight:
         """Queue what `compute` does, and return at once."""
+
+    def wait_for_slices(self) -> None:
+        """Wait for the slices of images that have been queued: `encode` only queues them."""
 
     def launch_next(self, flight: Flight, sequences: tuple[Sequence, ...]) -> Flight | None:
         """Queue the step after `flight`, which is not collected yet, for these of its sequences: each decodes one token

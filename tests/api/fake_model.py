@@ -90,6 +90,7 @@ class FakeRunner:
     """Its KV cache stores the tokens' prefix cache keys, so that every read can be checked."""
 
     overlaps = False
+    free_rows = 12
 
     def __init__(
         self,

@@ -31,6 +31,9 @@ class Device(Protocol):
     def upload(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Queue a copy of pinned memory to the device."""
 
+    def send(self, source: torch.Tensor, place: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """A copy of host memory of any kind on the device, queued through pinned memory of its own."""
+
     def download(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Queue a copy to pinned memory; an event recorded after it tells when it is there."""
 
@@ -72,6 +75,11 @@ class CudaDevice:
 
     def upload(self, target: torch.Tensor, source: torch.Tensor) -> None:
         target.copy_(source, non_blocking=True)
+
+    def send(self, source: torch.Tensor, place: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        pinned = torch.empty(source.shape, dtype=dtype, pin_memory=True)
+        # Torch's allocator gives the pinned memory to nobody else before the copy is done.
+        return pinned.copy_(source).to(place, non_blocking=True)
 
     def download(self, target: torch.Tensor, source: torch.Tensor) -> None:
         target.copy_(source, non_blocking=True)

@@ -67,6 +67,9 @@ class ReplayDevice:
     def upload(self, target: torch.Tensor, source: torch.Tensor) -> None:
         target.copy_(source)
 
+    def send(self, source: torch.Tensor, place: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        return source.to(dtype)
+
     def download(self, target: torch.Tensor, source: torch.Tensor) -> None:
         target.copy_(source)
 
