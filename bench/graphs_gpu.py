@@ -301,6 +301,10 @@ class DryDevice:
     def record(self) -> _Now:
         return _Now()
 
+    def check(self) -> None: ...
+
+    def release(self) -> None: ...
+
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         work()
         return torch.inference_mode()(work)

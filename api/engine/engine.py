@@ -241,6 +241,9 @@ class Engine:
                 self._obey()
                 self._step()
             self._refuse_commands("the server is shutting down")
+            self._drop_ahead()
+            if self._model is not None:
+                self._model.runner.close()
         except BaseException as error:  # whatever ends this thread must show in /health
             self._die(error)
 

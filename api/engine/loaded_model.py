@@ -57,6 +57,9 @@ class Runner(Protocol):
     def prepare_next(self) -> bool:
         """Prepare one more of the things that make later steps faster, while there is nothing to do. False: none is left."""
 
+    def close(self) -> None:
+        """Give back the memory of a device. Nothing can be computed afterwards."""
+
     def failure(self, error: BaseException) -> Literal["request", "memory", "device"]:
         """The scope of an error: this work cannot be computed, there is too little memory, or the device is lost."""
 

@@ -119,6 +119,9 @@ class FakeRunner:
     def prepare_next(self) -> bool:
         return False
 
+    def close(self) -> None:
+        pass
+
     def encode(self, task: EncodeTask, limit_s: float) -> Any | None:
         task.state = (task.state or 0) + 1
         if task.image.patches == FAIL_COLOUR:

@@ -6,6 +6,7 @@ through here, so that a hidden wait is a bug that a test can find.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Protocol
 
@@ -39,6 +40,12 @@ class Device(Protocol):
 
     def record(self) -> Event:
         """A point after all that has been queued so far."""
+
+    def check(self) -> None:
+        """Wait for all that has been queued. Raises if the device can compute no more."""
+
+    def release(self) -> None:
+        """Give unused memory back to the driver."""
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """Run `work` once, record it, and return what queues it again: the same operations on the same memory.
@@ -86,6 +93,14 @@ class CudaDevice:
 
     def record(self) -> Event:
         return CudaEvent()
+
+    def check(self) -> None:
+        torch.zeros(1, device="cuda").add_(1)
+        torch.cuda.synchronize()
+
+    def release(self) -> None:
+        gc.collect()
+        torch.cuda.empty_cache()
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         current, side = torch.cuda.current_stream(), self._side

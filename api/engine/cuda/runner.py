@@ -10,11 +10,13 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 
 from api.engine.cuda.device import Device, Event
+from api.engine.cuda.faults import scope_of
 from api.engine.cuda.graphs import Size, StepGraphs, sizes_for
 from api.engine.cuda.sampling import choose_tokens, chosen_on_device, needs_no_host
 from api.engine.cuda.staging import FLOAT_FIELDS, TABLE_CHANGES, Staging
@@ -159,6 +161,13 @@ class CudaRunner(Glm4vRunner):
     @torch.inference_mode()
     def _launch(self, batch: Batch, ahead: int) -> Flight:
         """Queue a step. `ahead`: how many tokens of its sequences are not known yet; the device takes the last itself."""
+        try:
+            return self._queue_step(batch, ahead)
+        except Exception:
+            self._tables.forget()  # changes may be lost
+            raise
+
+    def _queue_step(self, batch: Batch, ahead: int) -> Flight:
         began = self._queue.record()
         tokens, size = batch.chunk_tokens, self._size_of(batch)
         decoding = len(batch.decode) if size is None else size.count if size.kind == "decode" else self._rows
@@ -258,10 +267,25 @@ class CudaRunner(Glm4vRunner):
         try:
             return self.graphs.capture_next()
         except Exception as error:
-            if self.failure(error) == "device":
-                raise
-            self.graphs.switch_off(f"{type(error).__name__}: {error}")
+            self._queue.check()  # an operation that cannot be recorded is an error of CUDA, too, and harms nothing
+            reason = f"{type(error).__name__}: {error}"
+            if scope_of(error) == "memory":
+                self._queue.release()
+                self.graphs.stop_recording(reason)
+            else:
+                self.graphs.switch_off(reason)
             return False
+
+    def failure(self, error: BaseException) -> Literal["request", "memory", "device"]:
+        scope = scope_of(error)
+        if scope == "memory":
+            self._queue.release()
+        return scope
+
+    def close(self) -> None:
+        self.release_weights()
+        del self._kv, self._tables, self._staging, self._inputs, self._logits, self._last_tokens, self._sampled, self._sampler
+        self._queue.release()
 
     # What the host tells the device.
 

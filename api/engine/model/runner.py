@@ -145,6 +145,9 @@ class Glm4vRunner:
     def prepare_next(self) -> bool:
         return False
 
+    def close(self) -> None:
+        """The memory of the host is given back with the process."""
+
     def failure(self, error: BaseException) -> Literal["request", "memory", "device"]:
         """After a CUDA error every later call fails too, except after running out of memory."""
         if isinstance(error, torch.OutOfMemoryError):

@@ -132,6 +132,10 @@ class FakeDevice:
     def record(self) -> FakeMoment:
         return FakeMoment()
 
+    def check(self) -> None: ...
+
+    def release(self) -> None: ...
+
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         work()
         return work

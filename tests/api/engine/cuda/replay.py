@@ -76,6 +76,10 @@ class ReplayDevice:
     def record(self) -> Moment:
         return Moment()
 
+    def check(self) -> None: ...
+
+    def release(self) -> None: ...
+
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         work()
         with Tape() as tape:
