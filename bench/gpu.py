@@ -28,7 +28,6 @@ import torch
 import transformers
 
 from api.engine.cuda.device import CudaDevice
-from api.engine.cuda.graphs import buckets_for
 from api.engine.cuda.operations import PATHS, CudaOperations
 from api.engine.cuda.product_trial import try_products
 from api.engine.cuda.runner import CudaRunner
@@ -156,7 +155,7 @@ def serving(bench: Bench, recipe: Weights, slots: int = 64) -> Iterator[Client]:
     """An engine with random weights of the exact shape."""
     config = bench.config()
     slots, tokens = (4, 2048) if bench.dry else (slots, slots * 1280 + CONTEXT)
-    capacity = Capacity(slots, tokens // PAGE_TOKENS, PAGE_TOKENS, 512, 256 * 2**20)
+    capacity = Capacity(slots, tokens // PAGE_TOKENS, PAGE_TOKENS, 512 if bench.dry else 1024, 256 * 2**20)
     bench.wait()
     began = time.perf_counter()
     source = RandomSource(config, bench.device, torch.bfloat16)
@@ -168,11 +167,11 @@ def serving(bench: Bench, recipe: Weights, slots: int = 64) -> Iterator[Client]:
     built_s = time.perf_counter() - began
     client = Client(random_model(source, runner, capacity, CONTEXT))
     began = time.perf_counter()
-    while isinstance(runner, CudaRunner) and runner.graphs.off is None and len(runner.graphs.captured) < len(buckets_for(slots + 1)):
+    while isinstance(runner, CudaRunner) and runner.graphs.off is None and not runner.graphs.complete:
         if time.perf_counter() - began > 20:
             raise RuntimeError(f"only these graphs were captured in 20 s: {runner.graphs.captured}")
         time.sleep(0.05)
-    graphs = {"graphs": str(runner.graphs.off or runner.graphs.captured)} if isinstance(runner, CudaRunner) else {}
+    graphs = {"graphs": str(runner.graphs.off or [f"{size.kind} {size.count}" for size in runner.graphs.captured])} if isinstance(runner, CudaRunner) else {}
     size = sum(len(raw_bytes(tensor)) for _, tensor in weights_of(runner))
     bench.tell("model", recipe=recipe, **graphs, graphs_s=round(time.perf_counter() - began, 1), weights_gib=round(size / GIB, 2), built_s=round(built_s, 1), **peak(bench))
     try:

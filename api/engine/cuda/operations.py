@@ -43,6 +43,7 @@ class CudaOperations(TorchOperations):
     """
 
     needs_masks = False
+    ragged = True
 
     def __init__(self, page_tokens: int, capability: tuple[int, int] = (9, 0), recipe: Recipe = BF16) -> None:
         super().__init__(page_tokens, recipe)
@@ -65,6 +66,7 @@ class CudaOperations(TorchOperations):
         """From now on these paths, and no others, are computed by plain torch."""
         self._plain = frozenset(paths)
         self.needs_masks = "decode" in self._plain
+        self.ragged = "prefill" not in self._plain
 
     def activate(self, gate_up: torch.Tensor) -> torch.Tensor:
         """silu(first half of a row) * second half: [rows, 2 * inner] -> [rows, inner]."""

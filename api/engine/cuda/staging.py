@@ -19,7 +19,9 @@ TABLE_CHANGES = 4096  # of one block
 # Facts of a row that is decoded or sampled. `given` is its input token, or -1 for the one that was sampled last in `slot`.
 ROW_FIELDS = ("given", "slot", "position", "length", "top_k")
 FLOAT_FIELDS = ("temperature", "top_p", "min_p")
-TOKEN_FIELDS = ("ids", "kv_slots", "time", "height", "width")  # of prompt tokens
+# Facts of a chunk of a prompt: its first row, the tokens before it, the slot of its sequence.
+CHUNK_FIELDS = ("start", "first", "chunk_slot")
+TOKEN_FIELDS = ("ids", "kv_slots", "time", "height", "width")  # of all tokens of a step with prompts
 
 
 def aligned(size: int) -> int:
@@ -39,7 +41,7 @@ class Staging:
         self._rows_end = self._words
         self._add(("changed", "pages"), TABLE_CHANGES)
         self._changes_end = self._words
-        self._add(("sampled_rows",), self.rows)
+        self._add(("sampled_rows", *CHUNK_FIELDS), self.rows)
         self._add(TOKEN_FIELDS, self.tokens)
         self._blocks = [device.pinned(self._words, torch.int32) for _ in range(BLOCKS)]
         self._copied: list[Event | None] = [None] * BLOCKS

@@ -41,6 +41,7 @@ class PackedLinear:
 
 class CompiledOperations:
     needs_masks = False
+    ragged = False
     recipe = BF16
 
     def linear(

@@ -99,6 +99,7 @@ FusedBlock = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Ten
 
 class Operations(Protocol):
     needs_masks: bool  # whether AttentionMetadata must carry masks
+    ragged: bool  # whether `attend_prefill` computes chunks of several sequences in one call
     recipe: Recipe  # how `linear` keeps weights
 
     def linear(
@@ -144,6 +145,7 @@ class Operations(Protocol):
 
 class TorchOperations:
     needs_masks = True
+    ragged = False
 
     def __init__(self, page_tokens: int, recipe: Recipe = BF16) -> None:
         self._page_tokens = page_tokens

@@ -18,8 +18,12 @@ SAMPLING = [{}, {"temperature": 1.2, "top_k": 5, "top_p": 0.9, "seed": 3}, {"tem
             {"repetition_penalty": 1.3}, {"logprobs": 2}]  # fmt: skip
 
 
-def test_every_bucket_is_recorded(replayed: Model) -> None:
-    assert replayed.runner.graphs.captured == (1, 2, 4, 7)
+def test_every_size_is_recorded(replayed: Model) -> None:
+    captured = replayed.runner.graphs.captured
+
+    assert [size.count for size in captured if size.kind == "decode"] == [1, 2, 4, 7]
+    for kind in ("prompt", "mixed"):
+        assert [size.count for size in captured if size.kind == kind] == [16, 32, 64, 128, 256, 512]
 
 
 @pytest.mark.parametrize("kind", range(len(KINDS)))
@@ -28,7 +32,7 @@ def test_tokens_equal_the_eager_path(kind: int, plain: Model, replayed: Model) -
     before = replayed.runner._queue.replays
 
     assert Steps(replayed).run(request) == Steps(plain).run(request)
-    assert replayed.runner._queue.replays == before + 23
+    assert replayed.runner._queue.replays == before + 24
 
 
 def test_a_thousand_random_steps_give_the_tokens_of_the_eager_path(plain: Model, replayed: Model) -> None:
