@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +143,9 @@ def _assemble(
         "choices": {name: choice.reason for name, choice in choices.items()}
         | {"context_tokens": context_reason, "slots": slots.reason, "kv_cache": kv.reason},
     }
-    runner, kernels = _runner(weights, capacity, context_tokens, operations, progress)
+    runner, kernels, origin = _runner(weights, capacity, context_tokens, operations, progress)
     facts["kernels"], facts["choices"]["kernels"] = kernels.value, kernels.reason
+    facts["choices"]["weights_read"] = origin
     logger.info("event=choice name=kernels value=%s reason=%s", kernels.value, json.dumps(kernels.reason))
     template = CheckpointTemplate(tokenizer)
     image_processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
@@ -184,17 +186,18 @@ def _assemble(
 
 def _runner(
     weights: Weights, capacity: Capacity, context_tokens: int, choice: OperationsChoice, progress: Progress
-) -> tuple[Glm4vRunner, Selection]:
+) -> tuple[Glm4vRunner, Selection, str]:
+    """The runner, the operations it uses, and where its weights came from."""
     operations, kernels = choice.choose()
+    make = partial(Glm4vRunner, capacity=capacity, context_tokens=context_tokens)
     try:
-        with weights.open(progress) as source:
-            return Glm4vRunner(source, capacity, context_tokens, operations), kernels
+        runner, origin = weights.load(operations, partial(make, operations=operations), progress)
     except (RuntimeError, MemoryError) as error:
         if isinstance(operations, TorchOperations):
             raise
         operations, kernels = without_compiled(error)  # not enough memory for packed weights
-    with weights.open() as source:
-        return Glm4vRunner(source, capacity, context_tokens, operations), kernels
+        runner, origin = weights.load(operations, partial(make, operations=operations))
+    return runner, kernels, origin
 
 
 def _network(weights: Weights) -> Any:
