@@ -200,7 +200,7 @@ class Replay:
         values, scales = (self._reader.read(self._packed.file, f"{number}.{name}") for name in PARTS)
         if [word_sum(raw_bytes(part)) for part in (values, scales)] != entry.sums:
             raise LoadError(f"{self._packed.file.path}: its matrix {number} is damaged")
-        return linears[kind](weight, bias, gated, (values, scales))
+        return linears[kind](weight, bias, gated, parts=(values, scales))
 
 
 def packing_facts(revision: str, recipe: Recipe, dtype: torch.dtype, device: torch.device) -> dict[str, str]:
