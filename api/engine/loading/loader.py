@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ from api.engine.model.operations import Operations, TorchOperations
 from api.engine.model.recipe import make_recipe
 from api.engine.model.rotary import head_dim_of
 from api.engine.model.runner import Glm4vRunner
+from api.engine.model.weight_source import WeightSource
 from api.engine.text.tokenizer import UnsupportedTokenizer, Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -144,8 +146,9 @@ def _assemble(
         "choices": {name: choice.reason for name, choice in choices.items()}
         | {"context_tokens": context_reason, "slots": slots.reason, "kv_cache": kv.reason},
     }
-    runner, kernels = _runner(weights, capacity, context_tokens, operations, progress)
+    runner, kernels, origin = _runner(weights, capacity, context_tokens, operations, progress)
     facts["kernels"], facts["choices"]["kernels"], facts["proofs"] = kernels.value, kernels.reason, operations.proofs
+    facts["choices"]["weights_read"] = origin
     logger.info("event=choice name=kernels value=%s reason=%s", kernels.value, json.dumps(kernels.reason))
     template = CheckpointTemplate(tokenizer)
     image_processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
@@ -186,22 +189,24 @@ def _assemble(
 
 def _runner(
     weights: Weights, capacity: Capacity, context_tokens: int, choice: OperationsChoice, progress: Progress
-) -> tuple[Glm4vRunner, Selection]:
-    def build(operations: Operations, progress: Progress) -> Glm4vRunner:
-        with weights.open(progress) as source:
-            # Without the attention of the kernels a step depends on masks, which the recorded steps do not have.
-            if weights.device.type == "cuda" and not operations.needs_masks:
-                return CudaRunner(source, capacity, context_tokens, operations, CudaDevice())
-            return Glm4vRunner(source, capacity, context_tokens, operations)
+) -> tuple[Glm4vRunner, Selection, str]:
+    """The runner, the operations it uses, and where its weights came from."""
+
+    def make(operations: Operations, source: WeightSource) -> Glm4vRunner:
+        # Without the attention of the kernels a step depends on masks, which recorded steps do not have.
+        if weights.device.type == "cuda" and not operations.needs_masks:
+            return CudaRunner(source, capacity, context_tokens, operations, CudaDevice())
+        return Glm4vRunner(source, capacity, context_tokens, operations)
 
     operations, kernels = choice.choose()
     try:
-        return build(operations, progress), kernels
+        runner, origin = weights.load(operations, partial(make, operations), progress)
     except (RuntimeError, MemoryError) as error:
         if isinstance(operations, TorchOperations):
             raise
         operations, kernels = without_compiled(error)  # not enough memory for packed weights
-    return build(operations, progress), kernels
+        runner, origin = weights.load(operations, partial(make, operations))
+    return runner, kernels, origin
 
 
 def _network(weights: Weights) -> Any:

@@ -72,7 +72,7 @@ def test_a_checkpoint_loads_with_progress_and_facts(tiny_checkpoint: Path) -> No
     assert model.id == tiny_checkpoint.name
     assert model.facts["class"] == "Glm4vForConditionalGeneration"
     assert model.facts["demo"] is False and model.facts["knows"] is None
-    choices = {"model", "device", "dtype", "threads", "context_tokens", "slots", "kv_cache", "kernels"}
+    choices = {"model", "device", "dtype", "threads", "context_tokens", "slots", "kv_cache", "kernels", "weights_read"}
     assert model.facts["choices"].keys() == choices
     assert model.facts["kernels"] == "torch" and "float32" in model.facts["choices"]["kernels"]
     assert model.context_tokens == 2048
