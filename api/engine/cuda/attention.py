@@ -136,7 +136,8 @@ def paged_prefill(
     return out
 
 
-@triton.jit
+# One compiled kernel serves tables of any width and parts of tensors that begin anywhere.
+@triton.jit(do_not_specialize=["table_row"], do_not_specialize_on_alignment=["tables", "lengths"])
 def _decode_part(
     q, kv, tables, lengths, parts, sums,
     q_row, table_row, scale,
@@ -184,7 +185,7 @@ def _decode_part(
     tl.store(sums + part, best + tl.log2(total), mask=tl.arange(0, TILE) < GROUP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["lengths"])
 def _decode_join(
     parts, sums, lengths, out,
     SPLITS: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
@@ -237,7 +238,9 @@ def _attend(
     return best, total, result
 
 
-@triton.jit(do_not_specialize=["first", "rows"])
+@triton.jit(
+    do_not_specialize=["first", "rows", "table_row"], do_not_specialize_on_alignment=["tables", "starts", "firsts"]
+)
 def _prefill(
     q, kv, tables, starts, firsts, out,
     q_row, table_row, first, rows, scale,
