@@ -26,7 +26,7 @@ from api.engine.loaded_model import (
     Model,
     SamplingDefaults,
 )
-from api.engine.loading.download import download
+from api.engine.loading.download import download, is_hub_id, split_revision
 from api.engine.loading.integrity import CheckpointIntegrity
 from api.engine.loading.operations import OperationsChoice, without_compiled
 from api.engine.loading.placement import (
@@ -128,7 +128,7 @@ def _assemble(
     )
     parameters = sum(p.numel() for p in network.parameters())
     demo = _read_json(folder / "demo.json") if (folder / "demo.json").is_file() else None
-    model_id = (demo or {}).get("id") or (local.name if local else chosen.value)
+    model_id = (demo or {}).get("id") or (local.name if local else split_revision(chosen.value)[0])
     generation = network.generation_config
     defaults = _sampling_defaults(generation)
     facts: dict[str, Any] = {
@@ -195,8 +195,8 @@ def _local_folder(model: str, root: Path) -> Path | None:
             if not (folder / "config.json").is_file() or not _weights_bytes(folder):
                 raise LoadError(f"{folder}: a model folder needs config.json and *.safetensors.")
             return folder.resolve()
-    if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise LoadError(f"GLM_MODEL: {model} is neither a folder nor a hub id (owner/name).")
+    if not is_hub_id(model):
+        raise LoadError(f"GLM_MODEL: {model} is neither a folder nor a hub id (owner/name or owner/name@revision).")
     return None
 
 
