@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from api.engine.loaded_model import LoadError
-from api.engine.loading.hub import HUBS, Damaged, Hub, Listing, Refused, RemoteFile, Unavailable
+from api.engine.loading.hub import HUBS, Damaged, Hub, Refused, RemoteFile, Unavailable
 from api.engine.loading.hub_cache import POLL_S, HubCache
 from api.engine.loading.progress import DownloadMeter, Progress
 from api.engine.loading.transfer import Stopped, Transfer
@@ -122,13 +122,14 @@ def _from_hub(source: _Source, revision: str, meter: DownloadMeter) -> Path:
     listing = hub.files(source.model, revision or hub.default_revision)
     if not any(file.name.endswith(".safetensors") for file in listing.files):
         raise Refused(f"{hub.where} has no *.safetensors in {source.model}, and other weights are not loaded")
-    total = sum(file.size for file in listing.files)
-    meter.begin(hub.where, _present(cache, listing), total)
-    with cache.locked(lambda: _wait_for_other(cache, listing, meter)):
-        for file in listing.files:
+    files = list({file.key: file for file in listing.files}.values())  # two with the same content are one on disk
+    total = sum(file.size for file in files)
+    meter.begin(hub.where, _present(cache, files), total)
+    with cache.locked(lambda: _wait_for_other(cache, files, meter)):
+        for file in files:
             cache.adopt(file)
-        missing = [file for file in listing.files if not cache.has(file)]
-        present = _present(cache, listing)
+        missing = [file for file in files if not cache.has(file)]
+        present = _present(cache, files)
         _check_disk(source, total - present)
         meter.begin(hub.where, present, total)
         logger.info(
@@ -142,13 +143,13 @@ def _from_hub(source: _Source, revision: str, meter: DownloadMeter) -> Path:
     return folder
 
 
-def _present(cache: HubCache, listing: Listing) -> int:
-    return sum(min(cache.bytes_of(file), file.size) for file in listing.files)
+def _present(cache: HubCache, files: list[RemoteFile]) -> int:
+    return sum(min(cache.bytes_of(file), file.size) for file in files)
 
 
-def _wait_for_other(cache: HubCache, listing: Listing, meter: DownloadMeter) -> None:
+def _wait_for_other(cache: HubCache, files: list[RemoteFile], meter: DownloadMeter) -> None:
     meter.say("another process downloads it")
-    meter.set_present(_present(cache, listing))
+    meter.set_present(_present(cache, files))
     time.sleep(POLL_S)
 
 

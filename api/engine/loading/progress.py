@@ -37,7 +37,7 @@ class DownloadMeter:
     def __init__(self, progress: Progress, clock: Callable[[], float] = time.monotonic) -> None:
         self._progress, self._clock = progress, clock
         self._lock = threading.Lock()
-        self._hub = self._file = self._trouble = ""
+        self._hub = self._file = self._trouble = self._elsewhere = ""
         self._present = self._total = 0
         self._came: deque[tuple[float, int]] = deque()  # (from when on, bytes that the line has brought since)
         self._told = False
@@ -49,10 +49,10 @@ class DownloadMeter:
             self._hub, self._file, self._present, self._total = hub, "", present, total
             self._came.clear()
 
-    def connect(self, hub: str, trouble: str = "") -> None:
-        """Nothing is known yet but whom is asked. `trouble`: why another one is asked."""
+    def connect(self, hub: str, elsewhere: str = "") -> None:
+        """Nothing is known yet but whom is asked. `elsewhere`: why it is not the one that is set."""
         with self._lock:
-            self._hub, self._trouble = hub, trouble or self._trouble
+            self._hub, self._trouble, self._elsewhere = hub, "", elsewhere
             first, self._told = not self._told, True
         if first:
             self._report()
@@ -102,7 +102,7 @@ class DownloadMeter:
                 total_bytes=self._total,
                 bytes_per_s=round(rate, 1),
                 remaining_s=round(left / rate, 1) if rate else None,
-                trouble=self._trouble,
+                trouble=self._trouble or self._elsewhere,
             )
 
     def _report(self) -> None:

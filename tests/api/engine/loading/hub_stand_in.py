@@ -120,6 +120,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             )
         elif steps[:2] == ["api", "models"] and "revision" in steps:
             self._list_huggingface(steps[-1])
+        elif steps[:2] == ["api", "models"] and "tree" in steps:
+            self._list_tree()
         elif steps[:3] == ["api", "v1", "models"] and steps[-1] == "files":
             self._list_modelscope(query["Revision"])
         elif "resolve" in steps and steps[-1] in hub.files:
@@ -148,6 +150,19 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             siblings.append(entry | self.hub.listed.get(name, {}))
         self._send(200, json.dumps({"id": "owner/name", "sha": COMMIT, "siblings": siblings}).encode())
 
+    def _list_tree(self) -> None:
+        """As huggingface_hub asks for it."""
+        entries = [
+            {"type": "file", "path": name, "size": len(content), "oid": git_digest(content)}
+            | (
+                {"lfs": {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}}
+                if name.endswith(".safetensors")
+                else {}
+            )
+            for name, content in self.hub.files.items()
+        ]
+        self._send(200, json.dumps(entries).encode())
+
     def _list_modelscope(self, revision: str) -> None:
         files: list[dict[str, Any]] | None = [
             {
@@ -166,6 +181,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         content = self.hub.files[name]
         large = name.endswith(".safetensors")
         headers = {"Location": f"{self.hub.other_host}/cdn/{name}", "X-Linked-Size": str(len(content))}
+        headers["X-Repo-Commit"] = COMMIT
         headers["X-Linked-ETag"] = f'"{hashlib.sha256(content).hexdigest() if large else git_digest(content)}"'
         self._send(302, b"", headers)
 
