@@ -284,7 +284,8 @@ def _hex(value: object, length: int) -> str:
 
 
 def _where(title: str, endpoint: str) -> str:
-    return f"{title} ({endpoint.partition('://')[2]})"
+    """Without what a mirror's address may hold to log in: it is shown to everyone."""
+    return f"{title} ({endpoint.partition('://')[2].rpartition('@')[2]})"
 
 
 def _user_cache(name: str) -> Path:
