@@ -61,6 +61,11 @@ class HubStandIn:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     @property
+    def total(self) -> int:
+        """Bytes of the files that a model needs."""
+        return sum(len(content) for name, content in self.files.items() if name.endswith((".json", ".jinja", ".safetensors")))
+
+    @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server.server_port}"
 
