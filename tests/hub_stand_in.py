@@ -215,7 +215,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         limit = fault.after if fault is not None and fault.kind in ("stall", "cut") else len(body)
         self._send_slowly(bytes(body[:limit]))
         if fault is not None and fault.kind == "stall":
-            hub.released.wait(60)
+            hub.released.wait(300)
         if limit < len(body):
             self.close_connection = True
         return None
