@@ -63,7 +63,9 @@ class HubStandIn:
     @property
     def total(self) -> int:
         """Bytes of the files that a model needs."""
-        return sum(len(content) for name, content in self.files.items() if name.endswith((".json", ".jinja", ".safetensors")))
+        return sum(
+            len(content) for name, content in self.files.items() if name.endswith((".json", ".jinja", ".safetensors"))
+        )
 
     @property
     def url(self) -> str:

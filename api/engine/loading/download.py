@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from api.engine.loaded_model import LoadError
-from api.engine.loading.hub import HUBS, Damaged, Hub, Refused, RemoteFile, Unavailable
+from api.engine.loading.hub import HUBS, Damaged, Hub, Refused, RemoteFile, Unavailable, list_files
 from api.engine.loading.hub_cache import POLL_S, HubCache
 from api.engine.loading.progress import DownloadMeter, Progress
 from api.engine.loading.transfer import Stopped, Transfer
@@ -119,7 +119,7 @@ def _download(sources: list[_Source], model: str, revision: str, meter: Download
 def _from_hub(source: _Source, revision: str, meter: DownloadMeter) -> Path:
     """Raises Unavailable, Damaged, Refused, LoadError, OSError."""
     cache, hub = source.cache, source.hub
-    listing = hub.files(source.model, revision or hub.default_revision)
+    listing = list_files(hub, source.model, revision or hub.default_revision)
     if not any(file.name.endswith(".safetensors") for file in listing.files):
         raise Refused(f"{hub.where} has no *.safetensors in {source.model}, and other weights are not loaded")
     files = list({file.key: file for file in listing.files}.values())  # two with the same content are one on disk

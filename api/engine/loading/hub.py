@@ -84,7 +84,10 @@ class HuggingFace:
     @property
     def cache(self) -> Path:
         """The folder of models, shared with huggingface_hub."""
-        home = os.environ.get("HF_HOME") or _user_cache("huggingface")
+        home = (
+            os.environ.get("HF_HOME")
+            or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
+        )
         return Path(
             os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or Path(home) / "hub"
         ).expanduser()
@@ -114,12 +117,12 @@ class HuggingFace:
                 continue
             url = f"{self.endpoint}/{model}/resolve/{commit}/{quote(name)}"
             lfs, size = sibling.get("lfs") or {}, sibling.get("size")
-            if isinstance(size, int) and lfs.get("sha256"):
-                yield RemoteFile(name, url, size, "sha256", _hex(lfs["sha256"], 64))
-            elif isinstance(size, int):
-                yield RemoteFile(name, url, size, "git", _hex(sibling.get("blobId"), 40))
-            else:  # a mirror that lists names only
+            if size is None:  # a mirror that lists names only
                 yield self._asked_for(name, url, model)
+            elif lfs.get("sha256"):
+                yield RemoteFile(name, url, _size(size), "sha256", _hex(lfs["sha256"], 64))
+            else:
+                yield RemoteFile(name, url, _size(size), "git", _hex(sibling.get("blobId"), 40))
 
     def _asked_for(self, name: str, url: str, model: str) -> RemoteFile:
         response = _request(self, "HEAD", url, model, allow_redirects=False, headers={"Accept-Encoding": "identity"})
@@ -154,7 +157,7 @@ class ModelScope:
 
     @property
     def cache(self) -> Path:
-        return Path(os.environ.get("MODELSCOPE_CACHE") or _user_cache("modelscope")).expanduser()
+        return Path(os.environ.get("MODELSCOPE_CACHE") or Path.home() / ".cache" / "modelscope").expanduser()
 
     def folder(self, model: str) -> Path:
         return self.cache / "models" / model.replace("/", "--")
@@ -174,18 +177,17 @@ class ModelScope:
         base, asked = f"{self.endpoint}/api/v1/models/{model}/repo", quote(revision, safe="")
         body = _json(self, f"{base}/files?Revision={asked}&Recursive=False", model)
         data = body.get("Data")
-        entries = data.get("Files") if isinstance(data, dict) else None
-        if body.get("Success") is False or (
-            isinstance(data, dict) and entries is None
-        ):  # so it answers for a revision it has not
-            raise Refused(
-                f"{self.where} has no {model} at revision {revision}: {str(body.get('Message') or 'no files')[:200]}"
-            )
+        if not isinstance(data, dict):
+            data = {"Files": ()}
+        entries = data.get("Files")
+        if body.get("Success") is False or entries is None:  # so it answers for a revision it has not
+            said = str(body.get("Message") or "no files")[:200]
+            raise Refused(f"{self.where} has no {model} at revision {revision}: {said}")
         if not isinstance(entries, list):
             raise Unavailable(f"{self.where} answers about {model} with something else than a list of files")
         files = tuple(
             RemoteFile(
-                entry["Path"], f"{base}?Revision={asked}&FilePath={quote(entry['Path'], safe='')}", int(entry.get("Size") or 0),
+                entry["Path"], f"{base}?Revision={asked}&FilePath={quote(entry['Path'], safe='')}", _size(entry.get("Size")),
                 "sha256", _hex(entry.get("Sha256"), 64),
             )
             for entry in entries if entry.get("Type") != "tree" and _is_wanted(entry.get("Path"))
@@ -204,6 +206,14 @@ class ModelScope:
 
 Hub = HuggingFace | ModelScope
 HUBS: dict[str, type[HuggingFace] | type[ModelScope]] = {"huggingface": HuggingFace, "modelscope": ModelScope}
+
+
+def list_files(hub: Hub, model: str, revision: str) -> Listing:
+    """Raises HubError."""
+    try:
+        return hub.files(model, revision)
+    except (AttributeError, TypeError, ValueError) as error:  # entries of another form than the hub's
+        raise Unavailable(f"{hub.where} answers about {model} with a list that cannot be read: {error}") from None
 
 
 def open_file(hub: Hub, file: RemoteFile, start: int, model: str) -> requests.Response:
@@ -277,6 +287,13 @@ def _is_wanted(name: object) -> bool:
     )
 
 
+def _size(value: object) -> int:
+    """Raises ValueError for what is no size."""
+    if not isinstance(value, int) or value < 0:
+        raise ValueError(f"a size must be a whole number >= 0. Given: {value!r}")
+    return value
+
+
 def _hex(value: object, length: int) -> str:
     """The digest in lower case; empty if it is none, so that nothing else becomes the name of a file."""
     text = value.lower() if isinstance(value, str) else ""
@@ -286,7 +303,3 @@ def _hex(value: object, length: int) -> str:
 def _where(title: str, endpoint: str) -> str:
     """Without what a mirror's address may hold to log in: it is shown to everyone."""
     return f"{title} ({endpoint.partition('://')[2].rpartition('@')[2]})"
-
-
-def _user_cache(name: str) -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / name

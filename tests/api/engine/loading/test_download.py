@@ -324,6 +324,24 @@ def test_the_model_of_someone_else_is_not_taken_from_another_hub(
     assert hub.asked == []
 
 
+@pytest.mark.parametrize("name", HUBS)
+@pytest.mark.parametrize(
+    "answer",
+    [
+        '{"sha": "abc", "siblings": ["model.safetensors"], "Data": {"Files": ["model.safetensors"]}}',
+        '{"sha": "abc", "siblings": [{"rfilename": "config.json", "size": -1}], "Data": {"Files": [{"Path": "config.json", "Size": -1}]}}',
+        '{"sha": "../up", "siblings": [], "Data": {"Files": 5}}',
+        '{"sha": 5, "Data": 5}',
+        "[]",
+    ],
+)
+def test_an_answer_of_another_form_is_no_list(hub: HubStandIn, reports: Reports, name: str, answer: str) -> None:
+    hub.page = answer.encode()
+
+    with pytest.raises(LoadError, match=r"something else than|cannot be read"):
+        download("owner/name", name, reports)
+
+
 def test_a_login_page_is_not_taken_for_a_hub(hub: HubStandIn, reports: Reports) -> None:
     hub.page = b"<html>Please log in to the network</html>"
 
