@@ -186,3 +186,8 @@ if [[ ${host[${parts[0]}]} == 0.0.0.0 ]]; then
 fi
 say "Logs:  $log_dir"
 say "Stop:  ./stop.sh    Check: $PYTHON health_check.py"
+if [[ -t 1 && ${parts[*]} == *api* ]]; then
+    exec 9>&-    # a first download may take an hour; another start.sh need not wait for it
+    trap 'exit 0' INT TERM HUP
+    "$PYTHON" -m deploy.service follow "$log_dir" "${host[api]}" || exit 1
+fi

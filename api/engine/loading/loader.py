@@ -30,7 +30,7 @@ from api.engine.loaded_model import (
     SamplingDefaults,
 )
 from api.engine.loading.card import CardMemory, find_card
-from api.engine.loading.download import download
+from api.engine.loading.download import download, is_hub_id, split_revision
 from api.engine.loading.families import FAMILIES, check_config, check_processor
 from api.engine.loading.integrity import CheckpointIntegrity
 from api.engine.loading.memory_plan import ANSWER_TOKENS, MemoryPlan, choose, defaults_for
@@ -82,7 +82,7 @@ def load(config: EngineConfig, progress: Progress) -> Model:
     card = find_card() if device.value == "cuda" else None
     # 2. Locate or download its files.
     local = _local_folder(chosen.value, config.root)
-    if local is None and card is not None and chosen.value in FLASH.values():
+    if local is None and card is not None and split_revision(chosen.value)[0] in FLASH.values():
         choose(flash_shape(), card, config)  # before a download of 20 GB for nothing
     folder = local or download(chosen.value, config.hub, part(progress, 0.01, 0.5))
     model_config = _model_config(folder)
@@ -106,7 +106,7 @@ def load(config: EngineConfig, progress: Progress) -> Model:
     operations = OperationsChoice(config, device.value, torch_dtype, model_config, recipe)
     weights = Weights(checkpoint, torch.device(device.value), torch_dtype)
     loading = part(progress, 0.05 if local else 0.5, 0.95)
-    name = local.name if local else chosen.value
+    name = local.name if local else split_revision(chosen.value)[0]
     return _assemble(config, name, weights, image_processor, plan, choices, operations, loading)
 
 
@@ -329,8 +329,8 @@ def _local_folder(model: str, root: Path) -> Path | None:
             if not (folder / "config.json").is_file() or not weight_files(folder):
                 raise LoadError(f"{folder}: a model folder needs config.json and *.safetensors.")
             return folder.resolve()
-    if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise LoadError(f"GLM_MODEL: {model} is neither a folder nor a hub id (owner/name).")
+    if not is_hub_id(model):
+        raise LoadError(f"GLM_MODEL: {model} is neither a folder nor a hub id (owner/name or owner/name@revision).")
     return None
 
 

@@ -12,7 +12,7 @@ import torch
 
 from api.engine.loaded_model import LoadError
 from api.engine.loading.families import FAMILIES, shapes_of
-from api.engine.loading.progress import Progress
+from api.engine.loading.progress import Progress, unseen
 from api.engine.loading.safetensors_file import SafetensorsFile, TensorReader
 
 INDEX = "model.safetensors.index.json"
@@ -87,7 +87,7 @@ class SafetensorsSource:
         checkpoint: Checkpoint,
         device: torch.device | str,
         dtype: torch.dtype,
-        progress: Progress = lambda fraction: None,
+        progress: Progress = unseen,
     ) -> None:
         self.config: Any = checkpoint.config
         self.device, self.dtype = torch.device(device), dtype

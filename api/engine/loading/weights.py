@@ -14,7 +14,7 @@ import torch
 from api.engine.kernels.build import cache_folder
 from api.engine.loaded_model import LoadError
 from api.engine.loading.packed import FOLDER, Packed, PackedFile, Recorder, Replay, packing_facts
-from api.engine.loading.progress import Progress, part
+from api.engine.loading.progress import Progress, part, unseen
 from api.engine.loading.revision import revision_of
 from api.engine.loading.safetensors_source import Checkpoint, SafetensorsSource
 from api.engine.model.operations import Operations
@@ -39,7 +39,7 @@ class Weights:
         self,
         operations: Operations,
         make: Callable[[WeightSource], Made],
-        progress: Progress = lambda fraction: None,
+        progress: Progress = unseen,
     ) -> tuple[Made, str]:
         """What `make` makes of a source that it takes every tensor from, with products of `operations`; and where the
         weights came from, in words. Quantised ones are kept in a file and read from there the next time.
