@@ -9,7 +9,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """`auto` and 0 leave a choice to api.engine.loading.placement, which gives a reason for each."""
+    """`auto`, 0 and None leave a choice to api.engine.loading.placement, which gives a reason for each."""
 
     model: str = "auto"  # hub id, folder, or `auto`
     root: Path = Path()  # relative model folders are also searched here
@@ -22,7 +22,8 @@ class EngineConfig:
     slots: int = 0  # requests that run at once
     kv_cache_bytes: int = 0
     weights: Literal["auto", "bf16", "fp8", "nf4"] = "auto"  # the recipe of quantisation
-    encoder_cache_bytes: int = 256 * 2**20
+    max_picture_tokens: int = 0  # of one picture; larger ones are scaled down
+    encoder_cache_bytes: int | None = None
     prefill_chunk_tokens: int = 512  # most prompt tokens in one step
     fingerprint_s: float = 600.0  # between two comparisons of an idle model with itself
     check_reference: bool = False  # compare an unknown revision with transformers while loading

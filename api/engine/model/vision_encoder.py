@@ -22,7 +22,7 @@ from api.engine.model.weight_source import WeightSource
 
 Grid = tuple[int, int, int]  # frames, rows, columns, in patches
 TOWER = "model.visual"
-MAX_TABLES = 8  # position tables kept, of the latest image sizes
+TABLE_PATCHES = 2**14  # position tables of the latest image sizes are kept, together of at most so many patches
 
 
 @dataclass
@@ -94,11 +94,13 @@ class VisionEncoder:
         x, block, fused = progress.x, self._blocks[progress.block], self._fused[progress.block]
         if fused:
             return fused(x, progress.cos, progress.sin, progress.frames)
-        qkv = block.qkv(F.rms_norm(x, block.norm1.shape, block.norm1, self._eps))
-        attended = self._operations.attend_image(qkv, progress.cos, progress.sin, progress.frames, self._heads)
-        x = x + block.out(attended)
+        x = x + block.out(self._attend(x, block, progress))  # what attention takes is free again before the MLP
         hidden = F.rms_norm(x, block.norm2.shape, block.norm2, self._eps)
         return x + block.down(block.gate_up(hidden))
+
+    def _attend(self, x: torch.Tensor, block: VisionBlock, progress: Progress) -> torch.Tensor:
+        qkv = block.qkv(F.rms_norm(x, block.norm1.shape, block.norm1, self._eps))
+        return self._operations.attend_image(qkv, progress.cos, progress.sin, progress.frames, self._heads)
 
     def _merge(self, x: torch.Tensor) -> torch.Tensor:
         """Merge squares of neighbouring patches into image tokens."""
@@ -108,12 +110,11 @@ class VisionEncoder:
         return self._merge_down(self._merge_gate_up(x))
 
     def _table(self, grid: Grid) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if grid not in self._tables:
-            self._tables[grid] = self._make_table(grid)
-            if len(self._tables) > MAX_TABLES:
-                self._tables.popitem(last=False)
-        self._tables.move_to_end(grid)
-        return self._tables[grid]
+        table = self._tables.pop(grid, None) or self._make_table(grid)
+        self._tables[grid] = table
+        while sum(len(each[0]) for each in self._tables.values()) > TABLE_PATCHES:
+            self._tables.popitem(last=False)
+        return table
 
     def _make_table(self, grid: Grid) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Learned position embeddings resized to the grid [patches, hidden], and cos and sin [patches, head_dim]."""
