@@ -18,6 +18,7 @@ from api.engine.loading.progress import Progress, part, unseen
 from api.engine.loading.revision import revision_of
 from api.engine.loading.safetensors_source import Checkpoint, SafetensorsSource
 from api.engine.model.operations import Operations
+from api.engine.model.quantized_linear import bitsandbytes_ops
 from api.engine.model.recipe import BF16
 from api.engine.model.weight_source import WeightSource
 from api.engine.process import release_freed_memory
@@ -50,6 +51,8 @@ class Weights:
         if operations.recipe == BF16:
             with self._open(progress) as source:
                 return make(source), "from the checkpoint, which is no larger than what is kept of it"
+        if "nf4" in (operations.recipe.text, operations.recipe.head):
+            _need_bitsandbytes()
         packed = self._packed(operations)
         if (file := packed.read()) is not None:
             try:
@@ -110,6 +113,16 @@ class Weights:
         kept = folder / FOLDER if os.access(folder, os.W_OK) else cache_folder() / "packed" / revision
         facts = packing_facts(revision, operations.recipe, self.dtype, self.device)
         return Packed(kept, operations.recipe, facts)
+
+
+def _need_bitsandbytes() -> None:
+    try:
+        bitsandbytes_ops()
+    except Exception as error:  # not only ImportError: its library may not fit the driver
+        raise LoadError(
+            f"4-bit weights need the package bitsandbytes ({type(error).__name__}: {error}). ./start.sh installs it; by "
+            "hand: pip install -r requirements-quantized.txt. Without it: GLM_WEIGHTS=bf16, or fp8 on newer cards."
+        ) from None
 
 
 @contextmanager
