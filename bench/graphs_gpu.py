@@ -28,10 +28,10 @@ from api.engine.loaded_model import Capacity
 from api.engine.model.runner import Glm4vRunner
 from api.engine.model.sampler import Sampler
 from api.engine.request import Request, SamplingParams
-from api.engine.scheduler import Scheduler
+from api.engine.scheduler import EncodeTask, Scheduler
 from api.engine.sequence import Sequence, make_sequence
 from bench.gpu import CONTEXT, PAGE_TOKENS, Bench, operations, peak, timed
-from bench.random_model import WordSource
+from bench.random_model import WordSource, image_of
 
 SLOTS = 64
 KERNELS_OF = (Size("decode", 1), Size("decode", 16), Size("decode", 65), Size("prompt", 64), Size("mixed", 512))
@@ -229,6 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
     for section, work in {
         "decode": lambda: decode(bench, runner, capacity), "kernels": lambda: kernels(bench, runner),
         "sampler": lambda: sampler(bench, runner), "prefill": lambda: prefill(bench, runner, capacity),
+        "vision": lambda: vision(bench, runner),
         "same tokens": lambda: same_tokens(bench, runner, capacity),
     }.items():  # fmt: skip
         try:
@@ -239,6 +240,30 @@ def main(arguments: list[str] | None = None) -> int:
             if runner.failure(error) == "device":
                 raise
     return 1 if failed else 0
+
+
+def vision(bench: Bench, runner: CudaRunner) -> None:
+    """Images in slices: what the pace expects of each, beside what all of them take."""
+    for side in (8, 12) if bench.dry else (24, 32, 64, 96):
+        for limit_s in (1.0, 0.012):
+            image = image_of((1, side, side), runner.vision_encoder.patch_size, side)
+            for _ in range(2):
+                bench.wait()
+                began, task, slices, expected_s = time.perf_counter(), EncodeTask(("", b""), image), 0, 0.0
+                features = None
+                while features is None:
+                    features = runner.encode(task, limit_s)
+                    slices, expected_s = slices + 1, expected_s + task.slice_s
+                    host_s = time.perf_counter() - began
+                    if limit_s < 1:
+                        runner.wait_for_slices()
+                runner.wait_for_slices()
+                bench.wait()
+                took_s = time.perf_counter() - began
+            bench.tell(
+                "vision", patches=side * side, limit_ms=limit_s * 1e3, slices=slices, expected_ms=round(expected_s * 1e3, 2),
+                wall_ms=round(took_s * 1e3, 2), host_ms=round(host_s * 1e3, 2),
+            )  # fmt: skip
 
 
 def device_of(bench: Bench) -> Any:
@@ -267,11 +292,18 @@ class DryDevice:
     def upload(self, target: torch.Tensor, source: torch.Tensor) -> None:
         target.copy_(source)
 
+    def send(self, source: torch.Tensor, place: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        return source.to(dtype)
+
     def download(self, target: torch.Tensor, source: torch.Tensor) -> None:
         target.copy_(source)
 
     def record(self) -> _Now:
         return _Now()
+
+    def check(self) -> None: ...
+
+    def release(self) -> None: ...
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         work()

@@ -251,6 +251,9 @@ class Engine:
                 self._obey()
                 self._step()
             self._refuse_commands("the server is shutting down")
+            self._drop_ahead()
+            if self._model is not None:
+                self._model.runner.close()
         except BaseException as error:  # whatever ends this thread must show in /health
             self._die(error)
 
@@ -261,7 +264,7 @@ class Engine:
         model.runner.warm_up()
         capacity = model.capacity
         self._image_token_id = model.vocabulary.special[model.image_token]
-        self._budget = TokenBudget(capacity.chunk_tokens)
+        self._budget = TokenBudget(capacity.chunk_tokens, model.runner.free_rows)
         self._scheduler = Scheduler(
             self._queue_size or queue_for(capacity.slots),
             capacity.slots,
@@ -454,7 +457,7 @@ class Engine:
                 waiting = self._scheduler.encode_failed(task)
             self._give_up(tuple(waiting), "vision", error)
             return 0.0
-        took_s = time.monotonic() - began
+        took_s = task.slice_s if runner.overlaps else time.monotonic() - began
         self._budget.record_slice(took_s)
         task.spent_s += took_s
         for sequence in self._scheduler.waiting_for(task):
@@ -471,6 +474,8 @@ class Engine:
             batch = self._scheduler.batch(self._budget.chunk_tokens(decoding, spent_s))
         self._clear_pages()
         if not batch.sequences:
+            if spent_s and self._model is not None and self._model.runner.overlaps:
+                cast(OverlappingRunner, self._model.runner).wait_for_slices()
             return
         deadline_s = self._budget.deadline_s(decoding, batch.chunk_tokens)
         self._enter("prefill" if batch.chunks else "decode", deadline_s)

@@ -32,6 +32,7 @@ class Runner(Protocol):
     """
 
     overlaps: bool  # whether it is an OverlappingRunner
+    free_rows: int  # up to so many rows a pass takes about as long as for one: it is bound by reading the weights
 
     def warm_up(self) -> None:
         """Run every kind of step once, so that the first request pays for no set-up and a broken model fails now."""
@@ -56,6 +57,9 @@ class Runner(Protocol):
     def prepare_next(self) -> bool:
         """Prepare one more of the things that make later steps faster, while there is nothing to do. False: none is left."""
 
+    def close(self) -> None:
+        """Give back the memory of a device. Nothing can be computed afterwards."""
+
     def failure(self, error: BaseException) -> Literal["request", "memory", "device"]:
         """The scope of an error: this work cannot be computed, there is too little memory, or the device is lost."""
 
@@ -73,6 +77,9 @@ class OverlappingRunner(Runner, Protocol):
 
     def launch(self, batch: Batch) -> Flight:
         """Queue what `compute` does, and return at once."""
+
+    def wait_for_slices(self) -> None:
+        """Wait for the slices of images that have been queued: `encode` only queues them."""
 
     def launch_next(self, flight: Flight, sequences: tuple[Sequence, ...]) -> Flight | None:
         """Queue the step after `flight`, which is not collected yet, for these of its sequences: each decodes one token

@@ -37,6 +37,7 @@ class EncodeTask:
     image: ImageInput
     state: Any = None  # owned by the runner
     spent_s: float = 0.0  # in the slices so far
+    slice_s: float = 0.0  # what the last slice will take a device that computes while the host goes on
 
 
 @dataclass(frozen=True)

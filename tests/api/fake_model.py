@@ -90,6 +90,7 @@ class FakeRunner:
     """Its KV cache stores the tokens' prefix cache keys, so that every read can be checked."""
 
     overlaps = False
+    free_rows = 12
 
     def __init__(
         self,
@@ -117,6 +118,9 @@ class FakeRunner:
 
     def prepare_next(self) -> bool:
         return False
+
+    def close(self) -> None:
+        pass
 
     def encode(self, task: EncodeTask, limit_s: float) -> Any | None:
         task.state = (task.state or 0) + 1

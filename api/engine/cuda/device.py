@@ -6,6 +6,7 @@ through here, so that a hidden wait is a bug that a test can find.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Protocol
 
@@ -31,11 +32,20 @@ class Device(Protocol):
     def upload(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Queue a copy of pinned memory to the device."""
 
+    def send(self, source: torch.Tensor, place: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """A copy of host memory of any kind on the device, queued through pinned memory of its own."""
+
     def download(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Queue a copy to pinned memory; an event recorded after it tells when it is there."""
 
     def record(self) -> Event:
         """A point after all that has been queued so far."""
+
+    def check(self) -> None:
+        """Wait for all that has been queued. Raises if the device can compute no more."""
+
+    def release(self) -> None:
+        """Give unused memory back to the driver."""
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """Run `work` once, record it, and return what queues it again: the same operations on the same memory.
@@ -73,11 +83,24 @@ class CudaDevice:
     def upload(self, target: torch.Tensor, source: torch.Tensor) -> None:
         target.copy_(source, non_blocking=True)
 
+    def send(self, source: torch.Tensor, place: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        pinned = torch.empty(source.shape, dtype=dtype, pin_memory=True)
+        # Torch's allocator gives the pinned memory to nobody else before the copy is done.
+        return pinned.copy_(source).to(place, non_blocking=True)
+
     def download(self, target: torch.Tensor, source: torch.Tensor) -> None:
         target.copy_(source, non_blocking=True)
 
     def record(self) -> Event:
         return CudaEvent()
+
+    def check(self) -> None:
+        torch.zeros(1, device="cuda").add_(1)
+        torch.cuda.synchronize()
+
+    def release(self) -> None:
+        gc.collect()
+        torch.cuda.empty_cache()
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         current, side = torch.cuda.current_stream(), self._side

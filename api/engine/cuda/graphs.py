@@ -6,6 +6,7 @@ has one, the others while nothing is to do. Engine thread only.
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable
@@ -73,8 +74,13 @@ class StepGraphs:
     def replay(self, size: Size) -> None:
         self._replays[size]()
 
+    def stop_recording(self, reason: str) -> None:
+        """Keep what is recorded, and compute the rest in larger sizes or operation by operation."""
+        self._missing.clear()
+        logger.warning("event=graphs_incomplete recorded=%d reason=%s", len(self._replays), json.dumps(reason))
+
     def switch_off(self, reason: str) -> None:
         """Compute every step operation by operation from now on."""
         self._replays.clear()
         self.off = reason
-        logger.warning("event=graphs_off reason=%s", reason)
+        logger.warning("event=graphs_off reason=%s", json.dumps(reason))

@@ -18,12 +18,17 @@ MOST_ROWS = 64  # beyond, products are bound by arithmetic
 
 
 class ProductPlan(NamedTuple):
-    """A program computes `features` features of a result, `depth` of a row at a time."""
+    """A program computes `features` features of a result, from `depth` elements of a row at a time."""
 
     features: int = 16
     depth: int = 128
     warps: int = 4
     stages: int = 4
+
+
+def tile_of(rows: int) -> int:
+    """Rows that are multiplied at once: results of fewer take as long."""
+    return min(max(triton.next_power_of_2(rows), 16), MOST_ROWS)
 
 
 def few_rows_product(
@@ -40,7 +45,7 @@ def few_rows_product(
     width = len(weight) // 2 if gated else len(weight)
     plan = plan or ProductPlan()
     out = torch.empty(rows, width, dtype=x.dtype, device=x.device) if out is None else out
-    tile = min(max(triton.next_power_of_2(rows), 16), MOST_ROWS)
+    tile = tile_of(rows)
     _product[(triton.cdiv(width, plan.features), triton.cdiv(rows, tile))](
         x, weight, x if bias is None else bias, x if scales is None else scales, out, rows, width, depth,
         GATED=gated, BIASED=bias is not None, SCALED=scales is not None, WHOLE=depth % plan.depth == 0,

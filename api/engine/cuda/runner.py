@@ -10,23 +10,26 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 
 from api.engine.cuda.device import Device, Event
+from api.engine.cuda.faults import scope_of
 from api.engine.cuda.graphs import Size, StepGraphs, sizes_for
 from api.engine.cuda.sampling import choose_tokens, chosen_on_device, needs_no_host
 from api.engine.cuda.staging import FLOAT_FIELDS, TABLE_CHANGES, Staging
 from api.engine.cuda.tables import DeviceTables
+from api.engine.cuda.vision_pace import VisionPace
 from api.engine.kv_cache import BlockTable, Node
 from api.engine.loaded_model import Capacity, SampledToken
 from api.engine.model.operations import AttentionMetadata, ForwardBatch, Operations
 from api.engine.model.runner import Glm4vRunner
 from api.engine.model.sampler import NOT_FINITE
 from api.engine.model.weight_source import WeightSource
-from api.engine.request import Request, SamplingParams
-from api.engine.scheduler import Batch, Chunk
+from api.engine.request import ImageInput, Request, SamplingParams
+from api.engine.scheduler import Batch, Chunk, EncodeTask
 from api.engine.sequence import Sequence
 
 logger = logging.getLogger(__name__)
@@ -64,6 +67,7 @@ class CudaRunner(Glm4vRunner):
     """`device` is what streams, events, pinned memory and graphs go through."""
 
     overlaps = True
+    free_rows = 128
     SPARE_PAGES = 2  # one that stays zero and one that padding rows write to
     SPARE_SLOTS = 2  # one for a probe and one for padding rows
 
@@ -75,6 +79,7 @@ class CudaRunner(Glm4vRunner):
         self._chunks = min(MAX_CHUNKS, self._rows)
         self._chunk_tokens = capacity.chunk_tokens
         self._queue = device
+        self._vision_pace = VisionPace()
         super().__init__(source, capacity, context_tokens, operations)
         place = self._device
         self._padding_slot = self._rows
@@ -148,8 +153,33 @@ class CudaRunner(Glm4vRunner):
         return self._launch(Batch(sequences), 1)
 
     @torch.inference_mode()
+    def encode(self, task: EncodeTask, limit_s: float) -> torch.Tensor | None:
+        """Queues as many blocks as fit into `limit_s` of the device, by what earlier slices took there."""
+        tower = self._vision_encoder
+        began = self._queue.record()
+        if task.state is None:
+            pixels = self._queue.send(torch.as_tensor(task.image.patches), tower.device, tower.dtype)
+            task.state = tower.begin(pixels, task.image.grid)
+        work = tower.block_work(task.state)
+        blocks = self._vision_pace.blocks(limit_s, work, tower.blocks_left(task.state))
+        features = tower.advance_blocks(task.state, blocks)
+        self._vision_pace.queued(began, self._queue.record(), blocks * work)
+        task.slice_s = self._vision_pace.seconds(blocks * work)
+        return features
+
+    def wait_for_slices(self) -> None:
+        self._vision_pace.wait()
+
+    @torch.inference_mode()
     def _launch(self, batch: Batch, ahead: int) -> Flight:
         """Queue a step. `ahead`: how many tokens of its sequences are not known yet; the device takes the last itself."""
+        try:
+            return self._queue_step(batch, ahead)
+        except Exception:
+            self._tables.forget()  # changes may be lost
+            raise
+
+    def _queue_step(self, batch: Batch, ahead: int) -> Flight:
         began = self._queue.record()
         tokens, size = batch.chunk_tokens, self._size_of(batch)
         decoding = len(batch.decode) if size is None else size.count if size.kind == "decode" else self._rows
@@ -195,6 +225,7 @@ class CudaRunner(Glm4vRunner):
         if isinstance(flight, Computed):
             return flight.tokens
         flight.finished.wait()
+        self._vision_pace.learn()
         result = flight.result.tolist()
         tokens = [result[row] for row in flight.rows]
         sampled = [
@@ -217,6 +248,7 @@ class CudaRunner(Glm4vRunner):
     def warm_up(self) -> None:
         """Runs every kind of step over the spare page, and records the largest of each."""
         super().warm_up()
+        self._measure_vision()
         sequence = self._warm_up_sequence()
         for start, end in ((0, 4), (4, 6), (6, 7)):
             self.collect(self.launch(Batch((), (Chunk(sequence, start, end),))))
@@ -226,6 +258,20 @@ class CudaRunner(Glm4vRunner):
         for _ in range(3):
             self.prepare_next()
 
+    def _measure_vision(self) -> None:
+        """Encode images without content, a small and a larger one, until the pace is known."""
+        tower = self._vision_encoder
+        for turn in range(6):
+            side = tower.merge * (4, 12)[turn % 2]
+            patches = np.zeros((side * side, tower.patch_size), dtype=np.float32)
+            task = EncodeTask(("", b""), ImageInput(patches, (1, side, side), side * side // tower.merge**2))
+            while self.encode(task, 1.0) is None:
+                pass
+            self._vision_pace.wait()
+            if turn < 2:  # kernels were compiled and libraries prepared
+                self._vision_pace = VisionPace()
+        tower.drop_tables()
+
     @torch.inference_mode()
     def prepare_next(self) -> bool:
         """Record one more step; False if none is left."""
@@ -233,10 +279,25 @@ class CudaRunner(Glm4vRunner):
         try:
             return self.graphs.capture_next()
         except Exception as error:
-            if self.failure(error) == "device":
-                raise
-            self.graphs.switch_off(f"{type(error).__name__}: {error}")
+            self._queue.check()  # an operation that cannot be recorded is an error of CUDA, too, and harms nothing
+            reason = f"{type(error).__name__}: {error}"
+            if scope_of(error) == "memory":
+                self._queue.release()
+                self.graphs.stop_recording(reason)
+            else:
+                self.graphs.switch_off(reason)
             return False
+
+    def failure(self, error: BaseException) -> Literal["request", "memory", "device"]:
+        scope = scope_of(error)
+        if scope == "memory":
+            self._queue.release()
+        return scope
+
+    def close(self) -> None:
+        self.release_weights()
+        del self._kv, self._tables, self._staging, self._inputs, self._logits, self._last_tokens, self._sampled, self._sampler
+        self._queue.release()
 
     # What the host tells the device.
 

@@ -23,6 +23,7 @@ from api.engine.model.vision_encoder import VisionEncoder
 from api.engine.model.weight_source import WeightSource
 from api.engine.scheduler import Batch, Chunk, EncodeTask
 from api.engine.sequence import Sequence
+from api.engine.token_budget import FREE_ROWS
 
 # Attention over the KV cache is padded to multiples of this many tokens, so that few shapes occur. Decoding on the CPU
 # pads to pages only: its kernel does not depend on shapes, and padding costs memory bandwidth.
@@ -49,6 +50,7 @@ class Glm4vRunner:
     """The `Runner` of api.engine.loaded_model."""
 
     overlaps = False
+    free_rows = FREE_ROWS
     # Pages beyond those that are allocated: one stays zero and pads what is read, so that no row reads another's.
     SPARE_PAGES = 1
     SPARE_SLOTS = 1  # beyond those of requests: one for a probe
@@ -143,6 +145,9 @@ class Glm4vRunner:
 
     def prepare_next(self) -> bool:
         return False
+
+    def close(self) -> None:
+        """The memory of the host is given back with the process."""
 
     def failure(self, error: BaseException) -> Literal["request", "memory", "device"]:
         """After a CUDA error every later call fails too, except after running out of memory."""

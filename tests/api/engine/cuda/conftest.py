@@ -27,7 +27,7 @@ class RaggedOperations(TorchOperations):
     def attend_prefill(self, qkv: torch.Tensor, kv: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
         if metadata.starts is None or metadata.firsts is None:
             return super().attend_prefill(qkv, kv, metadata)
-        rows = torch.arange(len(qkv))
+        rows = torch.arange(len(qkv), device=qkv.device)
         owner = torch.searchsorted(metadata.starts[1:].contiguous(), rows.int(), right=True)
         owner = owner.clamp(max=len(metadata.firsts) - 1)
         lengths = metadata.firsts[owner] + rows - metadata.starts[owner] + 1

@@ -67,11 +67,18 @@ class ReplayDevice:
     def upload(self, target: torch.Tensor, source: torch.Tensor) -> None:
         target.copy_(source)
 
+    def send(self, source: torch.Tensor, place: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        return source.to(dtype)
+
     def download(self, target: torch.Tensor, source: torch.Tensor) -> None:
         target.copy_(source)
 
     def record(self) -> Moment:
         return Moment()
+
+    def check(self) -> None: ...
+
+    def release(self) -> None: ...
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         work()

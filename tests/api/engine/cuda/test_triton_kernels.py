@@ -66,7 +66,7 @@ def compiled(kernel: Any, capability: int, warps: int, stages: int = 2, **argume
     aligned = {  # as tensors from torch are
         (place,): [["tt.divisibility", 16]]
         for place, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*") or name.endswith("_row")
+        if signature[name].startswith("*") or name.endswith(("_row", "width", "depth"))
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": warps, "num_stages": stages}
@@ -88,11 +88,11 @@ def test_attention_compiles_ahead_and_fits_the_device(capability: int) -> None:
     part = compiled(
         attention._decode_part, capability, decode.warps, decode.stages,
         q=kind, kv=kind, tables="*i32", lengths="*i32", parts="*fp32", sums="*fp32",
-        SPLITS=decode.splits, TILE=16, BLOCK=decode.block, **heads, **strides,
+        SPLITS=decode.splits, TILE=16, BLOCK=decode.block, LEAST=decode.least, **heads, **strides,
     )  # fmt: skip
     join = compiled(
         attention._decode_join, capability, 4, parts="*fp32", sums="*fp32", lengths="*i32", out=kind,
-        SPLITS=decode.splits, HEADS=32, HEAD_DIM=128, BLOCK=decode.block,
+        SPLITS=decode.splits, HEADS=32, HEAD_DIM=128, BLOCK=decode.block, LEAST=decode.least,
     )  # fmt: skip
     chunks = [
         compiled(
@@ -114,7 +114,7 @@ def test_attention_compiles_ahead_and_fits_the_device(capability: int) -> None:
 
 @pytest.mark.parametrize("capability", SHARED)
 def test_work_on_rows_compiles_ahead(capability: int) -> None:
-    from api.engine.cuda import quantization, rotation, rows
+    from api.engine.cuda import product_trial, products, quantization, rotation, rows
 
     kind = number_format(capability)
     kernels = [
@@ -134,7 +134,21 @@ def test_work_on_rows_compiles_ahead(capability: int) -> None:
         ),
         compiled(rows._silu_mul, capability, 4, gate_up=kind, out=kind, inner="i32", BLOCK=1024),
     ]  # fmt: skip
+    if capability >= 80:
+        plan = product_trial.PLANS[0]
+        product = compiled(
+            products._product, capability, plan.warps, plan.stages, x=kind, weight=kind, bias=kind, scales=kind, out=kind,
+            rows="i32", width="i32", depth="i32", GATED=True, BIASED=False, SCALED=False, WHOLE=True, TILE=16,
+            FEATURES=plan.features, DEPTH=plan.depth,
+        )  # fmt: skip
+        assert re.search(r"cp\.async\.wait_group\s+[1-9]", product.asm["ptx"])
+        assert product.metadata.shared <= SHARED[capability]
     if capability >= 89:
+        kernels.append(compiled(
+            products._product, capability, 4, 4, x=kind, weight="*fp8e4nv", bias=kind, scales="*fp32", out=kind,
+            rows="i32", width="i32", depth="i32", GATED=False, BIASED=True, SCALED=True, WHOLE=True, TILE=64,
+            FEATURES=16, DEPTH=128,
+        ))  # fmt: skip
         for gated in (False, True):
             kernels += [
                 compiled(
