@@ -22,9 +22,9 @@ from api.engine.kv_cache import BlockTable, KvCache
 from api.engine.loaded_model import Flight, LoadError, Model, OverlappingRunner, SampledToken
 from api.engine.pace import PaceCounters
 from api.engine.request import Delta, Done, Event, Failed, Failure, Request
-from api.engine.scheduler import Batch, EncodeTask, Scheduler
+from api.engine.scheduler import Batch, EncodeTask, Scheduler, queue_for
 from api.engine.sequence import Sequence, make_sequence
-from api.engine.stats import Phase, State, Stats
+from api.engine.stats import Download, Phase, State, Stats
 from api.engine.text.output import GrammarViolation, OutputState
 from api.engine.token_budget import TokenBudget
 
@@ -45,7 +45,9 @@ class NotAccepting(Exception):
 
 
 class Progress(Protocol):
-    def __call__(self, fraction: float) -> None: ...
+    """`download`: what a download has reached, asked for whenever someone wants to know."""
+
+    def __call__(self, fraction: float, download: Callable[[], Download] | None = None) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,14 @@ class _Ahead:
 
 
 class Engine:
-    """`load` runs in the engine thread and returns the model; it reports its progress from 0 to 1. Raises LoadError."""
+    """`load` runs in the engine thread and returns the model; it reports its progress from 0 to 1. Raises LoadError.
+    `queue_size` 0: chosen by the model's slots."""
 
     def __init__(self, load: Callable[[Progress], Model], queue_size: int) -> None:
         self.pace = PaceCounters()
         self._load = load
-        self._scheduler = Scheduler(queue_size, 1, KvCache(0, 1), EncoderCache(0))  # until the model is loaded
+        self._queue_size = queue_size
+        self._scheduler = Scheduler(queue_size or queue_for(1), 1, KvCache(0, 1), EncoderCache(0))  # until the model is loaded
         self._wake = threading.Condition()  # guards the scheduler and the two flags below
         self._draining = False
         self._stopping = False
@@ -74,6 +78,7 @@ class Engine:
         self._reason: str | None = None  # set once, when the engine dies
         self._progress = 0.0
         self._load_reports = 0
+        self._download: Callable[[], Download] | None = None
         self._phase: tuple[Phase, float, float | None] = ("loading", time.monotonic(), None)
         self._steps = 0
         self._last_step_at: float | None = None
@@ -104,6 +109,10 @@ class Engine:
     def slots(self) -> int:
         """Requests that can run at once."""
         return self._scheduler.slots
+
+    def queue_size(self) -> int:
+        """Requests that may wait."""
+        return self._scheduler.queue_size
 
     def submit(self, request: Request, deliver: Callable[[Event], None]) -> None:
         """Queue a request. `deliver` is called with each event, the last of which is Done or Failed: in the engine
@@ -198,7 +207,7 @@ class Engine:
         now = time.monotonic()
         last = self._last_step_at
         phase, since, deadline_s = self._phase
-        scheduler = self._scheduler
+        scheduler, download = self._scheduler, self._download
         running, waiting = scheduler.running, scheduler.waiting
         return Stats(
             state=self._state(running + waiting),
@@ -221,6 +230,7 @@ class Engine:
             encoder_cache_queries=scheduler.encoder_cache.queries,
             preemptions=scheduler.preemptions,
             load_reports=self._load_reports,
+            download=download() if download is not None and self._reason is None else None,
         )
 
     def _state(self, requests: int) -> State:
@@ -256,18 +266,18 @@ class Engine:
         self._image_token_id = model.vocabulary.special[model.image_token]
         self._budget = TokenBudget(capacity.chunk_tokens, model.runner.free_rows)
         self._scheduler = Scheduler(
-            self._scheduler.queue_size,
+            self._queue_size or queue_for(capacity.slots),
             capacity.slots,
             KvCache(capacity.pages, capacity.page_tokens),
             EncoderCache(capacity.encoder_cache_bytes),
         )
         self._enter("idle")
         self._guard.watch(model.integrity)
-        self._progress, self._model, self._unprepared = 1.0, model, True
+        self._progress, self._download, self._model, self._unprepared = 1.0, None, model, True
         logger.info("event=engine_ready model=%s load_s=%.1f", model.id, time.monotonic() - started)
 
-    def _report(self, fraction: float) -> None:
-        self._progress = max(self._progress, min(fraction, 1.0))
+    def _report(self, fraction: float, download: Callable[[], Download] | None = None) -> None:
+        self._progress, self._download = max(self._progress, min(fraction, 1.0)), download
         self._load_reports += 1
 
     def _enter(self, phase: Phase, deadline_s: float | None = None) -> None:

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from api.engine.engine import Progress
+from api.engine.loading.progress import unseen
 from api.engine.loaded_model import Model
 
 FILE_NAME = "api.fault"
@@ -64,7 +65,7 @@ class FaultInjection:
         except (OSError, ValueError, TypeError, AttributeError):
             return {}
 
-    def at_start(self, progress: Progress = lambda fraction: None) -> None:
+    def at_start(self, progress: Progress = unseen) -> None:
         """Called in the engine thread before the model is loaded."""
         fault, seconds = self.active()
         if fault == "slow-start":

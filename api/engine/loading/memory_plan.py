@@ -45,6 +45,7 @@ BANDWIDTH_SHARE, PRODUCT_SHARE = 0.7, 0.5
 RECIPES: tuple[Weights, ...] = ("bf16", "fp8", "nf4")
 FORMAT_NAMES = {"plain": "16 bits", "fp8": "float8", "int8": "8 bits", "nf4": "NF4, 4.5 bits"}
 KV_STEP = 256  # tokens
+MOST_CONTEXTS = 4  # for each request at once: a tiny model does not take a whole card
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
 PLAIN = ("model.visual.embeddings.position_embedding.weight",)  # no product is computed with it
 
@@ -139,6 +140,7 @@ class MemoryPlan:
     parts: tuple[Part, ...]  # all but the KV cache
     kv_token_bytes: int
     kv_tokens: int
+    most_kv_tokens: int
     picture_tokens: int
     picture_reason: str
     slots: int
@@ -159,7 +161,7 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        return self.kv_tokens >= LEAST_TOKENS and self.loading_bytes <= self.card.usable_bytes
+        return self.kv_tokens >= min(LEAST_TOKENS, self.most_kv_tokens) and self.loading_bytes <= self.card.usable_bytes
 
     @property
     def missing_bytes(self) -> int:
@@ -237,13 +239,15 @@ def plan(
     resident = sum(part.bytes for part in weights)
     # While a matrix is quantised it is there twice; the largest is that of the head.
     twice = 0 if recipe.text == "plain" else 2 * shape.vocabulary * shape.hidden
-    kv_tokens = max(budget // token_bytes // KV_STEP * KV_STEP, 0)
+    most_kv_tokens = MOST_CONTEXTS * (slots + 1) * context
+    kv_tokens = min(max(budget // token_bytes // KV_STEP * KV_STEP, 0), most_kv_tokens)
     return MemoryPlan(
         card=card,
         recipe=recipe,
         parts=parts,
         kv_token_bytes=token_bytes,
         kv_tokens=kv_tokens,
+        most_kv_tokens=most_kv_tokens,
         picture_tokens=picture_tokens,
         picture_reason=picture_reason,
         slots=slots,
@@ -279,7 +283,7 @@ def choose(shape: ModelShape, card: Card, config: EngineConfig, itemsize: int = 
         return replace(chosen, reason=f"set by GLM_WEIGHTS; leaves {_room(chosen)}")
     fitting = {name: next((each for each in each_of if each.fits), None) for name, each_of in plans.items()}
     bf16, fp8, nf4 = (fitting.get(name) for name in RECIPES)
-    if bf16 and bf16.kv_tokens >= COMFORTABLE_TOKENS:
+    if bf16 and bf16.kv_tokens >= min(COMFORTABLE_TOKENS, bf16.most_kv_tokens):
         return replace(bf16, reason=f"the checkpoint's own format leaves {_room(bf16)}")
     if fp8:
         why = f"bf16 leaves {_room(bf16)} only" if bf16 else "bf16 does not fit"
