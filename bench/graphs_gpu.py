@@ -25,6 +25,7 @@ from api.engine.cuda.sampling import choose_tokens
 from api.engine.encoder_cache import EncoderCache
 from api.engine.kv_cache import KvCache
 from api.engine.loaded_model import Capacity
+from api.engine.model.recipe import make_recipe
 from api.engine.model.runner import Glm4vRunner
 from api.engine.model.sampler import Sampler
 from api.engine.request import Request, SamplingParams
@@ -212,7 +213,7 @@ def main(arguments: list[str] | None = None) -> int:
     capacity = Capacity(slots, tokens // PAGE_TOKENS, PAGE_TOKENS, 2048, 0)
     source = WordSource(bench.config(), bench.device, torch.bfloat16)
     began = time.perf_counter()
-    runner = CudaRunner(source, capacity, CONTEXT, operations(bench, "bf16"), device_of(bench))
+    runner = CudaRunner(source, capacity, CONTEXT, operations(bench, make_recipe("bf16")), device_of(bench))
     built_s = time.perf_counter() - began
     before = peak(bench)
     began = time.perf_counter()

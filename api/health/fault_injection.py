@@ -32,8 +32,8 @@ from pathlib import Path
 from typing import Any
 
 from api.engine.engine import Progress
-from api.engine.loading.progress import unseen
 from api.engine.loaded_model import Model
+from api.engine.loading.progress import unseen
 
 FILE_NAME = "api.fault"
 STEPS = frozenset({"encode", "compute"})  # methods of the runner: a slice of an image, a batch of tokens
