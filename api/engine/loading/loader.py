@@ -15,6 +15,8 @@ import torch
 import transformers
 
 from api.engine.config import EngineConfig
+from api.engine.cuda.device import CudaDevice
+from api.engine.cuda.runner import CudaRunner
 from api.engine.guard import Comparison
 from api.engine.kernels.build import cache_folder
 from api.engine.loaded_model import (
@@ -55,7 +57,7 @@ from api.engine.loading.rehearsal import size_cache
 from api.engine.loading.revision import revision_of
 from api.engine.loading.safetensors_source import Checkpoint, weight_files
 from api.engine.loading.weights import Weights
-from api.engine.model.operations import TorchOperations
+from api.engine.model.operations import Operations, TorchOperations
 from api.engine.model.recipe import make_recipe
 from api.engine.model.rotary import head_dim_of
 from api.engine.model.runner import Glm4vRunner
@@ -153,7 +155,7 @@ def _assemble(
         "plan": plan.facts() if plan else None,
         "choices": {name: choice.reason for name, choice in choices.items()} | room.reasons,
     }
-    facts["kernels"], facts["choices"]["kernels"] = kernels.value, kernels.reason
+    facts["kernels"], facts["choices"]["kernels"], facts["proofs"] = kernels.value, kernels.reason, operations.proofs
     logger.info("event=choice name=kernels value=%s reason=%s", kernels.value, json.dumps(kernels.reason))
     template = CheckpointTemplate(tokenizer)
     processor = CheckpointImageProcessor(image_processor)
@@ -267,16 +269,21 @@ def _log_plan(plan: MemoryPlan) -> None:
 def _runner(
     weights: Weights, capacity: Capacity, context_tokens: int, choice: OperationsChoice, progress: Progress
 ) -> tuple[Glm4vRunner, Selection]:
+    def build(operations: Operations, progress: Progress) -> Glm4vRunner:
+        with weights.open(progress) as source:
+            # Without the attention of the kernels a step depends on masks, which the recorded steps do not have.
+            if weights.device.type == "cuda" and not operations.needs_masks:
+                return CudaRunner(source, capacity, context_tokens, operations, CudaDevice())
+            return Glm4vRunner(source, capacity, context_tokens, operations)
+
     operations, kernels = choice.choose()
     try:
-        with weights.open(progress) as source:
-            return Glm4vRunner(source, capacity, context_tokens, operations), kernels
+        return build(operations, progress), kernels
     except (RuntimeError, MemoryError) as error:
         if isinstance(operations, TorchOperations):
             raise
         operations, kernels = without_compiled(error)  # not enough memory for packed weights
-    with weights.open() as source:
-        return Glm4vRunner(source, capacity, context_tokens, operations), kernels
+    return build(operations, progress), kernels
 
 
 def _network(weights: Weights) -> Any:
