@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from monitor.act import nightly, operator_requests
+from monitor.act import nightly, operator_requests, stop_marks
 from monitor.act.cure import Cure
 from monitor.act.lock import Lock
 from monitor.act.restart import Restarter
@@ -80,6 +80,8 @@ def _run(store: Store, settings: Settings, rng: random.Random, lock: Lock | None
     state = CheckerState.load(store, moment.boot_id)
     if not state.accuracy.kinds:
         state.accuracy = accuracy.from_dict(baseline.read(settings.log_dir))
+    if act:
+        stop_marks.remove_stale(store, settings, moment.wall)
     operators = operator_requests.take(store, moment.wall) if act else []
     # Holds and resets apply to this run; restarts are made at its end.
     operator_requests.carry_out([r for r in operators if r["kind"] not in operator_requests.AT_THE_END], store, state, None, moment.wall)
@@ -133,7 +135,7 @@ def _note_own_work(store: Store) -> None:
 def limits_of(settings: Settings) -> Limits:
     return Limits(
         settings.check_period_s, settings.beat_limit_s, settings.stall_s, settings.start_deadline_s, settings.confirm_runs,
-        settings.stable_s, settings.failure_share_limit, settings.failure_count_limit,
+        settings.stable_s, settings.failure_share_limit, settings.failure_count_limit, settings.check_budget_s,
     )  # fmt: skip
 
 

@@ -11,7 +11,15 @@ from typing import Any
 from monitor.judge.accuracy import judge_accuracy
 from monitor.judge.evidence import BEAT_STALE_S, Answer, ApiEvidence, CardEvent, HealthReply
 from monitor.judge.traffic import curable_failures, is_failing
-from monitor.judge.verdict import FRESH_PROCESS_S, Limits, Verdict, checker_blind, port_taken, process_gone
+from monitor.judge.verdict import (
+    FRESH_PROCESS_S,
+    Limits,
+    Verdict,
+    checker_blind,
+    frozen_by_group,
+    port_taken,
+    process_gone,
+)
 
 # XIDs for which NVIDIA's catalogue recommends a GPU reset, a reboot or diagnostics. Others, such as 13, 31, 43, 45, 68 and
 # 109, are errors of an application: the card is well.
@@ -24,7 +32,7 @@ LOADING_BY_AGE_S = 900.0  # for an API that does not say whether its loading mov
 
 def judge_api(evidence: ApiEvidence, limits: Limits) -> Verdict:
     for rule in (
-        checker_blind, _hardware, _port_taken, _process_gone, _held_by_debugger, _frozen, _other_process, _engine_dead, _corrupt,
+        checker_blind, _hardware, _port_taken, _process_gone, _held_by_debugger, _frozen_by_group, _frozen, _other_process, _engine_dead, _corrupt,
         judge_accuracy, _answers_right, _loading, _stalled, _draining, _key_refused, _silent, _nothing_listens, _busy, _unanswered, _failed,
     ):  # fmt: skip
         verdict = rule(evidence, limits)
@@ -38,7 +46,7 @@ def judge_api(evidence: ApiEvidence, limits: Limits) -> Verdict:
 def _in_other_hands(evidence: ApiEvidence) -> bool:
     """Whatever answers, it is not the process that was started here, or that one cannot have answered."""
     process = evidence.process
-    return process.port_owner == "stranger" or process.state in ("gone", "stopped", "traced") or bool(evidence.other)
+    return process.port_owner == "stranger" or process.state in ("gone", "stopped", "traced", "frozen") or bool(evidence.other)
 
 
 def _serves(evidence: ApiEvidence) -> bool:
@@ -100,6 +108,10 @@ def _held_by_debugger(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
         "api", "unknown", "held_by_debugger", f"A debugger holds process {evidence.process.pid}; it is left alone.",
         f"进程 {evidence.process.pid} 正被调试器控制，不作处理。", {"pid": evidence.process.pid},
     )  # fmt: skip
+
+
+def _frozen_by_group(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
+    return frozen_by_group("api", "API", evidence.process, limits) if evidence.process.state == "frozen" else None
 
 
 def _frozen(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
@@ -167,7 +179,7 @@ def _answers_right(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
 
 def _flawed(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
     """What is wrong with an API that answers, or would if it were less busy."""
-    for rule in (_hardware_warns, _users_fail, _reference_differs, _probe_token_differs):
+    for rule in (_hardware_warns, _users_fail, _reference_differs, _probe_token_differs, _no_pictures):
         verdict = rule(evidence, limits)
         if verdict is not None:
             return verdict
@@ -226,6 +238,20 @@ def _probe_token_differs(evidence: ApiEvidence, limits: Limits) -> Verdict | Non
         "wait behind users, and are asked in every run. Run ./start.sh --restart when convenient.",
         "仍能回答，但启动时的 GLM_PROBE_TOKEN 与现在不同：检查提问要与用户一起排队，且每次都要提问。请在方便时运行 ./start.sh --restart。",
         {"runs": evidence.unproven_runs}, f"no valid proof on {limits.confirm_runs} runs in a row",
+    )  # fmt: skip
+
+
+def _no_pictures(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
+    """The checker cannot draw, so that nothing is known of pictures."""
+    answers = evidence.answers
+    if not answers or answers[0].outcome in ("silent", "refused") or not any(answer.outcome == "skipped" for answer in answers):
+        return None
+    why = next(answer.detail for answer in answers if answer.outcome == "skipped")
+    return Verdict(
+        "api", "degraded", "pictures_not_asked", f"It answers text. Whether it understands pictures is not known: {why}. "
+        "Restore the folder models/ of the project (git checkout models).",
+        f"文字问答正常，但无法得知图片问答是否正常：{why}。请恢复项目的 models/ 目录（git checkout models）。", {"why": why},
+        "a question about a picture must be asked",
     )  # fmt: skip
 
 

@@ -26,8 +26,8 @@ class Moment:
 class Process:
     """What the kernel reports about a process that start.sh started.
 
-    `state`: runs, stopped (SIGSTOP), traced (held by a debugger), stuck (uninterruptible sleep), gone,
-    unrecorded (no pid file). `port_owner`: ours, stranger, nobody, unknown.
+    `state`: runs, stopped (SIGSTOP), traced (held by a debugger), frozen (by its control group), stuck (uninterruptible sleep),
+    gone, unrecorded (no pid file). `port_owner`: ours, stranger, nobody, unknown. `frozen_by`: the file that says so.
     """
 
     state: str = "unrecorded"
@@ -38,6 +38,7 @@ class Process:
     oom_killed: bool = False
     open_files: int | None = None
     open_files_limit: int | None = None
+    frozen_by: str = ""
 
     @property
     def out_of_files(self) -> bool:
@@ -47,7 +48,7 @@ class Process:
 
     @property
     def alive(self) -> bool:
-        return self.state in ("runs", "stopped", "traced", "stuck")
+        return self.state in ("runs", "stopped", "traced", "frozen", "stuck")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from monitor.judge.evidence import ApiEvidence, PageEvidence, PageReply
-from monitor.judge.verdict import FRESH_PROCESS_S, Limits, Verdict, checker_blind, port_taken, process_gone
+from monitor.judge.verdict import (
+    FRESH_PROCESS_S,
+    Limits,
+    Verdict,
+    checker_blind,
+    frozen_by_group,
+    port_taken,
+    process_gone,
+)
 
 REFUSED = (401, 403)
 
@@ -20,6 +28,8 @@ def judge_page(evidence: PageEvidence, limits: Limits, api: ApiEvidence | None =
         return process_gone("page", "page", process)
     if process.state == "traced":
         return Verdict("page", "unknown", "held_by_debugger", "A debugger holds the page.", "页面进程正被调试器控制。")
+    if process.state == "frozen":
+        return frozen_by_group("page", "page", process, limits)
     if not evidence.health.good:
         return _does_not_answer(evidence, limits)
     verdict = _behind_the_server(evidence, limits)

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 
+import cgroup
 from monitor.judge.accuracy import Accuracy, for_model
 from monitor.judge.evidence import (
     Answer,
@@ -309,10 +310,14 @@ def _process(record: processes.ProcessRecord | None, stuck_before: Mapping[str, 
     letter = stat.state if stat else "?"
     stuck = bool(stuck_before.items() & _stuck_threads(record.pid).items())
     state = "stuck" if stuck else {"T": "stopped", "t": "traced"}.get(letter, "runs")
+    frozen = cgroup.frozen_by(membership=processes.PROC / str(record.pid) / "cgroup")
+    if frozen is not None:
+        state = "frozen"  # the kernel shows some of those in uninterruptible sleep
     files, most = processes.open_files(record.pid)
     return Process(
-        state, record.pid, processes.age_s(record), *_owner(record, owners), open_files=files, open_files_limit=most
-    )
+        state, record.pid, processes.age_s(record), *_owner(record, owners), open_files=files, open_files_limit=most,
+        frozen_by=str(frozen or ""),
+    )  # fmt: skip
 
 
 def _owner(record: processes.ProcessRecord, owners: list[ports.Listener]) -> tuple[str, str]:

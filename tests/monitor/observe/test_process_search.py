@@ -116,6 +116,21 @@ def test_nothing_else_is_taken_for_ours(folder, serve, tmp_path, monkeypatch):
     assert search("api", other / "logs", port, other) == []
 
 
+def test_a_pid_file_that_names_another_process_of_the_folder_gives_way(folder, serve):
+    """As where the pid files of both parts were exchanged."""
+    port = free_port()
+    process = serve(folder, port)
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], cwd=folder)
+    write_record(folder / "logs", "api", ProcessRecord(other.pid, read_stat(other.pid).start_time, port, boot_id(), str(folder)))
+
+    try:
+        assert find_record(folder / "logs", "api", port, folder).pid == process.pid
+        assert read_record(folder / "logs", "api", folder).pid == process.pid
+    finally:
+        other.kill()
+        other.wait()
+
+
 def test_without_a_process_the_pid_file_is_what_it_was(folder):
     gone = ProcessRecord(4_000_000, 1, 8080, boot_id(), str(folder))
     write_record(folder / "logs", "api", gone)
