@@ -132,6 +132,7 @@ class Heartbeat:
             "loading_still_s": self._loading_still_s(stats),
             "success_age_s": self._outcomes.success_age_s(),
             "outcomes": self._outcomes.counts(),
+            "failed_callers": self._outcomes.failed_callers(),
             "pace": self._engine.pace.totals(),
             "corrupt": self._engine.guard_report(),
             "card_events": self._card_events.recent(),

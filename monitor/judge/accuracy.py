@@ -26,6 +26,7 @@ ALARM = 10.5
 FALL_ODDS = 6.0
 CONFIDENCE_Z = 1.645  # one-sided bounds of 95 %
 HELD = 100  # later answers are judged together before they make a baseline more exact, or a slow fall would become normal
+MOST_OTHERS = 4
 WATCHED = 60  # questions of the family after a wrong answer
 MOST_RIGHT, LEAST_RIGHT = 0.985, 0.7  # of a baseline, so that one wrong answer never weighs too much or too little
 BLIND_FROM = 5  # wrong answers and no right one, of all kinds about pictures, before there is a baseline
@@ -77,6 +78,7 @@ class KindRecord:
 class Accuracy:
     """Of one model on this machine: `key` has its model, revision and recipe. `turns`: questions asked by family.
 
+    `others`: what is known of other models and engines, as stored.
     `wrong_at`: the turn of its family at which a kind was last answered wrongly.
     `earlier`: (answers, right ones) of the kinds that the revision or recipe before this one answered surely.
     """
@@ -87,6 +89,7 @@ class Accuracy:
     turns: dict[str, int] = field(default_factory=dict)
     earlier: dict[str, tuple[int, int]] = field(default_factory=dict)
     wrong_at: dict[str, int] = field(default_factory=dict)
+    others: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def record(self, kind: str) -> KindRecord:
         return self.kinds.get(kind, KindRecord())
@@ -163,14 +166,25 @@ def _more_exact(record: KindRecord, asked: int, right: int) -> KindRecord:
 def for_model(accuracy: Accuracy, key: Mapping[str, str] | None) -> Accuracy:
     """What is known of the model of this key. An unknown key changes nothing.
 
-    Another revision or recipe has a baseline of its own, which is compared with the earlier one; nothing is known of another model.
+    Another revision or recipe has a baseline of its own, which is compared with the earlier one. What is known of another model, or
+    of another engine, is kept for when it is watched again.
     """
     if key is None or dict(key) == accuracy.key:
         return accuracy
-    if key.get("model") != accuracy.key.get("model"):
-        return Accuracy(dict(key))
+    if _served(key) != _served(accuracy.key):
+        others = dict(accuracy.others)
+        if accuracy.key:
+            others[_served(accuracy.key)] = asdict(replace(accuracy, others={}))
+        known = from_dict(others.pop(_served(key), {}))
+        others = dict(list(others.items())[-MOST_OTHERS:])
+        return replace(for_model(known, key), others=others) if known.key else Accuracy(dict(key), others=others)
     sure = {kind: (record.answers, record.right + record.later_right) for kind, record in accuracy.kinds.items() if record.sure}
-    return Accuracy(dict(key), earlier={**accuracy.earlier, **sure})
+    return Accuracy(dict(key), earlier={**accuracy.earlier, **sure}, others=accuracy.others)
+
+
+def _served(key: Mapping[str, str]) -> str:
+    """What a baseline is kept for: a model, and which engine serves it if that is an external one."""
+    return f"{key['model']} {key.get('engine', '')}".strip() if "model" in key else ""
 
 
 def after_answers(accuracy: Accuracy, answers: Iterable[Answer], now: float) -> Accuracy:
@@ -310,4 +324,5 @@ def from_dict(raw: Mapping[str, Any]) -> Accuracy:
         None if taken_at is None else float(taken_at), {str(name): int(value) for name, value in raw.get("turns", {}).items()},
         {str(kind): (int(asked), int(right)) for kind, (asked, right) in raw.get("earlier", {}).items()},
         {str(kind): int(turn) for kind, turn in raw.get("wrong_at", {}).items()},
+        {str(name): dict(known) for name, known in raw.get("others", {}).items()},
     )  # fmt: skip

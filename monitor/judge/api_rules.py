@@ -10,7 +10,7 @@ from typing import Any
 
 from monitor.judge.accuracy import judge_accuracy
 from monitor.judge.evidence import BEAT_STALE_S, Answer, ApiEvidence, CardEvent, HealthReply
-from monitor.judge.traffic import curable_failures, is_failing
+from monitor.judge.traffic import NOT_CURABLE, curable_failures, is_failing
 from monitor.judge.verdict import (
     FRESH_PROCESS_S,
     Limits,
@@ -27,6 +27,8 @@ HARDWARE_XIDS = frozenset({46, 48, 62, 64, 74, 79, 95, 119, 120, 140, 143})
 DOUBLE_BIT_ECC = 2  # NVML's number of the event
 CARD_EVENT_S = 900.0
 NONFINITE_LIMIT = 2
+DRAIN_MARGIN_S = 60.0
+LARGE_SHARE = 0.25
 LOADING_BY_AGE_S = 900.0  # for an API that does not say whether its loading moves
 
 
@@ -202,6 +204,8 @@ def _users_fail(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
     traffic = evidence.traffic
     if traffic is None or not is_failing(traffic.answered, traffic.failures, limits):
         return None
+    if not _concerns_others(evidence, limits):
+        return None
     total, runs = traffic.answered + traffic.failures, 1 + limits.confirm_runs
     reasons = ", ".join(f"{reason} {many}" for reason, many in sorted(traffic.failed.items(), key=lambda pair: -pair[1]))
     cure = is_failing(traffic.answered, curable_failures(traffic), limits)
@@ -215,6 +219,14 @@ def _users_fail(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
         f"at most {100 * limits.failure_share:g} % or fewer than {limits.failure_count}; a restart after {runs} runs",
         cure=stays and cure, attempts=2,
     )  # fmt: skip
+
+
+def _concerns_others(evidence: ApiEvidence, limits: Limits) -> bool:
+    """Failures that one user can cause at will are counted and shown; told only of several callers, or of a large share."""
+    traffic = evidence.traffic
+    assert traffic is not None
+    own = sum(many for reason, many in traffic.failed.items() if reason in NOT_CURABLE and evidence.report.failed_callers.get(reason) == 1)
+    return traffic.share > LARGE_SHARE or is_failing(traffic.answered, traffic.failures - own, limits)
 
 
 def _reference_differs(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
@@ -348,6 +360,13 @@ def _allowed_s(phase_deadline_s: float | None, limits: Limits) -> float:
 def _draining(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
     if evidence.first.state != "draining":
         return None
+    if evidence.draining_s is not None and evidence.draining_s > limits.drain_s + DRAIN_MARGIN_S:
+        return Verdict(
+            "api", "broken", "drains_without_end", f"The API has been shutting down for {evidence.draining_s:.0f} s and does not end "
+            f"({limits.drain_s:.0f} s are allowed for running answers).",
+            f"接口关闭已持续 {evidence.draining_s:.0f} 秒仍未结束（运行中的回答最多允许 {limits.drain_s:.0f} 秒）。",
+            {"draining_s": evidence.draining_s}, f"{limits.drain_s:.0f} s and {DRAIN_MARGIN_S:.0f} s more", cure=True,
+        )  # fmt: skip
     return Verdict(
         "api", "degraded", "draining", "The API is shutting down and takes no new questions.", "接口正在关闭，不再接受新问题。"
     )

@@ -62,6 +62,7 @@ class ProbePlan:
 
     `question`: ask even if users were answered recently; `script`: run the page's script; `oom_kills`: count at the last run.
     `traffic` is updated. `unproven_runs`: runs in a row until now in which the API did not know the probe token.
+    `draining`: since when which process drains, as the last run returned it in `Observation.draining`.
     `accuracy`: what is known of the model's answers. `records`: the pid files as the last run saw them, by part.
     """
 
@@ -74,6 +75,7 @@ class ProbePlan:
     limits: Limits = field(default_factory=Limits)
     accuracy: Accuracy = field(default_factory=Accuracy)
     records: Mapping[str, Any] = field(default_factory=dict)
+    draining: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ def _probe_api(
     if not settings.engine_url:
         standing = _standing(first, record, process, other, bool(settings.probe_token), traffic, plan.limits)
     evidence = replace(
-        evidence, other=other, no_credit=standing.no_credit, unproven_runs=plan.unproven_runs + 1 if standing.unproven else 0,
+        evidence, draining_s=_draining_s(first, plan.draining, moment), other=other, no_credit=standing.no_credit, unproven_runs=plan.unproven_runs + 1 if standing.unproven else 0,
         traffic=traffic,
     )  # fmt: skip
     if first.outcome == "refused" or first.state in ("loading", "dead", "draining", "stalled"):
@@ -177,7 +179,8 @@ def _probe_api(
 
 def _model_key(settings: Settings, url: str) -> dict[str, str] | None:
     source = external_engine if settings.engine_url else api_probe
-    return source.model_key(url, _secret(settings.api_key), min(HEALTH_LIMIT_S, settings.probe_timeout_s))
+    key = source.model_key(url, _secret(settings.api_key), min(HEALTH_LIMIT_S, settings.probe_timeout_s))
+    return {**key, "engine": url} if key is not None and settings.engine_url else key
 
 
 def _ask(
@@ -202,6 +205,25 @@ def _ask(
             answers.append(ask(settings.probe_timeout_s))
             asked = True
     return tuple(answers), asked
+
+
+def _draining_s(first: HealthReply, before: Mapping[str, Any], moment: Moment) -> float | None:
+    if first.state != "draining":
+        return None
+    since = before.get("since") if before.get("process") == _name_of(first, moment) else None
+    return max(0.0, moment.monotonic - since) if isinstance(since, int | float) else 0.0
+
+
+def draining_of(api: ApiEvidence, moment: Moment) -> dict[str, Any]:
+    """For the next run: which process drains, and since when (CLOCK_MONOTONIC)."""
+    if api.draining_s is None:
+        return {}
+    return {"process": _name_of(api.first, moment), "since": moment.monotonic - api.draining_s}
+
+
+def _name_of(reply: HealthReply, moment: Moment) -> str:
+    one = reply.report.identity
+    return f"{one.pid} {one.start_time} {one.boot_id}" if one else moment.boot_id
 
 
 def _other(first: HealthReply, record: processes.ProcessRecord | None) -> str:

@@ -91,7 +91,21 @@ def test_another_model_starts_anew_and_an_unknown_one_changes_nothing() -> None:
     known = Accuracy({"model": "a"}, {"color": TAKEN})
 
     assert accuracy.for_model(known, None) == accuracy.for_model(known, {"model": "a"}) == known
-    assert accuracy.for_model(known, {"model": "b"}) == Accuracy({"model": "b"})
+    assert accuracy.for_model(known, {"model": "b"}).kinds == {}
+
+
+def test_what_is_known_of_a_model_is_kept_while_another_engine_is_watched():
+    known = Accuracy({"model": "a", "revision": "1"}, {"color": TAKEN}, 5.0, {"picture": 7}, wrong_at={"color": 6})
+    elsewhere = {"model": "a", "revision": "", "recipe": "vllm", "engine": "http://127.0.0.1:8000"}
+
+    away = accuracy.for_model(known, elsewhere)
+    back = accuracy.for_model(accuracy.from_dict(json.loads(json.dumps(accuracy.to_dict(away)))), known.key)
+
+    assert away.kinds == {} and away.earlier == {}, "the same model in another engine is another baseline"
+    assert replace(back, others={}) == known
+    for name in "bcdefg":
+        back = accuracy.for_model(back, {"model": name})
+    assert len(back.others) == 4
 
 
 def test_a_new_process_must_show_that_it_answers_rightly() -> None:
