@@ -41,7 +41,7 @@ from api.engine.loading.placement import (
     free_gpu_bytes,
 )
 from api.engine.loading.progress import Progress, part, weights_progress
-from api.engine.loading.reference import REFERENCE_FILE, compare_once, differences
+from api.engine.loading.reference import REFERENCE_FILE, LayeredNetwork, compare_once, differences
 from api.engine.loading.revision import revision_of
 from api.engine.model.operations import TorchOperations
 from api.engine.model.runner import Glm4vRunner
@@ -156,6 +156,8 @@ def _assemble(
         reference = compare_once(
             cache_folder() / REFERENCE_FILE, folder, computed,
             partial(differences, network, runner, tokenizer, vocabulary, template, processor, IMAGE_TOKEN),
+            partial(LayeredNetwork, type(network), folder, network.dtype, choices["device"].value),
+            lambda layered: differences(layered, runner, tokenizer, vocabulary, template, processor, IMAGE_TOKEN),
         )  # fmt: skip
     return Model(
         id=model_id,
