@@ -29,13 +29,14 @@ CARD_EVENT_S = 900.0
 NONFINITE_LIMIT = 2
 DRAIN_MARGIN_S = 60.0
 LARGE_SHARE = 0.25
+UNREACHED = ("gaierror", "OSError: [Errno 101]", "OSError: [Errno 113]")  # no such name, no route to the network or host
 LOADING_BY_AGE_S = 900.0  # for an API that does not say whether its loading moves
 
 
 def judge_api(evidence: ApiEvidence, limits: Limits) -> Verdict:
     for rule in (
         checker_blind, _hardware, _port_taken, _process_gone, _held_by_debugger, _frozen_by_group, _frozen, _other_process, _engine_dead, _corrupt,
-        judge_accuracy, _answers_right, _loading, _stalled, _draining, _key_refused, _silent, _nothing_listens, _busy, _unanswered, _failed,
+        judge_accuracy, _answers_right, _loading, _stalled, _draining, _key_refused, _out_of_reach, _silent, _nothing_listens, _busy, _unanswered, _failed,
     ):  # fmt: skip
         verdict = rule(evidence, limits)
         if verdict is not None:
@@ -246,9 +247,11 @@ def _probe_token_differs(evidence: ApiEvidence, limits: Limits) -> Verdict | Non
     if evidence.unproven_runs < limits.confirm_runs:
         return None
     return Verdict(
-        "api", "degraded", "probe_token_differs", "It answers, but was started with another GLM_PROBE_TOKEN: the checker's questions "
-        "wait behind users, and are asked in every run. Run ./start.sh --restart when convenient.",
-        "仍能回答，但启动时的 GLM_PROBE_TOKEN 与现在不同：检查提问要与用户一起排队，且每次都要提问。请在方便时运行 ./start.sh --restart。",
+        "api", "degraded", "probe_token_differs", "It answers, but cannot prove that the answer is its own and fresh: it was started "
+        "with another GLM_PROBE_TOKEN (then run ./start.sh --restart when convenient), or something on the way changes or repeats its answers. "
+        "Until then the checker's questions wait behind users, and are asked in every run.",
+        "仍能回答，但无法证明应答出自本进程且为最新：启动时的 GLM_PROBE_TOKEN 与现在不同（请在方便时运行 ./start.sh --restart），或途中有程序改动或重放应答。"
+        "在此期间检查提问要与用户一起排队，且每次都要提问。",
         {"runs": evidence.unproven_runs}, f"no valid proof on {limits.confirm_runs} runs in a row",
     )  # fmt: skip
 
@@ -381,6 +384,21 @@ def _key_refused(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
                 {"status": answer.status}, needed=limits.confirm_runs,
             )  # fmt: skip
     return None
+
+
+def _out_of_reach(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
+    """The process listens, by the kernel's word, and was never asked: the address is wrong, or its name is not resolved."""
+    reply, process = evidence.last or evidence.first, evidence.process
+    lost = reply.outcome == "refused" or (reply.outcome == "failed" and reply.detail.startswith(UNREACHED))
+    if not lost or not process.alive or process.port_owner != "ours" or _is_fresh(evidence):
+        return None
+    return Verdict(
+        "api", "broken", "address_unreachable", f"Process {process.pid} runs and listens, but not at {evidence.url} ({reply.detail or reply.outcome}), "
+        "where the checker and the page ask it: see GLM_API_URL, GLM_API_HOST, GLM_API_PORT and the name service. A restart cannot help.",
+        f"进程 {process.pid} 在运行并监听，但检查程序和页面所用的地址 {evidence.url} 无法到达它（{reply.detail or reply.outcome}）：请检查 "
+        "GLM_API_URL、GLM_API_HOST、GLM_API_PORT 和域名解析。重启无济于事。", {"detail": reply.detail, "pid": process.pid},
+        f"on {limits.confirm_runs} runs in a row", needed=limits.confirm_runs,
+    )  # fmt: skip
 
 
 def _silent(evidence: ApiEvidence, limits: Limits) -> Verdict | None:

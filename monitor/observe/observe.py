@@ -259,7 +259,7 @@ def _standing(
         why = "its proof is wrong" if first.proven is False else "it gave no proof"
         # Certain only where kernel and API agree on who it is.
         ours = record is not None and process.port_owner == "ours"
-        return Standing(no_credit=f"{why}: it was started with another GLM_PROBE_TOKEN", unproven=ours)
+        return Standing(no_credit=f"{why}: another GLM_PROBE_TOKEN, or something between that changes answers", unproven=ours)
     if traffic is None:
         return Standing(no_credit="how many users failed since the last run is not known")
     if traffic.share > limits.failure_share:

@@ -28,6 +28,7 @@ from monitor.judge.verdict import SERVING, WORDS, Limits
 
 LIMITS = Limits()
 STRANGER = replace(RUNS, port_owner="stranger", holder="pid 9 (nc)")
+CLOSED = replace(RUNS, port_owner="nobody")
 CREDITED = (Answer("text", "credited"), Answer("picture", "credited"))
 FULL_AND_MOVING = {"first": busy(1, 70), "answers": FULL, "last": busy(1, 90)}
 
@@ -54,6 +55,7 @@ WRONG = (RIGHT[0], Answer("picture", "wrong", 3, 200, "red circle", "blue"))
 UNJUDGED = (Answer("text", "unjudged", 0.2, 200), Answer("picture", "unjudged", 0.2, 200))
 FALLEN = AccuracyEvidence((Fall("color", 12, 1, 220, 219),), ("color", "shape"), 8)
 GARBAGE = HealthReply("failed", 0.1, detail="BadStatusLine: SSH-2.0")
+UNKNOWN_NAME = HealthReply("failed", detail="gaierror: [Errno -2] Name or service not known")
 NONSENSE = api(process=Process(), beat=None, first=GARBAGE, last=GARBAGE, answers=(Answer("text", "failed", detail="BadStatusLine: SSH-2.0"),))
 CASES = {
     "right answers": (api(), "healthy", "answers_right", False),
@@ -64,7 +66,9 @@ CASES = {
     "frozen by its group": (api(process=replace(RUNS, state="frozen", frozen_by="/sys/fs/cgroup/x/freezer.state")), "zombie", "frozen_by_group", False),
     "credits while frozen": (api(process=replace(RUNS, state="frozen"), answers=CREDITED), "zombie", "frozen_by_group", False),
     "pictures cannot be drawn": (api(answers=(RIGHT[0], Answer("picture", "skipped", detail="no folder"))), "degraded", "pictures_not_asked", False),
-    "port closed": (api(first=HealthReply("refused"), answers=()), "dead", "port_closed", True),
+    "asked at another port": (api(first=HealthReply("refused"), answers=()), "broken", "address_unreachable", False),
+    "asked by a name that is unknown": (api(first=UNKNOWN_NAME, answers=SILENT, last=UNKNOWN_NAME), "broken", "address_unreachable", False),
+    "port closed": (api(process=CLOSED, first=HealthReply("refused"), answers=()), "dead", "port_closed", True),
     "port not yet open": (api(process=replace(RUNS, age_s=5.0), first=HealthReply("refused"), answers=()), "starting", "process_fresh", False),
     "engine dead": (api(first=HealthReply("answered", 0, 503, "dead", reason="CUDA error"), answers=()), "dead", "engine_dead", True),
     "loading": (api(first=HealthReply("answered", 0, 503, "loading", progress=0.4), answers=(), process=replace(RUNS, age_s=800)), "starting", "loading", False),
@@ -88,7 +92,7 @@ CASES = {
     "fingerprint pending": (api(first=says(corrupt=Corruption(0, 0, "pending"))), "healthy", "answers_right", False),
     "corrupt and wrong": (api(first=says(corrupt=Corruption(0, 0, "differs")), answers=(Answer("text", "wrong", 1, 200),)), "corrupt", "fingerprint_differs", True),
     "a stranger says corrupt": (api(process=STRANGER, first=says(corrupt=Corruption(9, 9))), "dead", "port_taken", False),
-    "an old file says corrupt": (api(first=HealthReply("refused"), answers=(), beat=beat(90, 90, report=SelfReport(corrupt=Corruption(9, 9)))), "dead", "port_closed", True),
+    "an old file says corrupt": (api(process=CLOSED, first=HealthReply("refused"), answers=(), beat=beat(90, 90, report=SelfReport(corrupt=Corruption(9, 9)))), "dead", "port_closed", True),
     "reference differs": (api(first=says(corrupt=Corruption(reference="differs", reference_detail="argmax"))), "degraded", "reference_differs", False),
     "the card fell off the bus, by its event": (api(first=NO_HTTP, answers=SILENT, last=NO_HTTP, beat=beat(report=SelfReport(card_events=(CardEvent("xid", 79),)))), "hardware", "hardware_fault", False),
     "fatal event but it answers": (api(first=says(card_events=(CardEvent("xid", 79),))), "degraded", "hardware_warns", False),
