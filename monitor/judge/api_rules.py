@@ -125,9 +125,11 @@ def _other_process(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
     if not evidence.other:
         return None
     pid = evidence.process.pid
+    ours_en = f"process {pid} that was started here" if pid else "one of this folder, where none was started"
+    ours_zh = f"这里启动的进程 {pid}" if pid else "本目录的进程（这里没有启动任何进程）"
     return Verdict(
-        "api", "broken", "other_process", f"{evidence.other.capitalize()} answers at {evidence.url}, not process {pid} that was "
-        "started here. End one of them, then run ./start.sh.", f"{evidence.url} 由另一个进程（{evidence.other}）应答，而不是这里启动的进程 {pid}。"
+        "api", "broken", "other_process", f"{evidence.other.capitalize()} answers at {evidence.url}, not {ours_en}. "
+        "End one of them, then run ./start.sh.", f"{evidence.url} 由另一个进程（{evidence.other}）应答，而不是{ours_zh}。"
         "请结束其中一个，再运行 ./start.sh。", {"answers": evidence.other, "pid": pid},
         f"pid and start time of /health must be those of the pid file, on {limits.confirm_runs} runs in a row", needed=limits.confirm_runs,
     )  # fmt: skip
@@ -182,7 +184,7 @@ def _answers_right(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
 
 def _flawed(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
     """What is wrong with an API that answers, or would if it were less busy."""
-    for rule in (_hardware_warns, _users_fail, _reference_differs, _probe_token_differs, _no_pictures):
+    for rule in (_hardware_warns, _users_fail, _reference_differs, _probe_token_differs, _no_pictures, _health_fails):
         verdict = rule(evidence, limits)
         if verdict is not None:
             return verdict
@@ -267,6 +269,17 @@ def _no_pictures(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
         "Restore the folder models/ of the project (git checkout models).",
         f"文字问答正常，但无法得知图片问答是否正常：{why}。请恢复项目的 models/ 目录（git checkout models）。", {"why": why},
         "a question about a picture must be asked",
+    )  # fmt: skip
+
+
+def _health_fails(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
+    """Questions are answered, and /health is not, on which whoever else watches the service relies."""
+    if evidence.process.state != "runs" or evidence.first.outcome != "failed" or (evidence.last is not None and evidence.last.outcome != "failed"):
+        return None
+    what = evidence.first.detail or "no valid answer"
+    return Verdict(
+        "api", "degraded", "health_route_fails", f"It answers questions, but GET /health fails: {what}.", f"能回答问题，但 GET /health 出错：{what}。",
+        {"status": evidence.first.status}, "a state in JSON",
     )  # fmt: skip
 
 

@@ -229,9 +229,18 @@ def _name_of(reply: HealthReply, moment: Moment) -> str:
 def _other(first: HealthReply, record: processes.ProcessRecord | None) -> str:
     """Who says to answer, if it is not the recorded process; empty if it is, or does not say."""
     one = first.report.identity
-    if record is None or one is None or _is_recorded(one, record):
+    if one is None or (record is not None and _is_recorded(one, record)):
+        return ""
+    if record is None and not _is_of_another_folder(one):
         return ""
     return f"process {one.pid}"
+
+
+def _is_of_another_folder(one: Identity) -> bool:
+    """Whether it surely is a process of this machine that works in another folder, such as a second copy of the project."""
+    stat = processes.read_stat(one.pid)
+    same = stat is not None and stat.start_time == one.start_time and one.boot_id == processes.boot_id()
+    return same and processes.works_in(one.pid, processes.ROOT) is False
 
 
 def _is_recorded(one: Identity, record: processes.ProcessRecord) -> bool:

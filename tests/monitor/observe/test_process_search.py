@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from ports import free_port
 
+from monitor.judge.evidence import HealthReply, Identity, SelfReport
+from monitor.observe import observe, processes
 from monitor.observe.process_search import MARK, find_record, search
 from monitor.observe.processes import ProcessRecord, boot_id, id_of, read_record, read_stat, record_path, write_record
 
@@ -179,3 +181,15 @@ def test_a_copy_in_the_place_of_the_original_does_not_take_its_process(folder, s
 
     assert read_record(folder / "logs", "api", folder) is None
     assert read_record(moved / "logs", "api", moved) == recorded
+
+
+def test_a_process_of_another_copy_that_answers_is_not_ours(folder, serve, tmp_path, monkeypatch):
+    process = serve(folder, free_port())
+    one = Identity(process.pid, read_stat(process.pid).start_time, boot_id())
+
+    monkeypatch.setattr(processes, "ROOT", folder)
+    assert observe._other(HealthReply("answered", report=SelfReport(one)), None) == ""
+    monkeypatch.setattr(processes, "ROOT", make_project(tmp_path / "copy"))
+    assert observe._other(HealthReply("answered", report=SelfReport(one)), None) == f"process {process.pid}"
+    elsewhere = HealthReply("answered", report=SelfReport(Identity(process.pid, 1, boot_id())))
+    assert observe._other(elsewhere, None) == "", "the pid of another pid namespace says nothing"
