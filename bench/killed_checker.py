@@ -35,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--first", type=float, default=0.0, metavar="S", help="the first moment, after the start of the checker")
     parser.add_argument("--target", choices=("api", "web"), default="api")
     given = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # the copy is stopped all the same
     failed = moments = 0
     with started_copy(SETTINGS, "killed") as copy:
         _make_healthy(copy)
@@ -44,8 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
             moments += 1
             failed += bool(problem)
             if problem:
-                print(f"FAIL after {delay_s:.2f} s: {problem}", flush=True)
                 _make_healthy(copy)
+            print(f"{'FAIL' if problem else 'pass'}  killed after {delay_s:.2f} s{f': {problem}' if problem else ''}", flush=True)
             if survived:
                 break
             delay_s += given.step
