@@ -67,7 +67,7 @@ class RequestHandlers:
         draft = await self.prompts.draft(chat, model, permit.caller)
         permit.take_tokens((draft.tokens + longest_answer(chat, model, draft.tokens, self.settings)) * chat.choices)
         prompt = await self.prompts.finish(draft, model, permit.caller)
-        grammars = await self.grammars.compile(chat, prompt.starts_thinking, model)
+        grammars = await self.grammars.compile(chat, prompt.starts_thinking, model, permit.caller)
         completion = _completion(chat, prompt, model, request_id, arrived_at, time.monotonic() - began)
         handler = RequestHandler(self.engine, self.metrics, completion, permit, grammars, log)
         handler.submit(

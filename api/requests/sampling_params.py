@@ -6,6 +6,7 @@ import asyncio
 import re
 from concurrent.futures import ThreadPoolExecutor
 
+from api.caller import Caller
 from api.engine.loaded_model import Model
 from api.engine.request import SamplingParams
 from api.engine.text.grammar import GrammarCompiler, MatcherGrammar
@@ -37,13 +38,16 @@ def answer_form(chat: ChatRequest, starts_thinking: bool) -> AnswerForm:
 
 
 class Grammars:
-    """Compiles the grammars of requests in worker threads."""
+    """Compiles the grammars of requests in worker threads: one at a time for each key, so that the wide schemas of one do not
+    hold those of all others, and health probes in a thread of their own."""
 
     def __init__(self) -> None:
+        self._probe_pool = ThreadPoolExecutor(1, thread_name_prefix="probe-grammar")
+        self._turns: dict[str, asyncio.Lock] = {}  # by the name of the key
         self._pool = ThreadPoolExecutor(GRAMMAR_THREADS, thread_name_prefix="grammar")
         self._compiler: GrammarCompiler | None = None
 
-    async def compile(self, chat: ChatRequest, starts_thinking: bool, model: Model) -> list[MatcherGrammar | None]:
+    async def compile(self, chat: ChatRequest, starts_thinking: bool, model: Model, caller: Caller) -> list[MatcherGrammar | None]:
         """One grammar for each choice, or None where nothing constrains the answer. Called in the event loop only.
 
         Raises the 400 error for a schema that cannot be enforced.
@@ -56,9 +60,11 @@ class Grammars:
         if self._compiler is None:
             self._compiler = GrammarCompiler(model.vocabulary, model.end_ids)
         param = "response_format" if form.schema is not None else "tools"
-        work = asyncio.get_running_loop().run_in_executor(self._pool, _compile_all, self._compiler, form, chat.choices)
+        pool = self._probe_pool if caller.probe else self._pool
         try:
-            return await asyncio.wait_for(work, COMPILE_S)
+            async with self._turns.setdefault(f"{caller.name} {caller.probe}", asyncio.Lock()):  # its own waiting is no sign of complexity
+                work = asyncio.get_running_loop().run_in_executor(pool, _compile_all, self._compiler, form, chat.choices)
+                return await asyncio.wait_for(work, COMPILE_S)
         except GrammarError as error:
             reason = _POSITION_IN_GRAMMAR.sub("", str(error))
             raise cannot_enforce(reason, param) from None
@@ -69,6 +75,7 @@ class Grammars:
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self._probe_pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _compile_all(compiler: GrammarCompiler, form: AnswerForm, count: int) -> list[MatcherGrammar | None]:
