@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import resource
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from concurrent.futures import Executor
 from contextlib import suppress
 from typing import ClassVar, TypeVar
@@ -31,6 +31,7 @@ LARGE_BODY_BYTES = 64 * 1024
 # How much of a body is read and discarded after an early answer, and for how long.
 LINGER_S = 10.0
 LINGER_BYTES = 256 * 2**20
+_NO_HEADERS: Mapping[str, str] = {}
 
 
 class ClientDisconnected(Exception):
@@ -159,9 +160,11 @@ class EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes], close: Callable[[], None]) -> None:
+    def __init__(
+        self, events: AsyncGenerator[bytes], close: Callable[[], None], headers: Mapping[str, str] = _NO_HEADERS
+    ) -> None:
         # The second header keeps nginx from buffering the stream.
-        super().__init__(events, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        super().__init__(events, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no", **headers})
         self._events = events
         self._close = close
 

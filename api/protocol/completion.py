@@ -134,6 +134,7 @@ class Completion:
     choices: list[Choice]
     arrived_at: float  # monotonic
     preprocess_s: float
+    ignored: list[str] = field(default_factory=list)  # fields of the request that had no effect
     created: int = field(default_factory=lambda: int(time.time()))
     first_token_at: float | None = None
 
@@ -145,7 +146,7 @@ class Completion:
     def finish(self, index: int, done: Done) -> list[Chunk]:
         *chunks, last = [self.chunk(part) for part in self.choices[index].finish(done)]
         if self.finished:
-            last["timings"] = self.timings()
+            last |= {"timings": self.timings(), **self._ignored()}
         return [*chunks, last]
 
     @property
@@ -159,7 +160,7 @@ class Completion:
         return {**self._head("chat.completion.chunk"), "choices": [part]}
 
     def usage_chunk(self) -> Chunk:
-        return {**self._head("chat.completion.chunk"), "choices": [], "usage": self.usage()}
+        return {**self._head("chat.completion.chunk"), "choices": [], "usage": self.usage(), **self._ignored()}
 
     def body(self) -> dict[str, Any]:
         choices = [choice.body() for choice in self.choices]
@@ -168,6 +169,7 @@ class Completion:
             "choices": choices,
             "usage": self.usage(),
             "timings": self.timings(),
+            **self._ignored(),
         }
 
     def usage(self) -> dict[str, Any]:
@@ -208,6 +210,9 @@ class Completion:
 
     def _done(self) -> list[Done]:
         return [choice.done for choice in self.choices if choice.done is not None]
+
+    def _ignored(self) -> Chunk:
+        return {"ignored": self.ignored} if self.ignored else {}
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {

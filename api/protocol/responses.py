@@ -11,16 +11,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from api.errors import ServingError, invalid
-from api.protocol.schemas import (
-    HARMLESS,
-    ChatRequest,
-    Strict,
-    check,
-    check_consistency,
-    known_fields,
-    parse_object,
-    shown,
-)
+from api.protocol.body import parse_object, shown
+from api.protocol.fields import FieldRules, IgnoredFields, Strict, check
+from api.protocol.schemas import HARMLESS, ChatRequest, check_chat
+
+RULES = FieldRules(HARMLESS, echoed=frozenset({"input", "tools"}))
 
 
 class Part(Strict):
@@ -110,16 +105,10 @@ class Translation:
         self.request = ResponseRequest(input="")
         self._origins: list[str] = []  # for each message, the field it came from
 
-    def parse(self, body: bytes) -> ChatRequest:
+    def parse(self, body: bytes, ignored: IgnoredFields) -> ChatRequest:
         """Raises the 400 error that names the field of this request."""
-        data = {name: value for name, value in parse_object(body).items() if name not in HARMLESS}
-        for name, value in data.items():
-            if name not in ResponseRequest.model_fields and value is not None:
-                raise invalid(f"`{name}` is not supported.", name, "unsupported_parameter")
-        self.request = check(ResponseRequest, {k: v for k, v in data.items() if k in ResponseRequest.model_fields})
-        chat = check(ChatRequest, known_fields(self._fields()))
-        check_consistency(chat)
-        return chat
+        self.request = check(ResponseRequest, parse_object(body), ignored, RULES)
+        return check_chat(self._fields(), ignored)
 
     def renamed(self, error: ServingError) -> ServingError:
         """The same error, with `param` and message in this request's field names."""

@@ -75,6 +75,7 @@ class ResponsesFormatter:
                 "total_tokens": tokens["total_tokens"],
             },
             **({"timings": completion.timings()} if done else {}),
+            **({"ignored": completion.ignored} if done and completion.ignored else {}),
         }  # fmt: skip
 
     @property

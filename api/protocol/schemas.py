@@ -1,26 +1,18 @@
 """Request bodies of chat completions, /tokenize and /detokenize: their fields, their limits, and the 400 errors.
 
-A field is honoured or refused; only the harmless ones listed here are accepted without effect.
+`api.protocol.fields` has the rule for fields that are not listed here.
 """
 
 from __future__ import annotations
 
-import json
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from api.errors import ServingError, invalid
+from api.protocol.body import parse_json, parse_object, shown
+from api.protocol.fields import FieldRules, IgnoredFields, Strict, check
 
 # Fields without an effect on the answer, and why.
 HARMLESS = {
@@ -32,15 +24,19 @@ HARMLESS = {
     "prompt_cache_retention": "prompts are cached while there is memory",
     "service_tier": "there is one tier",
 }
-# Fields of other servers, accepted with the one value that matches what this server does.
-WITHOUT_EFFECT: dict[str, Any] = {
-    "modalities": ["text"],
-    "best_of": 1,
-    "length_penalty": 1,
-    "skip_special_tokens": True,
-    "add_generation_prompt": True,
-    "echo": False,
+# Fields of other servers, accepted with the values that match what this server does.
+WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+    "modalities": (["text"],),
+    "best_of": (1,),
+    "length_penalty": (1,),
+    "skip_special_tokens": (True,),
+    "add_generation_prompt": (True,),
+    "echo": (False,),
 }
+# Keys of messages, parts and tools that would change the answer.
+CHANGES_THE_ANSWER = frozenset({"images", "audio", "video", "files", "documents", "prefix", "partial"})
+CHAT_RULES = FieldRules(HARMLESS, WITHOUT_EFFECT, refused=CHANGES_THE_ANSWER)
+TOKEN_RULES = FieldRules(defaults={"add_special_tokens": (False,), "add_generation_prompt": (True,)})
 MAX_STOP = 4
 MAX_CHOICES = 8
 MAX_TOP_LOGPROBS = 20
@@ -48,15 +44,6 @@ MAX_BIASES = 1024
 # The longest reasoning in tokens; None: any length.
 EFFORT_TOKENS: dict[str, int | None] = {"minimal": 64, "low": 512, "medium": 2048, "high": None, "xhigh": None}
 MAX_DETOKENIZE = 1_000_000
-MAX_DEPTH = 64  # of nested lists and objects; far more than any schema or call has
-Checked = TypeVar("Checked", bound=BaseModel)
-
-
-class Strict(BaseModel):
-    """An unknown field is an error, and no value is converted into another type."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
 
 class TextPart(Strict):
     type: Literal["text"]
@@ -295,31 +282,17 @@ class ChatRequest(Strict):
         return self.max_completion_tokens or self.max_tokens
 
 
-def parse_chat(body: bytes) -> ChatRequest:
-    """Raises the 400 error that names the first field that is wrong."""
-    chat = check(ChatRequest, known_fields(parse_object(body)))
+def parse_chat(body: bytes, ignored: IgnoredFields) -> ChatRequest:
+    """Adds to `ignored` what has no effect. Raises the 400 error that names the first field that is wrong."""
+    return check_chat(parse_object(body), ignored)
+
+
+def check_chat(data: dict[str, Any], ignored: IgnoredFields) -> ChatRequest:
+    """A chat request as JSON, perhaps translated from another format. Raises the 400 error."""
+    _check_stop(data.get("stop"))
+    chat = check(ChatRequest, data, ignored, CHAT_RULES)
     check_consistency(chat)
     return chat
-
-
-def known_fields(data: dict[str, Any]) -> dict[str, Any]:
-    """The fields that have an effect. Raises the 400 error for a field that would be dropped silently."""
-    known: dict[str, Any] = {}
-    for name, value in data.items():
-        if name in ChatRequest.model_fields:
-            known[name] = value
-        elif name not in HARMLESS and value is not None and value != WITHOUT_EFFECT.get(name):
-            raise _unsupported(name, value)
-    _check_stop(known.get("stop"))
-    return known
-
-
-def _unsupported(name: str, value: Any) -> ServingError:
-    if name in WITHOUT_EFFECT:
-        return invalid(
-            f"`{name}` must be {shown(WITHOUT_EFFECT[name])}. Given: {shown(value)}", name, "unsupported_value"
-        )
-    return invalid(f"`{name}` is not supported.", name, "unsupported_parameter")
 
 
 def _check_stop(stop: Any) -> None:
@@ -382,9 +355,9 @@ class TokenizeRequest(Strict):
     return_token_strs: bool = False
 
 
-def parse_tokenize(body: bytes) -> TokenizeRequest:
+def parse_tokenize(body: bytes, ignored: IgnoredFields) -> TokenizeRequest:
     """Raises the 400 error that names the first field that is wrong."""
-    request = check(TokenizeRequest, parse_object(body))
+    request = check(TokenizeRequest, parse_object(body), ignored, TOKEN_RULES)
     if (request.prompt is None) == (request.messages is None):
         raise invalid("`prompt` or `messages` must be given, and not both.", "prompt")
     return request
@@ -395,126 +368,6 @@ class DetokenizeRequest(Strict):
     tokens: list[int] = Field(max_length=MAX_DETOKENIZE)
 
 
-def parse_detokenize(body: bytes) -> DetokenizeRequest:
+def parse_detokenize(body: bytes, ignored: IgnoredFields) -> DetokenizeRequest:
     """Raises the 400 error that names the first field that is wrong."""
-    return check(DetokenizeRequest, parse_object(body))
-
-
-def parse_object(body: bytes) -> dict[str, Any]:
-    """Raises the 400 error for anything but a JSON object."""
-    try:
-        data = json.loads(body)
-        _refuse_lone_surrogates(body, data)
-    except json.JSONDecodeError as error:
-        raise _not_an_object(f"It is not JSON: {error.msg} at character {error.pos}.") from None
-    except UnicodeError:
-        raise _not_an_object("It is not whole Unicode characters in UTF-8.") from None
-    except (ValueError, RecursionError):  # thousands of digits in a number, or thousands of brackets
-        raise _not_an_object("It cannot be parsed: it is nested too deeply, or a number is too long.") from None
-    if not isinstance(data, dict):
-        raise _not_an_object(f"Given: {shown(data)}")
-    if (name := too_deep(data)) is not None:
-        raise invalid(f"`{name}` must have <= {MAX_DEPTH} levels of lists and objects.", name, "too_deep")
-    return data
-
-
-def _not_an_object(reason: str) -> ServingError:
-    return invalid(f"The body must be a JSON object. {reason}", code="invalid_json")
-
-
-def parse_json(text: str) -> Any:
-    """The value, or None if it is not JSON or has a lone surrogate in it."""
-    try:
-        value = json.loads(text)
-        _refuse_lone_surrogates(text, value)
-        return value
-    except (ValueError, RecursionError):
-        return None
-
-
-def _refuse_lone_surrogates(text: str | bytes, value: Any) -> None:
-    """Raises UnicodeError: JSON can escape a lone surrogate, which UTF-8 cannot encode."""
-    if "\\u" in text if isinstance(text, str) else b"\\u" in text:
-        json.dumps(value, ensure_ascii=False).encode()
-
-
-def too_deep(data: dict[str, Any]) -> str | None:
-    """The first field that is nested deeper than MAX_DEPTH."""
-    for name, value in data.items():
-        level = [value]
-        for _ in range(MAX_DEPTH):
-            level = [
-                inner
-                for outer in level
-                if isinstance(outer, dict | list)
-                for inner in (outer.values() if isinstance(outer, dict) else outer)
-            ]
-            if not level:
-                break
-        if level:
-            return name
-    return None
-
-
-def check(kind: type[Checked], data: dict[str, Any]) -> Checked:
-    """Raises the 400 error that names the first field that is wrong."""
-    try:
-        return kind.model_validate(data)
-    except ValidationError as error:
-        raise _explain(error.errors()[0]) from None
-
-
-# Pydantic's types of error, in terms of the API.
-_BOUNDS = {"greater_than_equal": (">=", "ge"), "less_than_equal": ("<=", "le"), "greater_than": (">", "gt"),
-           "less_than": ("<", "lt")}  # fmt: skip
-_COUNTS = {"too_short": (">=", "min_length", "items"), "too_long": ("<=", "max_length", "items"),
-           "string_too_short": (">=", "min_length", "characters"),
-           "string_too_long": ("<=", "max_length", "characters")}  # fmt: skip
-_KINDS = {
-    "string_type": "a string", "string_unicode": "a string of whole Unicode characters", "bool_type": "true or false",
-    "int_type": "an integer", "int_from_float": "an integer", "float_type": "a number",
-    "finite_number": "a finite number", "list_type": "a list", "dict_type": "an object", "model_type": "an object",
-}  # fmt: skip
-
-
-def _explain(problem: ErrorDetails) -> ServingError:
-    param = _path(problem["loc"])
-    context, kind = problem.get("ctx", {}), problem["type"]
-    given = f" Given: {shown(problem['input'])}"
-    if kind == "missing":
-        return invalid(f"`{param}` is required.", param, "missing_required_parameter")
-    if kind == "extra_forbidden":
-        return invalid(f"`{param}` is not supported.", param, "unsupported_parameter")
-    if kind in _BOUNDS:
-        sign, bound = _BOUNDS[kind]
-        return invalid(f"`{param}` must be {sign} {context[bound]:g}.{given}", param)
-    if kind in _COUNTS:
-        sign, bound, things = _COUNTS[kind]
-        count = context.get("actual_length") or len(problem["input"])
-        return invalid(f"`{param}` must have {sign} {context[bound]} {things}. Given: {count}", param)
-    if kind == "literal_error":
-        return invalid(f"`{param}` must be {context['expected']}.{given}", param)
-    if kind == "string_pattern_mismatch":
-        return invalid(f"`{param}` must match {context['pattern']}.{given}", param)
-    if kind in _KINDS:
-        return invalid(f"`{param}` must be {_KINDS[kind]}.{given}", param)
-    if problem["msg"].startswith("must be"):
-        return invalid(f"`{param}` {problem['msg']}.{given}", param)
-    return invalid(f"`{param}`: {problem['msg']}.", param)
-
-
-def _path(location: tuple[int | str, ...]) -> str:
-    """`messages[0].content[1].text`; a step that begins with # is a tag of a union, not a field."""
-    path = ""
-    for step in location:
-        if isinstance(step, int):
-            path += f"[{step}]"
-        elif not step.startswith("#"):
-            path += f".{step}" if path else step
-    return path
-
-
-def shown(value: Any) -> str:
-    """A value as JSON, cut to 60 characters: enough to recognise it, never a whole prompt or image."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return check(DetokenizeRequest, parse_object(body), ignored, TOKEN_RULES)

@@ -106,8 +106,8 @@ def document(app: FastAPI) -> dict[str, Any]:
 def _add_ignored(chat: dict[str, Any]) -> None:
     for name, why in HARMLESS.items():
         chat["properties"][name] = {"description": f"Accepted without effect: {why}."}
-    for name, value in WITHOUT_EFFECT.items():
-        chat["properties"][name] = {"enum": [value, None], "description": "Accepted with this value only."}
+    for name, values in WITHOUT_EFFECT.items():
+        chat["properties"][name] = {"enum": [*values, None], "description": "Holds here anyway; other values are refused."}
 
 
 def _error() -> dict[str, Any]:

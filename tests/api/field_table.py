@@ -6,7 +6,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-from api.protocol.schemas import EFFORT_TOKENS, HARMLESS, MAX_BIASES, MAX_STOP, WITHOUT_EFFECT, ChatRequest
+from api.protocol.schemas import (
+    CHANGES_THE_ANSWER,
+    EFFORT_TOKENS,
+    HARMLESS,
+    MAX_BIASES,
+    MAX_STOP,
+    WITHOUT_EFFECT,
+    ChatRequest,
+)
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "api.md"
 _TABLE = re.compile(r"(<!-- fields: .*? -->\n).*?(<!-- end of fields -->)", re.DOTALL)
@@ -44,11 +52,19 @@ def table() -> str:
     properties = ChatRequest.model_json_schema()["properties"]
     rows = ["| Field | Values | What it does |", "| --- | --- | --- |"]
     rows += [f"| `{name}` | {_values(shape)} | {NOTES.get(name, '')} |" for name, shape in properties.items()]
-    rows += [f"| `{name}` | any | ignored: {why} |" for name, why in HARMLESS.items()]
+    rows += [f"| `{name}` | any | ignored and named: {why} |" for name, why in HARMLESS.items()]
     rows += [
-        f"| `{name}` | `{_json(value)}` | accepted with this value only |" for name, value in WITHOUT_EFFECT.items()
+        f"| `{name}` | {' or '.join(f'`{_json(value)}`' for value in values)} | ignored and named: it holds here anyway; others 400 |"
+        for name, values in WITHOUT_EFFECT.items()
     ]
-    return "\n".join([*rows, "| anything else | | 400 that names it |"]) + "\n"
+    rows += [
+        "| any key inside `messages` and `tools` | any | ignored and named, but for "
+        + ", ".join(f"`{name}`" for name in sorted(CHANGES_THE_ANSWER))
+        + ": 400 |",
+        "| anything else | null, empty or false | ignored and named |",
+        "| anything else | | 400 that names it |",
+    ]
+    return "\n".join(rows) + "\n"
 
 
 def with_table(page: str) -> str:

@@ -8,14 +8,16 @@ from typing import Any
 import pytest
 
 from api.errors import ServingError
-from api.protocol.schemas import HARMLESS, MAX_DEPTH, WITHOUT_EFFECT, parse_chat
+from api.protocol.body import MAX_DEPTH
+from api.protocol.fields import IgnoredFields
+from api.protocol.schemas import HARMLESS, WITHOUT_EFFECT, parse_chat
 
 TOOL = {"type": "function", "function": {"name": "f"}}
 USER = {"role": "user", "content": "hello"}
 
 
 def parse(**fields: Any):
-    return parse_chat(json.dumps({"messages": [USER], **fields}).encode())
+    return parse_chat(json.dumps({"messages": [USER], **fields}).encode(), IgnoredFields())
 
 
 def refusal(**fields: Any) -> ServingError:
@@ -91,7 +93,7 @@ def content(*parts: Any) -> dict[str, Any]:
         ({"messages": [{"role": "bot", "content": ""}]}, "messages[0].role", "Given: \"bot\""),
         ({"messages": [{"role": "user"}]}, "messages[0]", "needs `content`"),
         ({"messages": [USER, {"content": "x"}]}, "messages[1].role", "`messages[1].role` is required."),
-        ({"messages": [{**USER, "colour": 1}]}, "messages[0].colour", "is not supported"),
+        ({"messages": [{**USER, "images": ["x"]}]}, "messages[0].images", "is not supported"),
         ({"messages": [{**USER, "content": 7}]}, "messages[0].content", "a string or a list of parts. Given: 7"),
         (content({"type": "video_url"}), "messages[0].content[0]", "one of 'text', 'image_url'"),
         (content("text"), "messages[0].content[0]", "one of 'text', 'image_url'"),
@@ -124,7 +126,7 @@ def test_an_invalid_field_is_named_with_its_limit(fields: dict[str, Any], param:
 )  # fmt: skip
 def test_anything_but_a_json_object_is_refused_with_the_reason(body: bytes, words: str) -> None:
     with pytest.raises(ServingError) as caught:
-        parse_chat(body)
+        parse_chat(body, IgnoredFields())
 
     assert (caught.value.status, caught.value.code) == (400, "invalid_json")
     assert words in caught.value.message and len(caught.value.message) < 150
@@ -136,14 +138,14 @@ def test_a_field_nested_too_deeply_is_refused_by_name(shape: str) -> None:
     for _ in range(MAX_DEPTH + 1):
         value = shape % value
     with pytest.raises(ServingError) as caught:
-        parse_chat(f'{{"messages": [], "tools": {value}}}'.encode())
+        parse_chat(f'{{"messages": [], "tools": {value}}}'.encode(), IgnoredFields())
 
     assert (caught.value.param, caught.value.code) == ("tools", "too_deep")
 
 
 def test_a_lone_surrogate_is_refused() -> None:
     with pytest.raises(ServingError) as caught:
-        parse_chat(b'{"messages": [{"role": "user", "content": "\\ud83d"}]}')
+        parse_chat(b'{"messages": [{"role": "user", "content": "\\ud83d"}]}', IgnoredFields())
     assert "whole Unicode characters" in caught.value.message
 
     arguments = {"function": {"name": "f", "arguments": '{"a": "\\ud83d"}'}}
@@ -165,8 +167,8 @@ def test_harmless_fields_are_accepted(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(WITHOUT_EFFECT))
 def test_fields_of_other_servers_are_accepted_with_the_value_that_holds_here(name: str) -> None:
-    parse(**{name: WITHOUT_EFFECT[name]})
-    parse(**{name: None})
+    for value in (*WITHOUT_EFFECT[name], None):
+        parse(**{name: value})
 
 
 def test_an_answer_can_be_sent_back_unchanged() -> None:
