@@ -126,6 +126,7 @@ class Done:
     decode_s: float
     cached_tokens: int = 0  # prompt tokens found in the prefix cache
     vision_s: float = 0.0  # part of prefill_s in which its images were encoded; 0 if all were cached
+    stop_string: str | None = None  # of the request's stop strings, the one that ended it
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api.caller import NOBODY, Caller
-from api.errors import unauthorized
+from api.errors import error_body, unauthorized
 from settings import Settings, SettingsError
 
 OPEN_PATHS = frozenset({"/health"})
@@ -87,7 +87,7 @@ class KeyMiddleware:
         elif scope["type"] == "http":
             error = unauthorized()
             headers = {"WWW-Authenticate": "Bearer"}
-            await JSONResponse(error.body(), error.status, headers)(scope, receive, send)
+            await JSONResponse(error_body(error, scope["path"]), error.status, headers)(scope, receive, send)
         else:
             await send({"type": "websocket.close", "code": 1008})
 

@@ -202,6 +202,18 @@ class OutputParser:
         return [Content(out)] if out else []
 
 
+class VerbatimParser:
+    """For an answer that is not a chat's: every character is content."""
+
+    thinking = False
+
+    def feed(self, text: str) -> list[Piece]:
+        return [Content(text)] if text else []
+
+    def finish(self, stopped: bool) -> list[Piece]:
+        return []
+
+
 class _Trim:
     """Drops white space at both ends of a text that comes in pieces."""
 

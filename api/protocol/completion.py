@@ -16,7 +16,7 @@ from api.engine.request import Delta, Done, TokenLogprob
 from api.engine.text.tokenizer import Vocabulary
 from api.errors import ServingError
 from api.parsing.boxes import region_entry
-from api.parsing.output import Boxes, Call, Content, OutputParser, Piece, Reasoning
+from api.parsing.output import Boxes, Call, Content, OutputParser, Piece, Reasoning, VerbatimParser
 
 Chunk = dict[str, Any]
 
@@ -25,6 +25,7 @@ Chunk = dict[str, Any]
 class PromptFacts:
     """The facts about a prompt that its answer needs."""
 
+    tokens: int = 0  # of all prompts, image tokens included
     image_tokens: int = 0
     image_sizes: tuple[tuple[int, int], ...] = ()  # width and height in pixels, upright
     question_image: int | None = None  # the image that the last question refers to, if it is exactly one
@@ -36,7 +37,7 @@ class Choice:
 
     index: int
     call_id: str
-    parser: OutputParser
+    parser: OutputParser | VerbatimParser
     prompt: PromptFacts
     vocabulary: Vocabulary
     with_logprobs: bool = False
@@ -134,6 +135,7 @@ class Completion:
     choices: list[Choice]
     arrived_at: float  # monotonic
     preprocess_s: float
+    prompts: int = 1  # of a text completion, each with as many choices
     ignored: list[str] = field(default_factory=list)  # fields of the request that had no effect
     created: int = field(default_factory=lambda: int(time.time()))
     first_token_at: float | None = None
@@ -174,14 +176,15 @@ class Completion:
 
     def usage(self) -> dict[str, Any]:
         done = self._done()
-        prompt_tokens = done[0].prompt_tokens
+        of_prompts = done[:: max(1, len(self.choices) // self.prompts)]
+        prompt_tokens = sum(d.prompt_tokens for d in of_prompts)
         completion_tokens = sum(d.completion_tokens for d in done)
         return {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
             "total_tokens": prompt_tokens + completion_tokens,
             "prompt_tokens_details": {
-                "cached_tokens": done[0].cached_tokens,
+                "cached_tokens": sum(d.cached_tokens for d in of_prompts),
                 "image_tokens": self.prompt.image_tokens,
             },
             "completion_tokens_details": {"reasoning_tokens": sum(c.reasoning_tokens for c in self.choices)},

@@ -26,7 +26,7 @@ from api.engine.scheduler import QueueFull
 from api.engine.text.grammar import MatcherGrammar
 from api.errors import ServingError, cannot_enforce, failed, internal, not_accepting, queue_full, unknown_model
 from api.health.metrics import Metrics
-from api.parsing.output import OutputParser
+from api.parsing.output import OutputParser, VerbatimParser
 from api.protocol.completion import Choice, Chunk, Completion, ResponseFormatter
 from api.protocol.schemas import ChatRequest
 from api.requests.admission import Permit
@@ -74,8 +74,8 @@ class RequestHandlers:
             [
                 EngineRequest(
                     id=handler.engine_id(index),
-                    prompt_ids=prompt.ids,
-                    sampling=sampling_params(chat, model, len(prompt.ids), self.settings, index, grammar),
+                    prompt_ids=(ids := prompt.texts[index // (chat.n or 1)] if prompt.texts else prompt.ids),
+                    sampling=sampling_params(chat, model, len(ids), self.settings, index % (chat.n or 1), grammar),
                     images=prompt.images,
                     # The timing of one key's requests must reveal nothing of another key's prompts.
                     salt=f"{permit.caller.name}:{chat.cache_salt or ''}",
@@ -107,14 +107,17 @@ def _completion(
         Choice(
             index=index,
             call_id=f"call_{name}_{index}",
-            parser=OutputParser(tools, prompt.starts_thinking, literal, images=len(prompt.images)),
+            parser=VerbatimParser()
+            if prompt.texts
+            else OutputParser(tools, prompt.starts_thinking, literal, images=len(prompt.images)),
             prompt=facts,
             vocabulary=model.vocabulary,
             with_logprobs=bool(chat.logprobs),
         )
         for index in range(chat.choices)
     ]
-    return Completion(name, request_id, model.id, facts, choices, arrived_at, preprocess_s)
+    prompts = max(1, len(prompt.texts))
+    return Completion(name, request_id, model.id, facts, choices, arrived_at, preprocess_s, prompts)
 
 
 class Inbox:

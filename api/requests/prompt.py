@@ -29,10 +29,12 @@ from api.parsing.boxes import image_references
 from api.parsing.output import split_thinking
 from api.protocol.completion import PromptFacts
 from api.protocol.schemas import ChatRequest, ImagePart, Message, TextPart, Tool
+from api.protocol.text_completion import TextRequest
 from settings import Settings
 
 PREPROCESS_THREADS = 2
 FETCH_THREADS = 8  # they wait for the network, not for the CPU
+TEXT_OPENING = ("[gMASK]", "<sop>")  # before a text that no template renders
 SHORT_TOKEN = 8  # a text with fewer characters for each token of the context is not checked further
 
 
@@ -43,6 +45,7 @@ class Prompt:
     image_sizes: tuple[tuple[int, int], ...]  # width and height in pixels, upright
     starts_thinking: bool  # the template ends with an open `<think>`
     question_image: int | None = None  # the image that the last question refers to, if it is exactly one
+    texts: tuple[tuple[int, ...], ...] = ()  # the ids of each prompt of a text completion; `ids` are those of the longest
 
     @property
     def image_tokens(self) -> int:
@@ -50,7 +53,8 @@ class Prompt:
 
     @property
     def facts(self) -> PromptFacts:
-        return PromptFacts(self.image_tokens, self.image_sizes, self.question_image)
+        tokens = sum(map(len, self.texts)) if self.texts else len(self.ids)
+        return PromptFacts(tokens, self.image_tokens, self.image_sizes, self.question_image)
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class Draft:
     tokens: int
     starts_thinking: bool
     question_image: int | None
+    texts: tuple[tuple[int, ...], ...] = ()
 
 
 class PromptBuilder:
@@ -122,6 +127,8 @@ def image_urls(chat: ChatRequest, settings: Settings) -> list[tuple[str, str]]:
 
 def draft(chat: ChatRequest, fetched: Mapping[str, bytes], model: Model, settings: Settings) -> Draft:
     """`fetched` holds the remote images by URL. Decodes no image. Raises the 400 or 413 error."""
+    if isinstance(chat, TextRequest):
+        return _draft_texts(chat, model)
     opened = []
     for param, url in image_urls(chat, settings):
         data = fetched[url] if is_remote(url) else read_data_url(url, param, settings)
@@ -137,6 +144,30 @@ def draft(chat: ChatRequest, fetched: Mapping[str, bytes], model: Model, setting
     referenced = {image for _, image in image_references(_last_question(chat.messages), len(opened))}
     question_image = referenced.pop() if len(referenced) == 1 else None
     return Draft(tuple(ids), tuple(opened), tokens, _opens_thinking(ids, model), question_image)
+
+
+def _draft_texts(request: TextRequest, model: Model) -> Draft:
+    """The prompts of a text completion as they are, without a chat template. Raises the 400 error."""
+    texts = tuple(_text_ids(prompt, model) for prompt in request.prompts)
+    longest = max(texts, key=len)
+    if len(longest) >= model.context_tokens:
+        raise _too_long(len(longest), model, "The prompt has", "prompt")
+    return Draft(longest, (), len(longest), False, None, texts)
+
+
+def _text_ids(prompt: str | tuple[int, ...], model: Model) -> tuple[int, ...]:
+    """A text after the tokens that every text of the model begins with, in which special tokens are plain text; or ids."""
+    vocabulary = model.vocabulary
+    if isinstance(prompt, str):
+        check_characters(prompt, "prompt", model)
+        opening = [vocabulary.special[name] for name in TEXT_OPENING if name in vocabulary.special]
+        return (*opening, *vocabulary.encode(vocabulary.protect(prompt)))
+    for token in prompt:
+        if not 0 <= token < 2**31 or not vocabulary.has(token):
+            raise invalid(f"`prompt`: the model has no token {token}.", "prompt")
+        if token == vocabulary.special[model.image_token]:
+            raise invalid(f"`prompt`: token {token} stands for an image, and there is none.", "prompt")
+    return prompt
 
 
 def _last_question(messages: list[Message]) -> str:
@@ -187,7 +218,9 @@ def finish(draft: Draft, model: Model) -> Prompt:
     # Rotated upright, an image may have another number of tokens than expected.
     if len(expanded) >= model.context_tokens:
         raise _too_long(len(expanded), model, "The prompt has")
-    return Prompt(tuple(expanded), tuple(images), tuple(sizes), draft.starts_thinking, draft.question_image)
+    return Prompt(
+        tuple(expanded), tuple(images), tuple(sizes), draft.starts_thinking, draft.question_image, draft.texts
+    )
 
 
 def _with_key(processed: ImageInput, image: Image.Image) -> ImageInput:
@@ -263,6 +296,6 @@ def longest_token(vocabulary: Vocabulary) -> int:
     return max(map(len, json.loads(vocabulary.definition())["model"]["vocab"]))
 
 
-def _too_long(tokens: int, model: Model, subject: str) -> ServingError:
+def _too_long(tokens: int, model: Model, subject: str, param: str = "messages") -> ServingError:
     message = f"{subject} {tokens} tokens; it must be < {model.context_tokens}, the context length, to leave room."
-    return invalid(message, "messages", "context_length_exceeded")
+    return invalid(message, param, "context_length_exceeded")

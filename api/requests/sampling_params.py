@@ -13,6 +13,7 @@ from api.engine.text.grammar_text import AnswerForm, CallableTool, GrammarError
 from api.engine.text.markup import END_THINK, THINK
 from api.errors import cannot_enforce, invalid
 from api.protocol.schemas import ChatRequest
+from api.protocol.text_completion import TextRequest
 from settings import Settings
 
 GRAMMAR_THREADS = 2
@@ -101,7 +102,7 @@ def sampling_params(
         # Choices with one seed must differ from each other, and be reproducible.
         seed=None if chat.seed is None else (chat.seed + choice + _SEEDS) % (2 * _SEEDS) - _SEEDS,
         stop=chat.stop_strings,
-        stop_skips=(THINK, END_THINK),
+        stop_skips=None if isinstance(chat, TextRequest) else (THINK, END_THINK),
         min_tokens=chat.min_tokens or 0,
         ignore_eos=bool(chat.ignore_eos),
         grammar=grammar,

@@ -8,11 +8,15 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
+from api.protocol.messages import MessagesRequest
 from api.protocol.responses import ResponseRequest
 from api.protocol.schemas import HARMLESS, WITHOUT_EFFECT, ChatRequest, DetokenizeRequest, TokenizeRequest
+from api.protocol.text_completion import CompletionRequest
 
 _REF = "#/components/schemas/{model}"
-_BODIES: tuple[type[BaseModel], ...] = (ChatRequest, ResponseRequest, TokenizeRequest, DetokenizeRequest)
+_BODIES: tuple[type[BaseModel], ...] = (
+    ChatRequest, CompletionRequest, ResponseRequest, MessagesRequest, TokenizeRequest, DetokenizeRequest,
+)  # fmt: skip
 _MEANINGS = {
     400: "a field is wrong; `param` names it",
     401: "no valid key",
@@ -66,6 +70,12 @@ _ids = {"type": "array", "items": _COUNT}
 CHAT = _route(ChatRequest, {**_COMPLETION, **_EVENTS}, 400, 404, 408, 413, 429, 503, 504)
 _RESPONSE = _json(id=_TEXT, object={"const": "response"}, status=_TEXT, output=_LIST)
 RESPONSE = _route(ResponseRequest, {**_RESPONSE, **_EVENTS}, 400, 404, 408, 413, 429, 503, 504)
+_TEXTS = _json(id=_TEXT, object={"const": "text_completion"}, created=_COUNT, model=_TEXT, choices=_LIST)
+TEXT = _route(CompletionRequest, {**_TEXTS, **_EVENTS}, 400, 404, 408, 413, 429, 503, 504)
+_MESSAGE = _json(id=_TEXT, type={"const": "message"}, role=_TEXT, content=_LIST, usage={"type": "object"})
+MESSAGES = _route(MessagesRequest, {**_MESSAGE, **_EVENTS}, 400, 404, 408, 413, 429, 503, 504)
+MESSAGE_TOKENS = _route(MessagesRequest, _json(input_tokens=_COUNT), 400, 404, 408, 413, 429, 503)
+RESPONSE_TOKENS = _route(ResponseRequest, _json(input_tokens=_COUNT), 400, 404, 408, 413, 429, 503)
 TOKENIZE = _route(TokenizeRequest, _json(tokens=_ids, count=_COUNT, max_model_len=_COUNT), 400, 404, 408, 413, 429, 503)
 DETOKENIZE = _route(DetokenizeRequest, _json(prompt=_TEXT), 400, 404, 408, 413, 429, 503)
 MODELS = _route(None, _json(object={"const": "list"}, data=_LIST), 503)

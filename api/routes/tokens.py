@@ -15,7 +15,7 @@ from api.engine.loaded_model import Model
 from api.errors import invalid, unknown_model
 from api.http.connection import parse_body, read_body, while_connected
 from api.protocol.fields import IgnoredFields
-from api.protocol.schemas import DetokenizeRequest, TokenizeRequest, parse_detokenize, parse_tokenize
+from api.protocol.schemas import ChatRequest, DetokenizeRequest, TokenizeRequest, parse_detokenize, parse_tokenize
 from api.requests.handler import loaded_model
 from api.requests.prompt import check_characters, rendered_ids
 from api.routes.chat import ignored_fields, note_ignored
@@ -61,6 +61,32 @@ async def _answer(
         permit.release()
     names = note_ignored(request, ignored)
     return JSONResponse({**answer, **({"ignored": names} if names else {})}, headers=ignored.headers())
+
+
+async def prompt_tokens(
+    request: Request, parse: Callable[[bytes, IgnoredFields], ChatRequest], **fields: str
+) -> JSONResponse:
+    """The number of tokens of a chat request's prompt, those of its images included; nothing is generated.
+
+    Raises ServingError or ClientDisconnected.
+    """
+    server: ServerState = request.app.state.server
+    caller: Caller = request.state.caller
+    model = loaded_model(server.engine)
+    server.admission.check(caller)
+    with server.admission.arriving(caller) as arriving:
+        body = await read_body(request, server.settings.max_body_bytes, arriving.add)
+    permit = server.admission.admit(caller)
+    try:
+        ignored = ignored_fields(request)
+        chat = await parse_body(lambda data: parse(data, ignored), body, server.prompts.pool(caller))
+        if chat.model is not None and chat.model != model.id:
+            raise unknown_model(chat.model, model.id)
+        draft = await while_connected(request, server.prompts.draft(chat, model, caller))
+    finally:
+        permit.release()
+    note_ignored(request, ignored)
+    return JSONResponse({**fields, "input_tokens": draft.tokens}, headers=ignored.headers())
 
 
 def _tokenized(request: TokenizeRequest, model: Model) -> dict[str, Any]:

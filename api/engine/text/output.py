@@ -38,6 +38,11 @@ class OutputState:
         self._grammar_trigger = (sampling.grammar_after or "").encode()  # empty once it has been seen
         self._tail = b""  # enough bytes of the output to find the trigger across tokens
 
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that has ended the output."""
+        return self._detokenizer.stop_string
+
     # Constraints on the next token.
 
     @property
@@ -165,6 +170,11 @@ class Detokenizer:
 
     @property
     def stopped(self) -> bool:
+        return self._stops.found is not None
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that has ended the text."""
         return self._stops.found
 
     def feed(self, data: bytes) -> str:
@@ -176,21 +186,21 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Passes text through up to, not including, the first stop string.
+    """Passes text through up to, not including, the first stop string, which is then in `found`.
 
-    Stop strings are not searched in the white space before the answer, nor in a leading block `skips` (opening and
-    closing tag): thinking must not be cut off by a stop string that is meant for the answer.
+    With `skips` (an opening and a closing tag) stop strings are not searched in the white space before the answer, nor in
+    a leading block between those tags: thinking must not be cut off by a stop string that is meant for the answer.
     """
 
     def __init__(self, stop: Items[str], skips: tuple[str, str] | None = None) -> None:
-        self.found = False
+        self.found: str | None = None
         self._stop = tuple(stop)
         self._skips = skips
         self._pending = ""
-        self._state: Literal["before", "inside", "answer"] = "before"
+        self._state: Literal["before", "inside", "answer"] = "before" if skips else "answer"
 
     def feed(self, text: str) -> str:
-        if self.found:
+        if self.found is not None:
             return ""
         if not self._stop:
             return text
@@ -202,7 +212,7 @@ class StopStrings:
 
     def finish(self) -> str:
         rest, self._pending = self._pending, ""
-        return "" if self.found else rest
+        return "" if self.found is not None else rest
 
     def _advance(self) -> str | None:
         """One transition of the automaton: text to emit, or None when more input is needed."""
@@ -237,10 +247,10 @@ class StopStrings:
 
     def _in_answer(self) -> str | None:
         # The stop string that ends first wins, as if characters came one by one.
-        hits = [(start + len(stop), start) for stop in self._stop if (start := self._pending.find(stop)) >= 0]
+        hits = [(start + len(stop), start, stop) for stop in self._stop if (start := self._pending.find(stop)) >= 0]
         if hits:
-            self.found = True
-            out = self._pending[: min(hits)[1]]
+            _, start, self.found = min(hits)
+            out = self._pending[:start]
             self._pending = ""
             return out or None
         free = len(self._pending) - held_back(self._pending, self._stop)

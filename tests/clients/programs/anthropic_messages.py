@@ -6,8 +6,27 @@ from typing import Any
 
 import anthropic
 from trial import (
-    ANSWER_SCHEMA, ENDLESS, KEY, MODEL, NO_MODEL, PICTURE, QUESTION, SECOND, TOOL, TOOL_QUESTION, TOOL_RESULT, TOOL_SCHEMA,
-    TOOL_TEXT, URL, blue, comes_to_rest, counted, many, report, says_which_model, seen,
+    ANSWER_SCHEMA,
+    ENDLESS,
+    KEY,
+    MODEL,
+    NO_MODEL,
+    PICTURE,
+    QUESTION,
+    SECOND,
+    TOOL,
+    TOOL_QUESTION,
+    TOOL_RESULT,
+    TOOL_SCHEMA,
+    TOOL_TEXT,
+    URL,
+    blue,
+    comes_to_rest,
+    counted,
+    many,
+    report,
+    says_which_model,
+    seen,
 )  # fmt: skip
 
 client = anthropic.Anthropic(base_url=URL, api_key=KEY, max_retries=0)

@@ -8,8 +8,21 @@ import instructor
 import openai
 from pydantic import BaseModel
 from trial import (
-    BASE_URL, DATA_URL, KEY, MODEL, NO_MODEL, QUESTION, SECOND, TOOL_QUESTION, TOOL_RESULT, comes_to_rest, counted,
-    many, report, says_which_model, seen,
+    BASE_URL,
+    DATA_URL,
+    KEY,
+    MODEL,
+    NO_MODEL,
+    QUESTION,
+    SECOND,
+    TOOL_QUESTION,
+    TOOL_RESULT,
+    comes_to_rest,
+    counted,
+    many,
+    report,
+    says_which_model,
+    seen,
 )  # fmt: skip
 
 plain = openai.OpenAI(base_url=BASE_URL, api_key=KEY, max_retries=0)

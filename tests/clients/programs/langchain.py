@@ -8,8 +8,27 @@ import openai
 from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_openai import ChatOpenAI
 from trial import (
-    ANSWER_SCHEMA, BASE_URL, DATA_URL, ENDLESS, KEY, MODEL, NO_MODEL, QUESTION, SECOND, TOOL, TOOL_QUESTION, TOOL_RESULT,
-    TOOL_SCHEMA, TOOL_TEXT, blue, comes_to_rest, counted, many, report, says_which_model, seen,
+    ANSWER_SCHEMA,
+    BASE_URL,
+    DATA_URL,
+    ENDLESS,
+    KEY,
+    MODEL,
+    NO_MODEL,
+    QUESTION,
+    SECOND,
+    TOOL,
+    TOOL_QUESTION,
+    TOOL_RESULT,
+    TOOL_SCHEMA,
+    TOOL_TEXT,
+    blue,
+    comes_to_rest,
+    counted,
+    many,
+    report,
+    says_which_model,
+    seen,
 )  # fmt: skip
 
 WHERE: dict[str, Any] = {"base_url": BASE_URL, "api_key": KEY, "max_retries": 0}

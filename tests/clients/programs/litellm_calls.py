@@ -7,8 +7,28 @@ from typing import Any
 
 import litellm
 from trial import (
-    ANSWER_SCHEMA, BASE_URL, DATA_URL, ENDLESS, KEY, MODEL, NO_MODEL, PICTURE, QUESTION, SECOND, TOOL, TOOL_QUESTION,
-    TOOL_RESULT, TOOL_SCHEMA, TOOL_TEXT, blue, comes_to_rest, counted, many, report, says_which_model, seen,
+    ANSWER_SCHEMA,
+    BASE_URL,
+    DATA_URL,
+    ENDLESS,
+    KEY,
+    MODEL,
+    NO_MODEL,
+    PICTURE,
+    QUESTION,
+    SECOND,
+    TOOL,
+    TOOL_QUESTION,
+    TOOL_RESULT,
+    TOOL_SCHEMA,
+    TOOL_TEXT,
+    blue,
+    comes_to_rest,
+    counted,
+    many,
+    report,
+    says_which_model,
+    seen,
 )  # fmt: skip
 
 WHERE: dict[str, Any] = {"model": f"openai/{MODEL}", "api_base": BASE_URL, "api_key": KEY, "num_retries": 0}

@@ -9,8 +9,25 @@ from llama_index.core.tools import FunctionTool
 from llama_index.llms.openai_like import OpenAILike
 from pydantic import BaseModel
 from trial import (
-    BASE_URL, ENDLESS, KEY, MODEL, NO_MODEL, PICTURE, QUESTION, SECOND, TOOL, TOOL_QUESTION, TOOL_RESULT, TOOL_TEXT, blue,
-    comes_to_rest, counted, many, report, says_which_model, seen,
+    BASE_URL,
+    ENDLESS,
+    KEY,
+    MODEL,
+    NO_MODEL,
+    PICTURE,
+    QUESTION,
+    SECOND,
+    TOOL,
+    TOOL_QUESTION,
+    TOOL_RESULT,
+    TOOL_TEXT,
+    blue,
+    comes_to_rest,
+    counted,
+    many,
+    report,
+    says_which_model,
+    seen,
 )  # fmt: skip
 
 WHERE: dict[str, Any] = {"api_base": BASE_URL, "api_key": KEY, "max_retries": 0, "context_window": 4096}

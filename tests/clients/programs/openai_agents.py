@@ -7,12 +7,33 @@ from typing import Any, Literal
 
 import openai
 from agents import (
-    Agent, ModelSettings, OpenAIChatCompletionsModel, OpenAIResponsesModel, Runner, function_tool, set_tracing_disabled,
+    Agent,
+    ModelSettings,
+    OpenAIChatCompletionsModel,
+    OpenAIResponsesModel,
+    Runner,
+    function_tool,
+    set_tracing_disabled,
 )  # fmt: skip
 from pydantic import BaseModel
 from trial import (
-    BASE_URL, DATA_URL, ENDLESS, KEY, MODEL, NO_MODEL, QUESTION, SECOND, TOOL, TOOL_QUESTION, TOOL_RESULT, blue,
-    comes_to_rest, many, report, says_which_model, seen,
+    BASE_URL,
+    DATA_URL,
+    ENDLESS,
+    KEY,
+    MODEL,
+    NO_MODEL,
+    QUESTION,
+    SECOND,
+    TOOL,
+    TOOL_QUESTION,
+    TOOL_RESULT,
+    blue,
+    comes_to_rest,
+    many,
+    report,
+    says_which_model,
+    seen,
 )  # fmt: skip
 
 set_tracing_disabled(True)

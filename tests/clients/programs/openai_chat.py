@@ -7,8 +7,26 @@ from typing import Any, Literal
 import openai
 from pydantic import BaseModel
 from trial import (
-    BASE_URL, DATA_URL, ENDLESS, KEY, MODEL, NO_MODEL, QUESTION, SECOND, TOOL, TOOL_QUESTION, TOOL_RESULT, TOOL_SCHEMA,
-    TOOL_TEXT, blue, comes_to_rest, counted, many, report, says_which_model, seen,
+    BASE_URL,
+    DATA_URL,
+    ENDLESS,
+    KEY,
+    MODEL,
+    NO_MODEL,
+    QUESTION,
+    SECOND,
+    TOOL,
+    TOOL_QUESTION,
+    TOOL_RESULT,
+    TOOL_SCHEMA,
+    TOOL_TEXT,
+    blue,
+    comes_to_rest,
+    counted,
+    many,
+    report,
+    says_which_model,
+    seen,
 )  # fmt: skip
 
 client = openai.OpenAI(base_url=BASE_URL, api_key=KEY, max_retries=0)

@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 import openai
-from trial import ANSWER_SCHEMA, BASE_URL, ENDLESS, KEY, MODEL, NO_MODEL, comes_to_rest, many, report, says_which_model, seen
+from trial import (
+    ANSWER_SCHEMA,
+    BASE_URL,
+    ENDLESS,
+    KEY,
+    MODEL,
+    NO_MODEL,
+    comes_to_rest,
+    many,
+    report,
+    says_which_model,
+    seen,
+)
 
 client = openai.OpenAI(base_url=BASE_URL, api_key=KEY, max_retries=0)
 PROMPT = "The star is"

@@ -11,8 +11,22 @@ from pydantic_ai import Agent, BinaryContent, ModelHTTPError, NativeOutput, Tool
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
 from trial import (
-    BASE_URL, ENDLESS, KEY, MODEL, NO_MODEL, PICTURE, QUESTION, SECOND, TOOL_QUESTION, TOOL_RESULT, blue, comes_to_rest,
-    many, report, says_which_model, seen,
+    BASE_URL,
+    ENDLESS,
+    KEY,
+    MODEL,
+    NO_MODEL,
+    PICTURE,
+    QUESTION,
+    SECOND,
+    TOOL_QUESTION,
+    TOOL_RESULT,
+    blue,
+    comes_to_rest,
+    many,
+    report,
+    says_which_model,
+    seen,
 )  # fmt: skip
 
 
