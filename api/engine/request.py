@@ -69,6 +69,8 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    include_stop: bool = False  # the stop string that was found is part of the text
+    stop_token_ids: frozenset[int] = frozenset()  # tokens that end the output besides the model's end tokens
     # Tags of an opening block in which stop strings are ignored: thinking.
     stop_skips: tuple[str, str] | None = None
     min_p: float = 0.0  # drop tokens less probable than this fraction of the most probable one

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from api.protocol.vendor_words import SYNONYMS
+
 # What the formats of OpenAI's responses and of Anthropic's messages do not have.
 SAMPLING = (
     "min_tokens", "ignore_eos", "loop_window", "top_k", "min_p", "repetition_penalty", "presence_penalty",
-    "frequency_penalty", "logit_bias", "seed", "cache_salt",
+    "frequency_penalty", "logit_bias", "seed", "cache_salt", "stop", "stop_token_ids", "include_stop_str_in_output",
+    "skip_special_tokens", "do_sample", "regex", "choice", "grammar", "structured_outputs", "guided_json", "json_schema",
+    "repeat_last_n", *SYNONYMS,
 )  # fmt: skip
-REASONING = ("chat_template_kwargs", "thinking_token_budget", "reasoning_effort")
+REASONING = ("chat_template_kwargs", "thinking_token_budget", "reasoning_effort", "enable_thinking")
 
 
 def take(data: dict[str, Any], names: tuple[str, ...], own: Any = ()) -> dict[str, Any]:

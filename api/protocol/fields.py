@@ -50,6 +50,7 @@ class FieldRules:
     """What a wire format does with the fields that its model does not have."""
 
     harmless: Mapping[str, str] = field(default_factory=dict)  # top-level fields that never change an answer, and why
+    hints: Mapping[str, str] = field(default_factory=dict)  # the same, but refused under `strict`
     # Top-level fields of other servers, and the values that match what happens here anyway; other values are refused.
     defaults: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     echoed: frozenset[str] = frozenset({"messages", "tools"})  # in these an unknown key is somebody's note
@@ -128,7 +129,7 @@ def _settle(name: str, value: Any, ignored: IgnoredFields, rules: FieldRules) ->
     elif name in rules.defaults:
         allowed = " or ".join(shown(default) for default in rules.defaults[name])
         raise invalid(f"`{name}` must be {allowed}. Given: {shown(value)}", name, "unsupported_value")
-    elif asks_for_nothing(value):
+    elif name in rules.hints or asks_for_nothing(value):
         ignored.note(_step(name))
     else:
         raise unsupported(_step(name))

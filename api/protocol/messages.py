@@ -141,7 +141,10 @@ class MessagesTranslation:
         data = parse_object(body)
         fields = take(data, SAMPLING + REASONING, MessagesRequest.model_fields)
         request = check(MessagesRequest, data, ignored, RULES)
-        fields |= {"messages": self._messages(request), **_options(request, ignored)}
+        messages = self._messages(request)
+        fields |= {"messages": messages, **_options(request, ignored)}
+        if messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]:
+            fields["continue_final_message"] = True  # the caller has begun the answer
         self._translated = True
         return check_chat({name: value for name, value in fields.items() if value is not None}, ignored)
 

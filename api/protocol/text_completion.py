@@ -15,26 +15,18 @@ from api.protocol.body import parse_object, shown
 from api.protocol.completion import Chunk, Completion, ServerSentEvent
 from api.protocol.extensions import SAMPLING, take
 from api.protocol.fields import FieldRules, IgnoredFields, Strict, check
-from api.protocol.schemas import (
-    CHAT_RULES,
-    HARMLESS,
-    MAX_TOP_LOGPROBS,
-    ChatRequest,
-    Message,
-    StreamOptions,
-    check_consistency,
-)  # fmt: skip
+from api.protocol.schemas import HARMLESS, HINTS, MAX_TOP_LOGPROBS, ChatRequest, Message, StreamOptions, check_chat
 
 MAX_PROMPTS = 32
 DEFAULT_TOKENS = 16  # as in OpenAI's API
-RULES = FieldRules(HARMLESS, echoed=frozenset())
+RULES = FieldRules(HARMLESS, hints=HINTS, echoed=frozenset())
 _NO_MESSAGES = [Message(role="user", content="")]
 
 
 class CompletionRequest(Strict):
     prompt: str | list[str] | list[int] | list[list[int]] = Field(description="texts, or ids of tokens, as they are")
     model: str | None = None
-    max_tokens: int | None = Field(None, ge=0, description=f"default {DEFAULT_TOKENS}")
+    max_tokens: int | None = Field(None, ge=-1, description=f"default {DEFAULT_TOKENS}")
     n: int | None = Field(None, ge=1)
     best_of: int | None = Field(None, ge=1, description="must equal `n`")
     echo: bool | None = Field(None, description="the prompt before the text; not with `logprobs`")
@@ -91,13 +83,12 @@ def parse_text(body: bytes, ignored: IgnoredFields) -> TextRequest:
     for name in ("model", "n", "stop", "stream", "stream_options", "temperature", "top_p", "response_format"):
         if (value := data.get(name)) is not None:
             fields[name] = value
-    fields["max_tokens"] = request.max_tokens if request.max_tokens is not None else DEFAULT_TOKENS
+    if request.max_tokens is not None or not any(fields.get(word) for word in ("max_new_tokens", "n_predict")):
+        fields["max_tokens"] = request.max_tokens if request.max_tokens is not None else DEFAULT_TOKENS
     if request.logprobs is not None:
         fields |= {"logprobs": True, "top_logprobs": request.logprobs}
     fields |= {"prompts": _prompts(given), "echo": bool(request.echo)}
-    text = check(TextRequest, fields, ignored, CHAT_RULES)
-    check_consistency(text)
-    return text
+    return check_chat(fields, ignored, TextRequest)
 
 
 def _prompts(given: Any) -> list[str | tuple[int, ...]]:

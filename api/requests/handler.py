@@ -31,7 +31,7 @@ from api.protocol.completion import Choice, Chunk, Completion, ResponseFormatter
 from api.protocol.schemas import ChatRequest
 from api.requests.admission import Permit
 from api.requests.prompt import Prompt, PromptBuilder
-from api.requests.sampling_params import Grammars, check_bias, longest_answer, sampling_params
+from api.requests.sampling_params import Grammars, check_tokens, longest_answer, sampling_params
 from settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class RequestHandlers:
         model = loaded_model(self.engine)
         if chat.model is not None and chat.model != model.id:
             raise unknown_model(chat.model, model.id)
-        check_bias(chat, model)
+        check_tokens(chat, model)
         if chat.choices > 1:
             permit.take_requests(chat.choices - 1)
         began = time.monotonic()
@@ -102,22 +102,31 @@ def _completion(
 ) -> Completion:
     name, facts = uuid.uuid4().hex, prompt.facts
     tools = {tool.function.name: tool.function.parameters or {} for tool in chat.active_tools}
-    literal = chat.answer_schema is not None
+    literal = bool(chat.constraints)
     choices = [
         Choice(
             index=index,
             call_id=f"call_{name}_{index}",
             parser=VerbatimParser()
             if prompt.texts
-            else OutputParser(tools, prompt.starts_thinking, literal, images=len(prompt.images)),
+            else OutputParser(
+                tools,
+                prompt.starts_thinking,
+                literal,
+                images=len(prompt.images),
+                keeps_box_tags=chat.skip_special_tokens is False,
+                continues=bool(chat.continue_final_message),
+            ),
             prompt=facts,
             vocabulary=model.vocabulary,
             with_logprobs=bool(chat.logprobs),
+            reasoning_place=chat.reasoning_place,
         )
         for index in range(chat.choices)
     ]
     prompts = max(1, len(prompt.texts))
-    return Completion(name, request_id, model.id, facts, choices, arrived_at, preprocess_s, prompts)
+    name_of_request = chat.request_id or request_id
+    return Completion(name, name_of_request, model.id, facts, choices, arrived_at, preprocess_s, prompts)
 
 
 class Inbox:

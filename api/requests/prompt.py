@@ -20,7 +20,7 @@ from PIL import Image
 from api.caller import Caller
 from api.engine.loaded_model import Model
 from api.engine.request import ImageInput
-from api.engine.text.markup import THINK
+from api.engine.text.markup import END_THINK, THINK
 from api.engine.text.tokenizer import Vocabulary
 from api.errors import ServingError, invalid
 from api.images.decode import decode, is_remote, open_image, read_data_url
@@ -35,6 +35,11 @@ from settings import Settings
 PREPROCESS_THREADS = 2
 FETCH_THREADS = 8  # they wait for the network, not for the CPU
 TEXT_OPENING = ("[gMASK]", "<sop>")  # before a text that no template renders
+# What `verbosity` says to the model; `medium` says nothing.
+VERBOSITY = {
+    "low": "Answer as briefly as possible, without explanations.",
+    "high": "Answer in detail, with explanations.",
+}
 SHORT_TOKEN = 8  # a text with fewer characters for each token of the context is not checked further
 
 
@@ -54,7 +59,7 @@ class Prompt:
     @property
     def facts(self) -> PromptFacts:
         tokens = sum(map(len, self.texts)) if self.texts else len(self.ids)
-        return PromptFacts(tokens, self.image_tokens, self.image_sizes, self.question_image)
+        return PromptFacts(self.image_tokens, self.image_sizes, self.question_image, tokens)
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,14 @@ def draft(chat: ChatRequest, fetched: Mapping[str, bytes], model: Model, setting
     expected = sum(model.image_processor.count_tokens(*image.size) for _, image in opened)
     if expected >= model.context_tokens:
         raise _too_long(expected, model, "The pictures alone take")
-    ids = rendered_ids(chat.messages, chat.active_tools, chat.enable_thinking, model)
+    ids = rendered_ids(
+        chat.messages,
+        chat.active_tools,
+        chat.enable_thinking,
+        model,
+        instruction=VERBOSITY.get(chat.verbosity or ""),
+        continues=bool(chat.continue_final_message),
+    )
     assert ids.count(model.vocabulary.special[model.image_token]) == len(opened), "one image token for each image"
     tokens = len(ids) - len(opened) + expected
     if tokens >= model.context_tokens:
@@ -177,21 +189,44 @@ def _last_question(messages: list[Message]) -> str:
     return content or ""
 
 
-def rendered_ids(messages: list[Message], tools: list[Tool], enable_thinking: bool, model: Model) -> list[int]:
+def rendered_ids(
+    messages: list[Message],
+    tools: list[Tool],
+    enable_thinking: bool,
+    model: Model,
+    instruction: str | None = None,
+    continues: bool = False,
+) -> list[int]:
     """Token ids of the conversation as the chat template renders it, one image token for each image.
+
+    `instruction` becomes a system message before all others. `continues`: the prompt ends with the text of the last
+    message, which is the assistant's, instead of the beginning of a new one.
 
     Raises the 400 error for text that cannot fit the context, or messages that the template refuses.
     """
     vocabulary = model.vocabulary
     template_messages = [_for_template(message) for message in messages]
+    if instruction:
+        template_messages.insert(0, {"role": "system", "content": instruction})
     template_tools = [tool.model_dump(exclude_none=True) for tool in tools]
     check_characters([_without_old_reasoning(template_messages), template_tools], "messages", model)
     protected, protected_tools = vocabulary.protect(template_messages), vocabulary.protect(template_tools) or None
+    last = protected.pop() if continues else None
     try:
         rendered = model.template.render(protected, protected_tools, enable_thinking)
     except TemplateError as error:  # a template may refuse the order of roles
         raise invalid(f"`messages` do not fit the model's chat template: {error}", "messages") from None
+    if last is not None:
+        rendered += _begun_answer(last, enable_thinking)
     return vocabulary.encode(rendered)
+
+
+def _begun_answer(message: dict[str, Any], enable_thinking: bool) -> str:
+    """An answer that the model is to go on with, after the template's opening of its turn."""
+    content = message["content"]
+    text = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+    thoughts = "" if not enable_thinking else f"\n{THINK}{message.get('reasoning_content', '')}{END_THINK}"
+    return f"{thoughts}\n{text}"
 
 
 def _opens_thinking(ids: list[int], model: Model) -> bool:

@@ -30,7 +30,13 @@ async def create_chat_completion(request: Request) -> Response:
 
 
 def _chat_formatter(chat: ChatRequest, completion: Completion) -> ResponseFormatter:
-    return ChatFormatter(completion, bool(chat.stream_options and chat.stream_options.include_usage))
+    options = chat.stream_options
+    return ChatFormatter(
+        completion,
+        include_usage=options is not None and (options.include_usage or options.continuous_usage_stats),
+        continuous_usage=options is not None and options.continuous_usage_stats,
+        uses_functions=chat.uses_functions,
+    )
 
 
 async def answer(

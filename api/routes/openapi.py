@@ -10,8 +10,9 @@ from pydantic import BaseModel
 
 from api.protocol.messages import MessagesRequest
 from api.protocol.responses import ResponseRequest
-from api.protocol.schemas import HARMLESS, WITHOUT_EFFECT, ChatRequest, DetokenizeRequest, TokenizeRequest
+from api.protocol.schemas import HARMLESS, HINTS, WITHOUT_EFFECT, ChatRequest, DetokenizeRequest, TokenizeRequest
 from api.protocol.text_completion import CompletionRequest
+from api.protocol.vendor_words import SYNONYMS
 
 _REF = "#/components/schemas/{model}"
 _BODIES: tuple[type[BaseModel], ...] = (
@@ -114,7 +115,9 @@ def document(app: FastAPI) -> dict[str, Any]:
 
 
 def _add_ignored(chat: dict[str, Any]) -> None:
-    for name, why in HARMLESS.items():
+    for word, field in SYNONYMS.items():
+        chat["properties"][word] = {"description": f"Another word for `{field}`."}
+    for name, why in {**HARMLESS, **HINTS}.items():
         chat["properties"][name] = {"description": f"Accepted without effect: {why}."}
     for name, values in WITHOUT_EFFECT.items():
         chat["properties"][name] = {"enum": [*values, None], "description": "Holds here anyway; other values are refused."}

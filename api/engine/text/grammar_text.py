@@ -7,9 +7,12 @@ constrained whether the model thinks first or not.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from llguidance.gbnf_to_lark import any_to_lark
 
 from api.engine.text.argument_types import is_raw_string
 from api.engine.text.markup import CALL, CALL_TAGS, END_CALL, END_KEY, END_THINK, END_VALUE, KEY, THINK, VALUE
@@ -34,7 +37,10 @@ class CallableTool:
 
 @dataclass(frozen=True)
 class AnswerForm:
-    """`schema`: the answer is JSON of this schema. With tools, calls may replace it, or must if `must_call`."""
+    """`schema`: the answer is JSON of this schema. With tools, calls may replace it, or must if `must_call`.
+
+    At most one of `schema`, `regex`, `choice` and `grammar` constrains the answer.
+    """
 
     schema: dict[str, Any] | None = None
     tools: tuple[CallableTool, ...] = ()
@@ -42,12 +48,19 @@ class AnswerForm:
     many_calls: bool = True
     may_think: bool = True
     starts_thinking: bool = False  # the prompt ends inside the thinking block
+    regex: str | None = None  # of the whole answer
+    choice: tuple[str, ...] = ()  # the answer is one of these
+    grammar: str | None = None  # in llguidance's Lark or llama.cpp's GBNF
 
     @property
     def is_free(self) -> bool:
         """Whether no grammar is needed."""
         constrained = self.must_call or not self.many_calls or any(tool.strict for tool in self.tools)
-        return self.schema is None and not (self.tools and constrained)
+        return not self.binds_text and not (self.tools and constrained)
+
+    @property
+    def binds_text(self) -> bool:
+        return self.schema is not None or self.regex is not None or bool(self.choice) or self.grammar is not None
 
 
 def write(form: AnswerForm, special: Mapping[str, int]) -> str:
@@ -80,15 +93,17 @@ class _Writer:
         return f"WS? ({self._tag(THINK)} {thoughts})? " if form.may_think else "WS? "
 
     def _answer(self, form: AnswerForm) -> str:
-        content = "json" if form.schema is not None else "TEXT"
+        content = "answer" if form.binds_text else "TEXT"
         if form.schema is not None:
-            self.rules.append(f"json: %json {json.dumps(_spaced(form.schema))}")
+            self.rules.append(f"answer: %json {json.dumps(_spaced(form.schema))}")
+        elif form.binds_text:
+            self.rules.append(f"answer: {_text_rule(form)}")
         if not form.tools:
             return content
         self._calls(form)
         if form.must_call:
             return "calls"
-        return f"({content} | calls)" if form.schema is not None else f"{content}? calls?"
+        return f"({content} | calls)" if form.binds_text else f"{content}? calls?"
 
     def _calls(self, form: AnswerForm) -> None:
         missing = [tag for tag in CALL_TAGS if tag not in self.tags]
@@ -158,6 +173,20 @@ def _object(schema: Any) -> dict[str, Any]:
 def _spaced(schema: dict[str, Any]) -> dict[str, Any]:
     """The schema with bounded white space, so that a model cannot emit white space forever."""
     return {**schema, "x-guidance": {"whitespace_pattern": _SPACE}}
+
+
+def _text_rule(form: AnswerForm) -> str:
+    """The rule of an answer that is no JSON. Raises GrammarError."""
+    if form.choice:
+        return " | ".join(_literal(text) for text in form.choice)
+    if form.regex is not None:
+        # The whole answer must match, so anchors say nothing; the parser does not know them.
+        pattern = re.sub(r"^\^|(?<!\\)\$$", "", form.regex)
+        return "/" + re.sub(r"(\\.)|/", lambda match: match[1] or r"\/", pattern, flags=re.DOTALL).replace("\n", r"\n") + "/"
+    try:
+        return "%lark {\n" + any_to_lark(form.grammar or "") + "\n}"
+    except Exception as error:  # the converter raises many kinds
+        raise GrammarError(f"it is neither Lark nor GBNF: {error}") from None
 
 
 def _literal(text: str) -> str:

@@ -31,7 +31,7 @@ class OutputState:
         self._vocabulary = vocabulary
         self._end_ids = end_ids
         self._max_tokens = min(sampling.max_tokens, context_tokens - len(request.prompt_ids))
-        self._detokenizer = Detokenizer(sampling.stop, sampling.stop_skips)
+        self._detokenizer = Detokenizer(sampling.stop, sampling.stop_skips, sampling.include_stop)
         self._ids: list[int] = []
         self._forced: deque[int] = deque()
         self._thinking = ThinkingCounter(request.prompt_ids, vocabulary)
@@ -59,7 +59,7 @@ class OutputState:
     def barred_ids(self) -> frozenset[int]:
         """Tokens that must not come next: end tokens before `min_tokens`. A grammar decides about its own end."""
         short = len(self._ids) < self._sampling.min_tokens
-        return self._end_ids if short and self.grammar is None else frozenset()
+        return self._end_ids | self._sampling.stop_token_ids if short and self.grammar is None else frozenset()
 
     # The next token.
 
@@ -69,7 +69,7 @@ class OutputState:
         Raises GrammarViolation.
         """
         self._ids.append(token)
-        ends = token in self._end_ids and not self._sampling.ignore_eos
+        ends = (token in self._end_ids and not self._sampling.ignore_eos) or token in self._sampling.stop_token_ids
         data = b"" if ends else self._vocabulary.token_bytes(token)
         if not ends:
             self._update_constraints(token, data)
@@ -163,10 +163,10 @@ class Detokenizer:
     GLM's box tokens with the other special tokens. It takes 1.0 us a token, this 2.4 us (demo tokenizer).
     """
 
-    def __init__(self, stop: Items[str] = (), skips: tuple[str, str] | None = None) -> None:
+    def __init__(self, stop: Items[str] = (), skips: tuple[str, str] | None = None, include_stop: bool = False) -> None:
         # Malformed bytes become U+FFFD only when they can no longer be completed.
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._stops = StopStrings(stop, skips)
+        self._stops = StopStrings(stop, skips, include_stop)
 
     @property
     def stopped(self) -> bool:
@@ -186,14 +186,15 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Passes text through up to, not including, the first stop string, which is then in `found`.
+    """Passes text through up to the first stop string, which is left out unless `include_stop`, and is then in `found`.
 
     With `skips` (an opening and a closing tag) stop strings are not searched in the white space before the answer, nor in
     a leading block between those tags: thinking must not be cut off by a stop string that is meant for the answer.
     """
 
-    def __init__(self, stop: Items[str], skips: tuple[str, str] | None = None) -> None:
+    def __init__(self, stop: Items[str], skips: tuple[str, str] | None = None, include_stop: bool = False) -> None:
         self.found: str | None = None
+        self._include_stop = include_stop
         self._stop = tuple(stop)
         self._skips = skips
         self._pending = ""
@@ -249,8 +250,8 @@ class StopStrings:
         # The stop string that ends first wins, as if characters came one by one.
         hits = [(start + len(stop), start, stop) for stop in self._stop if (start := self._pending.find(stop)) >= 0]
         if hits:
-            _, start, self.found = min(hits)
-            out = self._pending[:start]
+            end, start, self.found = min(hits)
+            out = self._pending[: end if self._include_stop else start]
             self._pending = ""
             return out or None
         free = len(self._pending) - held_back(self._pending, self._stop)

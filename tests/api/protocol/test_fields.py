@@ -28,7 +28,7 @@ class Outer(Strict):
 
 
 RULES = FieldRules(
-    {"note": "for the caller"}, {"best_of": (1, 2)}, echoed=frozenset({"items"}), refused=frozenset({"images"})
+    {"note": "for the caller"}, {"hint": "to be faster"}, {"best_of": (1, 2)}, echoed=frozenset({"items"}), refused=frozenset({"images"})
 )
 
 
@@ -42,6 +42,7 @@ def checked(strict: bool = False, **data: Any) -> tuple[Outer, list[str]]:
     [
         ({"size": None, "inner": None}, []),
         ({"note": [1]}, ["note"]),
+        ({"hint": 1}, ["hint"]),
         ({"best_of": 2}, ["best_of"]),
         ({"made_up": None}, ["made_up"]),
         ({"made_up": {"a": [], "b": {"c": False}}}, ["made_up"]),
@@ -83,7 +84,7 @@ def test_strict_allows_what_loses_nothing(data: dict[str, Any]) -> None:
     checked(strict=True, **data)
 
 
-@pytest.mark.parametrize("data", [{"made_up": []}, {"items": [{"text": "a", "id": 1}]}, {"inner": {"other": None}}])
+@pytest.mark.parametrize("data", [{"hint": 1}, {"made_up": []}, {"items": [{"text": "a", "id": 1}]}, {"inner": {"other": None}}])
 def test_strict_refuses_what_it_would_ignore(data: dict[str, Any]) -> None:
     with pytest.raises(ServingError) as caught:
         checked(strict=True, **data)
