@@ -77,7 +77,13 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     app.add_middleware(KeyMiddleware, keys=KeyRing.of(settings))
     if origins := [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]:
         # Outside of authentication: a browser sends its preflight request without one.
-        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "x-glm-ignored", "retry-after"],
+        )
     app.add_middleware(OutcomeMiddleware, outcomes=outcomes)
     app.add_middleware(RequestMiddleware, count=metrics.http)
     app.add_middleware(LingerMiddleware)

@@ -37,7 +37,9 @@ from settings import ROOT, Settings, SettingsError, load
 logger = logging.getLogger(__name__)
 
 CLOSE_S = 5  # after draining, for the last bytes to be sent
-KEEP_ALIVE_S = 5  # of an idle connection
+# Of an idle connection: longer than the clients' own limits (httpx 5 s, aiohttp 15 s), so that they close it and no
+# request is sent into a connection that is being closed.
+KEEP_ALIVE_S = 20
 OPEN_FILES = 65_536  # connections and files at once, where the hard limit allows it
 # Connections that asyncio accepts at a time. Out of descriptors it tries, and reports, so many in a row (Python 3.11).
 BACKLOG = 512
@@ -109,6 +111,7 @@ def serve(settings: Settings, engine: Engine) -> int:
         http=Connection,
         backlog=BACKLOG,
         timeout_keep_alive=KEEP_ALIVE_S,
+        headers=[("Keep-Alive", f"timeout={KEEP_ALIVE_S}")],
         timeout_graceful_shutdown=CLOSE_S,
     )
     try:

@@ -195,16 +195,17 @@ class LingerMiddleware:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and _has_body(Headers(scope=scope)):
-            await _Exchange(receive, send).run(self._app, scope)
+        if scope["type"] == "http" and _has_body(headers := Headers(scope=scope)):
+            await _Exchange(receive, send, _framed_twice(headers)).run(self._app, scope)
         else:
             await self._app(scope, receive, send)
 
 
 class _Exchange:
-    def __init__(self, receive: Receive, send: Send) -> None:
+    def __init__(self, receive: Receive, send: Send, closes: bool) -> None:
         self._receive = receive
         self._send = send
+        self._closes = closes
         self._arriving = True
         self._end_pending = False  # the last message of the answer is held back, since it closes the connection
 
@@ -220,7 +221,7 @@ class _Exchange:
         return message
 
     async def send(self, message: Message) -> None:
-        if self._arriving and message["type"] == "http.response.start":
+        if (self._arriving or self._closes) and message["type"] == "http.response.start":
             MutableHeaders(scope=message)["Connection"] = "close"  # the rest of the body would be parsed as a request
         if self._arriving and message["type"] == "http.response.body" and not message.get("more_body", False):
             message, self._end_pending = {**message, "more_body": True}, True
@@ -232,6 +233,11 @@ class _Exchange:
             async with asyncio.timeout(LINGER_S):
                 while self._arriving and remaining > 0:
                     remaining -= len((await self.receive()).get("body", b""))
+
+
+def _framed_twice(headers: Headers) -> bool:
+    """Two announcements of a body's end, of which a proxy may believe the other one: what follows is not trusted (RFC 9112)."""
+    return "content-length" in headers and "transfer-encoding" in headers
 
 
 def _has_body(headers: Headers) -> bool:

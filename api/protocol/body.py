@@ -13,7 +13,7 @@ MAX_DEPTH = 64  # of nested lists and objects; far more than any schema or call 
 def parse_object(body: bytes) -> dict[str, Any]:
     """Raises the 400 error for anything but a JSON object."""
     try:
-        data = json.loads(body)
+        data = json.loads(body, object_pairs_hook=_unique)
         _refuse_lone_surrogates(body, data)
     except json.JSONDecodeError as error:
         raise _not_an_object(f"It is not JSON: {error.msg} at character {error.pos}.") from None
@@ -25,6 +25,16 @@ def parse_object(body: bytes) -> dict[str, Any]:
         raise _not_an_object(f"Given: {shown(data)}")
     if (name := too_deep(data)) is not None:
         raise invalid(f"`{name}` must have <= {MAX_DEPTH} levels of lists and objects.", name, "too_deep")
+    return data
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Raises the 400 error for a name that is given twice: readers of JSON disagree about which of the two counts."""
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        seen: set[str] = set()
+        name = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise invalid(f"`{name[:60]}` is given twice in one object.", name[:60], "duplicate_key")
     return data
 
 

@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
+from api.http.auth import OPEN_PATHS
 from api.protocol.messages import MessagesRequest
 from api.protocol.responses import ResponseRequest
 from api.protocol.schemas import HARMLESS, HINTS, WITHOUT_EFFECT, ChatRequest, DetokenizeRequest, TokenizeRequest
@@ -91,6 +92,11 @@ HEALTH: dict[str, Any] = {
     },
     "openapi_extra": {"parameters": [NONCE_PARAMETER]},
 }
+PING: dict[str, Any] = {
+    "response_model": None,
+    "responses": {200: {"description": "the model answers"}, 503: {"description": "it does not"}},
+}
+VERSION = _route(None, _json(version=_TEXT))
 INFO = _route(None, {"application/json": {"schema": {"type": "object"}}}, 503)
 METRICS = _route(None, {"text/plain": {"schema": _TEXT}})
 DOCUMENT = _route(None, {"application/json": {"schema": {"type": "object"}}})
@@ -109,7 +115,8 @@ def document(app: FastAPI) -> dict[str, Any]:
         schemas["Error"] = _error()
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         schema["security"] = [{"key": []}]
-        schema["paths"].get("/health", {}).get("get", {})["security"] = []
+        for path in OPEN_PATHS:
+            schema["paths"].get(path, {}).get("get", {})["security"] = []
         app.openapi_schema = schema
     return app.openapi_schema
 
