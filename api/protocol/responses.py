@@ -139,7 +139,7 @@ class Translation:
     """Translates one request into a chat request, and the errors of the chat request back into this one's field names."""
 
     def __init__(self) -> None:
-        self.request = ResponseRequest(input="")
+        self.request = ResponseRequest(input="", include=None, metadata=None)
         self._origins: list[str] = []  # for each message, the field it came from
 
     def parse(self, body: bytes, ignored: IgnoredFields) -> ChatRequest:

@@ -62,7 +62,7 @@ def tools() -> None:
     value, completion = by_tools.chat.completions.create_with_completion(model=MODEL, messages=messages, response_model=Count)
     counted(value.model_dump())
     message = completion.choices[0].message
-    messages.append(message.model_dump(exclude_none=True))
+    messages.append(message.model_dump())
     messages += [{"role": "tool", "tool_call_id": call.id, "content": TOOL_RESULT} for call in message.tool_calls]
     seen(by_tools.chat.completions.create(model=MODEL, messages=messages, response_model=Seen).model_dump())
 
@@ -90,7 +90,7 @@ def abort() -> None:
 def second_turn() -> None:
     messages = asking()
     _, completion = by_schema.chat.completions.create_with_completion(model=MODEL, messages=messages, response_model=Seen)
-    messages += [completion.choices[0].message.model_dump(exclude_none=True), *asking(SECOND)]
+    messages += [completion.choices[0].message.model_dump(), *asking(SECOND)]
     seen(by_schema.chat.completions.create(model=MODEL, messages=messages, response_model=Seen).model_dump())
 
 

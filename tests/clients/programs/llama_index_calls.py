@@ -1,5 +1,6 @@
 """llama-index: OpenAILike as a chat model, and its default, which uses text completions."""
 
+import gc
 from typing import Any, Literal
 
 import openai
@@ -85,6 +86,8 @@ def abort() -> None:
     parts = OpenAILike(model=MODEL, **CHAT, additional_kwargs={"extra_body": ENDLESS}).stream_chat(asking())
     next(parts)
     parts.close()
+    del parts
+    gc.collect()  # it leaves closing the connection to the garbage collector
     comes_to_rest()
 
 
