@@ -51,7 +51,7 @@ def test_a_client_does_all_that_it_can(client: Client, server: Server, tmp_path:
     done = subprocess.run(
         [interpreter, folder / name, *arguments], cwd=tmp_path, text=True, capture_output=True, timeout=CLIENT_S,
         env={
-            **kept, "HOME": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1", "GLM_URL": server.url, "GLM_KEY": KEY,
+            **kept, "HOME": str(tmp_path), "GLM_URL": server.url, "GLM_KEY": KEY,
             "GLM_MODEL": MODEL, "GLM_PICTURE": str(ROOT / "web" / "samples" / "shapes.png"),
             "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # it would ask the internet for prices
         },
