@@ -115,7 +115,7 @@ def serve(settings: Settings, engine: Engine) -> int:
         timeout_graceful_shutdown=CLOSE_S,
     )
     try:
-        listener = config.bind_socket()
+        listener = bind(config)
     except SystemExit:  # uvicorn has logged why, but not where
         logger.error(logs.line("cannot_listen", host=settings.api_host, port=settings.api_port))
         return 1
@@ -126,6 +126,17 @@ def serve(settings: Settings, engine: Engine) -> int:
     code = DEVICE_LOST if server.lost else 0
     logger.info(logs.line("stopped", code=code))
     return code
+
+
+def bind(config: uvicorn.Config) -> socket.socket:
+    """The listening socket. Its connections inherit TCP_NODELAY.
+
+    asyncio sets it only on sockets that are made for TCP by name, which uvicorn's are not. Without it the second segment of
+    an answer waits for the client's delayed acknowledgement of the first: 40 ms on every kept connection.
+    """
+    listener = config.bind_socket()
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 def allow_open_files() -> None:
