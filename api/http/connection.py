@@ -66,6 +66,12 @@ class Connection(H11Protocol):
         super().data_received(data)
         self._update_timer()
 
+    def on_response_complete(self) -> None:
+        """A kept connection waits too, as long as uvicorn lets it, and may be ended for a new one."""
+        super().on_response_complete()
+        if not self.transport.is_closing() and (self.cycle is None or self.cycle.response_complete):
+            self._waiting[self] = None
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._cancel_timer()
         super().connection_lost(exc)
