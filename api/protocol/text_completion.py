@@ -20,6 +20,7 @@ from api.protocol.schemas import HARMLESS, HINTS, MAX_TOP_LOGPROBS, ChatRequest,
 MAX_PROMPTS = 32
 DEFAULT_TOKENS = 16  # as in OpenAI's API
 RULES = FieldRules(HARMLESS, hints=HINTS, echoed=frozenset())
+_COLUMNS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 _NO_MESSAGES = [Message(role="user", content="")]
 
 
@@ -108,7 +109,7 @@ class TextFormatter:
     def __init__(self, request: TextRequest, completion: Completion) -> None:
         self._request = request
         self._completion = completion
-        self._texts = [_Text() for _ in completion.choices]
+        self._texts = [_Text(bool(request.logprobs)) for _ in completion.choices]
 
     def opening(self) -> list[ServerSentEvent]:
         if not self._request.echo:
@@ -159,24 +160,22 @@ class TextFormatter:
 class _Text:
     """One choice so far, and its log probabilities in the columns of the legacy format."""
 
-    def __init__(self) -> None:
+    def __init__(self, with_logprobs: bool) -> None:
         self.text = ""
-        self.logprobs: dict[str, list[Any]] | None = None
+        self.logprobs: dict[str, list[Any]] | None = {name: [] for name in _COLUMNS} if with_logprobs else None
         self._offset = 0
 
     def add(self, text: str, logprobs: Any) -> dict[str, list[Any]] | None:
         self.text += text
-        if logprobs is None:
+        if logprobs is None or self.logprobs is None:
             return None
-        added: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        added: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
         for entry in logprobs["content"]:
             added["tokens"].append(entry["token"])
             added["token_logprobs"].append(entry["logprob"])
             added["top_logprobs"].append({top["token"]: top["logprob"] for top in entry["top_logprobs"]})
             added["text_offset"].append(self._offset)
             self._offset += len(entry["token"])
-        if self.logprobs is None:
-            self.logprobs = {name: [] for name in added}
         for name, column in added.items():
             self.logprobs[name] += column
         return added
