@@ -258,7 +258,7 @@ class JsonSchema(Strict):
     name: str = Field("answer", min_length=1, max_length=64)
     description: str | None = None
     schema_: dict[str, Any] = Field(alias="schema")
-    strict: bool | None = None  # a schema is enforced either way
+    strict: bool | None = None  # what cannot be enforced is refused, and not checked afterwards
 
 
 class JsonSchemaFormat(Strict):
@@ -414,6 +414,11 @@ class ChatRequest(Strict):
             case JsonSchemaFormat(json_schema=json_schema):
                 return json_schema.schema_
         return None
+
+    @property
+    def is_strict(self) -> bool:
+        """Whether a schema must be enforced as a whole."""
+        return isinstance(self.response_format, JsonSchemaFormat) and bool(self.response_format.json_schema.strict)
 
     @property
     def requested_max_tokens(self) -> int | None:
