@@ -98,6 +98,7 @@ EFFORT_TOKENS: dict[str, int | None] = {
 }  # fmt: skip
 MAX_DETOKENIZE = 1_000_000
 
+
 class TextPart(Strict):
     type: Literal["text"]
     text: str
@@ -396,7 +397,12 @@ class ChatRequest(Strict):
     @property
     def constraints(self) -> list[str]:
         """The fields that constrain the text of the answer."""
-        given = {"regex": self.regex, "choice": self.choice, "grammar": self.grammar, "response_format": self.answer_schema}
+        given = {
+            "regex": self.regex,
+            "choice": self.choice,
+            "grammar": self.grammar,
+            "response_format": self.answer_schema,
+        }
         return [name for name, value in given.items() if value is not None]
 
     @property
