@@ -106,6 +106,12 @@ class Choice:
                 placed.append(Content(piece.text) if isinstance(piece, Reasoning) else piece)
         return placed
 
+    @property
+    def json_text(self) -> str:
+        """The finished answer if it is the JSON that was asked for; empty for calls and for a text that was cut off."""
+        finished = self.done is not None and self.done.reason == "stop" and not self._tool_calls
+        return self._text["content"].rpartition(END_THINK)[2] if finished else ""
+
     def opening(self) -> Chunk:
         return self._chunk({"role": "assistant", "content": ""})
 
@@ -159,6 +165,8 @@ class Completion:
     preprocess_s: float
     prompts: int = 1  # of a text completion, each with as many choices
     ignored: list[str] = field(default_factory=list)  # fields of the request that had no effect
+    checked_schema: dict[str, Any] | None = None  # the finished answers are checked against it
+    unmet: list[str] = field(default_factory=list)  # what they do not fit of it
     created: int = field(default_factory=lambda: int(time.time()))
     first_token_at: float | None = None
 
@@ -243,7 +251,9 @@ class Completion:
         return [choice.done for choice in self.choices if choice.done is not None]
 
     def _ignored(self) -> Chunk:
-        return {"ignored": self.ignored} if self.ignored else {}
+        """What was not kept of the request: its fields without effect, and what the answer does not fit of its schema."""
+        notes = {"ignored": self.ignored, "unmet": self.unmet}
+        return {name: names for name, names in notes.items() if names}
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {

@@ -98,6 +98,7 @@ EFFORT_TOKENS: dict[str, int | None] = {
 }  # fmt: skip
 MAX_DETOKENIZE = 1_000_000
 
+
 class TextPart(Strict):
     type: Literal["text"]
     text: str
@@ -258,7 +259,7 @@ class JsonSchema(Strict):
     name: str = Field("answer", min_length=1, max_length=64)
     description: str | None = None
     schema_: dict[str, Any] = Field(alias="schema")
-    strict: bool | None = None  # a schema is enforced either way
+    strict: bool | None = None  # what cannot be enforced is refused, and not checked afterwards
 
 
 class JsonSchemaFormat(Strict):
@@ -396,7 +397,12 @@ class ChatRequest(Strict):
     @property
     def constraints(self) -> list[str]:
         """The fields that constrain the text of the answer."""
-        given = {"regex": self.regex, "choice": self.choice, "grammar": self.grammar, "response_format": self.answer_schema}
+        given = {
+            "regex": self.regex,
+            "choice": self.choice,
+            "grammar": self.grammar,
+            "response_format": self.answer_schema,
+        }
         return [name for name, value in given.items() if value is not None]
 
     @property
@@ -414,6 +420,11 @@ class ChatRequest(Strict):
             case JsonSchemaFormat(json_schema=json_schema):
                 return json_schema.schema_
         return None
+
+    @property
+    def is_strict(self) -> bool:
+        """Whether a schema must be enforced as a whole."""
+        return isinstance(self.response_format, JsonSchemaFormat) and bool(self.response_format.json_schema.strict)
 
     @property
     def requested_max_tokens(self) -> int | None:

@@ -33,7 +33,9 @@ SYNONYMS = {
     "ebnf": "grammar",
 }
 # llama.cpp's samplers; here their order is fixed.
-_SAMPLERS = frozenset({"penalties", "dry", "top_n_sigma", "top_k", "typ_p", "typical_p", "top_p", "min_p", "xtc", "temperature"})
+_SAMPLERS = frozenset(
+    {"penalties", "dry", "top_n_sigma", "top_k", "typ_p", "typical_p", "top_p", "min_p", "xtc", "temperature"}
+)
 
 
 class Translation:
@@ -150,7 +152,10 @@ def _thinking(to: Translation, value: Any, word: str) -> None:
     elif isinstance(value, dict):
         kind = value.get("type")
         if kind not in ("enabled", "disabled", "adaptive", "auto"):
-            raise invalid(f"`{word}.type` must be 'enabled', 'disabled', 'adaptive' or 'auto'. Given: {shown(kind)}", f"{word}.type")
+            raise invalid(
+                f"`{word}.type` must be 'enabled', 'disabled', 'adaptive' or 'auto'. Given: {shown(kind)}",
+                f"{word}.type",
+            )
         if kind in ("enabled", "disabled"):
             to.think(kind == "enabled", f"{word}.type")
         if value.get("budget_tokens") is not None and kind != "disabled":
@@ -287,7 +292,9 @@ def _repeat_last_n(to: Translation, value: Any, word: str) -> None:
         del to.data[word]
         to.ignored.note(word)
     else:
-        raise invalid(f"`{word}` must be -1, the whole context, with a penalty. Given: {shown(value)}", word, "unsupported_value")
+        raise invalid(
+            f"`{word}` must be -1, the whole context, with a penalty. Given: {shown(value)}", word, "unsupported_value"
+        )
 
 
 def _samplers(to: Translation, value: Any, word: str) -> None:

@@ -27,6 +27,7 @@ from api.engine.text.grammar import MatcherGrammar
 from api.errors import ServingError, cannot_enforce, failed, internal, not_accepting, queue_full, unknown_model
 from api.health.metrics import Metrics
 from api.parsing.output import OutputParser, VerbatimParser
+from api.protocol.answer_check import unmet
 from api.protocol.completion import Choice, Chunk, Completion, ResponseFormatter
 from api.protocol.schemas import ChatRequest
 from api.requests.admission import Permit
@@ -69,6 +70,8 @@ class RequestHandlers:
         prompt = await self.prompts.finish(draft, model, permit.caller)
         grammars = await self.grammars.compile(chat, prompt.starts_thinking, model)
         completion = _completion(chat, prompt, model, request_id, arrived_at, time.monotonic() - began)
+        if any(grammar is not None and grammar.relaxed for grammar in grammars):
+            completion.checked_schema = chat.answer_schema
         handler = RequestHandler(self.engine, self.metrics, completion, permit, grammars, log)
         handler.submit(
             [
@@ -245,9 +248,23 @@ class RequestHandler:
             else:
                 chunks = completion.finish(index, self._checked(index, event))
                 if completion.finished:
+                    await self._check_schema(chunks)
                     self._succeed()
             for chunk in chunks:
                 yield chunk
+
+    async def _check_schema(self, chunks: list[Chunk]) -> None:
+        """Names what the answers do not fit of a schema that the grammar could bind only in part."""
+        schema = self.completion.checked_schema
+        if schema is None:
+            return
+        for choice in self.completion.choices:
+            if text := choice.json_text:
+                found = await asyncio.to_thread(unmet, schema, text)
+                self.completion.unmet += [name for name in found if name not in self.completion.unmet]
+        if self.completion.unmet:
+            self._log["unmet"] = ",".join(self.completion.unmet)
+            chunks[-1]["unmet"] = self.completion.unmet
 
     def _deliver(self, index: int, event: Event) -> None:
         """Called in the engine thread."""

@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 from api.engine.loaded_model import Model
 from api.engine.request import SamplingParams
+from api.engine.text.bindable_schema import GrammarError
 from api.engine.text.grammar import GrammarCompiler, MatcherGrammar
-from api.engine.text.grammar_text import AnswerForm, CallableTool, GrammarError
+from api.engine.text.grammar_text import AnswerForm, CallableTool
 from api.engine.text.markup import END_THINK, THINK
 from api.errors import cannot_enforce, invalid
 from api.protocol.schemas import ChatRequest
@@ -36,6 +37,7 @@ def answer_form(chat: ChatRequest, starts_thinking: bool) -> AnswerForm:
         many_calls=chat.many_calls,
         may_think=chat.enable_thinking and not chat.continue_final_message,
         starts_thinking=starts_thinking,
+        strict=chat.is_strict,
     )
 
 
