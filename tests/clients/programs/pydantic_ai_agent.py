@@ -7,7 +7,7 @@ import base64
 from typing import Any, Literal
 
 from pydantic import BaseModel
-from pydantic_ai import Agent, BinaryContent, ModelHTTPError, NativeOutput, ToolOutput
+from pydantic_ai import Agent, BinaryContent, ModelHTTPError, NativeOutput, RunContext, ToolDefinition, ToolOutput
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
 from trial import (
@@ -58,11 +58,15 @@ def stream() -> None:
 
 
 def tools() -> None:
-    """Every turn must call a tool, so the answer comes by one too; the first turn may call either."""
+    """Every turn must call a tool, so the answer comes by one too; the tool is offered until it has been called."""
     given: list[str] = []
+
+    async def until_called(context: RunContext[None], tool: ToolDefinition) -> ToolDefinition | None:
+        return None if given else tool
+
     agent = Agent(model(), output_type=ToolOutput(Seen), retries=3)
 
-    @agent.tool_plain
+    @agent.tool_plain(prepare=until_called)
     def count_objects(color: Literal["red", "blue", "green"], shape: Literal["circle", "star", "square"]) -> str:
         """Count the objects of one color and shape."""
         given.append(f"{color} {shape}")
