@@ -75,12 +75,13 @@ class Namespace(Strict):
 
 AnyTool = Annotated[
     Annotated[FunctionTool, Tag("#function")] | Annotated[Namespace, Tag("#namespace")],
-    Discriminator(
-        lambda tool: f"#{tool.get('type')}" if isinstance(tool, dict) else f"#{getattr(tool, 'type', None)}",
-        custom_error_type="tool",
-        custom_error_message="must be an object whose `type` is 'function' or 'namespace'",
-    ),
+    # Anything but a namespace is checked as a function, so that the error names its `type`.
+    Discriminator(lambda tool: "#namespace" if _type_of(tool) == "namespace" else "#function"),
 ]
+
+
+def _type_of(tool: Any) -> Any:
+    return tool.get("type") if isinstance(tool, dict) else getattr(tool, "type", None)
 
 
 class ReasoningOptions(Strict):

@@ -22,7 +22,7 @@ from api.errors import (
     too_many_tokens,
 )
 from api.health.metrics import AdmissionLoad
-from api.requests.freed_memory import FreedMemory
+from api.requests.freed_memory import LARGE_BYTES, FreedMemory
 from settings import Settings
 
 PROBES = 2  # at a time: the checker's, and one made by hand
@@ -173,7 +173,8 @@ class ArrivingBody:
 
     def __exit__(self, *_: object) -> None:
         self._admission._count_arriving(self._caller, -self._size)
-        self._admission._freed_memory.body_read(self._size)
+        if self._size >= LARGE_BYTES:
+            self._admission._freed_memory.expect()
 
     def add(self, size: int) -> None:
         """Count more bytes. Raises the 429 error of a key's own limit, or the 503 error when full."""

@@ -23,12 +23,8 @@ class FreedMemory:
         self._release = release
         self._timer: asyncio.TimerHandle | None = None
 
-    def body_read(self, size: int) -> None:
-        """A body of `size` bytes has arrived, or has been given up."""
-        if size >= LARGE_BYTES:
-            self._wait()
-
-    def _wait(self) -> None:
+    def expect(self) -> None:
+        """A body of LARGE_BYTES or more has arrived, or has been given up."""
         if self._timer is not None:
             self._timer.cancel()
         self._timer = asyncio.get_running_loop().call_later(QUIET_S, self._try)
@@ -36,7 +32,7 @@ class FreedMemory:
     def _try(self) -> None:
         self._timer = None
         if self._busy():
-            self._wait()
+            self.expect()
         else:
             # In a thread: it takes the lock of the allocator for some milliseconds, but the loop's turn is not held up.
             asyncio.get_running_loop().run_in_executor(None, self._release)

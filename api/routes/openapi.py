@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
+from starlette.responses import Response
 
 from api.http.auth import OPEN_PATHS
 from api.protocol.messages import MessagesRequest
@@ -94,6 +95,7 @@ HEALTH: dict[str, Any] = {
 }
 PING: dict[str, Any] = {
     "response_model": None,
+    "response_class": Response,
     "responses": {200: {"description": "the model answers"}, 503: {"description": "it does not"}},
 }
 VERSION = _route(None, _json(version=_TEXT))
