@@ -15,6 +15,7 @@ import json
 import random
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections import defaultdict
@@ -117,7 +118,7 @@ def report(rows: list[dict[str, float]], title: str) -> str:
 
 def _serve(model: str, clock: Clock) -> tuple[int, Engine, Callable[[], None]]:
     config = EngineConfig(root=ROOT, model=model, device="cpu", kernels="torch", threads=1, slots=2)
-    settings = Settings(api_key=KEY, api_host="127.0.0.1", api_port=_free_port(), log_dir=Path("/tmp/bench-edge"))
+    settings = Settings(api_key=KEY, api_host="127.0.0.1", api_port=_free_port(), log_dir=Path(tempfile.mkdtemp()))
     engine = Engine(lambda progress: _with_timed_processor(load(config, progress), clock), settings.queue_size)
     options = uvicorn.Config(
         create_app(settings, engine), host="127.0.0.1", port=settings.api_port, http=connection.Connection, log_level="warning"
