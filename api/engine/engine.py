@@ -62,6 +62,8 @@ class Engine:
 
     def __init__(self, load: Callable[[Progress], Model], queue_size: int) -> None:
         self.pace = PaceCounters()
+        # Called after events have been delivered, once for all of a step, in the thread that delivered them.
+        self.after_delivery: Callable[[], None] = lambda: None
         self._load = load
         self._scheduler = Scheduler(queue_size, 1, KvCache(0, 1), EncoderCache(0))  # until the model is loaded
         self._wake = threading.Condition()  # guards the scheduler and the two flags below
@@ -182,6 +184,7 @@ class Engine:
             self._wake.notify_all()
         for sequence in left:
             self._deliver_last(sequence, Failed(Failure.SHUTDOWN, "The server is shutting down."))
+        self.after_delivery()
         return finished
 
     def stop(self, timeout_s: float) -> None:
@@ -335,6 +338,7 @@ class Engine:
             failed = Failed(Failure.RELOAD, "The model is being loaded again.")
             for sequence in self._scheduler.running_sequences():
                 self._close(sequence, failed, keep=False)
+            self.after_delivery()
         return not self._scheduler.running
 
     def _carry_out(self, action: Action) -> str | None:
@@ -388,6 +392,7 @@ class Engine:
             self._compute(spent_s)
         else:
             self._finish(self._ahead)
+        self.after_delivery()
         self._steps += 1
         self._last_step_at = time.monotonic()
         self._last_step_s = self._last_step_at - began
@@ -401,6 +406,8 @@ class Engine:
             else:
                 limit = sequence.request.deadline_s
                 self._close(sequence, Failed(Failure.DEADLINE, f"The request took longer than its {limit:g} s."))
+        if ended:
+            self.after_delivery()
 
     def _admit(self) -> None:
         if any(command.action == "reload-weights" for command in tuple(self._commands)):
@@ -617,6 +624,7 @@ class Engine:
             failed = Failed(Failure.MEMORY, "There is not enough memory for this request.")
         for sequence in sequences:
             self._close(sequence, failed, keep=False)
+        self.after_delivery()
 
     def _end_nonfinite(self, sequence: Sequence) -> None:
         """Fail a request whose logits are not finite, and let nothing that it computed reach another."""
@@ -646,6 +654,7 @@ class Engine:
         self._refuse_commands(reason)
         for sequence in left:
             self._close(sequence, Failed(Failure.DEAD, "The model has failed and must be restarted."))
+        self.after_delivery()
 
     # Called from any thread.
 
