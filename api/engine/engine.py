@@ -491,8 +491,10 @@ class Engine:
         """
         assert self._model is not None
         sequences = batch.sampled
+        if not batch.sequences:
+            return None
         if len(batch.sequences) > self._budget.max_rows and (halves := batch.halves(cut_chunks=False)):
-            took = [self._forward(half) for half in halves]
+            took = [self._forward(_without_ended(half)) for half in halves]
             return None if None in took else sum(seconds for seconds in took if seconds)
         try:
             sampled, took_s = self._sample(batch)
@@ -504,7 +506,7 @@ class Engine:
             if not halves:
                 self._give_up(batch.sequences, "compute", error)
             for half in halves:
-                self._forward(half)
+                self._forward(_without_ended(half))  # the first may have ended a sequence of the second
             return None
         with self._wake:
             self._scheduler.computed(batch)
@@ -665,3 +667,8 @@ class Engine:
                 return
             sequence.closed = True
         sequence.deliver(event)
+
+
+def _without_ended(batch: Batch) -> Batch:
+    decode = tuple(sequence for sequence in batch.decode if sequence.slot is not None)
+    return Batch(decode, tuple(chunk for chunk in batch.chunks if chunk.sequence.slot is not None))

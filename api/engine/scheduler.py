@@ -132,8 +132,7 @@ class Scheduler:
     @property
     def has_slot(self) -> bool:
         """Whether the next in the queue can have a slot."""
-        following = self._next()
-        return following is not None and bool(self._free_slots or (following.request.probe and self._reserved_slot is not None))
+        return any(self._has_slot_for(sequence) for sequence in self._in_line()[:1])
 
     @property
     def has_work(self) -> bool:
@@ -194,8 +193,16 @@ class Scheduler:
     def admit(self) -> list[Sequence]:
         """Give slots and pages to waiting sequences. The copies in their block tables must be made before the batch."""
         started = []
-        while (sequence := self._next()) is not None and self._start(sequence):
-            started.append(sequence)
+        postponed = 0  # each keeps a slot, so that those behind do not delay it
+        for sequence in self._in_line():
+            if not self._has_slot_for(sequence, postponed):
+                break
+            if self._can_share_soon(sequence):
+                postponed += 1
+            elif self._start(sequence):
+                started.append(sequence)
+            else:
+                break
         return [s for s in started if s.block_table]  # a probe may have preempted one of them
 
     def next_encode_task(self) -> EncodeTask | None:
@@ -233,9 +240,14 @@ class Scheduler:
         decode = tuple(s for s in self._running if s.decoding)
         chunks: list[Chunk] = []
         for sequence in self._by_urgency():
-            if sequence.decoding or sequence.missing_image() is not None:
+            if sequence.decoding:
                 continue
-            left = len(sequence.keys) - sequence.computed
+            missing = sequence.missing_image()
+            # Text before an image that is not encoded yet, if a pass is made for others anyway.
+            end = len(sequence.keys) if missing is None else sequence.spans[missing].start if decode else 0
+            left = end - sequence.computed
+            if left <= 0:
+                continue
             if chunk_tokens <= 0 or (chunks and chunk_tokens < min(left, MIN_SPLIT_TOKENS)):
                 break
             chunk = Chunk(sequence, sequence.computed, sequence.computed + min(left, chunk_tokens))
@@ -269,14 +281,19 @@ class Scheduler:
 
     # Slots and pages.
 
-    def _next(self) -> Sequence | None:
-        return next((s for s in self._waiting if s.request.probe), self._waiting[0] if self._waiting else None)
+    def _in_line(self) -> list[Sequence]:
+        """Those that wait, probes first."""
+        return sorted(self._waiting, key=lambda sequence: not sequence.request.probe)
+
+    def _has_slot_for(self, sequence: Sequence, kept: int = 0) -> bool:
+        """Whether it can have a slot while `kept` others stay free. A probe has one of its own."""
+        if sequence.request.probe and self._reserved_slot is not None:
+            return True
+        return len(self._free_slots) > (0 if sequence.request.probe else kept)
 
     def _start(self, sequence: Sequence) -> bool:
         """Give a sequence a slot and pages for all its tokens; False if it must wait."""
         probe = sequence.request.probe
-        if not (self._free_slots or (probe and self._reserved_slot is not None)) or self._can_share_soon(sequence):
-            return False
         # Leave a page for each decoding sequence, or the next step would have to preempt one.
         spare = sum(s.decoding for s in self._running)
         block_table = self.kv.allocate(sequence.request.salt, sequence.keys, spare)
