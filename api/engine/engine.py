@@ -21,7 +21,7 @@ from api.engine.guard import Guard
 from api.engine.kv_cache import BlockTable, KvCache
 from api.engine.loaded_model import Flight, LoadError, Model, OverlappingRunner, SampledToken
 from api.engine.pace import PaceCounters
-from api.engine.request import Delta, Done, Event, Failed, Failure, Request
+from api.engine.request import Delta, Done, Event, Failed, Failure, FinishReason, Request
 from api.engine.scheduler import Batch, EncodeTask, Scheduler
 from api.engine.sequence import Sequence, make_sequence
 from api.engine.stats import Phase, State, Stats
@@ -593,20 +593,36 @@ class Engine:
             return
         sequence.first_token_at = sequence.first_token_at or time.monotonic()
         try:
-            text, reason = sequence.output.feed(sampled.token)
+            text, reason = self._feed(sequence, sampled)
         except Exception as error:  # a grammar is third-party code
             self._give_up((sequence,), "answer", error)
             return
-        sequence.append(sampled.token)
-        sequence.undelivered_tokens += 1
-        if sampled.logprob is not None:
-            sequence.undelivered_logprobs.append(sampled.logprob)
         if text or reason:
             sequence.deliver(Delta(text, sequence.undelivered_tokens, tuple(sequence.undelivered_logprobs)))
             sequence.undelivered_tokens = 0
             sequence.undelivered_logprobs.clear()
         if reason:
             self._close(sequence, sequence.done(reason))
+
+    def _feed(self, sequence: Sequence, sampled: SampledToken) -> tuple[str, FinishReason | None]:
+        """Append a token, and those that a grammar leaves no choice about: they are computed in one chunk. Returns their
+        text, and the reason if one of them was the last."""
+        output = sequence.output
+        text, reason = output.feed(sampled.token)
+        sequence.append(sampled.token)
+        sequence.undelivered_tokens += 1
+        if sampled.logprob is not None:
+            sequence.undelivered_logprobs.append(sampled.logprob)
+        if reason:
+            return text, reason
+        for token in output.forced_by_grammar():
+            more, reason = output.feed(token)
+            sequence.append(token)
+            sequence.undelivered_tokens += 1
+            text += more
+            if reason:
+                break
+        return text, reason
 
     def _give_up(self, sequences: tuple[Sequence, ...], work: str, error: Exception) -> None:
         """Fail the requests that cannot be computed. Raises the error again if the device is lost."""

@@ -23,6 +23,8 @@ from api.engine.sequence import Sequence
 MIN_SHARED_TOKENS = 32
 # A longer prompt does not get less than this from the rest of a step's token budget.
 MIN_SPLIT_TOKENS = 16
+# So many tokens that a grammar forces are computed at once; more are treated like a prompt.
+MAX_FORCED_TOKENS = 32
 
 
 class QueueFull(Exception):
@@ -238,9 +240,12 @@ class Scheduler:
         """All decoding sequences, and at most `chunk_tokens` tokens of prompts."""
         self._make_room()
         decode = tuple(s for s in self._running if s.decoding)
-        chunks: list[Chunk] = []
+        # Tokens that a grammar has forced go with those that decode, whatever the limit: they stand for decoding steps.
+        forced = [s for s in self._running if s.output_ids and 1 < len(s.keys) - s.computed <= MAX_FORCED_TOKENS]
+        forced = [s for s in forced if s.missing_image() is None]
+        chunks = [Chunk(s, s.computed, len(s.keys)) for s in forced]
         for sequence in self._by_urgency():
-            if sequence.decoding:
+            if sequence.decoding or sequence in forced:
                 continue
             missing = sequence.missing_image()
             # Text before an image that is not encoded yet, if a pass is made for others anyway.
@@ -335,9 +340,9 @@ class Scheduler:
         self.preemptions += 1
 
     def _make_room(self) -> None:
-        """Allocate the page of the next token of each decoding sequence; preempt the youngest if none is free."""
+        """Allocate the pages of the tokens that answers have gained; preempt the youngest if none is free."""
         for sequence in list(self._running):
-            while sequence.block_table and sequence.decoding and not self.kv.append(sequence.block_table, len(sequence.keys)):
+            while sequence.block_table and sequence.output_ids and not self.kv.append(sequence.block_table, len(sequence.keys)):
                 self._preempt((self._ordinary() or self._running)[-1])
 
     def _store(self, sequence: Sequence, tokens: int) -> None:
