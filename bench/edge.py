@@ -1,198 +1,235 @@
-"""python -m bench.edge: where the milliseconds of a one-token picture answer go, from the first byte in to the last byte out.
+"""python -m bench.edge: how many streamed tokens a second the server passes on when the model costs nothing.
 
-The demo model, or another one, serves in this process, so that client and server share a clock; each picture is new to its
-caches. A stage is the time inside one function of the server; what lies between stages is `between`.
+The real server, its engine and its sockets, around a runner that samples one fixed token a row, at once or after a sleep
+that stands for a device at work. The client is a process of its own that reads bytes and parses nothing. Shows what the
+HTTP side takes from a quick card.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import base64
-import functools
-import io
 import json
+import os
 import random
+import selectors
 import socket
+import subprocess
 import sys
-import tempfile
-import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable
+import urllib.request
 from pathlib import Path
-from statistics import median
-from typing import Any
+from typing import Any, Literal
 
-import uvicorn
-from PIL import Image
+from tokenizers import Tokenizer
 
-import api.http.connection as connection
-import api.protocol.schemas as schemas
-import api.requests.prompt as prompt
-import api.routes.chat as chat
-from api.app import create_app
-from api.engine.config import EngineConfig
+import settings
 from api.engine.engine import Engine
-from api.engine.loading.loader import load
-from api.server import bind
-from bench.report import percentile
-from settings import ROOT, Settings
+from api.engine.kv_cache import Copy
+from api.engine.loaded_model import Capacity, Model, SampledToken
+from api.engine.request import ImageInput
+from api.engine.scheduler import Batch, EncodeTask
+from api.engine.sequence import Sequence
+from api.engine.text.tokenizer import Vocabulary
+from api.server import serve
+from bench.checkpoint import words
+from models.shapes.checkpoint import FOLDER as SHAPES
 
-KEY = "bench"
-# Stages in the order of a request: what is timed, and where it is looked up.
-STAGES: tuple[tuple[str, Any, str], ...] = (
-    ("body", chat, "read_body"),
-    ("JSON", schemas, "parse_object"),
-    ("fields", schemas, "check_chat"),
-    ("base64", prompt, "read_data_url"),
-    ("image header", prompt, "open_image"),
-    ("template, tokens", prompt, "rendered_ids"),
-    ("image decode", prompt, "decode"),
-    ("image resize, patches, hash", prompt, "_with_key"),
-)
+STREAMS = (1, 4, 16, 64)
+PORT = 8971
+KEY = "bench-edge"
+ROOT = Path(__file__).resolve().parents[1]
 
 
-class Clock:
-    """Seconds spent in each stage of the request that is under way."""
+class FixedRunner:
+    """Samples one word of a list for every row, `step_s` after it was asked."""
 
-    def __init__(self) -> None:
-        self.seconds: defaultdict[str, float] = defaultdict(float)
-        self.route_at = 0.0
+    overlaps = False
+    free_rows = 12
 
-    def wrap(self, stage: str, owner: Any, name: str) -> None:
-        inner: Callable[..., Any] = getattr(owner, name)
+    def __init__(self, tokens: list[int], step_s: float) -> None:
+        self._tokens, self._step_s = tokens, step_s
+        self._random = random.Random(46)  # an answer that repeats itself would be ended
 
-        @functools.wraps(inner)
-        def timed(*arguments: Any, **named: Any) -> Any:
-            began = time.perf_counter()
-            try:
-                return inner(*arguments, **named)
-            finally:
-                self.seconds[stage] += time.perf_counter() - began
+    def warm_up(self) -> None: ...
 
-        @functools.wraps(inner)
-        async def timed_async(*arguments: Any, **named: Any) -> Any:
-            began = time.perf_counter()
-            if stage == "body":
-                self.route_at = began
-            try:
-                return await inner(*arguments, **named)
-            finally:
-                self.seconds[stage] += time.perf_counter() - began
+    def prepare_next(self) -> bool:
+        return False
 
-        setattr(owner, name, timed_async if asyncio.iscoroutinefunction(inner) else timed)
+    def close(self) -> None: ...
+
+    def encode(self, task: EncodeTask, limit_s: float) -> Any:
+        return task
+
+    def size_bytes(self, features: Any) -> int:
+        return 1
+
+    def copy_pages(self, copies: list[Copy]) -> None: ...
+
+    def clear_pages(self, pages: list[int]) -> None: ...
+
+    def begin(self, sequence: Sequence) -> None: ...
+
+    def compute(self, batch: Batch) -> list[SampledToken]:
+        if self._step_s:
+            time.sleep(self._step_s)
+        return self._sampled(len(batch.sampled))
+
+    def _sampled(self, rows: int) -> list[SampledToken]:
+        return [SampledToken(self._random.choice(self._tokens))] * rows
+
+    def failure(self, error: BaseException) -> Literal["request", "memory", "device"]:
+        return "request"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.edge", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="models/shapes")
-    parser.add_argument("--requests", type=int, default=40)
-    parser.add_argument("--size", default="640x480", help="of the picture, in pixels")
-    parser.add_argument("--format", default="JPEG", choices=["JPEG", "PNG"])
-    given = parser.parse_args(arguments)
-    width, height = map(int, given.size.split("x"))
-    clock = Clock()
-    for stage, owner, name in STAGES:
-        clock.wrap(stage, owner, name)
-    port, engine, stop = _serve(given.model, clock)
+class PlainTemplate:
+    def render(self, messages: list[dict[str, Any]], tools: list[Any] | None, enable_thinking: bool) -> str:
+        return "".join(str(message["content"]) for message in messages) + "<|assistant|>\n<think></think>"
+
+
+class NoImages:
+    def count_tokens(self, width: int, height: int) -> int:
+        return 1
+
+    def process(self, image: Any) -> ImageInput:
+        raise ValueError("no images here")
+
+
+class QueuedRunner(FixedRunner):
+    """The same as a device that computes while the host goes on: steps are queued, and waited for."""
+
+    overlaps = True
+
+    def __init__(self, tokens: list[int], step_s: float) -> None:
+        super().__init__(tokens, step_s)
+        self._free_at = 0.0
+
+    def launch(self, batch: Batch) -> _Flight:
+        return self._queued(len(batch.sampled))
+
+    def launch_next(self, flight: _Flight, sequences: tuple[Sequence, ...]) -> _Flight:
+        return self._queued(len(sequences))
+
+    def collect(self, flight: _Flight) -> list[SampledToken]:
+        self.settle(flight)
+        return self._sampled(flight.rows)
+
+    def settle(self, flight: _Flight) -> None:
+        left_s = flight.ready_at - time.perf_counter()
+        if left_s > 0:
+            time.sleep(left_s)
+
+    def wait_for_slices(self) -> None: ...
+
+    def _queued(self, rows: int) -> _Flight:
+        self._free_at = max(self._free_at, time.perf_counter()) + self._step_s
+        return _Flight(rows, self._free_at, self._step_s)
+
+
+class _Flight:
+    def __init__(self, rows: int, ready_at: float, seconds: float) -> None:
+        self.rows, self.ready_at, self.seconds = rows, ready_at, seconds
+
+
+def model(step_s: float, queued: bool) -> Model:
+    vocabulary = Vocabulary(Tokenizer.from_file(str(SHAPES / "tokenizer.json")))
+    runner = (QueuedRunner if queued else FixedRunner)(sorted(words().values()), step_s)
+    capacity = Capacity(slots=64, pages=64 * 160, page_tokens=16, chunk_tokens=512, encoder_cache_bytes=2**20)
+    return Model("edge", runner, vocabulary, PlainTemplate(), NoImages(), frozenset(), 2048, capacity)
+
+
+def server(step_s: float, queued: bool, port: int) -> int:
+    os.environ |= {"GLM_API_KEY": KEY, "GLM_API_PORT": str(port), "GLM_API_HOST": "127.0.0.1", "GLM_LOG_LEVEL": "warning"}
+    loaded = settings.load()
+    return serve(loaded, Engine(lambda progress: model(step_s, queued), loaded.queue_size))
+
+
+def measure(port: int, streams: int, tokens: int) -> dict[str, float]:
+    """Streams that start together; the rate from the first answer's first token to the last."""
+    body = json.dumps({
+        "messages": [{"role": "user", "content": "red"}], "max_tokens": tokens, "stream": True, "temperature": 0,
+        "stream_options": {"include_usage": True}, "repetition_penalty": 1,
+    }).encode()  # fmt: skip
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: edge\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    selector, texts = selectors.DefaultSelector(), {}
+    for _ in range(streams):
+        one = socket.create_connection(("127.0.0.1", port))
+        one.sendall(head.encode() + body)
+        one.setblocking(False)
+        texts[one] = bytearray()
+        selector.register(one, selectors.EVENT_READ)
+    first, ended, events = 0.0, 0, 0
+    while ended < streams:
+        for key, _ in selector.select(timeout=30):
+            one = key.fileobj
+            data = one.recv(2**18)
+            text = texts[one]
+            text += data
+            if not first and b'"content"' in data:
+                first = time.perf_counter()
+            if b"[DONE]" in text[-64:] or not data:
+                ended += 1
+                events += text.count(b'"content":')
+                selector.unregister(one)
+                one.close()
+                used = json.loads(text[text.rindex(b'"usage":') + 8 : text.rindex(b"}")])
+                assert used["completion_tokens"] == tokens, used
+    took_s = time.perf_counter() - first
+    return {"tokens_s": streams * tokens / took_s, "tokens_an_event": streams * tokens / max(events, 1)}
+
+
+def run(step_ms: float, queued: bool, tokens: int, port: int, streams: tuple[int, ...]) -> None:
+    command = [sys.executable, "-m", "bench.edge", "--serve", "--step-ms", str(step_ms), "--port", str(port)]
+    child = subprocess.Popen(command + ["--queued"] * queued, cwd=ROOT, stdout=subprocess.DEVNULL)
     try:
-        rows = [_ask(port, _picture(width, height, given.format, seed), clock) for seed in range(given.requests + 5)][5:]
+        _wait(port)
+        measure(port, 4, 64)
+        for count in streams:
+            before_s = cpu_s(child.pid)
+            figures = measure(port, count, tokens)
+            cost = (cpu_s(child.pid) - before_s) / (count * tokens) * 1e6
+            possible = count / step_ms * 1000 if step_ms else None
+            share = f" of {possible:.0f} possible: {figures['tokens_s'] / possible:.0%}" if possible else ""
+            print(
+                f"{'queued' if queued else 'waiting'} step {step_ms:g} ms, {count:2d} streams: {figures['tokens_s']:.0f} tokens/s{share}, "
+                f"{figures['tokens_an_event']:.2f} tokens an event, {cost:.0f} us of processor time a token",
+                flush=True,
+            )  # fmt: skip
     finally:
-        stop()
-    print(report(rows, f"{given.size} {given.format}, {engine.model.id if engine.model else given.model}"))
+        child.terminate()
+        child.wait(10)
+
+
+def cpu_s(pid: int) -> float:
+    """Processor time that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _wait(port: int) -> None:
+    for _ in range(300):
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
+            return
+        except OSError:
+            time.sleep(0.1)
+    raise TimeoutError("the server does not answer")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.edge", description=__doc__.splitlines()[0])
+    parser.add_argument("--step-ms", type=float, action="append", help="time of a step; default: 0, then 5")
+    parser.add_argument("--tokens", type=int, default=400, help="of each answer")
+    parser.add_argument("--streams", type=int, nargs="+", default=STREAMS)
+    parser.add_argument("--port", type=int, default=PORT)
+    parser.add_argument("--queued", action="store_true", help="a device that computes while the host goes on")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    steps = given.step_ms or [0.0, 5.0]
+    if given.serve:
+        return server(steps[0] / 1000, given.queued, given.port)
+    for step_ms in steps:
+        run(step_ms, given.queued, given.tokens, given.port, tuple(given.streams))
     return 0
-
-
-def report(rows: list[dict[str, float]], title: str) -> str:
-    """A Markdown table in milliseconds, in the order of a request: the fastest tenth, which other load disturbs least."""
-    total = percentile([row["all"] for row in rows], 0.1) or 1.0
-    heads = [f"stage ({title}, {len(rows)} requests)", "fastest tenth, ms", "share", "median, ms"]
-    lines = [f"| {' | '.join(heads)} |", "| --- | --- | --- | --- |"]
-    for stage in rows[0]:
-        values = [row[stage] for row in rows]
-        fast = percentile(values, 0.1) or 0.0
-        lines.append(f"| {stage} | {1000 * fast:.2f} | {fast / total:.0%} | {1000 * median(values):.2f} |")
-    return "\n".join(lines)
-
-
-def _serve(model: str, clock: Clock) -> tuple[int, Engine, Callable[[], None]]:
-    config = EngineConfig(root=ROOT, model=model, device="cpu", kernels="torch", threads=1, slots=2)
-    settings = Settings(api_key=KEY, api_host="127.0.0.1", api_port=_free_port(), log_dir=Path(tempfile.mkdtemp()))
-    engine = Engine(lambda progress: _with_timed_processor(load(config, progress), clock), settings.queue_size)
-    options = uvicorn.Config(
-        create_app(settings, engine), host="127.0.0.1", port=settings.api_port, http=connection.Connection, log_level="warning"
-    )
-    server = uvicorn.Server(options)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [bind(options)]}, daemon=True)
-    thread.start()
-    while engine.stats().state != "idle":
-        time.sleep(0.05)
-
-    def stop() -> None:
-        server.should_exit = True
-        thread.join(10)
-
-    return settings.api_port, engine, stop
-
-
-def _with_timed_processor(model: Any, clock: Clock) -> Any:
-    clock.wrap("image resize, patches, hash", model.image_processor, "process")
-    return model
-
-
-def _ask(port: int, picture: str, clock: Clock) -> dict[str, float]:
-    """Seconds by stage of one streamed question, on a connection that is kept from a request before it."""
-    content = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": "What is it?"}]
-    body = json.dumps({"messages": [{"role": "user", "content": content}], "max_tokens": 1, "stream": True}).encode()
-    with socket.create_connection(("127.0.0.1", port)) as client:
-        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        _exchange(client, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n", b"}")
-        clock.seconds.clear()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: {len(body)}\r\n\r\n"
-        began = time.perf_counter()
-        answer = _exchange(client, head.encode() + body, b"0\r\n\r\n")
-        total = time.perf_counter() - began
-    chunks = [json.loads(line[6:]) for line in answer.decode().splitlines() if line.startswith("data: {")]
-    timings = next(chunk["timings"] for chunk in chunks if "timings" in chunk)
-    stages = {stage: clock.seconds[stage] for stage, _, _ in STAGES}
-    row = {"socket, head, middleware": clock.route_at - began, **stages}
-    row |= {
-        "queue": timings["queue_s"],
-        "vision": timings["vision_s"],
-        "prefill, first token": timings["prefill_s"] - timings["vision_s"],
-    }
-    row["between, SSE, socket"] = total - sum(row.values())
-    return {**row, "all": total}
-
-
-def _exchange(client: socket.socket, request: bytes, ending: bytes) -> bytes:
-    client.sendall(request)
-    answer = b""
-    while not answer.endswith(ending):
-        piece = client.recv(65536)
-        if not piece:
-            raise ConnectionError(answer[:300])
-        answer += piece
-    return answer
-
-
-def _picture(width: int, height: int, kind: str, seed: int) -> str:
-    """A `data:` URL of shapes that no cache has seen."""
-    source = random.Random(seed)
-    image = Image.new("RGB", (width, height), tuple(source.randrange(256) for _ in range(3)))
-    for _ in range(30):
-        x, y = source.randrange(width), source.randrange(height)
-        image.paste(tuple(source.randrange(256) for _ in range(3)), (x, y, x + width // 5, y + height // 5))
-    buffer = io.BytesIO()
-    image.save(buffer, kind)
-    return f"data:image/{kind.lower()};base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from api.engine.guard import Guard
 from api.engine.kv_cache import BlockTable, KvCache
 from api.engine.loaded_model import Flight, LoadError, Model, OverlappingRunner, SampledToken
 from api.engine.pace import PaceCounters
-from api.engine.request import Delta, Done, Event, Failed, Failure, Request
+from api.engine.request import Delta, Done, Event, Failed, Failure, FinishReason, Request
 from api.engine.scheduler import Batch, EncodeTask, Scheduler, queue_for
 from api.engine.sequence import Sequence, make_sequence
 from api.engine.stats import Download, Phase, State, Stats
@@ -65,6 +65,8 @@ class Engine:
 
     def __init__(self, load: Callable[[Progress], Model], queue_size: int) -> None:
         self.pace = PaceCounters()
+        # Called after events have been delivered, once for all of a step, in the thread that delivered them.
+        self.after_delivery: Callable[[], None] = lambda: None
         self._load = load
         self._queue_size = queue_size
         self._scheduler = Scheduler(queue_size or queue_for(1), 1, KvCache(0, 1), EncoderCache(0))  # until the model is loaded
@@ -191,6 +193,7 @@ class Engine:
             self._wake.notify_all()
         for sequence in left:
             self._deliver_last(sequence, Failed(Failure.SHUTDOWN, "The server is shutting down."))
+        self.after_delivery()
         return finished
 
     def stop(self, timeout_s: float) -> None:
@@ -345,6 +348,7 @@ class Engine:
             failed = Failed(Failure.RELOAD, "The model is being loaded again.")
             for sequence in self._scheduler.running_sequences():
                 self._close(sequence, failed, keep=False)
+            self.after_delivery()
         return not self._scheduler.running
 
     def _carry_out(self, action: Action) -> str | None:
@@ -398,6 +402,7 @@ class Engine:
             self._compute(spent_s)
         else:
             self._finish(self._ahead)
+        self.after_delivery()
         self._steps += 1
         self._last_step_at = time.monotonic()
         self._last_step_s = self._last_step_at - began
@@ -411,6 +416,8 @@ class Engine:
             else:
                 limit = sequence.request.deadline_s
                 self._close(sequence, Failed(Failure.DEADLINE, f"The request took longer than its {limit:g} s."))
+        if ended:
+            self.after_delivery()
 
     def _admit(self) -> None:
         if any(command.action == "reload-weights" for command in tuple(self._commands)):
@@ -494,8 +501,10 @@ class Engine:
         """
         assert self._model is not None
         sequences = batch.sampled
+        if not batch.sequences:
+            return None
         if len(batch.sequences) > self._budget.max_rows and (halves := batch.halves(cut_chunks=False)):
-            took = [self._forward(half) for half in halves]
+            took = [self._forward(_without_ended(half)) for half in halves]
             return None if None in took else sum(seconds for seconds in took if seconds)
         try:
             sampled, took_s = self._sample(batch)
@@ -507,7 +516,7 @@ class Engine:
             if not halves:
                 self._give_up(batch.sequences, "compute", error)
             for half in halves:
-                self._forward(half)
+                self._forward(_without_ended(half))  # the first may have ended a sequence of the second
             return None
         with self._wake:
             self._scheduler.computed(batch)
@@ -594,20 +603,36 @@ class Engine:
             return
         sequence.first_token_at = sequence.first_token_at or time.monotonic()
         try:
-            text, reason = sequence.output.feed(sampled.token)
+            text, reason = self._feed(sequence, sampled)
         except Exception as error:  # a grammar is third-party code
             self._give_up((sequence,), "answer", error)
             return
-        sequence.append(sampled.token)
-        sequence.undelivered_tokens += 1
-        if sampled.logprob is not None:
-            sequence.undelivered_logprobs.append(sampled.logprob)
         if text or reason:
             sequence.deliver(Delta(text, sequence.undelivered_tokens, tuple(sequence.undelivered_logprobs)))
             sequence.undelivered_tokens = 0
             sequence.undelivered_logprobs.clear()
         if reason:
             self._close(sequence, sequence.done(reason))
+
+    def _feed(self, sequence: Sequence, sampled: SampledToken) -> tuple[str, FinishReason | None]:
+        """Append a token, and those that a grammar leaves no choice about: they are computed in one chunk. Returns their
+        text, and the reason if one of them was the last."""
+        output = sequence.output
+        text, reason = output.feed(sampled.token)
+        sequence.append(sampled.token)
+        sequence.undelivered_tokens += 1
+        if sampled.logprob is not None:
+            sequence.undelivered_logprobs.append(sampled.logprob)
+        if reason:
+            return text, reason
+        for token in output.forced_by_grammar():
+            more, reason = output.feed(token)
+            sequence.append(token)
+            sequence.undelivered_tokens += 1
+            text += more
+            if reason:
+                break
+        return text, reason
 
     def _give_up(self, sequences: tuple[Sequence, ...], work: str, error: Exception) -> None:
         """Fail the requests that cannot be computed. Raises the error again if the device is lost."""
@@ -627,6 +652,7 @@ class Engine:
             failed = Failed(Failure.MEMORY, "There is not enough memory for this request.")
         for sequence in sequences:
             self._close(sequence, failed, keep=False)
+        self.after_delivery()
 
     def _end_nonfinite(self, sequence: Sequence) -> None:
         """Fail a request whose logits are not finite, and let nothing that it computed reach another."""
@@ -656,6 +682,7 @@ class Engine:
         self._refuse_commands(reason)
         for sequence in left:
             self._close(sequence, Failed(Failure.DEAD, "The model has failed and must be restarted."))
+        self.after_delivery()
 
     # Called from any thread.
 
@@ -666,3 +693,8 @@ class Engine:
                 return
             sequence.closed = True
         sequence.deliver(event)
+
+
+def _without_ended(batch: Batch) -> Batch:
+    decode = tuple(sequence for sequence in batch.decode if sequence.slot is not None)
+    return Batch(decode, tuple(chunk for chunk in batch.chunks if chunk.sequence.slot is not None))

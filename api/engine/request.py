@@ -47,6 +47,9 @@ class Grammar(Protocol):
     def allowed(self) -> Any:
         """Bit mask of the tokens allowed next: int32 words [ceil(vocabulary / 32)], lowest bit first."""
 
+    def forced(self) -> list[int]:
+        """The tokens that must come next, as far as only one text can."""
+
     def accept(self, token: int) -> bool:
         """Advance by one token; False if the grammar does not allow it."""
 

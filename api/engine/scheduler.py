@@ -23,6 +23,8 @@ from api.engine.sequence import Sequence
 MIN_SHARED_TOKENS = 32
 # A longer prompt does not get less than this from the rest of a step's token budget.
 MIN_SPLIT_TOKENS = 16
+# So many tokens that a grammar forces are computed at once; more are treated like a prompt.
+MAX_FORCED_TOKENS = 32
 
 
 class QueueFull(Exception):
@@ -140,8 +142,7 @@ class Scheduler:
     @property
     def has_slot(self) -> bool:
         """Whether the next in the queue can have a slot."""
-        following = self._next()
-        return following is not None and bool(self._free_slots or (following.request.probe and self._reserved_slot is not None))
+        return any(self._has_slot_for(sequence) for sequence in self._in_line()[:1])
 
     @property
     def has_work(self) -> bool:
@@ -202,8 +203,16 @@ class Scheduler:
     def admit(self) -> list[Sequence]:
         """Give slots and pages to waiting sequences. The copies in their block tables must be made before the batch."""
         started = []
-        while (sequence := self._next()) is not None and self._start(sequence):
-            started.append(sequence)
+        postponed = 0  # each keeps a slot, so that those behind do not delay it
+        for sequence in self._in_line():
+            if not self._has_slot_for(sequence, postponed):
+                break
+            if self._can_share_soon(sequence):
+                postponed += 1
+            elif self._start(sequence):
+                started.append(sequence)
+            else:
+                break
         return [s for s in started if s.block_table]  # a probe may have preempted one of them
 
     def next_encode_task(self) -> EncodeTask | None:
@@ -239,11 +248,19 @@ class Scheduler:
         """All decoding sequences, and at most `chunk_tokens` tokens of prompts."""
         self._make_room()
         decode = tuple(s for s in self._running if s.decoding)
-        chunks: list[Chunk] = []
+        # Tokens that a grammar has forced go with those that decode, whatever the limit: they stand for decoding steps.
+        forced = [s for s in self._running if s.output_ids and 1 < len(s.keys) - s.computed <= MAX_FORCED_TOKENS]
+        forced = [s for s in forced if s.missing_image() is None]
+        chunks = [Chunk(s, s.computed, len(s.keys)) for s in forced]
         for sequence in self._by_urgency():
-            if sequence.decoding or sequence.missing_image() is not None:
+            if sequence.decoding or sequence in forced:
                 continue
-            left = len(sequence.keys) - sequence.computed
+            missing = sequence.missing_image()
+            # Text before an image that is not encoded yet, if a pass is made for others anyway.
+            end = len(sequence.keys) if missing is None else sequence.spans[missing].start if decode else 0
+            left = end - sequence.computed
+            if left <= 0:
+                continue
             if chunk_tokens <= 0 or (chunks and chunk_tokens < min(left, MIN_SPLIT_TOKENS)):
                 break
             chunk = Chunk(sequence, sequence.computed, sequence.computed + min(left, chunk_tokens))
@@ -277,14 +294,19 @@ class Scheduler:
 
     # Slots and pages.
 
-    def _next(self) -> Sequence | None:
-        return next((s for s in self._waiting if s.request.probe), self._waiting[0] if self._waiting else None)
+    def _in_line(self) -> list[Sequence]:
+        """Those that wait, probes first."""
+        return sorted(self._waiting, key=lambda sequence: not sequence.request.probe)
+
+    def _has_slot_for(self, sequence: Sequence, kept: int = 0) -> bool:
+        """Whether it can have a slot while `kept` others stay free. A probe has one of its own."""
+        if sequence.request.probe and self._reserved_slot is not None:
+            return True
+        return len(self._free_slots) > (0 if sequence.request.probe else kept)
 
     def _start(self, sequence: Sequence) -> bool:
         """Give a sequence a slot and pages for all its tokens; False if it must wait."""
         probe = sequence.request.probe
-        if not (self._free_slots or (probe and self._reserved_slot is not None)) or self._can_share_soon(sequence):
-            return False
         # Leave a page for each decoding sequence, or the next step would have to preempt one.
         spare = sum(s.decoding for s in self._running)
         block_table = self.kv.allocate(sequence.request.salt, sequence.keys, spare)
@@ -326,9 +348,9 @@ class Scheduler:
         self.preemptions += 1
 
     def _make_room(self) -> None:
-        """Allocate the page of the next token of each decoding sequence; preempt the youngest if none is free."""
+        """Allocate the pages of the tokens that answers have gained; preempt the youngest if none is free."""
         for sequence in list(self._running):
-            while sequence.block_table and sequence.decoding and not self.kv.append(sequence.block_table, len(sequence.keys)):
+            while sequence.block_table and sequence.output_ids and not self.kv.append(sequence.block_table, len(sequence.keys)):
                 self._preempt((self._ordinary() or self._running)[-1])
 
     def _store(self, sequence: Sequence, tokens: int) -> None:

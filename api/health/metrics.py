@@ -96,6 +96,10 @@ class Metrics:
         self._ignored = self._counter("ignored_fields", "Fields of accepted requests that had no effect.", "field")
         self._ignored_labels: set[str] = set()
         self._http = self._counter("http_requests", "Every request.", "method", "route", "status")
+        # Looked up once, not at every token.
+        self._of_tokens = {
+            probe: (self._generated.labels(_traffic(probe)), self._itl.labels(_traffic(probe))) for probe in (False, True)
+        }
         self._step, self._step_tokens = 0, 0  # the last step that generated tokens, and how many
 
     def text(self) -> bytes:
@@ -107,9 +111,10 @@ class Metrics:
 
     def generated(self, tokens: int, step: int, gap_s: float | None, probe: bool) -> None:
         """The engine's `step` generated a piece of text, `gap_s` after the one before. Called in the engine thread."""
-        self._generated.labels(_traffic(probe)).inc(tokens)
+        generated, gaps = self._of_tokens[probe]
+        generated.inc(tokens)
         if gap_s is not None:
-            self._itl.labels(_traffic(probe)).observe(gap_s)
+            gaps.observe(gap_s)
         if step != self._step and self._step_tokens:  # the step before has ended
             self._iteration.observe(self._step_tokens)
             self._step_tokens = 0

@@ -23,6 +23,8 @@ from api.parsing.output import Boxes, Call, Content, OutputParser, Piece, Reason
 Chunk = dict[str, Any]
 ReasoningPlace = Literal["separate", "inline", "nowhere"]  # beside the content, in it between its tags, or not at all
 
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # json.dumps would make one at each call
+
 
 @dataclass(frozen=True)
 class PromptFacts:
@@ -55,16 +57,20 @@ class Choice:
     _unsent_logprobs: list[dict[str, Any]] = field(default_factory=list)
     _inside_reasoning: bool = False  # of reasoning that is written into the content
 
-    def feed(self, delta: Delta) -> list[Chunk]:
-        was_thinking = self.parser.thinking
-        pieces = self._placed(self.parser.feed(delta.text))
-        self.tokens += delta.tokens
-        if was_thinking or self.parser.thinking:
-            self.reasoning_tokens += delta.tokens
-        if self.with_logprobs:
-            logprobs = [self._logprob_entry(logprob) for logprob in delta.logprobs]
-            self._logprobs += logprobs
-            self._unsent_logprobs += logprobs
+    def feed(self, deltas: list[Delta]) -> list[Chunk]:
+        """Text of several deltas becomes one chunk, as far as it is of the same kind."""
+        pieces: list[Piece] = []
+        for delta in deltas:
+            was_thinking = self.parser.thinking
+            for piece in self._placed(self.parser.feed(delta.text)):
+                _append(pieces, piece)
+            self.tokens += delta.tokens
+            if was_thinking or self.parser.thinking:
+                self.reasoning_tokens += delta.tokens
+            if self.with_logprobs:
+                logprobs = [self._logprob_entry(logprob) for logprob in delta.logprobs]
+                self._logprobs += logprobs
+                self._unsent_logprobs += logprobs
         return [self._chunk(self._delta(piece)) for piece in pieces]
 
     def finish(self, done: Done) -> list[Chunk]:
@@ -152,6 +158,16 @@ class Choice:
         return {"token": data.decode(errors="replace"), "logprob": max(logprob, -9999.0), "bytes": list(data)}
 
 
+def _append(pieces: list[Piece], piece: Piece) -> None:
+    last = pieces[-1] if pieces else None
+    if isinstance(piece, Content) and isinstance(last, Content):
+        pieces[-1] = Content(last.text + piece.text)
+    elif isinstance(piece, Reasoning) and isinstance(last, Reasoning):
+        pieces[-1] = Reasoning(last.text + piece.text)
+    else:
+        pieces.append(piece)
+
+
 @dataclass
 class Completion:
     """The answer to one request: its choices and what they share. Used in the event loop only."""
@@ -170,10 +186,10 @@ class Completion:
     created: int = field(default_factory=lambda: int(time.time()))
     first_token_at: float | None = None
 
-    def feed(self, index: int, delta: Delta) -> list[Chunk]:
+    def feed(self, index: int, deltas: list[Delta]) -> list[Chunk]:
         if self.first_token_at is None:
             self.first_token_at = time.monotonic()
-        return [self.chunk(part) for part in self.choices[index].feed(delta)]
+        return [self.chunk(part) for part in self.choices[index].feed(deltas)]
 
     def finish(self, index: int, done: Done) -> list[Chunk]:
         *chunks, last = [self.chunk(part) for part in self.choices[index].finish(done)]
@@ -271,12 +287,10 @@ class ServerSentEvent(NamedTuple):
 
     def encode(self) -> bytes:
         """The bytes of the event on the wire (WHATWG HTML, section "Server-sent events")."""
-        text = (
-            self.data
-            if isinstance(self.data, str)
-            else json.dumps(self.data, ensure_ascii=False, separators=(",", ":"))
-        )
-        return format_sse_event(data_str=text, event=self.name)
+        if isinstance(self.data, str):
+            return format_sse_event(data_str=self.data, event=self.name)
+        name = "" if self.name is None else f"event: {self.name}\n"
+        return f"{name}data: {_JSON.encode(self.data)}\n\n".encode()  # JSON has no line breaks
 
 
 class ResponseFormatter(Protocol):

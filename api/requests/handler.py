@@ -10,9 +10,10 @@ import asyncio
 import logging
 import time
 import uuid
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -40,6 +41,62 @@ logger = logging.getLogger(__name__)
 COMMENT_S = 1.0  # a stream without an event for so long sends a comment
 
 
+class Post:
+    """Carries events from the engine thread to event loops: one wake-up for all that a step delivers."""
+
+    def __init__(self) -> None:
+        self._letters: deque[tuple[Inbox, int, Event]] = deque()
+
+    def put(self, inbox: Inbox, index: int, event: Event) -> None:
+        """Called in any thread; the event leaves with the next `wake`."""
+        self._letters.append((inbox, index, event))
+
+    def wake(self) -> None:
+        """Called in any thread."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Inbox, int, Event]]] = {}
+        while self._letters:
+            try:
+                letter = self._letters.popleft()
+            except IndexError:  # another thread took the last
+                break
+            by_loop.setdefault(letter[0].loop, []).append(letter)
+        for loop, letters in by_loop.items():
+            # The loop is closed only when the process is ending; nothing reads the events then.
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(_hand_out, letters)
+
+
+class Inbox:
+    """The events of all choices of a request, in the event loop that created it."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._events: list[tuple[int, Event]] = []
+        self._arrived = asyncio.Event()
+
+    def receive(self, index: int, event: Event) -> None:
+        """Called in the event loop."""
+        self._events.append((index, event))
+        self._arrived.set()
+
+    async def next(self, timeout_s: float | None = None) -> list[tuple[int, Event]]:
+        """The events since the last call, at least one, each with the index of its choice; none after `timeout_s`."""
+        if not self._events:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await self._arrived.wait()
+            except TimeoutError:
+                return []
+        events, self._events = self._events, []
+        self._arrived.clear()
+        return events
+
+
+def _hand_out(letters: list[tuple[Inbox, int, Event]]) -> None:
+    for inbox, index, event in letters:
+        inbox.receive(index, event)
+
+
 @dataclass(frozen=True)
 class RequestHandlers:
     """Starts the handlers of chat requests, and holds what they share."""
@@ -49,6 +106,10 @@ class RequestHandlers:
     metrics: Metrics
     prompts: PromptBuilder
     grammars: Grammars
+    post: Post = field(default_factory=Post)
+
+    def __post_init__(self) -> None:
+        self.engine.after_delivery = self.post.wake
 
     async def start(
         self, chat: ChatRequest, permit: Permit, request_id: str, log: dict[str, Any], arrived_at: float
@@ -72,7 +133,7 @@ class RequestHandlers:
         completion = _completion(chat, prompt, model, request_id, arrived_at, time.monotonic() - began)
         if any(grammar is not None and grammar.relaxed for grammar in grammars):
             completion.checked_schema = chat.answer_schema
-        handler = RequestHandler(self.engine, self.metrics, completion, permit, grammars, log)
+        handler = RequestHandler(self.engine, self.metrics, self.post, completion, permit, grammars, log)
         handler.submit(
             [
                 EngineRequest(
@@ -132,28 +193,6 @@ def _completion(
     return Completion(name, name_of_request, model.id, facts, choices, arrived_at, preprocess_s, prompts)
 
 
-class Inbox:
-    """Passes the events of all choices from the engine thread to the event loop that created it."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-
-    def deliver(self, index: int, event: Event) -> None:
-        """Called in any thread."""
-        # The loop is closed only when the process is ending; nothing reads the event then.
-        with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
-
-    async def next(self, timeout_s: float | None = None) -> tuple[int, Event] | None:
-        """The index of a choice and its next event, or None after `timeout_s` without one."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await self._events.get()
-        except TimeoutError:
-            return None
-
-
 class RequestHandler:
     """One submitted request. Called in the event loop only, except `_deliver`."""
 
@@ -161,6 +200,7 @@ class RequestHandler:
         self,
         engine: Engine,
         metrics: Metrics,
+        post: Post,
         completion: Completion,
         permit: Permit,
         grammars: list[MatcherGrammar | None],
@@ -173,6 +213,7 @@ class RequestHandler:
         self._grammars = grammars
         self._log = log
         self._inbox = Inbox()
+        self._post = post
         self._outcome_known = False
         self._last_text_at: dict[int, float] = {}  # by choice
 
@@ -197,8 +238,8 @@ class RequestHandler:
         """The whole answer. Raises ServingError."""
         try:
             formatter.opening()
-            async for chunk in self._chunks(None):
-                if chunk is not None:
+            async for chunks in self._chunks(None):
+                for chunk in chunks:
                     formatter.format(chunk)
             formatter.closing()
             return formatter.body()
@@ -213,12 +254,13 @@ class RequestHandler:
         try:
             for event in formatter.opening():
                 yield event.encode()
-            async for chunk in self._chunks(COMMENT_S):
-                if chunk is None:
+            async for chunks in self._chunks(COMMENT_S):
+                if not chunks:
                     yield format_sse_event(comment=self._progress())
                     continue
-                for event in formatter.format(chunk):
-                    yield event.encode()
+                events = [event.encode() for chunk in chunks for event in formatter.format(chunk)]
+                if events:
+                    yield b"".join(events)
             for event in formatter.closing():
                 yield event.encode()
         except ServingError as error:
@@ -234,24 +276,35 @@ class RequestHandler:
             self._fail("client_gone")
         self._release()
 
-    async def _chunks(self, comment_s: float | None) -> AsyncIterator[Chunk | None]:
-        """The chunks as they become available, and None after each `comment_s` without one. Raises ServingError."""
+    async def _chunks(self, comment_s: float | None) -> AsyncIterator[list[Chunk]]:
+        """The chunks as they become available, and none after each `comment_s` without one. Raises ServingError."""
         completion = self.completion
         while not completion.finished:
             received = await self._inbox.next(comment_s)
-            if received is None:
-                yield None
+            if not received:
+                yield []
                 continue
-            index, event = received
-            if isinstance(event, Delta):
-                chunks = completion.feed(index, event)
-            else:
-                chunks = completion.finish(index, self._checked(index, event))
+            chunks, deltas = [], list[Delta]()
+            for number, (index, event) in enumerate(received):
+                if isinstance(event, Delta):
+                    deltas.append(event)
+                    following = received[number + 1] if number + 1 < len(received) else None
+                    if following is None or following[0] != index or not isinstance(following[1], Delta):
+                        chunks += completion.feed(index, deltas)  # a client that lags gets several tokens at once
+                        deltas = []
+                    continue
+                try:
+                    done = self._checked(index, event)
+                except ServingError:
+                    if chunks:
+                        yield chunks
+                    raise
+                chunks += completion.finish(index, done)
                 if completion.finished:
                     await self._check_schema(chunks)
                     self._succeed()
-            for chunk in chunks:
-                yield chunk
+            if chunks:
+                yield chunks
 
     async def _check_schema(self, chunks: list[Chunk]) -> None:
         """Names what the answers do not fit of a schema that the grammar could bind only in part."""
@@ -267,13 +320,13 @@ class RequestHandler:
             chunks[-1]["unmet"] = self.completion.unmet
 
     def _deliver(self, index: int, event: Event) -> None:
-        """Called in the engine thread."""
+        """Called in the engine thread, or in that which stops the engine."""
         if isinstance(event, Delta):
             now, before = time.monotonic(), self._last_text_at.get(index)
             self._last_text_at[index] = now
             gap_s = None if before is None else now - before
             self._metrics.generated(event.tokens, self._engine.steps, gap_s, not self._permit.caller.is_user)
-        self._inbox.deliver(index, event)
+        self._post.put(self._inbox, index, event)
 
     def _checked(self, index: int, event: Done | Failed) -> Done:
         """The event of a finished choice. Raises the ServingError of a failed request or a failed grammar."""

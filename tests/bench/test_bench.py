@@ -92,7 +92,7 @@ def test_the_naive_server_answers_with_text_and_usage():
 
 
 def test_the_profile_of_the_edge_adds_up():
-    from bench.edge import report
+    from bench.answer import report
 
     row = {"body": 0.001, "vision": 0.003, "between, SSE, socket": 0.0, "all": 0.004}
 

@@ -337,7 +337,7 @@ class CudaRunner(Glm4vRunner):
             host["start"][number], host["first"][number] = row - decoding, chunk.start
             host["chunk_slot"][number] = sequence.slot
             host["ids"][row:end] = sequence.token_ids[chunk.start : chunk.end]
-            for axis, positions in zip(("time", "height", "width"), self._positions(chunk), strict=True):
+            for axis, positions in zip(("time", "height", "width"), sequence.state.between(chunk.start, chunk.end), strict=True):
                 host[axis][row:end] = positions
             host["kv_slots"][row:end] = self._slot_mapping(sequence, chunk.start, chunk.end)
             row = end
@@ -472,10 +472,6 @@ class CudaRunner(Glm4vRunner):
         )  # fmt: skip
         self._sampled[:rows].copy_(sampled)
         self._last_tokens.index_copy_(0, staged["slot"].long(), sampled.clamp(min=0))
-
-    def _positions(self, chunk: Chunk) -> np.ndarray:
-        """M-RoPE positions [3, tokens] of a chunk."""
-        return chunk.sequence.state.prompt[:, chunk.start : chunk.end]
 
     def _slot_of(self, sequence: Sequence, at: int) -> int:
         """Row of the KV cache that a token is written to."""

@@ -37,6 +37,12 @@ class _Positions:
     prompt: np.ndarray  # [3, tokens]
     delta: int  # position minus index of later tokens
 
+    def between(self, start: int, end: int) -> np.ndarray:
+        """[3, end - start]; tokens after the prompt may be among them."""
+        known = self.prompt[:, start:end]
+        later = np.arange(max(start, self.prompt.shape[1]), end) + self.delta
+        return np.concatenate([known, np.broadcast_to(later, (3, len(later)))], axis=1) if len(later) else known
+
 
 @dataclass(frozen=True)
 class _DecodeOrder:
@@ -212,7 +218,7 @@ class Glm4vRunner:
         for chunk in chunks:
             sequence = chunk.sequence
             ids.append(sequence.token_ids[chunk.start : chunk.end])
-            positions.append(sequence.state.prompt[:, chunk.start : chunk.end])
+            positions.append(sequence.state.between(chunk.start, chunk.end))
             slots.append(self._slot_mapping(sequence, chunk.start, chunk.end))
         inputs = self._decoder.embeddings.index_select(0, self._tensor(np.concatenate(ids)))
         attention, logits_indices = [], list(range(len(decode)))

@@ -97,6 +97,9 @@ class MatcherGrammar:
         """
         return np.frombuffer(self._matcher.compute_bitmask(), dtype=np.int32)
 
+    def forced(self) -> list[int]:
+        return self._matcher.compute_ff_tokens()
+
     def accept(self, token: int) -> bool:
         return self._matcher.consume_token(token)
 

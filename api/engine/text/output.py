@@ -61,6 +61,13 @@ class OutputState:
         short = len(self._ids) < self._sampling.min_tokens
         return self._end_ids | self._sampling.stop_token_ids if short and self.grammar is None else frozenset()
 
+    def forced_by_grammar(self) -> list[int]:
+        """Tokens that the grammar leaves no choice about. None if each needs its log probability."""
+        grammar = self.grammar
+        if grammar is None or self._forced or self._sampling.logprobs is not None or grammar.finished():
+            return []
+        return grammar.forced()
+
     @property
     def remaining(self) -> int:
         """Tokens that may still come."""

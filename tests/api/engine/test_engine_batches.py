@@ -181,6 +181,9 @@ class Rule:
     def __init__(self, ids: list[int]) -> None:
         self.left = ids
 
+    def forced(self):
+        return []
+
     def allowed(self):
         raise AssertionError("the fake runner does not ask")
 

@@ -176,6 +176,39 @@ def test_a_request_waits_for_a_shared_prefix_being_prefilled() -> None:
     assert (first.cached_tokens, second.cached_tokens) == (0, 80)
 
 
+def test_a_request_that_waits_for_a_prefix_does_not_hold_up_those_behind() -> None:
+    drive = Drive(scheduler(slots=3, pages=60))
+    prompt = [*range(10, 90)]
+    names = {"first": [*prompt, 1], "waits": [*prompt, 2], "behind": [3], "last": [4]}
+    for name, tokens in names.items():
+        drive.scheduler.add(sequence(name, tokens, max_tokens=20))
+
+    drive.step(chunk_tokens=20)
+
+    running = {one.request.id for one in drive.scheduler.running_sequences()}
+    assert running == {"first", "behind"}  # the third slot is kept for the one that waits
+    while drive.scheduler.waiting:
+        drive.step(chunk_tokens=20)
+    assert drive.finished == [] or drive.finished[0] in ("first", "behind")
+    drive.run()
+    assert sorted(drive.finished) == sorted(names)
+
+
+def test_text_before_an_image_is_prefilled_beside_others_while_it_is_encoded() -> None:
+    drive = Drive(scheduler(slots=3))
+    drive.runner.slices = 5
+    drive.scheduler.add(sequence("decodes", [1], max_tokens=30))
+    drive.step()
+    asked = sequence("asked", [*range(20, 40), *[IMAGE] * 4, 2], [image("red")])
+    drive.scheduler.add(asked)
+
+    drive.step()
+
+    assert drive.runner.encoded == [] and asked.computed == 20
+    drive.run()
+    assert drive.runner.encoded == ["red"] and len(asked.output_ids) == 3
+
+
 def test_the_same_image_is_encoded_once() -> None:
     drive = Drive(scheduler(slots=4))
     for number in range(4):

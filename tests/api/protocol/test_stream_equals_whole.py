@@ -57,9 +57,14 @@ def completion(literal: bool, choices: int = 1) -> Completion:
 def run(pieces: list[str], reason: FinishReason, literal: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     answer = completion(literal)
     chunks = answer.opening()
+    deltas = []
     for number, piece in enumerate(pieces):
         logprob = TokenLogprob(number % 200, -0.5, ((number % 200, -0.5),))
-        chunks += answer.feed(0, Delta(piece, 1, (logprob,)))
+        deltas.append(Delta(piece, 1, (logprob,)))
+    while deltas:  # a client that lags gets more than one at once
+        at_once = 1 + len(deltas) % 3
+        chunks += answer.feed(0, deltas[:at_once])
+        deltas = deltas[at_once:]
     chunks += answer.finish(0, Done(reason, 2, len(pieces), 0.0, 0.0, 0.0))
     return chunks, answer.body()
 
@@ -140,7 +145,7 @@ def test_choices_do_not_mix() -> None:
     answer = completion(False, choices=2)
     chunks = answer.opening()
     for left, right in zip("<think>a</think>one", "<think>b</think>two", strict=True):
-        chunks += answer.feed(1, Delta(right, 1)) + answer.feed(0, Delta(left, 1))
+        chunks += answer.feed(1, [Delta(right, 1)]) + answer.feed(0, [Delta(left, 1)])
     chunks += answer.finish(1, Done(FinishReason.STOP, 2, 5, 0.0, 0.0, 0.0))
     chunks += answer.finish(0, Done(FinishReason.LENGTH, 2, 6, 0.0, 0.0, 0.0))
 

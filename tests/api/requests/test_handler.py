@@ -1,4 +1,4 @@
-"""The inbox of a request handler passes events from the engine thread to an event loop."""
+"""Events pass from the engine thread to the event loop of their request, all of a step at once."""
 
 from __future__ import annotations
 
@@ -6,31 +6,55 @@ import asyncio
 import threading
 
 from api.engine.request import Delta
-from api.requests.handler import Inbox
+from api.requests.handler import Inbox, Post
 
 
 def test_events_of_another_thread_arrive_in_order_with_their_choice() -> None:
     async def read() -> list[tuple[int, str]]:
-        inbox = Inbox()
-        events = [(0, Delta("a", 1)), (1, Delta("b", 1)), (0, Delta("c", 1))]
-        threading.Thread(target=lambda: [inbox.deliver(*event) for event in events]).start()
-        received = [await inbox.next(10) for _ in events]
+        post, inbox = Post(), Inbox()
+
+        def deliver() -> None:
+            for number, text in enumerate("abcdef"):
+                post.put(inbox, number % 2, Delta(text, 1))
+                if number % 3 == 2:
+                    post.wake()
+
+        threading.Thread(target=deliver).start()
+        received: list[tuple[int, Delta]] = []
+        while len(received) < 6:
+            received += await inbox.next(10)
         return [(index, event.text) for index, event in received]
 
-    assert asyncio.run(read()) == [(0, "a"), (1, "b"), (0, "c")]
+    assert asyncio.run(read()) == [(number % 2, text) for number, text in enumerate("abcdef")]
+
+
+def test_a_step_wakes_a_loop_once() -> None:
+    async def count() -> tuple[int, list[int]]:
+        post, inboxes, loop = Post(), [Inbox() for _ in range(5)], asyncio.get_running_loop()
+        calls, original = [], loop.call_soon_threadsafe
+        loop.call_soon_threadsafe = lambda *args: (calls.append(args), original(*args))[1]  # type: ignore[method-assign]
+        for inbox in inboxes:
+            post.put(inbox, 0, Delta("a", 1))
+            post.put(inbox, 0, Delta("b", 1))
+        post.wake()
+        post.wake()
+        return len(calls), [len(await inbox.next(10)) for inbox in inboxes]
+
+    assert asyncio.run(count()) == (1, [2] * 5)
 
 
 def test_waiting_times_out_without_an_event() -> None:
     async def wait() -> object:
         return await Inbox().next(0.01)
 
-    assert asyncio.run(wait()) is None
+    assert asyncio.run(wait()) == []
 
 
 def test_an_event_for_a_closed_loop_is_dropped() -> None:
     async def leave() -> Inbox:
         return Inbox()
 
-    inbox = asyncio.run(leave())
+    post, inbox = Post(), asyncio.run(leave())
 
-    inbox.deliver(0, Delta("late", 1))
+    post.put(inbox, 0, Delta("late", 1))
+    post.wake()
