@@ -24,7 +24,7 @@ class Size(NamedTuple):
     """Rows of a decode step, or prompt tokens of another. In a mixed step all rows that can decode are computed too."""
 
     kind: Kind
-    count: int
+    rows: int
 
 
 def sizes_for(rows: int, tokens: int) -> list[Size]:
@@ -69,7 +69,7 @@ class StepGraphs:
 
     def find(self, kind: Kind, count: int) -> Size | None:
         """The smallest recorded size that holds so many rows or tokens."""
-        return min((size for size in self._replays if size.kind == kind and size.count >= count), default=None)
+        return min((size for size in self._replays if size.kind == kind and size.rows >= count), default=None)
 
     def replay(self, size: Size) -> None:
         self._replays[size]()

@@ -182,7 +182,7 @@ class CudaRunner(Glm4vRunner):
     def _queue_step(self, batch: Batch, ahead: int) -> Flight:
         began = self._queue.record()
         tokens, size = batch.chunk_tokens, self._size_of(batch)
-        decoding = len(batch.decode) if size is None else size.count if size.kind == "decode" else self._rows
+        decoding = len(batch.decode) if size is None else size.rows if size.kind == "decode" else self._rows
         decoding = decoding if batch.decode else 0  # rows of decoding sequences, with those that pad them
         lasts = sum(chunk.is_last for chunk in batch.chunks)
         rows = [*range(len(batch.decode)), *range(decoding, decoding + lasts)]
@@ -194,7 +194,7 @@ class CudaRunner(Glm4vRunner):
             if size is not None:
                 self._pad_rows(decoding + lasts, decoding + self._chunks)
                 self._pad_tokens(batch, decoding, size)
-                tokens = size.count
+                tokens = size.rows
         self._send(batch, decoding + tokens if batch.chunks else 0)
         if batch.chunks:
             self._embed(batch, decoding, tokens)
@@ -348,7 +348,7 @@ class CudaRunner(Glm4vRunner):
     def _pad_tokens(self, batch: Batch, decoding: int, size: Size) -> None:
         """Chunks without tokens, and tokens that are written to the spare page."""
         host, end = self._staging.host, decoding + batch.chunk_tokens
-        padding = slice(end, decoding + size.count)
+        padding = slice(end, decoding + size.rows)
         for name in ("ids", "time", "height", "width"):
             host[name][padding] = 0
         host["kv_slots"][padding] = self._spare_slot
@@ -391,9 +391,9 @@ class CudaRunner(Glm4vRunner):
     def _record(self, size: Size) -> None:
         """A step of a size from the buffers alone: what a graph records."""
         if size.kind == "decode":
-            self._decode(size.count)
+            self._decode(size.rows)
         else:
-            self._prefill(0 if size.kind == "prompt" else self._rows, size.count)
+            self._prefill(0 if size.kind == "prompt" else self._rows, size.rows)
 
     def _decode(self, rows: int) -> None:
         staged = {name: field[:rows] for name, field in self._staging.device.items()}

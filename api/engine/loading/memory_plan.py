@@ -530,7 +530,7 @@ def _speed(chosen: MemoryPlan) -> list[str]:
     return lines
 
 
-def _what_helps(closest: MemoryPlan, plans: Mapping[str, list[MemoryPlan]]) -> str:
+def _what_helps(closest: MemoryPlan, plans: Mapping[Weights, list[MemoryPlan]]) -> str:
     missing = math.ceil(closest.missing_bytes / GIB * 10) / 10
     taken = (closest.card.total_bytes - closest.card.usable_bytes) / GIB
     advice = [

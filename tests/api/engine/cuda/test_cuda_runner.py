@@ -21,9 +21,9 @@ SAMPLING = [{}, {"temperature": 1.2, "top_k": 5, "top_p": 0.9, "seed": 3}, {"tem
 def test_every_size_is_recorded(replayed: Model) -> None:
     captured = replayed.runner.graphs.captured
 
-    assert [size.count for size in captured if size.kind == "decode"] == [1, 2, 4, 7]
+    assert [size.rows for size in captured if size.kind == "decode"] == [1, 2, 4, 7]
     for kind in ("prompt", "mixed"):
-        assert [size.count for size in captured if size.kind == kind] == [16, 32, 64, 128, 256, 512]
+        assert [size.rows for size in captured if size.kind == kind] == [16, 32, 64, 128, 256, 512]
 
 
 @pytest.mark.parametrize("kind", range(len(KINDS)))
