@@ -11,14 +11,15 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import prod
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from api.engine.command import Action, Command, CommandFailed
 from api.engine.encoder_cache import EncoderCache
 from api.engine.guard import Guard
-from api.engine.kv_cache import KvCache
-from api.engine.loaded_model import LoadError, Model, SampledToken
+from api.engine.kv_cache import BlockTable, KvCache
+from api.engine.loaded_model import Flight, LoadError, Model, OverlappingRunner, SampledToken
 from api.engine.pace import PaceCounters
 from api.engine.request import Delta, Done, Event, Failed, Failure, Request
 from api.engine.scheduler import Batch, EncodeTask, Scheduler, queue_for
@@ -47,6 +48,15 @@ class Progress(Protocol):
     def __call__(self, fraction: float) -> None: ...
 
 
+@dataclass(frozen=True)
+class _Ahead:
+    """A step of decoding sequences that was queued before the tokens of the one before it were known."""
+
+    sequences: tuple[Sequence, ...]
+    tables: tuple[BlockTable | None, ...]  # theirs when it was queued: one that has ended since has it no more
+    flight: Flight
+
+
 class Engine:
     """`load` runs in the engine thread and returns the model; it reports its progress from 0 to 1. Raises LoadError.
     `queue_size` 0: chosen by the model's slots."""
@@ -72,7 +82,10 @@ class Engine:
         self._last_step_s: float | None = None
         self._checked_at = 0.0
         self._encoded_last_step = False
+        self._unprepared = False  # whether the runner has something to prepare while nothing is to do
         self._guard = Guard()
+        self._ahead: _Ahead | None = None  # the next step, if the device computes it already
+        self._may_admit = False  # whether something has changed since nobody else could be admitted
         self._commands: list[Command] = []  # guarded by _wake
 
     # Called from any thread.
@@ -115,6 +128,7 @@ class Engine:
         with self._wake:
             self.check_accepting()
             self._scheduler.add(sequence)
+            self._may_admit = True
             self._wake.notify_all()
 
     def check_accepting(self) -> None:
@@ -233,6 +247,9 @@ class Engine:
                 self._obey()
                 self._step()
             self._refuse_commands("the server is shutting down")
+            self._drop_ahead()
+            if self._model is not None:
+                self._model.runner.close()
         except BaseException as error:  # whatever ends this thread must show in /health
             self._die(error)
 
@@ -243,7 +260,7 @@ class Engine:
         model.runner.warm_up()
         capacity = model.capacity
         self._image_token_id = model.vocabulary.special[model.image_token]
-        self._budget = TokenBudget(capacity.chunk_tokens)
+        self._budget = TokenBudget(capacity.chunk_tokens, model.runner.free_rows)
         self._scheduler = Scheduler(
             self._queue_size or queue_for(capacity.slots),
             capacity.slots,
@@ -252,7 +269,7 @@ class Engine:
         )
         self._enter("idle")
         self._guard.watch(model.integrity)
-        self._progress, self._model = 1.0, model
+        self._progress, self._model, self._unprepared = 1.0, model, True
         logger.info("event=engine_ready model=%s load_s=%.1f", model.id, time.monotonic() - started)
 
     def _report(self, fraction: float) -> None:
@@ -263,17 +280,24 @@ class Engine:
         self._phase = (phase, time.monotonic(), deadline_s)
 
     def _wait_for_work(self) -> bool:
+        if not self._scheduler.has_work:
+            self._drop_ahead()
         while True:
             with self._wake:
                 if not self._scheduler.has_work:
                     self._enter("draining" if self._draining else "idle")
                     self._wake.notify_all()  # a thread may wait in drain()
                     self._check_integrity()
-                self._wake.wait_for(self._has_something_to_do, timeout=self._guard.due_in_s())
+                timeout_s = 0.0 if self._unprepared else self._guard.due_in_s()
+                self._wake.wait_for(self._has_something_to_do, timeout=timeout_s)
                 if self._stopping or self._scheduler.has_work:
                     return not self._stopping
             self._obey()
-            self._look_for_damage()
+            if self._unprepared and self._model is not None:
+                self._enter("warm-up", WARM_UP_DEADLINE_S)
+                self._unprepared = self._model.runner.prepare_next()
+            else:
+                self._look_for_damage()
 
     def _look_for_damage(self) -> None:
         self._enter("check", FINGERPRINT_DEADLINE_S)
@@ -291,6 +315,8 @@ class Engine:
 
     def _obey(self) -> None:
         """Carry out the commands whose time has come."""
+        if self._commands:
+            self._drop_ahead()
         for command in tuple(self._commands):
             if command.action == "reload-weights" and not self._is_clear(command):
                 continue
@@ -339,6 +365,7 @@ class Engine:
                 self._scheduler.drop_caches()
             self._guard.cured()
             self._guard.look_again()
+            self._unprepared = True
         self._enter("check", FINGERPRINT_DEADLINE_S)
         self._guard.take_fingerprint()
         return None
@@ -360,10 +387,13 @@ class Engine:
         """End aborted and overdue requests, admit, encode a slice of one image, compute one batch, deliver its tokens."""
         began = time.monotonic()
         self._drop_ended(began)
-        self._admit()
-        task = self._next_encode_task()
-        spent_s = self._encode(task) if task else 0.0
-        self._compute(spent_s)
+        if self._ahead is None:
+            self._admit()
+            task = self._next_encode_task()
+            spent_s = self._encode(task) if task else 0.0
+            self._compute(spent_s)
+        else:
+            self._finish(self._ahead)
         self._steps += 1
         self._last_step_at = time.monotonic()
         self._last_step_s = self._last_step_at - began
@@ -382,6 +412,7 @@ class Engine:
         if any(command.action == "reload-weights" for command in tuple(self._commands)):
             return  # those that wait are computed with the new weights
         with self._wake:
+            self._may_admit = False
             started = self._scheduler.admit()
         self._clear_pages()
         for sequence in started:
@@ -422,7 +453,7 @@ class Engine:
                 waiting = self._scheduler.encode_failed(task)
             self._give_up(tuple(waiting), "vision", error)
             return 0.0
-        took_s = time.monotonic() - began
+        took_s = task.slice_s if runner.overlaps else time.monotonic() - began
         self._budget.record_slice(took_s)
         task.spent_s += took_s
         for sequence in self._scheduler.waiting_for(task):
@@ -439,26 +470,31 @@ class Engine:
             batch = self._scheduler.batch(self._budget.chunk_tokens(decoding, spent_s))
         self._clear_pages()
         if not batch.sequences:
+            if spent_s and self._model is not None and self._model.runner.overlaps:
+                cast(OverlappingRunner, self._model.runner).wait_for_slices()
             return
         deadline_s = self._budget.deadline_s(decoding, batch.chunk_tokens)
         self._enter("prefill" if batch.chunks else "decode", deadline_s)
-        began = time.monotonic()
-        if self._forward(batch):
-            took_s = time.monotonic() - began
-            self._budget.record_batch(len(batch.decode), batch.chunk_tokens, took_s)
-            self.pace.computed(len(batch.decode), batch.chunk_tokens, took_s)
+        took_s = self._forward(batch)
+        if took_s is not None:
+            self._record(len(batch.decode), batch.chunk_tokens, took_s)
 
-    def _forward(self, batch: Batch) -> bool:
+    def _record(self, decoding: int, chunk_tokens: int, took_s: float) -> None:
+        self._budget.record_batch(decoding, chunk_tokens, took_s)
+        self.pace.computed(decoding, chunk_tokens, took_s)
+
+    def _forward(self, batch: Batch) -> float | None:
         """Compute a batch. If it fails, compute its halves, down to the request that cannot be computed.
 
-        Returns whether it succeeded as a whole, so that its time says something about a batch of its size.
+        Returns the seconds it took if it succeeded as a whole, so that they say something about a batch of its size.
         """
         assert self._model is not None
         sequences = batch.sampled
         if len(batch.sequences) > self._budget.max_rows and (halves := batch.halves(cut_chunks=False)):
-            return all([self._forward(half) for half in halves])
+            took = [self._forward(half) for half in halves]
+            return None if None in took else sum(seconds for seconds in took if seconds)
         try:
-            sampled = self._model.runner.compute(batch)
+            sampled, took_s = self._sample(batch)
         except Exception as error:  # one request must not end the others
             kind = self._model.runner.failure(error)
             halves = batch.halves(cut_chunks=kind == "memory") if kind != "device" else ()
@@ -468,12 +504,82 @@ class Engine:
                 self._give_up(batch.sequences, "compute", error)
             for half in halves:
                 self._forward(half)
-            return False
+            return None
         with self._wake:
             self._scheduler.computed(batch)
         for sequence, token in zip(sequences, sampled, strict=True):
             self._accept(sequence, token)
-        return True
+        return took_s
+
+    def _sample(self, batch: Batch) -> tuple[list[SampledToken], float]:
+        """The tokens of a batch, and the seconds they took. Where the device can, it goes on with the next step while
+        the host deals with these."""
+        assert self._model is not None
+        runner = self._model.runner
+        if not runner.overlaps:
+            began = time.monotonic()
+            sampled = runner.compute(batch)
+            return sampled, time.monotonic() - began
+        runner = cast(OverlappingRunner, runner)
+        flight = runner.launch(batch)
+        if not batch.chunks:
+            self._go_ahead(batch.decode, flight)
+        try:
+            return runner.collect(flight), flight.seconds
+        except Exception:
+            self._drop_ahead()
+            raise
+
+    # Steps ahead: the device begins the next one before the host knows the tokens of this one. A sequence that turns
+    # out to have ended is computed once for nothing; its pages may be used by others then, because those come later.
+
+    def _go_ahead(self, decoding: tuple[Sequence, ...], flight: Flight) -> None:
+        """Queue the step after `flight`, unless there is other work than decoding these."""
+        assert self._model is not None
+        self._ahead = None
+        runner, scheduler = cast(OverlappingRunner, self._model.runner), self._scheduler
+        with self._wake:
+            others = scheduler.running > len(decoding) or (self._may_admit and scheduler.has_slot)
+            if others or self._commands or self._stopping:
+                return
+            going = tuple(s for s in decoding if s.output.remaining > 1)  # one token is on its way
+            if not going or not scheduler.make_room_ahead(going):
+                return
+        self._clear_pages()
+        following = runner.launch_next(flight, going)
+        if following is not None:
+            self._ahead = _Ahead(going, tuple(s.block_table for s in going), following)
+
+    def _finish(self, ahead: _Ahead) -> None:
+        """Take the tokens of a step that was queued ahead, once the next one is queued."""
+        assert self._model is not None
+        runner = cast(OverlappingRunner, self._model.runner)
+        self._enter("decode", self._budget.deadline_s(len(ahead.sequences), 0))
+        try:
+            alive = self._alive(ahead)
+            self._go_ahead(alive, ahead.flight)
+            sampled = runner.collect(ahead.flight)
+        except Exception as error:
+            self._ahead = None
+            self._give_up(self._alive(ahead), "compute", error)
+            return
+        tokens = dict(zip(ahead.sequences, sampled, strict=True))
+        with self._wake:
+            self._scheduler.computed(Batch(alive))
+        for sequence in alive:
+            self._accept(sequence, tokens[sequence])
+        self._record(len(ahead.sequences), 0, ahead.flight.seconds)
+
+    def _alive(self, ahead: _Ahead) -> tuple[Sequence, ...]:
+        pairs = zip(ahead.sequences, ahead.tables, strict=True)
+        return tuple(sequence for sequence, table in pairs if table is not None and sequence.block_table is table)
+
+    def _drop_ahead(self) -> None:
+        """Forget the tokens of a step that was queued ahead: it is computed again."""
+        if self._ahead is not None:
+            assert self._model is not None
+            cast(OverlappingRunner, self._model.runner).settle(self._ahead.flight)
+            self._ahead = None
 
     def _accept(self, sequence: Sequence, sampled: SampledToken) -> None:
         """Append one new token and deliver its text, and Done if it was the last."""
@@ -531,6 +637,7 @@ class Engine:
         """Free the slot and pages of a request, then deliver its last event."""
         with self._wake:
             self._scheduler.remove(sequence, keep)
+            self._may_admit = True
             self._wake.notify_all()
         self._deliver_last(sequence, event)
 

@@ -31,6 +31,9 @@ class Runner(Protocol):
     A call that raises leaves the state consistent: the engine may repeat the same work, or a part of it.
     """
 
+    overlaps: bool  # whether it is an OverlappingRunner
+    free_rows: int  # up to so many rows a pass takes about as long as for one: it is bound by reading the weights
+
     def warm_up(self) -> None:
         """Run every kind of step once, so that the first request pays for no set-up and a broken model fails now."""
 
@@ -51,8 +54,42 @@ class Runner(Protocol):
     def compute(self, batch: Batch) -> list[SampledToken]:
         """One forward pass: the next token of each decoding sequence, then of each chunk that ends its prompt."""
 
+    def prepare_next(self) -> bool:
+        """Prepare one more of the things that make later steps faster, while there is nothing to do. False: none is left."""
+
+    def close(self) -> None:
+        """Give back the memory of a device. Nothing can be computed afterwards."""
+
     def failure(self, error: BaseException) -> Literal["request", "memory", "device"]:
         """The scope of an error: this work cannot be computed, there is too little memory, or the device is lost."""
+
+
+class Flight(Protocol):
+    """A step that has been queued on a device."""
+
+    @property
+    def seconds(self) -> float:
+        """What it took the device, once it is collected."""
+
+
+class OverlappingRunner(Runner, Protocol):
+    """A runner of a device that computes while the host does something else. Steps are computed in the order of launching."""
+
+    def launch(self, batch: Batch) -> Flight:
+        """Queue what `compute` does, and return at once."""
+
+    def wait_for_slices(self) -> None:
+        """Wait for the slices of images that have been queued: `encode` only queues them."""
+
+    def launch_next(self, flight: Flight, sequences: tuple[Sequence, ...]) -> Flight | None:
+        """Queue the step after `flight`, which is not collected yet, for these of its sequences: each decodes one token
+        more, whatever `flight` samples. None if that cannot be done."""
+
+    def collect(self, flight: Flight) -> list[SampledToken]:
+        """Wait for a step and return its tokens; those of sequences that have ended since have no meaning."""
+
+    def settle(self, flight: Flight) -> None:
+        """Wait for a step whose tokens are not wanted any more."""
 
 
 class Template(Protocol):

@@ -37,6 +37,7 @@ class EncodeTask:
     image: ImageInput
     state: Any = None  # owned by the runner
     spent_s: float = 0.0  # in the slices so far
+    slice_s: float = 0.0  # what the last slice will take a device that computes while the host goes on
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,12 @@ class Scheduler:
     def has_prompt(self) -> bool:
         """Whether a chunk of a prompt could be computed now."""
         return any(not s.decoding and s.missing_image() is None for s in self._running)
+
+    @property
+    def has_slot(self) -> bool:
+        """Whether the next in the queue can have a slot."""
+        following = self._next()
+        return following is not None and bool(self._free_slots or (following.request.probe and self._reserved_slot is not None))
 
     @property
     def has_work(self) -> bool:
@@ -243,6 +250,10 @@ class Scheduler:
             chunk_tokens -= chunk.end - chunk.start
             chunks.append(chunk)
         return Batch(decode, tuple(chunks))
+
+    def make_room_ahead(self, sequences: tuple[Sequence, ...]) -> bool:
+        """Allocate the pages of one token more than is known of each decoding sequence; False if there are not enough."""
+        return all(s.block_table is not None and self.kv.append(s.block_table, len(s.keys) + 1) for s in sequences)
 
     def computed(self, batch: Batch) -> None:
         """Record that the batch has been computed: its keys and values join the prefix cache."""

@@ -15,7 +15,7 @@ MAX_STEP_STRETCH = 3.0
 IDLE_STEP_S = 0.6
 # Prompts must not starve: a step without an image computes at least this many of their tokens.
 MIN_CHUNK_TOKENS = 16
-# Up to this many rows a pass takes about as long as for one: it is bound by reading the weights.
+# Up to this many rows a pass takes about as long as for one on a CPU: it is bound by reading the weights.
 FREE_ROWS = 12
 # A step counts as stuck when it takes this many times longer than expected, and at least MIN_DEADLINE_S.
 STUCK_FACTOR = 20.0
@@ -59,6 +59,7 @@ class PassCost:
 @dataclass
 class TokenBudget:
     max_chunk_tokens: int = 512
+    free_rows: int = FREE_ROWS  # up to so many a pass takes about as long as for one
     max_rows: float = float("inf")  # sequences in one forward pass
     _pass: PassCost = field(default_factory=PassCost)
     _slice_s: float = 0.0  # decaying maximum of the vision encoder's slices
@@ -68,7 +69,7 @@ class TokenBudget:
         if not self._pass.passes:
             return self.max_chunk_tokens
         left_s = max(self._new_work_s(decoding) - spent_s - (0 if decoding else self._pass.base_s), 0.0)
-        free = _free_tokens(decoding)
+        free = self._free_tokens(decoding)
         tokens = free + int(left_s / self._pass.slope_s) if self._pass.slope_s else self.max_chunk_tokens
         least = 0 if spent_s else MIN_CHUNK_TOKENS
         return min(max(least, tokens), self.max_chunk_tokens)
@@ -79,7 +80,7 @@ class TokenBudget:
 
     def deadline_s(self, decoding: int, tokens: int) -> float:
         """Seconds after which a batch counts as stuck."""
-        return max(MIN_DEADLINE_S, STUCK_FACTOR * self._pass.at(_rows(decoding, tokens)))
+        return max(MIN_DEADLINE_S, STUCK_FACTOR * self._pass.at(self._rows(decoding, tokens)))
 
     def encode_deadline_s(self) -> float:
         return max(MIN_DEADLINE_S, STUCK_FACTOR * (self._slice_s + IDLE_STEP_S))
@@ -92,7 +93,7 @@ class TokenBudget:
             self.max_rows = min(self.max_rows, rows // 2)
 
     def record_batch(self, decoding: int, tokens: int, took_s: float) -> None:
-        self._pass.record(_rows(decoding, tokens), took_s)
+        self._pass.record(self._rows(decoding, tokens), took_s)
 
     def record_slice(self, took_s: float) -> None:
         self._slice_s = max(took_s, 0.8 * self._slice_s)
@@ -104,11 +105,9 @@ class TokenBudget:
         # Relative to the pace of a single request, so that the limit does not grow with the batch.
         return max(MAX_STEP_STRETCH * self._pass.at(1) - alone, (MAX_STEP_STRETCH - 1) * alone / 2)
 
+    def _free_tokens(self, decoding: int) -> int:
+        return max(self.free_rows - decoding, 0)
 
-def _free_tokens(decoding: int) -> int:
-    return max(FREE_ROWS - decoding, 0)
-
-
-def _rows(decoding: int, tokens: int) -> int:
-    """Rows that add to the time of a pass."""
-    return max(decoding + max(tokens - _free_tokens(decoding), 0), 1)
+    def _rows(self, decoding: int, tokens: int) -> int:
+        """Rows that add to the time of a pass."""
+        return max(decoding + max(tokens - self._free_tokens(decoding), 0), 1)

@@ -89,6 +89,9 @@ class FakeImageProcessor:
 class FakeRunner:
     """Its KV cache stores the tokens' prefix cache keys, so that every read can be checked."""
 
+    overlaps = False
+    free_rows = 12
+
     def __init__(
         self,
         vocabulary: Vocabulary,
@@ -111,6 +114,12 @@ class FakeRunner:
         self.slices = 1  # steps that encoding an image takes
 
     def warm_up(self) -> None:
+        pass
+
+    def prepare_next(self) -> bool:
+        return False
+
+    def close(self) -> None:
         pass
 
     def encode(self, task: EncodeTask, limit_s: float) -> Any | None:
@@ -169,7 +178,9 @@ class FakeRunner:
 
     def _next(self, sequence: Sequence) -> SampledToken:
         self.decoded.append(sequence.request.id)
-        return SampledToken(sequence.state[1][len(sequence.output_ids)])
+        tokens = sequence.state[1]
+        # A forced token may have taken the place of the last one, which is then repeated.
+        return SampledToken(tokens[min(len(sequence.output_ids), len(tokens) - 1)])
 
     def _fail_on_demand(self, prompt: str) -> None:
         if "HANG" in prompt:

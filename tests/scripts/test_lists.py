@@ -92,14 +92,15 @@ def runtime_files() -> list[Path]:
 
 
 def imported_modules(path: Path) -> set[str]:
-    """Top-level names of absolute imports. pydantic pins its core itself; modelscope is optional."""
+    """Top-level names of absolute imports. pydantic pins its core itself; modelscope is optional; Triton comes with CUDA
+    builds of torch."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             found.add(node.module.partition(".")[0])
-    return found - {"modelscope", "pydantic_core"}
+    return found - {"modelscope", "pydantic_core", "triton"}
 
 
 def normal(name: str) -> str:

@@ -41,6 +41,7 @@ class PackedLinear:
 
 class CompiledOperations:
     needs_masks = False
+    ragged = False
     recipe = BF16
 
     def linear(
@@ -94,8 +95,15 @@ class CompiledOperations:
         return torch.ops.glm.add_norm(x, delta, delta_norm, next_norm, eps)
 
     def rotate_store(
-        self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kv: torch.Tensor, slot_mapping: torch.Tensor
+        self,
+        qkv: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        kv: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        assert positions is None, "cos and sin are spread over the heads here"
         torch.ops.glm.rotate_store(qkv, cos, sin, kv, slot_mapping)
         return qkv
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,8 @@ import torch
 import transformers
 
 from api.engine.config import EngineConfig
+from api.engine.cuda.device import CudaDevice
+from api.engine.cuda.runner import CudaRunner
 from api.engine.guard import Comparison
 from api.engine.kernels.build import cache_folder
 from api.engine.loaded_model import (
@@ -56,10 +57,11 @@ from api.engine.loading.rehearsal import size_cache
 from api.engine.loading.revision import revision_of
 from api.engine.loading.safetensors_source import Checkpoint, weight_files
 from api.engine.loading.weights import Weights
-from api.engine.model.operations import TorchOperations
+from api.engine.model.operations import Operations, TorchOperations
 from api.engine.model.recipe import make_recipe
 from api.engine.model.rotary import head_dim_of
 from api.engine.model.runner import Glm4vRunner
+from api.engine.model.weight_source import WeightSource
 from api.engine.text.tokenizer import UnsupportedTokenizer, Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -154,7 +156,7 @@ def _assemble(
         "plan": plan.facts() if plan else None,
         "choices": {name: choice.reason for name, choice in choices.items()} | room.reasons,
     }
-    facts["kernels"], facts["choices"]["kernels"] = kernels.value, kernels.reason
+    facts["kernels"], facts["choices"]["kernels"], facts["proofs"] = kernels.value, kernels.reason, operations.proofs
     facts["choices"]["weights_read"] = origin
     logger.info("event=choice name=kernels value=%s reason=%s", kernels.value, json.dumps(kernels.reason))
     template = CheckpointTemplate(tokenizer)
@@ -270,15 +272,24 @@ def _runner(
     weights: Weights, capacity: Capacity, context_tokens: int, choice: OperationsChoice, progress: Progress
 ) -> tuple[Glm4vRunner, Selection, str]:
     """The runner, the operations it uses, and where its weights came from."""
+
+    def build(operations: Operations, progress: Progress = lambda fraction: None) -> tuple[Glm4vRunner, str]:
+        def make(source: WeightSource) -> Glm4vRunner:
+            # Without the attention of the kernels a step depends on masks, which the recorded steps do not have.
+            if weights.device.type == "cuda" and not operations.needs_masks:
+                return CudaRunner(source, capacity, context_tokens, operations, CudaDevice())
+            return Glm4vRunner(source, capacity, context_tokens, operations)
+
+        return weights.load(operations, make, progress)
+
     operations, kernels = choice.choose()
-    make = partial(Glm4vRunner, capacity=capacity, context_tokens=context_tokens)
     try:
-        runner, origin = weights.load(operations, partial(make, operations=operations), progress)
+        runner, origin = build(operations, progress)
     except (RuntimeError, MemoryError) as error:
         if isinstance(operations, TorchOperations):
             raise
         operations, kernels = without_compiled(error)  # not enough memory for packed weights
-        runner, origin = weights.load(operations, partial(make, operations=operations))
+        runner, origin = build(operations)
     return runner, kernels, origin
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from api.engine.config import EngineConfig
+from api.engine.cuda.graphs import sizes_for
+from api.engine.cuda.runner import MAX_CHUNKS
 from api.engine.loaded_model import LoadError
 from api.engine.loading.card import GIB, MIB, Card
 from api.engine.model.linear import Role
@@ -31,12 +33,13 @@ LEAST_TOKENS, COMFORTABLE_TOKENS = 16_384, 65_536
 
 # What is not a tensor of ours.
 LIBRARIES_BYTES = 450 * MIB  # CUDA itself and the workspaces of cuBLAS
-GRAPH_BYTES = 12 * MIB  # of a captured CUDA graph
+GRAPH_BYTES = 8 * MIB  # of a recorded step
 RESERVE_SHARE, RESERVE_LEAST, RESERVE_MOST = 0.02, 160 * MIB, GIB  # for fragments and what another process may take
 
 # Working memory of a step in bytes for each row, patch or logit, of the operations on CUDA; a test compares them with what
 # a pretended card counts.
 SAMPLING_BYTES = 48  # for each logit that is sampled: sorted scores, probabilities and their sums
+ATTENTION_PARTS = 32  # into which the keys of a row are cut while decoding
 DEQUANTIZED_BYTES = 128 * MIB  # of a matrix in full precision, while many rows are multiplied
 SAMPLER_TABLE_BYTES = 3  # for each slot and token of the vocabulary: whether it was seen, and how often
 
@@ -210,7 +213,9 @@ def plan(
     sampling = (slots + 1) * shape.vocabulary * SAMPLING_BYTES
     text = max(text_bytes(shape, recipe, chunk, itemsize), sampling)
     waiting = patches * waiting_bytes(shape, itemsize)  # kept while others are served between two slices of a picture
-    sizes = graph_sizes(slots)
+    sizes = sizes_for(slots + 1, chunk)
+    graphs = len(sizes) * GRAPH_BYTES + text_bytes(shape, recipe, chunk + slots + 1, itemsize)
+    buffers = step_buffer_bytes(shape, slots, chunk, itemsize)
     tables = (slots + 1) * shape.vocabulary * SAMPLER_TABLE_BYTES + 2 * itemsize * context * shape.head_dim
     tables += TABLE_PATCHES * table_bytes(shape, itemsize)
     parts = (
@@ -222,13 +227,10 @@ def plan(
             f"chunks of {chunk} tokens, sampling; beyond that of vision",
         ),
         Part("staging", patches * shape.patch_values * itemsize, "pixels on their way to the card"),
+        Part("step buffers", buffers, "logits, inputs, parts of attention"),
         Part("tables", tables, "of the sampler and of positions"),
         Part("encoder cache", cache, "features of recent pictures"),
-        Part(
-            "CUDA graphs",
-            len(sizes) * GRAPH_BYTES + slots * shape.vocabulary * 6,
-            f"{len(sizes)} sizes up to {slots} rows",
-        ),
+        Part("CUDA graphs", graphs, f"{len(sizes)} sizes of a step, and what one works with"),
         Part("libraries", LIBRARIES_BYTES, "CUDA itself, cuBLAS"),
         Part("reserve", _reserve(card), "fragments, other processes"),
     )
@@ -392,12 +394,12 @@ def text_bytes(shape: ModelShape, recipe: Recipe, rows: int, itemsize: int = 2) 
     return rows * rows_of_all * itemsize + scratch
 
 
-def graph_sizes(slots: int) -> list[int]:
-    """Numbers of rows for which a decode step is captured: powers of two up to all slots and a probe."""
-    sizes = [1]
-    while sizes[-1] < slots:
-        sizes.append(min(2 * sizes[-1], slots))
-    return sizes
+def step_buffer_bytes(shape: ModelShape, slots: int, chunk: int, itemsize: int = 2) -> int:
+    """Buffers that recorded steps read and write: logits, inputs, and partial results of attention."""
+    rows = slots + 1
+    logits = 4 * (rows + MAX_CHUNKS) * shape.vocabulary
+    attention = 4 * rows * shape.heads * ATTENTION_PARTS * (shape.head_dim + 1)
+    return logits + attention + (chunk + rows) * shape.hidden * itemsize
 
 
 # Speed.
@@ -455,7 +457,7 @@ def kv_budget(plan: MemoryPlan, measured: Measured) -> int:
 
 def beside(plan: MemoryPlan, measured: Measured, kv_bytes: int) -> dict[str, tuple[int, int]]:
     """Planned and measured bytes of each quantity that can be measured."""
-    weights = ("text layers", "head", "embeddings", "vision encoder", "tables")
+    weights = ("text layers", "head", "embeddings", "vision encoder", "tables", "step buffers")
     return {
         "weights": (sum(plan.bytes_of(name) for name in weights), measured.weights_bytes),
         "workspace": (

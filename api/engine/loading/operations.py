@@ -1,22 +1,29 @@
-"""The choice of a model's operations, compiled or torch: made once, before the engine is ready.
+"""The choice of a model's operations, compiled, Triton or torch: made once, before the engine is ready.
 
-The compiled ones are built and tried while the weights are loaded. If that takes too long or the trial fails, torch
-computes until the next start; operations never change under a running engine.
+Those of the CPU are built and tried while the weights are loaded; those of a CUDA device are compared with plain torch,
+path by path, on that device. If that takes too long or a trial fails, torch computes until the next start; operations
+never change under a running engine.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 from typing import Any
 
 import torch
 
 from api.engine.config import EngineConfig
+from api.engine.cuda.shape import shape_of
+from api.engine.cuda.support import unsupported as unsupported_on_cuda
 from api.engine.kernels.build import KernelError, PendingLibrary, unsupported
 from api.engine.kernels.operations import CompiledOperations
 from api.engine.loading.placement import PAGE_TOKENS, Selection
 from api.engine.model.operations import Operations, TorchOperations
 from api.engine.model.recipe import BF16, Recipe
 from api.engine.model.rotary import head_dim_of
+
+logger = logging.getLogger(__name__)
 
 WAIT_S = 60.0  # for the compiler and the trial, once the weights are loaded
 
@@ -29,8 +36,14 @@ class OperationsChoice:
     ) -> None:
         self._pending: PendingLibrary | None = None
         self._reason = "set by GLM_KERNELS"
-        self._recipe = recipe
+        self._recipe, self._device, self._dtype, self._config = recipe, device, dtype, model_config
+        self.proofs: dict[str, str] = {}  # for `GET /info`: what each path of a CUDA device was found to be
+        self._triton = False
         if config.kernels == "torch":
+            return
+        if device == "cuda":
+            reason = unsupported_on_cuda(device, dtype, _head_dims(model_config))
+            self._triton, self._reason = reason is None, reason or ""
             return
         if recipe != BF16:
             self._reason = f"the compiled kernels do not multiply {recipe.name} weights"
@@ -42,6 +55,8 @@ class OperationsChoice:
 
     def choose(self) -> tuple[Operations, Selection]:
         """Waits up to WAIT_S for a library that is still being compiled."""
+        if self._triton:
+            return self._proven_on_cuda()
         if self._pending is None:
             return TorchOperations(PAGE_TOKENS, self._recipe), Selection("torch", self._reason)
         try:
@@ -50,6 +65,25 @@ class OperationsChoice:
         except (KernelError, OSError, RuntimeError) as error:
             return without_compiled(error)
         return CompiledOperations(), Selection("compiled", str(library))
+
+    def _proven_on_cuda(self) -> tuple[Operations, Selection]:
+        """The kernels that are right on this very device. Imports Triton."""
+        try:
+            from api.engine.cuda.operations import CudaOperations
+            from api.engine.cuda.self_test import prove
+        except ImportError as error:
+            return without_compiled(error)
+        device = torch.device(self._device)
+        operations = CudaOperations(PAGE_TOKENS, torch.cuda.get_device_capability(device), self._recipe)
+        proofs = prove(operations, shape_of(self._config, PAGE_TOKENS), device, self._dtype)
+        for proof in proofs:
+            self.proofs[proof.path] = f"{'used' if proof.proven else 'off'}: {proof.reason}"
+            level = logging.INFO if proof.proven else logging.WARNING
+            logger.log(level, "event=proof path=%s used=%s reason=%s", proof.path, proof.proven, json.dumps(proof.reason))
+        off = [proof.path for proof in proofs if not proof.proven]
+        operations.use_plain(off)
+        reason = "each path was compared with plain torch on this device"
+        return operations, Selection("triton", f"{reason}; off: {', '.join(off)}" if off else reason)
 
 
 def without_compiled(error: Exception) -> tuple[Operations, Selection]:

@@ -86,11 +86,21 @@ class Decoder:
     ) -> torch.Tensor:
         """Write the keys and values of all rows; returns float32 logits [len(logits_indices), vocabulary]. With `kv` they
         are written there and not to the KV cache."""
-        kv = self.kv if kv is None else kv
-        normed = self._fused(batch, kv) if self._fused and observe is None else self._run_layers(batch, kv, observe)
+        normed = self.hidden(batch, observe, kv)
         if not len(normed):  # chunks that do not end their prompts: no token is sampled
             return torch.empty(0, self.vocabulary_size, device=self.device)
-        return self._head(normed).float()
+        return self.head(normed).float()
+
+    def hidden(
+        self, batch: ForwardBatch, observe: Observer | None = None, kv: list[torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """The same up to the head: normed rows [len(logits_indices), hidden]."""
+        kv = self.kv if kv is None else kv
+        return self._fused(batch, kv) if self._fused and observe is None else self._run_layers(batch, kv, observe)
+
+    def head(self, normed: torch.Tensor) -> torch.Tensor:
+        """Logits [rows, vocabulary] of normed rows, in the number format of the model."""
+        return self._head(normed)
 
     def spread_over_heads(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [rows, head_dim] -> [rows, heads of q, k and v, head_dim], with no rotation for those of v."""
@@ -121,7 +131,10 @@ class Decoder:
 
     def _attend(self, x: torch.Tensor, layer: DecoderLayer, kv: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
         ops, qkv = self._operations, layer.qkv(x).view(len(x), -1, self.head_dim)
-        qkv = ops.rotate_store(qkv, batch.cos, batch.sin, kv, batch.slot_mapping)
+        if batch.positions is None:
+            qkv = ops.rotate_store(qkv, batch.cos, batch.sin, kv, batch.slot_mapping)
+        else:
+            qkv = ops.rotate_store(qkv, batch.cos, batch.sin, kv, batch.slot_mapping, batch.positions)
         outs = [
             (ops.attend_decode if part.decode else ops.attend_prefill)(qkv[part.start : part.end], kv, part)
             for part in batch.attention

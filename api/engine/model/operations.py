@@ -27,16 +27,22 @@ class AttentionMetadata:
 
     Decode, one new token of each of several sequences: `pages` [rows, pages] are their block tables, `lengths` [rows] the
     tokens that a row attends to. Prefill, consecutive tokens of one sequence: `pages` [pages], after `first` earlier
-    tokens. `mask` [rows, ...] is added to the scores by operations that need it; None for the first chunk of a sequence,
-    where causal attention is enough.
+    tokens. `mask` [rows, ...] is added to the scores by operations that need it. It is None for the first chunk of a
+    sequence, where causal attention is enough; elsewhere None has it made on the device from the lengths.
+
+    Operations that say so compute chunks of several sequences in one call: `pages` [sequences, pages], the first row of
+    each chunk and the number of rows in `starts`, earlier tokens in `firsts`, and at most `max_rows` rows of a sequence.
     """
 
     start: int
     end: int
-    pages: torch.Tensor  # int64 page numbers of the KV cache
+    pages: torch.Tensor  # int64 page numbers (on CUDA int32 too) of the KV cache
     mask: torch.Tensor | None = None
     lengths: torch.Tensor | None = None
     first: int = 0
+    starts: torch.Tensor | None = None  # int32 [sequences + 1], on the device
+    firsts: torch.Tensor | None = None  # int32 [sequences], on the device
+    max_rows: int | None = None
 
     @property
     def decode(self) -> bool:
@@ -49,11 +55,14 @@ class ForwardBatch:
     """Tensors of one forward pass over `rows` tokens."""
 
     inputs: torch.Tensor  # [rows, hidden]: embeddings of tokens and images
-    cos: torch.Tensor  # [rows, heads + 2 * kv_heads, head_dim]; values are rotated by the angle zero
+    # [rows, heads + 2 * kv_heads, head_dim], values are rotated by the angle zero; on CUDA [rows, head_dim]
+    cos: torch.Tensor
     sin: torch.Tensor
     slot_mapping: torch.Tensor  # [rows] int64: row of the KV cache that each token's key and value are written to
     attention: tuple[AttentionMetadata, ...]
     logits_indices: torch.Tensor | None  # [n] int64: rows whose logits are computed; None: all
+    # [rows]: where cos and sin of each row are in `cos` and `sin`, which then are tables [positions, head_dim]
+    positions: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +102,7 @@ FusedBlock = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Ten
 
 class Operations(Protocol):
     needs_masks: bool  # whether AttentionMetadata must carry masks
+    ragged: bool  # whether `attend_prefill` computes chunks of several sequences in one call
     recipe: Recipe  # how `linear` keeps weights
 
     def linear(
@@ -112,7 +122,13 @@ class Operations(Protocol):
         """y = x + rms_norm(delta, delta_norm) and rms_norm(y, next_norm); x, delta and both results [rows, hidden]."""
 
     def rotate_store(
-        self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kv: torch.Tensor, slot_mapping: torch.Tensor
+        self,
+        qkv: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        kv: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Rotate the queries and keys of qkv [rows, heads + 2 * kv_heads, head_dim] and write keys and values to the rows
         `slot_mapping` of kv [tokens, 2 * kv_heads, head_dim]. Returns the rotated qkv; the argument may be overwritten."""
@@ -132,6 +148,7 @@ class Operations(Protocol):
 
 class TorchOperations:
     needs_masks = True
+    ragged = False
 
     def __init__(self, page_tokens: int, recipe: Recipe = BF16) -> None:
         self._page_tokens = page_tokens
@@ -155,9 +172,22 @@ class TorchOperations:
         return x, F.rms_norm(x, next_norm.shape, next_norm, eps)
 
     def rotate_store(
-        self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kv: torch.Tensor, slot_mapping: torch.Tensor
+        self,
+        qkv: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        kv: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        qkv = rotate(qkv, cos, sin)
+        if positions is not None:
+            cos, sin = cos.index_select(0, positions), sin.index_select(0, positions)
+        if cos.ndim == 2:
+            rotated = qkv.shape[1] - kv.shape[1] // 2
+            keys = rotate(qkv[:, :rotated], cos[:, None], sin[:, None])
+            qkv = torch.cat([keys, qkv[:, rotated:]], dim=1)
+        else:
+            qkv = rotate(qkv, cos, sin)
         kv.index_copy_(0, slot_mapping, qkv[:, -kv.shape[1] :])
         return qkv
 
@@ -167,15 +197,25 @@ class TorchOperations:
         q = qkv[:, : -2 * kv_heads].view(rows, kv_heads, -1, head_dim)
         stored = self._read(kv, metadata.pages.flatten()).view(rows, -1, 2 * kv_heads, head_dim)
         k, v = stored.transpose(1, 2).split(kv_heads, dim=1)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=metadata.mask).reshape(rows, -1)
+        mask = metadata.mask
+        if mask is None:
+            assert metadata.lengths is not None
+            token = torch.arange(k.shape[2], device=q.device)
+            mask = _additive(token >= metadata.lengths[:, None], q.dtype)[:, None, None]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(rows, -1)
 
     def attend_prefill(self, qkv: torch.Tensor, kv: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
         """Query heads that share a key head form one batch."""
         (rows, _, head_dim), kv_heads = qkv.shape, kv.shape[1] // 2
         q = qkv[:, : -2 * kv_heads].view(rows, kv_heads, -1, head_dim)
-        stored = qkv[:, -2 * kv_heads :] if metadata.mask is None else self._read(kv, metadata.pages)
+        mask = metadata.mask
+        if mask is None and metadata.first:
+            token = torch.arange(metadata.pages.numel() * self._page_tokens, device=q.device)
+            seen = torch.arange(metadata.first, metadata.first + rows, device=q.device)
+            mask = _additive(token > seen[:, None], q.dtype)
+        stored = qkv[:, -2 * kv_heads :] if mask is None else self._read(kv, metadata.pages)
         k, v = stored.transpose(0, 1).split(kv_heads)
-        out = attend(q.permute(1, 2, 0, 3), k, v, metadata.mask, causal=metadata.mask is None)
+        out = attend(q.permute(1, 2, 0, 3), k, v, mask, causal=mask is None)
         return out.permute(2, 0, 1, 3).reshape(rows, -1)
 
     def attend_image(
@@ -193,6 +233,10 @@ class TorchOperations:
         """Gather the rows of pages, in order: [pages * page_tokens, 2 * kv_heads, head_dim]."""
         by_page = kv.view(-1, self._page_tokens * kv.shape[1] * kv.shape[2])
         return by_page.index_select(0, pages).view(-1, *kv.shape[1:])
+
+
+def _additive(masked: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(masked.shape, dtype=dtype, device=masked.device).masked_fill_(masked, -torch.inf)
 
 
 def _rotate_exact(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

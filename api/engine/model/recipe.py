@@ -6,7 +6,7 @@ four bits, from 7.5 on and on the CPU. Embeddings and norms are never quantised;
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +17,7 @@ from api.engine.model.quantized_linear import FLOAT8_MULTIPLE, NF4_BLOCK, Fp8Lin
 
 Weights = Literal["bf16", "fp8", "nf4"]
 Format = Literal["plain", "fp8", "int8", "nf4"]  # plain: the number format of the activations
-Linears = Mapping[Format, type]
+Linears = Mapping[Format, Callable[..., Linear]]
 LINEARS: Linears = {"plain": TorchLinear, "fp8": Fp8Linear, "int8": Int8Linear, "nf4": Nf4Linear}
 NEEDS_CAPABILITY: Mapping[Weights, tuple[int, int]] = {"bf16": (7, 5), "fp8": (8, 9), "nf4": (7, 5)}
 

@@ -74,6 +74,11 @@ class Rotary:
         self._axes = torch.tensor(axes * 2, device=device)  # [head_dim]
         self._dims = torch.arange(head_dim, device=device)
 
+    @property
+    def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and signed sin [positions, head_dim] of tokens whose three positions are equal."""
+        return self._cos, self._sin
+
     def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and signed sin [tokens, head_dim] for int64 positions [3, tokens]."""
         rows = positions[self._axes].T

@@ -23,6 +23,7 @@ from api.engine.model.vision_encoder import VisionEncoder
 from api.engine.model.weight_source import WeightSource
 from api.engine.scheduler import Batch, Chunk, EncodeTask
 from api.engine.sequence import Sequence
+from api.engine.token_budget import FREE_ROWS
 
 # Attention over the KV cache is padded to multiples of this many tokens, so that few shapes occur. Decoding on the CPU
 # pads to pages only: its kernel does not depend on shapes, and padding costs memory bandwidth.
@@ -48,6 +49,12 @@ class _DecodeOrder:
 class Glm4vRunner:
     """The `Runner` of api.engine.loaded_model."""
 
+    overlaps = False
+    free_rows = FREE_ROWS
+    # Pages beyond those that are allocated: one stays zero and pads what is read, so that no row reads another's.
+    SPARE_PAGES = 1
+    SPARE_SLOTS = 1  # beyond those of requests: one for a probe
+
     def __init__(self, source: WeightSource, capacity: Capacity, context_tokens: int, operations: Operations) -> None:
         self.operations = operations
         self.observer: Observer | None = None  # of the layers of the next batches; for fault injection
@@ -59,13 +66,12 @@ class Glm4vRunner:
         self._padding_page = capacity.pages
         self._device = self._decoder.device
         self._decode_step = capacity.page_tokens if self._device.type == "cpu" else LENGTH_STEP
-        self._sampler = Sampler(capacity.slots + 1, self._decoder.vocabulary_size, self._device)
+        self._sampler = Sampler(capacity.slots + self.SPARE_SLOTS, self._decoder.vocabulary_size, self._device)
 
     @torch.inference_mode()
     def take_weights(self, source: WeightSource) -> None:
         """Compute with the weights of `source` from now on; the KV cache stays."""
-        # One page more than are allocated: it stays zero and pads what is read, so that no row reads another's.
-        pages = self._pages + 1
+        pages = self._pages + self.SPARE_PAGES
         decoder = Decoder(source, self._context_tokens, pages, self._page_tokens, self.operations, self._kv)
         vision_encoder = VisionEncoder(source, self.operations)
         self._decoder, self._vision_encoder = decoder, vision_encoder  # only once all of it could be read
@@ -137,6 +143,12 @@ class Glm4vRunner:
         row_of = {number: row for row, number in enumerate(rows.order)}
         return [tokens[row_of[number]] for number in range(len(decode))] + tokens[len(decode) :]
 
+    def prepare_next(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        """The memory of the host is given back with the process."""
+
     def failure(self, error: BaseException) -> Literal["request", "memory", "device"]:
         """After a CUDA error every later call fails too, except after running out of memory."""
         if isinstance(error, torch.OutOfMemoryError):
@@ -185,7 +197,7 @@ class Glm4vRunner:
         self._pages = self._padding_page = pages
         self._kv = None
         self._decoder.kv = []  # freed before the new one is allocated
-        self._kv = self._decoder.kv = self._decoder.new_kv((pages + 1) * self._page_tokens)
+        self._kv = self._decoder.kv = self._decoder.new_kv((pages + self.SPARE_PAGES) * self._page_tokens)
 
     # From sequences to tensors.
 

@@ -179,12 +179,16 @@ class Sampler:
         least = self._column([s.min_p for s in params]) * probabilities.max(-1, keepdim=True).values
         return probabilities.masked_fill(probabilities < least, 0.0)
 
+    def random_numbers(self, slots: np.ndarray, numbers: Items[int]) -> np.ndarray:
+        """A random number in [0, 1) for each slot: SplitMix64 (Steele et al., 2014) of its seed and next token's index,
+        from 1."""
+        z = _mix(self._seeds[slots]) + np.array(numbers, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        return (_mix(z) >> np.uint64(11)).astype(np.float64) / 2**53
+
     def _uniform(self, sequences: Items[Sequence]) -> torch.Tensor:
-        """A random number in [0, 1) for each row: SplitMix64 (Steele et al., 2014) of its seed and next token's index."""
         slots = np.array([s.slot for s in sequences])
-        number = np.array([len(s.output_ids) + 1 for s in sequences], dtype=np.uint64)
-        z = _mix(self._seeds[slots]) + number * np.uint64(0x9E3779B97F4A7C15)
-        return torch.from_numpy((_mix(z) >> np.uint64(11)).astype(np.float64) / 2**53).to(self._device)
+        random = self.random_numbers(slots, [len(s.output_ids) + 1 for s in sequences])
+        return torch.from_numpy(random).to(self._device)
 
     def _with_logprobs(self, logits: torch.Tensor, tokens: list[int], sequences: Items[Sequence]) -> list[SampledToken]:
         sampled = [SampledToken(token) for token in tokens]

@@ -47,6 +47,9 @@ class VisionEncoder:
         self.merge = config.spatial_merge_size
         self.patch_size = config.in_channels * config.temporal_patch_size * config.patch_size**2
         self._heads, self._eps = config.num_heads, config.rms_norm_eps
+        # Multiplications of a patch with one other in attention, as a part of those with the weights of a block.
+        hidden, inner = config.hidden_size, config.out_hidden_size
+        self._attention_share = 2 * hidden / (4 * hidden**2 + 3 * hidden * inner)
         embed = source.take(f"{TOWER}.patch_embed.proj.weight")
         self._embed = linear(
             embed.flatten(1), source.find(f"{TOWER}.patch_embed.proj.bias")
@@ -91,6 +94,24 @@ class VisionEncoder:
                 return None
         return self._merge(progress.x)
 
+    def advance_blocks(self, progress: Progress, blocks: int) -> torch.Tensor | None:
+        """Compute so many blocks, the merger counting as the last. Returns what `advance` returns."""
+        for _ in range(blocks):
+            if progress.block == len(self._blocks):
+                return self._merge(progress.x)
+            progress.x = self._run(progress)
+            progress.block += 1
+        return None
+
+    def blocks_left(self, progress: Progress) -> int:
+        """With the merger."""
+        return len(self._blocks) + 1 - progress.block
+
+    def block_work(self, progress: Progress) -> int:
+        """What a block costs, in patches of an image so small that its attention costs nothing."""
+        patches = len(progress.x)
+        return patches + int(patches * (patches // progress.frames) * self._attention_share)
+
     def drop_tables(self) -> None:
         """Empty the cache of position tables."""
         self._tables.clear()
@@ -134,8 +155,9 @@ class VisionEncoder:
         frames, rows, columns = grid
         # Patches come in squares of `merge` x `merge`, row by row of squares.
         squares = (rows // self.merge, self.merge, columns // self.merge, self.merge)
-        y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-        y, x = (t.reshape(squares).transpose(1, 2).flatten().to(self.device).float() for t in (y, x))
+        y, x = (torch.arange(size, device=self.device) for size in (rows, columns))
+        y, x = torch.meshgrid(y, x, indexing="ij")
+        y, x = (t.reshape(squares).transpose(1, 2).flatten().float() for t in (y, x))
         learned = None if self._positions is None else self._resized(self._positions, y, x, rows, columns)
         angles = torch.cat([y[:, None] * self._inverse_frequencies, x[:, None] * self._inverse_frequencies], dim=-1)
         cos, sin = angles.cos(), angles.sin()

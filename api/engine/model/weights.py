@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 PART_BYTES = 64 * 2**20  # summed at once: about 10 ms on the CPU
-_SKIPPED = frozenset({"kv", "_tables"})  # caches
+_SKIPPED = frozenset({"kv", "_tables", "_scratch"})  # caches, and room for results
 _WORDS = ((8, torch.int64), (4, torch.int32), (2, torch.int16), (1, torch.uint8))
 
 

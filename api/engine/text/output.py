@@ -56,6 +56,11 @@ class OutputState:
         short = len(self._ids) < self._sampling.min_tokens
         return self._end_ids if short and self.grammar is None else frozenset()
 
+    @property
+    def remaining(self) -> int:
+        """Tokens that may still come."""
+        return self._max_tokens - len(self._ids)
+
     # The next token.
 
     def feed(self, token: int) -> tuple[str, FinishReason | None]:

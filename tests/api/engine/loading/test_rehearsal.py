@@ -81,9 +81,9 @@ def test_set_cache_is_kept_unless_there_is_less(plan: MemoryPlan) -> None:
 
 
 def test_no_room_is_told(plan: MemoryPlan) -> None:
-    with pytest.raises(LoadError, match="room for 0 tokens of KV cache, and 2048 are needed.*GLM_WEIGHTS=nf4"):
+    with pytest.raises(LoadError, match=r"room for 0 tokens of KV cache, and 2048 are needed.*GLM_WEIGHTS=nf4"):
         size_cache(Runner(), plan, Memory(2 * GIB))
-    with pytest.raises(LoadError, match="no room for a picture of 6144 image tokens.*GLM_MAX_PICTURE_TOKENS"):
+    with pytest.raises(LoadError, match=r"no room for a picture of 6144 image tokens.*GLM_MAX_PICTURE_TOKENS"):
         size_cache(Runner(torch.OutOfMemoryError("CUDA out of memory")), plan, Memory(58 * GIB))
 
 

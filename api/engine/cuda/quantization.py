@@ -1,0 +1,108 @@
+"""Products in float8 around the product itself, in Triton, for devices from 8.9 on.
+
+    quantize_rows(x) -> (values, scales)
+    silu_mul_quantize(gate_up) -> (values, scales)
+    rescale(product, row_scales, column_scales, bias=None, gated=False, dtype=torch.bfloat16) -> [rows, features]
+
+A row is divided by its scale, so that its largest element becomes the largest float8 number. Scales factor out of a
+product: multiply values with scales of 1, then `rescale`. All may be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+KIND = torch.float8_e4m3fn
+LARGEST = 448.0
+SMALLEST_SCALE = 1e-12  # of a row of zeros
+
+
+def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [rows, size], contiguous -> float8 [rows, size] and float32 scales [rows, 1]: x is about values * scales."""
+    return _quantized(x, x.shape[1], gated=False)
+
+
+def silu_mul_quantize(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """gate_up [rows, 2 * inner], contiguous: silu(first half of a row) * second half, as `quantize_rows` returns it."""
+    return _quantized(gate_up, gate_up.shape[1] // 2, gated=True)
+
+
+def rescale(
+    product: torch.Tensor,  # [rows, features], contiguous: of float8 values
+    row_scales: torch.Tensor,  # float32 [rows, 1]
+    column_scales: torch.Tensor,  # float32 [features] or [1, features]
+    bias: torch.Tensor | None = None,  # [features]
+    gated: bool = False,  # then the result is silu(first half) * second half
+    dtype: torch.dtype = torch.bfloat16,
+) -> torch.Tensor:
+    """product * row_scales * column_scales + bias: [rows, features], if gated [rows, features / 2]."""
+    rows, features = product.shape
+    width = features // 2 if gated else features
+    out = torch.empty(rows, width, dtype=dtype, device=product.device)
+    block = min(triton.next_power_of_2(width), 1024)
+    _rescale[(rows, triton.cdiv(width, block))](
+        product, row_scales, column_scales, product if bias is None else bias, out, width, features,
+        BIASED=bias is not None, GATED=gated, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def _quantized(x: torch.Tensor, size: int, gated: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = len(x)
+    values = torch.empty(rows, size, dtype=KIND, device=x.device)
+    scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(size)
+    _quantize[(rows,)](
+        x, values, scales, size, GATED=gated, BLOCK=block, LARGEST=LARGEST, SMALLEST=SMALLEST_SCALE,
+        num_warps=min(max(block // 512, 1), 16),
+    )  # fmt: skip
+    return values, scales
+
+
+@triton.jit
+def _quantize(
+    x, values, scales, size,
+    GATED: tl.constexpr, BLOCK: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    real = column < size
+    if GATED:
+        gate = tl.load(x + row * 2 * size + column, mask=real, other=0.0)
+        up = tl.load(x + row * 2 * size + size + column, mask=real, other=0.0)
+        exact = gate.to(tl.float32)
+        active = (exact / (1.0 + tl.exp(-exact))).to(gate.dtype)
+        element = (active.to(tl.float32) * up.to(tl.float32)).to(gate.dtype).to(tl.float32)
+    else:
+        element = tl.load(x + row * size + column, mask=real, other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(element), 0) / LARGEST, SMALLEST)
+    element = tl.minimum(tl.maximum(element / scale, -LARGEST), LARGEST)
+    tl.store(values + row * size + column, element.to(values.dtype.element_ty), mask=real)
+    tl.store(scales + row, scale)
+
+
+@triton.jit
+def _rescale(
+    product, row_scales, column_scales, bias, out, width, features,
+    BIASED: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    real = column < width
+    kind = out.dtype.element_ty
+    scale = tl.load(row_scales + row)
+    result = tl.load(product + row * features + column, mask=real, other=0.0).to(tl.float32)
+    result = result * scale * tl.load(column_scales + column, mask=real, other=0.0)
+    if BIASED:
+        result += tl.load(bias + column, mask=real, other=0.0).to(tl.float32)
+    if GATED:
+        up = tl.load(product + row * features + width + column, mask=real, other=0.0).to(tl.float32)
+        up = up * scale * tl.load(column_scales + width + column, mask=real, other=0.0)
+        if BIASED:
+            up += tl.load(bias + width + column, mask=real, other=0.0).to(tl.float32)
+        exact = result.to(kind).to(tl.float32)
+        active = (exact / (1.0 + tl.exp(-exact))).to(kind).to(tl.float32)
+        result = active * up.to(kind).to(tl.float32)
+    tl.store(out + row * width + column, result.to(kind), mask=real)

@@ -1,0 +1,404 @@
+"""Checks and times the CUDA kernels on the card at hand: `python -m bench.kernels_gpu [--dry] [--sweep] [SECTION ...]`.
+
+Needs torch, Triton and `api/engine`, nothing else of the bundle. Every section prints its lines at once: `ok` or `WRONG`
+with the relative error against float32, then microseconds in a CUDA graph, over more data than the caches hold.
+`--dry` runs everything once in Triton's interpreter on the CPU, with tiny shapes. `--sweep` also tries other tiles.
+The exit status is 1 if a result is wrong or a section fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+DRY = "--dry" in sys.argv
+if DRY:
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
+from api.engine.cuda import attention, quantization, rotation, rows  # noqa: E402
+from api.engine.cuda.operations import CudaOperations  # noqa: E402
+from api.engine.model.operations import AttentionMetadata, TorchOperations, _rotate_exact  # noqa: E402
+from api.engine.model.rotary import rotate  # noqa: E402
+
+DEVICE = "cpu" if DRY else "cuda"
+DTYPE = torch.float16 if DRY else torch.bfloat16  # the interpreter cannot multiply bfloat16
+HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INNER, PAGE = (8, 2, 16, 96, 200, 16) if DRY else (32, 2, 128, 4096, 13696, 16)
+VISION_HEADS = 2 if DRY else 12
+TOTAL = HEADS + 2 * KV_HEADS
+TOLERANCE = 0.01  # relative error by norm of bfloat16 results
+EDGES = [1, 15, 16, 17, 255, 256, 257]
+COLD_BYTES = 200 * 2**20  # more than an L2 cache holds
+failures: list[str] = []
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dry", action="store_true")
+    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("sections", nargs="*", choices=[[], *SECTIONS], default=[])
+    chosen = parser.parse_args()
+    began = time.monotonic()
+    say(f"torch {torch.__version__}, {DEVICE if DRY else torch.cuda.get_device_name()}, {DTYPE}")
+    names = chosen.sections or [name for name in SECTIONS if chosen.sweep or name != "sweep"]
+    with torch.inference_mode():
+        for name in names:
+            say(f"== {name} ({time.monotonic() - began:.1f} s)")
+            torch.manual_seed(46)
+            try:
+                SECTIONS[name]()
+            except Exception:
+                failures.append(name)
+                traceback.print_exc(limit=8, file=sys.stdout)
+    say(f"{time.monotonic() - began:.1f} s, {'all right' if not failures else 'WRONG: ' + ', '.join(failures)}")
+    return 1 if failures else 0
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def report(name: str, found: torch.Tensor, wanted: torch.Tensor, tolerance: float = TOLERANCE) -> None:
+    found, wanted = found.float(), wanted.float()
+    error = float((found - wanted).norm() / wanted.norm().clamp_min(1e-30))
+    right = error <= tolerance  # false for NaN
+    if not right:
+        failures.append(name)
+    say(f"{'ok   ' if right else 'WRONG'} {error:8.1e} {name}")
+
+
+def same(name: str, found: torch.Tensor, wanted: torch.Tensor) -> None:
+    right = torch.equal(found, wanted)
+    if not right:
+        failures.append(name)
+    say(f"{'ok   ' if right else 'WRONG'} {'bits':>8} {name}")
+
+
+def timed(*calls: Callable[[], Any]) -> float:
+    """Microseconds of one of the calls, which run one after another in a CUDA graph."""
+    for call in calls:
+        call()
+    if DRY:
+        return 0.0
+    torch.cuda.synchronize()
+    repeats = max(20 // len(calls), 1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            for call in calls:
+                call()
+    best = float("inf")
+    for _ in range(4):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        best = min(best, start.elapsed_time(end))
+    return best * 1000 / repeats / len(calls)
+
+
+def randn(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, device=DEVICE).to(DTYPE)
+
+
+def poisoned(*shape: int) -> torch.Tensor:
+    return torch.full(shape, float("nan"), dtype=DTYPE, device=DEVICE)
+
+
+class Cache:
+    """A KV cache that holds sequences of given lengths in random pages; everything else in it is NaN."""
+
+    def __init__(self, lengths: list[int], width: int | None = None) -> None:
+        pages = [-(-length // PAGE) for length in lengths]
+        width = width or max(pages)
+        order = torch.randperm(sum(pages) + 1, device=DEVICE)
+        self.kv = poisoned((sum(pages) + 1) * PAGE, 2 * KV_HEADS, HEAD_DIM)
+        self.tables = torch.full((len(lengths), width), 2**30, dtype=torch.int32, device=DEVICE)
+        self.rows = []
+        at = 0
+        for number, (length, count) in enumerate(zip(lengths, pages, strict=True)):
+            self.tables[number, :count] = order[at : at + count]
+            at += count
+            tokens = torch.arange(length, device=DEVICE)
+            self.rows.append(self.tables[number].long()[tokens // PAGE] * PAGE + tokens % PAGE)
+            self.kv[self.rows[-1]] = randn(length, 2 * KV_HEADS, HEAD_DIM)
+        self.lengths = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+
+    def exact(self, number: int, q: torch.Tensor) -> torch.Tensor:
+        """The last len(q) tokens of a sequence attend to it: [rows, heads, head_dim] in float32."""
+        stored = self.kv[self.rows[number]].float().transpose(0, 1)
+        k, v = (t.repeat_interleave(HEADS // KV_HEADS, 0) for t in stored.split(KV_HEADS))
+        score = q.float().transpose(0, 1) @ k.transpose(1, 2) * HEAD_DIM**-0.5
+        later = torch.ones(score.shape[1:], device=DEVICE, dtype=torch.bool).triu(score.shape[2] - len(q) + 1)
+        return (score.masked_fill(later, -torch.inf).softmax(-1) @ v).transpose(0, 1)
+
+
+def decode() -> None:
+    lengths = [*EDGES, 0, 70] if DRY else [*EDGES, 0, 70, 2047, 2048, 2049, 4100, 8192]
+    cache, plan = Cache(lengths), plans()[0]
+    q = randn(len(lengths), TOTAL, HEAD_DIM)[:, :HEADS]
+    out = attention.paged_decode(
+        q, cache.kv, cache.tables, cache.lengths, PAGE, poisoned(len(lengths), HEADS, HEAD_DIM), None, plan
+    )
+    exact = torch.cat([cache.exact(i, q[i : i + 1]) if n else torch.zeros_like(q[:1]) for i, n in enumerate(lengths)])
+    report("paged_decode, ragged lengths", out, exact)
+    for number, length in enumerate(lengths):
+        if length and not DRY:
+            report(f"  length {length}", out[number], exact[number])
+    number = len(lengths) - 1
+    wide = torch.full((1, cache.tables.shape[1] + 77), 2**30, dtype=torch.int32, device=DEVICE)
+    wide[:, : cache.tables.shape[1]] = cache.tables[number]
+    alone = attention.paged_decode(q[number:], cache.kv, wide, cache.lengths[number:], PAGE, plan=plan)
+    same("a row alone, with a wider table", alone, out[number:])
+    if DRY:
+        return
+    scratch = attention.decode_scratch(len(lengths), HEADS, HEAD_DIM, DEVICE, plan)
+    graph, static = torch.cuda.CUDAGraph(), torch.empty_like(out)
+    with torch.cuda.graph(graph):
+        attention.paged_decode(q, cache.kv, cache.tables, cache.lengths, PAGE, static, scratch, plan)
+    shorter = (cache.lengths - 1).clamp_min(0)
+    eager = attention.paged_decode(q, cache.kv, cache.tables, shorter, PAGE, plan=plan)
+    cache.lengths.copy_(shorter)
+    graph.replay()
+    same("a CUDA graph after the lengths have changed", static, eager)
+
+
+def plans() -> tuple[attention.DecodePlan, attention.PrefillPlan]:
+    if DRY:
+        return attention.DecodePlan(splits=4, block=32), attention.PrefillPlan(queries=32, keys=16)
+    return attention.plans_for(torch.cuda.get_device_capability())
+
+
+def decode_calls(number: int, length: int, plan: attention.DecodePlan) -> list[Callable[[], Any]]:
+    """Calls that read different parts of a cache larger than the processor's own."""
+    copies = max(min(COLD_BYTES // (number * length * 2 * KV_HEADS * HEAD_DIM * 2), 20), 1) if not DRY else 1
+    pages = -(-length // PAGE)
+    kv = randn(1, 2 * KV_HEADS, HEAD_DIM).expand(copies * number * pages * PAGE, -1, -1).contiguous()
+    tables = torch.randperm(copies * number * pages, device=DEVICE, dtype=torch.int32).view(copies, number, pages)
+    lengths = torch.full((number,), length, dtype=torch.int32, device=DEVICE)
+    q, out = randn(number, TOTAL, HEAD_DIM)[:, :HEADS], poisoned(number, HEADS, HEAD_DIM)
+    scratch = attention.decode_scratch(number, HEADS, HEAD_DIM, DEVICE, plan)
+    return [
+        lambda table=table: attention.paged_decode(q, kv, table, lengths, PAGE, out, scratch, plan) for table in tables
+    ]
+
+
+def decode_speed() -> None:
+    for number in (1, 2) if DRY else (1, 4, 16, 64):
+        line = f"rows {number:3}:"
+        for length in (17,) if DRY else (256, 1024, 4096, 8192):
+            us = timed(*decode_calls(number, length, plans()[0]))
+            rate = number * length * 2 * KV_HEADS * HEAD_DIM * 2 / max(us, 1e-9) / 1e3
+            line += f"  {length:5}: {us:7.1f} us {rate:5.0f} GB/s"
+        say(line)
+    number, length = (2, 17) if DRY else (16, 1024)
+    cache = Cache([length] * number)
+    cache.kv.nan_to_num_()
+    q = randn(number, TOTAL, HEAD_DIM)
+    mask = torch.zeros(number, 1, 1, cache.tables.shape[1] * PAGE, dtype=DTYPE, device=DEVICE)
+    metadata = AttentionMetadata(0, number, cache.tables.long(), mask, cache.lengths)
+    plain = timed(lambda: TorchOperations(PAGE).attend_decode(q, cache.kv, metadata))
+    say(f"torch by gathering, {number} rows of {length}: {plain:.1f} us")
+    call = decode_calls(number, length, plans()[0])[0]
+    call()
+    began, repeats = time.perf_counter(), 1 if DRY else 200
+    for _ in range(repeats):
+        call()
+    say(f"host time of a call outside of a graph (two kernels): {(time.perf_counter() - began) / repeats * 1e6:.1f} us")
+
+
+def prefill() -> None:
+    plan = plans()[1]
+    for first, count in [(0, 1), (0, 17), (5, 3), (250, 23)] if DRY else [(0, 1), (0, 257), (5, 3), (2048, 512)]:
+        cache = Cache([first + count])
+        q = randn(count, TOTAL, HEAD_DIM)[:, :HEADS]
+        out = attention.paged_prefill(
+            q, cache.kv, cache.tables, count, PAGE, first, out=poisoned(count, HEADS, HEAD_DIM), plan=plan
+        )
+        report(f"paged_prefill of {count} after {first}", out, cache.exact(0, q))
+    firsts, counts = ([3, 0, 30], [7, 17, 1]) if DRY else ([0, 300, 17, 2048, 1], [257, 64, 1, 100, 255])
+    cache = Cache([a + b for a, b in zip(firsts, counts, strict=True)])
+    starts = torch.tensor([0, *counts], device=DEVICE).cumsum(0).int()
+    q = randn(sum(counts), TOTAL, HEAD_DIM)[:, :HEADS]
+    out = attention.paged_prefill(
+        q, cache.kv, cache.tables, max(counts) + 9, PAGE, starts=starts,
+        firsts=torch.tensor(firsts, dtype=torch.int32, device=DEVICE), out=torch.full_like(q, float("nan")).contiguous(),
+        plan=plan,
+    )  # fmt: skip
+    exact = torch.cat([cache.exact(i, part) for i, part in enumerate(q.split(counts))])
+    report("paged_prefill of several sequences", out, exact)
+
+
+def prefill_speed() -> None:
+    for count, first in [(17, 5)] if DRY else [(64, 0), (512, 0), (512, 2048), (512, 8192), (2048, 0), (16, 4096)]:
+        cache = Cache([first + count])
+        q = randn(count, TOTAL, HEAD_DIM)
+        metadata = AttentionMetadata(0, count, cache.tables[0], first=first)
+        flops = 4 * HEADS * HEAD_DIM * count * (first + count / 2)
+        out = poisoned(count, HEADS, HEAD_DIM)
+        ours = timed(
+            lambda q=q, c=cache, n=count, f=first, o=out: attention.paged_prefill(
+                q[:, :HEADS], c.kv, c.tables, n, PAGE, f, out=o, plan=plans()[1]
+            )
+        )
+        line = f"{count:5} after {first:5}: {ours:7.1f} us {flops / max(ours, 1e-9) / 1e6:5.0f} TFLOP/s"
+        cache.kv.nan_to_num_()
+        gathered = CudaOperations(PAGE)
+        gathered.use_plain(["prefill"])
+        try:
+            theirs = timed(lambda q=q, c=cache, m=metadata, g=gathered: g.attend_prefill(q, c.kv, m))
+            report(f"{line}; gathered, SDPA: {theirs:.1f} us", gathered.attend_prefill(q, cache.kv, metadata),
+                   out.view(count, -1))  # fmt: skip
+        except Exception as error:
+            say(f"{line}; gathered, SDPA: {error}")
+
+
+def rotate_and_store() -> None:
+    for number in (3,) if DRY else (1, 64, 512):
+        qkv, kv = randn(number, TOTAL, HEAD_DIM), randn(2 * number + 9, 2 * KV_HEADS, HEAD_DIM)
+        cos, sin = randn(1000, HEAD_DIM), randn(1000, HEAD_DIM)
+        positions = torch.randint(0, 1000, (number,), device=DEVICE, dtype=torch.int32)
+        slots = torch.randperm(len(kv), device=DEVICE)[:number]
+        slots[number // 2 + 1 :: 7] = -1
+        turned = rotate(qkv[:, :-KV_HEADS], cos[positions.long()][:, None], sin[positions.long()][:, None])
+        wanted = torch.cat([turned, qkv[:, -KV_HEADS:]], 1)
+        stored = kv.clone()
+        stored[slots[slots >= 0]] = wanted[slots >= 0][:, HEADS:]
+        for kind, args in (("table", (cos, sin)), ("rows", (cos[positions.long()], sin[positions.long()]))):
+            ours, cache = qkv.clone(), kv.clone()
+            rotation.rotate_store(ours, *args, cache, slots, positions if kind == "table" else None)
+            report(f"rotate_store by {kind}, {number} rows", ours, wanted)
+            report("  what it stored", cache, stored)
+        us = timed(lambda q=qkv, k=kv, s=slots, p=positions, c=cos, d=sin: rotation.rotate_store(q, c, d, k, s, p))
+        say(f"rotate_store, {number} rows: {us:.1f} us")
+    number = 24 if DRY else 4096
+    qkv = randn(number, 3 * VISION_HEADS * HEAD_DIM)
+    cos, sin = torch.randn(number, HEAD_DIM, device=DEVICE), torch.randn(number, HEAD_DIM, device=DEVICE)
+    q, k, v = qkv.view(number, 3, VISION_HEADS, HEAD_DIM).unbind(1)
+    wanted = torch.stack([*(_rotate_exact(t, cos[:, None], sin[:, None]) for t in (q, k)), v], 1).flatten(1)
+    report(f"rotate_image, {number} patches", rotation.rotate_image(qkv.clone(), cos, sin, VISION_HEADS), wanted)
+    say(f"rotate_image, {number} patches: {timed(lambda: rotation.rotate_image(qkv, cos, sin, VISION_HEADS)):.1f} us")
+
+
+def norms_and_activation() -> None:
+    eps = 1e-5
+    for number in (3,) if DRY else (1, 16, 64, 512):
+        x, delta, norm1, norm2 = randn(number, HIDDEN), randn(number, HIDDEN), randn(HIDDEN), randn(HIDDEN)
+        gate_up = randn(number, 2 * INNER)
+        torchs = TorchOperations(PAGE)
+        y, normed = torchs.add_norm(x, delta, norm1, norm2, eps)
+        ours = rows.add_norm(x, delta, norm1, norm2, eps)
+        report(f"add_norm, {number} rows: sum", ours[0], y)
+        report("  normed", ours[1], normed)
+        report("rms_norm", rows.rms_norm(x, norm1, eps), F.rms_norm(x, (HIDDEN,), norm1, eps))
+        report("add_rms_norm", rows.add_rms_norm(x, delta, norm1, eps)[1], F.rms_norm(x + delta, (HIDDEN,), norm1, eps))
+        gate, up = gate_up.chunk(2, -1)
+        report("silu_mul", rows.silu_mul(gate_up), F.silu(gate) * up)
+        times = [
+            timed(lambda a=x, b=delta, c=norm1, d=norm2: rows.add_norm(a, b, c, d, eps)),
+            timed(lambda a=x, b=delta, c=norm1, d=norm2, t=torchs: t.add_norm(a, b, c, d, eps)),
+            timed(lambda a=gate_up: rows.silu_mul(a)),
+            timed(lambda a=gate, b=up: F.silu(a).mul_(b)),
+        ]
+        say("add_norm {:.1f} us (torch {:.1f}), silu_mul {:.1f} us (torch {:.1f})".format(*times))
+
+
+def float8() -> None:
+    if not DRY and torch.cuda.get_device_capability() < (8, 9):
+        say("no float8 on this device")
+        return
+    for number in (3,) if DRY else (1, 64, 512):
+        x, gate_up = randn(number, HIDDEN), randn(number, 2 * INNER)
+        gate, up = gate_up.chunk(2, -1)
+        for name, (values, scales), exact in (
+            ("quantize_rows", quantization.quantize_rows(x), x),
+            ("silu_mul_quantize", quantization.silu_mul_quantize(gate_up), F.silu(gate) * up),
+        ):
+            report(
+                f"{name}, {number} rows", values.float() * scales, exact, 0.1 if DRY else 0.05
+            )  # the interpreter cuts off
+        product, row = torch.randn(number, 2 * INNER, device=DEVICE), scales
+        column, bias = torch.rand(2 * INNER, device=DEVICE), randn(2 * INNER)
+        exact = product * row * column + bias.float()
+        report("rescale", quantization.rescale(product, row, column, bias, dtype=DTYPE), exact)
+        gate, up = exact.chunk(2, -1)
+        report("rescale gated", quantization.rescale(product, row, column, bias, True, DTYPE), F.silu(gate) * up)
+        us = (
+            timed(lambda a=x: quantization.quantize_rows(a)),
+            timed(lambda a=gate_up: quantization.silu_mul_quantize(a)),
+        )
+        say(f"quantize_rows {us[0]:.1f} us, silu_mul_quantize {us[1]:.1f} us")
+
+
+def images() -> None:
+    ours, theirs = CudaOperations(PAGE), TorchOperations(PAGE)
+    for patches, frames in [(24, 1), (24, 2)] if DRY else [(1024, 1), (1024, 2), (4096, 1), (8192, 1)]:
+        qkv = randn(patches, 3 * VISION_HEADS * HEAD_DIM)
+        cos, sin = torch.randn(2, patches, HEAD_DIM, device=DEVICE).clamp(-1, 1)
+        wanted = theirs.attend_image(qkv, cos, sin, frames, VISION_HEADS)
+        report(
+            f"attend_image, {patches} patches", ours.attend_image(qkv.clone(), cos, sin, frames, VISION_HEADS), wanted
+        )
+        us = timed(lambda a=qkv, c=cos, s=sin, f=frames: ours.attend_image(a, c, s, f, VISION_HEADS))
+        plain = timed(lambda a=qkv, c=cos, s=sin, f=frames: theirs.attend_image(a, c, s, f, VISION_HEADS))
+        flops = 4 * VISION_HEADS * HEAD_DIM * patches * patches / frames
+        say(
+            f"{patches} patches: {us:.1f} us {flops / max(us, 1e-9) / 1e6:.0f} TFLOP/s (torch operations {plain:.1f} us)"
+        )
+
+
+def sweep() -> None:
+    """Other tiles for decoding and for prompts."""
+    Decode, Prefill = attention.DecodePlan, attention.PrefillPlan
+    shapes = [(1, 17)] if DRY else [(1, 1024), (1, 8192), (16, 1024), (64, 4096)]
+    say(f"decode, us for {shapes}")
+    for plan in [
+        Decode(32, 64, 4, 3), Decode(32, 32, 4, 4), Decode(32, 32, 2, 4), Decode(32, 64, 4, 4), Decode(32, 128, 4, 2),
+        Decode(32, 128, 8, 2), Decode(64, 32, 2, 4), Decode(64, 64, 4, 3), Decode(16, 64, 4, 4), Decode(64, 16, 1, 4),
+    ]:  # fmt: skip
+        attempt(plan, lambda p=plan: [timed(*decode_calls(*shape, p)) for shape in shapes])
+    chunks = [(17, 5)] if DRY else [(64, 0), (512, 0), (512, 2048), (2048, 0)]
+    say(f"prefill, us for {chunks}")
+    for plan in [
+        Prefill(128, 64, 8, 3), Prefill(128, 64, 4, 3), Prefill(128, 128, 8, 2), Prefill(64, 64, 4, 3),
+        Prefill(64, 128, 4, 2), Prefill(64, 32, 4, 4), Prefill(128, 32, 4, 4),
+    ]:  # fmt: skip
+        attempt(plan, lambda p=plan: [timed(prefill_call(*chunk, p)) for chunk in chunks])
+
+
+def prefill_call(count: int, first: int, plan: attention.PrefillPlan) -> Callable[[], Any]:
+    cache, q = Cache([first + count]), randn(count, TOTAL, HEAD_DIM)[:, :HEADS]
+    out = poisoned(count, HEADS, HEAD_DIM)
+    return lambda: attention.paged_prefill(q, cache.kv, cache.tables, count, PAGE, first, out=out, plan=plan)
+
+
+def attempt(plan: Any, measure: Callable[[], list[float]]) -> None:
+    try:
+        say(f"{tuple(plan)!s:20} " + " ".join(f"{us:8.1f}" for us in measure()))
+    except Exception as error:
+        say(f"{tuple(plan)!s:20} {str(error)[:80]}")
+
+
+SECTIONS = {
+    "decode": decode,
+    "prefill": prefill,
+    "rotation": rotate_and_store,
+    "rows": norms_and_activation,
+    "float8": float8,
+    "images": images,
+    "decode-speed": decode_speed,
+    "prefill-speed": prefill_speed,
+    "sweep": sweep,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

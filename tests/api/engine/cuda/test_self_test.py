@@ -1,0 +1,57 @@
+"""The proof at start: wrong, failing and slow paths are found, each alone, and right ones are used."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from api.engine.cuda.operations import PATHS, CudaOperations
+from api.engine.cuda.self_test import prove
+from api.engine.cuda.shape import Shape
+
+SHAPE = Shape(heads=8, kv_heads=2, head_dim=32, hidden=128, inner=256, image_heads=4, image_head_dim=32, page_tokens=16)
+CPU = torch.device("cpu")
+
+
+class Right(CudaOperations):
+    """Every path by plain torch, so that it runs without a card."""
+
+    def __init__(self) -> None:
+        super().__init__(SHAPE.page_tokens)
+        self.use_plain(PATHS)
+
+
+def broken(path: str, how: str) -> CudaOperations:
+    """Right operations but for one path."""
+    ops = Right()
+    name = {"decode": "attend_decode", "prefill": "attend_prefill", "norms": "add_norm", "rotation": "rotate_store",
+            "activation": "activate", "image": "attend_image"}[path]  # fmt: skip
+    right = getattr(ops, name)
+
+    def wrong(*args: object, **kwargs: object) -> object:
+        if how == "raises":
+            raise RuntimeError("no kernel image is available for execution on the device")
+        result = right(*args, **kwargs)
+        first = result[0] if isinstance(result, tuple) else result
+        first.view(-1)[first.numel() // 2 :] *= float("nan") if how == "nan" else 1.05
+        return result
+
+    setattr(ops, name, wrong)
+    return ops
+
+
+def test_right_operations_are_proven() -> None:
+    proofs = prove(Right(), SHAPE, CPU, torch.bfloat16)
+
+    assert [proof.path for proof in proofs] == list(PATHS)
+    assert all(proof.proven or "slower" in proof.reason for proof in proofs), proofs
+
+
+@pytest.mark.parametrize("how", ["raises", "wrong", "nan"])
+@pytest.mark.parametrize("path", PATHS)
+def test_a_broken_path_is_switched_off_alone(path: str, how: str) -> None:
+    proofs = {proof.path: proof for proof in prove(broken(path, how), SHAPE, CPU, torch.bfloat16)}
+
+    assert not proofs[path].proven
+    assert ("no kernel image" if how == "raises" else "relative error") in proofs[path].reason
+    assert not any("error is" in proofs[other].reason for other in PATHS if other != path)
