@@ -49,6 +49,8 @@ class CompiledOperations:
     ) -> Linear:
         """Packed in panels where that is faster and the matrix is divisible into them, else for oneDNN."""
         features, inputs = weight.shape
+        if gated and bias is not None:  # gated_product has no bias
+            return TorchLinear(weight, bias, gated)
         if not has_fast_products() or features % PANEL or inputs % PAIR:
             return TorchLinear(weight, bias, gated)
         return PackedLinear(weight, bias, gated)
@@ -76,6 +78,8 @@ class CompiledOperations:
         qkv, out, gate_up, down = (_panels(linear) for linear in (block.qkv, block.out, block.gate_up, block.down))
         if qkv is None or out is None or gate_up is None or down is None:
             return None
+        if block.q_norm is not None or _bias(block.out) is not None or _bias(block.down) is not None:
+            return None  # run_block knows neither
         bias = _bias(block.qkv)
 
         def run(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, frames: int) -> torch.Tensor:

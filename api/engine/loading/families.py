@@ -14,14 +14,25 @@ from api.engine.model.rotary import DEFAULT_SECTIONS, head_dim_of
 
 @dataclass(frozen=True)
 class Family:
+    """What must be known of a family. The rest is read from its config (width of heads, rotary sections) or from which
+    tensors it has (biases, learned positions, norms of queries and keys)."""
+
     class_name: str  # in transformers
-    ignored: str = ""  # a pattern of tensors that answering does not need
+    drafts: bool = False  # has a layer after the last one, which drafts tokens and which answering does not need
 
 
 FAMILIES: Mapping[str, Family] = {
-    "glm4v": Family("Glm4vForConditionalGeneration"),
-    "glm46v": Family("Glm46VForConditionalGeneration"),
+    "glm4v": Family("Glm4vForConditionalGeneration"),  # GLM-4.1V-9B-Thinking, AutoGLM-Phone-9B
+    "glm46v": Family("Glm46VForConditionalGeneration"),  # GLM-4.6V-Flash
+    "glmga": Family("Glm46VForConditionalGeneration"),  # GLM-GA
+    "glm_ocr": Family("GlmOcrForConditionalGeneration", drafts=True),  # GLM-OCR
 }
+
+
+def is_draft(config: Any, name: str) -> bool:
+    """Whether a tensor belongs to the layer that drafts tokens."""
+    layers = config.get_text_config().num_hidden_layers
+    return FAMILIES[config.model_type].drafts and name.startswith(f"model.language_model.layers.{layers}.")
 
 
 def check_config(config: Any) -> Iterator[str]:
@@ -68,6 +79,8 @@ def check_processor(config: Any, processor: Any) -> Iterator[str]:
         given, expected = getattr(processor, theirs), getattr(vision, ours)
         if given != expected:
             yield f"preprocessor_config.json: {theirs} must be {expected}, the {ours} of config.json. Given: {given}"
+    if (factor := getattr(processor, "patch_expand_factor", 1) or 1) != 1:
+        yield f"preprocessor_config.json: patch_expand_factor must be 1. Given: {factor}"
 
 
 def shapes_of(config: Any) -> dict[str, tuple[int, ...]]:

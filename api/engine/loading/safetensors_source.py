@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from api.engine.loaded_model import LoadError
-from api.engine.loading.families import FAMILIES, shapes_of
+from api.engine.loading.families import is_draft, shapes_of
 from api.engine.loading.progress import Progress, unseen
 from api.engine.loading.safetensors_file import SafetensorsFile, TensorReader
 
@@ -44,9 +44,7 @@ class Checkpoint:
         for path in weight_files(self.folder):
             file = SafetensorsFile(path)
             self.tensors |= {_name(stored): (file, stored) for stored in file.tensors}
-        ignored = FAMILIES[self.config.model_type].ignored
-        for name in [name for name in self.tensors if ignored and re.match(ignored, name)]:
-            del self.tensors[name]
+        self.tensors = {name: place for name, place in self.tensors.items() if not is_draft(self.config, name)}
         if self.tied:
             self.tensors.pop(HEAD, None)
         if problems := list(self._problems()):

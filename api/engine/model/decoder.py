@@ -1,4 +1,4 @@
-"""The text model of glm4v and glm46v over a paged KV cache, with the checkpoint's own weights.
+"""The text model of the families that the engine computes, over a paged KV cache, with the checkpoint's own weights.
 
 The arithmetic of Glm4vTextModel (transformers 5.23, models.glm4v.modeling_glm4v; a test compares every token), arranged
 for serving: rows of different sequences at different positions in one pass, keys and values written in place, one

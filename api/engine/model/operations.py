@@ -81,7 +81,8 @@ class DecoderLayer:
 
 @dataclass(frozen=True)
 class VisionBlock:
-    """The weights of a block of the vision encoder. Norm weights are [hidden]."""
+    """The weights of a block of the vision encoder. Norm weights are [hidden]; those of queries and keys, which GLM-OCR
+    has, [head_dim]."""
 
     norm1: torch.Tensor
     qkv: Linear
@@ -89,6 +90,8 @@ class VisionBlock:
     norm2: torch.Tensor
     gate_up: Linear
     down: Linear
+    q_norm: torch.Tensor | None = None
+    k_norm: torch.Tensor | None = None
 
 
 # (batch, KV cache of each layer) -> normed rows that logits are computed from [n, hidden]

@@ -1,6 +1,7 @@
-"""The vision encoder of glm4v and glm46v: one image at a time, in slices of one or more blocks.
+"""The vision encoder of the families that the engine computes: one image at a time, in slices of one or more blocks.
 
-The arithmetic of Glm4vVisionModel (transformers 5.23, models.glm4v.modeling_glm4v). A slice has a time limit, so that
+The arithmetic of Glm4vVisionModel (transformers 5.23, models.glm4v.modeling_glm4v) and of GlmOcrVisionModel, which has
+biases and norms of queries and keys, but no learned positions and no norm after the embedding. A slice has a time limit, so that
 decoding requests never wait for a large image as a whole. Engine thread only.
 """
 
@@ -21,6 +22,8 @@ from api.engine.model.operations import Operations, VisionBlock
 from api.engine.model.weight_source import WeightSource
 
 Grid = tuple[int, int, int]  # frames, rows, columns, in patches
+# Learned position embeddings [patches, hidden], cos and sin [patches, head_dim] of a grid.
+Table = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]
 TOWER = "model.visual"
 TABLE_PATCHES = 2**14  # position tables of the latest image sizes are kept, together of at most so many patches
 
@@ -51,8 +54,8 @@ class VisionEncoder:
         self._embed = linear(
             embed.flatten(1), source.find(f"{TOWER}.patch_embed.proj.bias")
         )  # strides equal the kernel
-        self._embed_norm = source.take(f"{TOWER}.post_conv_layernorm.weight")
-        self._positions = source.take(f"{TOWER}.embeddings.position_embedding.weight")
+        self._embed_norm = source.find(f"{TOWER}.post_conv_layernorm.weight")
+        self._positions = source.find(f"{TOWER}.embeddings.position_embedding.weight")
         self._inverse_frequencies = _inverse_frequencies(config).to(self.device)
         self._blocks = [_block(source, f"{TOWER}.blocks.{number}", linear) for number in range(config.depth)]
         self._fused = [operations.fuse_block(block, self._heads, self._eps) for block in self._blocks]
@@ -63,17 +66,19 @@ class VisionEncoder:
         self._merge_in = linear(source.take(f"{merger}.proj.weight"), source.find(f"{merger}.proj.bias"))
         self._merge_norm = source.take(f"{merger}.post_projection_norm.weight")
         self._merge_norm_bias = source.take(f"{merger}.post_projection_norm.bias")
-        self._merge_gate_up = linear(_gate_up(source, merger), gated=True)
-        self._merge_down = linear(source.take(f"{merger}.down_proj.weight"))
-        self._tables: OrderedDict[Grid, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = OrderedDict()
+        self._merge_gate_up = linear(*_gate_up(source, merger), gated=True)
+        self._merge_down = linear(source.take(f"{merger}.down_proj.weight"), source.find(f"{merger}.down_proj.bias"))
+        self._tables: OrderedDict[Grid, Table] = OrderedDict()
 
     def begin(self, patches: Any, grid: Grid, keep_table: bool = True) -> Progress:
         """`patches` [patches, channels * frames * height * width] in the order of the image processor. `keep_table`: use
         and fill the cache of position tables."""
         pixels = torch.as_tensor(patches).to(self.device, self.dtype)
         learned, cos, sin = self._table(grid) if keep_table else self._make_table(grid)
-        x = F.rms_norm(self._embed(pixels), self._embed_norm.shape, self._embed_norm, self._eps)
-        return Progress(x + learned, cos, sin, grid[0])
+        x = self._embed(pixels)
+        if self._embed_norm is not None:
+            x = F.rms_norm(x, self._embed_norm.shape, self._embed_norm, self._eps)
+        return Progress(x if learned is None else x + learned, cos, sin, grid[0])
 
     def advance(self, progress: Progress, limit_s: float) -> torch.Tensor | None:
         """Compute as many blocks as fit into `limit_s`, at least one. Returns features [image tokens, hidden] of the text
@@ -121,7 +126,15 @@ class VisionEncoder:
 
     def _attend(self, x: torch.Tensor, block: VisionBlock, progress: Progress) -> torch.Tensor:
         qkv = block.qkv(F.rms_norm(x, block.norm1.shape, block.norm1, self._eps))
+        if block.q_norm is not None and block.k_norm is not None:
+            qkv = self._normed(qkv, block.q_norm, block.k_norm)
         return self._operations.attend_image(qkv, progress.cos, progress.sin, progress.frames, self._heads)
+
+    def _normed(self, qkv: torch.Tensor, q_norm: torch.Tensor, k_norm: torch.Tensor) -> torch.Tensor:
+        """Queries and keys of qkv [patches, 3 * heads * head_dim] normed for each head."""
+        q, k, v = qkv.view(len(qkv), 3, self._heads, -1).unbind(1)
+        q, k = F.rms_norm(q, q_norm.shape, q_norm, self._eps), F.rms_norm(k, k_norm.shape, k_norm, self._eps)
+        return torch.stack([q, k, v], dim=1).view(qkv.shape)
 
     def _merge(self, x: torch.Tensor) -> torch.Tensor:
         """Merge squares of neighbouring patches into image tokens."""
@@ -130,48 +143,59 @@ class VisionEncoder:
         x = F.gelu(F.layer_norm(x, x.shape[-1:], self._merge_norm, self._merge_norm_bias))
         return self._merge_down(self._merge_gate_up(x))
 
-    def _table(self, grid: Grid) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _table(self, grid: Grid) -> Table:
         table = self._tables.pop(grid, None) or self._make_table(grid)
         self._tables[grid] = table
-        while sum(len(each[0]) for each in self._tables.values()) > TABLE_PATCHES:
+        while sum(len(each[1]) for each in self._tables.values()) > TABLE_PATCHES:
             self._tables.popitem(last=False)
         return table
 
-    def _make_table(self, grid: Grid) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Learned position embeddings resized to the grid [patches, hidden], and cos and sin [patches, head_dim]."""
+    def _make_table(self, grid: Grid) -> Table:
+        """Learned positions, where there are any, are resized to the grid."""
         frames, rows, columns = grid
         # Patches come in squares of `merge` x `merge`, row by row of squares.
         squares = (rows // self.merge, self.merge, columns // self.merge, self.merge)
         y, x = (torch.arange(size, device=self.device) for size in (rows, columns))
         y, x = torch.meshgrid(y, x, indexing="ij")
         y, x = (t.reshape(squares).transpose(1, 2).flatten().float() for t in (y, x))
-        learned = self._resized(y, x, rows, columns)
+        learned = None if self._positions is None else self._resized(self._positions, y, x, rows, columns)
         angles = torch.cat([y[:, None] * self._inverse_frequencies, x[:, None] * self._inverse_frequencies], dim=-1)
         cos, sin = angles.cos(), angles.sin()
         cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
-        return learned.repeat(frames, 1), cos.repeat(frames, 1), sin.repeat(frames, 1)
+        learned = None if learned is None else learned.repeat(frames, 1)
+        return learned, cos.repeat(frames, 1), sin.repeat(frames, 1)
 
-    def _resized(self, y: torch.Tensor, x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-        side = int(len(self._positions) ** 0.5)
-        learned = self._positions.float().view(side, side, -1).permute(2, 0, 1)[None]
+    def _resized(
+        self, positions: torch.Tensor, y: torch.Tensor, x: torch.Tensor, rows: int, columns: int
+    ) -> torch.Tensor:
+        side = int(len(positions) ** 0.5)
+        learned = positions.float().view(side, side, -1).permute(2, 0, 1)[None]
         at = torch.stack([(x + 0.5) / columns * 2 - 1, (y + 0.5) / rows * 2 - 1], dim=-1)[None, :, None]
         resized = F.grid_sample(learned, at, mode="bicubic", align_corners=False, padding_mode="border")
         return resized[0, :, :, 0].T.to(self.dtype).contiguous()
 
 
 def _block(source: WeightSource, name: str, linear: Callable[..., Linear]) -> VisionBlock:
+    def product(part: str) -> Linear:
+        return linear(source.take(f"{name}.{part}.weight"), source.find(f"{name}.{part}.bias"))
+
     return VisionBlock(
         norm1=source.take(f"{name}.norm1.weight"),
-        qkv=linear(source.take(f"{name}.attn.qkv.weight"), source.find(f"{name}.attn.qkv.bias")),
-        out=linear(source.take(f"{name}.attn.proj.weight")),
+        qkv=product("attn.qkv"),
+        out=product("attn.proj"),
         norm2=source.take(f"{name}.norm2.weight"),
-        gate_up=linear(_gate_up(source, f"{name}.mlp"), gated=True),
-        down=linear(source.take(f"{name}.mlp.down_proj.weight")),
+        gate_up=linear(*_gate_up(source, f"{name}.mlp"), gated=True),
+        down=product("mlp.down_proj"),
+        q_norm=source.find(f"{name}.attn.q_norm.weight"),
+        k_norm=source.find(f"{name}.attn.k_norm.weight"),
     )
 
 
-def _gate_up(source: WeightSource, name: str) -> torch.Tensor:
-    return torch.cat([source.take(f"{name}.gate_proj.weight"), source.take(f"{name}.up_proj.weight")])
+def _gate_up(source: WeightSource, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias of one product for both halves."""
+    weight = torch.cat([source.take(f"{name}.gate_proj.weight"), source.take(f"{name}.up_proj.weight")])
+    gate, up = source.find(f"{name}.gate_proj.bias"), source.find(f"{name}.up_proj.bias")
+    return weight, None if gate is None or up is None else torch.cat([gate, up])
 
 
 def _inverse_frequencies(config: Any) -> torch.Tensor:
