@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import transformers
 
+from api.engine import process
 from api.engine.cuda.device import CudaDevice
 from api.engine.cuda.operations import PATHS, CudaOperations
 from api.engine.cuda.runner import CudaRunner
@@ -171,6 +172,7 @@ def serving(bench: Bench, recipe: Weights, slots: int = 64) -> Iterator[Client]:
             raise RuntimeError(f"only these graphs were captured in 20 s: {runner.graphs.captured}")
         time.sleep(0.05)
     graphs = {"graphs": str(runner.graphs.off or [f"{size.kind} {size.count}" for size in runner.graphs.captured])} if isinstance(runner, CudaRunner) else {}
+    process.freeze_objects()
     size = sum(len(raw_bytes(tensor)) for _, tensor in weights_of(runner))
     bench.tell("model", recipe=recipe, **graphs, graphs_s=round(time.perf_counter() - began, 1), weights_gib=round(size / GIB, 2), built_s=round(built_s, 1), **peak(bench))
     try:
