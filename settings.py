@@ -67,15 +67,23 @@ class Settings(BaseSettings):
     threads: int = Field(
         0, ge=0, le=1024, description="torch CPU threads; 0: one for a tiny model, otherwise all cores but one, which is left to HTTP"
     )
+    weights: Literal["auto", "bf16", "fp8", "nf4"] = Field(
+        "auto", description="number format of the weights; `auto`: the best that fits the card"
+    )
     context_tokens: int = Field(
-        0, ge=0, description="longest prompt plus answer; 0: what the model allows, at most 8192"
+        0, ge=0, description="longest prompt plus answer; 0: by card, at most what the model allows"
+    )
+    max_picture_tokens: int = Field(
+        0, ge=0, description="image tokens of the largest picture, to which larger ones are scaled down; 0: by card"
     )
 
     # The engine.
     slots: int = Field(0, ge=0, le=1024, description="requests computed at once; 0: chosen for the device")
-    kv_cache_bytes: int = Field(0, ge=0, description="memory of the KV cache; 0: a share of the free memory")
+    kv_cache_bytes: int = Field(
+        0, ge=0, description="memory of the KV cache; 0: what a card has left, or a share of the free host memory"
+    )
     prefill_chunk_tokens: int = Field(512, ge=16, description="longest part of a prompt computed in one step")
-    picture_cache_bytes: int = Field(256 * 2**20, ge=0, description="memory of the encoder cache")
+    picture_cache_bytes: int | None = Field(None, ge=0, description="memory of the encoder cache; empty: by card")
 
     kernels: Literal["auto", "torch"] = Field(
         "auto", description="`auto`: compiled kernels on a CPU with AVX512_BF16; `torch`: none"
@@ -90,21 +98,25 @@ class Settings(BaseSettings):
     key_requests_per_minute: int = Field(0, ge=0, description="requests per minute of one key; 0: no limit")
     key_concurrency: int = Field(0, ge=0, description="requests of one key at a time; 0: no limit")
     cors_origins: str = Field("", description="allowed CORS origins, comma-separated; empty: none")
-    queue_tokens: int = Field(262_144, ge=1, description="tokens of prompts and answers of all requests in progress")
+    queue_tokens: int = Field(
+        0, ge=0, description="tokens of prompts and answers of all requests in progress; 0: by slots and queue"
+    )
     request_timeout_s: float = Field(600.0, gt=0, description="from entering the queue to the last token")
     fetch_images: bool = Field(False, description="fetch images at http(s) URLs of public addresses")
     fetch_hosts: str = Field("", description="the only hosts to fetch from, comma-separated; empty: any public host")
     fetch_timeout_s: float = Field(10.0, gt=0, le=60)
     loop_window: int = Field(256, ge=0, le=4096, description="an answer ends when this many tokens repeat one pattern; 0: never")
     log_level: Literal["debug", "info", "warning"] = "info"
-    queue_size: int = Field(32, ge=1, description="requests that may wait; further ones get 503")
+    queue_size: int = Field(0, ge=0, description="requests that may wait, further ones get 503; 0: by slots")
     max_images: int = Field(8, ge=0, description="images in one request")
     max_image_bytes: int = Field(20 * 2**20, ge=1)
     max_image_pixels: int = Field(
         50_000_000, ge=1, description="width times height, read from the header before decoding"
     )
     max_body_bytes: int = Field(64 * 2**20, ge=1)
-    default_max_tokens: int = Field(1024, ge=1, description="answer length if a request has no limit")
+    default_max_tokens: int = Field(
+        0, ge=0, description="answer length if a request has no limit; 0: by card, more with thinking"
+    )
     drain_s: float = Field(10.0, ge=0, description="how long running answers may continue after SIGTERM")
 
     # The page.

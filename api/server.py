@@ -51,10 +51,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--host", help="address to listen on; overrides GLM_API_HOST")
     parser.add_argument("--port", type=int, help="port to listen on; overrides GLM_API_PORT")
     parser.add_argument("--model", help="hub id, folder, or auto; overrides GLM_MODEL")
+    parser.add_argument("--weights", help="auto, bf16, fp8 or nf4; overrides GLM_WEIGHTS")
+    parser.add_argument("--plan", action="store_true", help="print what the model takes on this card, and end")
+    parser.add_argument("--gpu-memory", metavar="SIZE", help="with --plan: for a card of this memory, like 12GiB")
+    parser.add_argument("--gpu", metavar="NAME", help='with --plan: for a card of this name, like "RTX 4090"')
     options = parser.parse_args(arguments)
+    if (options.gpu_memory or options.gpu) and not options.plan:
+        parser.error("--gpu-memory and --gpu need --plan")
     process.configure()
     try:
-        settings = load(api_host=options.host, api_port=options.port, model=options.model)
+        settings = load(
+            api_host=options.host, api_port=options.port, model=options.model, weights=options.weights
+        )
+        if options.plan:
+            from api.engine.loading.plan_command import print_plan
+
+            return print_plan(engine_config(settings), options.gpu_memory, options.gpu)
         check_bind_address(settings)
         if settings.test_faults and FaultInjection(settings.log_dir).active()[0] == "crash-start":
             return 1
@@ -91,6 +103,8 @@ def engine_config(settings: Settings) -> EngineConfig:
         slots=settings.slots,
         kv_cache_bytes=settings.kv_cache_bytes,
         encoder_cache_bytes=settings.picture_cache_bytes,
+        weights=settings.weights,
+        max_picture_tokens=settings.max_picture_tokens,
         prefill_chunk_tokens=settings.prefill_chunk_tokens,
         kernels=settings.kernels,
         check_reference=True,

@@ -22,7 +22,7 @@ from api.engine.kv_cache import BlockTable, KvCache
 from api.engine.loaded_model import Flight, LoadError, Model, OverlappingRunner, SampledToken
 from api.engine.pace import PaceCounters
 from api.engine.request import Delta, Done, Event, Failed, Failure, FinishReason, Request
-from api.engine.scheduler import Batch, EncodeTask, Scheduler
+from api.engine.scheduler import Batch, EncodeTask, Scheduler, queue_for
 from api.engine.sequence import Sequence, make_sequence
 from api.engine.stats import Phase, State, Stats
 from api.engine.text.output import GrammarViolation, OutputState
@@ -58,14 +58,16 @@ class _Ahead:
 
 
 class Engine:
-    """`load` runs in the engine thread and returns the model; it reports its progress from 0 to 1. Raises LoadError."""
+    """`load` runs in the engine thread and returns the model; it reports its progress from 0 to 1. Raises LoadError.
+    `queue_size` 0: chosen by the model's slots."""
 
     def __init__(self, load: Callable[[Progress], Model], queue_size: int) -> None:
         self.pace = PaceCounters()
         # Called after events have been delivered, once for all of a step, in the thread that delivered them.
         self.after_delivery: Callable[[], None] = lambda: None
         self._load = load
-        self._scheduler = Scheduler(queue_size, 1, KvCache(0, 1), EncoderCache(0))  # until the model is loaded
+        self._queue_size = queue_size
+        self._scheduler = Scheduler(queue_size or queue_for(1), 1, KvCache(0, 1), EncoderCache(0))  # until the model is loaded
         self._wake = threading.Condition()  # guards the scheduler and the two flags below
         self._draining = False
         self._stopping = False
@@ -106,6 +108,10 @@ class Engine:
     def slots(self) -> int:
         """Requests that can run at once."""
         return self._scheduler.slots
+
+    def queue_size(self) -> int:
+        """Requests that may wait."""
+        return self._scheduler.queue_size
 
     def submit(self, request: Request, deliver: Callable[[Event], None]) -> None:
         """Queue a request. `deliver` is called with each event, the last of which is Done or Failed: in the engine
@@ -259,7 +265,7 @@ class Engine:
         self._image_token_id = model.vocabulary.special[model.image_token]
         self._budget = TokenBudget(capacity.chunk_tokens, model.runner.free_rows)
         self._scheduler = Scheduler(
-            self._scheduler.queue_size,
+            self._queue_size or queue_for(capacity.slots),
             capacity.slots,
             KvCache(capacity.pages, capacity.page_tokens),
             EncoderCache(capacity.encoder_cache_bytes),

@@ -159,6 +159,17 @@ class Capacity:
 
 
 @dataclass(frozen=True)
+class AnswerLimits:
+    """Tokens of the longest answer of a request that sets no limit."""
+
+    plain: int = 2048
+    thinking: int = 4096  # with its thought, which ends early enough to leave room for what follows
+
+    def of(self, thinking: bool) -> int:
+        return self.thinking if thinking else self.plain
+
+
+@dataclass(frozen=True)
 class SamplingDefaults:
     """From the checkpoint's generation config; a request overrides each."""
 
@@ -179,6 +190,7 @@ class Model:
     context_tokens: int
     capacity: Capacity
     defaults: SamplingDefaults = SamplingDefaults()
+    answer: AnswerLimits = AnswerLimits()
     image_token: str = "<|image|>"
     integrity: Integrity | None = None  # None: the model cannot be checked
     # For `GET /info`: class, parameters, device, dtype, threads, knows, choices.

@@ -98,6 +98,14 @@ def _batch_of(work: list[Sequence | Chunk]) -> Batch:
     )
 
 
+LEAST_QUEUE, QUEUE_PER_SLOT = 32, 2
+
+
+def queue_for(slots: int) -> int:
+    """Requests that may wait where nothing is set: each waits for about as long as two that run."""
+    return max(LEAST_QUEUE, QUEUE_PER_SLOT * slots)
+
+
 @dataclass(eq=False)
 class Scheduler:
     queue_size: int

@@ -13,6 +13,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 
 from api.caller import Caller
+from api.engine.scheduler import queue_for
 from api.errors import (
     queue_full,
     too_many_at_once,
@@ -26,6 +27,7 @@ from settings import Settings
 
 PROBES = 2  # at a time: the checker's, and one made by hand
 MINUTE_S = 60.0
+LEAST_TOKENS, TOKENS_OF_REQUEST = 262_144, 8192
 LARGEST_BODIES = 4  # bodies of the largest size that may be in memory while they arrive
 LARGEST_BODIES_OF_KEY = 2
 
@@ -46,6 +48,17 @@ class Admission:
         self._arriving_of_key: Counter[str] = Counter()
         self._of_key: Counter[str] = Counter()
         self._recent_of_key: defaultdict[str, deque[float]] = defaultdict(deque)
+
+    @property
+    def queue_size(self) -> int:
+        """Requests that may wait."""
+        return self._settings.queue_size or queue_for(self._slots())
+
+    @property
+    def queue_tokens(self) -> int:
+        """Tokens of all requests in progress: with nothing set, long thoughts of all that may run and wait."""
+        by_requests = TOKENS_OF_REQUEST * (self._slots() + self.queue_size)
+        return self._settings.queue_tokens or max(LEAST_TOKENS, by_requests)
 
     def check(self, caller: Caller) -> None:
         """Raises what `admit` would raise now; counts nothing."""
@@ -96,8 +109,8 @@ class Admission:
         limit = self._settings.key_concurrency
         if limit and self._of_key[caller.name] + requests > limit:
             raise too_many_at_once(limit)
-        if self.active + requests > self._settings.queue_size + self._slots():
-            raise queue_full(self._settings.queue_size)
+        if self.active + requests > self.queue_size + self._slots():
+            raise queue_full(self.queue_size)
 
     def _arrive(self, caller: Caller, size: int) -> None:
         largest = self._settings.max_body_bytes
@@ -115,7 +128,7 @@ class Admission:
             del self._arriving_of_key[caller.name]
 
     def _take_tokens(self, caller: Caller, tokens: int) -> None:
-        limit = self._settings.queue_tokens
+        limit = self.queue_tokens
         # A request that is larger than the limit is admitted alone.
         if not caller.probe and self.tokens and self.tokens + tokens > limit:
             raise too_many_tokens(limit, self.tokens, tokens)

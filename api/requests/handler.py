@@ -145,7 +145,7 @@ class RequestHandlers:
                 )
                 for index, grammar in enumerate(grammars)
             ],
-            self.settings.queue_size,
+            self.engine.queue_size(),
         )
         return handler
 

@@ -16,6 +16,7 @@ from api.protocol.schemas import ChatRequest
 from settings import Settings
 
 GRAMMAR_THREADS = 2
+ROOM_AFTER_THOUGHT = 1024  # tokens of the longest answer that a thought leaves
 COMPILE_S = 10.0  # a large schema takes one second
 _SEEDS = 2**63
 _POSITION_IN_GRAMMAR = re.compile(r"^at \d+\(\d+\): failed to compile JSON schema: ")  # of no use to a caller
@@ -76,19 +77,25 @@ def _compile_all(compiler: GrammarCompiler, form: AnswerForm, count: int) -> lis
 
 def longest_answer(chat: ChatRequest, model: Model, prompt_tokens: int, settings: Settings) -> int:
     """The largest number of tokens that the answer may have."""
-    return min(chat.requested_max_tokens or settings.default_max_tokens, model.context_tokens - prompt_tokens)
+    unset = settings.default_max_tokens or model.answer.of(chat.enable_thinking)
+    return min(chat.requested_max_tokens or unset, model.context_tokens - prompt_tokens)
 
 
 def sampling_params(
     chat: ChatRequest, model: Model, prompt_tokens: int, settings: Settings, choice: int, grammar: MatcherGrammar | None
 ) -> SamplingParams:
     defaults = model.defaults
-    thinking_tokens = chat.thinking_tokens if chat.enable_thinking and END_THINK in model.vocabulary.special else None
+    longest = longest_answer(chat, model, prompt_tokens, settings)
+    thinking_tokens = None
+    if chat.enable_thinking and END_THINK in model.vocabulary.special:
+        thinking_tokens = chat.thinking_tokens
+        if thinking_tokens is None and chat.requested_max_tokens is None:
+            thinking_tokens = longest - min(longest // 4, ROOM_AFTER_THOUGHT)  # else it could end inside the thought
     loop_window = settings.loop_window if chat.loop_window is None else chat.loop_window
     if chat.loop_window is None and chat.ignore_eos:
         loop_window = 0  # a benchmark needs the full number of tokens, whatever they are
     return SamplingParams(
-        max_tokens=longest_answer(chat, model, prompt_tokens, settings),
+        max_tokens=longest,
         temperature=defaults.temperature if chat.temperature is None else chat.temperature,
         top_p=defaults.top_p if chat.top_p is None else chat.top_p,
         top_k=defaults.top_k if chat.top_k is None else max(chat.top_k, 0),

@@ -72,8 +72,7 @@ async def info(request: Request) -> dict[str, Any]:
     server: ServerState = request.app.state.server
     model, settings = loaded_model(server.engine), server.settings
     limits = (
-        "max_images", "max_image_bytes", "max_image_pixels", "max_body_bytes", "queue_size", "queue_tokens",
-        "default_max_tokens", "request_timeout_s", "key_requests_per_minute", "key_concurrency", "loop_window",
+        "max_images", "max_image_bytes", "max_image_pixels", "max_body_bytes", "request_timeout_s", "key_requests_per_minute", "key_concurrency", "loop_window",
         "fetch_images", "fetch_timeout_s",
     )  # fmt: skip
     return {
@@ -82,7 +81,13 @@ async def info(request: Request) -> dict[str, Any]:
         "model": model.id,
         **model.facts,
         "context_tokens": model.context_tokens,
-        "limits": {name: getattr(settings, name) for name in limits},
+        "limits": {name: getattr(settings, name) for name in limits}
+        | {
+            "queue_size": server.admission.queue_size,
+            "queue_tokens": server.admission.queue_tokens,
+            "default_max_tokens": settings.default_max_tokens or model.answer.plain,
+            "default_max_tokens_thinking": settings.default_max_tokens or model.answer.thinking,
+        },
         "generation": asdict(model.defaults),
         "health_baseline": await asyncio.to_thread(read_baseline, settings.log_dir),
     }

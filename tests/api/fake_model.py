@@ -178,7 +178,9 @@ class FakeRunner:
 
     def _next(self, sequence: Sequence) -> SampledToken:
         self.decoded.append(sequence.request.id)
-        return SampledToken(sequence.state[1][len(sequence.output_ids)])
+        tokens = sequence.state[1]
+        # A forced token may have taken the place of the last one, which is then repeated.
+        return SampledToken(tokens[min(len(sequence.output_ids), len(tokens) - 1)])
 
     def _fail_on_demand(self, prompt: str) -> None:
         if "HANG" in prompt:

@@ -79,7 +79,7 @@ def show_request_options(info: Info | None, texts: Texts) -> RequestOptions:
         system = st.text_area(
             texts("side.system"), help=texts("side.system_help"), key=key("system"), on_change="ignore", height=80
         )
-        body |= _length(info, texts)
+        body |= _length(info, texts, thinking)
         body |= _sampling(info.generation, texts)
         _reset_button(texts)
     with st.expander(texts("side.format"), icon=":material/data_object:"):
@@ -110,14 +110,17 @@ def _set_default(name: str, value: object) -> None:
     st.session_state.setdefault(key(name), value)
 
 
-def _length(info: Info, texts: Texts) -> dict[str, Any]:
+def _length(info: Info, texts: Texts, thinking: bool) -> dict[str, Any]:
+    """The longest answer, if it is not the server's own, which leaves room after a thought."""
     ceiling = min(info.context_tokens or MAX_TOKENS_CEILING, MAX_TOKENS_CEILING)
-    _set_default("max-tokens", min(info.limits.get("default_max_tokens", 1024), ceiling))
+    plain = min(info.limits.get("default_max_tokens", 1024), ceiling)
+    defaults = {plain, min(info.limits.get("default_max_tokens_thinking", plain), ceiling)}
+    _set_default("max-tokens", max(defaults) if thinking else plain)
     max_tokens = st.number_input(
         texts("side.max_tokens"), min_value=1, max_value=max(ceiling, 1), step=64, help=texts("side.max_tokens_help"),
         key=key("max-tokens"), on_change="ignore",
     )  # fmt: skip
-    return {"max_tokens": int(max_tokens)}
+    return {} if max_tokens in defaults else {"max_tokens": int(max_tokens)}
 
 
 def _sampling(generation: dict[str, Any], texts: Texts) -> dict[str, Any]:

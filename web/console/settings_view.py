@@ -19,12 +19,23 @@ def show_settings(info: dict[str, Any], settings: Settings, texts: Texts) -> Non
             st.caption(texts("set.chosen"))
             lines = [f"| {escaped(str(name))} | {escaped(_effective(info, name))} | {escaped(str(why))} |" for name, why in choices.items()]
             st.markdown("\n".join([f"| | {texts('set.value')} | {texts('set.why')} |", "|---|---|---|", *lines]))
+        _show_plan(info.get("plan") or {}, texts)
         st.caption(texts("set.given"))
         rows = [
             f"| `GLM_{name.upper()}` | {escaped(_value(getattr(settings, name)))} | {texts('set.changed') if name in settings.model_fields_set else ''} |"
             for name in sorted(type(settings).model_fields)
         ]
         st.markdown("\n".join([f"| | {texts('set.value')} | |", "|---|---|---|", *rows]))
+
+
+def _show_plan(plan: dict[str, Any], texts: Texts) -> None:
+    """The planned memory of the card by part; nothing without a card."""
+    parts = plan.get("parts")
+    if not isinstance(parts, dict):
+        return
+    st.caption(texts("set.plan", card=escaped(str(plan.get("card", "")))))
+    lines = [f"| {escaped(str(name))} | {size / 2**30:,.2f} |" for name, size in parts.items() if isinstance(size, (int, float))]
+    st.markdown("\n".join(["| | GiB |", "|---|---:|", *lines]))
 
 
 def _effective(info: dict[str, Any], name: str) -> str:

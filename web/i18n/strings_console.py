@@ -297,6 +297,7 @@ TABLE: dict[str, dict[str, str]] = {
     "set.given": {"en": "Every setting; those marked were changed from the default", "zh": "全部设置；有标记的为已修改项"},
     "set.value": {"en": "Value", "zh": "值"},
     "set.why": {"en": "Why", "zh": "原因"},
+    "set.plan": {"en": "Memory as planned: {card}", "zh": "显存规划：{card}"},
     "set.changed": {"en": "changed", "zh": "已修改"},
     "unit.day": {"en": "{count} d", "zh": "{count} 天"},
     "unit.hour": {"en": "{count} h", "zh": "{count} 小时"},

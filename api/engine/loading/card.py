@@ -72,7 +72,7 @@ class Card:
     def describe(self) -> str:
         major, minor = self.capability
         usable, total = self.usable_bytes / GIB, self.total_bytes / GIB
-        return f"{self.name}, {total:.1f} GiB, {usable:.1f} of them usable, compute capability {major}.{minor}"
+        return f"{self.name} ({total:.1f} GiB, {usable:.1f} of them usable, compute capability {major}.{minor})"
 
 
 def find_card() -> Card | None:

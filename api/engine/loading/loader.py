@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from api.engine.cuda.runner import CudaRunner
 from api.engine.guard import Comparison
 from api.engine.kernels.build import cache_folder
 from api.engine.loaded_model import (
+    AnswerLimits,
     Capacity,
     CheckpointImageProcessor,
     CheckpointTemplate,
@@ -26,13 +28,19 @@ from api.engine.loaded_model import (
     Model,
     SamplingDefaults,
 )
+from api.engine.loading.card import CardMemory, find_card
 from api.engine.loading.download import download
 from api.engine.loading.families import FAMILIES, check_config, check_processor
 from api.engine.loading.integrity import CheckpointIntegrity
+from api.engine.loading.memory_plan import ANSWER_TOKENS, MemoryPlan, choose, defaults_for
 from api.engine.loading.operations import OperationsChoice, without_compiled
+from api.engine.loading.picture_limit import flash_shape, limit_pictures, shape_with_pictures
 from api.engine.loading.placement import (
+    CPU_ENCODER_CACHE_BYTES,
+    FLASH,
     GIB,
     PAGE_TOKENS,
+    Amount,
     Selection,
     choose_device,
     choose_dtype,
@@ -45,6 +53,7 @@ from api.engine.loading.placement import (
 )
 from api.engine.loading.progress import Progress, part
 from api.engine.loading.reference import NEEDS_BYTES, REFERENCE_FILE, compare_once, differences
+from api.engine.loading.rehearsal import size_cache
 from api.engine.loading.revision import revision_of
 from api.engine.loading.safetensors_source import Checkpoint, weight_files
 from api.engine.loading.weights import Weights
@@ -67,9 +76,12 @@ def load(config: EngineConfig, progress: Progress) -> Model:
     device = choose_device(config)
     if device.value == "cuda" and not torch.cuda.is_available():
         raise LoadError("GLM_DEVICE is cuda, but torch finds no CUDA GPU.")
-    chosen = choose_model(config, device.value, free_gpu_bytes(device.value))
+    chosen = choose_model(config, device.value)
+    card = find_card() if device.value == "cuda" else None
     # 2. Locate or download its files.
     local = _local_folder(chosen.value, config.root)
+    if local is None and card is not None and chosen.value in FLASH.values():
+        choose(flash_shape(), card, config)  # before a download of 20 GB for nothing
     folder = local or download(chosen.value, config.hub, part(progress, 0.01, 0.5))
     model_config = _model_config(folder)
     checkpoint = Checkpoint(folder, model_config)
@@ -82,18 +94,26 @@ def load(config: EngineConfig, progress: Progress) -> Model:
     # 3. Compile the kernels, then load the weights for them.
     progress(0.05)
     torch_dtype = getattr(torch, dtype.value)
-    recipe = make_recipe("bf16" if config.weights == "auto" else config.weights)
+    image_processor = _image_processor(folder, model_config)
+    plan = None
+    if card is not None:
+        shape = shape_with_pictures(model_config, checkpoint.shapes, image_processor)
+        plan = choose(shape, card, config, torch_dtype.itemsize)
+        _log_plan(plan)
+    recipe = plan.recipe if plan else make_recipe("bf16" if config.weights == "auto" else config.weights)
     operations = OperationsChoice(config, device.value, torch_dtype, model_config, recipe)
     weights = Weights(checkpoint, torch.device(device.value), torch_dtype)
     loading = part(progress, 0.05 if local else 0.5, 0.95)
-    return _assemble(config, chosen, folder if local else None, weights, choices, operations, loading)
+    name = local.name if local else chosen.value
+    return _assemble(config, name, weights, image_processor, plan, choices, operations, loading)
 
 
 def _assemble(
     config: EngineConfig,
-    chosen: Selection,
-    local: Path | None,
+    name: str,
     weights: Weights,
+    image_processor: Any,
+    plan: MemoryPlan | None,
     choices: dict[str, Selection],
     operations: OperationsChoice,
     progress: Progress,
@@ -106,28 +126,17 @@ def _assemble(
         vocabulary = Vocabulary(tokenizer.backend_tokenizer)
     except (AttributeError, UnsupportedTokenizer) as error:
         raise LoadError(f"{folder}: the tokenizer is not a byte-level fast tokenizer: {error}") from None
-    context_tokens, context_reason = _context(config, model_config.get_text_config().max_position_embeddings)
-    slots = choose_slots(config, choices["device"].value)
     parameters = weights.checkpoint.parameters
-    token_bytes = kv_token_bytes(model_config, weights.dtype)
-    kv = choose_kv_cache(
-        config, choices["device"].value, token_bytes, context_tokens, slots.number, parameters * weights.dtype.itemsize
-    )
-    if kv.number < context_tokens:
-        if config.context_tokens:
-            raise LoadError(
-                f"GLM_CONTEXT_TOKENS must be <= {kv.number}, the size of the KV cache. Given: {context_tokens}"
-            )
-        context_tokens, context_reason = kv.number, f"limited by the KV cache; {context_reason}"
-    capacity = Capacity(
-        slots=slots.number,
-        pages=kv.number // PAGE_TOKENS,
-        page_tokens=PAGE_TOKENS,
-        chunk_tokens=config.prefill_chunk_tokens,
-        encoder_cache_bytes=config.encoder_cache_bytes,
-    )
+    room = _room(config, weights, plan)
+    pictures = limit_pictures(image_processor, plan.picture_tokens if plan else config.max_picture_tokens)
+    runner, kernels = _runner(weights, room.capacity(config), room.context_tokens, operations, progress)
+    if plan:
+        tokens, reason = size_cache(runner, plan, CardMemory(), config.kv_cache_bytes)
+        room = room.with_cache(Amount(tokens, reason), config)
+        runner.resize_kv(tokens // PAGE_TOKENS)
+    capacity, context_tokens = room.capacity(config), room.context_tokens
     demo = _read_json(folder / "demo.json") if (folder / "demo.json").is_file() else None
-    model_id = (demo or {}).get("id") or (local.name if local else chosen.value)
+    model_id = (demo or {}).get("id") or name
     generation = _generation_config(folder, model_config)
     defaults = _sampling_defaults(generation)
     facts: dict[str, Any] = {
@@ -139,18 +148,16 @@ def _assemble(
         "threads": int(choices["threads"].value),
         "demo": demo is not None,
         "knows": (demo or {}).get("knows"),
-        "slots": slots.number,
+        "weights": runner.operations.recipe.name,
+        "slots": capacity.slots,
         "kv_cache_tokens": capacity.pages * PAGE_TOKENS,
-        "choices": {name: choice.reason for name, choice in choices.items()}
-        | {"context_tokens": context_reason, "slots": slots.reason, "kv_cache": kv.reason},
+        "largest_picture_tokens": pictures,
+        "plan": plan.facts() if plan else None,
+        "choices": {name: choice.reason for name, choice in choices.items()} | room.reasons,
     }
-    runner, kernels = _runner(weights, capacity, context_tokens, operations, progress)
     facts["kernels"], facts["choices"]["kernels"], facts["proofs"] = kernels.value, kernels.reason, operations.proofs
     logger.info("event=choice name=kernels value=%s reason=%s", kernels.value, json.dumps(kernels.reason))
     template = CheckpointTemplate(tokenizer)
-    image_processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
-    if problems := list(check_processor(model_config, image_processor)):
-        raise LoadError(f"{folder}: {'; '.join(problems)}")
     processor = CheckpointImageProcessor(image_processor)
     reference = Comparison("off", "not asked for")
     if config.check_reference:
@@ -179,9 +186,84 @@ def _assemble(
         end_ids=_end_ids(generation.eos_token_id, vocabulary),
         context_tokens=context_tokens,
         capacity=capacity,
+        answer=room.answer,
         defaults=defaults,
         facts=facts,
     )
+
+
+def _image_processor(folder: Path, model_config: Any) -> Any:
+    image_processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
+    if problems := list(check_processor(model_config, image_processor)):
+        raise LoadError(f"{folder}: {'; '.join(problems)}")
+    return image_processor
+
+
+@dataclass(frozen=True)
+class Room:
+    """How much is served at once, and why."""
+
+    slots: int
+    context_tokens: int
+    kv_tokens: int
+    encoder_cache_bytes: int
+    answer: AnswerLimits
+    reasons: dict[str, str]
+
+    def capacity(self, config: EngineConfig) -> Capacity:
+        return Capacity(
+            slots=self.slots,
+            pages=self.kv_tokens // PAGE_TOKENS,
+            page_tokens=PAGE_TOKENS,
+            chunk_tokens=config.prefill_chunk_tokens,
+            encoder_cache_bytes=self.encoder_cache_bytes,
+        )
+
+    def with_cache(self, kv: Amount, config: EngineConfig) -> Room:
+        """With another KV cache, which may limit the context. Raises LoadError if that was set."""
+        reasons = {**self.reasons, "kv_cache": kv.reason}
+        if kv.number >= self.context_tokens:
+            return replace(self, kv_tokens=kv.number, reasons=reasons)
+        if config.context_tokens:
+            raise LoadError(
+                f"GLM_CONTEXT_TOKENS must be <= {kv.number}, the size of the KV cache. Given: {self.context_tokens}"
+            )
+        reasons["context_tokens"] = f"limited by the KV cache; {self.reasons['context_tokens']}"
+        return replace(self, kv_tokens=kv.number, context_tokens=kv.number, reasons=reasons)
+
+
+def _room(config: EngineConfig, weights: Weights, plan: MemoryPlan | None) -> Room:
+    """On a card as planned, with a small KV cache until the card has been measured."""
+    model_config = weights.checkpoint.config
+    allowed = model_config.get_text_config().max_position_embeddings
+    if plan is not None:
+        defaults = defaults_for(plan.card)
+        context, context_reason = _context(config, allowed, defaults.context_tokens)
+        size = f"the default for {plan.card.total_bytes / GIB:.0f} GiB"
+        reasons = {
+            "weights": plan.reason,
+            "largest_picture": plan.picture_reason,
+            "context_tokens": context_reason,
+            "slots": "set by GLM_SLOTS" if config.slots else size,
+        }
+        answer = AnswerLimits(ANSWER_TOKENS, defaults.thinking_tokens)
+        return Room(plan.slots, context, config.prefill_chunk_tokens, plan.encoder_cache_bytes, answer, reasons)
+    context, context_reason = _context(config, allowed, DEFAULT_MAX_CONTEXT)
+    slots = choose_slots(config)
+    token_bytes = kv_token_bytes(model_config, weights.dtype)
+    kv = choose_kv_cache(
+        config, token_bytes, context, slots.number, weights.checkpoint.parameters * weights.dtype.itemsize
+    )
+    cache = CPU_ENCODER_CACHE_BYTES if config.encoder_cache_bytes is None else config.encoder_cache_bytes
+    reasons = {"context_tokens": context_reason, "slots": slots.reason}
+    return Room(slots.number, context, 0, cache, AnswerLimits(), reasons).with_cache(kv, config)
+
+
+def _log_plan(plan: MemoryPlan) -> None:
+    logger.info("event=choice name=weights value=%s reason=%s", plan.recipe.name, json.dumps(plan.reason))
+    for each in plan.parts:
+        logger.info("event=plan part=%s mib=%d", json.dumps(each.name), each.bytes >> 20)
+    logger.info("event=plan part=%s mib=%d", json.dumps("KV cache"), plan.kv_tokens * plan.kv_token_bytes >> 20)
 
 
 def _runner(
@@ -258,13 +340,13 @@ def _read_json(file: Path) -> dict[str, Any]:
         raise LoadError(f"{file}: cannot be read: {error}") from None
 
 
-def _context(config: EngineConfig, allowed: int) -> tuple[int, str]:
+def _context(config: EngineConfig, allowed: int, default: int) -> tuple[int, str]:
     asked = config.context_tokens
     if asked > allowed:
         raise LoadError(f"GLM_CONTEXT_TOKENS must be <= {allowed}, the limit of this model. Given: {asked}")
     if asked:
         return asked, "set by GLM_CONTEXT_TOKENS"
-    return min(allowed, DEFAULT_MAX_CONTEXT), f"the model allows {allowed}; at most {DEFAULT_MAX_CONTEXT} unless set"
+    return min(allowed, default), f"the model allows {allowed}; at most {default} unless set"
 
 
 def kv_token_bytes(config: Any, dtype: torch.dtype) -> int:

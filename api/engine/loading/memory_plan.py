@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from api.engine.config import EngineConfig
+from api.engine.cuda.graphs import sizes_for
+from api.engine.cuda.runner import MAX_CHUNKS
 from api.engine.loaded_model import LoadError
 from api.engine.loading.card import GIB, MIB, Card
 from api.engine.model.linear import Role
@@ -31,12 +33,13 @@ LEAST_TOKENS, COMFORTABLE_TOKENS = 16_384, 65_536
 
 # What is not a tensor of ours.
 LIBRARIES_BYTES = 450 * MIB  # CUDA itself and the workspaces of cuBLAS
-GRAPH_BYTES = 12 * MIB  # of a captured CUDA graph
+GRAPH_BYTES = 8 * MIB  # of a recorded step
 RESERVE_SHARE, RESERVE_LEAST, RESERVE_MOST = 0.02, 160 * MIB, GIB  # for fragments and what another process may take
 
 # Working memory of a step in bytes for each row, patch or logit, of the operations on CUDA; a test compares them with what
 # a pretended card counts.
 SAMPLING_BYTES = 48  # for each logit that is sampled: sorted scores, probabilities and their sums
+ATTENTION_PARTS = 32  # into which the keys of a row are cut while decoding
 DEQUANTIZED_BYTES = 128 * MIB  # of a matrix in full precision, while many rows are multiplied
 SAMPLER_TABLE_BYTES = 3  # for each slot and token of the vocabulary: whether it was seen, and how often
 
@@ -45,6 +48,7 @@ BANDWIDTH_SHARE, PRODUCT_SHARE = 0.7, 0.5
 RECIPES: tuple[Weights, ...] = ("bf16", "fp8", "nf4")
 FORMAT_NAMES = {"plain": "16 bits", "fp8": "float8", "int8": "8 bits", "nf4": "NF4, 4.5 bits"}
 KV_STEP = 256  # tokens
+MOST_CONTEXTS = 4  # for each request at once: a tiny model does not take a whole card
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
 PLAIN = ("model.visual.embeddings.position_embedding.weight",)  # no product is computed with it
 
@@ -139,6 +143,7 @@ class MemoryPlan:
     parts: tuple[Part, ...]  # all but the KV cache
     kv_token_bytes: int
     kv_tokens: int
+    most_kv_tokens: int
     picture_tokens: int
     picture_reason: str
     slots: int
@@ -159,7 +164,7 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        return self.kv_tokens >= LEAST_TOKENS and self.loading_bytes <= self.card.usable_bytes
+        return self.kv_tokens >= min(LEAST_TOKENS, self.most_kv_tokens) and self.loading_bytes <= self.card.usable_bytes
 
     @property
     def missing_bytes(self) -> int:
@@ -208,7 +213,9 @@ def plan(
     sampling = (slots + 1) * shape.vocabulary * SAMPLING_BYTES
     text = max(text_bytes(shape, recipe, chunk, itemsize), sampling)
     waiting = patches * waiting_bytes(shape, itemsize)  # kept while others are served between two slices of a picture
-    sizes = graph_sizes(slots)
+    sizes = sizes_for(slots + 1, chunk)
+    graphs = len(sizes) * GRAPH_BYTES + text_bytes(shape, recipe, chunk + slots + 1, itemsize)
+    buffers = step_buffer_bytes(shape, slots, chunk, itemsize)
     tables = (slots + 1) * shape.vocabulary * SAMPLER_TABLE_BYTES + 2 * itemsize * context * shape.head_dim
     tables += TABLE_PATCHES * table_bytes(shape, itemsize)
     parts = (
@@ -220,13 +227,10 @@ def plan(
             f"chunks of {chunk} tokens, sampling; beyond that of vision",
         ),
         Part("staging", patches * shape.patch_values * itemsize, "pixels on their way to the card"),
+        Part("step buffers", buffers, "logits, inputs, parts of attention"),
         Part("tables", tables, "of the sampler and of positions"),
         Part("encoder cache", cache, "features of recent pictures"),
-        Part(
-            "CUDA graphs",
-            len(sizes) * GRAPH_BYTES + slots * shape.vocabulary * 6,
-            f"{len(sizes)} sizes up to {slots} rows",
-        ),
+        Part("CUDA graphs", graphs, f"{len(sizes)} sizes of a step, and what one works with"),
         Part("libraries", LIBRARIES_BYTES, "CUDA itself, cuBLAS"),
         Part("reserve", _reserve(card), "fragments, other processes"),
     )
@@ -237,13 +241,15 @@ def plan(
     resident = sum(part.bytes for part in weights)
     # While a matrix is quantised it is there twice; the largest is that of the head.
     twice = 0 if recipe.text == "plain" else 2 * shape.vocabulary * shape.hidden
-    kv_tokens = max(budget // token_bytes // KV_STEP * KV_STEP, 0)
+    most_kv_tokens = MOST_CONTEXTS * (slots + 1) * context
+    kv_tokens = min(max(budget // token_bytes // KV_STEP * KV_STEP, 0), most_kv_tokens)
     return MemoryPlan(
         card=card,
         recipe=recipe,
         parts=parts,
         kv_token_bytes=token_bytes,
         kv_tokens=kv_tokens,
+        most_kv_tokens=most_kv_tokens,
         picture_tokens=picture_tokens,
         picture_reason=picture_reason,
         slots=slots,
@@ -279,7 +285,7 @@ def choose(shape: ModelShape, card: Card, config: EngineConfig, itemsize: int = 
         return replace(chosen, reason=f"set by GLM_WEIGHTS; leaves {_room(chosen)}")
     fitting = {name: next((each for each in each_of if each.fits), None) for name, each_of in plans.items()}
     bf16, fp8, nf4 = (fitting.get(name) for name in RECIPES)
-    if bf16 and bf16.kv_tokens >= COMFORTABLE_TOKENS:
+    if bf16 and bf16.kv_tokens >= min(COMFORTABLE_TOKENS, bf16.most_kv_tokens):
         return replace(bf16, reason=f"the checkpoint's own format leaves {_room(bf16)}")
     if fp8:
         why = f"bf16 leaves {_room(bf16)} only" if bf16 else "bf16 does not fit"
@@ -388,12 +394,12 @@ def text_bytes(shape: ModelShape, recipe: Recipe, rows: int, itemsize: int = 2) 
     return rows * rows_of_all * itemsize + scratch
 
 
-def graph_sizes(slots: int) -> list[int]:
-    """Numbers of rows for which a decode step is captured: powers of two up to all slots and a probe."""
-    sizes = [1]
-    while sizes[-1] < slots:
-        sizes.append(min(2 * sizes[-1], slots))
-    return sizes
+def step_buffer_bytes(shape: ModelShape, slots: int, chunk: int, itemsize: int = 2) -> int:
+    """Buffers that recorded steps read and write: logits, inputs, and partial results of attention."""
+    rows = slots + 1
+    logits = 4 * (rows + MAX_CHUNKS) * shape.vocabulary
+    attention = 4 * rows * shape.heads * ATTENTION_PARTS * (shape.head_dim + 1)
+    return logits + attention + (chunk + rows) * shape.hidden * itemsize
 
 
 # Speed.
@@ -451,7 +457,7 @@ def kv_budget(plan: MemoryPlan, measured: Measured) -> int:
 
 def beside(plan: MemoryPlan, measured: Measured, kv_bytes: int) -> dict[str, tuple[int, int]]:
     """Planned and measured bytes of each quantity that can be measured."""
-    weights = ("text layers", "head", "embeddings", "vision encoder", "tables")
+    weights = ("text layers", "head", "embeddings", "vision encoder", "tables", "step buffers")
     return {
         "weights": (sum(plan.bytes_of(name) for name in weights), measured.weights_bytes),
         "workspace": (

@@ -14,15 +14,13 @@ import torch
 
 import cgroup
 from api.engine.config import EngineConfig
+from api.engine.loading.card import FIRST_WITH_BF16
 
 FLASH = {"huggingface": "zai-org/GLM-4.6V-Flash", "modelscope": "ZhipuAI/GLM-4.6V-Flash"}
-# bf16 weights are 20.6 GB; the rest is for the vision encoder's activations and the KV cache.
-FLASH_NEEDS_BYTES = 24 * 2**30
-SLOTS = {"cpu": 16, "cuda": 32}
+SLOTS = 16  # without a card
 PAGE_TOKENS = 16
-# The KV cache's share of the memory that is free after the weights are loaded.
-CPU_SHARE, GPU_SHARE = 0.15, 0.9
-GPU_WORK_BYTES = 2 * 2**30
+CPU_SHARE = 0.15  # of the memory that is free after loading the weights, for the KV cache
+CPU_ENCODER_CACHE_BYTES = 256 * 2**20
 GIB = 2**30
 # Up to this size float32 is used: its cost is not noticeable, and it is the most exact.
 SMALL_WEIGHTS_BYTES = 2 * 2**30
@@ -45,24 +43,17 @@ class Amount:
     reason: str
 
 
-def choose_slots(config: EngineConfig, device: str) -> Amount:
-    """Requests that run at once."""
-    if config.slots:
-        return Amount(config.slots, "set by GLM_SLOTS")
-    number = SLOTS[device]
-    return Amount(number, f"the default for {device}")
+def choose_slots(config: EngineConfig) -> Amount:
+    """Requests that run at once on the CPU; the memory plan chooses for a card."""
+    return Amount(config.slots, "set by GLM_SLOTS") if config.slots else Amount(SLOTS, "the default for cpu")
 
 
 def choose_kv_cache(
-    config: EngineConfig, device: str, token_bytes: int, context_tokens: int, slots: int, weights_bytes: int
+    config: EngineConfig, token_bytes: int, context_tokens: int, slots: int, weights_bytes: int
 ) -> Amount:
-    """Tokens of the KV cache, in whole pages. `weights_bytes` are still to be loaded."""
+    """Tokens of the KV cache in host memory, in whole pages. `weights_bytes` are still to be loaded."""
     if config.kv_cache_bytes:
         budget, reason = config.kv_cache_bytes, "set by GLM_KV_CACHE_BYTES"
-    elif device == "cuda":
-        free = max((free_gpu_bytes(device) or 0) - weights_bytes, 0)
-        budget = max(int(free * GPU_SHARE) - GPU_WORK_BYTES, 0)
-        reason = f"{GPU_SHARE:.0%} of the {free / GIB:.1f} GiB free after loading the weights, less working memory"
     else:
         free = max(free_memory_bytes() - weights_bytes, 0)
         budget, reason = int(free * CPU_SHARE), f"{CPU_SHARE:.0%} of the {free / GIB:.1f} GiB free"
@@ -90,16 +81,14 @@ def choose_device(config: EngineConfig) -> Selection:
     return Selection("cpu", "no CUDA GPU was found")
 
 
-def choose_model(config: EngineConfig, device: str, free_gpu_bytes: int | None) -> Selection:
+def choose_model(config: EngineConfig, device: str) -> Selection:
+    """The model itself wherever there is a card; whether it fits is the memory plan's to say, and never a reason for the
+    demo."""
     if config.model != "auto":
         return Selection(config.model, "set by GLM_MODEL or --model")
-    if device != "cuda" or free_gpu_bytes is None:
+    if device != "cuda":
         return Selection(str(config.root / config.demo), "the bundled demo, because there is no CUDA GPU for GLM-4.6V-Flash")
-    free = f"{free_gpu_bytes / 2**30:.1f} GiB of GPU memory are free"
-    if free_gpu_bytes < FLASH_NEEDS_BYTES:
-        need = FLASH_NEEDS_BYTES // 2**30
-        return Selection(str(config.root / config.demo), f"the bundled demo, because only {free} and GLM-4.6V-Flash needs {need} GiB")
-    return Selection(FLASH[config.hub], f"{free}, enough for GLM-4.6V-Flash")
+    return Selection(FLASH[config.hub], "there is a CUDA GPU; GLM_MODEL=models/shapes would be the bundled demo")
 
 
 def free_gpu_bytes(device: str) -> int | None:
@@ -111,7 +100,8 @@ def choose_dtype(config: EngineConfig, device: str, weights_bytes: int) -> Selec
         return Selection(config.dtype, "set by GLM_DTYPE")
     if weights_bytes <= SMALL_WEIGHTS_BYTES:
         return Selection("float32", "a small model: full precision costs nothing")
-    if device == "cuda" and not torch.cuda.is_bf16_supported():
+    # Torch also calls a card able that only emulates it.
+    if device == "cuda" and torch.cuda.get_device_capability() < FIRST_WITH_BF16:
         return Selection("float16", "this GPU has no bfloat16")
     return Selection("bfloat16", "the number format of the weights; half the memory of float32")
 

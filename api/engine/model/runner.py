@@ -5,6 +5,7 @@ Knows sequences and pages, not the queue. Engine thread only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -172,6 +173,37 @@ class Glm4vRunner:
         self._vision_encoder.advance(progress, limit_s=float("inf"))
         for start, end in ((0, 4), (4, 6), (6, 7)):
             self._decoder.run(self._warm_up_batch(start, end))
+
+    @torch.inference_mode()
+    def rehearse(self, image_tokens: int, chunk_tokens: int, rows: int) -> None:
+        """Compute what takes most memory, so that it can be measured: an image, a chunk of a prompt between two slices of
+        it, and the logits of `rows` sequences. Only page 0 is written, before anything is stored in it."""
+        encoder, embeddings = self._vision_encoder, self._decoder.embeddings
+        high = next(side for side in range(math.isqrt(image_tokens), 0, -1) if image_tokens % side == 0)
+        grid = (1, high * encoder.merge, image_tokens // high * encoder.merge)
+        patches = torch.zeros(grid[1] * grid[2], encoder.patch_size)
+        progress = encoder.begin(patches, grid)
+        encoder.advance(progress, limit_s=float("inf"))
+        for count, decode in ((chunk_tokens, False), (rows, True)):
+            slots = self._tensor(np.arange(count) % self._page_tokens)
+            cos, sin = self._decoder.spread_over_heads(*self._decoder.rotary.at_text(slots))
+            pages = self._tensor(np.zeros(self._pages_for(1 if decode else count, LENGTH_STEP)))
+            metadata = AttentionMetadata(0, count, pages)
+            if decode:
+                mask = self._mask(np.zeros((count, len(pages) * self._page_tokens), dtype=bool))[:, None, None]
+                table = pages.repeat(count, 1)
+                metadata = AttentionMetadata(0, count, table, mask, self._tensor(np.ones(count)))
+            inputs = embeddings.index_select(0, self._tensor(np.zeros(count)))
+            indices = None if decode else self._tensor([count - 1])
+            self._decoder.run(ForwardBatch(inputs, cos, sin, slots, (metadata,), indices))
+        encoder.drop_tables()
+
+    def resize_kv(self, pages: int) -> None:
+        """Give the KV cache this many pages. What it held is lost, so no sequence may have begun."""
+        self._pages = self._padding_page = pages
+        self._kv = None
+        self._decoder.kv = []  # freed before the new one is allocated
+        self._kv = self._decoder.kv = self._decoder.new_kv((pages + self.SPARE_PAGES) * self._page_tokens)
 
     # From sequences to tensors.
 

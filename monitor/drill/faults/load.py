@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -24,7 +25,8 @@ def saturate(context: FaultContext) -> Iterator[None]:
     url, key = context.settings.api_base_url, context.key
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     metrics = external_engine.parse_metrics(exchange(f"{url}/metrics", 5.0, headers=headers).body.decode())
-    width = context.settings.queue_size + int(metrics["glm_num_slots"]) + 16
+    info = json.loads(exchange(f"{url}/info", 5.0, headers=headers).body)
+    width = info["limits"]["queue_size"] + int(metrics["glm_num_slots"]) + 16
 
     def send_questions() -> None:
         while not stop.is_set():

@@ -61,3 +61,23 @@ def churn(model: Model) -> dict[str, list[int]]:
         steps.step()
     assert steps.scheduler.preemptions > 3 and len(sequences) > 50
     return {sequence.request.id: sequence.output_ids for sequence in sequences}
+
+
+def test_a_resized_cache_gives_the_same_tokens(plain: Model, replayed: Model) -> None:
+    """The runner is given its cache after loading; what was recorded for another one is not used again."""
+    runner, pages = replayed.runner, replayed.capacity.pages
+    request = request_for(plain, *KINDS[1], max_tokens=24)
+    try:
+        runner.resize_kv(40)
+        assert runner.graphs.captured == ()
+        assert int(runner._tables.tables[runner._padding_slot, 0]) == 41
+        assert {len(kv) for kv in runner.decoder.kv} == {42 * replayed.capacity.page_tokens}
+        runner.warm_up()
+        while runner.prepare_next():
+            pass
+        assert Steps(replayed, pages=40).run(request) == Steps(plain).run(request)
+    finally:
+        runner.resize_kv(pages)
+        runner.warm_up()
+        while runner.prepare_next():
+            pass
