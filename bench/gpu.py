@@ -30,7 +30,6 @@ import transformers
 from api.engine.config import EngineConfig
 from api.engine.cuda.device import CudaDevice
 from api.engine.cuda.operations import PATHS, CudaOperations
-from api.engine.cuda.product_trial import try_products
 from api.engine.cuda.runner import CudaRunner
 from api.engine.cuda.self_test import prove
 from api.engine.cuda.shape import shape_of
@@ -196,11 +195,7 @@ def runner_capacity(slots: int, chunk: int, tokens: int) -> Capacity:
 def operations(bench: Bench, recipe: Recipe) -> Any:
     if bench.dry:
         return TorchOperations(PAGE_TOKENS, recipe)
-    chosen = CudaOperations(PAGE_TOKENS, torch.cuda.get_device_capability(), recipe)
-    began = time.perf_counter()
-    found = try_products(chosen, shape_of(bench.config(), PAGE_TOKENS), bench.device, torch.bfloat16)
-    bench.tell("products", recipe=recipe.name, found=found, seconds=round(time.perf_counter() - began, 1))
-    return chosen
+    return CudaOperations(PAGE_TOKENS, torch.cuda.get_device_capability(), recipe)
 
 
 def peak(bench: Bench) -> dict[str, float]:
