@@ -42,6 +42,12 @@ SECRETS = (
     "WEBHOOK_URL", "WEBHOOK_SECRET", "SLACK_URL", "SMTP_URL", "PING_URL", "PUSHGATEWAY_URL", "ELASTICSEARCH_URL",
 )  # fmt: skip
 
+# Of the clients of Hugging Face and ModelScope: they keep their names, and are read from the environment.
+HUB_VARIABLES = (
+    "HF_ENDPOINT", "HF_TOKEN", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "MODELSCOPE_ENDPOINT", "MODELSCOPE_API_TOKEN",
+    "MODELSCOPE_CACHE",
+)  # fmt: skip
+
 
 class SettingsError(ValueError):
     """An invalid setting; the message has its name, its value and what is allowed."""
@@ -282,6 +288,14 @@ def keep_last_good() -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def export_hub_variables() -> None:
+    """Puts what `.env` says of the hubs into the environment, where it is not set, for this process. Raises SettingsError."""
+    values = _values_of(_text_of(ENV_FILE), ENV_FILE) if os.path.lexists(ENV_FILE) else {}
+    for name in HUB_VARIABLES:
+        if values.get(name) and not os.environ.get(name):
+            os.environ[name] = values[name]
 
 
 def environment_for_children() -> dict[str, str]:

@@ -79,6 +79,11 @@ mapfile -t values < <(printf '%s\n' "$values_text")    # not <<<, which needs ro
 declare -A host=([api]=${values[0]} [web]=${values[2]}) port=([api]=${values[1]} [web]=${values[3]})
 api_url=${values[4]} limit_s=${values[5]} drain_s=${values[6]} log_dir=$(realpath -m "${values[7]}")
 
+if [[ ${parts[*]} == *api* ]] && (quiet -m deploy.quantization); then
+    # Without it the API says which settings need no quantised weights, or takes another format.
+    (trap 'exit 1' INT; install_missing requirements-quantized.txt) || complain "4-bit weights cannot be used"
+fi
+
 if [[ ${port[api]} == "${port[web]}" ]]; then
     complain "GLM_API_PORT and GLM_WEB_PORT are both ${port[api]}; they must differ"
     exit 2
@@ -186,3 +191,8 @@ if [[ ${host[${parts[0]}]} == 0.0.0.0 ]]; then
 fi
 say "Logs:  $log_dir"
 say "Stop:  ./stop.sh    Check: $PYTHON health_check.py"
+if [[ -t 1 && ${parts[*]} == *api* ]]; then
+    exec 9>&-    # a first download may take an hour; another start.sh need not wait for it
+    trap 'exit 0' INT TERM HUP
+    "$PYTHON" -m deploy.service follow "$log_dir" "${host[api]}" || exit 1
+fi

@@ -32,7 +32,7 @@ from api.health.fault_injection import FaultInjection
 from api.http import logging as logs
 from api.http.auth import KeyRing
 from api.http.connection import Connection
-from settings import ROOT, Settings, SettingsError, load
+from settings import ROOT, Settings, SettingsError, export_hub_variables, load
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
 
             return print_plan(engine_config(settings), options.gpu_memory, options.gpu)
         check_bind_address(settings)
+        export_hub_variables()
         if settings.test_faults and FaultInjection(settings.log_dir).active()[0] == "crash-start":
             return 1
     except SettingsError as error:

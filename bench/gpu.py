@@ -28,24 +28,30 @@ import torch
 import transformers
 
 from api.engine import process
+from api.engine.config import EngineConfig
 from api.engine.cuda.device import CudaDevice
 from api.engine.cuda.operations import PATHS, CudaOperations
 from api.engine.cuda.runner import CudaRunner
 from api.engine.cuda.self_test import prove
 from api.engine.cuda.shape import shape_of
 from api.engine.engine import Engine
-from api.engine.loaded_model import Capacity, Model
+from api.engine.loaded_model import Capacity, LoadError, Model
+from api.engine.loading.card import pretended_card
+from api.engine.loading.families import shapes_of
+from api.engine.loading.memory_plan import choose
+from api.engine.loading.memory_plan import shape_of as shape_of_model
 from api.engine.model.operations import TorchOperations
-from api.engine.model.recipe import Weights, make_recipe
+from api.engine.model.recipe import Recipe, Weights, make_recipe
 from api.engine.model.runner import Glm4vRunner
 from api.engine.model.weights import raw_bytes, weights_of
 from api.engine.request import Delta, Done, Event, Failed, ImageInput, Request, SamplingParams
 from api.engine.sequence import make_sequence
-from bench.random_model import RandomSource, flash_config, image_of, random_model, small_config
+from bench.random_model import WordSource, flash_config, image_of, random_model, small_config
 
 GIB = 2**30
 PAGE_TOKENS = 16
 CONTEXT = 8192
+CHUNK = 1024
 
 
 @dataclass
@@ -153,19 +159,14 @@ def machine(bench: Bench) -> None:
 @contextmanager
 def serving(bench: Bench, recipe: Weights, slots: int = 64) -> Iterator[Client]:
     """An engine with random weights of the exact shape."""
-    config = bench.config()
     slots, tokens = (4, 2048) if bench.dry else (slots, slots * 1280 + CONTEXT)
-    capacity = Capacity(slots, tokens // PAGE_TOKENS, PAGE_TOKENS, 512 if bench.dry else 1024, 256 * 2**20)
     bench.wait()
     began = time.perf_counter()
-    source = RandomSource(config, bench.device, torch.bfloat16)
-    if bench.dry:
-        runner = Glm4vRunner(source, capacity, CONTEXT, operations(bench, recipe))
-    else:
-        runner = CudaRunner(source, capacity, CONTEXT, operations(bench, recipe), CudaDevice())
+    made = make_recipe(recipe, capability=None if bench.dry else torch.cuda.get_device_capability())
+    runner = runner_for(bench, operations(bench, made), slots, CHUNK, CONTEXT, tokens)
     bench.wait()
     built_s = time.perf_counter() - began
-    client = Client(random_model(source, runner, capacity, CONTEXT))
+    client = Client(random_model(runner, runner_capacity(slots, CHUNK, tokens), CONTEXT))
     began = time.perf_counter()
     while isinstance(runner, CudaRunner) and runner.graphs.off is None and not runner.graphs.complete:
         if time.perf_counter() - began > 20:
@@ -181,17 +182,74 @@ def serving(bench: Bench, recipe: Weights, slots: int = 64) -> Iterator[Client]:
         client.stop()
 
 
-def operations(bench: Bench, recipe: Weights) -> Any:
+def runner_for(bench: Bench, ops: Any, slots: int, chunk: int, context: int, tokens: int = 4096) -> Glm4vRunner:
+    source = WordSource(bench.config(), bench.device, torch.bfloat16)
+    capacity = runner_capacity(slots, chunk, tokens)
     if bench.dry:
-        return TorchOperations(PAGE_TOKENS, make_recipe(recipe))
-    capability = torch.cuda.get_device_capability()
-    return CudaOperations(PAGE_TOKENS, capability, make_recipe(recipe, capability=capability))
+        return Glm4vRunner(source, capacity, context, ops)
+    return CudaRunner(source, capacity, context, ops, CudaDevice())
+
+
+def runner_capacity(slots: int, chunk: int, tokens: int) -> Capacity:
+    return Capacity(slots, tokens // PAGE_TOKENS, PAGE_TOKENS, chunk, 256 * 2**20)
+
+
+def operations(bench: Bench, recipe: Recipe) -> Any:
+    if bench.dry:
+        return TorchOperations(PAGE_TOKENS, recipe)
+    return CudaOperations(PAGE_TOKENS, torch.cuda.get_device_capability(), recipe)
 
 
 def peak(bench: Bench) -> dict[str, float]:
     if bench.dry:
         return {}
     return {"allocated_gib": round(torch.cuda.memory_allocated() / GIB, 2), "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 2)}
+
+
+def plans(bench: Bench) -> None:
+    """The memory plan of cards of several sizes beside what the same work takes: the weights, the largest picture, a full
+    KV cache, all recorded steps. The card at hand pretends to be smaller."""
+    shape = shape_of_model(bench.config(), shapes_of(bench.config()))
+    cards: list[tuple[int, Weights]] = [(8, "nf4"), (12, "nf4"), (16, "fp8"), (24, "bf16"), (48, "bf16")]
+    for gib, weights in cards[2:4] if bench.dry else cards:
+        card = pretended_card(gib * GIB)
+        config = EngineConfig(weights=weights, slots=4 if bench.dry else 0)
+        try:
+            chosen = choose(shape, card, config)
+        except LoadError as error:
+            bench.tell("plan", gib=gib, weights=weights, refused=str(error))
+            continue
+        plan = replace(chosen, kv_tokens=min(chosen.kv_tokens, 4096), picture_tokens=64) if bench.dry else chosen
+        before = device_bytes(bench)
+        runner = runner_for(bench, operations(bench, plan.recipe), plan.slots, plan.chunk_tokens, plan.context_tokens)
+        runner.rehearse(plan.picture_tokens, plan.chunk_tokens, plan.slots + 1)
+        runner.resize_kv(plan.kv_tokens // PAGE_TOKENS)
+        runner.warm_up()
+        while runner.prepare_next():
+            pass
+        runner.rehearse(plan.picture_tokens, plan.chunk_tokens, plan.slots + 1)
+        bench.wait()
+        kv = plan.kv_tokens * plan.kv_token_bytes
+        left_out = sum(plan.bytes_of(name) for name in ("reserve", "encoder cache"))
+        bench.tell(
+            "plan", gib=gib, weights=weights, vision=plan.recipe.vision, host_embeddings=plan.recipe.host_embeddings,
+            slots=plan.slots, picture_tokens=plan.picture_tokens, kv_tokens=plan.kv_tokens,
+            planned_mib=(plan.used_bytes + kv - left_out) >> 20, taken_mib=(device_bytes(bench) - before) >> 20,
+            parts={part.name: part.bytes >> 20 for part in plan.parts} | {"KV cache": kv >> 20}, **peak(bench),
+        )  # fmt: skip
+        del runner
+        gc.collect()
+        if not bench.dry:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
+def device_bytes(bench: Bench) -> int:
+    """Taken from the device by all processes: with what the allocator keeps, the context and the libraries."""
+    if bench.dry:
+        return 0
+    free, total = torch.cuda.mem_get_info()
+    return total - free
 
 
 def decode(bench: Bench, client: Client, recipe: Weights) -> None:
@@ -258,7 +316,7 @@ def parity(bench: Bench) -> None:
     from transformers.models.glm4v import Glm4vForConditionalGeneration
 
     config = bench.config()
-    source = RandomSource(config, bench.device, torch.bfloat16)
+    source = WordSource(config, bench.device, torch.bfloat16)
     with torch.device("meta"):
         network = Glm4vForConditionalGeneration(config).to(torch.bfloat16).eval()
     network = network.to_empty(device=bench.device)
@@ -362,6 +420,7 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "bf16": served("bf16"),
     "fp8": served("fp8"),
     "nf4": served("nf4"),
+    "plans": plans,
 }
 
 

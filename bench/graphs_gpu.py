@@ -25,13 +25,14 @@ from api.engine.cuda.sampling import choose_tokens
 from api.engine.encoder_cache import EncoderCache
 from api.engine.kv_cache import KvCache
 from api.engine.loaded_model import Capacity
+from api.engine.model.recipe import make_recipe
 from api.engine.model.runner import Glm4vRunner
 from api.engine.model.sampler import Sampler
 from api.engine.request import Request, SamplingParams
 from api.engine.scheduler import EncodeTask, Scheduler
 from api.engine.sequence import Sequence, make_sequence
 from bench.gpu import CONTEXT, PAGE_TOKENS, Bench, operations, peak, timed
-from bench.random_model import RandomSource, image_of
+from bench.random_model import WordSource, image_of
 
 SLOTS = 64
 KERNELS_OF = (Size("decode", 1), Size("decode", 16), Size("decode", 65), Size("prompt", 64), Size("mixed", 512))
@@ -210,9 +211,9 @@ def main(arguments: list[str] | None = None) -> int:
     bench = Bench(given.dry, given.out)
     slots, tokens = (4, 4096) if bench.dry else (SLOTS, SLOTS * 1280 + CONTEXT)
     capacity = Capacity(slots, tokens // PAGE_TOKENS, PAGE_TOKENS, 2048, 0)
-    source = RandomSource(bench.config(), bench.device, torch.bfloat16)
+    source = WordSource(bench.config(), bench.device, torch.bfloat16)
     began = time.perf_counter()
-    runner = CudaRunner(source, capacity, CONTEXT, operations(bench, "bf16"), device_of(bench))
+    runner = CudaRunner(source, capacity, CONTEXT, operations(bench, make_recipe("bf16")), device_of(bench))
     built_s = time.perf_counter() - began
     before = peak(bench)
     began = time.perf_counter()

@@ -358,18 +358,17 @@ def images() -> None:
 def sweep() -> None:
     """Other tiles for decoding and for prompts."""
     Decode, Prefill = attention.DecodePlan, attention.PrefillPlan
-    shapes = [(1, 17)] if DRY else [(1, 1024), (1, 8192), (16, 1024), (64, 4096)]
+    shapes = [(1, 17)] if DRY else [(1, 256), (1, 1024), (1, 8192), (16, 1024), (64, 1024)]
     say(f"decode, us for {shapes}")
     for plan in [
-        Decode(32, 64, 4, 3), Decode(32, 32, 4, 4), Decode(32, 32, 2, 4), Decode(32, 64, 4, 4), Decode(32, 128, 4, 2),
-        Decode(32, 128, 8, 2), Decode(64, 32, 2, 4), Decode(64, 64, 4, 3), Decode(16, 64, 4, 4), Decode(64, 16, 1, 4),
+        Decode(), Decode(least=128), Decode(32, 64, 4, 4, 128), Decode(least=256), Decode(32, 128, 4, 2, 128),
+        Decode(32, 128, 8, 2, 128), Decode(32, 32, 2, 4, 64), Decode(32, 32, 4, 4, 128), Decode(16, 64, 4, 4, 128),
     ]:  # fmt: skip
         attempt(plan, lambda p=plan: [timed(*decode_calls(*shape, p)) for shape in shapes])
-    chunks = [(17, 5)] if DRY else [(64, 0), (512, 0), (512, 2048), (2048, 0)]
+    chunks = [(17, 5)] if DRY else [(64, 0), (512, 0), (512, 2048), (16, 4096)]
     say(f"prefill, us for {chunks}")
     for plan in [
-        Prefill(128, 64, 8, 3), Prefill(128, 64, 4, 3), Prefill(128, 128, 8, 2), Prefill(64, 64, 4, 3),
-        Prefill(64, 128, 4, 2), Prefill(64, 32, 4, 4), Prefill(128, 32, 4, 4),
+        Prefill(128, 64, 8, 3), Prefill(128, 128, 8, 2), Prefill(64, 64, 4, 3), Prefill(16, 64, 4, 3),
     ]:  # fmt: skip
         attempt(plan, lambda p=plan: [timed(prefill_call(*chunk, p)) for chunk in chunks])
 

@@ -7,7 +7,6 @@ of its vocabulary are sampled, because all other rows of the head are zero, so e
 
 from __future__ import annotations
 
-import zlib
 from typing import Any
 
 import numpy as np
@@ -16,13 +15,11 @@ import transformers
 from transformers.models.glm4v import Glm4vConfig
 
 from api.engine.loaded_model import Capacity, CheckpointImageProcessor, CheckpointTemplate, Model, Runner
-from api.engine.model.rotary import inverse_frequencies
 from api.engine.request import ImageInput
 from api.engine.text.tokenizer import Vocabulary
 from bench.checkpoint import words
+from bench.random_source import RandomSource
 from models.shapes.checkpoint import FOLDER as SHAPES
-
-WEIGHT_STD = 0.02
 
 
 def flash_config() -> Any:
@@ -46,45 +43,19 @@ def small_config() -> Any:
     return config
 
 
-class RandomSource:
-    """The `WeightSource` of such a model. A tensor depends on `seed` and its name alone."""
+class WordSource(RandomSource):
+    """Random weights of a model that only ever samples plain words of the demo's vocabulary."""
 
-    def __init__(self, config: Any, device: torch.device, dtype: torch.dtype, seed: int = 46) -> None:
-        self.config, self.device, self.dtype = config, device, dtype
-        self._seed = seed
-        self._shapes = shapes(config)
-
-    def take(self, name: str) -> torch.Tensor:
-        shape = self._shapes[name]
-        if name.endswith("bias"):
-            return torch.zeros(shape, dtype=self.dtype, device=self.device)
-        if len(shape) == 1:
-            return torch.ones(shape, dtype=self.dtype, device=self.device)
-        tensor = torch.empty(shape, dtype=self.dtype, device=self.device)
-        generator = torch.Generator(self.device).manual_seed(self._seed + zlib.crc32(name.encode()))
-        tensor.normal_(0, WEIGHT_STD, generator=generator)
+    def take(self, name: str, on_host: bool = False) -> torch.Tensor:
+        tensor = super().take(name, on_host)
         if name == "lm_head.weight":
-            rows = torch.tensor(sorted(words().values()), device=self.device)
+            rows = torch.tensor(sorted(words().values()), device=tensor.device)
             kept = tensor[rows]
             tensor.zero_()[rows] = kept
         return tensor
 
-    def find(self, name: str) -> torch.Tensor | None:
-        return self.take(name) if name in self._shapes else None
 
-
-def shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of all weights, from a network without memory."""
-    from transformers.models.glm4v import Glm4vForConditionalGeneration
-
-    inverse_frequencies(config.get_text_config(), 128)  # raises ValueError for a rope that is not supported
-    with torch.device("meta"):
-        network = Glm4vForConditionalGeneration(config)
-    return {name: tuple(tensor.shape) for name, tensor in network.named_parameters(remove_duplicate=False)}
-
-
-
-def random_model(source: RandomSource, runner: Runner, capacity: Capacity, context_tokens: int) -> Model:
+def random_model(runner: Runner, capacity: Capacity, context_tokens: int) -> Model:
     """What the engine needs besides the runner, from the demo's folder."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(SHAPES)
     vocabulary = Vocabulary(tokenizer.backend_tokenizer)

@@ -3,6 +3,7 @@
     python -m deploy.service check   LOGS PART HOST PORT [--restart]   0 may be started, 10 runs already, 3 port in use, 2 not writable
     python -m deploy.service launch  LOGS PART PORT           0 launched and recorded
     python -m deploy.service wait    LOGS SECONDS PART=HOST...  0 all answer (or are still loading), 1 one does not
+    python -m deploy.service follow  LOGS HOST                shows how the API loads until it has; 0 it answers, 1 it failed
     python -m deploy.service stop    LOGS SECONDS PART=PORT... [--keep | --failed-start]   0 stopped, ports free; 1 not stopped; 3 port held by another process
     python -m deploy.service halt    PART...                  the same with the settings that can be read, for stop.sh
     python -m deploy.service alive   LOGS PART...             0 all are running
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy import plain_settings
+from deploy.loading import LoadingLine, describe
 from monitor.observe import ports, process_search, processes
 from monitor.observe.http_exchange import exchange
 from monitor.observe.processes import ProcessRecord
@@ -132,27 +134,59 @@ def wait(log_dir: Path, limit_s: float, hosts: dict[str, str]) -> int:
     """Polls until every part answers. Fails at once if a part dies or reports that its engine is dead."""
     deadline = time.monotonic() + limit_s
     waiting = dict(hosts)
-    printed = dict.fromkeys(hosts, "")
+    line = LoadingLine(sys.stdout)
     while waiting:
         for part, host in list(waiting.items()):
             entry = processes.read_record(log_dir, part)
             if entry is None or not processes.is_running(entry):
+                line.close()
                 return _fail(log_dir, part, entry, "exited right after it was started")
             state, detail = _answer(part, host, entry)
+            loading = state in ("loading", "download")
+            if not loading:
+                line.close()
             if state == "up":
                 del waiting[part]
             elif state == "dead":
                 return _fail(log_dir, part, entry, f"reports that it cannot serve: {detail}")
-            elif time.monotonic() >= deadline and state != "loading":
+            elif time.monotonic() >= deadline and not loading:
                 return _fail(log_dir, part, entry, f"does not answer after {limit_s:g} s ({detail})")
             elif time.monotonic() >= deadline:
+                line.close()
                 _say(f"{NAMES[part]} is up and still loads the model ({detail}). Its log: {log_dir / (part + '.log')}")
                 del waiting[part]
-            elif state == "loading" and detail != printed[part]:
-                _say(f"{NAMES[part]} loads the model: {detail}")
-                printed[part] = detail
+            elif loading:
+                line.show(_loads(part, state, detail), state == "download")
         time.sleep(0.2 if waiting else 0)
     return 0
+
+
+def follow(log_dir: Path, host: str) -> int:
+    """For someone at a terminal. The server runs whether anyone looks or not, so that nothing is stopped at the end."""
+    line, said = LoadingLine(sys.stdout), False
+    while True:
+        entry = processes.read_record(log_dir, "api")
+        if entry is None or not processes.is_running(entry):
+            line.close()
+            return _fail(log_dir, "api", entry, "has ended")
+        state, detail = _answer("api", host, entry)
+        if state in ("loading", "download"):
+            if not said:
+                _say("The model is still loading. Ctrl-C ends this display, not the loading.")
+                said = True
+            line.show(_loads("api", state, detail), state == "download")
+        elif state in ("up", "dead"):
+            line.close()
+            if state == "dead":
+                return _fail(log_dir, "api", entry, f"reports that it cannot serve: {detail}")
+            if said:
+                _say("The API answers")
+            return 0
+        time.sleep(0.5)
+
+
+def _loads(part: str, state: str, detail: str) -> str:
+    return f"{NAMES[part]} {'downloads' if state == 'download' else 'loads'} the model: {detail}"
 
 
 def stop(
@@ -240,7 +274,7 @@ def alive(log_dir: Path, parts: list[str]) -> int:
 
 
 def _answer(part: str, host: str, entry: ProcessRecord) -> tuple[str, str]:
-    """(`up`, `loading`, `dead` or `silent`, detail)."""
+    """(`up`, `loading`, `download`, `dead` or `silent`, detail)."""
     pids = {listener.pid for listener in ports.listeners(entry.port)} - {None}
     ours = set(processes.members(entry))
     if pids and not pids & ours:
@@ -255,7 +289,7 @@ def _answer(part: str, host: str, entry: ProcessRecord) -> tuple[str, str]:
     if state in ("idle", "busy"):
         return "up", ""
     if state == "loading":
-        return "loading", f"{100 * float(health.get('progress') or 0):.0f} %"
+        return "download" if health.get("download") else "loading", describe(health)
     return ("dead" if state == "dead" else "silent"), str(health.get("reason") or state)
 
 
@@ -323,6 +357,8 @@ def main(arguments: list[str]) -> int:
         return launch(log_dir, rest[0], int(rest[1]), identities.get(rest[0], {}), cure)
     if command == "wait":
         return wait(log_dir, float(rest[0]), _pairs(rest[1:]))
+    if command == "follow":
+        return follow(log_dir, rest[0])
     if command == "stop":
         configured_ports = {part: int(port) for part, port in _pairs(rest[1:]).items()}
         why = processes.FAILED_START if "--failed-start" in flags else "stop.sh"

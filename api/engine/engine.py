@@ -24,7 +24,7 @@ from api.engine.pace import PaceCounters
 from api.engine.request import Delta, Done, Event, Failed, Failure, FinishReason, Request
 from api.engine.scheduler import Batch, EncodeTask, Scheduler, queue_for
 from api.engine.sequence import Sequence, make_sequence
-from api.engine.stats import Phase, State, Stats
+from api.engine.stats import Download, Phase, State, Stats
 from api.engine.text.output import GrammarViolation, OutputState
 from api.engine.token_budget import TokenBudget
 
@@ -45,7 +45,9 @@ class NotAccepting(Exception):
 
 
 class Progress(Protocol):
-    def __call__(self, fraction: float) -> None: ...
+    """`download`: what a download has reached, asked for whenever someone wants to know."""
+
+    def __call__(self, fraction: float, download: Callable[[], Download] | None = None) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Engine:
         self._reason: str | None = None  # set once, when the engine dies
         self._progress = 0.0
         self._load_reports = 0
+        self._download: Callable[[], Download] | None = None
         self._phase: tuple[Phase, float, float | None] = ("loading", time.monotonic(), None)
         self._steps = 0
         self._last_step_at: float | None = None
@@ -207,7 +210,7 @@ class Engine:
         now = time.monotonic()
         last = self._last_step_at
         phase, since, deadline_s = self._phase
-        scheduler = self._scheduler
+        scheduler, download = self._scheduler, self._download
         running, waiting = scheduler.running, scheduler.waiting
         return Stats(
             state=self._state(running + waiting),
@@ -230,6 +233,7 @@ class Engine:
             encoder_cache_queries=scheduler.encoder_cache.queries,
             preemptions=scheduler.preemptions,
             load_reports=self._load_reports,
+            download=download() if download is not None and self._reason is None else None,
         )
 
     def _state(self, requests: int) -> State:
@@ -272,11 +276,11 @@ class Engine:
         )
         self._enter("idle")
         self._guard.watch(model.integrity)
-        self._progress, self._model, self._unprepared = 1.0, model, True
+        self._progress, self._download, self._model, self._unprepared = 1.0, None, model, True
         logger.info("event=engine_ready model=%s load_s=%.1f", model.id, time.monotonic() - started)
 
-    def _report(self, fraction: float) -> None:
-        self._progress = max(self._progress, min(fraction, 1.0))
+    def _report(self, fraction: float, download: Callable[[], Download] | None = None) -> None:
+        self._progress, self._download = max(self._progress, min(fraction, 1.0)), download
         self._load_reports += 1
 
     def _enter(self, phase: Phase, deadline_s: float | None = None) -> None:

@@ -10,6 +10,23 @@ Phase = Literal["loading", "warm-up", "idle", "check", "vision", "prefill", "dec
 
 
 @dataclass(frozen=True)
+class Download:
+    """A model on its way from a hub. `hub`: its name and address. `file`: the one whose bytes came last.
+
+    `bytes_per_s`: over the last seconds. `remaining_s`: at this rate; None while nothing comes. `trouble`: why nothing comes,
+    or why the files come from another hub than the one asked for; empty if there is none.
+    """
+
+    hub: str
+    file: str
+    downloaded_bytes: int
+    total_bytes: int
+    bytes_per_s: float
+    remaining_s: float | None
+    trouble: str
+
+
+@dataclass(frozen=True)
 class Stats:
     state: State
     progress: float
@@ -31,3 +48,4 @@ class Stats:
     encoder_cache_queries: int = 0
     preemptions: int = 0
     load_reports: int = 0  # of the loader, each time that bytes of a download or a part of the model have come
+    download: Download | None = None  # while a model is being downloaded

@@ -33,6 +33,7 @@ from typing import Any
 
 from api.engine.engine import Progress
 from api.engine.loaded_model import Model
+from api.engine.loading.progress import unseen
 
 FILE_NAME = "api.fault"
 STEPS = frozenset({"encode", "compute"})  # methods of the runner: a slice of an image, a batch of tokens
@@ -64,7 +65,7 @@ class FaultInjection:
         except (OSError, ValueError, TypeError, AttributeError):
             return {}
 
-    def at_start(self, progress: Progress = lambda fraction: None) -> None:
+    def at_start(self, progress: Progress = unseen) -> None:
         """Called in the engine thread before the model is loaded."""
         fault, seconds = self.active()
         if fault == "slow-start":

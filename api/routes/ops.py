@@ -59,6 +59,8 @@ async def health(request: Request) -> JSONResponse:
         "checker": asdict(pulse.checker),
         "heartbeat_error": heartbeat.write_error,
     }
+    if stats.download is not None:
+        body["download"] = asdict(stats.download)
     token = server.settings.probe_token
     if nonce is not None and token is not None:
         body["proof"] = sign(token.get_secret_value(), nonce, body)

@@ -24,6 +24,7 @@ COPIED = (
     "cgroup.py",
     "settings.py",
     "requirements.txt",
+    "requirements-quantized.txt",
     "requirements-test.txt",
     "deploy",
     "monitor",

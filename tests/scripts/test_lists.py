@@ -72,7 +72,8 @@ def test_one_list_serves_every_way_of_installing():
 
 
 def test_every_import_of_the_running_code_is_in_the_requirements():
-    listed = {normal(name) for name in pins(ROOT / "requirements.txt")}
+    lists = ("requirements.txt", "requirements-quantized.txt")
+    listed = {normal(name) for each in lists for name in pins(ROOT / each)}
     providers = packages_distributions()
     missing = set()
     for path in runtime_files():

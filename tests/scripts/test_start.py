@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
+import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -122,6 +127,79 @@ def test_a_long_load_is_not_a_failure(project, machine):
     assert started.returncode == 0, started.stderr
     assert "still loads the model (40 %)" in started.stdout
     assert machine.listens(project.ports["api"])
+
+
+def test_a_download_is_shown_in_bytes(project):
+    started = project.run("./start.sh api", STAND_IN_API="download", STAND_IN_LOAD_S="600", GLM_START_TIMEOUT_S="3")
+
+    assert started.returncode == 0, started.stderr
+    lines = [line for line in started.stdout.splitlines() if "downloads the model" in line]
+    assert len(lines) == 1, "a line each few seconds, not one for each look"
+    assert re.search(
+        r"The API downloads the model: 0\.\d\d GB of 27\.12 GB from ModelScope \(modelscope\.cn\) \(\d %\), 45\.2 MB/s, 10 min left; "
+        r"Hugging Face \(huggingface\.co\) cannot be reached",
+        lines[0],
+    )
+    assert "is up and still loads the model (0." in started.stdout
+
+
+class Terminal:
+    """start.sh at a terminal of 80 columns, as a person sees it."""
+
+    def __init__(self, project, **extra: str) -> None:
+        self.seen = b""
+        self.pid, self._terminal = pty.fork()
+        if self.pid == 0:
+            os.chdir(project.root)
+            os.execvpe("bash", ["bash", "./start.sh", "api"], {**project.env, "TERM": "xterm", **extra})
+        fcntl.ioctl(self._terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+
+    def until(self, text: str, limit_s: float = 60) -> None:
+        deadline = time.monotonic() + limit_s
+        while text.encode() not in self.seen:
+            assert time.monotonic() < deadline, self.seen.decode()
+            self._read()
+
+    def press(self, key: bytes) -> None:
+        os.write(self._terminal, key)
+
+    def exit_code(self) -> int:
+        while self._read():
+            pass
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+    def _read(self) -> bool:
+        try:
+            received = os.read(self._terminal, 65536)
+        except OSError:  # the other side is closed
+            return False
+        self.seen += received
+        return bool(received)
+
+
+def test_a_terminal_shows_a_long_download_until_the_model_answers(project, machine):
+    terminal = Terminal(project, STAND_IN_API="download", STAND_IN_LOAD_S="8", GLM_START_TIMEOUT_S="2")
+
+    assert terminal.exit_code() == 0
+    seen = terminal.seen.decode()
+    shown = [line for line in re.split(r"[\r\n]+", seen) if line.startswith("The API downloads the model")]
+    assert len(shown) > 8, "it is written anew"
+    assert all(len(line.removesuffix("\x1b[K")) < 80 for line in shown)
+    assert seen.index("API:   http://") < seen.index("Ctrl-C ends this display") < seen.index("The API answers")
+
+
+def test_ctrl_c_ends_the_display_and_not_the_download(project, machine):
+    terminal = Terminal(project, STAND_IN_API="download", STAND_IN_LOAD_S="600", GLM_START_TIMEOUT_S="2")
+    terminal.until("Ctrl-C ends this display")
+    terminal.until("The API downloads the model: 0.2")
+
+    waiting = project.run("flock -n logs/start.lock true")
+    terminal.press(b"\x03")
+
+    assert terminal.exit_code() == 0
+    assert waiting.returncode == 0, "another start.sh need not wait for the download"
+    assert machine.listens(project.ports["api"])
+    assert "Traceback" not in terminal.seen.decode() and "Interrupted" not in terminal.seen.decode()
 
 
 def test_two_starts_at_once_start_everything_once(project):

@@ -16,9 +16,9 @@ from typing import Any, Self
 
 import requests
 
-from web.api_client.client import ApiClient, ApiError, classify_error, error_of_response, shut_down
+from web.api_client.client import ApiClient, ApiError, Health, classify_error, error_of_response, shut_down
 
-LOADING_TIMEOUT_S = 900.0  # enough for a 9B model on a slow disk
+LOADING_STILL_S = 900.0  # a model may load for hours, but not without any progress
 LINE_LIMIT_BYTES = 4 * 2**20
 STREAM_LIMIT_BYTES = 256 * 2**20  # an hour of heartbeats and the longest answer are less
 WAITING_EVENTS = 10_000
@@ -172,7 +172,7 @@ class AnswerStream:
 
     def _open(self) -> requests.Response | None:
         """The response to read, None if the stream was closed meanwhile. Raises ApiError."""
-        deadline = time.monotonic() + LOADING_TIMEOUT_S
+        moved_at, last = time.monotonic(), Health("down")
         while not self._closed.is_set():
             try:
                 response = self._client.post_stream(self._body)
@@ -189,9 +189,14 @@ class AnswerStream:
                 return response
             error = error_of_response(response)
             response.close()
-            if error.kind != "loading" or time.monotonic() > deadline:
+            if error.kind != "loading":
                 raise error
-            self._deliver(Loading(self._client.health().progress))
+            health = self._client.health()
+            if _moved(last, health):
+                moved_at, last = time.monotonic(), health
+            elif time.monotonic() - moved_at > LOADING_STILL_S:
+                raise error
+            self._deliver(Loading(health.progress))
             self._closed.wait(min(error.retry_after_s or LOADING_RETRY_S, LOADING_RETRY_S))
         return None
 
@@ -290,6 +295,15 @@ class EventReader:
         )
 
 
+def _moved(before: Health, now: Health) -> bool:
+    """Whether a load has come any further."""
+    if before.state != now.state or before.progress != now.progress:
+        return True
+    return now.download is not None and (
+        before.download is None or before.download.downloaded_bytes != now.download.downloaded_bytes
+    )
+
+
 def _queue_position(comment: str) -> int | None:
     _, _, value = comment.partition("queue_position=")
     return int(value.strip()) if value.strip().isdigit() else None
@@ -328,4 +342,6 @@ def _tool_call_delta(call: object) -> ToolCallDelta | None:
     if not isinstance(call, dict) or not isinstance(call.get("function"), dict):
         return None
     index, function = call.get("index") or 0, call["function"]
-    return ToolCallDelta(int(index), str(function.get("name") or ""), str(function.get("arguments") or ""), str(call.get("id") or ""))
+    return ToolCallDelta(
+        int(index), str(function.get("name") or ""), str(function.get("arguments") or ""), str(call.get("id") or "")
+    )

@@ -35,11 +35,23 @@ class ApiError(Exception):
 
 
 @dataclass(frozen=True)
+class Download:
+    """A model on its way to the API. `total_bytes`: 0 until the hub has told it; `remaining_s`: None while nothing comes."""
+
+    hub: str
+    downloaded_bytes: float
+    total_bytes: float
+    bytes_per_s: float
+    remaining_s: float | None
+
+
+@dataclass(frozen=True)
 class Health:
     """The body of `/health`; `state` is "down" without a response. `progress`: of loading, 0 to 1."""
 
     state: str
     progress: float | None = None
+    download: Download | None = None
 
     @property
     def ready(self) -> bool:
@@ -74,7 +86,7 @@ class ApiClient:
         body = self.health_body()
         if "state" not in body:
             return Health("down")
-        return Health(str(body["state"]), body.get("progress"))
+        return Health(str(body["state"]), body.get("progress"), _download(body.get("download")))
 
     def health_body(self) -> dict[str, Any]:
         """The whole body of `/health`; empty without a response."""
@@ -225,3 +237,16 @@ def _seconds(text: str | None) -> float | None:
         return float(text) if text else None
     except ValueError:
         return None
+
+
+def _download(body: Any) -> Download | None:
+    if not isinstance(body, dict):
+        return None
+    here, total, rate, left = (
+        _number(body.get(name)) for name in ("downloaded_bytes", "total_bytes", "bytes_per_s", "remaining_s")
+    )
+    return Download(str(body.get("hub") or "")[:200], here or 0.0, total or 0.0, rate or 0.0, left)
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and value >= 0 else None

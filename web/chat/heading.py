@@ -5,6 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from web.api_client.client import ApiClient, ApiError, Info
+from web.chat.loading_notice import loading_notice
 from web.chat.timed_fragment import repeat
 from web.chat.turns_view import show_error
 from web.i18n.strings import Texts
@@ -55,11 +56,7 @@ def _say_why_unavailable(client: ApiClient, texts: Texts) -> None:
     if health.ready:
         st.rerun()
     if health.state == "loading":
-        if health.progress is None:
-            st.info(texts("model.loading_unknown"), icon=":material/hourglass_top:")
-        else:
-            percent = f"{100 * health.progress:.0f}"
-            st.info(texts("model.loading", percent=percent), icon=":material/hourglass_top:")
+        st.info(loading_notice(health, texts), icon=":material/hourglass_top:")
     else:
         key = "model.down" if health.state == "down" else "model.not_serving"
         st.warning(texts(key), icon=":material/cloud_off:")

@@ -27,6 +27,23 @@ TABLE: dict[str, dict[str, str]] = {
         "en": "The model is still loading. You can already ask: the question will wait.",
         "zh": "模型正在加载。您可以先提问，加载完成后会自动回答。",
     },
+    "model.connecting": {
+        "en": "The server asks {hub} for the model's files. You can already ask: the question will wait.",
+        "zh": "服务器正在向 {hub} 请求模型文件。您可以先提问，就绪后会自动回答。",
+    },
+    "model.downloading": {
+        "en": "The model is being downloaded from {hub}: {here} of {total} ({percent} %), {rate}/s, about {left} left. "
+        "You can already ask: the question will wait.",
+        "zh": "正在从 {hub} 下载模型：{here} / {total}（{percent} %），{rate}/秒，大约还需 {left}。您可以先提问，就绪后会自动回答。",
+    },
+    "model.downloading_still": {
+        "en": "The model is being downloaded from {hub}: {here} of {total} ({percent} %). Nothing is coming at the moment; "
+        "the server keeps trying.",
+        "zh": "正在从 {hub} 下载模型：{here} / {total}（{percent} %）。目前没有收到数据，服务器会继续尝试。",
+    },
+    "left.seconds": {"en": "{seconds} s", "zh": "{seconds} 秒"},
+    "left.minutes": {"en": "{minutes} min", "zh": "{minutes} 分钟"},
+    "left.hours": {"en": "{hours} h {minutes} min", "zh": "{hours} 小时 {minutes} 分钟"},
     "model.down": {
         "en": "The model server does not answer right now. This page keeps trying; "
         "if this continues, ask the operator to look into it.",

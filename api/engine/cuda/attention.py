@@ -29,12 +29,13 @@ SMALLEST_TILE = 16  # rows of a tensor core product
 
 
 class DecodePlan(NamedTuple):
-    """The keys of a row are cut into at most `splits` parts, each a multiple of `block` tokens."""
+    """The keys of a row are cut into at most `splits` parts of at least `least` tokens, a multiple of `block`."""
 
     splits: int = 32
     block: int = 64
     warps: int = 4
     stages: int = 3
+    least: int = 64
 
 
 class PrefillPlan(NamedTuple):
@@ -96,11 +97,12 @@ def paged_decode(
         q, kv, block_tables, lengths, scratch.parts, scratch.sums,
         q.stride(0), block_tables.stride(0), head_dim**-0.5 * LOG2_E,
         SPLITS=plan.splits, KV_HEADS=kv_heads, GROUP=group, TILE=max(triton.next_power_of_2(group), SMALLEST_TILE),
-        HEAD_DIM=head_dim, PAGE=page_tokens, BLOCK=plan.block, num_warps=plan.warps, num_stages=plan.stages,
+        HEAD_DIM=head_dim, PAGE=page_tokens, BLOCK=plan.block, LEAST=plan.least,
+        num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip
     _decode_join[(heads, rows)](
         scratch.parts, scratch.sums, lengths, out,
-        SPLITS=plan.splits, HEADS=heads, HEAD_DIM=head_dim, BLOCK=plan.block, num_warps=4,
+        SPLITS=plan.splits, HEADS=heads, HEAD_DIM=head_dim, BLOCK=plan.block, LEAST=plan.least, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -136,17 +138,18 @@ def paged_prefill(
     return out
 
 
-@triton.jit
+# One compiled kernel serves tables of any width and parts of tensors that begin anywhere.
+@triton.jit(do_not_specialize=["table_row"], do_not_specialize_on_alignment=["tables", "lengths"])
 def _decode_part(
     q, kv, tables, lengths, parts, sums,
     q_row, table_row, scale,
     SPLITS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr,
-    HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, LEAST: tl.constexpr,
 ):  # fmt: skip
     """All query heads of a key head, for one part of a row's keys."""
     split, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     length = tl.load(lengths + row).to(tl.int32)
-    size = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK) * BLOCK
+    size = tl.maximum(tl.cdiv(tl.cdiv(length, SPLITS), BLOCK) * BLOCK, LEAST)
     start = split * size
     if start >= length:
         return
@@ -184,14 +187,14 @@ def _decode_part(
     tl.store(sums + part, best + tl.log2(total), mask=tl.arange(0, TILE) < GROUP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["lengths"])
 def _decode_join(
     parts, sums, lengths, out,
-    SPLITS: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, LEAST: tl.constexpr,
 ):  # fmt: skip
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     length = tl.load(lengths + row).to(tl.int32)
-    size = tl.maximum(tl.cdiv(tl.cdiv(length, SPLITS), BLOCK) * BLOCK, BLOCK)
+    size = tl.maximum(tl.cdiv(tl.cdiv(length, SPLITS), BLOCK) * BLOCK, LEAST)
     split = tl.arange(0, SPLITS)
     dim = tl.arange(0, HEAD_DIM)
     used = split < tl.cdiv(length, size)
@@ -237,7 +240,9 @@ def _attend(
     return best, total, result
 
 
-@triton.jit(do_not_specialize=["first", "rows"])
+@triton.jit(
+    do_not_specialize=["first", "rows", "table_row"], do_not_specialize_on_alignment=["tables", "starts", "firsts"]
+)
 def _prefill(
     q, kv, tables, starts, firsts, out,
     q_row, table_row, first, rows, scale,

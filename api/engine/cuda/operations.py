@@ -47,7 +47,9 @@ class CudaOperations(TorchOperations):
     def __init__(self, page_tokens: int, capability: tuple[int, int] = (9, 0), recipe: Recipe = BF16) -> None:
         super().__init__(page_tokens, recipe)
         self._linears: dict[Format, Callable[..., Linear]] = {
-            **LINEARS, "plain": partial(CudaLinear, activate=self.activate), "fp8": CudaFp8Linear,
+            **LINEARS,
+            "plain": partial(CudaLinear, activate=self.activate),
+            "fp8": CudaFp8Linear,
         }  # fmt: skip
         self._plain: frozenset[Path] = frozenset()
         self._decode_plan, self._prefill_plan = plans_for(capability)

@@ -52,7 +52,7 @@ def rotate_image(
     return qkv
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions", "slots"])
 def _rotate(
     qkv, cos, sin, positions, kv, slots,
     cos_row, sin_row, qkv_row,

@@ -86,8 +86,7 @@ class CudaRunner(Glm4vRunner):
         self._staging = Staging(device, place, self._rows + self._chunks, capacity.chunk_tokens + self._rows)
         shape = (self._staging.tokens, self._decoder.embeddings.shape[1])
         self._inputs = torch.zeros(shape, dtype=self._decoder.dtype, device=place)
-        width = -(-context_tokens // capacity.page_tokens) + 1
-        self._set_tables(width)
+        self._place_spare_pages()
         rows = self._staging.rows
         self._last_tokens = torch.zeros(self._rows + 1, dtype=torch.int32, device=place)  # by slot
         self._logits = torch.zeros(rows, self._decoder.vocabulary_size, device=place)
@@ -100,25 +99,26 @@ class CudaRunner(Glm4vRunner):
 
     def take_weights(self, source: WeightSource) -> None:
         super().take_weights(source)
-        self._graphs = self._new_graphs()
+        self._forget_graphs()
         prepare = getattr(self.operations, "prepare", None)
         if prepare is not None:
             prepare(self._rows, self._decoder.heads, self._decoder.head_dim, self._decoder.device)
 
     def resize_kv(self, pages: int) -> None:
         super().resize_kv(pages)
-        self._set_tables(self._tables.tables.shape[1])
-        self._graphs = self._new_graphs()  # those that are recorded write to the old cache
+        self._place_spare_pages()
+        self._forget_graphs()  # they hold the addresses of the old cache
 
-    def _set_tables(self, width: int) -> None:
-        """Block tables of `width` pages, where padding is in the pages after those that are allocated."""
+    def _place_spare_pages(self) -> None:
+        """After the pages that are allocated: one stays zero, padding rows write to the other."""
         self._spare_slot = (self._padding_page + 1) * self._page_tokens  # row of the KV cache
+        width = -(-self._context_tokens // self._page_tokens) + 1
         self._tables = DeviceTables(self._rows + 1, width, self._padding_page, self._device)
         self._tables.tables[self._padding_slot].fill_(self._padding_page + 1)
 
-    def _new_graphs(self) -> StepGraphs:
+    def _forget_graphs(self) -> None:
         tokens = self._chunk_tokens if self.operations.ragged else 0
-        return StepGraphs(self._queue, self._record, sizes_for(self._rows, tokens))
+        self._graphs = StepGraphs(self._queue, self._record, sizes_for(self._rows, tokens))
 
     def release_weights(self) -> None:
         self._graphs = None

@@ -61,8 +61,7 @@ class CheckpointIntegrity:
             self._runner.release_weights()
             release_freed_memory()
         try:
-            with self._weights.open() as source:
-                self._runner.take_weights(source)
+            self._weights.load(self._runner.operations, self._runner.take_weights)
         except Exception as error:
             if not both:
                 raise

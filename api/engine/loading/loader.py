@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from api.engine.loaded_model import (
     SamplingDefaults,
 )
 from api.engine.loading.card import CardMemory, find_card
-from api.engine.loading.download import download
+from api.engine.loading.download import download, is_hub_id, split_revision
 from api.engine.loading.families import FAMILIES, check_config, check_processor
 from api.engine.loading.integrity import CheckpointIntegrity
 from api.engine.loading.memory_plan import ANSWER_TOKENS, MemoryPlan, choose, defaults_for
@@ -61,6 +62,7 @@ from api.engine.model.operations import Operations, TorchOperations
 from api.engine.model.recipe import make_recipe
 from api.engine.model.rotary import head_dim_of
 from api.engine.model.runner import Glm4vRunner
+from api.engine.model.weight_source import WeightSource
 from api.engine.text.tokenizer import UnsupportedTokenizer, Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -80,7 +82,7 @@ def load(config: EngineConfig, progress: Progress) -> Model:
     card = find_card() if device.value == "cuda" else None
     # 2. Locate or download its files.
     local = _local_folder(chosen.value, config.root)
-    if local is None and card is not None and chosen.value in FLASH.values():
+    if local is None and card is not None and split_revision(chosen.value)[0] in FLASH.values():
         choose(flash_shape(), card, config)  # before a download of 20 GB for nothing
     folder = local or download(chosen.value, config.hub, part(progress, 0.01, 0.5))
     model_config = _model_config(folder)
@@ -104,7 +106,7 @@ def load(config: EngineConfig, progress: Progress) -> Model:
     operations = OperationsChoice(config, device.value, torch_dtype, model_config, recipe)
     weights = Weights(checkpoint, torch.device(device.value), torch_dtype)
     loading = part(progress, 0.05 if local else 0.5, 0.95)
-    name = local.name if local else chosen.value
+    name = local.name if local else split_revision(chosen.value)[0]
     return _assemble(config, name, weights, image_processor, plan, choices, operations, loading)
 
 
@@ -129,7 +131,7 @@ def _assemble(
     parameters = weights.checkpoint.parameters
     room = _room(config, weights, plan)
     pictures = limit_pictures(image_processor, plan.picture_tokens if plan else config.max_picture_tokens)
-    runner, kernels = _runner(weights, room.capacity(config), room.context_tokens, operations, progress)
+    runner, kernels, origin = _runner(weights, room.capacity(config), room.context_tokens, operations, progress)
     if plan:
         tokens, reason = size_cache(runner, plan, CardMemory(), config.kv_cache_bytes)
         room = room.with_cache(Amount(tokens, reason), config)
@@ -156,6 +158,7 @@ def _assemble(
         "choices": {name: choice.reason for name, choice in choices.items()} | room.reasons,
     }
     facts["kernels"], facts["choices"]["kernels"], facts["proofs"] = kernels.value, kernels.reason, operations.proofs
+    facts["choices"]["weights_read"] = origin
     logger.info("event=choice name=kernels value=%s reason=%s", kernels.value, json.dumps(kernels.reason))
     template = CheckpointTemplate(tokenizer)
     processor = CheckpointImageProcessor(image_processor)
@@ -268,22 +271,24 @@ def _log_plan(plan: MemoryPlan) -> None:
 
 def _runner(
     weights: Weights, capacity: Capacity, context_tokens: int, choice: OperationsChoice, progress: Progress
-) -> tuple[Glm4vRunner, Selection]:
-    def build(operations: Operations, progress: Progress) -> Glm4vRunner:
-        with weights.open(progress) as source:
-            # Without the attention of the kernels a step depends on masks, which the recorded steps do not have.
-            if weights.device.type == "cuda" and not operations.needs_masks:
-                return CudaRunner(source, capacity, context_tokens, operations, CudaDevice())
-            return Glm4vRunner(source, capacity, context_tokens, operations)
+) -> tuple[Glm4vRunner, Selection, str]:
+    """The runner, the operations it uses, and where its weights came from."""
+
+    def make(operations: Operations, source: WeightSource) -> Glm4vRunner:
+        # Without the attention of the kernels a step depends on masks, which recorded steps do not have.
+        if weights.device.type == "cuda" and not operations.needs_masks:
+            return CudaRunner(source, capacity, context_tokens, operations, CudaDevice())
+        return Glm4vRunner(source, capacity, context_tokens, operations)
 
     operations, kernels = choice.choose()
     try:
-        return build(operations, progress), kernels
+        runner, origin = weights.load(operations, partial(make, operations), progress)
     except (RuntimeError, MemoryError) as error:
         if isinstance(operations, TorchOperations):
             raise
         operations, kernels = without_compiled(error)  # not enough memory for packed weights
-    return build(operations, progress), kernels
+        runner, origin = weights.load(operations, partial(make, operations))
+    return runner, kernels, origin
 
 
 def _network(weights: Weights) -> Any:
@@ -324,8 +329,8 @@ def _local_folder(model: str, root: Path) -> Path | None:
             if not (folder / "config.json").is_file() or not weight_files(folder):
                 raise LoadError(f"{folder}: a model folder needs config.json and *.safetensors.")
             return folder.resolve()
-    if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise LoadError(f"GLM_MODEL: {model} is neither a folder nor a hub id (owner/name).")
+    if not is_hub_id(model):
+        raise LoadError(f"GLM_MODEL: {model} is neither a folder nor a hub id (owner/name or owner/name@revision).")
     return None
 
 

@@ -146,7 +146,7 @@ def _read_exactly(descriptor: int, offset: int, view: memoryview) -> None:
     while done < len(view):
         count = os.preadv(descriptor, [view[done:]], offset + done)
         if count == 0:
-            raise OSError(f"it ends at byte {offset + done}")
+            raise OSError(f"it ends before byte {offset + len(view)}")
         done += count
 
 

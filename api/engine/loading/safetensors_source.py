@@ -12,7 +12,7 @@ import torch
 
 from api.engine.loaded_model import LoadError
 from api.engine.loading.families import FAMILIES, shapes_of
-from api.engine.loading.progress import Progress
+from api.engine.loading.progress import Progress, unseen
 from api.engine.loading.safetensors_file import SafetensorsFile, TensorReader
 
 INDEX = "model.safetensors.index.json"
@@ -87,7 +87,7 @@ class SafetensorsSource:
         checkpoint: Checkpoint,
         device: torch.device | str,
         dtype: torch.dtype,
-        progress: Progress = lambda fraction: None,
+        progress: Progress = unseen,
     ) -> None:
         self.config: Any = checkpoint.config
         self.device, self.dtype = torch.device(device), dtype
@@ -96,11 +96,10 @@ class SafetensorsSource:
         self._read, self._total = 0, sum(checkpoint.nbytes(name) for name in checkpoint.tensors)
         if checkpoint.tied:
             self._total += checkpoint.nbytes(EMBEDDINGS)
-        self._reader = TensorReader(self.device, self._came)
+        self._reader = TensorReader(self.device, self.came)
 
     def take(self, name: str, on_host: bool = False) -> torch.Tensor:
-        if name == HEAD and self._checkpoint.tied:
-            name = EMBEDDINGS
+        name = self._stored(name)
         file, stored = self._checkpoint.tensors[name]
         self._taken.add(name)
         tensor = self._reader.read(file, stored, torch.device("cpu") if on_host else None)
@@ -112,11 +111,24 @@ class SafetensorsSource:
     def close(self) -> None:
         self._reader.close()
 
+    def _stored(self, name: str) -> str:
+        return EMBEDDINGS if name == HEAD and self._checkpoint.tied else name
+
     def untaken(self) -> list[str]:
         """Tensors of the checkpoint that nobody asked for: the model would compute something else than it was trained to."""
         return [name for name in self._checkpoint.tensors if name not in self._taken]
 
-    def _came(self, count: int) -> None:
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._checkpoint.shapes[self._stored(name)]
+
+    def replace(self, names: Iterable[str], nbytes: int) -> None:
+        """These tensors will come from elsewhere, with so many bytes."""
+        names = {self._stored(name) for name in names}
+        self._taken |= names
+        self._total += nbytes - sum(self._checkpoint.nbytes(name) for name in names)
+
+    def came(self, count: int) -> None:
+        """So many bytes have been read."""
         self._read += count
         self._progress(min(self._read / self._total, 1.0))
 

@@ -17,7 +17,8 @@ from api.engine.model.quantized_linear import FLOAT8_MULTIPLE, NF4_BLOCK, Fp8Lin
 
 Weights = Literal["bf16", "fp8", "nf4"]
 Format = Literal["plain", "fp8", "int8", "nf4"]  # plain: the number format of the activations
-LINEARS: Mapping[Format, Callable[..., Linear]] = {"plain": TorchLinear, "fp8": Fp8Linear, "int8": Int8Linear, "nf4": Nf4Linear}
+Linears = Mapping[Format, Callable[..., Linear]]
+LINEARS: Linears = {"plain": TorchLinear, "fp8": Fp8Linear, "int8": Int8Linear, "nf4": Nf4Linear}
 NEEDS_CAPABILITY: Mapping[Weights, tuple[int, int]] = {"bf16": (7, 5), "fp8": (8, 9), "nf4": (7, 5)}
 
 
@@ -46,7 +47,7 @@ class Recipe:
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         gated: bool,
-        linears: Mapping[Format, Callable[..., Linear]] = LINEARS,
+        linears: Linears = LINEARS,
     ) -> Linear:
         """The product with a matrix [out_features, in_features]. `linears`: the class for each format, which a device's
         operations may replace by their own."""

@@ -42,10 +42,11 @@ def part_sums(runner: Any) -> Iterator[tuple[str, int]]:
     for name, tensor in weights_of(runner):
         memory = raw_bytes(tensor)
         for start in range(0, len(memory), PART_BYTES):
-            yield f"{name}+{start}", _sum(memory[start : start + PART_BYTES])
+            yield f"{name}+{start}", word_sum(memory[start : start + PART_BYTES])
 
 
-def _sum(memory: torch.Tensor) -> int:
+def word_sum(memory: torch.Tensor) -> int:
+    """The sum of uint8 memory as 64-bit words, or as the largest words that fit, with overflow."""
     _, word = next(w for w in _WORDS if len(memory) % w[0] == 0 and memory.storage_offset() % w[0] == 0)
     return int(memory.view(word).sum(dtype=torch.int64))
 

@@ -9,6 +9,7 @@ from page_process import wait_until
 from ports import free_port
 from web_fake_api import Answer, FakeApi
 
+from web.api_client import answer_stream
 from web.api_client.answer_stream import AnswerStream, Event, Finished, Loading, Queued, ReasoningDelta, TextDelta
 from web.api_client.client import ApiClient, ApiError
 
@@ -95,6 +96,24 @@ def test_a_question_is_retried_while_the_model_loads(fake_api: FakeApi) -> None:
 
     assert seen[0] == Loading(0.25)
     assert text_of(seen).strip() == "Ready now."
+
+
+def test_a_question_waits_for_as_long_as_a_download_moves(fake_api: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answer_stream, "LOADING_STILL_S", 0.5)
+    fake_api.answer = Answer(status=503, error={"code": "loading"}, headers={"Retry-After": "0.05"})
+    began, seen = time.monotonic(), 0
+
+    def health(done: int) -> dict[str, object]:
+        return {"state": "loading", "progress": 0.1, "download": {"hub": "A hub", "downloaded_bytes": done, "total_bytes": 10**9}}
+
+    with pytest.raises(ApiError) as caught, AnswerStream(ApiClient(fake_api.url), QUESTION) as stream:
+        for batch in stream.batches():
+            seen += len(batch)
+            if time.monotonic() - began < 2.0:  # four times as long as it may stand still; then it does
+                fake_api.health = health(seen)
+
+    assert 2.0 < time.monotonic() - began < 10.0
+    assert caught.value.kind == "loading"
 
 
 def test_an_unreachable_api_is_down() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import streamlit as st
@@ -13,6 +14,10 @@ from PIL import Image
 from ports import free_port
 from streamlit.testing.v1 import AppTest
 from web_fake_api import Answer, FakeApi
+
+from web.api_client.client import ApiClient
+from web.chat.loading_notice import loading_notice
+from web.i18n.strings import Texts
 
 APP = Path(__file__).resolve().parents[3] / "web" / "app.py"
 
@@ -280,6 +285,41 @@ def test_a_loading_model_is_shown_with_its_progress(open_page: OpenPage, fake_ap
     page = open_page()
 
     assert "still loading (40 %)" in page.info[0].value
+
+
+@pytest.mark.parametrize(
+    ("language", "changes", "shown"),
+    [
+        ("en", {}, "downloaded from Hugging Face (hf-mirror.com): 3.21 GB of 20.58 GB (16 %), 45.2 MB/s, about 6 min left"),
+        ("zh", {}, "正在从 Hugging Face (hf-mirror.com) 下载模型：3.21 GB / 20.58 GB（16 %），45.2 MB/秒，大约还需 6 分钟"),
+        ("en", {"remaining_s": 7500}, "about 2 h 5 min left"),
+        ("zh", {"remaining_s": 42}, "大约还需 42 秒"),
+        ("en", {"bytes_per_s": 0.0, "remaining_s": None}, "Nothing is coming at the moment"),
+        ("en", {"downloaded_bytes": 0, "total_bytes": 0, "remaining_s": None}, "asks Hugging Face (hf-mirror.com) for the model's files"),
+    ],
+)  # fmt: skip
+def test_a_download_is_shown_in_bytes_with_its_rate_and_remaining_time(language: str, changes: dict[str, Any], shown: str) -> None:
+    download = {
+        "hub": "Hugging Face (hf-mirror.com)", "file": "model.safetensors", "downloaded_bytes": 3_210_000_000,
+        "total_bytes": 20_580_000_000, "bytes_per_s": 45_200_000.0, "remaining_s": 384.0, "trouble": "",
+    }  # fmt: skip
+    with FakeApi() as api:
+        api.health = {"state": "loading", "progress": 0.08, "download": download | changes}
+        health = ApiClient(api.url).health()
+
+    assert shown in loading_notice(health, Texts(language)).replace("\\", "")
+
+
+def test_a_download_is_shown_on_the_page(open_page: OpenPage, fake_api: FakeApi) -> None:
+    fake_api.health = {
+        "state": "loading", "progress": 0.2,
+        "download": {"hub": "ModelScope (modelscope.cn)", "downloaded_bytes": 5e8, "total_bytes": 1e9, "bytes_per_s": 1e6, "remaining_s": 500},
+    }  # fmt: skip
+
+    page = open_page()
+
+    shown = page.info[0].value.replace("\\", "")
+    assert "ModelScope (modelscope.cn): 0.50 GB of 1.00 GB (50 %), 1.0 MB/s, about 8 min left" in shown
 
 
 def test_a_file_that_is_not_a_picture_is_named_and_the_question_stays(open_page: OpenPage, fake_api: FakeApi) -> None:

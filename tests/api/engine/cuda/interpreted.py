@@ -286,7 +286,8 @@ def test_the_engine_answers_with_the_tokens_of_generate(tiny_checkpoint: Path, m
     monkeypatch.setattr("api.engine.cuda.operations.plans_for", lambda capability: plans)
     choice = CudaOperations(PAGE), Selection("cuda", "a test")
     monkeypatch.setattr(OperationsChoice, "choose", lambda self: choice)
-    model = load(EngineConfig(model=str(tiny_checkpoint), threads=1, device="cpu", slots=4), lambda fraction: None)
+    config = EngineConfig(model=str(tiny_checkpoint), threads=1, device="cpu", slots=4, encoder_cache_bytes=2**26)
+    model = load(config, lambda fraction: None)
     reference = Glm4vForConditionalGeneration.from_pretrained(tiny_checkpoint, dtype=torch.float32).eval()
     requests = [
         request_for(model, [ask("Hello, what is this?")], [], name="text", max_tokens=6),

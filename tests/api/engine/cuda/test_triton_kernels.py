@@ -66,7 +66,7 @@ def compiled(kernel: Any, capability: int, warps: int, stages: int = 2, **argume
     aligned = {  # as tensors from torch are
         (place,): [["tt.divisibility", 16]]
         for place, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*") or name.endswith("_row")
+        if signature[name].startswith("*") or name.endswith(("_row", "width", "depth"))
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": warps, "num_stages": stages}
@@ -88,11 +88,11 @@ def test_attention_compiles_ahead_and_fits_the_device(capability: int) -> None:
     part = compiled(
         attention._decode_part, capability, decode.warps, decode.stages,
         q=kind, kv=kind, tables="*i32", lengths="*i32", parts="*fp32", sums="*fp32",
-        SPLITS=decode.splits, TILE=16, BLOCK=decode.block, **heads, **strides,
+        SPLITS=decode.splits, TILE=16, BLOCK=decode.block, LEAST=decode.least, **heads, **strides,
     )  # fmt: skip
     join = compiled(
         attention._decode_join, capability, 4, parts="*fp32", sums="*fp32", lengths="*i32", out=kind,
-        SPLITS=decode.splits, HEADS=32, HEAD_DIM=128, BLOCK=decode.block,
+        SPLITS=decode.splits, HEADS=32, HEAD_DIM=128, BLOCK=decode.block, LEAST=decode.least,
     )  # fmt: skip
     chunks = [
         compiled(

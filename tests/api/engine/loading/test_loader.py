@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-import types
 from pathlib import Path
 
 import pytest
 
 from api.engine.config import EngineConfig
 from api.engine.loaded_model import LoadError
-from api.engine.loading.download import download
 from api.engine.loading.loader import load
 from api.engine.loading.placement import choose_dtype, choose_model, choose_threads, usable_cores
 
@@ -65,7 +62,7 @@ def test_a_checkpoint_loads_with_progress_and_facts(tiny_checkpoint: Path) -> No
     assert model.id == tiny_checkpoint.name
     assert model.facts["class"] == "Glm4vForConditionalGeneration"
     assert model.facts["demo"] is False and model.facts["knows"] is None
-    choices = {"model", "device", "dtype", "threads", "context_tokens", "slots", "kv_cache", "kernels"}
+    choices = {"model", "device", "dtype", "threads", "context_tokens", "slots", "kv_cache", "kernels", "weights_read"}
     assert model.facts["choices"].keys() == choices
     assert model.facts["kernels"] == "torch" and "float32" in model.facts["choices"]["kernels"]
     assert model.context_tokens == 2048
@@ -120,62 +117,4 @@ def test_a_context_longer_than_the_model_allows_is_refused(tiny_checkpoint: Path
     config = EngineConfig(model=str(tiny_checkpoint), threads=1, device="cpu", context_tokens=4096)
 
     with pytest.raises(LoadError, match="must be <= 2048"):
-        load(config, lambda fraction: None)
-
-
-def test_modelscope_without_its_package_names_the_package() -> None:
-    config = EngineConfig(model="ZhipuAI/none", hub="modelscope", device="cpu", threads=1)
-
-    with pytest.raises(LoadError, match="pip install modelscope"):
-        load(config, lambda fraction: None)
-
-
-def test_a_download_reports_the_bytes_that_come(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import huggingface_hub
-
-    reports: list[float] = []
-
-    def fetch(model: str, allow_patterns: list[str], tqdm_class: type) -> str:
-        bytes_bar, files_bar = tqdm_class(unit="B", total=0), tqdm_class(unit="it", total=3)
-        bytes_bar.update(10)  # before the size is known
-        bytes_bar.total = 100
-        for size in (20, 20, 0):
-            bytes_bar.update(size)
-        files_bar.update(1)
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-
-    assert download("owner/name", "huggingface", reports.append) == tmp_path
-    assert reports == [0.0, 0.3, 0.5]
-    assert huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE <= 2**20, "a piece must come within 10 s on a slow line"
-
-
-def test_a_download_from_modelscope_reports_the_bytes_that_come(monkeypatch, tmp_path: Path) -> None:
-    reports: list[float] = []
-
-    def fetch(model: str, allow_patterns: list[str], progress_callbacks: list[type]) -> str:
-        for name in ("config.json", "model.safetensors"):
-            callbacks = [callback(name, 100) for callback in progress_callbacks]
-            for size in (50, 50):
-                [callback.update(size) for callback in callbacks]
-            [callback.end() for callback in callbacks]
-        return str(tmp_path)
-
-    monkeypatch.setitem(sys.modules, "modelscope", types.SimpleNamespace(snapshot_download=fetch))
-
-    assert download("owner/name", "modelscope", reports.append) == tmp_path
-    assert len(reports) >= 4
-
-
-def test_an_unreachable_hub_error_names_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-
-    def fail(*args: object, **kwargs: object) -> str:
-        raise ConnectionError("no route to host")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    config = EngineConfig(model="zai-org/GLM-4.6V-Flash", device="cpu", threads=1)
-
-    with pytest.raises(LoadError, match=r"no route to host.*GLM_MODEL to a folder"):
         load(config, lambda fraction: None)

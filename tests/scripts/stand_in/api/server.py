@@ -1,6 +1,6 @@
 """A stand-in for the API with faults on demand.
 
-STAND_IN_API: empty (answers), die, loading, dead, deaf (opens no port), stubborn (ignores SIGTERM), parent (has a child).
+STAND_IN_API: empty (answers), die, loading, download (for STAND_IN_LOAD_S, then it answers), dead, deaf (opens no port), stubborn (ignores SIGTERM), parent (has a child).
 """
 
 from __future__ import annotations
@@ -17,12 +17,23 @@ import settings
 
 MODE = os.environ.get("STAND_IN_API", "")
 STATES = {"loading": ("loading", 503), "dead": ("dead", 503)}
+BEGAN, LOAD_S = time.monotonic(), float(os.environ.get("STAND_IN_LOAD_S", "0"))
+RATE = 45_200_000
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        state, status = STATES.get(MODE, ("idle", 200))
-        body = json.dumps({"state": state, "progress": 0.4, "reason": "the engine thread ended"}).encode()
+        mode = MODE
+        health = {"progress": 0.4, "reason": "the engine thread ended"}
+        if mode == "download" and time.monotonic() - BEGAN < LOAD_S:
+            mode, here = "loading", int(RATE * (time.monotonic() - BEGAN))
+            total = int(RATE * LOAD_S)
+            health["download"] = {
+                "hub": "ModelScope (modelscope.cn)", "file": "model.safetensors", "downloaded_bytes": here, "total_bytes": total,
+                "bytes_per_s": RATE, "remaining_s": (total - here) / RATE, "trouble": "Hugging Face (huggingface.co) cannot be reached",
+            }  # fmt: skip
+        state, status = STATES.get(mode, ("idle", 200))
+        body = json.dumps({"state": state, **health}).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
