@@ -86,6 +86,19 @@ def is_within(group: Path, root: Path = ROOT, membership: Path = MEMBERSHIP) -> 
     return group in _folders(root / "cpu", membership, "cpu")
 
 
+def frozen_by(root: Path = ROOT, membership: Path = MEMBERSHIP) -> Path | None:
+    """The file that says that the process's group is frozen, as by `docker pause`; None if it is not."""
+    if _is_version_2(root):
+        events = _folders(root, membership, "")[0] / "cgroup.events"
+        return events if _keyed(events).get("frozen") else None
+    # A group says so too if one above it is frozen.
+    state = _folders(root / "freezer", membership, "freezer")[0] / "freezer.state"
+    try:
+        return state if state.read_text(encoding="ascii").strip() in ("FROZEN", "FREEZING") else None
+    except (OSError, ValueError):
+        return None
+
+
 def _is_version_2(root: Path) -> bool:
     return (root / "cgroup.controllers").exists()
 

@@ -103,6 +103,7 @@ class Settings(BaseSettings):
     probe_token: SecretStr | None = Field(None, description="marks health probes, which never queue behind users")
     key_requests_per_minute: int = Field(0, ge=0, description="requests per minute of one key; 0: no limit")
     key_concurrency: int = Field(0, ge=0, description="requests of one key at a time; 0: no limit")
+    strict_fields: bool = Field(False, description="refuse fields that have no effect here, instead of naming them in the answer")
     cors_origins: str = Field("", description="allowed CORS origins, comma-separated; empty: none")
     queue_tokens: int = Field(
         0, ge=0, description="tokens of prompts and answers of all requests in progress; 0: by slots and queue"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # ./test.sh [pytest arguments]   sets up what the tests need and checks everything: ruff, shellcheck, mypy, pytest.
+# The clients that tests/clients tries go into .venv-clients, once for each change of their lists.
 #
 # Without arguments all tests run, in parallel, and the coverage of each package is printed and must not fall.
 # Where CI=true a skipped test counts as a failure. Exit code 0 only if every check passed.
@@ -40,6 +41,14 @@ install_debian_packages() {
 }
 install_debian_packages || exit 2
 
+# While style and types are checked.
+clients_log=$(mktemp)
+clients=
+if (($# == 0)) || [[ " $*" == *" tests/clients"* ]]; then
+    tests/clients/install.sh "$PYTHON" &>"$clients_log" &
+    clients=$!
+fi
+
 failed=()
 check() { # NAME COMMAND...
     local name=$1
@@ -48,9 +57,15 @@ check() { # NAME COMMAND...
     "$@" || failed+=("$name")
 }
 check ruff "$PYTHON" -m ruff check .
-mapfile -t scripts < <(find . -path ./.venv -prune -o -name '*.sh' -print | sort)
+mapfile -t scripts < <(find . -path './.venv*' -prune -o -name '*.sh' -print | sort)
 check shellcheck shellcheck -x "${scripts[@]}" .ci/run
 check mypy "$PYTHON" -m mypy
+
+if [[ $clients ]] && ! wait "$clients"; then
+    cat "$clients_log"
+    failed+=("installing the clients")
+fi
+rm -f "$clients_log"
 
 # pytest comes last, so that its closing line ends the output.
 say "== pytest"

@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse
 
 from api import __version__
 from api.engine.engine import Engine
-from api.errors import ServingError, unknown_route, wrong_method
+from api.errors import ServingError, error_body, unknown_route, wrong_method
 from api.health.card_events import CardEvents
 from api.health.fault_injection import FaultInjection
 from api.health.heartbeat import Heartbeat
@@ -30,7 +30,7 @@ from api.requests.admission import Admission
 from api.requests.handler import RequestHandlers
 from api.requests.prompt import PromptBuilder
 from api.requests.sampling_params import Grammars
-from api.routes import chat, control, models, ops, responses, tokens
+from api.routes import chat, completions, control, messages, models, ops, responses, tokens
 from api.state import ServerState
 from settings import Settings
 
@@ -69,7 +69,7 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     app.state.server = ServerState(
         settings, engine, admission, metrics, heartbeat, prompts, handlers, outcomes, card_events
     )
-    for routes in (chat, responses, tokens, models, ops, control):
+    for routes in (chat, completions, responses, messages, tokens, models, ops, control):
         app.include_router(routes.router)
     app.add_exception_handler(ServingError, _serving_error)
     app.add_exception_handler(HTTPException, _http_error)
@@ -77,7 +77,13 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     app.add_middleware(KeyMiddleware, keys=KeyRing.of(settings))
     if origins := [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]:
         # Outside of authentication: a browser sends its preflight request without one.
-        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "x-glm-ignored", "retry-after"],
+        )
     app.add_middleware(OutcomeMiddleware, outcomes=outcomes)
     app.add_middleware(RequestMiddleware, count=metrics.http)
     app.add_middleware(LingerMiddleware)
@@ -89,7 +95,7 @@ async def _serving_error(request: Request, error: Exception) -> JSONResponse:
     request.state.log.setdefault("error", error.code)
     if error.status in (429, 503) and "failure" not in request.state.log:
         request.app.state.server.metrics.rejected(str(error.code), not request.state.caller.is_user)
-    return JSONResponse(error.body(), error.status, error.headers())
+    return JSONResponse(error_body(error, request.url.path), error.status, error.headers())
 
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:
@@ -98,4 +104,4 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
     refusal = unknown_route(request.method, request.url.path)
     if error.status_code != 404:
         refusal = wrong_method(request.method, request.url.path, (error.headers or {}).get("Allow", "another method"))
-    return JSONResponse(refusal.body(), refusal.status, error.headers)
+    return JSONResponse(error_body(refusal, request.url.path), refusal.status, error.headers)

@@ -1,4 +1,4 @@
-"""All errors that a caller can receive, in OpenAI's format.
+"""All errors that a caller can receive, in OpenAI's format, and under /v1/messages in Anthropic's.
 
 Raised anywhere above the engine. Only `api.app` turns one into a response, and the request handler into an event.
 """
@@ -36,6 +36,26 @@ class ServingError(Exception):
 
     def headers(self) -> dict[str, str]:
         return {"Retry-After": str(self.retry_after_s)} if self.retry_after_s is not None else {}
+
+
+# The words of Anthropic's API, which its clients know errors by.
+_ANTHROPIC_TYPES = {
+    400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+    405: "invalid_request_error", 408: "invalid_request_error", 413: "request_too_large", 429: "rate_limit_error",
+    503: "overloaded_error", 504: "timeout_error",
+}  # fmt: skip
+
+
+def anthropic_body(error: ServingError) -> dict[str, Any]:
+    """The error as the clients of /v1/messages read it."""
+    fields = error.body()["error"]
+    return {"type": "error", "error": {**fields, "type": _ANTHROPIC_TYPES.get(error.status, "api_error")}}
+
+
+def error_body(error: ServingError, path: str) -> dict[str, Any]:
+    """The error in the format of the path that was asked."""
+    of_messages = path == "/v1/messages" or path.startswith("/v1/messages/")
+    return anthropic_body(error) if of_messages else error.body()
 
 
 def invalid(message: str, param: str | None = None, code: str = "invalid_value") -> ServingError:

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from monitor.judge.accuracy import ALARM, BASELINE, EXACT, Accuracy, KindRecord, advance, steps
-from monitor.observe.api_probe import MOST_EXTRA, regular_kind, suspicious_kind
+from monitor.judge.accuracy import ALARM, BASELINE, EXACT, HELD, Accuracy, KindRecord, after_answers, is_like, steps
+from monitor.judge.evidence import Answer
+from monitor.observe.api_probe import MOST_EXTRA, regular_kind, suspicious_kind, watched_kind
 from monitor.observe.question import PICTURE_KINDS
 
 RUNS_OF_THREE_MONTHS = 3 * 30 * 24 * 60
@@ -38,6 +39,7 @@ def false_alarms(share: float, answers: int, sequences: int, seed: int) -> False
     kept = len(rights)
     asked, score = np.full(kept, float(BASELINE)), np.zeros(kept)
     recent, recent_right, alarms = np.zeros(kept), np.zeros(kept), 0
+    held, held_right = np.zeros(kept), np.zeros(kept)
     lowers, raises = _steps(rights, asked)
     for _ in range(answers):
         right = rng.random(kept) < share
@@ -46,10 +48,15 @@ def false_alarms(share: float, answers: int, sequences: int, seed: int) -> False
         recent_right += right
         calm = score == 0.0
         exact = calm & (asked < EXACT)
-        if exact.any():
-            asked[exact] += recent[exact]
-            rights[exact] += recent_right[exact]
-            lowers[exact], raises[exact] = _steps(rights[exact], asked[exact])
+        held[exact] += recent[exact]
+        held_right[exact] += recent_right[exact]
+        full = exact & (held >= HELD)
+        if full.any():
+            taken = full & np.array([held[i] > 0 and is_like(held_right[i], held[i], rights[i], asked[i]) for i in range(kept)])
+            asked[taken] += held[taken]
+            rights[taken] += held_right[taken]
+            lowers[taken], raises[taken] = _steps(rights[taken], asked[taken])
+            held[full] = held_right[full] = 0.0
         alarmed = score >= ALARM
         alarms += int(alarmed.sum())
         again = calm | alarmed
@@ -69,17 +76,7 @@ def runs_until_told(
     known = Accuracy(kinds=dict.fromkeys(shares, baseline), turns={"picture": rng.randrange(len(shares))})
     kinds = tuple(kind for kind in PICTURE_KINDS if kind in shares)
     for run in range(1, most + 1):
-        asked = 0
-        while True:
-            kind = regular_kind(known, "picture", kinds) if asked < at_once else suspicious_kind(known, kinds)
-            if kind is None or asked >= at_once + extra:
-                break
-            asked += 1
-            records = dict(known.kinds)
-            for tested in TOGETHER.get(kind, (kind,)):
-                records[tested] = advance(records[tested], rng.random() < shares[tested])
-            turn = known.turns["picture"] + (asked <= at_once)
-            known = Accuracy(kinds=records, turns={"picture": turn})
+        known, _ = _after_run(known, "picture", kinds, shares, rng, at_once, extra)
         if any(record.fallen for record in known.kinds.values()):
             return run
     return None
@@ -88,22 +85,38 @@ def runs_until_told(
 def answers_of_three_months(share: float, seed: int, runs: int = 20_000) -> float:
     """Judged answers of all kinds that a healthy model gives in three months, with those that suspicion adds."""
     rng = random.Random(seed)
-    records = dict.fromkeys(PICTURE_KINDS, KindRecord(BASELINE, BASELINE, EXACT, round(EXACT * share)))
-    text, answers, turn = KindRecord(BASELINE, BASELINE, EXACT, round(EXACT * share)), 0, 0
+    exact = KindRecord(BASELINE, BASELINE, EXACT, round(EXACT * share))
+    known, answers = Accuracy(kinds=dict.fromkeys((*PICTURE_KINDS, "copy"), exact)), 0
+    shares = dict.fromkeys(known.kinds, share)
     for _ in range(runs):
-        for number in range(1 + MOST_EXTRA):
-            if number and not text.score:
-                break
-            text, answers = advance(text, rng.random() < share), answers + 1
-        for number in range(2 + MOST_EXTRA):
-            known = Accuracy(kinds=records, turns={"picture": turn})
-            kind = regular_kind(known, "picture", PICTURE_KINDS) if number < 2 else suspicious_kind(known, PICTURE_KINDS)
-            if kind is None:
-                break
-            turn += number < 2
-            for tested in TOGETHER.get(kind, (kind,)):
-                records[tested], answers = advance(records[tested], rng.random() < share), answers + 1
+        for family, kinds, at_once in (("text", ("copy",), 1), ("picture", PICTURE_KINDS, 2)):
+            known, more = _after_run(known, family, kinds, shares, rng, at_once, MOST_EXTRA)
+            answers += more
     return answers * RUNS_OF_THREE_MONTHS / runs
+
+
+def _after_run(
+    known: Accuracy, family: str, kinds: tuple[str, ...], shares: dict[str, float], rng: random.Random, at_once: int, extra: int
+) -> tuple[Accuracy, int]:
+    """What is known after the questions of one family in one run, as `Prober` asks them, and how many answers were judged."""
+    tested: list[str] = []
+
+    def ask(kind: str) -> Accuracy:
+        tries = tuple((one, rng.random() < shares[one]) for one in TOGETHER.get(kind, (kind,)) if one in shares)
+        tested.extend(one for one, _ in tries)
+        return after_answers(known, [Answer(family, "right", tries=tries, questions=1)], 0.0)
+
+    for _ in range(at_once):
+        known = ask(regular_kind(known, family, kinds))
+    watched = watched_kind(known, family, kinds, set(tested))
+    if watched is not None:
+        known = ask(watched)
+    for _ in range(extra):
+        suspicious = suspicious_kind(known, kinds)
+        if suspicious is None:
+            break
+        known = ask(suspicious)
+    return known, len(tested)
 
 
 def main() -> None:

@@ -19,8 +19,9 @@ from pathlib import Path
 
 from dotenv import dotenv_values
 
+from settings import LAST_GOOD
+
 ENV_FILE = Path(__file__).resolve().parent.parent / (os.environ.get("GLM_ENV_FILE") or ".env")
-CHECKERS_COPY = "last-good.env"
 DESCRIPTIONS = {"API_KEY": "key for programs (Authorization: Bearer ...)", "WEB_TOKEN": "token for the page",
                 "PROBE_TOKEN": "marks the checker's questions"}
 
@@ -53,7 +54,7 @@ def write(path: Path, text: str) -> None:
 
 def main(names: list[str]) -> int:
     path = ENV_FILE.resolve()
-    if path.name == CHECKERS_COPY:
+    if path.name == LAST_GOOD:
         return 0
     try:
         text = path.read_text(encoding="utf-8-sig") if path.is_file() else ""

@@ -16,9 +16,11 @@ than Python 3.8, so that stop.sh works when the environment is gone. Parts are `
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -101,12 +103,12 @@ def launch(log_dir: Path, part: str, port: int, identity: dict[str, Any], cure: 
     def record_itself() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        stat = processes.read_stat(os.getpid())
-        assert stat is not None
+        itself = processes.read_stat(os.getpid())
+        assert itself is not None
         if not cure:
             processes.unmark_stopped(log_dir, part)
         entry = ProcessRecord(
-            stat.pid, stat.start_time, port, processes.boot_id(), str(ROOT), mark["log_offset"], identity.get("code", ""),
+            itself.pid, itself.start_time, port, processes.boot_id(), str(ROOT), mark["log_offset"], identity.get("code", ""),
             processes.id_of(ROOT),
         )  # fmt: skip
         processes.write_record(log_dir, part, entry)
@@ -114,7 +116,7 @@ def launch(log_dir: Path, part: str, port: int, identity: dict[str, Any], cure: 
             raise InterruptedError
 
     try:
-        with path.open("ab") as log:
+        with open(_open_log(path), "ab") as log:
             mark["log_offset"] = log.tell()
             subprocess.Popen(
                 [sys.executable, "-m", f"{part}.server"], cwd=str(ROOT), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
@@ -128,6 +130,24 @@ def launch(log_dir: Path, part: str, port: int, identity: dict[str, Any], cure: 
         _complain(f"{NAMES[part]} was not started: {why}")
         return FAILED
     return 0
+
+
+def _open_log(path: Path) -> int:
+    """A descriptor for appending. A pipe or socket in its place is removed: it would hold the server whenever nobody reads.
+
+    Raises OSError.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
+    with contextlib.suppress(OSError):
+        kind = os.stat(str(path)).st_mode
+        if stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind):
+            path.unlink()
+    descriptor = os.open(str(path), flags, 0o644)
+    if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, f"{path} is a pipe")
+    os.set_blocking(descriptor, True)
+    return descriptor
 
 
 def wait(log_dir: Path, limit_s: float, hosts: dict[str, str]) -> int:
@@ -305,8 +325,9 @@ def _fail(log_dir: Path, part: str, entry: ProcessRecord | None, why: str) -> in
     lines: list[str] = []
     if path.is_file():
         with path.open("rb") as file:
-            file.seek(min(entry.log_offset if entry else 0, path.stat().st_size))
-            lines = file.read()[-65536:].decode("utf-8", "replace").splitlines()[-LOG_LINES:]
+            size = path.stat().st_size
+            file.seek(max(min(entry.log_offset if entry else 0, size), size - 65536))  # a crash loop may have written gigabytes
+            lines = file.read(65536).decode("utf-8", "replace").splitlines()[-LOG_LINES:]
     _complain(f"{NAMES[part]} {why}. The last lines of {path}:")
     for line in lines or ["(empty)"]:
         _complain(f"  {line}")

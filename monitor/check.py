@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from monitor.act import nightly, operator_requests
+from monitor.act import interrupted_restart, nightly, operator_requests, stop_marks
 from monitor.act.cure import Cure
 from monitor.act.lock import Lock
 from monitor.act.restart import Restarter
@@ -27,7 +27,7 @@ from monitor.judge.page_rules import judge_page
 from monitor.judge.readings import SLOWER, settings_thresholds, values_of
 from monitor.judge.verdict import Limits, Verdict
 from monitor.observe import machine
-from monitor.observe.observe import ProbePlan, observe
+from monitor.observe.observe import ProbePlan, draining_of, observe
 from monitor.observe.observe import now as current_moment
 from monitor.observe.question import PICTURE_KINDS
 from monitor.store import baseline
@@ -80,6 +80,10 @@ def _run(store: Store, settings: Settings, rng: random.Random, lock: Lock | None
     state = CheckerState.load(store, moment.boot_id)
     if not state.accuracy.kinds:
         state.accuracy = accuracy.from_dict(baseline.read(settings.log_dir))
+    if act:
+        stop_marks.remove_stale(store, settings, moment.wall)
+        if interrupted_restart.settle(store, state, settings, lock):
+            moment = clock()
     operators = operator_requests.take(store, moment.wall) if act else []
     # Holds and resets apply to this run; restarts are made at its end.
     operator_requests.carry_out([r for r in operators if r["kind"] not in operator_requests.AT_THE_END], store, state, None, moment.wall)
@@ -133,7 +137,7 @@ def _note_own_work(store: Store) -> None:
 def limits_of(settings: Settings) -> Limits:
     return Limits(
         settings.check_period_s, settings.beat_limit_s, settings.stall_s, settings.start_deadline_s, settings.confirm_runs,
-        settings.stable_s, settings.failure_share_limit, settings.failure_count_limit,
+        settings.stable_s, settings.failure_share_limit, settings.failure_count_limit, settings.check_budget_s, settings.drain_s,
     )  # fmt: skip
 
 
@@ -184,6 +188,7 @@ def _probe_plan(state: CheckerState, settings: Settings, now: float, operators: 
         limits=limits_of(settings),
         accuracy=state.accuracy,
         records=records if isinstance(records, dict) else {},
+        draining=draining if isinstance(draining := last.get("draining"), dict) else {},
     )
 
 
@@ -215,6 +220,8 @@ def _advance(state: CheckerState, verdicts: dict[str, Verdict], observation: Obs
         "machine": observation.machine.get("counters"),
         "unproven_runs": observation.api.unproven_runs,
         "records": observation.records,
+        "draining": draining_of(observation.api, observation.moment),
+        "at": observation.moment.wall,
     }
     return changes
 
@@ -282,6 +289,9 @@ def _report(
     warnings: list[dict[str, Any]], settings: Settings, store: Store, duration_s: float,
 ) -> dict[str, Any]:  # fmt: skip
     word, serving = overall(verdicts)
+    # A run sees the time since the run before it, and no more than a period.
+    since_s = observation.moment.wall - store.get("last", {}).get("at", 0)
+    seen_s = round(since_s, 1) if 0 <= since_s < settings.check_period_s else settings.check_period_s
     targets = {}
     for target, verdict in verdicts.items():
         target_history, decision = state.histories[target], decisions.get(target, limiter.NONE)
@@ -298,7 +308,7 @@ def _report(
     check = {
         "store": store.state, "settings": notices.settings_state(warnings), "period_s": settings.check_period_s, "cure": settings.cure,
         "hold": holds.why_no_restart(state.holds, observation.moment.wall) or None, "boot_id": observation.moment.boot_id,
-        "run": state.last["runs"],
+        "run": state.last["runs"], "seen_s": seen_s,
     }  # fmt: skip
     return report.build(
         word, serving, reasons, observation.machine, observation.gpu, evidence, duration_s, observation.moment.wall, targets=targets,
@@ -316,6 +326,7 @@ def _persist(
         with target_store.transaction():
             words = {t: {"word": v.word, "rule": v.rule, "en": v.en, "zh": v.zh} for t, v in verdicts.items()}
             readings = report.finite(values_of(observation, state.histories["api"].busy_since, state.pace))
+            readings["seen_s"] = summary["check"]["seen_s"]
             target_store.add_run(observation.moment.wall, report.finite(summary), words, readings)
             state.save(target_store)
             for change in changes:

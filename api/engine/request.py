@@ -72,6 +72,8 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    include_stop: bool = False  # the stop string that was found is part of the text
+    stop_token_ids: frozenset[int] = frozenset()  # tokens that end the output besides the model's end tokens
     # Tags of an opening block in which stop strings are ignored: thinking.
     stop_skips: tuple[str, str] | None = None
     min_p: float = 0.0  # drop tokens less probable than this fraction of the most probable one
@@ -129,6 +131,7 @@ class Done:
     decode_s: float
     cached_tokens: int = 0  # prompt tokens found in the prefix cache
     vision_s: float = 0.0  # part of prefill_s in which its images were encoded; 0 if all were cached
+    stop_string: str | None = None  # of the request's stop strings, the one that ended it
 
 
 @dataclass(frozen=True)

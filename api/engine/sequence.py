@@ -109,6 +109,7 @@ class Sequence:
             decode_s=now - first,
             cached_tokens=self.cached_tokens,
             vision_s=self.vision_s,
+            stop_string=self.output.stop_string if self.output is not None else None,
         )
 
 

@@ -32,6 +32,7 @@ FILE_NAME = "api.heartbeat.json"
 STACKS_NAME = "api.stacks.txt"
 BEAT_EVERY_S = 0.5
 WRITE_EVERY_S = 1.0
+OLD_PULSE_S = 5.0
 MAX_IN_FLIGHT = 64  # requests listed in the file
 READ_UNIT_BYTES = 2**20  # reading less from disks is not a sign that a model is being loaded
 # Keys of the file whose names differ from those of Stats.
@@ -86,6 +87,7 @@ class Heartbeat:
         self._mark: tuple[Any, ...] = ()
         self._load_moved_at = now
         self._load_mark: tuple[Any, ...] = ()
+        self._observed_at = now
         self._write_error = ""
         self._stacks: TextIO | None = None
         self._end = threading.Event()
@@ -97,7 +99,7 @@ class Heartbeat:
         """Call in the running event loop. From here on SIGUSR1 writes the stacks of all threads to `api.stacks.txt`."""
         with contextlib.suppress(OSError):  # a full or read-only disk must not keep the server from serving
             self._log_dir.mkdir(parents=True, exist_ok=True)
-            self._stacks = (self._log_dir / STACKS_NAME).open("w", encoding="utf-8")
+            self._stacks = _open_anew(self._log_dir / STACKS_NAME)
             # faulthandler runs inside the signal handler, without bytecode, and so works while the event loop is blocked.
             faulthandler.register(signal.SIGUSR1, file=self._stacks, all_threads=True)
         self._beat(asyncio.get_running_loop())
@@ -112,7 +114,9 @@ class Heartbeat:
 
     @property
     def pulse(self) -> Pulse:
-        """The last observation. Any thread may read it."""
+        """The last observation. Any thread may read it. A new one if the observer waits for a disk that does not answer."""
+        if time.monotonic() - self._observed_at > OLD_PULSE_S and not self._end.is_set():
+            self._pulse = self._take_pulse(self._engine.stats())
         return self._pulse
 
     def state(self, stats: Stats) -> str:
@@ -128,6 +132,7 @@ class Heartbeat:
             "loading_still_s": self._loading_still_s(stats),
             "success_age_s": self._outcomes.success_age_s(),
             "outcomes": self._outcomes.counts(),
+            "failed_callers": self._outcomes.failed_callers(),
             "pace": self._engine.pace.totals(),
             "corrupt": self._engine.guard_report(),
             "card_events": self._card_events.recent(),
@@ -149,6 +154,7 @@ class Heartbeat:
                 stats = self._engine.stats()
                 self._watch_loading(stats)
                 self._pulse = self._take_pulse(stats)
+                self._observed_at = time.monotonic()
                 self._write(stats)
             except Exception:  # the observer must survive any failure of what it observes
                 logger.exception("event=heartbeat_failed")
@@ -202,7 +208,8 @@ class Heartbeat:
         temporary = path.with_suffix(".tmp")
         try:
             # No fsync: a heartbeat must not wait for a slow disk.
-            temporary.write_text(json.dumps(record, default=str), encoding="utf-8")
+            with _open_anew(temporary) as file:
+                file.write(json.dumps(record, default=str))
             temporary.replace(path)
             self._write_error = ""
         except OSError as error:
@@ -214,6 +221,16 @@ class Heartbeat:
     def write_error(self) -> str | None:
         """Why the file cannot be written, for /health."""
         return self._write_error or None
+
+
+def _open_anew(path: Path) -> TextIO:
+    """Opens an empty file for writing. What is in its place and no file, such as a pipe, is removed: opening it would wait.
+
+    Raises OSError.
+    """
+    if path.exists() and not path.is_file():
+        path.unlink()
+    return open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK | os.O_CLOEXEC, 0o644), "w", encoding="utf-8")
 
 
 def _start_time() -> int:

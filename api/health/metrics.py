@@ -20,6 +20,7 @@ from api.engine.engine import Engine, Stats
 
 disable_created_metrics()  # they double the output, and only give the time at which this process began to count
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+MAX_LABELS = 100  # values of a label that callers can choose
 STATES = ("loading", "idle", "busy", "draining", "dead")
 _TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _TPOT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
@@ -92,6 +93,8 @@ class Metrics:
         self._rejections = self._counter(
             "admission_rejections", "Requests turned away before work.", "reason", "traffic"
         )
+        self._ignored = self._counter("ignored_fields", "Fields of accepted requests that had no effect.", "field")
+        self._ignored_labels: set[str] = set()
         self._http = self._counter("http_requests", "Every request.", "method", "route", "status")
         # Looked up once, not at every token.
         self._of_tokens = {
@@ -146,6 +149,13 @@ class Metrics:
 
     def rejected(self, reason: str, probe: bool) -> None:
         self._rejections.labels(reason, _traffic(probe)).inc()
+
+    def ignored(self, names: list[str]) -> None:
+        """Count fields by name. Callers invent names, so those after the first MAX_LABELS are counted as `other`."""
+        for name in names:
+            if len(self._ignored_labels) < MAX_LABELS:
+                self._ignored_labels.add(name)
+            self._ignored.labels(name if name in self._ignored_labels else "other").inc()
 
     def http(self, method: str, route: str, status: int) -> None:
         self._http.labels(method, route, str(status)).inc()

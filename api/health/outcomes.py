@@ -7,6 +7,8 @@ import time
 from collections import Counter
 
 KINDS = ("text", "picture")
+RECENT_S = 600.0
+MOST_CALLERS = 16  # remembered for each reason
 
 
 class Outcomes:
@@ -19,6 +21,7 @@ class Outcomes:
         self._lock = threading.Lock()
         self._answered = dict.fromkeys(KINDS, 0)  # requests with a picture, and those without
         self._failed: Counter[str] = Counter()
+        self._failed_at: dict[str, dict[str, float]] = {}  # reason -> caller -> when, the latest last
         self._succeeded_at: dict[str, float] = {}
 
     def answered(self, picture: bool) -> None:
@@ -29,10 +32,22 @@ class Outcomes:
             for kind in KINDS if picture else ("text",):
                 self._succeeded_at[kind] = now
 
-    def failed(self, reason: str) -> None:
-        """A user has got an error of the server, or an answer that broke off."""
+    def failed(self, reason: str, caller: str = "") -> None:
+        """A user has got an error of the server, or an answer that broke off. `caller`: the name of its key."""
         with self._lock:
             self._failed[reason] += 1
+            callers = self._failed_at.setdefault(reason, {})
+            callers.pop(caller, None)
+            callers[caller] = time.monotonic()
+            if len(callers) > MOST_CALLERS:
+                del callers[next(iter(callers))]
+
+    def failed_callers(self) -> dict[str, int]:
+        """How many callers have met each reason within ten minutes: one may have brought it about itself."""
+        now = time.monotonic()
+        with self._lock:
+            counted = {reason: sum(now - at < RECENT_S for at in callers.values()) for reason, callers in self._failed_at.items()}
+        return {reason: number for reason, number in counted.items() if number}
 
     def counts(self) -> dict[str, dict[str, int]]:
         with self._lock:

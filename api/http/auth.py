@@ -7,14 +7,14 @@ import re
 from hashlib import sha256
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api.caller import NOBODY, Caller
-from api.errors import unauthorized
+from api.errors import error_body, unauthorized
 from settings import Settings, SettingsError
 
-OPEN_PATHS = frozenset({"/health"})
+OPEN_PATHS = frozenset({"/health", "/ping"})
 PROBE = "probe"
 PROBE_HEADER = "x-glm-probe"
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,32}")
@@ -68,7 +68,7 @@ class KeyRing:
 
 
 class KeyMiddleware:
-    """Denies by default: a new route needs a key until its path is listed in OPEN_PATHS."""
+    """Denies by default: a new route needs a key until its path is listed in OPEN_PATHS. OPTIONS is answered to everyone."""
 
     def __init__(self, app: ASGIApp, keys: KeyRing) -> None:
         self._app = app
@@ -77,6 +77,10 @@ class KeyMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
+            return
+        if scope["type"] == "http" and scope["method"] == "OPTIONS":
+            # A browser asks without a key, and no route does anything for it. CORSMiddleware answers allowed origins.
+            await Response(status_code=204, headers={"Allow": "GET, HEAD, OPTIONS, POST"})(scope, receive, send)
             return
         caller = self._keys.caller(Headers(scope=scope))
         if caller is not None or scope["path"] in OPEN_PATHS:
@@ -87,7 +91,7 @@ class KeyMiddleware:
         elif scope["type"] == "http":
             error = unauthorized()
             headers = {"WWW-Authenticate": "Bearer"}
-            await JSONResponse(error.body(), error.status, headers)(scope, receive, send)
+            await JSONResponse(error_body(error, scope["path"]), error.status, headers)(scope, receive, send)
         else:
             await send({"type": "websocket.close", "code": 1008})
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import resource
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from concurrent.futures import Executor
 from contextlib import suppress
 from typing import ClassVar, TypeVar
@@ -31,6 +31,7 @@ LARGE_BODY_BYTES = 64 * 1024
 # How much of a body is read and discarded after an early answer, and for how long.
 LINGER_S = 10.0
 LINGER_BYTES = 256 * 2**20
+_NO_HEADERS: Mapping[str, str] = {}
 
 
 class ClientDisconnected(Exception):
@@ -64,6 +65,12 @@ class Connection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         self._update_timer()
+
+    def on_response_complete(self) -> None:
+        """A kept connection waits too, as long as uvicorn lets it, and may be ended for a new one."""
+        super().on_response_complete()
+        if not self.transport.is_closing() and (self.cycle is None or self.cycle.response_complete):
+            self._waiting[self] = None
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._cancel_timer()
@@ -159,9 +166,11 @@ class EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes], close: Callable[[], None]) -> None:
+    def __init__(
+        self, events: AsyncGenerator[bytes], close: Callable[[], None], headers: Mapping[str, str] = _NO_HEADERS
+    ) -> None:
         # The second header keeps nginx from buffering the stream.
-        super().__init__(events, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        super().__init__(events, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no", **headers})
         self._events = events
         self._close = close
 
@@ -192,16 +201,17 @@ class LingerMiddleware:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and _has_body(Headers(scope=scope)):
-            await _Exchange(receive, send).run(self._app, scope)
+        if scope["type"] == "http" and _has_body(headers := Headers(scope=scope)):
+            await _Exchange(receive, send, _framed_twice(headers)).run(self._app, scope)
         else:
             await self._app(scope, receive, send)
 
 
 class _Exchange:
-    def __init__(self, receive: Receive, send: Send) -> None:
+    def __init__(self, receive: Receive, send: Send, closes: bool) -> None:
         self._receive = receive
         self._send = send
+        self._closes = closes
         self._arriving = True
         self._end_pending = False  # the last message of the answer is held back, since it closes the connection
 
@@ -217,7 +227,7 @@ class _Exchange:
         return message
 
     async def send(self, message: Message) -> None:
-        if self._arriving and message["type"] == "http.response.start":
+        if (self._arriving or self._closes) and message["type"] == "http.response.start":
             MutableHeaders(scope=message)["Connection"] = "close"  # the rest of the body would be parsed as a request
         if self._arriving and message["type"] == "http.response.body" and not message.get("more_body", False):
             message, self._end_pending = {**message, "more_body": True}, True
@@ -229,6 +239,11 @@ class _Exchange:
             async with asyncio.timeout(LINGER_S):
                 while self._arriving and remaining > 0:
                     remaining -= len((await self.receive()).get("body", b""))
+
+
+def _framed_twice(headers: Headers) -> bool:
+    """Two announcements of a body's end, of which a proxy may believe the other one: what follows is not trusted (RFC 9112)."""
+    return "content-length" in headers and "transfer-encoding" in headers
 
 
 def _has_body(headers: Headers) -> bool:

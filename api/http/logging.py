@@ -19,7 +19,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.errors import internal
+from api.errors import error_body, internal
 from api.http.connection import ClientDisconnected
 
 logger = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ class RequestMiddleware:
             logger.exception(line("request_failed", request=request_id))
             if status == 0:
                 error = internal()
-                await JSONResponse(error.body(), error.status)(scope, receive, send_with_id)
+                await JSONResponse(error_body(error, scope["path"]), error.status)(scope, receive, send_with_id)
         # The path of the route, not of the request: callers must not be able to create label values.
         route = getattr(scope.get("route"), "path", "other")
         self._count(scope["method"] if route != "other" else "other", route, status)

@@ -54,16 +54,16 @@ class OutcomeMiddleware:
             raise
         finally:
             if _is_of_user(scope):
-                self._settle(scope["state"]["log"], status, failure)
+                self._settle(scope["state"]["log"], status, failure, scope["state"].get("caller"))
 
-    def _settle(self, log: dict[str, Any], status: int, failure: str | None) -> None:
+    def _settle(self, log: dict[str, Any], status: int, failure: str | None, caller: Caller | None) -> None:
         failure = log.get("failure", failure)
         if failure is None and status >= 500:
             failure = log.get("error", "internal")
         if failure in GIVEN_UP or (status == 503 and failure in REFUSALS):
             return
         if failure is not None:
-            self._outcomes.failed(failure)
+            self._outcomes.failed(failure, caller.name if caller is not None else "")
         elif "finish" in log:
             self._outcomes.answered(picture=bool(log.get("images")))
 

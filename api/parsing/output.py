@@ -58,8 +58,9 @@ Piece = Reasoning | Content | Boxes | Call
 class OutputParser:
     """`tools` maps each tool's name to its parameter schema; without tools a tool call is plain text.
 
-    `literal`: the answer proper is JSON, in which nothing is markup. `images`: how many the request has, for the
-    regions that the answer names.
+    `literal`: the answer proper is JSON or the like, in which nothing is markup. `images`: how many the request has, for
+    the regions that the answer names. `keeps_box_tags`: the tags around boxes stay in the content. `continues`: the
+    text goes on with an answer that the prompt has begun, so that white space before it counts.
     """
 
     def __init__(
@@ -68,6 +69,8 @@ class OutputParser:
         starts_thinking: bool = False,
         literal: bool = False,
         images: int = 0,
+        keeps_box_tags: bool = False,
+        continues: bool = False,
     ) -> None:
         self._tools = tools or {}
         self._literal = literal
@@ -75,7 +78,8 @@ class OutputParser:
         self._state = "thinking" if starts_thinking else "content"
         self._buffer = ""
         self._reasoning_trim = _Trim()
-        self._content_trim = _Trim()
+        self._content_trim = _Trim(begun=continues)
+        self._keeps_box_tags = keeps_box_tags
         self._reasoning_text = ""
         self._untagged = ""  # content outside of box tags
 
@@ -140,7 +144,8 @@ class OutputParser:
             return emit(text) if text else None
         start, tag = min(matches)
         text, self._buffer = self._buffer[:start], self._buffer[start + len(tag) :]
-        pieces = emit(text)
+        kept = self._keeps_box_tags and tag in (BOX, END_BOX)
+        pieces = [*emit(text), *(self._content_pieces(tag, tagged=True) if kept else [])]
         self._state = {THINK: "thinking", BOX: "box", CALL: "call"}.get(tag, "content")
         if tag == THINK:
             self._reasoning_text = ""
@@ -157,7 +162,8 @@ class OutputParser:
         text, self._buffer = self._buffer[:end], self._buffer[end + len(END_BOX) :]
         self._state = "content"
         regions = read_tagged(text, self._last_image(f"{self._reasoning_text}\n{self._untagged}"))
-        pieces = self._content_pieces(text, tagged=bool(regions))
+        shown = f"{text}{END_BOX}" if self._keeps_box_tags else text
+        pieces = self._content_pieces(shown, tagged=bool(regions))
         return [*pieces, *([Boxes(regions)] if regions else [])]
 
     def _last_image(self, text: str) -> int | None:
@@ -202,11 +208,23 @@ class OutputParser:
         return [Content(out)] if out else []
 
 
+class VerbatimParser:
+    """For an answer that is not a chat's: every character is content."""
+
+    thinking = False
+
+    def feed(self, text: str) -> list[Piece]:
+        return [Content(text)] if text else []
+
+    def finish(self, stopped: bool) -> list[Piece]:
+        return []
+
+
 class _Trim:
     """Drops white space at both ends of a text that comes in pieces."""
 
-    def __init__(self) -> None:
-        self._begun = False
+    def __init__(self, begun: bool = False) -> None:
+        self._begun = begun
         self._space = ""
 
     def feed(self, text: str) -> str:

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from fastapi.sse import format_sse_event
 
 from api.engine.request import Delta, Done, TokenLogprob
+from api.engine.text.markup import END_THINK, THINK
 from api.engine.text.tokenizer import Vocabulary
 from api.errors import ServingError
 from api.parsing.boxes import region_entry
-from api.parsing.output import Boxes, Call, Content, OutputParser, Piece, Reasoning
+from api.parsing.output import Boxes, Call, Content, OutputParser, Piece, Reasoning, VerbatimParser
 
 Chunk = dict[str, Any]
+ReasoningPlace = Literal["separate", "inline", "nowhere"]  # beside the content, in it between its tags, or not at all
 
 _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # json.dumps would make one at each call
 
@@ -30,6 +33,7 @@ class PromptFacts:
     image_tokens: int = 0
     image_sizes: tuple[tuple[int, int], ...] = ()  # width and height in pixels, upright
     question_image: int | None = None  # the image that the last question refers to, if it is exactly one
+    tokens: int = 0  # of all prompts, images included
 
 
 @dataclass
@@ -38,10 +42,12 @@ class Choice:
 
     index: int
     call_id: str
-    parser: OutputParser
+    parser: OutputParser | VerbatimParser
     prompt: PromptFacts
     vocabulary: Vocabulary
     with_logprobs: bool = False
+    reasoning_place: ReasoningPlace = "separate"
+    tokens: int = 0  # so far
     done: Done | None = None
     reasoning_tokens: int = 0
     _boxes: list[dict[str, Any]] = field(default_factory=list)
@@ -49,14 +55,16 @@ class Choice:
     _text: dict[str, str] = field(default_factory=lambda: {"content": "", "reasoning": ""})
     _logprobs: list[dict[str, Any]] = field(default_factory=list)
     _unsent_logprobs: list[dict[str, Any]] = field(default_factory=list)
+    _inside_reasoning: bool = False  # of reasoning that is written into the content
 
     def feed(self, deltas: list[Delta]) -> list[Chunk]:
         """Text of several deltas becomes one chunk, as far as it is of the same kind."""
         pieces: list[Piece] = []
         for delta in deltas:
             was_thinking = self.parser.thinking
-            for piece in self.parser.feed(delta.text):
+            for piece in self._placed(self.parser.feed(delta.text)):
                 _append(pieces, piece)
+            self.tokens += delta.tokens
             if was_thinking or self.parser.thinking:
                 self.reasoning_tokens += delta.tokens
             if self.with_logprobs:
@@ -68,7 +76,7 @@ class Choice:
     def finish(self, done: Done) -> list[Chunk]:
         """The deltas of the text that was still held back, and at last the one with the finish reason."""
         self.done = done
-        pieces = self.parser.finish(stopped=done.reason == "stop")
+        pieces = self._placed([*self.parser.finish(stopped=done.reason == "stop"), None])
         deltas = [self._delta(piece) for piece in pieces]
         return [*(self._chunk(delta) for delta in deltas), self._chunk({}, self.finish_reason)]
 
@@ -88,6 +96,27 @@ class Choice:
             message["boxes"] = self._boxes
         logprobs = {"content": self._logprobs, "refusal": None} if self.with_logprobs else None
         return {"index": self.index, "message": message, "logprobs": logprobs, "finish_reason": self.finish_reason}
+
+    def _placed(self, pieces: Sequence[Piece | None]) -> list[Piece]:
+        """The pieces with their reasoning where it is wanted; None stands for the end of the answer."""
+        if self.reasoning_place == "separate":
+            return [piece for piece in pieces if piece is not None]
+        if self.reasoning_place == "nowhere":
+            return [piece for piece in pieces if piece is not None and not isinstance(piece, Reasoning)]
+        placed: list[Piece] = []
+        for piece in pieces:
+            if isinstance(piece, Reasoning) != self._inside_reasoning:
+                placed.append(Content(f"{END_THINK}\n" if self._inside_reasoning else THINK))
+                self._inside_reasoning = not self._inside_reasoning
+            if piece is not None:
+                placed.append(Content(piece.text) if isinstance(piece, Reasoning) else piece)
+        return placed
+
+    @property
+    def json_text(self) -> str:
+        """The finished answer if it is the JSON that was asked for; empty for calls and for a text that was cut off."""
+        finished = self.done is not None and self.done.reason == "stop" and not self._tool_calls
+        return self._text["content"].rpartition(END_THINK)[2] if finished else ""
 
     def opening(self) -> Chunk:
         return self._chunk({"role": "assistant", "content": ""})
@@ -150,6 +179,10 @@ class Completion:
     choices: list[Choice]
     arrived_at: float  # monotonic
     preprocess_s: float
+    prompts: int = 1  # of a text completion, each with as many choices
+    ignored: list[str] = field(default_factory=list)  # fields of the request that had no effect
+    checked_schema: dict[str, Any] | None = None  # the finished answers are checked against it
+    unmet: list[str] = field(default_factory=list)  # what they do not fit of it
     created: int = field(default_factory=lambda: int(time.time()))
     first_token_at: float | None = None
 
@@ -161,7 +194,7 @@ class Completion:
     def finish(self, index: int, done: Done) -> list[Chunk]:
         *chunks, last = [self.chunk(part) for part in self.choices[index].finish(done)]
         if self.finished:
-            last["timings"] = self.timings()
+            last |= {"timings": self.timings(), **self._ignored()}
         return [*chunks, last]
 
     @property
@@ -175,7 +208,7 @@ class Completion:
         return {**self._head("chat.completion.chunk"), "choices": [part]}
 
     def usage_chunk(self) -> Chunk:
-        return {**self._head("chat.completion.chunk"), "choices": [], "usage": self.usage()}
+        return {**self._head("chat.completion.chunk"), "choices": [], "usage": self.usage(), **self._ignored()}
 
     def body(self) -> dict[str, Any]:
         choices = [choice.body() for choice in self.choices]
@@ -184,18 +217,26 @@ class Completion:
             "choices": choices,
             "usage": self.usage(),
             "timings": self.timings(),
+            **self._ignored(),
         }
+
+    def usage_so_far(self) -> dict[str, int]:
+        """While the answer is written; the cached tokens are known at its end only."""
+        prompt_tokens, completion_tokens = self.prompt.tokens, sum(choice.tokens for choice in self.choices)
+        total = prompt_tokens + completion_tokens
+        return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
 
     def usage(self) -> dict[str, Any]:
         done = self._done()
-        prompt_tokens = done[0].prompt_tokens
+        of_prompts = done[:: max(1, len(self.choices) // self.prompts)]
+        prompt_tokens = sum(d.prompt_tokens for d in of_prompts)
         completion_tokens = sum(d.completion_tokens for d in done)
         return {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
             "total_tokens": prompt_tokens + completion_tokens,
             "prompt_tokens_details": {
-                "cached_tokens": done[0].cached_tokens,
+                "cached_tokens": sum(d.cached_tokens for d in of_prompts),
                 "image_tokens": self.prompt.image_tokens,
             },
             "completion_tokens_details": {"reasoning_tokens": sum(c.reasoning_tokens for c in self.choices)},
@@ -224,6 +265,11 @@ class Completion:
 
     def _done(self) -> list[Done]:
         return [choice.done for choice in self.choices if choice.done is not None]
+
+    def _ignored(self) -> Chunk:
+        """What was not kept of the request: its fields without effect, and what the answer does not fit of its schema."""
+        notes = {"ignored": self.ignored, "unmet": self.unmet}
+        return {name: names for name, names in notes.items() if names}
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {
@@ -265,16 +311,32 @@ class ResponseFormatter(Protocol):
 
 
 class ChatFormatter:
-    """Chat completions: their chunks are the events."""
+    """Chat completions: their chunks are the events.
 
-    def __init__(self, completion: Completion, include_usage: bool) -> None:
+    `include_usage`: the usage is the last event. `continuous_usage`: every chunk has the usage so far.
+    `uses_functions`: calls have the form that they had before there were `tools`.
+    """
+
+    def __init__(
+        self,
+        completion: Completion,
+        include_usage: bool = False,
+        continuous_usage: bool = False,
+        uses_functions: bool = False,
+    ) -> None:
         self._completion = completion
         self._include_usage = include_usage
+        self._continuous_usage = continuous_usage
+        self._uses_functions = uses_functions
 
     def opening(self) -> list[ServerSentEvent]:
-        return [ServerSentEvent(None, chunk) for chunk in self._completion.opening()]
+        return [event for chunk in self._completion.opening() for event in self.format(chunk)]
 
     def format(self, chunk: Chunk) -> list[ServerSentEvent]:
+        if self._uses_functions:
+            chunk = {**chunk, "choices": [_with_function_call(choice, "delta") for choice in chunk["choices"]]}
+        if self._continuous_usage:
+            chunk = {**chunk, "usage": self._completion.usage_so_far()}
         return [ServerSentEvent(None, chunk)]
 
     def closing(self) -> list[ServerSentEvent]:
@@ -285,4 +347,16 @@ class ChatFormatter:
         return ServerSentEvent(None, error.body())
 
     def body(self) -> dict[str, Any]:
-        return self._completion.body()
+        body = self._completion.body()
+        if self._uses_functions:
+            body["choices"] = [_with_function_call(choice, "message") for choice in body["choices"]]
+        return body
+
+
+def _with_function_call(choice: Chunk, name: str) -> Chunk:
+    """A choice whose call, in its `message` or `delta`, is a `function_call`."""
+    inner, reason = choice[name], choice["finish_reason"]
+    if "tool_calls" in inner:
+        rest = {key: value for key, value in inner.items() if key != "tool_calls"}
+        inner = {**rest, "function_call": inner["tool_calls"][0]["function"]}
+    return {**choice, name: inner, "finish_reason": "function_call" if reason == "tool_calls" else reason}

@@ -11,21 +11,24 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from api.errors import ServingError, invalid
-from api.protocol.schemas import (
+from api.protocol.body import parse_object, shown
+from api.protocol.extensions import REASONING, SAMPLING, take
+from api.protocol.fields import FieldRules, IgnoredFields, Strict, check
+from api.protocol.schemas import HARMLESS, HINTS, ChatRequest, check_chat
+
+RULES = FieldRules(
     HARMLESS,
-    ChatRequest,
-    Strict,
-    check,
-    check_consistency,
-    known_fields,
-    parse_object,
-    shown,
+    defaults={"background": (False,)},
+    hints={**HINTS, "max_tool_calls": "it limits built-in tools, of which there are none"},
+    echoed=frozenset({"input", "tools"}),
 )
+LOGPROBS = "message.output_text.logprobs"
 
 
 class Part(Strict):
-    type: Literal["input_text", "output_text", "input_image"]
+    type: Literal["input_text", "output_text", "text", "refusal", "input_image"]
     text: str | None = None
+    refusal: str | None = None
     image_url: str | None = None
     detail: str | None = None  # harmless, as in chat completions
     annotations: Any = None
@@ -33,7 +36,7 @@ class Part(Strict):
 
 
 class ReasoningPart(Strict):
-    type: Literal["reasoning_text"]
+    type: Literal["reasoning_text", "summary_text"]
     text: str
 
 
@@ -47,10 +50,10 @@ class Item(Strict):
     content: str | list[Part | ReasoningPart] | None = None
     call_id: str | None = None
     name: str | None = None
+    namespace: str | None = None
     arguments: str | None = None
     output: str | list[Part] | None = None
-    summary: list[Any] | None = None
-    encrypted_content: None = None
+    summary: list[ReasoningPart] | None = None
 
 
 class FunctionTool(Strict):
@@ -61,6 +64,26 @@ class FunctionTool(Strict):
     strict: bool | None = None
 
 
+class Namespace(Strict):
+    """Functions under a common name; a call of one says both."""
+
+    type: Literal["namespace"]
+    name: str
+    description: str | None = None
+    tools: list[FunctionTool]
+
+
+AnyTool = Annotated[
+    Annotated[FunctionTool, Tag("#function")] | Annotated[Namespace, Tag("#namespace")],
+    # Anything but a namespace is checked as a function, so that the error names its `type`.
+    Discriminator(lambda tool: "#namespace" if _type_of(tool) == "namespace" else "#function"),
+]
+
+
+def _type_of(tool: Any) -> Any:
+    return tool.get("type") if isinstance(tool, dict) else getattr(tool, "type", None)
+
+
 class ReasoningOptions(Strict):
     effort: str | None = None
     summary: str | None = None  # harmless: reasoning is returned whole
@@ -68,6 +91,11 @@ class ReasoningOptions(Strict):
 
 class TextOptions(Strict):
     format: dict[str, Any] | None = None
+    verbosity: str | None = None
+
+
+class StreamOptions(Strict):
+    include_obfuscation: bool | None = None  # harmless, as in chat completions
 
 
 class ResponseRequest(Strict):
@@ -87,9 +115,14 @@ class ResponseRequest(Strict):
     stream: bool | None = None
     reasoning: ReasoningOptions | None = None
     text: TextOptions | None = None
-    tools: list[FunctionTool] | None = None
+    tools: list[AnyTool] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
+    include: list[str] | None = Field(None, description=f"`{LOGPROBS}`; nothing else there is to include")
+    top_logprobs: int | None = None
+    truncation: Literal["disabled", "auto"] | None = None
+    stream_options: StreamOptions | None = None
+    metadata: dict[str, Any] | None = Field(None, description="sent back with the answer")
 
 
 # Fields of the chat request, and their names in this format.
@@ -107,19 +140,16 @@ class Translation:
     """Translates one request into a chat request, and the errors of the chat request back into this one's field names."""
 
     def __init__(self) -> None:
-        self.request = ResponseRequest(input="")
+        self.request = ResponseRequest(input="", include=None, metadata=None)
         self._origins: list[str] = []  # for each message, the field it came from
 
-    def parse(self, body: bytes) -> ChatRequest:
+    def parse(self, body: bytes, ignored: IgnoredFields) -> ChatRequest:
         """Raises the 400 error that names the field of this request."""
-        data = {name: value for name, value in parse_object(body).items() if name not in HARMLESS}
-        for name, value in data.items():
-            if name not in ResponseRequest.model_fields and value is not None:
-                raise invalid(f"`{name}` is not supported.", name, "unsupported_parameter")
-        self.request = check(ResponseRequest, {k: v for k, v in data.items() if k in ResponseRequest.model_fields})
-        chat = check(ChatRequest, known_fields(self._fields()))
-        check_consistency(chat)
-        return chat
+        data = parse_object(body)
+        fields = take(data, SAMPLING + REASONING, ResponseRequest.model_fields)
+        self.request = check(ResponseRequest, data, ignored, RULES)
+        self._note(ignored)
+        return check_chat({**fields, **self._fields()}, ignored)
 
     def renamed(self, error: ServingError) -> ServingError:
         """The same error, with `param` and message in this request's field names."""
@@ -132,6 +162,33 @@ class Translation:
             message, param = re.sub(old, new, message), re.sub(old, new, param)
         return ServingError(error.status, message, error.type, error.code, param or None, error.retry_after_s)
 
+    def _note(self, ignored: IgnoredFields) -> None:
+        """Name what has no effect though its field is known."""
+        request = self.request
+        for number, name in enumerate(request.include or []):
+            if name != LOGPROBS:
+                ignored.note(f"include[{number}]", harmless=True)
+        if request.truncation == "auto":
+            ignored.note("truncation", harmless=True)  # a conversation that is too long is refused, not cut
+        if request.metadata:
+            ignored.note("metadata", harmless=True)
+
+    @property
+    def functions(self) -> dict[str, tuple[str, str]]:
+        """Namespace and name of each function that is in a namespace, by its name in the chat request."""
+        spaces = [tool for tool in self.request.tools or [] if isinstance(tool, Namespace)]
+        return {_full_name(space.name, tool.name): (space.name, tool.name) for space in spaces for tool in space.tools}
+
+    def _tools(self) -> list[dict[str, Any]]:
+        tools = []
+        for tool in self.request.tools or []:
+            inner = tool.tools if isinstance(tool, Namespace) else [tool]
+            space = tool.name if isinstance(tool, Namespace) else None
+            for function in inner:
+                fields = {**function.model_dump(exclude={"type"}), "name": _full_name(space, function.name)}
+                tools.append({"type": "function", "function": {k: v for k, v in fields.items() if v is not None}})
+        return tools
+
     def _fields(self) -> dict[str, Any]:
         request = self.request
         fields: dict[str, Any] = {"messages": self._messages(), "max_tokens": request.max_output_tokens}
@@ -142,11 +199,16 @@ class Translation:
         if request.text and request.text.format:
             fields["response_format"] = _format(request.text.format)
         if request.tools is not None:
-            fields["tools"] = [{"type": "function", "function": t.model_dump(exclude={"type"})} for t in request.tools]
+            fields["tools"] = self._tools()
         fields["tool_choice"] = request.tool_choice
         if isinstance(request.tool_choice, dict) and "name" in request.tool_choice:
-            kind = {k: v for k, v in request.tool_choice.items() if k != "name"}
-            fields["tool_choice"] = {**kind, "function": {"name": request.tool_choice["name"]}}
+            kind = {k: v for k, v in request.tool_choice.items() if k not in ("name", "namespace")}
+            name = _full_name(request.tool_choice.get("namespace"), request.tool_choice["name"])
+            fields["tool_choice"] = {**kind, "function": {"name": name}}
+        if request.text:
+            fields["verbosity"] = request.text.verbosity
+        if LOGPROBS in (request.include or ()) or request.top_logprobs:
+            fields |= {"logprobs": True, "top_logprobs": request.top_logprobs}
         return {name: value for name, value in fields.items() if value is not None}
 
     def _messages(self) -> list[dict[str, Any]]:
@@ -171,6 +233,11 @@ class Translation:
         return messages
 
 
+def _full_name(namespace: str | None, name: str) -> str:
+    """The name of a function in the chat request, which knows no namespaces."""
+    return f"{namespace}.{name}" if namespace else name
+
+
 def _message(item: Item, field: str) -> dict[str, Any]:
     required = {"message": ("role", "content"), "function_call": ("name", "arguments"),
               "function_call_output": ("call_id", "output"), "reasoning": ()}  # fmt: skip
@@ -178,12 +245,12 @@ def _message(item: Item, field: str) -> dict[str, Any]:
         if getattr(item, name) is None:
             raise invalid(f"`{field}.{name}` is required.", f"{field}.{name}", "missing_required_parameter")
     if item.type == "function_call":
-        function = {"name": item.name, "arguments": item.arguments}
+        function = {"name": _full_name(item.namespace, item.name or ""), "arguments": item.arguments}
         return {"role": "assistant", "content": "", "tool_calls": [{"id": item.call_id, "function": function}]}
     if item.type == "function_call_output":
         return {"role": "tool", "tool_call_id": item.call_id, "content": _content(item.output, f"{field}.output")}
     if item.type == "reasoning":
-        parts = item.content if isinstance(item.content, list) else []
+        parts = item.content if isinstance(item.content, list) and item.content else item.summary or []
         return {"role": "assistant", "content": "", "reasoning_content": "\n".join(part.text or "" for part in parts)}
     return {"role": item.role, "content": _content(item.content, f"{field}.content")}
 
@@ -193,12 +260,12 @@ def _content(content: Any, field: str) -> Any:
         return content
     parts: list[dict[str, Any]] = []
     for number, part in enumerate(content):
-        required = "image_url" if part.type == "input_image" else "text"
+        required = {"input_image": "image_url", "refusal": "refusal"}.get(part.type, "text")
         if getattr(part, required, None) is None:
             name = f"{field}[{number}].{required}"
             raise invalid(f"`{name}` is required.", name, "missing_required_parameter")
         image = {"type": "image_url", "image_url": {"url": getattr(part, "image_url", None)}}
-        parts.append(image if required == "image_url" else {"type": "text", "text": part.text})
+        parts.append(image if required == "image_url" else {"type": "text", "text": getattr(part, required)})
     if all(part["type"] == "text" for part in parts):
         return "\n".join(part["text"] for part in parts)
     return parts

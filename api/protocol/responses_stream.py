@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from api.errors import ServingError
@@ -13,8 +13,12 @@ from api.protocol.responses import ResponseRequest
 class ResponsesFormatter:
     """Writes the items of the output: each is opened, filled and closed before the next. Implements ResponseFormatter."""
 
-    def __init__(self, request: ResponseRequest, completion: Completion) -> None:
+    def __init__(
+        self, request: ResponseRequest, completion: Completion, functions: Mapping[str, tuple[str, str]] | None = None
+    ) -> None:
+        """`functions`: namespace and name of each function that is in a namespace, by its full name."""
         self._request = request
+        self._functions = functions or {}
         self._completion = completion
         self._output: list[dict[str, Any]] = []
         self._boxes: list[dict[str, Any]] = []
@@ -30,7 +34,7 @@ class ResponsesFormatter:
         if text := delta.get("reasoning"):
             events += self._text("reasoning", text)
         if text := delta.get("content"):
-            events += self._text("message", text)
+            events += self._text("message", text, chunk["choices"][0]["logprobs"])
         self._boxes += delta.get("boxes", [])
         for call in delta.get("tool_calls", []):
             events += self._call(call)
@@ -61,7 +65,8 @@ class ResponsesFormatter:
         return {
             "id": f"resp_{completion.id}", "object": "response", "created_at": completion.created,
             "status": self._status, "model": completion.model, "request_id": completion.request_id,
-            "error": None, "incomplete_details": incomplete, "instructions": request.instructions, "metadata": {},
+            "error": None, "incomplete_details": incomplete, "instructions": request.instructions,
+            "metadata": request.metadata or {}, "background": False, "truncation": "disabled",
             "max_output_tokens": request.max_output_tokens, "temperature": request.temperature, "top_p": request.top_p,
             "parallel_tool_calls": request.parallel_tool_calls is not False, "tool_choice": request.tool_choice or "auto",
             "tools": [tool.model_dump() for tool in request.tools or []], "store": False,
@@ -75,6 +80,7 @@ class ResponsesFormatter:
                 "total_tokens": tokens["total_tokens"],
             },
             **({"timings": completion.timings()} if done else {}),
+            **({"ignored": completion.ignored} if done and completion.ignored else {}),
         }  # fmt: skip
 
     @property
@@ -83,7 +89,7 @@ class ResponsesFormatter:
             return "in_progress"
         return "completed" if self._completion.choices[0].finish_reason in ("stop", "tool_calls") else "incomplete"
 
-    def _text(self, kind: str, text: str) -> Iterator[ServerSentEvent]:
+    def _text(self, kind: str, text: str, logprobs: Any = None) -> Iterator[ServerSentEvent]:
         if self._open is None or self._open["type"] != kind:
             yield from self._close()
             part = _part(kind, "")
@@ -96,12 +102,17 @@ class ResponsesFormatter:
             yield self._of_part("content_part.added", part=dict(part))
         self._open["content"][0]["text"] += text
         if text:
-            logprobs: dict[str, Any] = {"logprobs": []} if kind == "message" else {}
-            yield self._of_part(f"{_part(kind, '')['type']}.delta", delta=text, **logprobs)
+            added: dict[str, Any] = {"logprobs": (logprobs or {}).get("content", [])} if kind == "message" else {}
+            if kind == "message":
+                self._open["content"][0]["logprobs"] += added["logprobs"]
+            yield self._of_part(f"{_part(kind, '')['type']}.delta", delta=text, **added)
 
     def _call(self, call: dict[str, Any]) -> Iterator[ServerSentEvent]:
         yield from self._close()
         function = call["function"]
+        if function["name"] in self._functions:
+            namespace, name = self._functions[function["name"]]
+            function = {**function, "namespace": namespace, "name": name}
         item = {
             "type": "function_call",
             "id": self._id("call"),
@@ -123,7 +134,7 @@ class ResponsesFormatter:
             return []
         item["status"] = "completed" if self._status == "in_progress" else self._status
         part = item["content"][0]
-        logprobs: dict[str, Any] = {"logprobs": []} if item["type"] == "message" else {}
+        logprobs: dict[str, Any] = {"logprobs": part["logprobs"]} if item["type"] == "message" else {}
         events = [
             self._of_part(f"{part['type']}.done", text=part["text"], **logprobs),
             self._of_part("content_part.done", part=dict(part)),

@@ -1,28 +1,22 @@
 """Request bodies of chat completions, /tokenize and /detokenize: their fields, their limits, and the 400 errors.
 
-A field is honoured or refused; only the harmless ones listed here are accepted without effect.
+`api.protocol.fields` has the rule for fields that are not listed here.
 """
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from api.errors import ServingError, invalid
+from api.protocol.body import parse_json, parse_object, shown
+from api.protocol.fields import FieldRules, IgnoredFields, Strict, check
+from api.protocol.message_words import translate_messages, translate_tools
+from api.protocol.vendor_words import translate
 
-# Fields without an effect on the answer, and why.
+# Fields of OpenAI's API without an effect on the answer, and why.
 HARMLESS = {
     "user": "for the caller's own use",
     "metadata": "for the caller's own use",
@@ -32,30 +26,77 @@ HARMLESS = {
     "prompt_cache_retention": "prompts are cached while there is memory",
     "service_tier": "there is one tier",
 }
-# Fields of other servers, accepted with the one value that matches what this server does.
-WITHOUT_EFFECT: dict[str, Any] = {
-    "modalities": ["text"],
-    "best_of": 1,
-    "length_penalty": 1,
-    "skip_special_tokens": True,
-    "add_generation_prompt": True,
-    "echo": False,
+# Other servers' and clients' fields without one.
+HINTS = {
+    **dict.fromkeys(
+        ("user_id", "session_id", "chat_id", "conversation_id", "id", "message_id", "parent_id", "variables", "model_item",
+         "background_tasks", "client_metadata", "trace", "tags"),
+        "for the caller's own use",
+    ),
+    **dict.fromkeys(("provider", "route", "models"), "there is one model"),
+    **dict.fromkeys(("cache_control", "cache_prompt", "id_slot"), "prompts are cached by their content"),
+    "keep_alive": "the model stays loaded",
+    **dict.fromkeys(("return_progress", "timings_per_token", "details"), "every answer has its timings and its position in the queue"),
+    "tool_stream": "a call is sent once its arguments are complete",
+    "prediction": "a guess at the answer, to save time",
+    **dict.fromkeys(("backend_sampling", "guided_decoding_backend"), "how the answer is computed, not what it is"),
+    "spaces_between_special_tokens": "special tokens have no spaces",
+    **dict.fromkeys(
+        ("xtc_threshold", "dynatemp_exponent", "dry_base", "dry_allowed_length", "dry_penalty_last_n",
+         "dry_sequence_breakers", "mirostat_tau", "mirostat_eta"),
+        "belongs to something that is off",
+    ),
+}  # fmt: skip
+# Fields of other servers, accepted with the values that match what this server does.
+WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+    "modalities": (["text"],),
+    "best_of": (1,),
+    "length_penalty": (1,),
+    "early_stopping": (False,),
+    "echo": (False,),
+    "add_special_tokens": (False,),
+    "use_beam_search": (False,),
+    "priority": (0,),
+    "mm_processor_kwargs": ({},),
+    "return_tokens_as_token_ids": (False,),
+    "return_token_ids": (False,),
+    "detokenize": (True,),
+    "stream_reasoning": (True,),
+    "watermark_enabled": (False,),
+    "watermark": (False,),
+    "safe_prompt": (False,),
+    "return_full_text": (False,),
+    "no_repeat_ngram_size": (0,),
+    "typ_p": (1,),
+    "typical_p": (1,),
+    "tfs_z": (1,),
+    "top_a": (0,),
+    "top_n_sigma": (-1, 0),
+    "xtc_probability": (0,),
+    "dynatemp_range": (0,),
+    "dry_multiplier": (0,),
+    "mirostat": (0,),
+    "min_keep": (0,),
+    "n_probs": (0,),
+    "n_keep": (0,),
 }
-MAX_STOP = 4
+# Keys of messages, parts and tools that would change the answer.
+CHANGES_THE_ANSWER = frozenset(
+    {"images", "audio", "video", "files", "documents", "prefix", "partial", "min_pixels", "max_pixels", "fps"}
+)
+CHAT_RULES = FieldRules(HARMLESS, defaults=WITHOUT_EFFECT, hints=HINTS, refused=CHANGES_THE_ANSWER)
+TOKEN_RULES = FieldRules(defaults={"add_special_tokens": (False,), "add_generation_prompt": (True,)})
+MAX_STOP = 64
+MAX_TOOLS = 1024
 MAX_CHOICES = 8
+MAX_PATTERN, MAX_ALTERNATIVES, MAX_GRAMMAR = 10_000, 1000, 100_000
 MAX_TOP_LOGPROBS = 20
 MAX_BIASES = 1024
 # The longest reasoning in tokens; None: any length.
-EFFORT_TOKENS: dict[str, int | None] = {"minimal": 64, "low": 512, "medium": 2048, "high": None, "xhigh": None}
+EFFORT_TOKENS: dict[str, int | None] = {
+    "minimal": 64, "low": 512, "medium": 2048, "high": None, "xhigh": None, "max": None, "auto": None,
+}  # fmt: skip
 MAX_DETOKENIZE = 1_000_000
-MAX_DEPTH = 64  # of nested lists and objects; far more than any schema or call has
-Checked = TypeVar("Checked", bound=BaseModel)
-
-
-class Strict(BaseModel):
-    """An unknown field is an error, and no value is converted into another type."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class TextPart(Strict):
@@ -83,7 +124,7 @@ Part = Annotated[
     ),
 ]
 Content = Annotated[
-    Annotated[str, Tag("#string")] | Annotated[list[Part], Field(min_length=1), Tag("#list")],
+    Annotated[str, Tag("#string")] | Annotated[list[Part], Tag("#list")],
     Discriminator(
         lambda content: {str: "#string", list: "#list"}.get(type(content)),
         custom_error_type="content",
@@ -128,7 +169,8 @@ class Message(Strict):
 
     @model_validator(mode="after")
     def _fits_its_role(self) -> Message:
-        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+        # Null is an empty text; so is what an assistant or a tool leaves out.
+        if self.content is None and "content" not in self.model_fields_set and self.role not in ("assistant", "tool"):
             raise PydanticCustomError("missing_content", "needs `content`")
         if self.tool_calls and self.role != "assistant":
             raise PydanticCustomError("tool_calls", "`tool_calls` belong to a message of the role 'assistant'")
@@ -139,7 +181,7 @@ class Message(Strict):
 
 
 class Function(Strict):
-    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
+    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,256}$")
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
@@ -159,18 +201,45 @@ class NamedTool(Strict):
     function: NamedFunction
 
 
+class AllowedTools(Strict):
+    """Some of the tools: the model may call them, or must."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"] = "auto"
+    tools: list[NamedTool] = Field(min_length=1)
+
+
+def _kind_of_choice(choice: Any) -> str | None:
+    if isinstance(choice, str):
+        return "#word"
+    if isinstance(choice, AllowedTools) or (isinstance(choice, dict) and choice.get("type") == "allowed_tools"):
+        return "#allowed"
+    return "#object" if isinstance(choice, dict | NamedTool) else None
+
+
 ToolChoice = Annotated[
-    Annotated[Literal["auto", "none", "required"], Tag("#word")] | Annotated[NamedTool, Tag("#object")],
+    Annotated[Literal["auto", "none", "required"], Tag("#word")]
+    | Annotated[NamedTool, Tag("#object")]
+    | Annotated[AllowedTools, Tag("#allowed")],
     Discriminator(
-        lambda choice: {str: "#word", dict: "#object", NamedTool: "#object"}.get(type(choice)),
+        _kind_of_choice,
         custom_error_type="tool_choice",
         custom_error_message="must be 'auto', 'none', 'required' or an object that names a function",
+    ),
+]
+FunctionCall = Annotated[
+    Annotated[Literal["auto", "none"], Tag("#word")] | Annotated[NamedFunction, Tag("#object")],
+    Discriminator(
+        lambda call: {str: "#word", dict: "#object", NamedFunction: "#object"}.get(type(call)),
+        custom_error_type="function_call",
+        custom_error_message="must be 'auto', 'none' or an object that names a function",
     ),
 ]
 
 
 class StreamOptions(Strict):
     include_usage: bool = False
+    continuous_usage_stats: bool = False
     include_obfuscation: bool | None = None  # harmless: padding against eavesdroppers, which TLS protects from
 
 
@@ -190,7 +259,7 @@ class JsonSchema(Strict):
     name: str = Field("answer", min_length=1, max_length=64)
     description: str | None = None
     schema_: dict[str, Any] = Field(alias="schema")
-    strict: bool | None = None  # a schema is enforced either way
+    strict: bool | None = None  # what cannot be enforced is refused, and not checked afterwards
 
 
 class JsonSchemaFormat(Strict):
@@ -219,10 +288,12 @@ class ChatRequest(Strict):
     min_tokens: int | None = Field(None, ge=0)
     ignore_eos: bool | None = None
     stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = Field(None, max_length=MAX_STOP)
+    include_stop_str_in_output: bool | None = None
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     loop_window: int | None = Field(None, ge=0, le=4096, description="tokens that repeat one pattern; 0: go on")
     # Sampling.
-    temperature: float | None = Field(None, ge=0, le=2)
+    temperature: float | None = Field(None, ge=0, le=100)
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=-1)
     min_p: float | None = Field(None, ge=0, le=1)
@@ -236,14 +307,27 @@ class ChatRequest(Strict):
     stream_options: StreamOptions | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    skip_special_tokens: bool | None = None
     response_format: ResponseFormat | None = None
-    tools: list[Tool] | None = Field(None, max_length=128)
+    regex: str | None = Field(None, min_length=1, max_length=MAX_PATTERN)
+    choice: list[str] | None = Field(None, min_length=1, max_length=MAX_ALTERNATIVES)
+    grammar: str | None = Field(None, min_length=1, max_length=MAX_GRAMMAR)
+    verbosity: Literal["low", "medium", "high"] | None = None
+    tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
+    functions: list[Function] | None = Field(None, max_length=MAX_TOOLS)
+    function_call: FunctionCall | None = None
+    # The conversation.
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    request_id: str | None = Field(None, min_length=1, max_length=256)
     # Reasoning.
     chat_template_kwargs: TemplateOptions | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max", "auto"] | None = None
     thinking_token_budget: int | None = Field(None, ge=0)
+    include_reasoning: bool | None = None
+    separate_reasoning: bool | None = None
     # Caching.
     cache_salt: str | None = Field(None, min_length=1, max_length=256)
 
@@ -268,17 +352,64 @@ class ChatRequest(Strict):
         return EFFORT_TOKENS.get(self.reasoning_effort or "high")
 
     @property
-    def active_tools(self) -> list[Tool]:
-        """The tools that the model may call: with a named `tool_choice` only that one."""
-        if self.tool_choice == "none":
-            return []
+    def all_tools(self) -> list[Tool]:
+        """`tools`, or `functions`, their older form."""
+        return self.tools or [Tool(type="function", function=function) for function in self.functions or []]
+
+    @property
+    def uses_functions(self) -> bool:
+        """Whether calls are expected in the older form, one at most."""
+        return bool(self.functions) and not self.tools
+
+    @property
+    def chosen_names(self) -> list[str] | None:
+        """The only functions that may be called; None: any."""
+        if isinstance(self.function_call, NamedFunction):
+            return [self.function_call.name]
         if isinstance(self.tool_choice, NamedTool):
-            return [t for t in self.tools or [] if t.function.name == self.tool_choice.function.name]
-        return self.tools or []
+            return [self.tool_choice.function.name]
+        if isinstance(self.tool_choice, AllowedTools):
+            return [tool.function.name for tool in self.tool_choice.tools]
+        return None
+
+    @property
+    def active_tools(self) -> list[Tool]:
+        """The tools that the model may call."""
+        if "none" in (self.tool_choice, self.function_call):
+            return []
+        names = self.chosen_names
+        return [tool for tool in self.all_tools if names is None or tool.function.name in names]
 
     @property
     def must_call(self) -> bool:
-        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
+        choice = self.tool_choice
+        return (
+            choice == "required"
+            or isinstance(choice, NamedTool)
+            or (isinstance(choice, AllowedTools) and choice.mode == "required")
+            or isinstance(self.function_call, NamedFunction)
+        )
+
+    @property
+    def many_calls(self) -> bool:
+        return self.parallel_tool_calls is not False and not self.uses_functions
+
+    @property
+    def constraints(self) -> list[str]:
+        """The fields that constrain the text of the answer."""
+        given = {
+            "regex": self.regex,
+            "choice": self.choice,
+            "grammar": self.grammar,
+            "response_format": self.answer_schema,
+        }
+        return [name for name, value in given.items() if value is not None]
+
+    @property
+    def reasoning_place(self) -> Literal["separate", "inline", "nowhere"]:
+        if self.include_reasoning is False:
+            return "nowhere"
+        return "inline" if self.separate_reasoning is False else "separate"
 
     @property
     def answer_schema(self) -> dict[str, Any] | None:
@@ -291,35 +422,33 @@ class ChatRequest(Strict):
         return None
 
     @property
+    def is_strict(self) -> bool:
+        """Whether a schema must be enforced as a whole."""
+        return isinstance(self.response_format, JsonSchemaFormat) and bool(self.response_format.json_schema.strict)
+
+    @property
     def requested_max_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
 
-def parse_chat(body: bytes) -> ChatRequest:
-    """Raises the 400 error that names the first field that is wrong."""
-    chat = check(ChatRequest, known_fields(parse_object(body)))
-    check_consistency(chat)
+def parse_chat(body: bytes, ignored: IgnoredFields) -> ChatRequest:
+    """Adds to `ignored` what has no effect. Raises the 400 error that names the first field that is wrong."""
+    return check_chat(parse_object(body), ignored)
+
+
+Chat = TypeVar("Chat", bound=ChatRequest)
+
+
+def check_chat(data: dict[str, Any], ignored: IgnoredFields, kind: type[Chat] = ChatRequest) -> Chat:  # type: ignore[assignment]
+    """A chat request as JSON, perhaps translated from another format. Raises the 400 error."""
+    words = translate(data, ignored)
+    try:
+        _check_stop(data.get("stop"))
+        chat = check(kind, data, ignored, CHAT_RULES)
+        check_consistency(chat)
+    except ServingError as error:
+        raise words.renamed(error) from None
     return chat
-
-
-def known_fields(data: dict[str, Any]) -> dict[str, Any]:
-    """The fields that have an effect. Raises the 400 error for a field that would be dropped silently."""
-    known: dict[str, Any] = {}
-    for name, value in data.items():
-        if name in ChatRequest.model_fields:
-            known[name] = value
-        elif name not in HARMLESS and value is not None and value != WITHOUT_EFFECT.get(name):
-            raise _unsupported(name, value)
-    _check_stop(known.get("stop"))
-    return known
-
-
-def _unsupported(name: str, value: Any) -> ServingError:
-    if name in WITHOUT_EFFECT:
-        return invalid(
-            f"`{name}` must be {shown(WITHOUT_EFFECT[name])}. Given: {shown(value)}", name, "unsupported_value"
-        )
-    return invalid(f"`{name}` is not supported.", name, "unsupported_parameter")
 
 
 def _check_stop(stop: Any) -> None:
@@ -334,27 +463,30 @@ def _check_stop(stop: Any) -> None:
 
 def check_consistency(chat: ChatRequest) -> None:
     """Raises the 400 error for fields that contradict each other."""
-    names = [tool.function.name for tool in chat.tools or []]
+    names = [tool.function.name for tool in chat.all_tools]
     duplicate = next((name for name in names if names.count(name) > 1), None)
     if duplicate is not None:
         raise _conflict("tools", f"two functions have the name '{duplicate}'")
+    chooser, offered = ("function_call", "functions") if chat.function_call else ("tool_choice", "tools")
     if chat.must_call and not names:
-        raise _conflict("tool_choice", "there are no `tools` to choose from")
-    if chat.must_call and not chat.active_tools:
-        raise _conflict("tool_choice", "it names a function that is not among `tools`")
+        raise _conflict(chooser, f"there are no `{offered}` to choose from")
+    if not set(chat.chosen_names or ()) <= set(names):
+        raise _conflict(chooser, f"it names a function that is not among `{offered}`")
     if chat.top_logprobs and not chat.logprobs:
         raise _conflict("top_logprobs", "needs `logprobs` to be true")
-    if chat.stream_options is not None and not chat.stream:
-        raise _conflict("stream_options", "needs `stream` to be true")
     explicit = chat.chat_template_kwargs.enable_thinking if chat.chat_template_kwargs else None
     if explicit is not None and chat.reasoning_effort is not None and explicit != (chat.reasoning_effort != "none"):
         raise _conflict("reasoning_effort", "contradicts `chat_template_kwargs.enable_thinking`")
-    if chat.max_tokens and chat.max_completion_tokens and chat.max_tokens != chat.max_completion_tokens:
-        raise _conflict("max_tokens", "differs from `max_completion_tokens`; give one of them")
+    if len(chat.constraints) > 1:
+        raise _conflict(chat.constraints[0], f"contradicts `{chat.constraints[1]}`; give one of them")
+    if chat.continue_final_message and (chat.messages[-1].role != "assistant" or chat.messages[-1].tool_calls):
+        raise _conflict("continue_final_message", "needs a last message of the role 'assistant', without calls")
+    if chat.add_generation_prompt == bool(chat.continue_final_message):
+        raise _conflict("add_generation_prompt", "must be the opposite of `continue_final_message`")
     longest = chat.requested_max_tokens
     if longest is not None and (chat.min_tokens or 0) > longest:
         raise _conflict("min_tokens", f"must be <= {longest}, the longest answer. Given: {chat.min_tokens}")
-    constraint = "response_format" if chat.answer_schema is not None else "tool_choice" if chat.must_call else None
+    constraint = next(iter(chat.constraints), "tool_choice" if chat.must_call else None)
     extension = "ignore_eos" if chat.ignore_eos else "min_tokens" if chat.min_tokens else None
     if constraint and extension:
         raise _conflict(extension, f"cannot continue past the end that `{constraint}` sets")
@@ -382,9 +514,12 @@ class TokenizeRequest(Strict):
     return_token_strs: bool = False
 
 
-def parse_tokenize(body: bytes) -> TokenizeRequest:
+def parse_tokenize(body: bytes, ignored: IgnoredFields) -> TokenizeRequest:
     """Raises the 400 error that names the first field that is wrong."""
-    request = check(TokenizeRequest, parse_object(body))
+    data = parse_object(body)
+    translate_messages(data.get("messages"), ignored)
+    translate_tools(data.get("tools"), ignored)
+    request = check(TokenizeRequest, data, ignored, TOKEN_RULES)
     if (request.prompt is None) == (request.messages is None):
         raise invalid("`prompt` or `messages` must be given, and not both.", "prompt")
     return request
@@ -395,126 +530,6 @@ class DetokenizeRequest(Strict):
     tokens: list[int] = Field(max_length=MAX_DETOKENIZE)
 
 
-def parse_detokenize(body: bytes) -> DetokenizeRequest:
+def parse_detokenize(body: bytes, ignored: IgnoredFields) -> DetokenizeRequest:
     """Raises the 400 error that names the first field that is wrong."""
-    return check(DetokenizeRequest, parse_object(body))
-
-
-def parse_object(body: bytes) -> dict[str, Any]:
-    """Raises the 400 error for anything but a JSON object."""
-    try:
-        data = json.loads(body)
-        _refuse_lone_surrogates(body, data)
-    except json.JSONDecodeError as error:
-        raise _not_an_object(f"It is not JSON: {error.msg} at character {error.pos}.") from None
-    except UnicodeError:
-        raise _not_an_object("It is not whole Unicode characters in UTF-8.") from None
-    except (ValueError, RecursionError):  # thousands of digits in a number, or thousands of brackets
-        raise _not_an_object("It cannot be parsed: it is nested too deeply, or a number is too long.") from None
-    if not isinstance(data, dict):
-        raise _not_an_object(f"Given: {shown(data)}")
-    if (name := too_deep(data)) is not None:
-        raise invalid(f"`{name}` must have <= {MAX_DEPTH} levels of lists and objects.", name, "too_deep")
-    return data
-
-
-def _not_an_object(reason: str) -> ServingError:
-    return invalid(f"The body must be a JSON object. {reason}", code="invalid_json")
-
-
-def parse_json(text: str) -> Any:
-    """The value, or None if it is not JSON or has a lone surrogate in it."""
-    try:
-        value = json.loads(text)
-        _refuse_lone_surrogates(text, value)
-        return value
-    except (ValueError, RecursionError):
-        return None
-
-
-def _refuse_lone_surrogates(text: str | bytes, value: Any) -> None:
-    """Raises UnicodeError: JSON can escape a lone surrogate, which UTF-8 cannot encode."""
-    if "\\u" in text if isinstance(text, str) else b"\\u" in text:
-        json.dumps(value, ensure_ascii=False).encode()
-
-
-def too_deep(data: dict[str, Any]) -> str | None:
-    """The first field that is nested deeper than MAX_DEPTH."""
-    for name, value in data.items():
-        level = [value]
-        for _ in range(MAX_DEPTH):
-            level = [
-                inner
-                for outer in level
-                if isinstance(outer, dict | list)
-                for inner in (outer.values() if isinstance(outer, dict) else outer)
-            ]
-            if not level:
-                break
-        if level:
-            return name
-    return None
-
-
-def check(kind: type[Checked], data: dict[str, Any]) -> Checked:
-    """Raises the 400 error that names the first field that is wrong."""
-    try:
-        return kind.model_validate(data)
-    except ValidationError as error:
-        raise _explain(error.errors()[0]) from None
-
-
-# Pydantic's types of error, in terms of the API.
-_BOUNDS = {"greater_than_equal": (">=", "ge"), "less_than_equal": ("<=", "le"), "greater_than": (">", "gt"),
-           "less_than": ("<", "lt")}  # fmt: skip
-_COUNTS = {"too_short": (">=", "min_length", "items"), "too_long": ("<=", "max_length", "items"),
-           "string_too_short": (">=", "min_length", "characters"),
-           "string_too_long": ("<=", "max_length", "characters")}  # fmt: skip
-_KINDS = {
-    "string_type": "a string", "string_unicode": "a string of whole Unicode characters", "bool_type": "true or false",
-    "int_type": "an integer", "int_from_float": "an integer", "float_type": "a number",
-    "finite_number": "a finite number", "list_type": "a list", "dict_type": "an object", "model_type": "an object",
-}  # fmt: skip
-
-
-def _explain(problem: ErrorDetails) -> ServingError:
-    param = _path(problem["loc"])
-    context, kind = problem.get("ctx", {}), problem["type"]
-    given = f" Given: {shown(problem['input'])}"
-    if kind == "missing":
-        return invalid(f"`{param}` is required.", param, "missing_required_parameter")
-    if kind == "extra_forbidden":
-        return invalid(f"`{param}` is not supported.", param, "unsupported_parameter")
-    if kind in _BOUNDS:
-        sign, bound = _BOUNDS[kind]
-        return invalid(f"`{param}` must be {sign} {context[bound]:g}.{given}", param)
-    if kind in _COUNTS:
-        sign, bound, things = _COUNTS[kind]
-        count = context.get("actual_length") or len(problem["input"])
-        return invalid(f"`{param}` must have {sign} {context[bound]} {things}. Given: {count}", param)
-    if kind == "literal_error":
-        return invalid(f"`{param}` must be {context['expected']}.{given}", param)
-    if kind == "string_pattern_mismatch":
-        return invalid(f"`{param}` must match {context['pattern']}.{given}", param)
-    if kind in _KINDS:
-        return invalid(f"`{param}` must be {_KINDS[kind]}.{given}", param)
-    if problem["msg"].startswith("must be"):
-        return invalid(f"`{param}` {problem['msg']}.{given}", param)
-    return invalid(f"`{param}`: {problem['msg']}.", param)
-
-
-def _path(location: tuple[int | str, ...]) -> str:
-    """`messages[0].content[1].text`; a step that begins with # is a tag of a union, not a field."""
-    path = ""
-    for step in location:
-        if isinstance(step, int):
-            path += f"[{step}]"
-        elif not step.startswith("#"):
-            path += f".{step}" if path else step
-    return path
-
-
-def shown(value: Any) -> str:
-    """A value as JSON, cut to 60 characters: enough to recognise it, never a whole prompt or image."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return check(DetokenizeRequest, parse_object(body), ignored, TOKEN_RULES)

@@ -23,6 +23,7 @@ from api.errors import (
     too_many_tokens,
 )
 from api.health.metrics import AdmissionLoad
+from api.requests.freed_memory import LARGE_BYTES, FreedMemory
 from settings import Settings
 
 PROBES = 2  # at a time: the checker's, and one made by hand
@@ -45,6 +46,7 @@ class Admission:
         self.probes = 0
         self.tokens = 0
         self.arriving_bytes = 0
+        self._freed_memory = FreedMemory(lambda: bool(self.active or self.probes or self.arriving_bytes))
         self._arriving_of_key: Counter[str] = Counter()
         self._of_key: Counter[str] = Counter()
         self._recent_of_key: defaultdict[str, deque[float]] = defaultdict(deque)
@@ -184,6 +186,8 @@ class ArrivingBody:
 
     def __exit__(self, *_: object) -> None:
         self._admission._count_arriving(self._caller, -self._size)
+        if self._size >= LARGE_BYTES:
+            self._admission._freed_memory.expect()
 
     def add(self, size: int) -> None:
         """Count more bytes. Raises the 429 error of a key's own limit, or the 503 error when full."""

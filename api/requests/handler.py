@@ -27,12 +27,13 @@ from api.engine.scheduler import QueueFull
 from api.engine.text.grammar import MatcherGrammar
 from api.errors import ServingError, cannot_enforce, failed, internal, not_accepting, queue_full, unknown_model
 from api.health.metrics import Metrics
-from api.parsing.output import OutputParser
+from api.parsing.output import OutputParser, VerbatimParser
+from api.protocol.answer_check import unmet
 from api.protocol.completion import Choice, Chunk, Completion, ResponseFormatter
 from api.protocol.schemas import ChatRequest
 from api.requests.admission import Permit
 from api.requests.prompt import Prompt, PromptBuilder
-from api.requests.sampling_params import Grammars, check_bias, longest_answer, sampling_params
+from api.requests.sampling_params import Grammars, check_tokens, longest_answer, sampling_params
 from settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -121,22 +122,24 @@ class RequestHandlers:
         model = loaded_model(self.engine)
         if chat.model is not None and chat.model != model.id:
             raise unknown_model(chat.model, model.id)
-        check_bias(chat, model)
+        check_tokens(chat, model)
         if chat.choices > 1:
             permit.take_requests(chat.choices - 1)
         began = time.monotonic()
         draft = await self.prompts.draft(chat, model, permit.caller)
         permit.take_tokens((draft.tokens + longest_answer(chat, model, draft.tokens, self.settings)) * chat.choices)
         prompt = await self.prompts.finish(draft, model, permit.caller)
-        grammars = await self.grammars.compile(chat, prompt.starts_thinking, model)
+        grammars = await self.grammars.compile(chat, prompt.starts_thinking, model, permit.caller)
         completion = _completion(chat, prompt, model, request_id, arrived_at, time.monotonic() - began)
+        if any(grammar is not None and grammar.relaxed for grammar in grammars):
+            completion.checked_schema = chat.answer_schema
         handler = RequestHandler(self.engine, self.metrics, self.post, completion, permit, grammars, log)
         handler.submit(
             [
                 EngineRequest(
                     id=handler.engine_id(index),
-                    prompt_ids=prompt.ids,
-                    sampling=sampling_params(chat, model, len(prompt.ids), self.settings, index, grammar),
+                    prompt_ids=(ids := prompt.texts[index // (chat.n or 1)] if prompt.texts else prompt.ids),
+                    sampling=sampling_params(chat, model, len(ids), self.settings, index % (chat.n or 1), grammar),
                     images=prompt.images,
                     # The timing of one key's requests must reveal nothing of another key's prompts.
                     salt=f"{permit.caller.name}:{chat.cache_salt or ''}",
@@ -163,19 +166,31 @@ def _completion(
 ) -> Completion:
     name, facts = uuid.uuid4().hex, prompt.facts
     tools = {tool.function.name: tool.function.parameters or {} for tool in chat.active_tools}
-    literal = chat.answer_schema is not None
+    literal = bool(chat.constraints)
     choices = [
         Choice(
             index=index,
             call_id=f"call_{name}_{index}",
-            parser=OutputParser(tools, prompt.starts_thinking, literal, images=len(prompt.images)),
+            parser=VerbatimParser()
+            if prompt.texts
+            else OutputParser(
+                tools,
+                prompt.starts_thinking,
+                literal,
+                images=len(prompt.images),
+                keeps_box_tags=chat.skip_special_tokens is False,
+                continues=bool(chat.continue_final_message),
+            ),
             prompt=facts,
             vocabulary=model.vocabulary,
             with_logprobs=bool(chat.logprobs),
+            reasoning_place=chat.reasoning_place,
         )
         for index in range(chat.choices)
     ]
-    return Completion(name, request_id, model.id, facts, choices, arrived_at, preprocess_s)
+    prompts = max(1, len(prompt.texts))
+    name_of_request = chat.request_id or request_id
+    return Completion(name, name_of_request, model.id, facts, choices, arrived_at, preprocess_s, prompts)
 
 
 class RequestHandler:
@@ -286,9 +301,23 @@ class RequestHandler:
                     raise
                 chunks += completion.finish(index, done)
                 if completion.finished:
+                    await self._check_schema(chunks)
                     self._succeed()
             if chunks:
                 yield chunks
+
+    async def _check_schema(self, chunks: list[Chunk]) -> None:
+        """Names what the answers do not fit of a schema that the grammar could bind only in part."""
+        schema = self.completion.checked_schema
+        if schema is None:
+            return
+        for choice in self.completion.choices:
+            if text := choice.json_text:
+                found = await asyncio.to_thread(unmet, schema, text)
+                self.completion.unmet += [name for name in found if name not in self.completion.unmet]
+        if self.completion.unmet:
+            self._log["unmet"] = ",".join(self.completion.unmet)
+            chunks[-1]["unmet"] = self.completion.unmet
 
     def _deliver(self, index: int, event: Event) -> None:
         """Called in the engine thread, or in that which stops the engine."""

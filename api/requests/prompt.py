@@ -20,7 +20,7 @@ from PIL import Image
 from api.caller import Caller
 from api.engine.loaded_model import Model
 from api.engine.request import ImageInput
-from api.engine.text.markup import THINK
+from api.engine.text.markup import END_THINK, THINK
 from api.engine.text.tokenizer import Vocabulary
 from api.errors import ServingError, invalid
 from api.images.decode import decode, is_remote, open_image, read_data_url
@@ -29,10 +29,17 @@ from api.parsing.boxes import image_references
 from api.parsing.output import split_thinking
 from api.protocol.completion import PromptFacts
 from api.protocol.schemas import ChatRequest, ImagePart, Message, TextPart, Tool
+from api.protocol.text_completion import TextRequest
 from settings import Settings
 
 PREPROCESS_THREADS = 2
 FETCH_THREADS = 8  # they wait for the network, not for the CPU
+TEXT_OPENING = ("[gMASK]", "<sop>")  # before a text that no template renders
+# What `verbosity` says to the model; `medium` says nothing.
+VERBOSITY = {
+    "low": "Answer as briefly as possible, without explanations.",
+    "high": "Answer in detail, with explanations.",
+}
 SHORT_TOKEN = 8  # a text with fewer characters for each token of the context is not checked further
 
 
@@ -43,6 +50,7 @@ class Prompt:
     image_sizes: tuple[tuple[int, int], ...]  # width and height in pixels, upright
     starts_thinking: bool  # the template ends with an open `<think>`
     question_image: int | None = None  # the image that the last question refers to, if it is exactly one
+    texts: tuple[tuple[int, ...], ...] = ()  # the ids of each prompt of a text completion; `ids` are those of the longest
 
     @property
     def image_tokens(self) -> int:
@@ -50,7 +58,8 @@ class Prompt:
 
     @property
     def facts(self) -> PromptFacts:
-        return PromptFacts(self.image_tokens, self.image_sizes, self.question_image)
+        tokens = sum(map(len, self.texts)) if self.texts else len(self.ids)
+        return PromptFacts(self.image_tokens, self.image_sizes, self.question_image, tokens)
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,7 @@ class Draft:
     tokens: int
     starts_thinking: bool
     question_image: int | None
+    texts: tuple[tuple[int, ...], ...] = ()
 
 
 class PromptBuilder:
@@ -122,6 +132,8 @@ def image_urls(chat: ChatRequest, settings: Settings) -> list[tuple[str, str]]:
 
 def draft(chat: ChatRequest, fetched: Mapping[str, bytes], model: Model, settings: Settings) -> Draft:
     """`fetched` holds the remote images by URL. Decodes no image. Raises the 400 or 413 error."""
+    if isinstance(chat, TextRequest):
+        return _draft_texts(chat, model)
     opened = []
     for param, url in image_urls(chat, settings):
         data = fetched[url] if is_remote(url) else read_data_url(url, param, settings)
@@ -129,7 +141,14 @@ def draft(chat: ChatRequest, fetched: Mapping[str, bytes], model: Model, setting
     expected = sum(model.image_processor.count_tokens(*image.size) for _, image in opened)
     if expected >= model.context_tokens:
         raise _too_long(expected, model, "The pictures alone take")
-    ids = rendered_ids(chat.messages, chat.active_tools, chat.enable_thinking, model)
+    ids = rendered_ids(
+        chat.messages,
+        chat.active_tools,
+        chat.enable_thinking,
+        model,
+        instruction=VERBOSITY.get(chat.verbosity or ""),
+        continues=bool(chat.continue_final_message),
+    )
     assert ids.count(model.vocabulary.special[model.image_token]) == len(opened), "one image token for each image"
     tokens = len(ids) - len(opened) + expected
     if tokens >= model.context_tokens:
@@ -139,6 +158,30 @@ def draft(chat: ChatRequest, fetched: Mapping[str, bytes], model: Model, setting
     return Draft(tuple(ids), tuple(opened), tokens, _opens_thinking(ids, model), question_image)
 
 
+def _draft_texts(request: TextRequest, model: Model) -> Draft:
+    """The prompts of a text completion as they are, without a chat template. Raises the 400 error."""
+    texts = tuple(_text_ids(prompt, model) for prompt in request.prompts)
+    longest = max(texts, key=len)
+    if len(longest) >= model.context_tokens:
+        raise _too_long(len(longest), model, "The prompt has", "prompt")
+    return Draft(longest, (), len(longest), False, None, texts)
+
+
+def _text_ids(prompt: str | tuple[int, ...], model: Model) -> tuple[int, ...]:
+    """A text after the tokens that every text of the model begins with, in which special tokens are plain text; or ids."""
+    vocabulary = model.vocabulary
+    if isinstance(prompt, str):
+        check_characters(prompt, "prompt", model)
+        opening = [vocabulary.special[name] for name in TEXT_OPENING if name in vocabulary.special]
+        return (*opening, *vocabulary.encode(vocabulary.protect(prompt)))
+    for token in prompt:
+        if not 0 <= token < 2**31 or not vocabulary.has(token):
+            raise invalid(f"`prompt`: the model has no token {token}.", "prompt")
+        if token == vocabulary.special[model.image_token]:
+            raise invalid(f"`prompt`: token {token} stands for an image, and there is none.", "prompt")
+    return prompt
+
+
 def _last_question(messages: list[Message]) -> str:
     content = next((message.content for message in reversed(messages) if message.role == "user"), None)
     if isinstance(content, list):
@@ -146,21 +189,44 @@ def _last_question(messages: list[Message]) -> str:
     return content or ""
 
 
-def rendered_ids(messages: list[Message], tools: list[Tool], enable_thinking: bool, model: Model) -> list[int]:
+def rendered_ids(
+    messages: list[Message],
+    tools: list[Tool],
+    enable_thinking: bool,
+    model: Model,
+    instruction: str | None = None,
+    continues: bool = False,
+) -> list[int]:
     """Token ids of the conversation as the chat template renders it, one image token for each image.
+
+    `instruction` becomes a system message before all others. `continues`: the prompt ends with the text of the last
+    message, which is the assistant's, instead of the beginning of a new one.
 
     Raises the 400 error for text that cannot fit the context, or messages that the template refuses.
     """
     vocabulary = model.vocabulary
     template_messages = [_for_template(message) for message in messages]
+    if instruction:
+        template_messages.insert(0, {"role": "system", "content": instruction})
     template_tools = [tool.model_dump(exclude_none=True) for tool in tools]
     check_characters([_without_old_reasoning(template_messages), template_tools], "messages", model)
     protected, protected_tools = vocabulary.protect(template_messages), vocabulary.protect(template_tools) or None
+    last = protected.pop() if continues else None
     try:
         rendered = model.template.render(protected, protected_tools, enable_thinking)
     except TemplateError as error:  # a template may refuse the order of roles
         raise invalid(f"`messages` do not fit the model's chat template: {error}", "messages") from None
+    if last is not None:
+        rendered += _begun_answer(last, enable_thinking)
     return vocabulary.encode(rendered)
+
+
+def _begun_answer(message: dict[str, Any], enable_thinking: bool) -> str:
+    """An answer that the model is to go on with, after the template's opening of its turn."""
+    content = message["content"]
+    text = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+    thoughts = "" if not enable_thinking else f"\n{THINK}{message.get('reasoning_content', '')}{END_THINK}"
+    return f"{thoughts}\n{text}"
 
 
 def _opens_thinking(ids: list[int], model: Model) -> bool:
@@ -187,7 +253,9 @@ def finish(draft: Draft, model: Model) -> Prompt:
     # Rotated upright, an image may have another number of tokens than expected.
     if len(expanded) >= model.context_tokens:
         raise _too_long(len(expanded), model, "The prompt has")
-    return Prompt(tuple(expanded), tuple(images), tuple(sizes), draft.starts_thinking, draft.question_image)
+    return Prompt(
+        tuple(expanded), tuple(images), tuple(sizes), draft.starts_thinking, draft.question_image, draft.texts
+    )
 
 
 def _with_key(processed: ImageInput, image: Image.Image) -> ImageInput:
@@ -263,6 +331,6 @@ def longest_token(vocabulary: Vocabulary) -> int:
     return max(map(len, json.loads(vocabulary.definition())["model"]["vocab"]))
 
 
-def _too_long(tokens: int, model: Model, subject: str) -> ServingError:
+def _too_long(tokens: int, model: Model, subject: str, param: str = "messages") -> ServingError:
     message = f"{subject} {tokens} tokens; it must be < {model.context_tokens}, the context length, to leave room."
-    return invalid(message, "messages", "context_length_exceeded")
+    return invalid(message, param, "context_length_exceeded")

@@ -6,13 +6,16 @@ import asyncio
 import re
 from concurrent.futures import ThreadPoolExecutor
 
+from api.caller import Caller
 from api.engine.loaded_model import Model
 from api.engine.request import SamplingParams
+from api.engine.text.bindable_schema import GrammarError
 from api.engine.text.grammar import GrammarCompiler, MatcherGrammar
-from api.engine.text.grammar_text import AnswerForm, CallableTool, GrammarError
+from api.engine.text.grammar_text import AnswerForm, CallableTool
 from api.engine.text.markup import END_THINK, THINK
 from api.errors import cannot_enforce, invalid
 from api.protocol.schemas import ChatRequest
+from api.protocol.text_completion import TextRequest
 from settings import Settings
 
 GRAMMAR_THREADS = 2
@@ -25,40 +28,49 @@ _POSITION_IN_GRAMMAR = re.compile(r"^at \d+\(\d+\): failed to compile JSON schem
 def answer_form(chat: ChatRequest, starts_thinking: bool) -> AnswerForm:
     return AnswerForm(
         schema=chat.answer_schema,
+        regex=chat.regex,
+        choice=tuple(chat.choice or ()),
+        grammar=chat.grammar,
         tools=tuple(
             CallableTool(tool.function.name, tool.function.parameters, bool(tool.function.strict))
             for tool in chat.active_tools
         ),
         must_call=chat.must_call,
-        many_calls=chat.parallel_tool_calls is not False,
-        may_think=chat.enable_thinking,
+        many_calls=chat.many_calls,
+        may_think=chat.enable_thinking and not chat.continue_final_message,
         starts_thinking=starts_thinking,
+        strict=chat.is_strict,
     )
 
 
 class Grammars:
-    """Compiles the grammars of requests in worker threads."""
+    """Compiles the grammars of requests in worker threads: one at a time for each key, so that the wide schemas of one do not
+    hold those of all others, and health probes in a thread of their own."""
 
     def __init__(self) -> None:
+        self._probe_pool = ThreadPoolExecutor(1, thread_name_prefix="probe-grammar")
+        self._turns: dict[str, asyncio.Lock] = {}  # by the name of the key
         self._pool = ThreadPoolExecutor(GRAMMAR_THREADS, thread_name_prefix="grammar")
         self._compiler: GrammarCompiler | None = None
 
-    async def compile(self, chat: ChatRequest, starts_thinking: bool, model: Model) -> list[MatcherGrammar | None]:
+    async def compile(self, chat: ChatRequest, starts_thinking: bool, model: Model, caller: Caller) -> list[MatcherGrammar | None]:
         """One grammar for each choice, or None where nothing constrains the answer. Called in the event loop only.
 
         Raises the 400 error for a schema that cannot be enforced.
         """
-        if chat.answer_schema is None and not chat.active_tools:
+        if not chat.constraints and not chat.active_tools:
             return [None] * chat.choices
         form = answer_form(chat, starts_thinking)
         if form.is_free:
             return [None] * chat.choices
         if self._compiler is None:
             self._compiler = GrammarCompiler(model.vocabulary, model.end_ids)
-        param = "response_format" if form.schema is not None else "tools"
-        work = asyncio.get_running_loop().run_in_executor(self._pool, _compile_all, self._compiler, form, chat.choices)
+        param = next(iter(chat.constraints), "tools")
+        pool = self._probe_pool if caller.probe else self._pool
         try:
-            return await asyncio.wait_for(work, COMPILE_S)
+            async with self._turns.setdefault(f"{caller.name} {caller.probe}", asyncio.Lock()):  # its own waiting is no sign of complexity
+                work = asyncio.get_running_loop().run_in_executor(pool, _compile_all, self._compiler, form, chat.choices)
+                return await asyncio.wait_for(work, COMPILE_S)
         except GrammarError as error:
             reason = _POSITION_IN_GRAMMAR.sub("", str(error))
             raise cannot_enforce(reason, param) from None
@@ -69,6 +81,7 @@ class Grammars:
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self._probe_pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _compile_all(compiler: GrammarCompiler, form: AnswerForm, count: int) -> list[MatcherGrammar | None]:
@@ -108,7 +121,9 @@ def sampling_params(
         # Choices with one seed must differ from each other, and be reproducible.
         seed=None if chat.seed is None else (chat.seed + choice + _SEEDS) % (2 * _SEEDS) - _SEEDS,
         stop=chat.stop_strings,
-        stop_skips=(THINK, END_THINK),
+        include_stop=bool(chat.include_stop_str_in_output),
+        stop_token_ids=frozenset(chat.stop_token_ids or ()),
+        stop_skips=None if isinstance(chat, TextRequest) else (THINK, END_THINK),
         min_tokens=chat.min_tokens or 0,
         ignore_eos=bool(chat.ignore_eos),
         grammar=grammar,
@@ -118,8 +133,9 @@ def sampling_params(
     )
 
 
-def check_bias(chat: ChatRequest, model: Model) -> None:
+def check_tokens(chat: ChatRequest, model: Model) -> None:
     """Raises the 400 error for a token that the model does not have."""
-    for token in chat.logit_bias or {}:
-        if not model.vocabulary.has(int(token)):
-            raise invalid(f"`logit_bias`: the model has no token {token}.", "logit_bias")
+    for name, tokens in (("stop_token_ids", chat.stop_token_ids or []), ("logit_bias", map(int, chat.logit_bias or {}))):
+        for token in tokens:
+            if not 0 <= token < 2**31 or not model.vocabulary.has(token):
+                raise invalid(f"`{name}`: the model has no token {token}.", name)

@@ -16,6 +16,7 @@ from api.caller import Caller
 from api.errors import not_accepting
 from api.http.connection import EventStream, parse_body, read_body, while_connected
 from api.protocol.completion import ChatFormatter, Completion, ResponseFormatter
+from api.protocol.fields import STRICT_HEADER, IgnoredFields
 from api.protocol.schemas import ChatRequest, parse_chat
 from api.routes.openapi import CHAT
 from api.state import ServerState
@@ -29,15 +30,24 @@ async def create_chat_completion(request: Request) -> Response:
 
 
 def _chat_formatter(chat: ChatRequest, completion: Completion) -> ResponseFormatter:
-    return ChatFormatter(completion, bool(chat.stream_options and chat.stream_options.include_usage))
+    options = chat.stream_options
+    return ChatFormatter(
+        completion,
+        include_usage=options is not None and (options.include_usage or options.continuous_usage_stats),
+        continuous_usage=options is not None and options.continuous_usage_stats,
+        uses_functions=chat.uses_functions,
+    )
 
 
 async def answer(
     request: Request,
-    parse: Callable[[bytes], ChatRequest],
+    parse: Callable[[bytes, IgnoredFields], ChatRequest],
     formatter: Callable[[ChatRequest, Completion], ResponseFormatter],
 ) -> Response:
     """Answer one request, in the wire format that `parse` and `formatter` implement.
+
+    The fields that `parse` finds without effect are named in the header x-glm-ignored, the log and the metrics, and left
+    in `completion.ignored` for the answer.
 
     Raises ServingError or ClientDisconnected.
     """
@@ -52,16 +62,32 @@ async def answer(
         body = await read_body(request, server.settings.max_body_bytes, arriving.add)
     permit = server.admission.admit(caller)
     try:
-        chat = await parse_body(parse, body, server.prompts.pool(caller))
+        ignored = ignored_fields(request)
+        chat = await parse_body(lambda data: parse(data, ignored), body, server.prompts.pool(caller))
         start = server.handlers.start(chat, permit, request.state.request_id, request.state.log, arrived_at)
         handler = await while_connected(request, start)
     except BaseException:
         permit.release()
         raise
+    handler.completion.ignored = note_ignored(request, ignored)
     formatted = formatter(chat, handler.completion)
     if chat.stream:
-        return EventStream(handler.events(formatted), handler.close)
+        return EventStream(handler.events(formatted), handler.close, ignored.headers())
     try:
-        return JSONResponse(await while_connected(request, handler.body(formatted)))
+        return JSONResponse(await while_connected(request, handler.body(formatted)), headers=ignored.headers())
     finally:
         handler.close()
+
+
+def ignored_fields(request: Request) -> IgnoredFields:
+    """For the fields of this request that will have no effect; strict if its sender or the settings say so."""
+    server: ServerState = request.app.state.server
+    return IgnoredFields(server.settings.strict_fields or request.headers.get(STRICT_HEADER) in ("1", "true"))
+
+
+def note_ignored(request: Request, ignored: IgnoredFields) -> list[str]:
+    """Log and count the names of an accepted request's fields that have no effect; returns them."""
+    if ignored.names:
+        request.state.log["ignored"] = ",".join(ignored.names)[:500]
+        request.app.state.server.metrics.ignored(ignored.names)
+    return ignored.names

@@ -1,4 +1,4 @@
-"""GET /v1/models: the model that is served."""
+"""GET /v1/models: the model that is served, with the keys that the clients of OpenAI and of Anthropic read."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ router = APIRouter()
 
 
 @router.get("/v1/models", **MODELS)
+@router.head("/v1/models", include_in_schema=False)
 async def list_models(request: Request) -> dict[str, Any]:
-    return {"object": "list", "data": [_card(loaded_model(request.app.state.server.engine))]}
+    card = _card(loaded_model(request.app.state.server.engine))
+    return {"object": "list", "data": [card], "has_more": False, "first_id": card["id"], "last_id": card["id"]}
 
 
 @router.get("/v1/models/{model_id:path}", **MODEL)
+@router.head("/v1/models/{model_id:path}", include_in_schema=False)
 async def get_model(model_id: str, request: Request) -> dict[str, Any]:
     model = loaded_model(request.app.state.server.engine)
     if model_id != model.id:
@@ -29,4 +32,7 @@ async def get_model(model_id: str, request: Request) -> dict[str, Any]:
 
 
 def _card(model: Model) -> dict[str, Any]:
-    return {"id": model.id, "object": "model", "created": 0, "owned_by": "local", "max_model_len": model.context_tokens}
+    return {
+        "id": model.id, "object": "model", "created": 0, "owned_by": "local", "max_model_len": model.context_tokens,
+        "type": "model", "display_name": model.id, "created_at": "1970-01-01T00:00:00Z",
+    }  # fmt: skip

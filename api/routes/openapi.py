@@ -7,12 +7,19 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
+from starlette.responses import Response
 
+from api.http.auth import OPEN_PATHS
+from api.protocol.messages import MessagesRequest
 from api.protocol.responses import ResponseRequest
-from api.protocol.schemas import HARMLESS, WITHOUT_EFFECT, ChatRequest, DetokenizeRequest, TokenizeRequest
+from api.protocol.schemas import HARMLESS, HINTS, WITHOUT_EFFECT, ChatRequest, DetokenizeRequest, TokenizeRequest
+from api.protocol.text_completion import CompletionRequest
+from api.protocol.vendor_words import SYNONYMS
 
 _REF = "#/components/schemas/{model}"
-_BODIES: tuple[type[BaseModel], ...] = (ChatRequest, ResponseRequest, TokenizeRequest, DetokenizeRequest)
+_BODIES: tuple[type[BaseModel], ...] = (
+    ChatRequest, CompletionRequest, ResponseRequest, MessagesRequest, TokenizeRequest, DetokenizeRequest,
+)  # fmt: skip
 _MEANINGS = {
     400: "a field is wrong; `param` names it",
     401: "no valid key",
@@ -66,6 +73,12 @@ _ids = {"type": "array", "items": _COUNT}
 CHAT = _route(ChatRequest, {**_COMPLETION, **_EVENTS}, 400, 404, 408, 413, 429, 503, 504)
 _RESPONSE = _json(id=_TEXT, object={"const": "response"}, status=_TEXT, output=_LIST)
 RESPONSE = _route(ResponseRequest, {**_RESPONSE, **_EVENTS}, 400, 404, 408, 413, 429, 503, 504)
+_TEXTS = _json(id=_TEXT, object={"const": "text_completion"}, created=_COUNT, model=_TEXT, choices=_LIST)
+TEXT = _route(CompletionRequest, {**_TEXTS, **_EVENTS}, 400, 404, 408, 413, 429, 503, 504)
+_MESSAGE = _json(id=_TEXT, type={"const": "message"}, role=_TEXT, content=_LIST, usage={"type": "object"})
+MESSAGES = _route(MessagesRequest, {**_MESSAGE, **_EVENTS}, 400, 404, 408, 413, 429, 503, 504)
+MESSAGE_TOKENS = _route(MessagesRequest, _json(input_tokens=_COUNT), 400, 404, 408, 413, 429, 503)
+RESPONSE_TOKENS = _route(ResponseRequest, _json(input_tokens=_COUNT), 400, 404, 408, 413, 429, 503)
 TOKENIZE = _route(TokenizeRequest, _json(tokens=_ids, count=_COUNT, max_model_len=_COUNT), 400, 404, 408, 413, 429, 503)
 DETOKENIZE = _route(DetokenizeRequest, _json(prompt=_TEXT), 400, 404, 408, 413, 429, 503)
 MODELS = _route(None, _json(object={"const": "list"}, data=_LIST), 503)
@@ -80,6 +93,12 @@ HEALTH: dict[str, Any] = {
     },
     "openapi_extra": {"parameters": [NONCE_PARAMETER]},
 }
+PING: dict[str, Any] = {
+    "response_model": None,
+    "response_class": Response,
+    "responses": {200: {"description": "the model answers"}, 503: {"description": "it does not"}},
+}
+VERSION = _route(None, _json(version=_TEXT))
 INFO = _route(None, {"application/json": {"schema": {"type": "object"}}}, 503)
 METRICS = _route(None, {"text/plain": {"schema": _TEXT}})
 DOCUMENT = _route(None, {"application/json": {"schema": {"type": "object"}}})
@@ -98,16 +117,19 @@ def document(app: FastAPI) -> dict[str, Any]:
         schemas["Error"] = _error()
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         schema["security"] = [{"key": []}]
-        schema["paths"].get("/health", {}).get("get", {})["security"] = []
+        for path in OPEN_PATHS:
+            schema["paths"].get(path, {}).get("get", {})["security"] = []
         app.openapi_schema = schema
     return app.openapi_schema
 
 
 def _add_ignored(chat: dict[str, Any]) -> None:
-    for name, why in HARMLESS.items():
+    for word, field in SYNONYMS.items():
+        chat["properties"][word] = {"description": f"Another word for `{field}`."}
+    for name, why in {**HARMLESS, **HINTS}.items():
         chat["properties"][name] = {"description": f"Accepted without effect: {why}."}
-    for name, value in WITHOUT_EFFECT.items():
-        chat["properties"][name] = {"enum": [value, None], "description": "Accepted with this value only."}
+    for name, values in WITHOUT_EFFECT.items():
+        chat["properties"][name] = {"enum": [*values, None], "description": "Holds here anyway; other values are refused."}
 
 
 def _error() -> dict[str, Any]:

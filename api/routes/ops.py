@@ -1,4 +1,4 @@
-"""GET /health, /info, /metrics and /openapi.json: state, facts and limits, counters, and the description of the API."""
+"""GET /health, /ping, /version, /info, /metrics and /openapi.json: state, facts, counters, the description of the API."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from api.health.baseline import read_baseline
 from api.health.metrics import CONTENT_TYPE
 from api.health.proof import sign
 from api.requests.handler import loaded_model
-from api.routes.openapi import DOCUMENT, HEALTH, INFO, METRICS, document
+from api.routes.openapi import DOCUMENT, HEALTH, INFO, METRICS, PING, VERSION, document
 from api.state import ServerState
 
 router = APIRouter()
@@ -67,6 +67,23 @@ async def health(request: Request) -> JSONResponse:
     if state in ("idle", "busy"):
         return JSONResponse(body)
     return JSONResponse(body, 503, not_accepting(state, stats.progress, stats.reason).headers())
+
+
+@router.get("/ping", **PING)
+@router.head("/ping", include_in_schema=False)
+async def ping(request: Request) -> Response:
+    """The status of /health without its body, for load balancers; open to everyone too."""
+    server: ServerState = request.app.state.server
+    stats = server.engine.stats()
+    state = server.heartbeat.state(stats)
+    if state in ("idle", "busy"):
+        return Response()
+    return Response(status_code=503, headers=not_accepting(state, stats.progress, stats.reason).headers())
+
+
+@router.get("/version", **VERSION)
+async def version(request: Request) -> dict[str, str]:
+    return {"version": __version__}
 
 
 @router.get("/info", **INFO)

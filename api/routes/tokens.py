@@ -8,14 +8,17 @@ from typing import Any, TypeVar
 
 from fastapi import APIRouter
 from starlette.requests import Request
+from starlette.responses import JSONResponse
 
 from api.caller import Caller
 from api.engine.loaded_model import Model
 from api.errors import invalid, unknown_model
 from api.http.connection import parse_body, read_body, while_connected
-from api.protocol.schemas import DetokenizeRequest, TokenizeRequest, parse_detokenize, parse_tokenize
+from api.protocol.fields import IgnoredFields
+from api.protocol.schemas import ChatRequest, DetokenizeRequest, TokenizeRequest, parse_detokenize, parse_tokenize
 from api.requests.handler import loaded_model
 from api.requests.prompt import check_characters, rendered_ids
+from api.routes.chat import ignored_fields, note_ignored
 from api.routes.openapi import DETOKENIZE, TOKENIZE
 from api.state import ServerState
 
@@ -24,20 +27,20 @@ TokenRequest = TypeVar("TokenRequest", TokenizeRequest, DetokenizeRequest)
 
 
 @router.post("/tokenize", **TOKENIZE)
-async def tokenize(request: Request) -> dict[str, Any]:
+async def tokenize(request: Request) -> JSONResponse:
     return await _answer(request, parse_tokenize, _tokenized)
 
 
 @router.post("/detokenize", **DETOKENIZE)
-async def detokenize(request: Request) -> dict[str, Any]:
+async def detokenize(request: Request) -> JSONResponse:
     return await _answer(request, parse_detokenize, _detokenized)
 
 
 async def _answer(
     request: Request,
-    parse: Callable[[bytes], TokenRequest],
+    parse: Callable[[bytes, IgnoredFields], TokenRequest],
     compute: Callable[[TokenRequest, Model], dict[str, Any]],
-) -> dict[str, Any]:
+) -> JSONResponse:
     """Admitted like a chat request, and computed in a preprocessing thread, since the text may be long."""
     server: ServerState = request.app.state.server
     caller: Caller = request.state.caller
@@ -48,13 +51,42 @@ async def _answer(
     permit = server.admission.admit(caller)
     pool = server.prompts.pool(caller)
     try:
-        parsed = await parse_body(parse, body, pool)
+        ignored = ignored_fields(request)
+        parsed = await parse_body(lambda data: parse(data, ignored), body, pool)
         if parsed.model is not None and parsed.model != model.id:
             raise unknown_model(parsed.model, model.id)
         work = asyncio.get_running_loop().run_in_executor(pool, compute, parsed, model)
-        return await while_connected(request, work)
+        answer = await while_connected(request, work)
     finally:
         permit.release()
+    names = note_ignored(request, ignored)
+    return JSONResponse({**answer, **({"ignored": names} if names else {})}, headers=ignored.headers())
+
+
+async def prompt_tokens(
+    request: Request, parse: Callable[[bytes, IgnoredFields], ChatRequest], **fields: str
+) -> JSONResponse:
+    """The number of tokens of a chat request's prompt, those of its images included; nothing is generated.
+
+    Raises ServingError or ClientDisconnected.
+    """
+    server: ServerState = request.app.state.server
+    caller: Caller = request.state.caller
+    model = loaded_model(server.engine)
+    server.admission.check(caller)
+    with server.admission.arriving(caller) as arriving:
+        body = await read_body(request, server.settings.max_body_bytes, arriving.add)
+    permit = server.admission.admit(caller)
+    try:
+        ignored = ignored_fields(request)
+        chat = await parse_body(lambda data: parse(data, ignored), body, server.prompts.pool(caller))
+        if chat.model is not None and chat.model != model.id:
+            raise unknown_model(chat.model, model.id)
+        draft = await while_connected(request, server.prompts.draft(chat, model, caller))
+    finally:
+        permit.release()
+    note_ignored(request, ignored)
+    return JSONResponse({**fields, "input_tokens": draft.tokens}, headers=ignored.headers())
 
 
 def _tokenized(request: TokenizeRequest, model: Model) -> dict[str, Any]:

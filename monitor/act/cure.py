@@ -121,7 +121,8 @@ class Cure:
             self._settings.api_base_url, key.get_secret_value() if key else "", token.get_secret_value() if token else "", self._rng,
             accuracy=self._state.accuracy,
         )  # fmt: skip
-        return prober.ask_image(self._settings.probe_timeout_s)
+        answer = prober.ask_image(self._settings.probe_timeout_s)
+        return prober.ask_text(self._settings.probe_timeout_s) if answer.outcome == "skipped" else answer
 
     def _note(self, step: Step, seen: int | None) -> None:
         incident = self._state.histories["api"].incident

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import settings
-from monitor.act import evidence_bundle, preflight
+from monitor.act import evidence_bundle, interrupted_restart, preflight
 from monitor.act.lock import Lock
 from monitor.judge import accuracy, history, limiter
 from monitor.judge.evidence import Observation
@@ -137,6 +137,7 @@ class Restarter:
             self._state.accuracy = accuracy.after_restart(self._state.accuracy)
         with self._store.transaction():
             self._state.save(self._store)
+            self._store.put(interrupted_restart.NAME, interrupted_restart.begun(PARTS[target], moment.wall, self._settings.log_dir))
 
     def _start(self, part: str, automatic: bool) -> str:
         record = processes.read_record(self._settings.log_dir, part)
@@ -168,6 +169,7 @@ class Restarter:
     def _audit(self, target: str, kind: str, actor: str, outcome: str, detail: str, incident: str, began: float) -> None:
         spent_s = round(time.monotonic() - began, 2)
         with self._store.transaction():
+            self._store.put(interrupted_restart.NAME, None)
             self._store.add_action(time.time(), target, kind, actor, outcome, detail, incident, spent_s)
 
 

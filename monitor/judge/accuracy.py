@@ -2,7 +2,9 @@
 
 A model's baseline is its first BASELINE answers of each kind on this machine; later answers that raised no suspicion make it
 more exact, up to EXACT. The test is a CUSUM of log-likelihood ratios: a wrong answer raises a kind's score, a right one
-lowers it, never below zero, and at ALARM the share has fallen, until the score is zero again. `bench/accuracy_rates.py` simulates its rates.
+lowers it, never below zero, and at ALARM the share has fallen, until the score is zero again. A kind with a wrong answer is
+watched, that is asked in every run for a while, because one suspicion alone may be dispelled by luck.
+`bench/accuracy_rates.py` simulates its rates.
 """
 
 from __future__ import annotations
@@ -19,17 +21,21 @@ BASELINE = 20  # answers of each kind
 EXACT = 1000
 CLEAR = 200  # enough to tell a fall from 97 % to 80 %
 SURE = 0.7  # the least share that the model must surely reach for a kind to be asked
-ALARM = 10.0
+ALARM = 10.5
 # The test looks for odds of a wrong answer that are this many times those of the baseline: from 97 % right to 84 %.
 FALL_ODDS = 6.0
 CONFIDENCE_Z = 1.645  # one-sided bounds of 95 %
+HELD = 100  # later answers are judged together before they make a baseline more exact, or a slow fall would become normal
+MOST_OTHERS = 4
+WATCHED = 60  # questions of the family after a wrong answer
 MOST_RIGHT, LEAST_RIGHT = 0.985, 0.7  # of a baseline, so that one wrong answer never weighs too much or too little
 BLIND_FROM = 5  # wrong answers and no right one, of all kinds about pictures, before there is a baseline
 
 
 @dataclass(frozen=True)
 class KindRecord:
-    """One kind of question. `asked`, `right`: the baseline; `later_asked`, `later_right`: what made it more exact.
+    """One kind of question. `asked`, `right`: the baseline; `later_asked`, `later_right`: what made it more exact;
+    `held_asked`, `held_right`: what may yet.
 
     `recent_asked`, `recent_right`: the answers since the score was last zero, the share of which is the share now.
     """
@@ -38,6 +44,8 @@ class KindRecord:
     right: int = 0
     later_asked: int = 0
     later_right: int = 0
+    held_asked: int = 0
+    held_right: int = 0
     score: float = 0.0
     recent_asked: int = 0
     recent_right: int = 0
@@ -56,6 +64,11 @@ class KindRecord:
         return self.asked + self.later_asked
 
     @property
+    def known(self) -> int:
+        """Answers, with those that are held."""
+        return self.answers + self.held_asked
+
+    @property
     def share(self) -> float:
         """Of right answers, in the baseline with what made it more exact."""
         return (self.right + self.later_right) / self.answers if self.answers else 0.0
@@ -65,6 +78,8 @@ class KindRecord:
 class Accuracy:
     """Of one model on this machine: `key` has its model, revision and recipe. `turns`: questions asked by family.
 
+    `others`: what is known of other models and engines, as stored.
+    `wrong_at`: the turn of its family at which a kind was last answered wrongly.
     `earlier`: (answers, right ones) of the kinds that the revision or recipe before this one answered surely.
     """
 
@@ -73,9 +88,17 @@ class Accuracy:
     taken_at: float | None = None
     turns: dict[str, int] = field(default_factory=dict)
     earlier: dict[str, tuple[int, int]] = field(default_factory=dict)
+    wrong_at: dict[str, int] = field(default_factory=dict)
+    others: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def record(self, kind: str) -> KindRecord:
         return self.kinds.get(kind, KindRecord())
+
+    def watched(self, family: str, kinds: Iterable[str]) -> list[str]:
+        """The sure ones of `kinds` that were answered wrongly lately, the latest first."""
+        turn = self.turns.get(family, 0)
+        found = [kind for kind in kinds if self.record(kind).sure and 0 <= turn - self.wrong_at.get(kind, -WATCHED) < WATCHED]
+        return sorted(found, key=lambda kind: -self.wrong_at[kind])
 
     @property
     def suspicious(self) -> bool:
@@ -91,9 +114,20 @@ def lower_bound(right: int, asked: int) -> float:
     return max(0.0, (share + square / 2 - spread) / (1 + square))
 
 
+def in_control_share(right: int, asked: int) -> float:
+    """The least share that a baseline of `right` of `asked` surely has."""
+    return min(MOST_RIGHT, max(LEAST_RIGHT, lower_bound(right, asked)))
+
+
+def is_like(held_right: int, held_asked: int, right: int, asked: int) -> bool:
+    """Whether the held answers are no worse than luck makes those of a model with that baseline."""
+    share = in_control_share(right, asked)
+    return held_right / held_asked >= share - CONFIDENCE_Z * math.sqrt(share * (1 - share) / held_asked)
+
+
 def steps(right: int, asked: int) -> tuple[float, float]:
     """What a right and a wrong answer add to the score, for a baseline of `right` of `asked`."""
-    in_control = min(MOST_RIGHT, max(LEAST_RIGHT, lower_bound(right, asked)))
+    in_control = in_control_share(right, asked)
     odds = FALL_ODDS * (1 - in_control) / in_control
     fallen = 1 / (1 + odds)
     return math.log(fallen / in_control), math.log((1 - fallen) / (1 - in_control))
@@ -116,7 +150,15 @@ def advance(record: KindRecord, right: bool) -> KindRecord:
 
 
 def _more_exact(record: KindRecord, asked: int, right: int) -> KindRecord:
+    """Holds answers whose suspicion was dispelled, until there are enough to see whether all together are like the baseline."""
     if record.fallen or record.answers >= EXACT:
+        return replace(record, held_asked=0, held_right=0)
+    asked, right = record.held_asked + asked, record.held_right + right
+    if asked < HELD:
+        return replace(record, held_asked=asked, held_right=right)
+    like = is_like(right, asked, record.right + record.later_right, record.answers)
+    record = replace(record, held_asked=0, held_right=0)
+    if not like:
         return record
     return replace(record, later_asked=record.later_asked + asked, later_right=record.later_right + right)
 
@@ -124,26 +166,39 @@ def _more_exact(record: KindRecord, asked: int, right: int) -> KindRecord:
 def for_model(accuracy: Accuracy, key: Mapping[str, str] | None) -> Accuracy:
     """What is known of the model of this key. An unknown key changes nothing.
 
-    Another revision or recipe has a baseline of its own, which is compared with the earlier one; nothing is known of another model.
+    Another revision or recipe has a baseline of its own, which is compared with the earlier one. What is known of another model, or
+    of another engine, is kept for when it is watched again.
     """
     if key is None or dict(key) == accuracy.key:
         return accuracy
-    if key.get("model") != accuracy.key.get("model"):
-        return Accuracy(dict(key))
+    if _served(key) != _served(accuracy.key):
+        others = dict(accuracy.others)
+        if accuracy.key:
+            others[_served(accuracy.key)] = asdict(replace(accuracy, others={}))
+        known = from_dict(others.pop(_served(key), {}))
+        others = dict(list(others.items())[-MOST_OTHERS:])
+        return replace(for_model(known, key), others=others) if known.key else Accuracy(dict(key), others=others)
     sure = {kind: (record.answers, record.right + record.later_right) for kind, record in accuracy.kinds.items() if record.sure}
-    return Accuracy(dict(key), earlier={**accuracy.earlier, **sure})
+    return Accuracy(dict(key), earlier={**accuracy.earlier, **sure}, others=accuracy.others)
+
+
+def _served(key: Mapping[str, str]) -> str:
+    """What a baseline is kept for: a model, and which engine serves it if that is an external one."""
+    return f"{key['model']} {key.get('engine', '')}".strip() if "model" in key else ""
 
 
 def after_answers(accuracy: Accuracy, answers: Iterable[Answer], now: float) -> Accuracy:
-    kinds, turns = dict(accuracy.kinds), dict(accuracy.turns)
+    kinds, turns, wrong_at = dict(accuracy.kinds), dict(accuracy.turns), dict(accuracy.wrong_at)
     for answer in answers:
+        turns[answer.kind] = turns.get(answer.kind, 0) + answer.questions
         for kind, right in answer.tries:
             kinds[kind] = advance(kinds.get(kind, KindRecord()), right)
-        turns[answer.kind] = turns.get(answer.kind, 0) + answer.questions
+            if not right:
+                wrong_at[kind] = turns[answer.kind]
     taken_at = accuracy.taken_at
     if taken_at is None and any(record.taken for record in kinds.values()):
         taken_at = now
-    return replace(accuracy, kinds=kinds, turns=turns, taken_at=taken_at)
+    return replace(accuracy, kinds=kinds, turns=turns, taken_at=taken_at, wrong_at=wrong_at)
 
 
 def after_restart(accuracy: Accuracy) -> Accuracy:
@@ -200,7 +255,7 @@ def judge_accuracy(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
             f"It answered in {slowest:.2f} s, one question wrongly (expected {first.expected}, got {first.text[:80]!r}); its share "
             "of right answers is still that of its baseline.",
             f"用时 {slowest:.2f} 秒给出回答，有一题答错（应为 {first.expected}，实为 {first.text[:80]!r}）；正确率仍与其基线相符。",
-            {**facts, "expected": first.expected, "answer": first.text}, f"a score of {ALARM:.0f} in the sequential test",
+            {**facts, "expected": first.expected, "answer": first.text}, f"a score of {ALARM:g} in the sequential test",
         )  # fmt: skip
     return Verdict(
         "api", "healthy", "answers", f"It answered real questions in {slowest:.2f} s. Whether rightly is not judged: no sure "
@@ -216,7 +271,7 @@ def _fell(falls: tuple[Fall, ...], limits: Limits) -> Verdict:
         "api", "broken", "accuracy_fell", f"It answers questions wrongly that it used to answer rightly ({en}).",
         f"以前能答对的问题现在答错（{zh}）。",
         {"kinds": {fall.kind: {"share": round(fall.share, 3), "baseline": round(fall.baseline, 3), "asked": fall.asked} for fall in falls}},
-        f"a score of {ALARM:.0f} in the sequential test, on {limits.confirm_runs} runs in a row", cure=True,
+        f"a score of {ALARM:g} in the sequential test, on {limits.confirm_runs} runs in a row", cure=True,
         needed=limits.confirm_runs, attempts=2,
     )  # fmt: skip
 
@@ -268,4 +323,6 @@ def from_dict(raw: Mapping[str, Any]) -> Accuracy:
         {str(name): str(value) for name, value in raw.get("key", {}).items()}, kinds,
         None if taken_at is None else float(taken_at), {str(name): int(value) for name, value in raw.get("turns", {}).items()},
         {str(kind): (int(asked), int(right)) for kind, (asked, right) in raw.get("earlier", {}).items()},
+        {str(kind): int(turn) for kind, turn in raw.get("wrong_at", {}).items()},
+        {str(name): dict(known) for name, known in raw.get("others", {}).items()},
     )  # fmt: skip

@@ -10,8 +10,16 @@ from typing import Any
 
 from monitor.judge.accuracy import judge_accuracy
 from monitor.judge.evidence import BEAT_STALE_S, Answer, ApiEvidence, CardEvent, HealthReply
-from monitor.judge.traffic import curable_failures, is_failing
-from monitor.judge.verdict import FRESH_PROCESS_S, Limits, Verdict, checker_blind, port_taken, process_gone
+from monitor.judge.traffic import NOT_CURABLE, curable_failures, is_failing
+from monitor.judge.verdict import (
+    FRESH_PROCESS_S,
+    Limits,
+    Verdict,
+    checker_blind,
+    frozen_by_group,
+    port_taken,
+    process_gone,
+)
 
 # XIDs for which NVIDIA's catalogue recommends a GPU reset, a reboot or diagnostics. Others, such as 13, 31, 43, 45, 68 and
 # 109, are errors of an application: the card is well.
@@ -19,13 +27,16 @@ HARDWARE_XIDS = frozenset({46, 48, 62, 64, 74, 79, 95, 119, 120, 140, 143})
 DOUBLE_BIT_ECC = 2  # NVML's number of the event
 CARD_EVENT_S = 900.0
 NONFINITE_LIMIT = 2
+DRAIN_MARGIN_S = 60.0
+LARGE_SHARE = 0.25
+UNREACHED = ("gaierror", "OSError: [Errno 101]", "OSError: [Errno 113]")  # no such name, no route to the network or host
 LOADING_BY_AGE_S = 900.0  # for an API that does not say whether its loading moves
 
 
 def judge_api(evidence: ApiEvidence, limits: Limits) -> Verdict:
     for rule in (
-        checker_blind, _hardware, _port_taken, _process_gone, _held_by_debugger, _frozen, _other_process, _engine_dead, _corrupt,
-        judge_accuracy, _answers_right, _loading, _stalled, _draining, _key_refused, _silent, _nothing_listens, _busy, _unanswered, _failed,
+        checker_blind, _hardware, _port_taken, _process_gone, _held_by_debugger, _frozen_by_group, _frozen, _other_process, _engine_dead, _corrupt,
+        judge_accuracy, _answers_right, _loading, _stalled, _draining, _key_refused, _out_of_reach, _silent, _nothing_listens, _busy, _unanswered, _failed,
     ):  # fmt: skip
         verdict = rule(evidence, limits)
         if verdict is not None:
@@ -38,7 +49,7 @@ def judge_api(evidence: ApiEvidence, limits: Limits) -> Verdict:
 def _in_other_hands(evidence: ApiEvidence) -> bool:
     """Whatever answers, it is not the process that was started here, or that one cannot have answered."""
     process = evidence.process
-    return process.port_owner == "stranger" or process.state in ("gone", "stopped", "traced") or bool(evidence.other)
+    return process.port_owner == "stranger" or process.state in ("gone", "stopped", "traced", "frozen") or bool(evidence.other)
 
 
 def _serves(evidence: ApiEvidence) -> bool:
@@ -102,6 +113,10 @@ def _held_by_debugger(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
     )  # fmt: skip
 
 
+def _frozen_by_group(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
+    return frozen_by_group("api", "API", evidence.process, limits) if evidence.process.state == "frozen" else None
+
+
 def _frozen(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
     return _stands_still(evidence, limits) if evidence.process.state == "stopped" else None
 
@@ -110,9 +125,11 @@ def _other_process(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
     if not evidence.other:
         return None
     pid = evidence.process.pid
+    ours_en = f"process {pid} that was started here" if pid else "one of this folder, where none was started"
+    ours_zh = f"这里启动的进程 {pid}" if pid else "本目录的进程（这里没有启动任何进程）"
     return Verdict(
-        "api", "broken", "other_process", f"{evidence.other.capitalize()} answers at {evidence.url}, not process {pid} that was "
-        "started here. End one of them, then run ./start.sh.", f"{evidence.url} 由另一个进程（{evidence.other}）应答，而不是这里启动的进程 {pid}。"
+        "api", "broken", "other_process", f"{evidence.other.capitalize()} answers at {evidence.url}, not {ours_en}. "
+        "End one of them, then run ./start.sh.", f"{evidence.url} 由另一个进程（{evidence.other}）应答，而不是{ours_zh}。"
         "请结束其中一个，再运行 ./start.sh。", {"answers": evidence.other, "pid": pid},
         f"pid and start time of /health must be those of the pid file, on {limits.confirm_runs} runs in a row", needed=limits.confirm_runs,
     )  # fmt: skip
@@ -167,7 +184,7 @@ def _answers_right(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
 
 def _flawed(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
     """What is wrong with an API that answers, or would if it were less busy."""
-    for rule in (_hardware_warns, _users_fail, _reference_differs, _probe_token_differs):
+    for rule in (_hardware_warns, _users_fail, _reference_differs, _probe_token_differs, _no_pictures, _health_fails):
         verdict = rule(evidence, limits)
         if verdict is not None:
             return verdict
@@ -190,6 +207,8 @@ def _users_fail(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
     traffic = evidence.traffic
     if traffic is None or not is_failing(traffic.answered, traffic.failures, limits):
         return None
+    if not _concerns_others(evidence, limits):
+        return None
     total, runs = traffic.answered + traffic.failures, 1 + limits.confirm_runs
     reasons = ", ".join(f"{reason} {many}" for reason, many in sorted(traffic.failed.items(), key=lambda pair: -pair[1]))
     cure = is_failing(traffic.answered, curable_failures(traffic), limits)
@@ -203,6 +222,14 @@ def _users_fail(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
         f"at most {100 * limits.failure_share:g} % or fewer than {limits.failure_count}; a restart after {runs} runs",
         cure=stays and cure, attempts=2,
     )  # fmt: skip
+
+
+def _concerns_others(evidence: ApiEvidence, limits: Limits) -> bool:
+    """Failures that one user can cause at will are counted and shown; told only of several callers, or of a large share."""
+    traffic = evidence.traffic
+    assert traffic is not None
+    own = sum(many for reason, many in traffic.failed.items() if reason in NOT_CURABLE and evidence.report.failed_callers.get(reason) == 1)
+    return traffic.share > LARGE_SHARE or is_failing(traffic.answered, traffic.failures - own, limits)
 
 
 def _reference_differs(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
@@ -222,10 +249,37 @@ def _probe_token_differs(evidence: ApiEvidence, limits: Limits) -> Verdict | Non
     if evidence.unproven_runs < limits.confirm_runs:
         return None
     return Verdict(
-        "api", "degraded", "probe_token_differs", "It answers, but was started with another GLM_PROBE_TOKEN: the checker's questions "
-        "wait behind users, and are asked in every run. Run ./start.sh --restart when convenient.",
-        "仍能回答，但启动时的 GLM_PROBE_TOKEN 与现在不同：检查提问要与用户一起排队，且每次都要提问。请在方便时运行 ./start.sh --restart。",
+        "api", "degraded", "probe_token_differs", "It answers, but cannot prove that the answer is its own and fresh: it was started "
+        "with another GLM_PROBE_TOKEN (then run ./start.sh --restart when convenient), or something on the way changes or repeats its answers. "
+        "Until then the checker's questions wait behind users, and are asked in every run.",
+        "仍能回答，但无法证明应答出自本进程且为最新：启动时的 GLM_PROBE_TOKEN 与现在不同（请在方便时运行 ./start.sh --restart），或途中有程序改动或重放应答。"
+        "在此期间检查提问要与用户一起排队，且每次都要提问。",
         {"runs": evidence.unproven_runs}, f"no valid proof on {limits.confirm_runs} runs in a row",
+    )  # fmt: skip
+
+
+def _no_pictures(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
+    """The checker cannot draw, so that nothing is known of pictures."""
+    answers = evidence.answers
+    if not answers or answers[0].outcome in ("silent", "refused") or not any(answer.outcome == "skipped" for answer in answers):
+        return None
+    why = next(answer.detail for answer in answers if answer.outcome == "skipped")
+    return Verdict(
+        "api", "degraded", "pictures_not_asked", f"It answers text. Whether it understands pictures is not known: {why}. "
+        "Restore the folder models/ of the project (git checkout models).",
+        f"文字问答正常，但无法得知图片问答是否正常：{why}。请恢复项目的 models/ 目录（git checkout models）。", {"why": why},
+        "a question about a picture must be asked",
+    )  # fmt: skip
+
+
+def _health_fails(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
+    """Questions are answered, and /health is not, on which whoever else watches the service relies."""
+    if evidence.process.state != "runs" or evidence.first.outcome != "failed" or (evidence.last is not None and evidence.last.outcome != "failed"):
+        return None
+    what = evidence.first.detail or "no valid answer"
+    return Verdict(
+        "api", "degraded", "health_route_fails", f"It answers questions, but GET /health fails: {what}.", f"能回答问题，但 GET /health 出错：{what}。",
+        {"status": evidence.first.status}, "a state in JSON",
     )  # fmt: skip
 
 
@@ -322,6 +376,13 @@ def _allowed_s(phase_deadline_s: float | None, limits: Limits) -> float:
 def _draining(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
     if evidence.first.state != "draining":
         return None
+    if evidence.draining_s is not None and evidence.draining_s > limits.drain_s + DRAIN_MARGIN_S:
+        return Verdict(
+            "api", "broken", "drains_without_end", f"The API has been shutting down for {evidence.draining_s:.0f} s and does not end "
+            f"({limits.drain_s:.0f} s are allowed for running answers).",
+            f"接口关闭已持续 {evidence.draining_s:.0f} 秒仍未结束（运行中的回答最多允许 {limits.drain_s:.0f} 秒）。",
+            {"draining_s": evidence.draining_s}, f"{limits.drain_s:.0f} s and {DRAIN_MARGIN_S:.0f} s more", cure=True,
+        )  # fmt: skip
     return Verdict(
         "api", "degraded", "draining", "The API is shutting down and takes no new questions.", "接口正在关闭，不再接受新问题。"
     )
@@ -336,6 +397,21 @@ def _key_refused(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
                 {"status": answer.status}, needed=limits.confirm_runs,
             )  # fmt: skip
     return None
+
+
+def _out_of_reach(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
+    """The process listens, by the kernel's word, and was never asked: the address is wrong, or its name is not resolved."""
+    reply, process = evidence.last or evidence.first, evidence.process
+    lost = reply.outcome == "refused" or (reply.outcome == "failed" and reply.detail.startswith(UNREACHED))
+    if not lost or not process.alive or process.port_owner != "ours" or _is_fresh(evidence):
+        return None
+    return Verdict(
+        "api", "broken", "address_unreachable", f"Process {process.pid} runs and listens, but not at {evidence.url} ({reply.detail or reply.outcome}), "
+        "where the checker and the page ask it: see GLM_API_URL, GLM_API_HOST, GLM_API_PORT and the name service. A restart cannot help.",
+        f"进程 {process.pid} 在运行并监听，但检查程序和页面所用的地址 {evidence.url} 无法到达它（{reply.detail or reply.outcome}）：请检查 "
+        "GLM_API_URL、GLM_API_HOST、GLM_API_PORT 和域名解析。重启无济于事。", {"detail": reply.detail, "pid": process.pid},
+        f"on {limits.confirm_runs} runs in a row", needed=limits.confirm_runs,
+    )  # fmt: skip
 
 
 def _silent(evidence: ApiEvidence, limits: Limits) -> Verdict | None:

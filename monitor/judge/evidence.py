@@ -26,8 +26,8 @@ class Moment:
 class Process:
     """What the kernel reports about a process that start.sh started.
 
-    `state`: runs, stopped (SIGSTOP), traced (held by a debugger), stuck (uninterruptible sleep), gone,
-    unrecorded (no pid file). `port_owner`: ours, stranger, nobody, unknown.
+    `state`: runs, stopped (SIGSTOP), traced (held by a debugger), frozen (by its control group), stuck (uninterruptible sleep),
+    gone, unrecorded (no pid file). `port_owner`: ours, stranger, nobody, unknown. `frozen_by`: the file that says so.
     """
 
     state: str = "unrecorded"
@@ -38,6 +38,7 @@ class Process:
     oom_killed: bool = False
     open_files: int | None = None
     open_files_limit: int | None = None
+    frozen_by: str = ""
 
     @property
     def out_of_files(self) -> bool:
@@ -47,7 +48,7 @@ class Process:
 
     @property
     def alive(self) -> bool:
-        return self.state in ("runs", "stopped", "traced", "stuck")
+        return self.state in ("runs", "stopped", "traced", "frozen", "stuck")
 
 
 @dataclass(frozen=True)
@@ -99,13 +100,15 @@ class CardEvent:
 class SelfReport:
     """What the API says of itself, in /health and in the heartbeat file alike. An older API says none of it.
 
-    `loading_still_s`: seconds since anything of the load moved. `pace`: engine time since the start, as
+    `loading_still_s`: seconds since anything of the load moved. `failed_callers`: how many keys have met each reason of a
+    failure lately. `pace`: engine time since the start, as
     {"decode": {rows: [steps, seconds]}, "prefill": [tokens, seconds], "vision": [patches, seconds]}.
     """
 
     identity: Identity | None = None
     loading_still_s: float | None = None
     outcomes: Outcomes | None = None
+    failed_callers: dict[str, int] = field(default_factory=dict)
     pace: dict[str, Any] | None = None
     corrupt: Corruption | None = None
     card_events: tuple[CardEvent, ...] = ()
@@ -263,7 +266,8 @@ class ApiEvidence:
     `blind`: why the checker could not observe anything; empty if it could. `other`: who says to answer, if it is not the
     process that was started here. `no_credit`: why answers to users could not
     replace questions, empty if they could. `unproven_runs`: runs in a row in which the very process that was started here
-    did not know the probe token. `model_key`: model, revision and recipe, if known.
+    did not know the probe token. `draining_s`: for how long this process has been seen draining; None if it is not.
+    `model_key`: model, revision and recipe, if known.
     """
 
     url: str
@@ -277,6 +281,7 @@ class ApiEvidence:
     other: str = ""
     no_credit: str = ""
     unproven_runs: int = 0
+    draining_s: float | None = None
     traffic: Traffic | None = None
     model_key: dict[str, str] | None = None
     accuracy: AccuracyEvidence | None = None
@@ -348,7 +353,8 @@ class ApiContact:
 class PageEvidence:
     """`script` runs the page's script and is requested on some runs only; `front` goes through the reverse proxy.
 
-    `token`: the reply of a route that needs the token, asked only where the WebSocket was refused.
+    `token`: the reply of a route that needs the token, asked only where the WebSocket was refused. `tokenless`: of the same
+    route without the token, where one is set.
     `api_contact`: None if the page did not say, as an older one does not.
     """
 
@@ -359,6 +365,7 @@ class PageEvidence:
     script: PageReply | None = None
     front: PageReply | None = None
     token: PageReply | None = None
+    tokenless: PageReply | None = None
     api_contact: ApiContact | None = None
     blind: str = ""
 

@@ -110,7 +110,7 @@ def _count_bad_runs(history: History, verdict: Verdict, now: Moment, limits: Lim
     if not verdict.bad:
         return replace(history, seen=0, first_bad_at=None, counted_at=0.0)
     gap_s = now.wall - history.counted_at
-    fresh = history.seen == 0 or not 0 <= gap_s <= GAP_PERIODS * limits.period_s + limits.period_s
+    fresh = history.seen == 0 or not 0 <= gap_s <= GAP_PERIODS * limits.period_s + limits.period_s + limits.budget_s
     if fresh:
         return replace(history, seen=1, counted_at=now.wall, first_bad_at=now.wall)
     if gap_s < limits.period_s / 2:  # two runs within half a period count as one

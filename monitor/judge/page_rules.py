@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from monitor.judge.evidence import ApiEvidence, PageEvidence, PageReply
-from monitor.judge.verdict import FRESH_PROCESS_S, Limits, Verdict, checker_blind, port_taken, process_gone
+from monitor.judge.verdict import (
+    FRESH_PROCESS_S,
+    Limits,
+    Verdict,
+    checker_blind,
+    frozen_by_group,
+    port_taken,
+    process_gone,
+)
 
 REFUSED = (401, 403)
 
@@ -20,6 +28,8 @@ def judge_page(evidence: PageEvidence, limits: Limits, api: ApiEvidence | None =
         return process_gone("page", "page", process)
     if process.state == "traced":
         return Verdict("page", "unknown", "held_by_debugger", "A debugger holds the page.", "页面进程正被调试器控制。")
+    if process.state == "frozen":
+        return frozen_by_group("page", "page", process, limits)
     if not evidence.health.good:
         return _does_not_answer(evidence, limits)
     verdict = _behind_the_server(evidence, limits)
@@ -69,6 +79,13 @@ def _behind_the_server(evidence: PageEvidence, limits: Limits) -> Verdict:
             "page", "broken", "page_script", f"The page's server runs, but the page itself fails: {why}.",
             f"页面服务在运行，但页面本身出错：{why}。", {"status": evidence.script.status},
             f"on {limits.confirm_runs} runs in a row", cure=True, needed=limits.confirm_runs, attempts=1,
+        )  # fmt: skip
+    if evidence.tokenless is not None and evidence.tokenless.status == 200:
+        return Verdict(
+            "page", "degraded", "page_without_token", "The page works, but for everybody: it was started without GLM_WEB_TOKEN, which is set now. "
+            "A restart would end the sessions of its users, so it is left to you: ./start.sh --restart web.",
+            "页面正常，但对所有人开放：启动时没有 GLM_WEB_TOKEN，而现在已设置。重启会中断用户会话，因此由您决定：./start.sh --restart web。",
+            {"status": evidence.tokenless.status}, "without the token nothing may be shown",
         )  # fmt: skip
     if evidence.front is not None and not evidence.front.good:
         why = _why(evidence.front)

@@ -20,7 +20,8 @@ FRESH_PROCESS_S = 60.0  # imports alone take that long on a slow machine
 
 @dataclass(frozen=True)
 class Limits:
-    """The thresholds of the rules, in seconds and runs. `start_s`: loading may stand still for so long.
+    """The thresholds of the rules, in seconds and runs. `start_s`: loading may stand still for so long. `budget_s`: of a run. `drain_s`: running
+    answers have so long when the API ends.
 
     Users' requests fail too often if more than `failure_share` of them do, and at least `failure_count`.
     """
@@ -33,6 +34,8 @@ class Limits:
     stable_s: float = 600.0
     failure_share: float = 0.05
     failure_count: int = 3
+    budget_s: float = 45.0
+    drain_s: float = 10.0
 
 
 @dataclass(frozen=True)
@@ -87,4 +90,15 @@ def process_gone(target: str, name: str, process: Process) -> Verdict:
         target, "dead", "process_gone", f"The {name} process (pid {process.pid}) is gone.{oom_en}",
         f"{name} 进程（pid {process.pid}）已不存在。{oom_zh}", {"pid": process.pid, "oom_killed": process.oom_killed},
         "the recorded process must run", cure=True,
+    )  # fmt: skip
+
+
+def frozen_by_group(target: str, name: str, process: Process, limits: Limits) -> Verdict:
+    """As by `docker pause`. Not even SIGKILL reaches it there under cgroup v1, and somebody did it on purpose."""
+    return Verdict(
+        target, "zombie", "frozen_by_group", f"The {name} process (pid {process.pid}) is frozen by its control group ({process.frozen_by}). Thaw it: "
+        "resume its container (docker unpause), or write to the group's own file what ends it. A restart cannot.",
+        f"{name} 进程（pid {process.pid}）被其控制组冻结（{process.frozen_by}）。请恢复容器（docker unpause）或解冻该控制组；重启无济于事。",
+        {"pid": process.pid, "frozen_by": process.frozen_by}, f"its group must not be frozen, on {limits.confirm_runs} runs in a row",
+        needed=limits.confirm_runs,
     )  # fmt: skip

@@ -65,6 +65,8 @@ class Prober:
         return self._ask_kinds("text", question.TEXT_KINDS, 1, limit_s)
 
     def ask_image(self, limit_s: float) -> Answer:
+        if question.CANNOT_DRAW:
+            return Answer("picture", "skipped", detail=f"pictures cannot be drawn: {question.CANNOT_DRAW}")
         return self._ask_kinds("picture", question.PICTURE_KINDS, 2, limit_s)
 
     def _ask_kinds(self, family: str, kinds: tuple[str, ...], at_once: int, limit_s: float) -> Answer:
@@ -82,6 +84,12 @@ class Prober:
             if number and not any(known.record(kind).sure for kind in kinds):
                 break
             asked.append(self._ask(question.draw(regular_kind(known, family, kinds), self._rng), left_s()))
+            known = after_answers(known, asked[-1:], 0.0)
+            if not asked[-1].good or left_s() <= LEAST_S:
+                return _joined(asked, self._accuracy)
+        watched = watched_kind(known, family, kinds, {kind for answer in asked for kind, _ in answer.tries})
+        if watched is not None and time.monotonic() - started < min(EXTRA_S, limit_s / 2):
+            asked.append(self._ask(question.draw(watched, self._rng), left_s()))
             known = after_answers(known, asked[-1:], 0.0)
             if not asked[-1].good or left_s() <= LEAST_S:
                 return _joined(asked, self._accuracy)
@@ -134,11 +142,17 @@ class Prober:
 
 
 def regular_kind(known: Accuracy, family: str, kinds: tuple[str, ...]) -> str:
-    """The sure kinds in turn; without any, the first one that has no baseline yet."""
-    sure = [kind for kind in kinds if known.record(kind).sure]
-    if sure:
-        return sure[known.turns.get(family, 0) % len(sure)]
+    """The sure kinds in turn; without any, the first one that has no baseline yet. One question for what it tests together."""
+    sure = {kind: None for kind in kinds if known.record(kind).sure}
+    in_turn = [kind for kind in sure if question.SAME_QUESTION.get(kind) not in sure]
+    if in_turn:
+        return in_turn[known.turns.get(family, 0) % len(in_turn)]
     return _untaken_kind(known, kinds) or kinds[0]
+
+
+def watched_kind(known: Accuracy, family: str, kinds: tuple[str, ...], tested: set[str]) -> str | None:
+    """The one that was answered wrongly last, if that is not long ago and this run has not tested it."""
+    return next((kind for kind in known.watched(family, kinds) if kind not in tested), None)
 
 
 def _untaken_kind(known: Accuracy, kinds: tuple[str, ...]) -> str | None:
@@ -147,8 +161,8 @@ def _untaken_kind(known: Accuracy, kinds: tuple[str, ...]) -> str | None:
 
 def _vague_kind(known: Accuracy, kinds: tuple[str, ...]) -> str | None:
     """The sure one with the fewest answers, if a fall from 97 % to 80 % could not be told from them."""
-    vague = [kind for kind in kinds if known.record(kind).sure and known.record(kind).answers < CLEAR]
-    return min(vague, key=lambda kind: known.record(kind).answers, default=None)
+    vague = [kind for kind in kinds if known.record(kind).sure and known.record(kind).known < CLEAR]
+    return min(vague, key=lambda kind: known.record(kind).known, default=None)
 
 
 def suspicious_kind(known: Accuracy, kinds: tuple[str, ...]) -> str | None:

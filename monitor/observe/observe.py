@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 
+import cgroup
 from monitor.judge.accuracy import Accuracy, for_model
 from monitor.judge.evidence import (
     Answer,
@@ -61,6 +62,7 @@ class ProbePlan:
 
     `question`: ask even if users were answered recently; `script`: run the page's script; `oom_kills`: count at the last run.
     `traffic` is updated. `unproven_runs`: runs in a row until now in which the API did not know the probe token.
+    `draining`: since when which process drains, as the last run returned it in `Observation.draining`.
     `accuracy`: what is known of the model's answers. `records`: the pid files as the last run saw them, by part.
     """
 
@@ -73,6 +75,7 @@ class ProbePlan:
     limits: Limits = field(default_factory=Limits)
     accuracy: Accuracy = field(default_factory=Accuracy)
     records: Mapping[str, Any] = field(default_factory=dict)
+    draining: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,7 @@ def _probe_api(
     if not settings.engine_url:
         standing = _standing(first, record, process, other, bool(settings.probe_token), traffic, plan.limits)
     evidence = replace(
-        evidence, other=other, no_credit=standing.no_credit, unproven_runs=plan.unproven_runs + 1 if standing.unproven else 0,
+        evidence, draining_s=_draining_s(first, plan.draining, moment), other=other, no_credit=standing.no_credit, unproven_runs=plan.unproven_runs + 1 if standing.unproven else 0,
         traffic=traffic,
     )  # fmt: skip
     if first.outcome == "refused" or first.state in ("loading", "dead", "draining", "stalled"):
@@ -176,7 +179,8 @@ def _probe_api(
 
 def _model_key(settings: Settings, url: str) -> dict[str, str] | None:
     source = external_engine if settings.engine_url else api_probe
-    return source.model_key(url, _secret(settings.api_key), min(HEALTH_LIMIT_S, settings.probe_timeout_s))
+    key = source.model_key(url, _secret(settings.api_key), min(HEALTH_LIMIT_S, settings.probe_timeout_s))
+    return {**key, "engine": url} if key is not None and settings.engine_url else key
 
 
 def _ask(
@@ -203,12 +207,40 @@ def _ask(
     return tuple(answers), asked
 
 
+def _draining_s(first: HealthReply, before: Mapping[str, Any], moment: Moment) -> float | None:
+    if first.state != "draining":
+        return None
+    since = before.get("since") if before.get("process") == _name_of(first, moment) else None
+    return max(0.0, moment.monotonic - since) if isinstance(since, int | float) else 0.0
+
+
+def draining_of(api: ApiEvidence, moment: Moment) -> dict[str, Any]:
+    """For the next run: which process drains, and since when (CLOCK_MONOTONIC)."""
+    if api.draining_s is None:
+        return {}
+    return {"process": _name_of(api.first, moment), "since": moment.monotonic - api.draining_s}
+
+
+def _name_of(reply: HealthReply, moment: Moment) -> str:
+    one = reply.report.identity
+    return f"{one.pid} {one.start_time} {one.boot_id}" if one else moment.boot_id
+
+
 def _other(first: HealthReply, record: processes.ProcessRecord | None) -> str:
     """Who says to answer, if it is not the recorded process; empty if it is, or does not say."""
     one = first.report.identity
-    if record is None or one is None or _is_recorded(one, record):
+    if one is None or (record is not None and _is_recorded(one, record)):
+        return ""
+    if record is None and not _is_of_another_folder(one):
         return ""
     return f"process {one.pid}"
+
+
+def _is_of_another_folder(one: Identity) -> bool:
+    """Whether it surely is a process of this machine that works in another folder, such as a second copy of the project."""
+    stat = processes.read_stat(one.pid)
+    same = stat is not None and stat.start_time == one.start_time and one.boot_id == processes.boot_id()
+    return same and processes.works_in(one.pid, processes.ROOT) is False
 
 
 def _is_recorded(one: Identity, record: processes.ProcessRecord) -> bool:
@@ -236,7 +268,7 @@ def _standing(
         why = "its proof is wrong" if first.proven is False else "it gave no proof"
         # Certain only where kernel and API agree on who it is.
         ours = record is not None and process.port_owner == "ours"
-        return Standing(no_credit=f"{why}: it was started with another GLM_PROBE_TOKEN", unproven=ours)
+        return Standing(no_credit=f"{why}: another GLM_PROBE_TOKEN, or something between that changes answers", unproven=ours)
     if traffic is None:
         return Standing(no_credit="how many users failed since the last run is not known")
     if traffic.share > limits.failure_share:
@@ -309,10 +341,14 @@ def _process(record: processes.ProcessRecord | None, stuck_before: Mapping[str, 
     letter = stat.state if stat else "?"
     stuck = bool(stuck_before.items() & _stuck_threads(record.pid).items())
     state = "stuck" if stuck else {"T": "stopped", "t": "traced"}.get(letter, "runs")
+    frozen = cgroup.frozen_by(membership=processes.PROC / str(record.pid) / "cgroup")
+    if frozen is not None:
+        state = "frozen"  # the kernel shows some of those in uninterruptible sleep
     files, most = processes.open_files(record.pid)
     return Process(
-        state, record.pid, processes.age_s(record), *_owner(record, owners), open_files=files, open_files_limit=most
-    )
+        state, record.pid, processes.age_s(record), *_owner(record, owners), open_files=files, open_files_limit=most,
+        frozen_by=str(frozen or ""),
+    )  # fmt: skip
 
 
 def _owner(record: processes.ProcessRecord, owners: list[ports.Listener]) -> tuple[str, str]:

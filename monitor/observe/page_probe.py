@@ -35,6 +35,7 @@ def probe_page(settings: Settings, with_script: bool) -> PageEvidence:
     asking = Deadline(lambda: api_contact(f"{url}/_stcore/api-contact{query}"), CONTACT_LIMIT_S, None) if websocket.good else None
     # The WebSocket may be refused for other reasons too. Any other route says whether the token was the reason.
     token = get(f"{url}/_stcore/host-config{query}", LIMIT_S) if websocket.status in REFUSED else None
+    tokenless = get(f"{url}/_stcore/host-config", LIMIT_S) if query and websocket.good else None
     script = get(f"{url}/_stcore/script-health-check{query}", LIMIT_S) if with_script else None
     front: PageReply | None = None
     if settings.front_url:
@@ -43,7 +44,7 @@ def probe_page(settings: Settings, with_script: bool) -> PageEvidence:
         if front.good:
             front = handshake(f"{front_url}/_stcore/stream{query}", LIMIT_S)
     contact = asking.result() if asking else None
-    return PageEvidence(url, health=health, websocket=websocket, script=script, front=front, token=token, api_contact=contact)
+    return PageEvidence(url, health=health, websocket=websocket, script=script, front=front, token=token, tokenless=tokenless, api_contact=contact)
 
 
 def page_url(settings: Settings) -> str:

@@ -41,12 +41,16 @@ def find_record(
     """The pid file's record if its process runs; otherwise that of the running process, with the pid file written anew.
 
     If none runs, what the pid file says, or without one the `remembered` record of an earlier run; None if it was stopped on
-    purpose. `port`: the configured one; without it only the log folder identifies a process.
+    purpose. The pid file of another part, or of a process that only works in this folder, gives way to the process that is found.
+    `port`: the configured one; without it only the log folder identifies a process.
     """
     recorded = processes.read_record(log_dir, part, root)
-    if recorded is not None and processes.is_running(recorded):
+    runs = recorded is not None and processes.is_running(recorded)
+    if recorded is not None and runs and _is_ours(recorded.pid, part, root or processes.ROOT):
         return recorded
     found = search(part, log_dir, port, root)
+    if recorded is not None and runs and not found:  # such as a process whose command line is not readable
+        return recorded
     if not found and processes.was_stopped(log_dir, part):
         return None
     if not found and recorded is None and remembered is not None:

@@ -23,6 +23,7 @@ def parse(body: Mapping[str, Any]) -> SelfReport:
         identity=_identity(body.get("identity")),
         loading_still_s=number(body.get("loading_still_s")),
         outcomes=_outcomes(body.get("outcomes")),
+        failed_callers=_callers(body.get("failed_callers")),
         pace=_pace(body.get("pace")),
         corrupt=_corrupt(body.get("corrupt")),
         card_events=_card_events(body.get("card_events")),
@@ -68,6 +69,11 @@ def _outcomes(raw: object) -> Outcomes | None:
     if None in answered or len(known) < len(failed) or len(failed) > MAX_REASONS:
         return None
     return Outcomes(sum(value for value in answered if value is not None), known)
+
+
+def _callers(raw: object) -> dict[str, int]:
+    counted = {text(reason, 40): count(number) for reason, number in list(mapping(raw).items())[:MAX_REASONS]}
+    return {reason: number for reason, number in counted.items() if number is not None}
 
 
 def _pace(raw: object) -> dict[str, Any] | None:

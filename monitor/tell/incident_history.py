@@ -53,9 +53,9 @@ def availability(store: Store, since: float, now: float, period_s: float) -> dic
     """Share of runs in which each target served users. Time without a run is reported separately, never as available."""
     span = "minute" if now - since <= 86400 else "hour"
     counts: dict[str, dict[str, int]] = {}
-    seen = 0
+    seen_s = 0.0
     for row in store.rollups(span, since):
-        seen += row["runs"]
+        seen_s += (row["sums"].get("seen_s") or [row["runs"] * period_s])[0]
         for target, words in row["words"].items():
             kept = counts.setdefault(target, {})
             for word, number in words.items():
@@ -64,7 +64,7 @@ def availability(store: Store, since: float, now: float, period_s: float) -> dic
     first_run = store.execute("SELECT MIN(at) FROM runs WHERE at >= ?", since).fetchone()[0]
     # A roll-up begins with its minute or hour, the first run perhaps later.
     begin = max((at for at in (first, first_run if first_run and first and first_run - first < 3600 else None) if at), default=now)
-    seen_s = min(seen * period_s, max(0.0, now - begin))
+    seen_s = min(seen_s, max(0.0, now - begin))
     found: dict[str, dict[str, Any]] = {}
     for target, words in counts.items():
         judged = sum(number for word, number in words.items() if word != "unknown")

@@ -89,3 +89,13 @@ def test_the_naive_server_answers_with_text_and_usage():
     usage = json.loads(events[-2].removeprefix("data: "))["usage"]
     assert events[-1] == "data: [DONE]\n\n"
     assert usage["completion_tokens"] == 3 and usage["prompt_tokens"] > 40
+
+
+def test_the_profile_of_the_edge_adds_up():
+    from bench.answer import report
+
+    row = {"body": 0.001, "vision": 0.003, "between, SSE, socket": 0.0, "all": 0.004}
+
+    lines = report([row, row], "demo").splitlines()
+
+    assert lines[3] == "| vision | 3.00 | 75% | 3.00 |" and lines[-1] == "| all | 4.00 | 100% | 4.00 |"

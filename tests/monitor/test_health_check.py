@@ -240,3 +240,29 @@ def test_too_few_open_files_are_named_without_a_traceback(copy, tmp_path, limit,
     assert "Traceback" not in done.stderr and printed["verdict"] == verdict
     if verdict == "unknown":
         assert "the checker cannot judge" in printed["reasons"][0].lower() and "open" in printed["reasons"][0]
+
+
+def test_without_the_demo_models_folder_it_still_judges(copy, tmp_path, service, behaviour):
+    """Whoever serves another model may have deleted it."""
+    shutil.rmtree(copy / "models")
+    (copy / ".env").write_text(f"GLM_API_PORT={service}\nGLM_WEB_PORT={service}\n")
+
+    done = run(sys.executable, copy / "health_check.py", {}, tmp_path)
+
+    found = json.loads(done.stdout)["targets"]["api"]
+    assert (found["word"], found["rule"]) == ("degraded", "pictures_not_asked"), done.stdout
+    assert "models" in found["en"]
+
+
+def test_a_checker_that_cannot_even_begin_does_not_leave_the_last_report_in_force(copy, tmp_path):
+    (copy / "logs").mkdir()
+    (copy / "logs" / "health.json").write_text('{"verdict": "healthy", "service_healthy": true}')
+    (copy / "monitor" / "check.py").write_text("def broken(:\n")
+    (copy / ".env").write_text("GLM_API_PORT=1\n")
+
+    done = run(sys.executable, copy / "health_check.py", {}, tmp_path)
+
+    report = json.loads((copy / "logs" / "health.json").read_text())
+    assert done.returncode == 1
+    assert (report["verdict"], report["service_healthy"]) == ("unknown", None)
+    assert "invalid syntax" in report["reasons"][0]

@@ -400,3 +400,29 @@ def test_what_is_not_writable_is_one_sentence(project, name):
     assert "Traceback" not in started.stderr and ": line " not in started.stderr
     if name == "logs":
         path.unlink()
+
+
+def test_a_pipe_in_the_place_of_the_log_does_not_hold_the_start(project):
+    """Opening it for writing would wait for a reader, and a reader that stops would stop the server."""
+    logs = project.root / "logs"
+    logs.mkdir(exist_ok=True)
+    os.mkfifo(logs / "api.log")
+
+    started = project.run("timeout 60 ./start.sh api")
+
+    assert started.returncode == 0, started.stderr
+    assert (logs / "api.log").is_file()
+
+
+def test_of_a_log_of_gigabytes_only_the_end_is_read(project):
+    logs = project.root / "logs"
+    logs.mkdir(exist_ok=True)
+    (project.root / "api" / "server.py").write_text(
+        "import os, sys\nos.ftruncate(1, 40 << 30)\nos.lseek(1, 0, os.SEEK_END)\nprint('the last words', flush=True)\nsys.exit(1)\n"
+    )
+
+    started = project.run("ulimit -v 4000000; ./start.sh api")
+
+    assert started.returncode == 1
+    assert "the last words" in started.stderr
+    (logs / "api.log").unlink()

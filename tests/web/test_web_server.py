@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import requests
+from kept_connection import has_no_delay, slowdown_of_kept
 from page_process import Server
 
 import settings as settings_module
@@ -70,3 +71,10 @@ def test_a_port_in_use_stops_the_start(one_page_server: Server, tmp_path: Path) 
 
     assert code != 0
     assert f"Port {first.port} is not available" in second.log_text()
+
+
+def test_a_kept_connection_to_the_page_is_no_slower_than_a_new_one(one_page_server: Server) -> None:
+    assert one_page_server.process is not None
+
+    assert has_no_delay(one_page_server.process.pid, one_page_server.port)
+    assert slowdown_of_kept(one_page_server.url + "/_stcore/health") < 1.5

@@ -103,7 +103,9 @@ def uptime(
         counts = (row["words"] or {}).get(target)
         if not counts:
             continue
-        covered_s += min(width_s, period_s * sum(counts.values()), max(0.0, now - row["start"]))
+        # Runs may follow each other faster than the period. Roll-ups of an earlier version do not say what their runs have seen.
+        seen_s = ((row.get("sums") or {}).get("seen_s") or [period_s * sum(counts.values())])[0]
+        covered_s += min(width_s, seen_s, max(0.0, now - row["start"]))
         up += sum(runs for word, runs in counts.items() if state_of(word) in UP)
         down += sum(runs for word, runs in counts.items() if state_of(word) in ("down", "starting"))
     share = up / (up + down) if up + down else None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -53,7 +54,7 @@ from api.engine.loading.placement import (
     free_memory_bytes,
 )
 from api.engine.loading.progress import Progress, part
-from api.engine.loading.reference import NEEDS_BYTES, REFERENCE_FILE, compare_once, differences
+from api.engine.loading.reference import NEEDS_BYTES, REFERENCE_FILE, LayeredNetwork, compare_once, differences
 from api.engine.loading.rehearsal import size_cache
 from api.engine.loading.revision import revision_of
 from api.engine.loading.safetensors_source import Checkpoint, weight_files
@@ -164,6 +165,11 @@ def _assemble(
     processor = CheckpointImageProcessor(image_processor)
     reference = Comparison("off", "not asked for")
     if config.check_reference:
+
+        def compare(network: Any = None) -> Iterator[str]:
+            network = _network(weights) if network is None else network
+            return differences(network, runner, tokenizer, vocabulary, template, processor, IMAGE_TOKEN)
+
         computed = {
             "class": facts["class"],
             "dtype": facts["dtype"],
@@ -172,9 +178,9 @@ def _assemble(
         }
         reference = compare_once(
             cache_folder() / REFERENCE_FILE, folder, computed,
-            lambda: differences(
-                _network(weights), runner, tokenizer, vocabulary, template, processor, IMAGE_TOKEN
-            ),
+            compare if _has_room_for_network(weights) else None,
+            partial(LayeredNetwork, _network_class(weights), folder, weights.dtype, choices["device"].value),
+            compare,
         )  # fmt: skip
     return Model(
         id=model_id,
@@ -291,15 +297,19 @@ def _runner(
     return runner, kernels, origin
 
 
+def _network_class(weights: Weights) -> Any:
+    return getattr(transformers, FAMILIES[weights.checkpoint.config.model_type].class_name)
+
+
 def _network(weights: Weights) -> Any:
-    """The network of transformers, for a comparison with it. Raises MemoryError if there is no room for it beside ours."""
-    folder, config = weights.checkpoint.folder, weights.checkpoint.config
-    size = _weights_bytes(folder)
+    """The network of transformers, for a comparison with it."""
+    folder = weights.checkpoint.folder
+    return _network_class(weights).from_pretrained(folder, dtype=weights.dtype).to(weights.device).eval()
+
+
+def _has_room_for_network(weights: Weights) -> bool:
     free = free_gpu_bytes(weights.device.type) if weights.device.type == "cuda" else free_memory_bytes()
-    if (free or 0) < size + NEEDS_BYTES:
-        raise MemoryError(f"{(free or 0) / GIB:.1f} GiB are free, the network of transformers takes {size / GIB:.1f}")
-    network_class = getattr(transformers, FAMILIES[config.model_type].class_name)
-    return network_class.from_pretrained(folder, dtype=weights.dtype).to(weights.device).eval()
+    return (free or 0) >= _weights_bytes(weights.checkpoint.folder) + NEEDS_BYTES
 
 
 def _model_config(folder: Path) -> Any:

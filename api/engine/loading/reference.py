@@ -3,7 +3,8 @@ revision of a checkpoint or of a library may not fit it.
 
 Three pictures (a square, one of 3:1, a tiny one) and a text are answered by both: number of image tokens, tokens of the
 text, M-RoPE positions, most probable next token. Agreement is remembered in a file by checkpoint and software, so that
-later starts skip it. Runs once while loading, when the network of transformers is in memory anyway.
+later starts skip it. Runs once while loading, with the network of transformers if it is in memory and there is room for its
+activations; otherwise that network is made without weights, and each layer has them only while it computes.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from PIL import Image, ImageDraw
+from safetensors import safe_open
 
 from api.engine.guard import Comparison
 from api.engine.loaded_model import ImageProcessor, Template
@@ -35,6 +39,7 @@ logger = logging.getLogger(__name__)
 REFERENCE_FILE = "reference.json"  # in the cache folder of the compiled kernels: all starts on this machine share it
 PICTURES = {"square": (224, 224), "3:1": (336, 112), "tiny": (28, 28)}  # pixels
 NEEDS_BYTES = 2 * GIB  # for activations; the weights are in memory anyway
+ACTIVATION_BYTES = GIB // 4  # of one layer at a time
 # Both round differently, so tokens that are this close by the reference's own logits count as equal; the unit is the
 # distance from the mean to the most probable token.
 TOLERANCE = 0.03
@@ -45,11 +50,13 @@ def compare_once(
     file: Path,
     folder: Path,
     facts: dict[str, str],
-    compute: Callable[[], Iterator[str]],
+    compute: Callable[[], Iterator[str]] | None,
+    by_layer: Callable[[], LayeredNetwork] | None = None,
+    compute_with: Callable[[Any], Iterator[str]] | None = None,
 ) -> Comparison:
     """The remembered agreement of this checkpoint and software, else that of `compute`, which yields differences.
 
-    `facts`: what else the result depends on, such as the device. Never raises: a comparison that fails is `off`.
+    Where `compute` is None or has too little memory, `compute_with` gets the network that `by_layer` makes. `facts`: what else the result depends on, such as the device. Never raises: a comparison that fails is `off`.
     """
     key = _identity(folder, facts)
     remembered = _read(file)
@@ -58,20 +65,104 @@ def compare_once(
     began = time.monotonic()
     device = facts["device"]
     free = (free_gpu_bytes(device) if device == "cuda" else free_memory_bytes()) or 0
-    if free < NEEDS_BYTES:
-        return _told(Comparison("off", f"skipped: {free / GIB:.1f} GiB are free, {NEEDS_BYTES / GIB:.0f} are needed"))
+    how, needed = "", NEEDS_BYTES
     try:
-        differences = list(compute())
+        if compute is not None and free >= NEEDS_BYTES:
+            differences = list(compute())
+        elif by_layer is not None and compute_with is not None:
+            layered = by_layer()
+            how, needed = ", layer by layer", layered.needs_bytes
+            if free >= needed:
+                differences = list(compute_with(layered.network))
+        if free < needed:
+            return _told(Comparison("off", f"skipped: {free / GIB:.1f} GiB are free, {needed / GIB:.1f} are needed{how}"))
     except Exception as error:  # the model may be right all the same
         logger.warning("event=reference_failed", exc_info=error)
         return _told(Comparison("off", f"skipped: {type(error).__name__}: {error}"))
     seconds = time.monotonic() - began
     if differences:
         return _told(Comparison("differs", "; ".join(differences)))
-    detail = f"{len(PICTURES)} pictures and a text agree with transformers, compared in {seconds:.2f} s"
+    detail = f"{len(PICTURES)} pictures and a text agree with transformers, compared in {seconds:.2f} s{how}"
     _write(file, dict([*remembered.items(), (key, detail)][-MAX_REMEMBERED:]))
     logger.info("event=reference outcome=same seconds=%.2f", seconds)
     return Comparison("same", detail)
+
+
+class LayeredNetwork:
+    """The network of transformers without weights. Each layer reads its own from the checkpoint when it is called, and drops
+    them when it returns, so that there is room for a single one.
+
+    `needs_bytes`: for the largest layer, as it is stored and as it computes, and for activations.
+    """
+
+    def __init__(self, class_: Any, folder: Path, dtype: torch.dtype, device: str) -> None:
+        """Raises LookupError if a tensor of the network is not in the checkpoint under its own name."""
+        config = transformers.AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            self.network = class_._from_config(config, dtype=dtype).eval()
+        self._device, self._dtype = device, dtype
+        self._files = _files_of_tensors(folder)
+        _make_buffers(self.network, device)
+        layers = {name: module for name, module in _layers(self.network) if any(True for _ in module.parameters())}
+        absent = [full for name, module in layers.items() for full, _ in _tensors(name, module) if full not in self._files]
+        if absent:
+            raise LookupError(f"the checkpoint has no {absent[0]}")
+        for name, module in layers.items():
+            module.register_forward_pre_hook(partial(self._fill, name))
+            module.register_forward_hook(_empty)
+        largest = max(sum(tensor.numel() for _, tensor in _tensors(name, module)) for name, module in layers.items())
+        self.needs_bytes = ACTIVATION_BYTES + largest * (dtype.itemsize + 4)
+
+    def _fill(self, name: str, module: torch.nn.Module, _: Any) -> None:
+        for full, tensor in _tensors(name, module):
+            with safe_open(self._files[full], "pt") as file:
+                stored = file.get_tensor(full)
+            if stored.shape != tensor.shape:
+                raise LookupError(f"{full} has shape {list(stored.shape)} in the checkpoint, {list(tensor.shape)} in transformers")
+            owner, _, own = full.removeprefix(f"{name}.").rpartition(".")
+            filled = stored.to(self._device, self._dtype)
+            module.get_submodule(owner)._parameters[own] = torch.nn.Parameter(filled, requires_grad=False)
+
+
+def _empty(module: torch.nn.Module, *_: Any) -> None:
+    module.to("meta")
+
+
+def _layers(network: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """The members of each list of layers, and what belongs to none, in as large parts as there are."""
+    names = [name for name, module in network.named_modules() if isinstance(module, torch.nn.ModuleList)]
+    lists = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+
+    def walk(prefix: str, module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+        for child_name, child in module.named_children():
+            name = f"{prefix}{child_name}"
+            if name in lists or any(one.startswith(f"{name}.") for one in lists):
+                yield from walk(f"{name}.", child)
+            else:
+                yield name, child
+
+    return walk("", network)
+
+
+def _tensors(name: str, module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [(f"{name}.{own}", tensor) for own, tensor in module.named_parameters()]
+
+
+def _files_of_tensors(folder: Path) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            found |= dict.fromkeys(file.keys(), path)
+    return found
+
+
+def _make_buffers(network: Any, device: str) -> None:
+    """Those that no checkpoint holds, such as the frequencies of rotary embeddings, are computed as transformers does it."""
+    for module in network.modules():
+        if any(buffer is not None and buffer.is_meta for buffer in module._buffers.values()):
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = torch.empty_like(buffer, device=device)
+            network._init_weights(module)
 
 
 @torch.inference_mode()
@@ -104,7 +195,7 @@ def differences(
 def _compare(
     name: str, network: Any, runner: Glm4vRunner, ids: tuple[int, ...], images: tuple[ImageInput, ...], image_id: int
 ) -> Iterator[str]:
-    device = network.device
+    device = next(network.buffers()).device  # the weights of one that is read layer by layer are nowhere
     tokens = torch.tensor([ids], device=device)
     inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     sequence = make_sequence(Request("reference", ids, SamplingParams(1), images), lambda event: None, image_id)

@@ -12,7 +12,8 @@ from collections.abc import Iterable
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-from api.engine.text.grammar_text import AnswerForm, GrammarError, write
+from api.engine.text.bindable_schema import GrammarError
+from api.engine.text.grammar_text import AnswerForm, write
 from api.engine.text.markup import CALL, END_THINK
 from api.engine.text.tokenizer import Vocabulary
 
@@ -33,15 +34,26 @@ class GrammarCompiler:
         self._tokenizer: LLTokenizer | None = None
 
     def compile(self, form: AnswerForm) -> MatcherGrammar:
-        """Raises GrammarError. Releases the GIL while it compiles."""
-        text = write(form, self._vocabulary.special)
+        """What cannot be bound is left free where the form allows it: see `MatcherGrammar.relaxed`.
+
+        Raises GrammarError. Releases the GIL while it compiles.
+        """
+        try:
+            return self._compile(form, relaxed=False)
+        except GrammarError:
+            if not form.can_be_relaxed:
+                raise
+            return self._compile(form, relaxed=True)
+
+    def _compile(self, form: AnswerForm, relaxed: bool) -> MatcherGrammar:
+        text = write(form, self._vocabulary.special, relaxed)
         if len(text) > MAX_GRAMMAR_CHARACTERS:
             raise GrammarError(f"it must have <= {MAX_GRAMMAR_CHARACTERS} characters as a grammar. Given: {len(text)}")
         matcher = LLMatcher(self._table(), text, log_level=0, limits=_LIMITS)
         if matcher.is_error():
             raise GrammarError(_first_line(matcher))
         self._check_start(matcher, form)
-        return MatcherGrammar(matcher)
+        return MatcherGrammar(matcher, relaxed)
 
     def _check_start(self, matcher: LLMatcher, form: AnswerForm) -> None:
         """Raises GrammarError if no answer can begin, or if its beginning is past the parser's limits.
@@ -69,10 +81,14 @@ class GrammarCompiler:
 
 
 class MatcherGrammar:
-    """The `Grammar` of one answer. `failed` is the error that stopped it, or an empty string."""
+    """The `Grammar` of one answer. `failed` is the error that stopped it, or an empty string.
 
-    def __init__(self, matcher: LLMatcher) -> None:
+    `relaxed`: it allows more than the schema, so that the finished answer is to be checked.
+    """
+
+    def __init__(self, matcher: LLMatcher, relaxed: bool = False) -> None:
         self._matcher = matcher
+        self.relaxed = relaxed
 
     def allowed(self) -> np.ndarray:
         """int32[ceil(vocabulary / 32)]: one bit for each token that is allowed next, lowest bit first.

@@ -31,12 +31,17 @@ class OutputState:
         self._vocabulary = vocabulary
         self._end_ids = end_ids
         self._max_tokens = min(sampling.max_tokens, context_tokens - len(request.prompt_ids))
-        self._detokenizer = Detokenizer(sampling.stop, sampling.stop_skips)
+        self._detokenizer = Detokenizer(sampling.stop, sampling.stop_skips, sampling.include_stop)
         self._ids: list[int] = []
         self._forced: deque[int] = deque()
         self._thinking = ThinkingCounter(request.prompt_ids, vocabulary)
         self._grammar_trigger = (sampling.grammar_after or "").encode()  # empty once it has been seen
         self._tail = b""  # enough bytes of the output to find the trigger across tokens
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that has ended the output."""
+        return self._detokenizer.stop_string
 
     # Constraints on the next token.
 
@@ -54,7 +59,7 @@ class OutputState:
     def barred_ids(self) -> frozenset[int]:
         """Tokens that must not come next: end tokens before `min_tokens`. A grammar decides about its own end."""
         short = len(self._ids) < self._sampling.min_tokens
-        return self._end_ids if short and self.grammar is None else frozenset()
+        return self._end_ids | self._sampling.stop_token_ids if short and self.grammar is None else frozenset()
 
     def forced_by_grammar(self) -> list[int]:
         """Tokens that the grammar leaves no choice about. None if each needs its log probability."""
@@ -76,7 +81,7 @@ class OutputState:
         Raises GrammarViolation.
         """
         self._ids.append(token)
-        ends = token in self._end_ids and not self._sampling.ignore_eos
+        ends = (token in self._end_ids and not self._sampling.ignore_eos) or token in self._sampling.stop_token_ids
         data = b"" if ends else self._vocabulary.token_bytes(token)
         if not ends:
             self._update_constraints(token, data)
@@ -170,13 +175,18 @@ class Detokenizer:
     GLM's box tokens with the other special tokens. It takes 1.0 us a token, this 2.4 us (demo tokenizer).
     """
 
-    def __init__(self, stop: Items[str] = (), skips: tuple[str, str] | None = None) -> None:
+    def __init__(self, stop: Items[str] = (), skips: tuple[str, str] | None = None, include_stop: bool = False) -> None:
         # Malformed bytes become U+FFFD only when they can no longer be completed.
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._stops = StopStrings(stop, skips)
+        self._stops = StopStrings(stop, skips, include_stop)
 
     @property
     def stopped(self) -> bool:
+        return self._stops.found is not None
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that has ended the text."""
         return self._stops.found
 
     def feed(self, data: bytes) -> str:
@@ -188,21 +198,22 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Passes text through up to, not including, the first stop string.
+    """Passes text through up to the first stop string, which is left out unless `include_stop`, and is then in `found`.
 
-    Stop strings are not searched in the white space before the answer, nor in a leading block `skips` (opening and
-    closing tag): thinking must not be cut off by a stop string that is meant for the answer.
+    With `skips` (an opening and a closing tag) stop strings are not searched in the white space before the answer, nor in
+    a leading block between those tags: thinking must not be cut off by a stop string that is meant for the answer.
     """
 
-    def __init__(self, stop: Items[str], skips: tuple[str, str] | None = None) -> None:
-        self.found = False
+    def __init__(self, stop: Items[str], skips: tuple[str, str] | None = None, include_stop: bool = False) -> None:
+        self.found: str | None = None
+        self._include_stop = include_stop
         self._stop = tuple(stop)
         self._skips = skips
         self._pending = ""
-        self._state: Literal["before", "inside", "answer"] = "before"
+        self._state: Literal["before", "inside", "answer"] = "before" if skips else "answer"
 
     def feed(self, text: str) -> str:
-        if self.found:
+        if self.found is not None:
             return ""
         if not self._stop:
             return text
@@ -214,7 +225,7 @@ class StopStrings:
 
     def finish(self) -> str:
         rest, self._pending = self._pending, ""
-        return "" if self.found else rest
+        return "" if self.found is not None else rest
 
     def _advance(self) -> str | None:
         """One transition of the automaton: text to emit, or None when more input is needed."""
@@ -249,10 +260,10 @@ class StopStrings:
 
     def _in_answer(self) -> str | None:
         # The stop string that ends first wins, as if characters came one by one.
-        hits = [(start + len(stop), start) for stop in self._stop if (start := self._pending.find(stop)) >= 0]
+        hits = [(start + len(stop), start, stop) for stop in self._stop if (start := self._pending.find(stop)) >= 0]
         if hits:
-            self.found = True
-            out = self._pending[: min(hits)[1]]
+            end, start, self.found = min(hits)
+            out = self._pending[: end if self._include_stop else start]
             self._pending = ""
             return out or None
         free = len(self._pending) - held_back(self._pending, self._stop)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import queue
@@ -15,6 +16,7 @@ from fake_model import fake_model
 from served import image_part, text_part, wait_for
 
 from api.engine.engine import Stats
+from api.health import heartbeat
 from api.health.card_events import CardEvents
 from api.health.heartbeat import READ_UNIT_BYTES, Heartbeat, _bytes_read
 from api.health.outcomes import Outcomes
@@ -122,10 +124,10 @@ def test_the_last_success_is_recorded_by_kind(serve) -> None:
 
 
 def test_a_full_disk_is_reported_and_does_not_stop_the_server(serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Path, *_: object, **__: object) -> None:
+    def full(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(heartbeat, "_open_anew", full)
     served = serve()
 
     wait_for(lambda: served.client.get("/health").json()["heartbeat_error"] == "No space left on device")
@@ -191,3 +193,47 @@ def test_loading_is_still_when_neither_the_loader_nor_the_disk_moves(serve, monk
 def test_the_kernel_tells_what_is_read_from_disks() -> None:
     assert "read_bytes" in Path("/proc/self/io").read_text()
     assert _bytes_read() >= 0
+
+
+def test_a_pipe_in_the_place_of_its_files_holds_nobody(serve, tmp_path: Path) -> None:
+    for name in ("api.stacks.txt", "api.heartbeat.tmp"):
+        os.mkfifo(tmp_path / name)
+    heart = Heartbeat(serve().engine, tmp_path, 60, 60, Outcomes(), CardEvents())
+    started = threading.Thread(target=lambda: asyncio.run(beat_once(heart)), daemon=True)
+    started.start()
+    started.join(WAIT_S)
+
+    assert not started.is_alive()
+    wait_for((tmp_path / "api.heartbeat.json").exists)
+    assert read(tmp_path / "api.heartbeat.json")["pid"] == os.getpid()
+    assert (tmp_path / "api.stacks.txt").is_file()
+    heart.stop()
+
+
+def test_health_does_not_wait_for_a_disk_that_does_not_answer(serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The observer hangs in a write, and /health must not go on saying what it saw last."""
+    hung, open_anew = threading.Event(), heartbeat._open_anew
+
+    def open_slowly(path: Path):
+        if path.suffix == ".tmp":
+            hung.wait(WAIT_S)
+        return open_anew(path)
+
+    monkeypatch.setattr(heartbeat, "_open_anew", open_slowly)
+    monkeypatch.setattr(heartbeat, "OLD_PULSE_S", 0.5)
+    served = serve()
+    heart = served.app.state.server.heartbeat
+    asking = threading.Thread(target=lambda: served.chat("HANG"))
+    asking.start()
+    assert served.runner.hanging.wait(WAIT_S)
+
+    wait_for(lambda: heart.pulse.no_progress_s > 1)
+
+    served.runner.release.set()
+    asking.join(WAIT_S)
+    hung.set()
+
+
+async def beat_once(heart: Heartbeat) -> None:
+    heart.start()
+    await asyncio.sleep(1.5)

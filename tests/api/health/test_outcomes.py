@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from fake_model import fake_model
 from served import Served, chat_body, image_part, text_part, wait_for
 
+from api.health.outcomes import MOST_CALLERS, RECENT_S, Outcomes
 from api.http.auth import KeyRing
 from api.protocol.completion import ChatFormatter
 from api.requests.admission import Admission
@@ -202,3 +204,24 @@ def test_a_wrong_probe_token_gives_no_privilege(serve) -> None:
 
     assert (status("pt"), status("wrong")) == (200, 503)
     served.app.state.server.admission.active = 0
+
+
+def test_one_callers_failures_are_told_from_those_of_several(serve) -> None:
+    served = serve(api_keys="ann:key-a,bob:key-b")
+
+    def fail(key: str) -> dict[str, int]:
+        served.client.post("/v1/chat/completions", json=chat_body("FAIL"), headers={"Authorization": f"Bearer {key}"})
+        return served.client.get("/health").json()["failed_callers"]
+
+    assert [fail("key-a"), fail("key-a"), fail("key-b")] == [{"engine": 1}, {"engine": 1}, {"engine": 2}]
+
+
+def test_callers_are_forgotten_after_a_while_and_only_some_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Outcomes()
+    for number in range(100):
+        found.failed("grammar", f"caller {number}")
+    assert found.failed_callers() == {"grammar": MOST_CALLERS}
+
+    later = time.monotonic() + RECENT_S + 1
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    assert found.failed_callers() == {}

@@ -11,11 +11,22 @@ from field_table import NOTES, PAGE, table, with_table
 from served import Served, chat_body
 
 from api.engine.request import Request
-from api.protocol.schemas import HARMLESS, WITHOUT_EFFECT, ChatRequest
+from api.protocol.schemas import HARMLESS, HINTS, WITHOUT_EFFECT, ChatRequest
 
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
 JSON = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object", "properties": {}}}}
 Check = Callable[[list[Request], Any], bool]
+BEGUN = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "It is "}]
+
+
+def token(text: str) -> int:
+    (ident,) = fake_model().vocabulary.encode(text)
+    return ident
+
+
+def prompt(requests: list[Request]) -> str:
+    return b"".join(map(fake_model().vocabulary.token_bytes, requests[0].prompt_ids)).decode()
+
 
 # Evidence that a field is honoured: the fields sent, and a check of the engine's requests and the answer.
 WITNESSES: dict[str, tuple[dict[str, Any], Check]] = {
@@ -27,6 +38,8 @@ WITNESSES: dict[str, tuple[dict[str, Any], Check]] = {
     "ignore_eos": ({"ignore_eos": True, "max_tokens": 5},
                    lambda r, a: r[0].sampling.ignore_eos and r[0].sampling.loop_window == 0),
     "stop": ({"stop": ["see"]}, lambda r, a: text(a) == "I"),
+    "stop_token_ids": ({"stop_token_ids": [token("s")]}, lambda r, a: text(a) == "I"),
+    "include_stop_str_in_output": ({"stop": ["see"], "include_stop_str_in_output": True}, lambda r, a: text(a) == "I see"),
     "n": ({"n": 3}, lambda r, a: len(a["choices"]) == len(r) == 3),
     "loop_window": ({"loop_window": 0}, lambda r, a: r[0].sampling.loop_window == 0),
     "temperature": ({"temperature": 0.5}, lambda r, a: r[0].sampling.temperature == 0.5),
@@ -41,6 +54,18 @@ WITNESSES: dict[str, tuple[dict[str, Any], Check]] = {
     "logprobs": ({"logprobs": True}, lambda r, a: r[0].sampling.logprobs == 0 and "content" in a["choices"][0]["logprobs"]),
     "top_logprobs": ({"logprobs": True, "top_logprobs": 4}, lambda r, a: r[0].sampling.logprobs == 4),
     "response_format": ({"response_format": JSON}, lambda r, a: r[0].sampling.grammar is not None),
+    "regex": ({"regex": "[a-z]+"}, lambda r, a: r[0].sampling.grammar is not None),
+    "choice": ({"choice": ["yes", "no"]}, lambda r, a: r[0].sampling.grammar is not None),
+    "grammar": ({"grammar": 'start: "yes"'}, lambda r, a: r[0].sampling.grammar is not None),
+    "verbosity": ({"verbosity": "low"}, lambda r, a: "as briefly as possible" in prompt(r)),
+    "functions": ({"functions": [TOOL["function"]]}, lambda r, a: a["usage"]["prompt_tokens"] > 30),
+    "function_call": ({"functions": [TOOL["function"]], "function_call": {"name": "look"}},
+                      lambda r, a: r[0].sampling.grammar is not None),
+    "add_generation_prompt": ({"messages": BEGUN, "add_generation_prompt": False, "continue_final_message": True},
+                              lambda r, a: prompt(r).endswith("</think>\nIt is ")),
+    "continue_final_message": ({"messages": BEGUN, "continue_final_message": True},
+                               lambda r, a: prompt(r).endswith("</think>\nIt is ")),
+    "request_id": ({"request_id": "mine/1"}, lambda r, a: a["request_id"] == "mine/1"),
     "tools": ({"tools": [TOOL]}, lambda r, a: r[0].sampling.grammar is None and a["usage"]["prompt_tokens"] > 30),
     "tool_choice": ({"tools": [TOOL], "tool_choice": "required"}, lambda r, a: r[0].sampling.grammar is not None),
     "parallel_tool_calls": ({"tools": [TOOL], "parallel_tool_calls": False},
@@ -51,7 +76,8 @@ WITNESSES: dict[str, tuple[dict[str, Any], Check]] = {
                               lambda r, a: r[0].sampling.thinking_tokens == 9 and len(r[0].sampling.thinking_end_ids) == 1),
     "cache_salt": ({"cache_salt": "x"}, lambda r, a: r[0].salt == "default:x"),
 }  # fmt: skip
-SHAPE = {"stream", "stream_options"}  # form of the answer: tested below
+# Form of the answer: tested below, and in test_vendor_words.py.
+SHAPE = {"stream", "stream_options", "skip_special_tokens", "include_reasoning", "separate_reasoning"}
 
 
 def text(answer: Any) -> str:
@@ -102,18 +128,19 @@ def test_stream_and_stream_options_select_the_form_of_the_answer(recorded) -> No
     assert served.stream(stream_options={"include_usage": True})[-2]["usage"]["prompt_tokens"] > 0
 
 
-@pytest.mark.parametrize("name", sorted(HARMLESS))
+@pytest.mark.parametrize("name", sorted({**HARMLESS, **HINTS}))
 def test_an_ignored_field_changes_nothing(name: str, recorded) -> None:
     served, requests = recorded
 
     served.chat("hello")
-    served.chat("hello", **{name: {"any": "thing"}})
+    answer = served.chat("hello", **{name: {"any": "thing"}})
+    assert answer.json()["ignored"] == [name]
 
     first, second = requests
     assert (first.prompt_ids, first.sampling, first.salt) == (second.prompt_ids, second.sampling, second.salt)
 
 
-@pytest.mark.parametrize("name", ["made_up", "functions", "suffix", "best_of", "video", *sorted(WITHOUT_EFFECT)])
+@pytest.mark.parametrize("name", ["made_up", "suffix", "best_of", "video", *sorted(WITHOUT_EFFECT)])
 def test_other_fields_are_refused_by_name(name: str, recorded) -> None:
     served, requests = recorded
 

@@ -131,14 +131,17 @@ def test_the_fields_reach_the_engine(serve) -> None:
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0].image_url", "is required"),
         ({"input": [{"role": "user", "content": "a"}, {"role": "user", "content": [{**IMAGE, "image_url": "file:///x"}]}]},
          "input[1].content[0].image_url", "data: URL"),
-        ({"input": "x", "temperature": 3}, "temperature", "<= 2"),
+        ({"input": "x", "temperature": -3}, "temperature", ">= 0"),
         ({"input": "x", "reasoning": {"effort": "huge"}}, "reasoning.effort", "huge"),
         ({"input": "x", "text": {"format": {"type": "xml"}}}, "text.format.type", "xml"),
         ({"input": "x", "text": {"format": {"type": "json_schema", "schema": {"type": 5}}}}, "text.format", "enforced"),
         ({"input": "x", "tools": [{**TOOL, "name": "a b"}]}, "tools[0].name", "a b"),
         ({"input": "x", "tools": [{"type": "web_search"}]}, "tools[0].type", "function"),
         ({"input": "x", "tool_choice": "required"}, "tool_choice", "no `tools`"),
-        ({"input": "x", "background": True}, "background", "not supported"),
+        ({"input": "x", "background": True}, "background", "must be false"),
+        ({"input": "x", "include": "all"}, "include", "a list"),
+        ({"input": "x", "tools": [{"type": "namespace", "name": "n", "tools": [{"type": "mcp"}]}]},
+         "tools[0].tools[0].type", "function"),
         ({"input": "x" * 5000}, "input", "context length"),
         ({"input": "x", "model": "other"}, "model", "other"),
     ],
@@ -149,3 +152,45 @@ def test_errors_use_the_field_names_of_this_format(fields: dict[str, Any], param
     error = answer.json()["error"]
     assert answer.status_code in (400, 404) and error["param"] == param
     assert words in error["message"] and "messages" not in error["message"] and "max_tokens" not in error["message"]
+
+
+SPACE: Any = {"type": "namespace", "name": "shop", "description": "of a shop", "tools": [TOOL]}
+
+
+def test_a_function_in_a_namespace_is_called_by_both_names(serve) -> None:
+    served = serve(answer=lambda prompt, images: CALL.replace("count", "shop.count"))
+    choice = {"type": "function", "name": "count", "namespace": "shop"}
+
+    body = served.client.post("/v1/responses", json={"input": "x", "tools": [SPACE], "tool_choice": choice}).json()
+    call = body["output"][-1]
+    result = {"type": "function_call_output", "call_id": call["call_id"], "output": "4"}
+    items = [{"role": "user", "content": "x"}, *body["output"], result]
+    again = served.client.post("/v1/responses", json={"input": items, "tools": [SPACE]})
+
+    assert (call["type"], call["namespace"], call["name"]) == ("function_call", "shop", "count")
+    assert again.status_code == 200, again.text
+
+
+def test_what_clients_send_without_need_is_accepted_and_named(serve) -> None:
+    fields = {
+        "include": ["reasoning.encrypted_content"], "truncation": "auto", "background": False, "client_metadata": {"a": "b"},
+        "stream_options": {"include_obfuscation": False}, "text": {"verbosity": "medium"}, "metadata": {"run": "1"},
+        "max_tool_calls": 4, "top_k": 3, "seed": 1,
+    }  # fmt: skip
+
+    answer = serve().client.post("/v1/responses", json={"input": "hello", **fields})
+
+    assert answer.status_code == 200, answer.text
+    body = answer.json()
+    assert {"include[]", "truncation", "client_metadata", "max_tool_calls", "metadata"} <= set(body["ignored"])
+    assert not {"top_k", "seed", "stream_options"} & set(body["ignored"]) and body["metadata"] == {"run": "1"}
+
+
+def test_the_tokens_of_a_request_are_counted_without_an_answer(serve) -> None:
+    served = serve()
+    request = {"input": [{"role": "user", "content": [IMAGE, {"type": "input_text", "text": "hello"}]}]}
+
+    count = served.client.post("/v1/responses/input_tokens", json=request).json()
+
+    usage = served.client.post("/v1/responses", json=request).json()["usage"]
+    assert count == {"object": "response.input_tokens", "input_tokens": usage["input_tokens"]}

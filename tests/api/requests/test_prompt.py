@@ -15,6 +15,7 @@ from served import image_part, text_part
 
 from api.engine.loaded_model import Model
 from api.errors import ServingError
+from api.protocol.fields import IgnoredFields
 from api.protocol.schemas import parse_chat
 from api.requests.prompt import Prompt, draft, finish
 from settings import Settings
@@ -41,7 +42,7 @@ def model() -> Model:
 
 
 def prompt_of(model: Model, messages: list[dict[str, Any]], **fields: Any) -> Prompt:
-    chat = parse_chat(json.dumps({"messages": messages, **fields}).encode())
+    chat = parse_chat(json.dumps({"messages": messages, **fields}).encode(), IgnoredFields())
     return finish(draft(chat, {}, model, Settings()), model)
 
 
@@ -135,7 +136,7 @@ def test_a_tool_result_may_contain_an_image(model: Model) -> None:
 
 
 def test_an_image_is_let_go_before_the_next_is_decoded(model: Model, monkeypatch) -> None:
-    chat = parse_chat(json.dumps({"messages": [{"role": "user", "content": [image_part(), image_part(), image_part()]}]}).encode())
+    chat = parse_chat(json.dumps({"messages": [{"role": "user", "content": [image_part(), image_part(), image_part()]}]}).encode(), IgnoredFields())
     drafted = draft(chat, {}, model, Settings())
     process, held = model.image_processor.process, []
 

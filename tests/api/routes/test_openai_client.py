@@ -60,8 +60,8 @@ def test_answers_streams_models_and_errors(start) -> None:
     assert again.usage is not None and again.usage.prompt_tokens > 16
     assert [model.id for model in client.models.list()] == ["fake"] and client.models.retrieve("fake").id == "fake"
     assert whole._request_id == whole.model_extra["request_id"]  # type: ignore[index]
-    with pytest.raises(openai.BadRequestError, match=r"`temperature` must be <= 2\. Given: 3") as wrong:
-        client.chat.completions.create(model="fake", messages=MESSAGES, temperature=3)
+    with pytest.raises(openai.BadRequestError, match=r"`temperature` must be <= 100\. Given: 101") as wrong:
+        client.chat.completions.create(model="fake", messages=MESSAGES, temperature=101)
     assert wrong.value.param == "temperature"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,10 +20,10 @@ from ports import free_port
 
 import settings as settings_module
 from monitor import check
-from monitor.act import operator_requests
+from monitor.act import interrupted_restart, operator_requests
 from monitor.act.preflight import why_futile
 from monitor.act.restart import Restarter
-from monitor.judge.evidence import Observation
+from monitor.judge.evidence import ApiEvidence, HealthReply, Identity, Moment, Observation, SelfReport
 from monitor.judge.limiter import Decision
 from monitor.judge.verdict import Verdict
 from monitor.observe import observe as observe_module
@@ -320,3 +322,48 @@ def test_a_restart_that_cannot_help_is_refused(project, machine, gpu, cards, rea
     found = why_futile(WEDGED, seen_with(project, machine, gpu), cards)
 
     assert (reason in found) if reason else found == ""
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_a_restart_whose_checker_was_killed_is_counted_if_it_started_something(project, monkeypatch, started):
+    project.start()
+    os.kill(project.record().pid, signal.SIGKILL)
+    restarter = project.restarter()
+    monkeypatch.setattr(restarter, "_audit", lambda *_: None)  # where the checker is killed
+    if not started:
+        monkeypatch.setattr(restarter, "_start", lambda *_: "")
+    restarter.restart("api", DEAD, Decision("restart", "dead"))
+    state = CheckerState.load(project.store, "")
+    assert len(state.limiters["api"].restarts) == 1
+
+    first = interrupted_restart.settle(project.store, state, project.settings, None, project.root)
+    again = interrupted_restart.settle(project.store, state, project.settings, None, project.root)
+
+    after = CheckerState.load(project.store, "").limiters["api"]
+    assert (len(after.restarts), after.step) == ((1, 1) if started else (0, 0)), "nothing delays the restart that is still due"
+    assert ("new process" in first) is started and again == ""
+    (action,) = project.store.actions()
+    assert (action["kind"], action["outcome"]) == ("restart", "done" if started else "interrupted")
+
+
+def test_the_start_of_a_killed_checker_is_waited_for(project):
+    with (project.root / "logs" / "start.lock").open("ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        began = time.monotonic()
+        interrupted_restart.wait_for_start(project.root, 0.5)
+        assert time.monotonic() - began >= 0.5
+    began = time.monotonic()
+    interrupted_restart.wait_for_start(project.root, 30.0)
+    assert time.monotonic() - began < 15
+
+
+def test_draining_is_timed_by_process_across_runs():
+    one, two = (HealthReply("answered", state="draining", report=SelfReport(Identity(pid, 5, "boot"))) for pid in (1, 2))
+    first = Moment(9.0, 100.0, "boot")
+    later = replace(first, monotonic=190.0)
+    kept = observe_module.draining_of(ApiEvidence("", first=one, draining_s=observe_module._draining_s(one, {}, first)), first)
+
+    assert kept["since"] == 100.0
+    assert observe_module._draining_s(one, kept, later) == 90.0
+    assert observe_module._draining_s(two, kept, later) == 0.0, "a new process"
+    assert observe_module._draining_s(replace(one, state="idle"), kept, later) is None

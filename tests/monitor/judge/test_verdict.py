@@ -28,6 +28,7 @@ from monitor.judge.verdict import SERVING, WORDS, Limits
 
 LIMITS = Limits()
 STRANGER = replace(RUNS, port_owner="stranger", holder="pid 9 (nc)")
+CLOSED = replace(RUNS, port_owner="nobody")
 CREDITED = (Answer("text", "credited"), Answer("picture", "credited"))
 FULL_AND_MOVING = {"first": busy(1, 70), "answers": FULL, "last": busy(1, 90)}
 
@@ -54,6 +55,7 @@ WRONG = (RIGHT[0], Answer("picture", "wrong", 3, 200, "red circle", "blue"))
 UNJUDGED = (Answer("text", "unjudged", 0.2, 200), Answer("picture", "unjudged", 0.2, 200))
 FALLEN = AccuracyEvidence((Fall("color", 12, 1, 220, 219),), ("color", "shape"), 8)
 GARBAGE = HealthReply("failed", 0.1, detail="BadStatusLine: SSH-2.0")
+UNKNOWN_NAME = HealthReply("failed", detail="gaierror: [Errno -2] Name or service not known")
 NONSENSE = api(process=Process(), beat=None, first=GARBAGE, last=GARBAGE, answers=(Answer("text", "failed", detail="BadStatusLine: SSH-2.0"),))
 CASES = {
     "right answers": (api(), "healthy", "answers_right", False),
@@ -61,7 +63,15 @@ CASES = {
     "process gone": (GONE, "dead", "process_gone", True),
     "port stolen": (replace(GONE, process=Process("gone", 1, None, "stranger", "pid 9 (nc)")), "dead", "port_taken", False),
     "never started": (api(process=Process(), first=HealthReply("refused"), answers=(), beat=None), "dead", "not_started", False),
-    "port closed": (api(first=HealthReply("refused"), answers=()), "dead", "port_closed", True),
+    "frozen by its group": (api(process=replace(RUNS, state="frozen", frozen_by="/sys/fs/cgroup/x/freezer.state")), "zombie", "frozen_by_group", False),
+    "credits while frozen": (api(process=replace(RUNS, state="frozen"), answers=CREDITED), "zombie", "frozen_by_group", False),
+    "right answers from another copy": (api(process=Process(), beat=None, other="process 9"), "broken", "other_process", False),
+    "only /health fails": (api(first=HealthReply("failed", 0.1, 500, detail="HTTP 500 without a state")), "degraded", "health_route_fails", False),
+    "/health failed for a moment": (api(first=HealthReply("failed", 0.1, 500), last=IDLE), "healthy", "answers_right", False),
+    "pictures cannot be drawn": (api(answers=(RIGHT[0], Answer("picture", "skipped", detail="no folder"))), "degraded", "pictures_not_asked", False),
+    "asked at another port": (api(first=HealthReply("refused"), answers=()), "broken", "address_unreachable", False),
+    "asked by a name that is unknown": (api(first=UNKNOWN_NAME, answers=SILENT, last=UNKNOWN_NAME), "broken", "address_unreachable", False),
+    "port closed": (api(process=CLOSED, first=HealthReply("refused"), answers=()), "dead", "port_closed", True),
     "port not yet open": (api(process=replace(RUNS, age_s=5.0), first=HealthReply("refused"), answers=()), "starting", "process_fresh", False),
     "engine dead": (api(first=HealthReply("answered", 0, 503, "dead", reason="CUDA error"), answers=()), "dead", "engine_dead", True),
     "loading": (api(first=HealthReply("answered", 0, 503, "loading", progress=0.4), answers=(), process=replace(RUNS, age_s=800)), "starting", "loading", False),
@@ -85,7 +95,7 @@ CASES = {
     "fingerprint pending": (api(first=says(corrupt=Corruption(0, 0, "pending"))), "healthy", "answers_right", False),
     "corrupt and wrong": (api(first=says(corrupt=Corruption(0, 0, "differs")), answers=(Answer("text", "wrong", 1, 200),)), "corrupt", "fingerprint_differs", True),
     "a stranger says corrupt": (api(process=STRANGER, first=says(corrupt=Corruption(9, 9))), "dead", "port_taken", False),
-    "an old file says corrupt": (api(first=HealthReply("refused"), answers=(), beat=beat(90, 90, report=SelfReport(corrupt=Corruption(9, 9)))), "dead", "port_closed", True),
+    "an old file says corrupt": (api(process=CLOSED, first=HealthReply("refused"), answers=(), beat=beat(90, 90, report=SelfReport(corrupt=Corruption(9, 9)))), "dead", "port_closed", True),
     "reference differs": (api(first=says(corrupt=Corruption(reference="differs", reference_detail="argmax"))), "degraded", "reference_differs", False),
     "the card fell off the bus, by its event": (api(first=NO_HTTP, answers=SILENT, last=NO_HTTP, beat=beat(report=SelfReport(card_events=(CardEvent("xid", 79),)))), "hardware", "hardware_fault", False),
     "fatal event but it answers": (api(first=says(card_events=(CardEvent("xid", 79),))), "degraded", "hardware_warns", False),
@@ -131,6 +141,12 @@ CASES = {
     "refused as a mistake": (api(answers=(Answer("text", "rejected", 1, 400, detail="bad"),), last=IDLE), "broken", "text_rejected", False),
     "wrong key": (api(answers=(Answer("text", "rejected", 1, 401),), last=IDLE), "broken", "key_refused", False),
     "draining": (api(first=HealthReply("answered", 0, 503, "draining"), answers=()), "degraded", "draining", False),
+    "draining a moment": (api(first=HealthReply("answered", 0, 503, "draining"), answers=(), draining_s=69.0), "degraded", "draining", False),
+    "draining for ever": (api(first=HealthReply("answered", 0, 503, "draining"), answers=(), draining_s=71.0), "broken", "drains_without_end", True),
+    "one user fails at own schemas": (api(first=says(failed_callers={"grammar": 1}), traffic=Traffic(90, {"grammar": 20}, 60.0, 20, 9)), "healthy", "answers_right", False),
+    "one user fails mostly at own schemas": (api(first=says(failed_callers={"grammar": 1}), traffic=Traffic(20, {"grammar": 20}, 60.0, 20, 9)), "degraded", "users_fail", False),
+    "several users pass their deadlines": (api(first=says(failed_callers={"deadline": 2}), traffic=Traffic(90, {"deadline": 20}, 60.0, 20, 9)), "degraded", "users_fail", False),
+    "one user meets errors of the engine": (api(first=says(failed_callers={"engine": 1}), traffic=Traffic(90, {"engine": 20}, 60.0, 20, 3)), "broken", "users_fail", True),
     "fatal GPU error": (api(first=NO_HTTP, answers=SILENT, last=NO_HTTP, hardware=("GPU 0: XID 79",)), "hardware", "hardware_fault", False),
     "GPU error but it answers": (api(hardware=("GPU 0: XID 79",)), "degraded", "hardware_warns", False),
     "uninterruptible": (api(process=replace(RUNS, state="stuck"), first=NO_HTTP, answers=SILENT, last=NO_HTTP), "hardware", "hardware_fault", False),
@@ -215,6 +231,8 @@ PAGES = {
     "websocket refused": ({"websocket": PageReply("answered", 0, 403, "HTTP 403 instead of 101")}, "broken", True),
     "token refused": ({"websocket": PageReply("answered", 0, 403), "token": PageReply("answered", 0, 401)}, "broken", False),
     "websocket refused, token right": ({"websocket": PageReply("answered", 0, 403), "token": PageReply("answered", 0, 200)}, "broken", True),
+    "open to everybody": ({"tokenless": PageReply("answered", 0, 200)}, "degraded", False),
+    "closed without its token": ({"tokenless": PageReply("answered", 0, 401)}, "healthy", False),
     "front broken": ({"front": PageReply("answered", 0, 502)}, "degraded", False),
     "silent": ({"health": PageReply("silent")}, "zombie", True),
     "gone": ({"process": Process("gone", 5)}, "dead", True),

@@ -250,3 +250,21 @@ def test_a_process_that_lacks_the_processor_is_distinguished_from_one_that_sleep
             process.communicate()
 
     assert shares[0] > preflight.STARVED > shares[1]
+
+
+@pytest.mark.parametrize(
+    ("files", "membership", "frozen_by"),
+    [
+        ({"freezer/freezer.state": "THAWED", "freezer/x/freezer.state": "FROZEN"}, "6:freezer:/x", "freezer/x/freezer.state"),
+        ({"freezer/freezer.state": "THAWED", "freezer/x/freezer.state": "THAWED"}, "6:freezer:/x", None),
+        ({"cgroup.controllers": "", "x/cgroup.events": "populated 1\nfrozen 1"}, "0::/x", "x/cgroup.events"),
+        ({"cgroup.controllers": "", "x/cgroup.events": "populated 1\nfrozen 0"}, "0::/x", None),
+        ({"freezer/tasks": ""}, "6:freezer:/x", None),
+    ],
+)  # fmt: skip
+def test_a_frozen_group_is_named(tree, files, membership, frozen_by):
+    made = tree(files, membership)
+
+    found = cgroup.frozen_by(**made)
+
+    assert found == (made["root"] / frozen_by if frozen_by else None)

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from ports import free_port
 
+from monitor.judge.evidence import HealthReply, Identity, SelfReport
+from monitor.observe import observe, processes
 from monitor.observe.process_search import MARK, find_record, search
 from monitor.observe.processes import ProcessRecord, boot_id, id_of, read_record, read_stat, record_path, write_record
 
@@ -116,6 +118,21 @@ def test_nothing_else_is_taken_for_ours(folder, serve, tmp_path, monkeypatch):
     assert search("api", other / "logs", port, other) == []
 
 
+def test_a_pid_file_that_names_another_process_of_the_folder_gives_way(folder, serve):
+    """As where the pid files of both parts were exchanged."""
+    port = free_port()
+    process = serve(folder, port)
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], cwd=folder)
+    write_record(folder / "logs", "api", ProcessRecord(other.pid, read_stat(other.pid).start_time, port, boot_id(), str(folder)))
+
+    try:
+        assert find_record(folder / "logs", "api", port, folder).pid == process.pid
+        assert read_record(folder / "logs", "api", folder).pid == process.pid
+    finally:
+        other.kill()
+        other.wait()
+
+
 def test_without_a_process_the_pid_file_is_what_it_was(folder):
     gone = ProcessRecord(4_000_000, 1, 8080, boot_id(), str(folder))
     write_record(folder / "logs", "api", gone)
@@ -164,3 +181,15 @@ def test_a_copy_in_the_place_of_the_original_does_not_take_its_process(folder, s
 
     assert read_record(folder / "logs", "api", folder) is None
     assert read_record(moved / "logs", "api", moved) == recorded
+
+
+def test_a_process_of_another_copy_that_answers_is_not_ours(folder, serve, tmp_path, monkeypatch):
+    process = serve(folder, free_port())
+    one = Identity(process.pid, read_stat(process.pid).start_time, boot_id())
+
+    monkeypatch.setattr(processes, "ROOT", folder)
+    assert observe._other(HealthReply("answered", report=SelfReport(one)), None) == ""
+    monkeypatch.setattr(processes, "ROOT", make_project(tmp_path / "copy"))
+    assert observe._other(HealthReply("answered", report=SelfReport(one)), None) == f"process {process.pid}"
+    elsewhere = HealthReply("answered", report=SelfReport(Identity(process.pid, 1, boot_id())))
+    assert observe._other(elsewhere, None) == "", "the pid of another pid namespace says nothing"

@@ -74,6 +74,14 @@ def test_uptime_counts_only_conclusive_checks(tmp_path: Path) -> None:
     assert found.coverage == pytest.approx(1, abs=0.02)
 
 
+def test_checks_that_follow_each_other_faster_than_the_period_see_no_more_time() -> None:
+    row = {"start": NOW - 3600, "words": {"api": {"healthy": 30}}, "sums": {"seen_s": [90.0, 30, 3.0]}}
+
+    found = check_history.uptime([row], "api", 3600, DAY_S, NOW)
+
+    assert (found.seen_s, found.coverage) == (90.0, 90.0 / DAY_S)
+
+
 def test_time_without_checks_lowers_the_coverage_and_not_the_uptime(tmp_path: Path) -> None:
     history = past(tmp_path, lambda age: HEALTHY if age < 6 * 3600 else None, hours=12)
 

@@ -13,8 +13,9 @@ import pytest
 from fake_model import END, fake_model
 from tokenizers import Tokenizer
 
+from api.engine.text.bindable_schema import GrammarError
 from api.engine.text.grammar import GrammarCompiler, MatcherGrammar
-from api.engine.text.grammar_text import AnswerForm, CallableTool, GrammarError
+from api.engine.text.grammar_text import AnswerForm, CallableTool
 from api.engine.text.tokenizer import Vocabulary
 
 SHAPES = Path(__file__).resolve().parents[4] / "models" / "shapes" / "tokenizer.json"
@@ -65,7 +66,7 @@ ASKED = AnswerForm(tools=(COUNT, LOOK), must_call=True)
 GOOD: list[tuple[AnswerForm, str]] = [
     (AnswerForm(PERSON), '{"name": "Ann", "age": 7}'),
     (AnswerForm(PERSON), '\n{"name":"<b>","age":7}'),
-    (AnswerForm(PERSON), '\n<think>a {b} "c" < d</think>\n{\n  "name": "Ann",\n  "age": 7\n}'),
+    (AnswerForm(PERSON), '\n<think>a {b} "c" < d</think>\n{"name":"Ann", "age": 7}'),
     (AnswerForm(PERSON), '<think></think>\n{"name": "", "age": -1}'),
     (AnswerForm(PERSON, starts_thinking=True), 'so</think>\n{"name": "Ann", "age": 7}'),
     (AnswerForm(PERSON, may_think=False), '\n{"name": "Ann", "age": 7}'),
@@ -150,18 +151,103 @@ def test_a_rejected_token_fails_the_grammar_and_leaves_only_end_tokens(compiler,
     }
 
 
-def test_a_schema_that_nothing_satisfies_fails_in_plain_words(compiler, vocabulary) -> None:
-    endless = {"$ref": "#/$defs/x", "$defs": {"x": {"$ref": "#/$defs/x"}}}
-    inner = {"type": "object", "properties": {"a": endless}, "required": ["a"], "$defs": endless["$defs"]}
-    grammar = compiler.compile(AnswerForm(schema=inner, may_think=False))
-    [newline] = vocabulary.encode("\n")
-    for token in vocabulary.encode('{"a":'):
-        grammar.accept(token)
-    for _ in range(40):  # white space is allowed before the JSON, but not without end
-        if allows(grammar, newline):
-            grammar.accept(newline)
+@pytest.mark.parametrize("place", ["top", "property", "items", "chain"])
+def test_a_reference_to_itself_alone_is_refused_wherever_it_is(place: str, compiler) -> None:
+    definitions = {"x": {"$ref": "#/$defs/y"}, "y": {"$ref": "#/$defs/x" if place == "chain" else "#/$defs/y"}}
+    endless = {"$ref": "#/$defs/x"}
+    schema = {"property": {"type": "object", "properties": {"a": endless}, "required": ["a"]},
+              "items": {"type": "array", "items": endless, "minItems": 1}}.get(place, endless)  # fmt: skip
 
-    assert grammar.failed == "no text can satisfy the schema from here on"
+    with pytest.raises(GrammarError, match="no text can satisfy"):
+        compiler.compile(AnswerForm(schema={**schema, "$defs": definitions}, may_think=False))
+
+
+def test_a_reference_that_comes_back_through_a_value_is_no_circle(compiler, vocabulary) -> None:
+    tree = {"type": "object", "properties": {"inner": {"$ref": "#"}}, "additionalProperties": False}
+
+    assert takes(compiler, vocabulary, AnswerForm(tree), '{"inner":{"inner": {}}}')
+
+
+@pytest.mark.parametrize(
+    "text", ['{ "a": 1}', '{"a":  1}', '{"a" : 1}', '{"a": 1 }', '{"a":\n1}', '{"a": [1,  2]}', '{"a": [ 1]}', '\n\n\n{"a": 1}']
+)
+def test_white_space_in_json_is_one_space_after_a_comma_or_a_colon(text: str, compiler, vocabulary) -> None:
+    form = AnswerForm({"type": "object"}, may_think=False)
+
+    assert not takes(compiler, vocabulary, form, text)
+    assert takes(compiler, vocabulary, form, '{"a": [1, 2,3]}')
+
+
+def test_the_fraction_of_a_second_is_bounded(compiler, vocabulary) -> None:
+    form = AnswerForm({"type": "string", "format": "date-time"})
+
+    assert takes(compiler, vocabulary, form, '"2026-01-31T23:59:59.123456789Z"')
+    assert takes(compiler, vocabulary, form, '"2026-01-31T23:59:59+08:00"')
+    assert not takes(compiler, vocabulary, form, '"2026-01-31T23:59:59.1234567890Z"')
+    assert not takes(compiler, vocabulary, form, '"2026-13-31T23:59:59Z"')
+
+
+UNBOUND = {
+    "a set": ({"type": "array", "items": {"type": "integer"}, "uniqueItems": True}, "[1, 1]"),
+    "names": ({"type": "object", "propertyNames": {"pattern": "^a"}, "additionalProperties": {"type": "integer"}}, '{"b": 1}'),
+    "lookahead": ({"type": "string", "pattern": "^(?!-)[a-z]+$"}, '"-"'),
+    "unknown format": ({"type": "string", "format": "made-up"}, '"x"'),
+    "zod's email": ({"type": "string", "format": "email", "pattern": "^(?!\\.)[a-z.]+@[a-z.]+$"}, '"a@b.cd"'),
+    "decimal": ({"anyOf": [{"type": "number"}, {"type": "string", "pattern": "^(?!^[-+.]*$)[+-]?0*\\d*$"}]}, '"12"'),
+    "not": ({"type": "string", "not": {"const": "a"}}, '"a"'),
+    "one of": ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "1"),
+    "if": ({"type": "object", "if": {"required": ["a"]}, "then": {"required": ["b"]}}, '{"a": 1}'),
+}
+
+
+@pytest.mark.parametrize("name", UNBOUND)
+def test_what_cannot_be_bound_is_left_free_unless_strict(name: str, compiler, vocabulary) -> None:
+    schema, text = UNBOUND[name]
+
+    assert compiler.compile(AnswerForm(schema)).relaxed
+    assert takes(compiler, vocabulary, AnswerForm(schema), text)
+    with pytest.raises(GrammarError):
+        compiler.compile(AnswerForm(schema, strict=True))
+    assert not compiler.compile(AnswerForm(PERSON)).relaxed
+
+
+def test_what_can_be_bound_stays_bound_beside_what_cannot(compiler, vocabulary) -> None:
+    form = AnswerForm({"type": "array", "items": {"type": "integer"}, "uniqueItems": True, "maxItems": 2})
+
+    assert not takes(compiler, vocabulary, form, '["a"]') and not takes(compiler, vocabulary, form, "[1, 2, 3]")
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_arguments_of_a_call_are_relaxed_alike(strict: bool, compiler, vocabulary) -> None:
+    parameters = {"type": "object", "properties": {"a": UNBOUND["a set"][0]}, "required": ["a"]}
+    form = AnswerForm(tools=(CallableTool("f", parameters, strict),), must_call=True)
+    if strict:
+        with pytest.raises(GrammarError):
+            compiler.compile(form)
+    else:
+        text = "<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>[1, 1]</arg_value>\n</tool_call>"
+        assert takes(compiler, vocabulary, form, text)
+
+
+TEXTS = [
+    (AnswerForm(regex="^a+/b$"), "aa/b", "ab"),
+    (AnswerForm(choice=("yes", 'n"o')), 'n"o', "n"),
+    (AnswerForm(grammar='root ::= "a" b*\nb ::= [0-9]'), "a12", "b"),
+    (AnswerForm(grammar='start: "a" NUMBER\nNUMBER: /[0-9]+/'), "a12", "b"),
+    (AnswerForm(regex="[0-9]{2}", tools=(LOOK,)), "12", "123"),
+]
+
+
+@pytest.mark.parametrize(("form", "good", "bad"), TEXTS)
+def test_text_of_a_given_form(form: AnswerForm, good: str, bad: str, compiler, vocabulary) -> None:
+    assert takes(compiler, vocabulary, form, good) and not takes(compiler, vocabulary, form, bad)
+    assert takes(compiler, vocabulary, form, f"<think>hm</think>\n{good}")
+
+
+@pytest.mark.parametrize("form", [AnswerForm(regex="(?!a)b"), AnswerForm(regex="("), AnswerForm(grammar="???")])
+def test_text_of_no_form_is_refused(form: AnswerForm, compiler) -> None:
+    with pytest.raises(GrammarError):
+        compiler.compile(form)
 
 
 def wide(count: int) -> dict[str, Any]:
