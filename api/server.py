@@ -84,7 +84,9 @@ def main(arguments: list[str] | None = None) -> int:
         from api.engine.loading.loader import load as load_checkpoint
 
         if not settings.test_faults:
-            return load_checkpoint(config, progress)
+            model = load_checkpoint(config, progress)
+            process.freeze_objects()
+            return model
         faults = FaultInjection(settings.log_dir)
         faults.at_start(progress)
         return faults.wrap(load_checkpoint(config, progress))

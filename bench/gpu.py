@@ -27,10 +27,10 @@ from typing import Any
 import torch
 import transformers
 
+from api.engine import process
 from api.engine.config import EngineConfig
 from api.engine.cuda.device import CudaDevice
 from api.engine.cuda.operations import PATHS, CudaOperations
-from api.engine.cuda.product_trial import try_products
 from api.engine.cuda.runner import CudaRunner
 from api.engine.cuda.self_test import prove
 from api.engine.cuda.shape import shape_of
@@ -173,6 +173,7 @@ def serving(bench: Bench, recipe: Weights, slots: int = 64) -> Iterator[Client]:
             raise RuntimeError(f"only these graphs were captured in 20 s: {runner.graphs.captured}")
         time.sleep(0.05)
     graphs = {"graphs": str(runner.graphs.off or [f"{size.kind} {size.rows}" for size in runner.graphs.captured])} if isinstance(runner, CudaRunner) else {}
+    process.freeze_objects()
     size = sum(len(raw_bytes(tensor)) for _, tensor in weights_of(runner))
     bench.tell("model", recipe=recipe, **graphs, graphs_s=round(time.perf_counter() - began, 1), weights_gib=round(size / GIB, 2), built_s=round(built_s, 1), **peak(bench))
     try:
@@ -196,11 +197,7 @@ def runner_capacity(slots: int, chunk: int, tokens: int) -> Capacity:
 def operations(bench: Bench, recipe: Recipe) -> Any:
     if bench.dry:
         return TorchOperations(PAGE_TOKENS, recipe)
-    chosen = CudaOperations(PAGE_TOKENS, torch.cuda.get_device_capability(), recipe)
-    began = time.perf_counter()
-    found = try_products(chosen, shape_of(bench.config(), PAGE_TOKENS), bench.device, torch.bfloat16)
-    bench.tell("products", recipe=recipe.name, found=found, seconds=round(time.perf_counter() - began, 1))
-    return chosen
+    return CudaOperations(PAGE_TOKENS, torch.cuda.get_device_capability(), recipe)
 
 
 def peak(bench: Bench) -> dict[str, float]:

@@ -23,7 +23,7 @@ if DRY:
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-from api.engine.cuda import attention, products, quantization, rotation, rows  # noqa: E402
+from api.engine.cuda import attention, quantization, rotation, rows  # noqa: E402
 from api.engine.cuda.operations import CudaOperations  # noqa: E402
 from api.engine.model.operations import AttentionMetadata, TorchOperations, _rotate_exact  # noqa: E402
 from api.engine.model.rotary import rotate  # noqa: E402
@@ -338,75 +338,6 @@ def float8() -> None:
         say(f"quantize_rows {us[0]:.1f} us, silu_mul_quantize {us[1]:.1f} us")
 
 
-SHAPES = (
-    {"qkv": (64, 96, False), "gate_up": (48, 40, True)}
-    if DRY
-    else {
-        "qkv": (4608, 4096, False),
-        "out": (4096, 4096, False),
-        "gate_up": (2 * 13696, 4096, True),
-        "down": (4096, 13696, False),
-        "head": (151552, 4096, False),
-    }
-)
-
-
-def few_rows() -> None:
-    """Products of few rows: cuBLAS against the kernel, and the kernel over float8 weights. GB/s of weights."""
-    plans = [products.ProductPlan()]
-    if "--sweep" in sys.argv:
-        plans += [
-            products.ProductPlan(*plan)
-            for plan in (
-                (16, 256, 4, 4),
-                (32, 128, 4, 4),
-                (16, 256, 2, 4),
-            )
-        ]
-    float8 = DRY or torch.cuda.get_device_capability() >= (8, 9)
-    for name, (features, depth, gated) in SHAPES.items():
-        copies = 1 if DRY else max(COLD_BYTES // (features * depth * 2), 1)
-        weights = [randn(features, depth) * depth**-0.5 for _ in range(copies)]
-        bias = randn(features)
-        eighths = [w.to(torch.float8_e4m3fn) for w in weights] if float8 else []
-        scales = torch.rand(features, device=DEVICE) + 0.5
-        for number in (3,) if DRY else (1, 16, 64):
-            x = randn(number, depth)
-
-            def plain(w: torch.Tensor, x: torch.Tensor = x, b: torch.Tensor = bias, g: bool = gated) -> torch.Tensor:
-                y = F.linear(x, w, b)
-                return rows.silu_mul(y) if g else y
-
-            report(
-                f"{name}, {number} rows", products.few_rows_product(x, weights[0], bias, None, gated), plain(weights[0])
-            )
-            line = speed("cuBLAS", weights[0], [lambda w=w, f=plain: f(w) for w in weights])
-            for plan in plans:
-                calls = [
-                    lambda w=w, x=x, b=bias, p=plan, g=gated: products.few_rows_product(x, w, b, None, g, plan=p)
-                    for w in weights
-                ]
-                line += speed(str(tuple(plan)), weights[0], calls)
-            if float8:
-                wide = (eighths[0].float() * scales[:, None]).to(DTYPE)
-                report("  float8", products.few_rows_product(x, eighths[0], bias, scales, gated), plain(wide), 0.02)
-            for plan in plans if float8 else ():
-                calls = [
-                    lambda w=w, x=x, b=bias, s=scales, p=plan, g=gated: products.few_rows_product(x, w, b, s, g, plan=p)
-                    for w in eighths
-                ]
-                line += speed(f"float8 {tuple(plan)}", eighths[0], calls)
-            say(line)
-
-
-def speed(name: str, weight: torch.Tensor, calls: list[Callable[[], Any]]) -> str:
-    try:
-        us = timed(*calls)
-    except Exception as error:
-        return f"\n        {name}: {str(error)[:80]}"
-    return f"\n        {name:24} {us:7.1f} us {weight.nbytes / max(us, 1e-9) / 1e3:5.0f} GB/s"
-
-
 def images() -> None:
     ours, theirs = CudaOperations(PAGE), TorchOperations(PAGE)
     for patches, frames in [(24, 1), (24, 2)] if DRY else [(1024, 1), (1024, 2), (4096, 1), (8192, 1)]:
@@ -462,7 +393,6 @@ SECTIONS = {
     "rows": norms_and_activation,
     "float8": float8,
     "images": images,
-    "few-rows": few_rows,
     "decode-speed": decode_speed,
     "prefill-speed": prefill_speed,
     "sweep": sweep,

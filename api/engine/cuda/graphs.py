@@ -61,9 +61,10 @@ class StepGraphs:
         """Record one more size; False if none is left."""
         if self.off is not None or not self._missing:
             return False
-        size = self._missing.pop(0)
+        size = self._missing[0]
         began = time.monotonic()
         self._replays[size] = self._device.capture(lambda: self._step(size))
+        self._missing.pop(0)
         logger.info("event=graph_captured kind=%s size=%d s=%.2f", *size, time.monotonic() - began)
         return bool(self._missing)
 

@@ -24,7 +24,6 @@ from torch.nn.attention.bias import causal_lower_right
 
 from api.engine.cuda.attention import DecodeScratch, decode_scratch, paged_decode, paged_prefill, plans_for
 from api.engine.cuda.linear import CudaFp8Linear, CudaLinear
-from api.engine.cuda.product_plans import ProductPlans
 from api.engine.cuda.rotation import rotate_image, rotate_store
 from api.engine.cuda.rows import add_norm, silu_mul
 from api.engine.model.linear import Linear, Role
@@ -47,11 +46,10 @@ class CudaOperations(TorchOperations):
 
     def __init__(self, page_tokens: int, capability: tuple[int, int] = (9, 0), recipe: Recipe = BF16) -> None:
         super().__init__(page_tokens, recipe)
-        self.plans = ProductPlans()  # filled by a trial on the device
         self._linears: dict[Format, Callable[..., Linear]] = {
             **LINEARS,
-            "plain": partial(CudaLinear, activate=self.activate, plans=self.plans),
-            "fp8": partial(CudaFp8Linear, plans=self.plans),
+            "plain": partial(CudaLinear, activate=self.activate),
+            "fp8": CudaFp8Linear,
         }  # fmt: skip
         self._plain: frozenset[Path] = frozenset()
         self._decode_plan, self._prefill_plan = plans_for(capability)

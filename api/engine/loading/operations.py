@@ -70,22 +70,18 @@ class OperationsChoice:
         """The kernels that are right on this very device. Imports Triton."""
         try:
             from api.engine.cuda.operations import CudaOperations
-            from api.engine.cuda.product_trial import try_products
             from api.engine.cuda.self_test import prove
         except ImportError as error:
             return without_compiled(error)
         device = torch.device(self._device)
         operations = CudaOperations(PAGE_TOKENS, torch.cuda.get_device_capability(device), self._recipe)
-        shape = shape_of(self._config, PAGE_TOKENS)
-        proofs = prove(operations, shape, device, self._dtype)
+        proofs = prove(operations, shape_of(self._config, PAGE_TOKENS), device, self._dtype)
         for proof in proofs:
             self.proofs[proof.path] = f"{'used' if proof.proven else 'off'}: {proof.reason}"
             level = logging.INFO if proof.proven else logging.WARNING
             logger.log(level, "event=proof path=%s used=%s reason=%s", proof.path, proof.proven, json.dumps(proof.reason))
         off = [proof.path for proof in proofs if not proof.proven]
         operations.use_plain(off)
-        self.proofs["products"] = try_products(operations, shape, device, self._dtype)
-        logger.info("event=proof path=products found=%s", json.dumps(self.proofs["products"]))
         reason = "each path was compared with plain torch on this device"
         return operations, Selection("triton", f"{reason}; off: {', '.join(off)}" if off else reason)
 

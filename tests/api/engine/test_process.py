@@ -67,3 +67,15 @@ server.main(["--host", "127.0.0.1"])
 
 def test_a_value_from_the_environment_takes_precedence() -> None:
     assert output_of("from api.engine import process\nprocess.configure()\nprobe()", GOMP_SPINCOUNT="7") == ["7 kept"]
+
+
+def test_frozen_objects_are_not_visited_by_the_garbage_collector() -> None:
+    code = """
+import gc
+from api.engine import process
+kept = [[number] for number in range(100_000)]
+process.freeze_objects()
+print(gc.get_freeze_count() > 100_000, len(gc.get_objects()) < 1_000)
+"""
+
+    assert output_of(code) == ["True True"]

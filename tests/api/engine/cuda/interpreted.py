@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import zlib
 from pathlib import Path
-from types import MethodType
 
 import pytest
 import torch
@@ -17,20 +16,15 @@ import torch.nn.functional as F
 from prompts import Steps, ask, draw_image, generate, request_for
 
 from api.engine.config import EngineConfig
-from api.engine.cuda import product_trial
 from api.engine.cuda.attention import DecodePlan, PrefillPlan, decode_scratch, paged_decode, paged_prefill
-from api.engine.cuda.linear import CudaLinear
 from api.engine.cuda.operations import PATHS, CudaOperations
-from api.engine.cuda.products import ProductPlan, few_rows_product
 from api.engine.cuda.quantization import quantize_rows, rescale, silu_mul_quantize
 from api.engine.cuda.rotation import rotate_image, rotate_store
 from api.engine.cuda.rows import add_norm, add_rms_norm, rms_norm, silu_mul
-from api.engine.cuda.shape import Shape
 from api.engine.loading.loader import load
 from api.engine.loading.operations import OperationsChoice
 from api.engine.loading.placement import Selection
 from api.engine.model.operations import AttentionMetadata, TorchOperations
-from api.engine.model.recipe import BF16, Recipe, make_recipe
 from api.engine.model.rotary import rotate
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "test_kernels.py runs these"
@@ -233,103 +227,6 @@ def test_rows_in_float8_are_as_exact_as_their_format(rows: int, size: int) -> No
         # hundred, just below a power of two.
         near = torch.isclose(values.float() * scales, exact.float(), rtol=0.126, atol=float(scales.min()) / 64)
         assert near.float().mean() > 0.9
-
-
-@pytest.mark.parametrize("dtype", KINDS[:2], ids=str)
-@pytest.mark.parametrize("rows", [1, 16, 17, 65])
-@pytest.mark.parametrize(("features", "depth"), [(6, 16), (34, 48), (64, 70)])
-@pytest.mark.parametrize(("gated", "biased"), [(False, False), (False, True), (True, False), (True, True)])
-def test_products_of_few_rows(
-    rows: int, features: int, depth: int, gated: bool, biased: bool, dtype: torch.dtype
-) -> None:
-    x, weight = randn(rows, depth, dtype=dtype), randn(features, depth, dtype=dtype) * depth**-0.5
-    bias = randn(features, dtype=dtype) if biased else None
-    wanted = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
-    if gated:
-        wanted = F.silu(wanted[:, : features // 2]) * wanted[:, features // 2 :]
-    out = poisoned(*wanted.shape, dtype=dtype)
-
-    assert few_rows_product(x, weight, bias, None, gated, out, ProductPlan(16, 32)) is out
-
-    close(out, wanted, 6)
-
-
-@pytest.mark.parametrize("gated", [False, True])
-def test_products_of_few_rows_with_float8_weights(gated: bool) -> None:
-    x, weight, scales = randn(3, 48), (4 * randn(36, 48)).to(torch.float8_e4m3fn), torch.rand(36)
-    bias = randn(36)
-    wanted = F.linear(x, weight.float() * scales[:, None], bias)
-    if gated:
-        wanted = F.silu(wanted[:, :18]) * wanted[:, 18:]
-
-    close(few_rows_product(x, weight, bias, scales, gated, plan=ProductPlan(16, 16)), wanted)
-
-
-def test_a_row_of_a_product_does_not_depend_on_the_others() -> None:
-    x, weight = randn(16, 96, dtype=torch.float16), randn(32, 96, dtype=torch.float16)
-
-    together = few_rows_product(x, weight, plan=ProductPlan(16, 32))
-
-    for row in range(16):
-        assert torch.equal(few_rows_product(x[row : row + 1], weight, plan=ProductPlan(16, 32))[0], together[row])
-
-
-def matrices_of_a_small_model(
-    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, kernel_s: float
-) -> tuple[CudaOperations, str]:
-    """Operations after a trial in which cuBLAS takes a second and the kernel `kernel_s`."""
-    shape = Shape(4, 2, 16, 64, 48, 2, 16, PAGE)
-    monkeypatch.setattr(product_trial, "COLD_BYTES", 1)
-    monkeypatch.setattr(product_trial, "ROWS", (16,))
-    monkeypatch.setattr(
-        product_trial, "_seconds", lambda calls, device: kernel_s if isinstance(calls[0].func, MethodType) else 1.0
-    )
-    operations = CudaOperations(PAGE, recipe=recipe)
-    return operations, product_trial.try_products(operations, shape, torch.device("cpu"), torch.float32)
-
-
-@pytest.mark.parametrize("recipe", ["bf16", "fp8"])
-def test_the_quicker_of_both_computes_few_rows(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    operations, found = matrices_of_a_small_model(make_recipe(recipe), monkeypatch, kernel_s=0.5)
-    linear = operations.linear(randn(96, 64), None, gated=True)
-    called = []
-    few_rows = linear.few_rows
-    monkeypatch.setattr(linear, "few_rows", lambda *args: called.append(args) or few_rows(*args))
-    x = randn(65, 64)
-
-    many = linear(x)
-    assert not called
-    few = linear(x[:16])
-
-    assert len(called) == 1 and found.count("500000 of 1000000 µs") == 4
-    # The interpreter cuts inputs off where they are rounded to float8.
-    assert (few - many[:16]).norm() < (1e-5 if recipe == "bf16" else 0.12) * few.norm()
-
-
-def test_a_slower_kernel_computes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    operations, found = matrices_of_a_small_model(BF16, monkeypatch, kernel_s=0.99)
-
-    assert operations.plans.plan(1, randn(96, 64)) is None and found.count("cuBLAS") == 4
-
-
-def test_a_wrong_kernel_computes_nothing_however_quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    def few_rows(self: CudaLinear, x: torch.Tensor, plan: ProductPlan) -> torch.Tensor:
-        return 1.01 * self(x)
-
-    monkeypatch.setattr(CudaLinear, "few_rows", few_rows)
-
-    operations, found = matrices_of_a_small_model(BF16, monkeypatch, kernel_s=0.1)
-
-    assert operations.plans.plan(1, randn(64, 64)) is None and found.count("cuBLAS") == 4
-
-
-def test_a_kernel_that_does_not_fit_the_device_computes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def few_rows(self: CudaLinear, x: torch.Tensor, plan: ProductPlan) -> torch.Tensor:
-        raise RuntimeError("out of resource: shared memory")
-
-    monkeypatch.setattr(CudaLinear, "few_rows", few_rows)
-
-    assert matrices_of_a_small_model(BF16, monkeypatch, kernel_s=0.1)[1].count("cuBLAS") == 4
 
 
 def test_a_row_of_zeros_stays_zero_in_float8() -> None:

@@ -114,7 +114,7 @@ def test_attention_compiles_ahead_and_fits_the_device(capability: int) -> None:
 
 @pytest.mark.parametrize("capability", SHARED)
 def test_work_on_rows_compiles_ahead(capability: int) -> None:
-    from api.engine.cuda import product_trial, products, quantization, rotation, rows
+    from api.engine.cuda import quantization, rotation, rows
 
     kind = number_format(capability)
     kernels = [
@@ -134,21 +134,7 @@ def test_work_on_rows_compiles_ahead(capability: int) -> None:
         ),
         compiled(rows._silu_mul, capability, 4, gate_up=kind, out=kind, inner="i32", BLOCK=1024),
     ]  # fmt: skip
-    if capability >= 80:
-        plan = product_trial.PLANS[0]
-        product = compiled(
-            products._product, capability, plan.warps, plan.stages, x=kind, weight=kind, bias=kind, scales=kind, out=kind,
-            rows="i32", width="i32", depth="i32", GATED=True, BIASED=False, SCALED=False, WHOLE=True, TILE=16,
-            FEATURES=plan.features, DEPTH=plan.depth,
-        )  # fmt: skip
-        assert re.search(r"cp\.async\.wait_group\s+[1-9]", product.asm["ptx"])
-        assert product.metadata.shared <= SHARED[capability]
     if capability >= 89:
-        kernels.append(compiled(
-            products._product, capability, 4, 4, x=kind, weight="*fp8e4nv", bias=kind, scales="*fp32", out=kind,
-            rows="i32", width="i32", depth="i32", GATED=False, BIASED=True, SCALED=True, WHOLE=True, TILE=64,
-            FEATURES=16, DEPTH=128,
-        ))  # fmt: skip
         for gated in (False, True):
             kernels += [
                 compiled(
