@@ -7,6 +7,7 @@ Engine thread only.
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from api.engine.cuda.faults import scope_of
 from api.engine.cuda.graphs import Size, StepGraphs, sizes_for
 from api.engine.cuda.sampling import choose_tokens, chosen_on_device, needs_no_host
 from api.engine.cuda.staging import FLOAT_FIELDS, TABLE_CHANGES, Staging
+from api.engine.cuda.step_test import prove_steps
 from api.engine.cuda.tables import DeviceTables
 from api.engine.cuda.vision_pace import VisionPace
 from api.engine.kv_cache import BlockTable, Node
@@ -80,6 +82,9 @@ class CudaRunner(Glm4vRunner):
         self._chunk_tokens = capacity.chunk_tokens
         self._queue = device
         self._vision_pace = VisionPace()
+        self.records = True  # whether recorded steps are used
+        self._samples = True  # whether tokens are sampled on the device
+        self.proofs: dict[str, str] = {}  # what `warm_up` has found
         super().__init__(source, capacity, context_tokens, operations)
         place = self._device
         self._padding_slot = self._rows
@@ -132,7 +137,7 @@ class CudaRunner(Glm4vRunner):
     def begin(self, sequence: Sequence) -> None:
         super().begin(sequence)
         slot, sampling = sequence.slot, sequence.request.sampling
-        on_device = needs_no_host(sampling)
+        on_device = self._samples and needs_no_host(sampling)
         self._parameters["temperature"][slot] = sampling.temperature if on_device else 0.0
         self._parameters["top_p"][slot] = sampling.top_p
         self._parameters["min_p"][slot] = sampling.min_p
@@ -148,7 +153,7 @@ class CudaRunner(Glm4vRunner):
         return self._launch(batch, 0)
 
     def launch_next(self, flight: Flight | Computed, sequences: tuple[Sequence, ...]) -> Flight | None:
-        if isinstance(flight, Computed) or not flight.recorded or not all(map(chosen_on_device, flight.sequences)):
+        if isinstance(flight, Computed) or not flight.recorded or not all(map(self._chosen_on_device, flight.sequences)):
             return None
         return self._launch(Batch(sequences), 1)
 
@@ -213,6 +218,8 @@ class CudaRunner(Glm4vRunner):
 
     def _size_of(self, batch: Batch) -> Size | None:
         """The recorded step for a batch."""
+        if not self.records:
+            return None
         if not batch.chunks:
             return self.graphs.find("decode", len(batch.decode))
         if len(batch.chunks) > self._chunks:
@@ -232,7 +239,7 @@ class CudaRunner(Glm4vRunner):
             SampledToken(0, finite=False) if token == NOT_FINITE else SampledToken(token) for token in tokens
         ]
         # Known only now: the token before may have brought a grammar into force, or forced the next one.
-        rows = [row for row, sequence in enumerate(flight.sequences) if _needs_logits(sequence)]
+        rows = [row for row, sequence in enumerate(flight.sequences) if self._needs_logits(sequence)]
         if rows:
             logits = flight.logits[[flight.rows[row] for row in rows]]
             theirs = self._sampler.sample(logits, [flight.sequences[row] for row in rows])
@@ -246,7 +253,8 @@ class CudaRunner(Glm4vRunner):
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Runs every kind of step over the spare page, and records the largest of each."""
+        """Runs every kind of step over the spare page, records the steps, and compares them with the same operations one
+        by one. What is not recorded here, for want of memory, is never recorded."""
         super().warm_up()
         self._measure_vision()
         sequence = self._warm_up_sequence()
@@ -255,8 +263,28 @@ class CudaRunner(Glm4vRunner):
         sequence.append(0)
         sequence.computed = 7
         self.collect(self.launch(Batch((sequence,))))
-        for _ in range(3):
-            self.prepare_next()
+        while self.prepare_next():
+            pass
+        self._prove()
+
+    def _prove(self) -> None:
+        """Uses only what is right on this device."""
+        if self.graphs.off is None:
+            proof = prove_steps(self, self._rows, self._pages, self._page_tokens, self._decoder.vocabulary_size)
+            found = f"{proof.steps} sizes compared, the largest relative difference is {proof.difference:.4f}"
+            self.proofs["recorded steps"] = f"off: {proof.recorded}" if proof.recorded else f"used: {found}"
+            self.proofs["sampling"] = f"off: {proof.sampled}" if proof.sampled else f"used: {proof.tokens} tokens compared"
+            if proof.recorded:
+                self.graphs.switch_off(proof.recorded)
+            self._samples = proof.sampled is None
+        else:
+            self.proofs["recorded steps"] = f"off: {self.graphs.off}"
+        for name, found in self.proofs.items():
+            level = logging.WARNING if found.startswith("off") else logging.INFO
+            logger.log(level, "event=proof path=%s found=%s", json.dumps(name), json.dumps(found))
+
+    def sample_on_host(self, logits: torch.Tensor, sequences: tuple[Sequence, ...]) -> list[SampledToken]:
+        return self._sampler.sample(logits, sequences)
 
     def _measure_vision(self) -> None:
         """Encode images without content, a small and a larger one, until the pace is known."""
@@ -487,7 +515,9 @@ class CudaRunner(Glm4vRunner):
         self.begin(sequence)
         return sequence
 
+    def _needs_logits(self, sequence: Sequence) -> bool:
+        """Whether the host chooses the next token of a sequence, which still waits for it."""
+        return sequence.slot is not None and not self._chosen_on_device(sequence)
 
-def _needs_logits(sequence: Sequence) -> bool:
-    """Whether the host chooses the next token of a sequence, which still waits for it."""
-    return sequence.slot is not None and not chosen_on_device(sequence)
+    def _chosen_on_device(self, sequence: Sequence) -> bool:
+        return self._samples and chosen_on_device(sequence)

@@ -283,7 +283,9 @@ def _runner(
     def make(operations: Operations, source: WeightSource) -> Glm4vRunner:
         # Without the attention of the kernels a step depends on masks, which recorded steps do not have.
         if weights.device.type == "cuda" and not operations.needs_masks:
-            return CudaRunner(source, capacity, context_tokens, operations, CudaDevice())
+            runner = CudaRunner(source, capacity, context_tokens, operations, CudaDevice())
+            runner.proofs = choice.proofs  # one record for `GET /info`
+            return runner
         return Glm4vRunner(source, capacity, context_tokens, operations)
 
     operations, kernels = choice.choose()
