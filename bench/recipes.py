@@ -152,13 +152,13 @@ def request_for(model: Model, trial: Trial, image_id: int) -> Request:
 
 def report(scores: dict[str, dict[str, list[float]]], markdown: bool) -> None:
     families = [family for family in (*FLOORS, "json exact") if any(family in each for each in scores.values())]
-    between, edge = (" | ", "| ") if markdown else ("  ", "")
-    print(edge + between.join(["family".ljust(12), *scores]) + edge)
+    between, edge, end = (" | ", "| ", " |") if markdown else ("  ", "", "")
+    print(edge + between.join(["family".ljust(12), *scores]) + end)
     if markdown:
         print("| --- " * (len(scores) + 1) + "|")
     for family in families:
         cells = [f"{100 * sum(each[family]) / len(each[family]):.1f}" for each in scores.values()]
-        print(edge + between.join([family.ljust(12), *cells]) + edge)
+        print(edge + between.join([family.ljust(12), *cells]) + end)
     print("Percent of exact answers; `where`: mean IoU of boxes; `json`: parses, `json exact`: every object right.")
 
 

@@ -23,7 +23,7 @@ from api.engine.process import release_freed_memory
 logger = logging.getLogger(__name__)
 
 
-BESIDE_BYTES = GIB  # what loading takes besides the weights as they are kept: a layer
+BESIDE_BYTES = 2 * GIB  # what loading takes besides the weights as they are kept: the largest matrix, and buffers
 
 
 class CheckpointIntegrity:

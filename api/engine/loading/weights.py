@@ -57,7 +57,9 @@ class Weights:
         if (file := packed.read()) is not None:
             try:
                 return self._replay(operations, make, file, progress), f"quantised before, in {packed.path}"
-            except Exception as error:  # damaged, or not enough memory: the checkpoint decides
+            except (MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # damaged: the checkpoint decides
                 packed.remove(f"{type(error).__name__}: {error}")
         return self._record(operations, make, packed, progress)
 
