@@ -229,7 +229,7 @@ def _body(raw: bytes, kind: str) -> dict[str, Any]:
     if kind.startswith("application/json") and text:
         return {"body": _decoded(text)}
     if kind.startswith("text/event-stream"):
-        return {"events": [_event(event) for event in text.split("\n\n") if event and not event.startswith(":")]}
+        return {"events": _joined([_event(event) for event in text.split("\n\n") if event and not event.startswith(":")])}
     return {"text": text}
 
 
@@ -240,6 +240,50 @@ def _event(text: str) -> list[Any]:
     assert names in (["data"], ["event", "data"]), text
     data = fields[-1][1]
     return [fields[0][1] if len(fields) == 2 else None, data if data == "[DONE]" else _decoded(data)]
+
+
+TEXTS = {"content", "reasoning_content", "reasoning"}
+
+
+def _joined(events: list[list[Any]]) -> list[list[Any]]:
+    """Neighbouring pieces of one text as one: how many tokens an event holds depends on how fast it was read."""
+    joined: list[list[Any]] = []
+    gone = 0
+    for name, data in events:
+        if joined and joined[-1][0] == name and _append(joined[-1][1], data):
+            gone += 1
+            continue
+        if isinstance(data, dict) and "sequence_number" in data:
+            data["sequence_number"] -= gone
+        joined.append([name, data])
+    return joined
+
+
+def _append(before: Any, data: Any) -> bool:
+    """Add the text of one event to that of the event before, if both hold nothing but text of one place."""
+    if not isinstance(before, dict) or not isinstance(data, dict) or before.keys() != data.keys():
+        return False
+    if str(data.get("type")).endswith(".delta"):
+        places = ("type", "output_index", "item_id", "content_index")
+        if isinstance(data["delta"], str) and all(before.get(place) == data.get(place) for place in places):
+            before["delta"] += data["delta"]
+            if data.get("logprobs"):
+                before["logprobs"] += data["logprobs"]
+            return True
+        return False
+    if data.get("object") != "chat.completion.chunk" or len(data["choices"]) != 1 or len(before["choices"]) != 1:
+        return False
+    first, second = before["choices"][0], data["choices"][0]
+    keys = second.get("delta", {}).keys()
+    if not keys or not keys <= TEXTS or keys != first["delta"].keys() or first["index"] != second["index"]:
+        return False
+    if second["finish_reason"] is not None or first["finish_reason"] is not None or bool(first["logprobs"]) != bool(second["logprobs"]):
+        return False
+    for key in keys:
+        first["delta"][key] += second["delta"][key]
+    if second["logprobs"]:
+        first["logprobs"]["content"] += second["logprobs"]["content"]
+    return True
 
 
 def _decoded(text: str) -> Any:
