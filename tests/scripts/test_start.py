@@ -61,7 +61,7 @@ def test_a_port_in_use_is_reported_with_its_owner_and_nothing_is_started(project
 
 @pytest.mark.parametrize(
     ("name", "value", "message"),
-    [("GLM_API_PROT", "1", "Did you mean GLM_API_PORT"), ("GLM_QUEUE_SIZE", "0", "GLM_QUEUE_SIZE")],
+    [("GLM_API_PROT", "1", "Did you mean GLM_API_PORT"), ("GLM_QUEUE_SIZE", "-1", "GLM_QUEUE_SIZE")],
 )
 def test_an_invalid_setting_is_reported_and_nothing_is_started(project, name, value, message):
     started = project.run("./start.sh", **{name: value})
