@@ -7,9 +7,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from api.engine.cuda.nf4 import MOST_ROWS, nf4_product
 from api.engine.cuda.quantization import quantize_rows, rescale
 from api.engine.cuda.rows import silu_mul
-from api.engine.model.quantized_linear import Fp8Linear
+from api.engine.model.quantized_linear import Fp8Linear, Nf4Linear, Parts
 
 
 class CudaLinear:
@@ -38,3 +39,25 @@ class CudaFp8Linear(Fp8Linear):
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         values, scales = quantize_rows(x.contiguous())
         return rescale(self.product(values, x.dtype), scales, self._scales, self._bias, self._gated, x.dtype)
+
+
+class CudaNf4Linear(Nf4Linear):
+    """bitsandbytes multiplies one row, and many; a kernel of this room those between, as long as `uses_kernel` says so."""
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        gated: bool = False,
+        parts: Parts | None = None,
+        activate: Callable[[torch.Tensor], torch.Tensor] = silu_mul,
+        uses_kernel: Callable[[], bool] = lambda: True,
+    ) -> None:
+        super().__init__(weight, bias, gated, parts)
+        self._activate, self._uses_kernel = activate, uses_kernel
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if not (1 < len(x) <= MOST_ROWS and x.itemsize == 2 and self._uses_kernel()):
+            return super().__call__(x)
+        y = nf4_product(x.contiguous(), self._values, self._scales, self.out_features, self._bias)
+        return self._activate(y) if self._gated else y

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from api.engine.cuda.attention import DecodeScratch, decode_scratch, paged_decode, paged_prefill, plans_for
-from api.engine.cuda.linear import CudaFp8Linear, CudaLinear
+from api.engine.cuda.linear import CudaFp8Linear, CudaLinear, CudaNf4Linear
 from api.engine.cuda.rotation import rotate_image, rotate_store
 from api.engine.cuda.rows import add_norm, silu_mul
 from api.engine.model.linear import Linear, Role
@@ -31,7 +31,7 @@ from api.engine.model.operations import AttentionMetadata, TorchOperations
 from api.engine.model.recipe import BF16, LINEARS, Format, Recipe
 
 # What may be computed by a kernel of this room or by plain torch.
-Path = Literal["decode", "prefill", "norms", "rotation", "activation", "image"]
+Path = Literal["decode", "prefill", "norms", "rotation", "activation", "image", "nf4"]
 PATHS: tuple[Path, ...] = get_args(Path)
 
 
@@ -50,6 +50,7 @@ class CudaOperations(TorchOperations):
             **LINEARS,
             "plain": partial(CudaLinear, activate=self.activate),
             "fp8": CudaFp8Linear,
+            "nf4": partial(CudaNf4Linear, activate=self.activate, uses_kernel=lambda: "nf4" not in self._plain),
         }  # fmt: skip
         self._plain: frozenset[Path] = frozenset()
         self._decode_plan, self._prefill_plan = plans_for(capability)

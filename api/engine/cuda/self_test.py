@@ -17,7 +17,9 @@ import torch
 
 from api.engine.cuda.operations import PATHS, CudaOperations, Path
 from api.engine.cuda.shape import Shape
+from api.engine.model.linear import Linear
 from api.engine.model.operations import AttentionMetadata, Operations, TorchOperations
+from api.engine.model.quantized_linear import NF4_BLOCK, Nf4Linear, bitsandbytes_ops
 
 # Relative errors of up to this much are rounding in bfloat16; above it, plain torch's own error decides.
 ROUNDING = 0.006
@@ -28,6 +30,7 @@ TIMED_RUNS = 9
 REPEATS = 20  # calls in one CUDA graph
 LENGTHS = (1, 15, 16, 17, 255, 256, 257, 1000)  # tokens of decoding sequences: around the borders of pages and tiles
 CHUNKS = ((0, 37), (16, 240), (219, 37), (220, 37), (700, 129))  # first token and rows of prompt chunks
+NF4_ROWS = (2, 17, 64, 16)
 EPS = 1e-5
 
 Case = Callable[[Operations, torch.dtype], torch.Tensor]
@@ -41,9 +44,9 @@ class Proof:
 
 
 def prove(fast: CudaOperations, shape: Shape, device: torch.device, dtype: torch.dtype) -> list[Proof]:
-    """One proof for each path. A lost device raises; everything else is a reason."""
+    """One proof for each path that the recipe needs. A lost device raises; everything else is a reason."""
     cases = _Cases(shape, device, dtype)
-    return [_prove(path, fast, cases) for path in PATHS]
+    return [_prove(path, fast, cases) for path in PATHS if path != "nf4" or fast.recipe.text == "nf4"]
 
 
 def _prove(path: Path, fast: CudaOperations, cases: _Cases) -> Proof:
@@ -83,6 +86,7 @@ class _Cases:
         return {
             "decode": self._decode, "prefill": self._prefill, "norms": self._norms,
             "rotation": self._rotation, "activation": self._activation, "image": self._image,
+            "nf4": self._nf4,
         }[path]()  # fmt: skip
 
     def _decode(self) -> Iterator[Case]:
@@ -166,6 +170,31 @@ class _Cases:
             return ops.attend_image(qkv.to(dtype), cos, sin, frames, heads)
 
         yield case
+
+    def _nf4(self) -> Iterator[Case]:
+        """Products of few rows: the last outputs of a matrix that is not much smaller than those of the model."""
+        depth = self.shape.hidden
+        weight = torch.randn(2 * depth, depth, dtype=self.dtype, device=self.device, generator=self._generator)
+        known = Nf4Linear(weight)
+        values, scales = (part.flatten() for part in known.parts)
+        compared = min(256, depth)
+        few = values[-compared * depth // 2 :], scales[-compared * depth // NF4_BLOCK :]
+        last = bitsandbytes_ops().dequantize_4bit(*few, NF4_BLOCK, "nf4", (compared, depth), torch.float32)
+        for rows in NF4_ROWS:
+            yield self._nf4_rows(rows, weight, known, last)
+
+    def _nf4_rows(self, rows: int, weight: torch.Tensor, known: Nf4Linear, last: torch.Tensor) -> Case:
+        x = self._random(rows, weight.shape[1])
+        linears: dict[Operations, Linear] = {}
+
+        def case(ops: Operations, dtype: torch.dtype) -> torch.Tensor:
+            if dtype == EXACT:
+                return x @ last.to(EXACT).t()
+            if ops not in linears:
+                linears[ops] = ops.linear(weight) if isinstance(ops, CudaOperations) else known
+            return linears[ops](x.to(dtype))[:, -len(last) :]
+
+        return case
 
     def _random(self, *size: int) -> torch.Tensor:
         """Values that every number format has exactly."""

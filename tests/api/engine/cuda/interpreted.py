@@ -17,6 +17,8 @@ from prompts import Steps, ask, draw_image, generate, request_for
 
 from api.engine.config import EngineConfig
 from api.engine.cuda.attention import DecodePlan, PrefillPlan, decode_scratch, paged_decode, paged_prefill
+from api.engine.cuda.linear import CudaNf4Linear
+from api.engine.cuda.nf4 import Nf4Plan, nf4_product
 from api.engine.cuda.operations import PATHS, CudaOperations
 from api.engine.cuda.quantization import quantize_rows, rescale, silu_mul_quantize
 from api.engine.cuda.rotation import rotate_image, rotate_store
@@ -25,6 +27,8 @@ from api.engine.loading.loader import load
 from api.engine.loading.operations import OperationsChoice
 from api.engine.loading.placement import Selection
 from api.engine.model.operations import AttentionMetadata, TorchOperations
+from api.engine.model.quantized_linear import NF4_BLOCK, Nf4Linear, bitsandbytes_ops
+from api.engine.model.recipe import make_recipe
 from api.engine.model.rotary import rotate
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "test_kernels.py runs these"
@@ -227,6 +231,62 @@ def test_rows_in_float8_are_as_exact_as_their_format(rows: int, size: int) -> No
         # hundred, just below a power of two.
         near = torch.isclose(values.float() * scales, exact.float(), rtol=0.126, atol=float(scales.min()) / 64)
         assert near.float().mean() > 0.9
+
+
+def packed(features: int, depth: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A matrix as bitsandbytes packs it, and what it unpacks: values, scales, float32 [features, depth]."""
+    ops = bitsandbytes_ops()
+    weight = randn(features, depth, dtype=torch.float16) * torch.logspace(-2, 1, features)[:, None].half()
+    values, scales = ops.quantize_4bit(weight, NF4_BLOCK, "nf4", torch.uint8)
+    return values, scales, ops.dequantize_4bit(values, scales, NF4_BLOCK, "nf4", (features, depth), torch.float32)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 16, 17, 64])
+@pytest.mark.parametrize(("features", "depth", "splits"), [(64, 64, 1), (48, 320, 1), (80, 320, 3), (70, 256, None)])
+def test_products_of_few_rows_in_nf4(features: int, depth: int, splits: int | None, rows: int, biased: bool) -> None:
+    values, scales, weight = packed(features, depth)
+    x, bias = randn(rows, depth, dtype=torch.float16), randn(features, dtype=torch.float16) if biased else None
+
+    found = nf4_product(x, values, scales, features, bias, Nf4Plan(32, splits=splits))
+
+    assert found.dtype == torch.float16
+    bias = torch.zeros(features) if bias is None else bias.float()
+    # The weights are multiplied as float16 has them.
+    sizes = F.linear(x.float().abs(), weight.abs(), bias.abs())
+    assert ((found - F.linear(x.float(), weight, bias)).abs() / sizes).max() < 1e-3
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_a_row_in_nf4_does_not_depend_on_the_others(splits: int) -> None:
+    values, scales, _ = packed(96, 320)
+    x, plan = randn(40, 320, dtype=torch.float16), Nf4Plan(32, splits=splits)
+
+    together = nf4_product(x, values, scales, 96, plan=plan)
+
+    for row in (0, 1, 17, 39):
+        assert torch.equal(nf4_product(x[row : row + 1], values, scales, 96, plan=plan)[0], together[row])
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_linear_in_nf4_multiplies_few_rows_by_the_kernel(gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    monkeypatch.setattr(
+        "api.engine.cuda.linear.nf4_product", lambda x, *args: called.append(len(x)) or nf4_product(x, *args)
+    )
+    operations = CudaOperations(PAGE, recipe=make_recipe("nf4"))
+    weight, bias = randn(64, 128, dtype=torch.float16), randn(64, dtype=torch.float16)
+    linear, plain = operations.linear(weight, bias, gated), Nf4Linear(weight, bias, gated)
+    assert isinstance(linear, CudaNf4Linear)
+
+    for rows in (1, 2, 64, 65):
+        x = randn(rows, 128, dtype=torch.float16)
+        found, wanted = linear(x), plain(x)
+        assert found.shape == wanted.shape and (found - wanted).norm() < 4e-3 * wanted.norm()
+    operations.use_plain(["nf4"])
+    linear(x[:2])
+
+    assert called == [2, 64]
 
 
 def test_a_row_of_zeros_stays_zero_in_float8() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from api.engine.cuda.operations import PATHS, CudaOperations
 from api.engine.cuda.self_test import prove
 from api.engine.cuda.shape import Shape
+from api.engine.model.recipe import make_recipe
 
 SHAPE = Shape(heads=8, kv_heads=2, head_dim=32, hidden=128, inner=256, image_heads=4, image_head_dim=32, page_tokens=16)
 CPU = torch.device("cpu")
@@ -17,7 +20,7 @@ class Right(CudaOperations):
     """Every path by plain torch, so that it runs without a card."""
 
     def __init__(self) -> None:
-        super().__init__(SHAPE.page_tokens)
+        super().__init__(SHAPE.page_tokens, recipe=make_recipe("nf4"))
         self.use_plain(PATHS)
 
 
@@ -25,13 +28,18 @@ def broken(path: str, how: str) -> CudaOperations:
     """Right operations but for one path."""
     ops = Right()
     name = {"decode": "attend_decode", "prefill": "attend_prefill", "norms": "add_norm", "rotation": "rotate_store",
-            "activation": "activate", "image": "attend_image"}[path]  # fmt: skip
+            "activation": "activate", "image": "attend_image", "nf4": "linear"}[path]  # fmt: skip
     right = getattr(ops, name)
 
     def wrong(*args: object, **kwargs: object) -> object:
         if how == "raises":
             raise RuntimeError("no kernel image is available for execution on the device")
         result = right(*args, **kwargs)
+        if path == "nf4":
+            return lambda x: spoilt(result(x))
+        return spoilt(result)
+
+    def spoilt(result: Any) -> Any:
         first = result[0] if isinstance(result, tuple) else result
         first.view(-1)[first.numel() // 2 :] *= float("nan") if how == "nan" else 1.05
         return result
@@ -55,3 +63,10 @@ def test_a_broken_path_is_switched_off_alone(path: str, how: str) -> None:
     assert not proofs[path].proven
     assert ("no kernel image" if how == "raises" else "relative error") in proofs[path].reason
     assert not any("error is" in proofs[other].reason for other in PATHS if other != path)
+
+
+def test_other_recipes_need_no_proof_for_nf4() -> None:
+    operations = CudaOperations(SHAPE.page_tokens)
+    operations.use_plain(PATHS)
+
+    assert [proof.path for proof in prove(operations, SHAPE, CPU, torch.bfloat16)] == [p for p in PATHS if p != "nf4"]

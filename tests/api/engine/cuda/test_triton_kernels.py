@@ -66,7 +66,7 @@ def compiled(kernel: Any, capability: int, warps: int, stages: int = 2, **argume
     aligned = {  # as tensors from torch are
         (place,): [["tt.divisibility", 16]]
         for place, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*") or name.endswith(("_row", "width", "depth"))
+        if signature[name].startswith("*") or name.endswith(("_row", "features", "depth", "row_bytes"))
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": warps, "num_stages": stages}
@@ -148,3 +148,25 @@ def test_work_on_rows_compiles_ahead(capability: int) -> None:
             ]  # fmt: skip
 
     assert all(kernel.asm["cubin"] for kernel in kernels)
+
+
+@pytest.mark.parametrize("capability", SHARED)
+def test_products_in_nf4_compile_ahead(capability: int) -> None:
+    from api.engine.cuda import nf4
+
+    kind, plan = number_format(capability), nf4.Nf4Plan()
+    for tile, parts in ((16, kind), (64, "*fp32")):
+        product = compiled(
+            nf4._product, capability, plan.warps, 1, x=kind, values="*u8", scales="*fp32", table="*i32", bias=kind,
+            parts=parts, rows="i32", features="i32", depth="i32", row_bytes="i32", blocks="i32", of_split="i32",
+            BIASED=parts == kind, TILE=tile, FEATURES=plan.features, BLOCK=nf4.BLOCK,
+        )  # fmt: skip
+        assert product.metadata.shared <= SHARED[capability]
+        assert "cp.async" not in product.asm["ptx"]  # which would gather the table's entries in shared memory
+        if capability >= 80:
+            assert ("wgmma.mma_async" if capability == 90 else "mma.sync") in product.asm["ptx"]
+    joined = compiled(
+        nf4._join, capability, 4, parts="*fp32", bias=kind, out=kind, rows="i32", features="i32", BIASED=True,
+        SPLITS=8, BLOCK=1024,
+    )  # fmt: skip
+    assert joined.asm["cubin"]
