@@ -23,9 +23,10 @@ if DRY:
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-from api.engine.cuda import attention, quantization, rotation, rows  # noqa: E402
+from api.engine.cuda import attention, nf4, quantization, rotation, rows  # noqa: E402
 from api.engine.cuda.operations import CudaOperations  # noqa: E402
 from api.engine.model.operations import AttentionMetadata, TorchOperations, _rotate_exact  # noqa: E402
+from api.engine.model.quantized_linear import bitsandbytes_ops  # noqa: E402
 from api.engine.model.rotary import rotate  # noqa: E402
 
 DEVICE = "cpu" if DRY else "cuda"
@@ -34,6 +35,17 @@ HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INNER, PAGE = (8, 2, 16, 96, 200, 16) if DRY 
 VISION_HEADS = 2 if DRY else 12
 TOTAL = HEADS + 2 * KV_HEADS
 TOLERANCE = 0.01  # relative error by norm of bfloat16 results
+MATRICES = (
+    {"qkv": (48, 128), "gate_up": (80, 64)}
+    if DRY
+    else {
+        "qkv": (4608, 4096),
+        "out": (4096, 4096),
+        "gate_up": (2 * 13696, 4096),
+        "down": (4096, 13696),
+        "head": (151552, 4096),
+    }
+)
 EDGES = [1, 15, 16, 17, 255, 256, 257]
 COLD_BYTES = 200 * 2**20  # more than an L2 cache holds
 failures: list[str] = []
@@ -316,26 +328,89 @@ def float8() -> None:
         say("no float8 on this device")
         return
     for number in (3,) if DRY else (1, 64, 512):
-        x, gate_up = randn(number, HIDDEN), randn(number, 2 * INNER)
-        gate, up = gate_up.chunk(2, -1)
-        for name, (values, scales), exact in (
-            ("quantize_rows", quantization.quantize_rows(x), x),
-            ("silu_mul_quantize", quantization.silu_mul_quantize(gate_up), F.silu(gate) * up),
-        ):
-            report(
-                f"{name}, {number} rows", values.float() * scales, exact, 0.1 if DRY else 0.05
-            )  # the interpreter cuts off
+        x = randn(number, HIDDEN)
+        values, scales = quantization.quantize_rows(x)
+        tolerance = 0.1 if DRY else 0.05  # the interpreter cuts off
+        report(f"quantize_rows, {number} rows", values.float() * scales, x, tolerance)
         product, row = torch.randn(number, 2 * INNER, device=DEVICE), scales
         column, bias = torch.rand(2 * INNER, device=DEVICE), randn(2 * INNER)
         exact = product * row * column + bias.float()
         report("rescale", quantization.rescale(product, row, column, bias, dtype=DTYPE), exact)
         gate, up = exact.chunk(2, -1)
         report("rescale gated", quantization.rescale(product, row, column, bias, True, DTYPE), F.silu(gate) * up)
-        us = (
+        fused = quantization.rescale_gated(product, row, column, bias, DTYPE)
+        report("rescale_gated", fused.values.float() * fused.scales, F.silu(gate) * up, tolerance)
+        norm, delta = randn(HIDDEN), randn(number, HIDDEN)
+        exact, fused = (add(x, delta, norm, norm, 1e-5)[1] for add in (rows.add_norm, rows.add_norm_float8))
+        report("add_norm_float8", fused.values.float() * fused.scales, exact, tolerance)
+        wide, scales = product.to(DTYPE), torch.rand(2 * INNER, device=DEVICE)
+        times = (
             timed(lambda a=x: quantization.quantize_rows(a)),
-            timed(lambda a=gate_up: quantization.silu_mul_quantize(a)),
+            timed(
+                lambda p=wide, r=row, s=scales: quantization.quantize_rows(
+                    quantization.rescale(p, r, s, None, True, DTYPE)
+                )
+            ),
+            timed(lambda p=wide, r=row, s=scales: quantization.rescale_gated(p, r, s, None, DTYPE)),
+            timed(lambda a=x, d=delta, n=norm: rows.add_norm(a, d, n, n, 1e-5)),
+            timed(lambda a=x, d=delta, n=norm: rows.add_norm_float8(a, d, n, n, 1e-5)),
         )
-        say(f"quantize_rows {us[0]:.1f} us, silu_mul_quantize {us[1]:.1f} us")
+        say(
+            "quantize_rows {:.1f} us; rescale and quantize {:.1f} us, in one {:.1f} us; "
+            "add_norm {:.1f} us, to float8 {:.1f} us".format(*times)
+        )
+
+
+def four_bits() -> None:
+    """Products in NF4: the kernel for few rows, bitsandbytes, and cuBLAS with weights in 16 bits. GB/s of weights."""
+    ops = bitsandbytes_ops()
+    others = ((128, 4), (128, 8), (32, 4), (64, 4, 2), (64, 4, 4)) if "--sweep" in sys.argv else ()
+    for name, (features, depth) in MATRICES.items():
+        weight = randn(features, depth)
+        values, scales = ops.quantize_4bit(weight, nf4.BLOCK, "nf4", torch.uint8)
+        copies = 1 if DRY else max(COLD_BYTES // values.nbytes, 1)
+        parts = [(values.clone(), scales.clone()) for _ in range(copies)]
+        few = min(features, 512)
+        last = values.flatten()[-few * depth // 2 :], scales[-few * depth // nf4.BLOCK :]
+        unpacked = ops.dequantize_4bit(*last, nf4.BLOCK, "nf4", (few, depth), torch.float32)
+        bias = randn(features)
+        for number in (2,) if DRY else (2, 4, 16, 64):
+            x = randn(number, depth)
+            exact = F.linear(x.float(), unpacked, bias[-few:].float())
+            line = ""
+            swept = name in ("out", "gate_up") and number in (2, 64)  # each plan is compiled for each tile of rows
+            plans = [nf4.Nf4Plan(), *(nf4.Nf4Plan(*other) for other in others if swept)]
+            for plan in plans:
+                try:
+                    found = nf4.nf4_product(x, values, scales, features, bias, plan)
+                except Exception as error:
+                    line += f"\n        {tuple(plan)}: {str(error)[:80]}"
+                    continue
+                if plan is plans[0]:
+                    report(f"{name} in NF4, {number} rows", found[:, -few:], exact)
+                    alone = nf4.nf4_product(x[:1].contiguous(), values, scales, features, bias, plan)
+                    same("  a row alone", alone[0], found[0])
+                elif not float((found[:, -few:] - exact).norm()) <= TOLERANCE * float(exact.norm()):
+                    report(f"{name} in NF4, {number} rows, {tuple(plan)}", found[:, -few:], exact)
+                calls = [
+                    lambda p=p, x=x, n=features, b=bias, plan=plan: nf4.nf4_product(x, *p, n, b, plan) for p in parts
+                ]
+                line += speed(str(tuple(plan)), values.nbytes + scales.nbytes, calls)
+            theirs = [
+                lambda p=p, x=x, s=(features, depth): ops.gemm_4bit(x, p[0], s, p[1], nf4.BLOCK, "nf4", None)
+                for p in parts
+            ]
+            line += speed("bitsandbytes", values.nbytes + scales.nbytes, theirs)
+            line += speed("cuBLAS", weight.nbytes, [lambda x=x, w=weight, b=bias: F.linear(x, w, b)])
+            say(line.strip("\n"))
+
+
+def speed(name: str, read: int, calls: list[Callable[[], Any]]) -> str:
+    try:
+        us = timed(*calls)
+    except Exception as error:
+        return f"\n        {name}: {str(error)[:80]}"
+    return f"\n        {name:20} {us:7.1f} us {read / max(us, 1e-9) / 1e3:5.0f} GB/s"
 
 
 def images() -> None:
@@ -392,6 +467,7 @@ SECTIONS = {
     "rotation": rotate_and_store,
     "rows": norms_and_activation,
     "float8": float8,
+    "nf4": four_bits,
     "images": images,
     "decode-speed": decode_speed,
     "prefill-speed": prefill_speed,

@@ -8,16 +8,19 @@ one that is slower on the card: times are those of CUDA graphs, as in decoding. 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from statistics import median
 
 import torch
 
 from api.engine.cuda.operations import PATHS, CudaOperations, Path
 from api.engine.cuda.shape import Shape
+from api.engine.model.linear import Linear
 from api.engine.model.operations import AttentionMetadata, Operations, TorchOperations
+from api.engine.model.quantized_linear import NF4_BLOCK, Nf4Linear, bitsandbytes_ops
+from api.engine.model.recipe import Format, Recipe
 
 # Relative errors of up to this much are rounding in bfloat16; above it, plain torch's own error decides.
 ROUNDING = 0.006
@@ -28,6 +31,8 @@ TIMED_RUNS = 9
 REPEATS = 20  # calls in one CUDA graph
 LENGTHS = (1, 15, 16, 17, 255, 256, 257, 1000)  # tokens of decoding sequences: around the borders of pages and tiles
 CHUNKS = ((0, 37), (16, 240), (219, 37), (220, 37), (700, 129))  # first token and rows of prompt chunks
+NEEDS_FORMAT: dict[Path, Format] = {"float8": "fp8", "nf4": "nf4"}  # of the text model; other paths are always needed
+NF4_ROWS = (2, 17, 64, 16)
 EPS = 1e-5
 
 Case = Callable[[Operations, torch.dtype], torch.Tensor]
@@ -40,10 +45,12 @@ class Proof:
     reason: str
 
 
-def prove(fast: CudaOperations, shape: Shape, device: torch.device, dtype: torch.dtype) -> list[Proof]:
-    """One proof for each path. A lost device raises; everything else is a reason."""
-    cases = _Cases(shape, device, dtype)
-    return [_prove(path, fast, cases) for path in PATHS]
+def prove(
+    fast: CudaOperations, shape: Shape, device: torch.device, dtype: torch.dtype, paths: Iterable[Path] = PATHS
+) -> list[Proof]:
+    """One proof for each of the paths that the recipe needs. A lost device raises; everything else is a reason."""
+    cases = _Cases(shape, device, dtype, fast.recipe)
+    return [_prove(path, fast, cases) for path in paths if NEEDS_FORMAT.get(path) in (None, fast.recipe.text)]
 
 
 def _prove(path: Path, fast: CudaOperations, cases: _Cases) -> Proof:
@@ -72,8 +79,8 @@ def _prove(path: Path, fast: CudaOperations, cases: _Cases) -> Proof:
 class _Cases:
     """Fixed random inputs for every path. A case computes them with given operations in a given number format."""
 
-    def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype) -> None:
-        self.shape, self.dtype, self.device = shape, dtype, device
+    def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype, recipe: Recipe) -> None:
+        self.shape, self.dtype, self.device, self._recipe = shape, dtype, device, recipe
         self._generator = torch.Generator(device).manual_seed(46)
         self._pages = -(-2 * max(LENGTHS) // shape.page_tokens)
         kv = self._random(self._pages * shape.page_tokens, 2 * shape.kv_heads, shape.head_dim)
@@ -83,6 +90,7 @@ class _Cases:
         return {
             "decode": self._decode, "prefill": self._prefill, "norms": self._norms,
             "rotation": self._rotation, "activation": self._activation, "image": self._image,
+            "float8": self._float8, "nf4": self._nf4,
         }[path]()  # fmt: skip
 
     def _decode(self) -> Iterator[Case]:
@@ -166,6 +174,56 @@ class _Cases:
             return ops.attend_image(qkv.to(dtype), cos, sin, frames, heads)
 
         yield case
+
+    def _float8(self) -> Iterator[Case]:
+        """Rows as long as those of the model, products with few outputs."""
+        hidden, inner, few, rows = self.shape.hidden, self.shape.inner, 64, 33
+        x, delta, narrow = self._random(rows, hidden), self._random(rows, hidden), self._random(rows, few)
+        first, second = (1 + 0.2 * self._random(hidden) for _ in range(2))
+        matrices = (self._random(few, hidden), self._random(2 * inner, few), self._random(few, inner))
+        after, gate_up, down = ((matrix * matrix.shape[1] ** -0.5).to(self.dtype) for matrix in matrices)
+
+        def linears(ops: Operations) -> tuple[Linear, Linear, Linear]:
+            make = ops.linear if isinstance(ops, CudaOperations) else partial(self._recipe.linear, "text")
+            return make(after, None, False), make(gate_up, None, True), make(down, None, False)
+
+        made = cache(linears)
+
+        def norm(ops: Operations, dtype: torch.dtype) -> torch.Tensor:
+            norms = first.to(dtype), second.to(dtype)
+            y, normed = ops.add_norm(x.to(dtype), delta.to(dtype), *norms, EPS, following=made(ops)[0])
+            return torch.cat([y, made(ops)[0](normed)], dim=1)
+
+        def mlp(ops: Operations, dtype: torch.dtype) -> torch.Tensor:
+            return ops.mlp(*made(ops)[1:], narrow.to(dtype))
+
+        yield norm
+        yield mlp
+
+    def _nf4(self) -> Iterator[Case]:
+        """Products of few rows: the last outputs of a matrix that is not much smaller than those of the model."""
+        depth = self.shape.hidden
+        weight = torch.randn(2 * depth, depth, dtype=self.dtype, device=self.device, generator=self._generator)
+        known = Nf4Linear(weight)
+        values, scales = (part.flatten() for part in known.parts)
+        compared = min(256, depth)
+        few = values[-compared * depth // 2 :], scales[-compared * depth // NF4_BLOCK :]
+        last = bitsandbytes_ops().dequantize_4bit(*few, NF4_BLOCK, "nf4", (compared, depth), torch.float32)
+        for rows in NF4_ROWS:
+            yield self._nf4_rows(rows, weight, known, last)
+
+    def _nf4_rows(self, rows: int, weight: torch.Tensor, known: Nf4Linear, last: torch.Tensor) -> Case:
+        x = self._random(rows, weight.shape[1])
+        linears: dict[Operations, Linear] = {}
+
+        def case(ops: Operations, dtype: torch.dtype) -> torch.Tensor:
+            if dtype == EXACT:
+                return x @ last.to(EXACT).t()
+            if ops not in linears:
+                linears[ops] = ops.linear(weight) if isinstance(ops, CudaOperations) else known
+            return linears[ops](x.to(dtype))[:, -len(last) :]
+
+        return case
 
     def _random(self, *size: int) -> torch.Tensor:
         """Values that every number format has exactly."""

@@ -17,15 +17,22 @@ from prompts import Steps, ask, draw_image, generate, request_for
 
 from api.engine.config import EngineConfig
 from api.engine.cuda.attention import DecodePlan, PrefillPlan, decode_scratch, paged_decode, paged_prefill
+from api.engine.cuda.linear import CudaNf4Linear
+from api.engine.cuda.nf4 import Nf4Plan, nf4_product
 from api.engine.cuda.operations import PATHS, CudaOperations
-from api.engine.cuda.quantization import quantize_rows, rescale, silu_mul_quantize
+from api.engine.cuda.quantization import quantize_rows, rescale, rescale_gated
 from api.engine.cuda.rotation import rotate_image, rotate_store
-from api.engine.cuda.rows import add_norm, add_rms_norm, rms_norm, silu_mul
+from api.engine.cuda.rows import add_norm, add_norm_float8, add_rms_norm, rms_norm, silu_mul
 from api.engine.loading.loader import load
 from api.engine.loading.operations import OperationsChoice
 from api.engine.loading.placement import Selection
+from api.engine.model.decoder import Observer
 from api.engine.model.operations import AttentionMetadata, TorchOperations
+from api.engine.model.quantized_linear import NF4_BLOCK, Nf4Linear, bitsandbytes_ops
+from api.engine.model.recipe import make_recipe
 from api.engine.model.rotary import rotate
+from api.engine.request import Request, SamplingParams
+from api.engine.sequence import make_sequence
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "test_kernels.py runs these"
 
@@ -217,16 +224,71 @@ def test_silu_mul(rows: int, inner: int, dtype: torch.dtype) -> None:
 def test_rows_in_float8_are_as_exact_as_their_format(rows: int, size: int) -> None:
     x = randn(rows, size, dtype=torch.float16) * torch.logspace(-2, 2, rows)[:, None].half()
     x[0, 0] = 0
-    gate_up = randn(rows, 2 * size, dtype=torch.float16)
-    gate, up = gate_up.chunk(2, -1)
 
-    for (values, scales), exact in ((quantize_rows(x), x), (silu_mul_quantize(gate_up), F.silu(gate) * up)):
-        assert values.dtype == torch.float8_e4m3fn and scales.shape == (rows, 1)
-        assert torch.allclose(values.float().abs().amax(1), torch.tensor(448.0))
-        # Three bits after the leading one: an eighth where the interpreter cuts off. It also halves one number in a
-        # hundred, just below a power of two.
-        near = torch.isclose(values.float() * scales, exact.float(), rtol=0.126, atol=float(scales.min()) / 64)
-        assert near.float().mean() > 0.9
+    values, scales = quantize_rows(x)
+
+    assert values.dtype == torch.float8_e4m3fn and scales.shape == (rows, 1)
+    assert torch.allclose(values.float().abs().amax(1), torch.tensor(448.0))
+    # Three bits after the leading one: an eighth where the interpreter cuts off. It also halves one number in a
+    # hundred, just below a power of two.
+    near = torch.isclose(values.float() * scales, x.float(), rtol=0.126, atol=float(scales.min()) / 64)
+    assert near.float().mean() > 0.9
+
+
+def packed(features: int, depth: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A matrix as bitsandbytes packs it, and what it unpacks: values, scales, float32 [features, depth]."""
+    ops = bitsandbytes_ops()
+    weight = randn(features, depth, dtype=torch.float16) * torch.logspace(-2, 1, features)[:, None].half()
+    values, scales = ops.quantize_4bit(weight, NF4_BLOCK, "nf4", torch.uint8)
+    return values, scales, ops.dequantize_4bit(values, scales, NF4_BLOCK, "nf4", (features, depth), torch.float32)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 16, 17, 64])
+@pytest.mark.parametrize(("features", "depth", "splits"), [(64, 64, 1), (48, 320, 1), (80, 320, 3), (70, 256, None)])
+def test_products_of_few_rows_in_nf4(features: int, depth: int, splits: int | None, rows: int, biased: bool) -> None:
+    values, scales, weight = packed(features, depth)
+    x, bias = randn(rows, depth, dtype=torch.float16), randn(features, dtype=torch.float16) if biased else None
+
+    found = nf4_product(x, values, scales, features, bias, Nf4Plan(32, splits=splits))
+
+    assert found.dtype == torch.float16
+    bias = torch.zeros(features) if bias is None else bias.float()
+    # The weights are multiplied as float16 has them.
+    sizes = F.linear(x.float().abs(), weight.abs(), bias.abs())
+    assert ((found - F.linear(x.float(), weight, bias)).abs() / sizes).max() < 1e-3
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_a_row_in_nf4_does_not_depend_on_the_others(splits: int) -> None:
+    values, scales, _ = packed(96, 320)
+    x, plan = randn(40, 320, dtype=torch.float16), Nf4Plan(32, splits=splits)
+
+    together = nf4_product(x, values, scales, 96, plan=plan)
+
+    for row in (0, 1, 17, 39):
+        assert torch.equal(nf4_product(x[row : row + 1], values, scales, 96, plan=plan)[0], together[row])
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_linear_in_nf4_multiplies_few_rows_by_the_kernel(gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    monkeypatch.setattr(
+        "api.engine.cuda.linear.nf4_product", lambda x, *args: called.append(len(x)) or nf4_product(x, *args)
+    )
+    operations = CudaOperations(PAGE, recipe=make_recipe("nf4"))
+    weight, bias = randn(64, 128, dtype=torch.float16), randn(64, dtype=torch.float16)
+    linear, plain = operations.linear(weight, bias, gated), Nf4Linear(weight, bias, gated)
+    assert isinstance(linear, CudaNf4Linear)
+
+    for rows in (1, 2, 64, 65):
+        x = randn(rows, 128, dtype=torch.float16)
+        found, wanted = linear(x), plain(x)
+        assert found.shape == wanted.shape and (found - wanted).norm() < 4e-3 * wanted.norm()
+    operations.use_plain(["nf4"])
+    linear(x[:2])
+
+    assert called == [2, 64]
 
 
 def test_a_row_of_zeros_stays_zero_in_float8() -> None:
@@ -246,6 +308,47 @@ def test_rescale(biased: bool, gated: bool) -> None:
     found = rescale(product, row, column, bias if biased else None, gated, torch.float16)
 
     close(found, exact, 4)
+
+
+@pytest.mark.parametrize("dtype", KINDS[:2], ids=str)
+@pytest.mark.parametrize("biased", [False, True])
+def test_rescaled_gates_in_float8_are_those_of_two_kernels(biased: bool, dtype: torch.dtype) -> None:
+    product, row, column = randn(3, 70), torch.rand(3, 1), torch.rand(70)
+    bias = randn(70, dtype=dtype) if biased else None
+
+    found = rescale_gated(product, row, column, bias, dtype)
+
+    values, scales = quantize_rows(rescale(product, row, column, bias, True, dtype))
+    assert found.dtype == dtype and torch.equal(found.scales, scales)
+    assert torch.equal(found.values.float(), values.float())
+
+
+@pytest.mark.parametrize("dtype", KINDS[:2], ids=str)
+@pytest.mark.parametrize(("rows", "size"), [(1, 16), (3, 33)])
+def test_normed_rows_in_float8_are_those_of_two_kernels(rows: int, size: int, dtype: torch.dtype) -> None:
+    x, delta, norm1, norm2 = (randn(*shape, dtype=dtype) for shape in ((rows, size), (rows, size), (size,), (size,)))
+
+    y, found = add_norm_float8(x, delta, norm1, norm2, EPS)
+
+    wanted_y, normed = add_norm(x, delta, norm1, norm2, EPS)
+    values, scales = quantize_rows(normed)
+    assert torch.equal(y, wanted_y) and torch.equal(found.scales, scales)
+    assert torch.equal(found.values.float(), values.float())
+
+
+def test_operations_hand_rows_in_float8_to_their_products() -> None:
+    operations = CudaOperations(PAGE, recipe=make_recipe("fp8"))
+    qkv, gate_up = operations.linear(randn(64, 32), randn(64)), operations.linear(randn(96, 32), None, gated=True)
+    down, x, delta, norm = operations.linear(randn(32, 48)), randn(3, 32), randn(3, 32), randn(32)
+
+    rows = operations.add_norm(x, delta, norm, norm, EPS, following=qkv)[1]
+    normed = operations.add_norm(x, delta, norm, norm, EPS)[1]
+    assert not isinstance(rows, torch.Tensor) and isinstance(normed, torch.Tensor)
+    assert torch.equal(qkv(rows), qkv(normed))
+    assert torch.equal(operations.mlp(gate_up, down, rows), down(gate_up(normed)))
+
+    operations.use_plain(["float8"])
+    assert isinstance(operations.add_norm(x, delta, norm, norm, EPS, following=qkv)[1], torch.Tensor)
 
 
 @pytest.mark.parametrize("plain", [(), ("decode",), ("prefill",), PATHS], ids=str)
@@ -298,3 +401,33 @@ def test_the_engine_answers_with_the_tokens_of_generate(tiny_checkpoint: Path, m
 
     assert answers == [generate(reference, model, request) for request in requests]
     assert len(set(answers[0] + answers[1])) > 1
+
+
+def test_layers_in_float8_are_the_same_when_they_are_observed(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "api.engine.cuda.operations.plans_for", lambda capability: (DecodePlan(splits=4), PrefillPlan(queries=32))
+    )
+    choice = CudaOperations(PAGE, recipe=make_recipe("fp8")), Selection("cuda", "a test")
+    monkeypatch.setattr(OperationsChoice, "choose", lambda self: choice)
+    config = EngineConfig(model=str(tiny_checkpoint), threads=1, device="cpu", slots=2, encoder_cache_bytes=2**26)
+    runner = load(config, lambda fraction: None).runner
+    quantized = []
+    monkeypatch.setattr(
+        "api.engine.cuda.linear.quantize_rows", lambda x: quantized.append(len(x)) or quantize_rows(x)
+    )
+    seen: dict[int, torch.Tensor] = {}
+
+    def answer(observe: Observer | None) -> torch.Tensor:
+        sequence = make_sequence(Request("a", tuple(range(5, 17)), SamplingParams(max_tokens=1)), lambda event: None, 1)
+        return runner.answer_alone(sequence, observe)
+
+    alone = answer(None)
+    unobserved, layers = len(quantized), runner.decoder.layers
+    observed = answer(lambda number, x, normed: seen.update({number: normed}))
+
+    assert torch.equal(alone, observed) and alone.isfinite().all()
+    # Attention's output in every layer, and the input of the first, or of each. The vocabulary does not fit float8.
+    assert unobserved == layers + 1 and len(quantized) - unobserved == 2 * layers
+    assert len(seen) == layers

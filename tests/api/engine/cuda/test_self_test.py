@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from api.engine.cuda.operations import PATHS, CudaOperations
 from api.engine.cuda.self_test import prove
 from api.engine.cuda.shape import Shape
+from api.engine.model.recipe import make_recipe
 
 SHAPE = Shape(heads=8, kv_heads=2, head_dim=32, hidden=128, inner=256, image_heads=4, image_head_dim=32, page_tokens=16)
 CPU = torch.device("cpu")
@@ -16,22 +19,27 @@ CPU = torch.device("cpu")
 class Right(CudaOperations):
     """Every path by plain torch, so that it runs without a card."""
 
-    def __init__(self) -> None:
-        super().__init__(SHAPE.page_tokens)
+    def __init__(self, recipe: str = "bf16") -> None:
+        super().__init__(SHAPE.page_tokens, recipe=make_recipe(recipe))
         self.use_plain(PATHS)
 
 
 def broken(path: str, how: str) -> CudaOperations:
     """Right operations but for one path."""
-    ops = Right()
+    ops = Right({"float8": "fp8", "nf4": "nf4"}.get(path, "bf16"))
     name = {"decode": "attend_decode", "prefill": "attend_prefill", "norms": "add_norm", "rotation": "rotate_store",
-            "activation": "activate", "image": "attend_image"}[path]  # fmt: skip
+            "activation": "activate", "image": "attend_image", "float8": "mlp", "nf4": "linear"}[path]  # fmt: skip
     right = getattr(ops, name)
 
     def wrong(*args: object, **kwargs: object) -> object:
         if how == "raises":
             raise RuntimeError("no kernel image is available for execution on the device")
         result = right(*args, **kwargs)
+        if path == "nf4":
+            return lambda x: spoilt(result(x))
+        return spoilt(result)
+
+    def spoilt(result: Any) -> Any:
         first = result[0] if isinstance(result, tuple) else result
         first.view(-1)[first.numel() // 2 :] *= float("nan") if how == "nan" else 1.05
         return result
@@ -40,10 +48,11 @@ def broken(path: str, how: str) -> CudaOperations:
     return ops
 
 
-def test_right_operations_are_proven() -> None:
-    proofs = prove(Right(), SHAPE, CPU, torch.bfloat16)
+@pytest.mark.parametrize(("recipe", "needless"), [("bf16", {"float8", "nf4"}), ("fp8", {"nf4"}), ("nf4", {"float8"})])
+def test_right_operations_are_proven(recipe: str, needless: set[str]) -> None:
+    proofs = prove(Right(recipe), SHAPE, CPU, torch.bfloat16)
 
-    assert [proof.path for proof in proofs] == list(PATHS)
+    assert [proof.path for proof in proofs] == [path for path in PATHS if path not in needless]
     assert all(proof.proven or "slower" in proof.reason for proof in proofs), proofs
 
 
@@ -54,4 +63,4 @@ def test_a_broken_path_is_switched_off_alone(path: str, how: str) -> None:
 
     assert not proofs[path].proven
     assert ("no kernel image" if how == "raises" else "relative error") in proofs[path].reason
-    assert not any("error is" in proofs[other].reason for other in PATHS if other != path)
+    assert not any("error is" in proofs[other].reason for other in proofs if other != path)
