@@ -14,7 +14,9 @@ import gc
 import json
 import platform
 import queue
+import shutil
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -26,6 +28,7 @@ from typing import Any
 
 import torch
 import transformers
+from PIL import Image, ImageDraw
 
 from api.engine import process
 from api.engine.config import EngineConfig
@@ -38,15 +41,17 @@ from api.engine.engine import Engine
 from api.engine.loaded_model import Capacity, LoadError, Model
 from api.engine.loading.card import pretended_card
 from api.engine.loading.families import shapes_of
+from api.engine.loading.loader import load
 from api.engine.loading.memory_plan import choose
 from api.engine.loading.memory_plan import shape_of as shape_of_model
+from api.engine.loading.progress import unseen
 from api.engine.model.operations import TorchOperations
 from api.engine.model.recipe import Recipe, Weights, make_recipe
 from api.engine.model.runner import Glm4vRunner
 from api.engine.model.weights import raw_bytes, weights_of
 from api.engine.request import Delta, Done, Event, Failed, ImageInput, Request, SamplingParams
 from api.engine.sequence import make_sequence
-from bench.random_model import WordSource, flash_config, image_of, random_model, small_config
+from bench.random_model import SHAPES, WordSource, flash_config, image_of, random_model, small_config
 
 GIB = 2**30
 PAGE_TOKENS = 16
@@ -416,9 +421,74 @@ def proof(bench: Bench) -> None:
         bench.tell("proof", recipe=recipe, seconds=round(time.perf_counter() - began, 1), paths=found)
 
 
+def loader(bench: Bench) -> None:
+    """A small checkpoint of the same family through the loader of the server, in every recipe, and once more from what
+    was kept; then the demo, whose heads the kernels do not compute. Each answers a question about a picture."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "small"
+        write_checkpoint(folder, small_config())
+        for weights in ("bf16", "fp8", "nf4", "fp8"):
+            told = load_and_ask(bench, EngineConfig(
+                model=str(folder), device=bench.device.type, dtype="bfloat16", weights=weights, slots=4,
+                check_reference=weights == "bf16", fingerprint_s=0,
+            ))  # fmt: skip
+            bench.tell("loader", weights=weights, **told)
+    for dtype in ("float32", "bfloat16"):
+        told = load_and_ask(bench, EngineConfig(
+            model=str(SHAPES), device=bench.device.type, dtype=dtype, weights="bf16", slots=4, fingerprint_s=0,
+        ))  # fmt: skip
+        bench.tell("loader", model="the demo", dtype=dtype, **told)
+
+
+def load_and_ask(bench: Bench, config: EngineConfig) -> dict[str, Any]:
+    began = time.perf_counter()
+    model = load(config, unseen)
+    loaded_s = time.perf_counter() - began
+    client = Client(model)
+    try:
+        picture = Image.new("RGB", (224, 224), "white")
+        ImageDraw.Draw(picture).ellipse((40, 40, 180, 180), fill=(220, 30, 30))
+        image = model.image_processor.process(picture)
+        content = [{"type": "image"}, {"type": "text", "text": "What color is the circle?"}]
+        rendered = model.template.render([{"role": "user", "content": content}], None, False)
+        image_id = model.vocabulary.special[model.image_token]
+        ids = [i for t in model.vocabulary.encode(rendered) for i in ([t] * image.tokens if t == image_id else [t])]
+        asked = Asked(client.engine, Request("picture", tuple(ids), SamplingParams(12), (image,)))
+        text = ""
+        while True:
+            _, event = asked.events.get(timeout=60)
+            if isinstance(event, Delta):
+                text += event.text
+            elif isinstance(event, Failed):
+                raise RuntimeError(event.message)
+            else:
+                break
+    finally:
+        client.stop()
+    facts = model.facts
+    reference = model.integrity.reference.detail if model.integrity else ""
+    return {
+        "loaded_s": round(loaded_s, 1), "runner": type(model.runner).__name__, "kernels": facts["kernels"],
+        "why": facts["choices"]["kernels"], "read": facts["choices"]["weights_read"], "kv_tokens": facts["kv_cache_tokens"],
+        "kv": facts["choices"].get("kv_cache"), "reference": reference, "proofs": dict(facts["proofs"]), "answer": text[:80],
+    }  # fmt: skip
+
+
+def write_checkpoint(folder: Path, config: Any) -> None:
+    """A random checkpoint with the demo's tokenizer, template and image processor."""
+    from transformers.models.glm4v import Glm4vForConditionalGeneration
+
+    torch.manual_seed(46)
+    Glm4vForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(folder)
+    for file in SHAPES.iterdir():
+        if file.suffix in (".json", ".jinja") and file.name not in ("config.json", "demo.json"):
+            shutil.copy(file, folder)
+
+
 SECTIONS: dict[str, Callable[[Bench], None]] = {
     "machine": machine,
     "proof": proof,
+    "loader": loader,
     "parity": parity,
     "bf16": served("bf16"),
     "fp8": served("fp8"),
