@@ -6,7 +6,8 @@
 
 Both may be captured in a CUDA graph: they launch a number of programs that depends on shapes alone, read lengths, block
 tables and slots on the device and allocate only what is not passed in. A kernel is compiled at its first call for a
-device and a number format, which must not happen during a capture: call once before.
+device and a number format, which must not happen during a capture: call once before. Numbers that vary from call to call
+are not specialised on, so nothing is compiled later: the others are strides of a model's tensors.
 
 `kv` is [tokens, 2 * kv_heads, head_dim], contiguous: a row holds the keys of all key heads, then the values. Token t of a
 sequence is row `block_table[t // page_tokens] * page_tokens + t % page_tokens`. Table entries beyond a sequence's last

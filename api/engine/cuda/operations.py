@@ -46,6 +46,8 @@ class CudaOperations(TorchOperations):
 
     def __init__(self, page_tokens: int, capability: tuple[int, int] = (9, 0), recipe: Recipe = BF16) -> None:
         super().__init__(page_tokens, recipe)
+        # cuDNN's attention prepares itself for every new size of a picture, for some tenths of a second, while users wait.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         self._linears: dict[Format, Callable[..., Linear]] = {
             **LINEARS,
             "plain": partial(CudaLinear, activate=self.activate),
