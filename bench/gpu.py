@@ -403,12 +403,15 @@ def timed(bench: Bench, work: Callable[[], Any], times: int) -> list[float]:
 def proof(bench: Bench) -> None:
     """The comparison of each fast path with plain torch that every start makes."""
     config = bench.config()
-    fast = CudaOperations(PAGE_TOKENS, (9, 0) if bench.dry else torch.cuda.get_device_capability())
-    if bench.dry:
-        fast.use_plain(PATHS)
-    began = time.perf_counter()
-    proofs = prove(fast, shape_of(config, PAGE_TOKENS), bench.device, torch.bfloat16)
-    bench.tell("proof", seconds=round(time.perf_counter() - began, 1), paths={p.path: f"{p.proven}: {p.reason}" for p in proofs})
+    for recipe, paths in (("bf16", PATHS), ("fp8", ("float8",)), ("nf4", ("nf4",))):
+        capability = (9, 0) if bench.dry else torch.cuda.get_device_capability()
+        fast = CudaOperations(PAGE_TOKENS, capability, make_recipe(recipe))
+        if bench.dry:
+            fast.use_plain(PATHS)
+        began = time.perf_counter()
+        proofs = prove(fast, shape_of(config, PAGE_TOKENS), bench.device, torch.bfloat16, paths)
+        found = {p.path: f"{p.proven}: {p.reason}" for p in proofs}
+        bench.tell("proof", recipe=recipe, seconds=round(time.perf_counter() - began, 1), paths=found)
 
 
 SECTIONS: dict[str, Callable[[Bench], None]] = {

@@ -343,11 +343,28 @@ def float8() -> None:
         report("rescale", quantization.rescale(product, row, column, bias, dtype=DTYPE), exact)
         gate, up = exact.chunk(2, -1)
         report("rescale gated", quantization.rescale(product, row, column, bias, True, DTYPE), F.silu(gate) * up)
-        us = (
+        fused = quantization.rescale_gated(product, row, column, bias, DTYPE)
+        report("rescale_gated", fused.values.float() * fused.scales, F.silu(gate) * up, 0.1 if DRY else 0.05)
+        norm, delta = randn(HIDDEN), randn(number, HIDDEN)
+        exact, fused = (add(x, delta, norm, norm, 1e-5)[1] for add in (rows.add_norm, rows.add_norm_float8))
+        report("add_norm_float8", fused.values.float() * fused.scales, exact, 0.1 if DRY else 0.05)
+        wide, scales = product.to(DTYPE), torch.rand(2 * INNER, device=DEVICE)
+        times = (
             timed(lambda a=x: quantization.quantize_rows(a)),
             timed(lambda a=gate_up: quantization.silu_mul_quantize(a)),
+            timed(
+                lambda p=wide, r=row, s=scales: quantization.quantize_rows(
+                    quantization.rescale(p, r, s, None, True, DTYPE)
+                )
+            ),
+            timed(lambda p=wide, r=row, s=scales: quantization.rescale_gated(p, r, s, None, DTYPE)),
+            timed(lambda a=x, d=delta, n=norm: rows.add_norm(a, d, n, n, 1e-5)),
+            timed(lambda a=x, d=delta, n=norm: rows.add_norm_float8(a, d, n, n, 1e-5)),
         )
-        say(f"quantize_rows {us[0]:.1f} us, silu_mul_quantize {us[1]:.1f} us")
+        say(
+            "quantize_rows {:.1f} us, silu_mul_quantize {:.1f} us; rescale and quantize {:.1f} us, in one {:.1f} us; "
+            "add_norm {:.1f} us, to float8 {:.1f} us".format(*times)
+        )
 
 
 def four_bits() -> None:

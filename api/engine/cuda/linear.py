@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from api.engine.cuda.nf4 import MOST_ROWS, nf4_product
-from api.engine.cuda.quantization import quantize_rows, rescale
+from api.engine.cuda.quantization import Float8Rows, quantize_rows, rescale, rescale_gated
 from api.engine.cuda.rows import silu_mul
 from api.engine.model.quantized_linear import Fp8Linear, Nf4Linear, Parts
 
@@ -34,11 +34,36 @@ class CudaLinear:
 
 
 class CudaFp8Linear(Fp8Linear):
-    """The arithmetic of Fp8Linear in three kernels: inputs to float8, the product, its scales, bias and activation."""
+    """The arithmetic of Fp8Linear in three kernels: inputs to float8, the product, its scales, bias and activation.
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        values, scales = quantize_rows(x.contiguous())
-        return rescale(self.product(values, x.dtype), scales, self._scales, self._bias, self._gated, x.dtype)
+    Inputs may already be in float8. Torch computes while `uses_kernels` says no."""
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        gated: bool = False,
+        parts: Parts | None = None,
+        uses_kernels: Callable[[], bool] = lambda: True,
+    ) -> None:
+        super().__init__(weight, bias, gated, parts)
+        self._uses_kernels = uses_kernels
+
+    def __call__(self, x: torch.Tensor | Float8Rows) -> torch.Tensor:
+        if isinstance(x, torch.Tensor) and not self._uses_kernels():
+            return super().__call__(x)
+        rows = _in_float8(x)
+        product = self.product(rows.values, rows.dtype)
+        return rescale(product, rows.scales, self._scales, self._bias, self._gated, rows.dtype)
+
+    def gated_float8(self, x: torch.Tensor | Float8Rows) -> Float8Rows:
+        """The gated result in float8, for a product that takes nothing else."""
+        rows = _in_float8(x)
+        return rescale_gated(self.product(rows.values, rows.dtype), rows.scales, self._scales, self._bias, rows.dtype)
+
+
+def _in_float8(x: torch.Tensor | Float8Rows) -> Float8Rows:
+    return Float8Rows(*quantize_rows(x.contiguous()), x.dtype) if isinstance(x, torch.Tensor) else x
 
 
 class CudaNf4Linear(Nf4Linear):

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, TypeGuard, get_args
 
 import torch
 import torch.nn.functional as F
@@ -25,13 +25,13 @@ from torch.nn.attention.bias import causal_lower_right
 from api.engine.cuda.attention import DecodeScratch, decode_scratch, paged_decode, paged_prefill, plans_for
 from api.engine.cuda.linear import CudaFp8Linear, CudaLinear, CudaNf4Linear
 from api.engine.cuda.rotation import rotate_image, rotate_store
-from api.engine.cuda.rows import add_norm, silu_mul
+from api.engine.cuda.rows import add_norm, add_norm_float8, silu_mul
 from api.engine.model.linear import Linear, Role
 from api.engine.model.operations import AttentionMetadata, TorchOperations
 from api.engine.model.recipe import BF16, LINEARS, Format, Recipe
 
 # What may be computed by a kernel of this room or by plain torch.
-Path = Literal["decode", "prefill", "norms", "rotation", "activation", "image", "nf4"]
+Path = Literal["decode", "prefill", "norms", "rotation", "activation", "image", "float8", "nf4"]
 PATHS: tuple[Path, ...] = get_args(Path)
 
 
@@ -46,12 +46,12 @@ class CudaOperations(TorchOperations):
 
     def __init__(self, page_tokens: int, capability: tuple[int, int] = (9, 0), recipe: Recipe = BF16) -> None:
         super().__init__(page_tokens, recipe)
-        # cuDNN's attention prepares itself for every new size of a picture, for some tenths of a second, while users wait.
+        # cuDNN's attention builds a plan for every new size of a picture, while users wait.
         torch.backends.cuda.enable_cudnn_sdp(False)
         self._linears: dict[Format, Callable[..., Linear]] = {
             **LINEARS,
             "plain": partial(CudaLinear, activate=self.activate),
-            "fp8": CudaFp8Linear,
+            "fp8": partial(CudaFp8Linear, uses_kernels=lambda: "float8" not in self._plain),
             "nf4": partial(CudaNf4Linear, activate=self.activate, uses_kernel=lambda: "nf4" not in self._plain),
         }  # fmt: skip
         self._plain: frozenset[Path] = frozenset()
@@ -81,11 +81,27 @@ class CudaOperations(TorchOperations):
         self._scratch = decode_scratch(rows, heads, head_dim, device, self._decode_plan)
 
     def add_norm(
-        self, x: torch.Tensor, delta: torch.Tensor, delta_norm: torch.Tensor, next_norm: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self,
+        x: torch.Tensor,
+        delta: torch.Tensor,
+        delta_norm: torch.Tensor,
+        next_norm: torch.Tensor,
+        eps: float,
+        following: Linear | None = None,
+    ) -> tuple[torch.Tensor, Any]:
         if "norms" in self._plain:
             return super().add_norm(x, delta, delta_norm, next_norm, eps)
-        return add_norm(x.contiguous(), delta.contiguous(), delta_norm, next_norm, eps)
+        compute = add_norm_float8 if self._in_float8(following) else add_norm
+        return compute(x.contiguous(), delta.contiguous(), delta_norm, next_norm, eps)
+
+    def mlp(self, gate_up: Linear, down: Linear, x: Any) -> torch.Tensor:
+        if self._in_float8(gate_up) and self._in_float8(down):
+            return down(gate_up.gated_float8(x))
+        return down(gate_up(x))
+
+    def _in_float8(self, linear: Linear | None) -> TypeGuard[CudaFp8Linear]:
+        """Whether it takes rows in float8."""
+        return isinstance(linear, CudaFp8Linear) and "float8" not in self._plain
 
     def rotate_store(
         self,

@@ -2,6 +2,7 @@
 
     quantize_rows(x) -> (values, scales)
     silu_mul_quantize(gate_up) -> (values, scales)
+    rescale_gated(product, row_scales, column_scales, bias, dtype) -> Float8Rows
     rescale(product, row_scales, column_scales, bias=None, gated=False, dtype=torch.bfloat16) -> [rows, features]
 
 A row is divided by its scale, so that its largest element becomes the largest float8 number. Scales factor out of a
@@ -10,6 +11,8 @@ product: multiply values with scales of 1, then `rescale`. All may be captured i
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +20,14 @@ import triton.language as tl
 KIND = torch.float8_e4m3fn
 LARGEST = 448.0
 SMALLEST_SCALE = 1e-12  # of a row of zeros
+
+
+class Float8Rows(NamedTuple):
+    """Rows on their way to a product in float8."""
+
+    values: torch.Tensor  # float8 [rows, size]
+    scales: torch.Tensor  # float32 [rows, 1]
+    dtype: torch.dtype  # the number format that they were in, and that of the product's result
 
 
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,16 +60,82 @@ def rescale(
     return out
 
 
+def rescale_gated(
+    product: torch.Tensor,  # [rows, 2 * inner], contiguous: of float8 values
+    row_scales: torch.Tensor,  # float32 [rows, 1]
+    column_scales: torch.Tensor,  # float32 [2 * inner]
+    bias: torch.Tensor | None,  # [2 * inner]
+    dtype: torch.dtype,
+) -> Float8Rows:
+    """`quantize_rows` of the gated `rescale`, which is rounded to `dtype` in between."""
+    rows, inner = len(product), product.shape[1] // 2
+    values, scales = empty_float8(rows, inner, product.device)
+    block = triton.next_power_of_2(inner)
+    like = torch.empty(0, dtype=dtype, device=product.device)
+    _rescale_gated[(rows,)](
+        product, row_scales, column_scales, product if bias is None else bias, like, values, scales, inner,
+        BIASED=bias is not None, BLOCK=block, LARGEST=LARGEST, SMALLEST=SMALLEST_SCALE,
+        num_warps=min(max(block // 512, 1), 16),
+    )  # fmt: skip
+    return Float8Rows(values, scales, dtype)
+
+
+def empty_float8(rows: int, size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for values and scales."""
+    return (
+        torch.empty(rows, size, dtype=KIND, device=device),
+        torch.empty(rows, 1, dtype=torch.float32, device=device),
+    )
+
+
 def _quantized(x: torch.Tensor, size: int, gated: bool) -> tuple[torch.Tensor, torch.Tensor]:
     rows = len(x)
-    values = torch.empty(rows, size, dtype=KIND, device=x.device)
-    scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+    values, scales = empty_float8(rows, size, x.device)
     block = triton.next_power_of_2(size)
     _quantize[(rows,)](
         x, values, scales, size, GATED=gated, BLOCK=block, LARGEST=LARGEST, SMALLEST=SMALLEST_SCALE,
         num_warps=min(max(block // 512, 1), 16),
     )  # fmt: skip
     return values, scales
+
+
+@triton.jit
+def to_float8(element, LARGEST: tl.constexpr, SMALLEST: tl.constexpr):
+    """A row of float32, zero beyond its end: divided by its scale, and the scale."""
+    scale = tl.maximum(tl.max(tl.abs(element), 0) / LARGEST, SMALLEST)
+    return tl.minimum(tl.maximum(element / scale, -LARGEST), LARGEST), scale
+
+
+@triton.jit
+def _rescale_gated(
+    product, row_scales, column_scales, bias, like, values, scales, inner,
+    BIASED: tl.constexpr, BLOCK: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
+):  # fmt: skip
+    """`like` has no elements, only the number format to which is rounded."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    real = column < inner
+    scale = tl.load(row_scales + row)
+    element = _gated(product + row * 2 * inner, scale, column_scales, bias, like, inner, column, real, BIASED)
+    element, scale = to_float8(element, LARGEST, SMALLEST)
+    tl.store(values + row * inner + column, element.to(values.dtype.element_ty), mask=real)
+    tl.store(scales + row, scale)
+
+
+@triton.jit
+def _gated(product, scale, column_scales, bias, like, inner, column, real, BIASED: tl.constexpr):
+    """silu(first half) * second half of a row of a product after its scales and bias, rounded as `like`: float32."""
+    kind = like.dtype.element_ty
+    gate = tl.load(product + column, mask=real, other=0.0).to(tl.float32)
+    up = tl.load(product + inner + column, mask=real, other=0.0).to(tl.float32)
+    gate = gate * scale * tl.load(column_scales + column, mask=real, other=0.0)
+    up = up * scale * tl.load(column_scales + inner + column, mask=real, other=0.0)
+    if BIASED:
+        gate += tl.load(bias + column, mask=real, other=0.0).to(tl.float32)
+        up += tl.load(bias + inner + column, mask=real, other=0.0).to(tl.float32)
+    gate = gate.to(kind).to(tl.float32)
+    active = (gate / (1.0 + tl.exp(-gate))).to(kind).to(tl.float32)
+    return (active * up.to(kind).to(tl.float32)).to(kind).to(tl.float32)
 
 
 @triton.jit
@@ -77,8 +154,7 @@ def _quantize(
         element = (active.to(tl.float32) * up.to(tl.float32)).to(gate.dtype).to(tl.float32)
     else:
         element = tl.load(x + row * size + column, mask=real, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(element), 0) / LARGEST, SMALLEST)
-    element = tl.minimum(tl.maximum(element / scale, -LARGEST), LARGEST)
+    element, scale = to_float8(element, LARGEST, SMALLEST)
     tl.store(values + row * size + column, element.to(values.dtype.element_ty), mask=real)
     tl.store(scales + row, scale)
 
@@ -93,16 +169,11 @@ def _rescale(
     real = column < width
     kind = out.dtype.element_ty
     scale = tl.load(row_scales + row)
-    result = tl.load(product + row * features + column, mask=real, other=0.0).to(tl.float32)
-    result = result * scale * tl.load(column_scales + column, mask=real, other=0.0)
-    if BIASED:
-        result += tl.load(bias + column, mask=real, other=0.0).to(tl.float32)
     if GATED:
-        up = tl.load(product + row * features + width + column, mask=real, other=0.0).to(tl.float32)
-        up = up * scale * tl.load(column_scales + width + column, mask=real, other=0.0)
+        result = _gated(product + row * features, scale, column_scales, bias, out, width, column, real, BIASED)
+    else:
+        result = tl.load(product + row * features + column, mask=real, other=0.0).to(tl.float32)
+        result = result * scale * tl.load(column_scales + column, mask=real, other=0.0)
         if BIASED:
-            up += tl.load(bias + width + column, mask=real, other=0.0).to(tl.float32)
-        exact = result.to(kind).to(tl.float32)
-        active = (exact / (1.0 + tl.exp(-exact))).to(kind).to(tl.float32)
-        result = active * up.to(kind).to(tl.float32)
+            result += tl.load(bias + column, mask=real, other=0.0).to(tl.float32)
     tl.store(out + row * width + column, result.to(kind), mask=real)

@@ -2,6 +2,7 @@
 
     add_norm(x, delta, delta_norm, next_norm, eps) -> (y, normed)
     rms_norm(x, norm, eps) -> normed
+    add_norm_float8(x, delta, delta_norm, next_norm, eps) -> (y, normed in float8)
     add_rms_norm(x, delta, norm, eps) -> (y, normed)
     silu_mul(gate_up) -> [rows, inner]
 
@@ -14,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
+from api.engine.cuda.quantization import LARGEST, SMALLEST_SCALE, Float8Rows, empty_float8, to_float8
+
 
 def add_norm(
     x: torch.Tensor,  # [rows, hidden], contiguous, as are the others
@@ -24,6 +27,15 @@ def add_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y = x + rms_norm(delta, delta_norm) and rms_norm(y, next_norm)."""
     return _normed(x, delta, delta_norm, next_norm, eps)
+
+
+def add_norm_float8(
+    x: torch.Tensor, delta: torch.Tensor, delta_norm: torch.Tensor, next_norm: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, Float8Rows]:
+    """`add_norm`, and `quantize_rows` of the normed rows."""
+    y, values, scales = torch.empty_like(x), *empty_float8(*x.shape, x.device)
+    _launch_add_norm(x, delta, delta_norm, next_norm, y, values, scales, eps)
+    return y, Float8Rows(values, scales, x.dtype)
 
 
 def add_rms_norm(
@@ -53,27 +65,42 @@ def silu_mul(
 def _normed(
     x: torch.Tensor, delta: torch.Tensor | None, delta_norm: torch.Tensor | None, norm: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    rows, hidden = x.shape
     y = x if delta is None else torch.empty_like(x)
     normed = torch.empty_like(x)
+    _launch_add_norm(x, delta, delta_norm, norm, y, normed, None, eps)
+    return y, normed
+
+
+def _launch_add_norm(
+    x: torch.Tensor,
+    delta: torch.Tensor | None,
+    delta_norm: torch.Tensor | None,
+    norm: torch.Tensor,
+    y: torch.Tensor,
+    normed: torch.Tensor,
+    scales: torch.Tensor | None,
+    eps: float,
+) -> None:
+    rows, hidden = x.shape
     block = triton.next_power_of_2(hidden)
     _add_norm[(rows,)](
-        x, x if delta is None else delta, norm if delta_norm is None else delta_norm, norm, y, normed, hidden, eps,
-        ADDED=delta is not None, DELTA_NORMED=delta_norm is not None, BLOCK=block,
-        num_warps=min(max(block // 512, 1), 16),
+        x, x if delta is None else delta, norm if delta_norm is None else delta_norm, norm, y, normed,
+        norm if scales is None else scales, hidden, eps,
+        ADDED=delta is not None, DELTA_NORMED=delta_norm is not None, FLOAT8=scales is not None, BLOCK=block,
+        LARGEST=LARGEST, SMALLEST=SMALLEST_SCALE, num_warps=min(max(block // 512, 1), 16),
     )  # fmt: skip
-    return y, normed
 
 
 @triton.jit
 def _add_norm(
-    x, delta, delta_norm, norm, y, normed, hidden, eps,
-    ADDED: tl.constexpr, DELTA_NORMED: tl.constexpr, BLOCK: tl.constexpr,
+    x, delta, delta_norm, norm, y, normed, scales, hidden, eps,
+    ADDED: tl.constexpr, DELTA_NORMED: tl.constexpr, FLOAT8: tl.constexpr, BLOCK: tl.constexpr,
+    LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * hidden
     column = tl.arange(0, BLOCK)
     real = column < hidden
-    kind = normed.dtype.element_ty
+    kind = y.dtype.element_ty
     total = tl.load(x + row + column, mask=real, other=0.0).to(tl.float32)
     if ADDED:
         added = tl.load(delta + row + column, mask=real, other=0.0).to(tl.float32)
@@ -86,7 +113,12 @@ def _add_norm(
         total = rounded.to(tl.float32)
     weight = tl.load(norm + column, mask=real, other=0.0).to(tl.float32)
     result = total * tl.rsqrt(tl.sum(total * total, 0) / hidden + eps) * weight
-    tl.store(normed + row + column, result.to(kind), mask=real)
+    if FLOAT8:
+        value, scale = to_float8(result.to(kind).to(tl.float32), LARGEST, SMALLEST)
+        tl.store(normed + row + column, value.to(normed.dtype.element_ty), mask=real)
+        tl.store(scales + tl.program_id(0), scale)
+    else:
+        tl.store(normed + row + column, result.to(kind), mask=real)
 
 
 @triton.jit

@@ -8,9 +8,9 @@ one that is slower on the card: times are those of CUDA graphs, as in decoding. 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from statistics import median
 
 import torch
@@ -20,6 +20,7 @@ from api.engine.cuda.shape import Shape
 from api.engine.model.linear import Linear
 from api.engine.model.operations import AttentionMetadata, Operations, TorchOperations
 from api.engine.model.quantized_linear import NF4_BLOCK, Nf4Linear, bitsandbytes_ops
+from api.engine.model.recipe import Format, Recipe
 
 # Relative errors of up to this much are rounding in bfloat16; above it, plain torch's own error decides.
 ROUNDING = 0.006
@@ -30,6 +31,7 @@ TIMED_RUNS = 9
 REPEATS = 20  # calls in one CUDA graph
 LENGTHS = (1, 15, 16, 17, 255, 256, 257, 1000)  # tokens of decoding sequences: around the borders of pages and tiles
 CHUNKS = ((0, 37), (16, 240), (219, 37), (220, 37), (700, 129))  # first token and rows of prompt chunks
+NEEDS_FORMAT: dict[Path, Format] = {"float8": "fp8", "nf4": "nf4"}  # of the text model; other paths are always needed
 NF4_ROWS = (2, 17, 64, 16)
 EPS = 1e-5
 
@@ -43,10 +45,12 @@ class Proof:
     reason: str
 
 
-def prove(fast: CudaOperations, shape: Shape, device: torch.device, dtype: torch.dtype) -> list[Proof]:
-    """One proof for each path that the recipe needs. A lost device raises; everything else is a reason."""
-    cases = _Cases(shape, device, dtype)
-    return [_prove(path, fast, cases) for path in PATHS if path != "nf4" or fast.recipe.text == "nf4"]
+def prove(
+    fast: CudaOperations, shape: Shape, device: torch.device, dtype: torch.dtype, paths: Iterable[Path] = PATHS
+) -> list[Proof]:
+    """One proof for each of the paths that the recipe needs. A lost device raises; everything else is a reason."""
+    cases = _Cases(shape, device, dtype, fast.recipe)
+    return [_prove(path, fast, cases) for path in paths if NEEDS_FORMAT.get(path) in (None, fast.recipe.text)]
 
 
 def _prove(path: Path, fast: CudaOperations, cases: _Cases) -> Proof:
@@ -75,8 +79,8 @@ def _prove(path: Path, fast: CudaOperations, cases: _Cases) -> Proof:
 class _Cases:
     """Fixed random inputs for every path. A case computes them with given operations in a given number format."""
 
-    def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype) -> None:
-        self.shape, self.dtype, self.device = shape, dtype, device
+    def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype, recipe: Recipe) -> None:
+        self.shape, self.dtype, self.device, self._recipe = shape, dtype, device, recipe
         self._generator = torch.Generator(device).manual_seed(46)
         self._pages = -(-2 * max(LENGTHS) // shape.page_tokens)
         kv = self._random(self._pages * shape.page_tokens, 2 * shape.kv_heads, shape.head_dim)
@@ -86,7 +90,7 @@ class _Cases:
         return {
             "decode": self._decode, "prefill": self._prefill, "norms": self._norms,
             "rotation": self._rotation, "activation": self._activation, "image": self._image,
-            "nf4": self._nf4,
+            "float8": self._float8, "nf4": self._nf4,
         }[path]()  # fmt: skip
 
     def _decode(self) -> Iterator[Case]:
@@ -170,6 +174,31 @@ class _Cases:
             return ops.attend_image(qkv.to(dtype), cos, sin, frames, heads)
 
         yield case
+
+    def _float8(self) -> Iterator[Case]:
+        """Rows as long as those of the model, products with few outputs."""
+        hidden, inner, few, rows = self.shape.hidden, self.shape.inner, 64, 33
+        x, delta, narrow = self._random(rows, hidden), self._random(rows, hidden), self._random(rows, few)
+        first, second = (1 + 0.2 * self._random(hidden) for _ in range(2))
+        matrices = (self._random(few, hidden), self._random(2 * inner, few), self._random(few, inner))
+        after, gate_up, down = ((matrix * matrix.shape[1] ** -0.5).to(self.dtype) for matrix in matrices)
+
+        def linears(ops: Operations) -> tuple[Linear, Linear, Linear]:
+            make = ops.linear if isinstance(ops, CudaOperations) else partial(self._recipe.linear, "text")
+            return make(after, None, False), make(gate_up, None, True), make(down, None, False)
+
+        made = cache(linears)
+
+        def norm(ops: Operations, dtype: torch.dtype) -> torch.Tensor:
+            norms = first.to(dtype), second.to(dtype)
+            y, normed = ops.add_norm(x.to(dtype), delta.to(dtype), *norms, EPS, following=made(ops)[0])
+            return torch.cat([y, made(ops)[0](normed)], dim=1)
+
+        def mlp(ops: Operations, dtype: torch.dtype) -> torch.Tensor:
+            return ops.mlp(*made(ops)[1:], narrow.to(dtype))
+
+        yield norm
+        yield mlp
 
     def _nf4(self) -> Iterator[Case]:
         """Products of few rows: the last outputs of a matrix that is not much smaller than those of the model."""

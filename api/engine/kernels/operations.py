@@ -86,9 +86,18 @@ class CompiledOperations:
         return run
 
     def add_norm(
-        self, x: torch.Tensor, delta: torch.Tensor, delta_norm: torch.Tensor, next_norm: torch.Tensor, eps: float
+        self,
+        x: torch.Tensor,
+        delta: torch.Tensor,
+        delta_norm: torch.Tensor,
+        next_norm: torch.Tensor,
+        eps: float,
+        following: Linear | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.ops.glm.add_norm(x, delta, delta_norm, next_norm, eps)
+
+    def mlp(self, gate_up: Linear, down: Linear, x: torch.Tensor) -> torch.Tensor:
+        return down(gate_up(x))
 
     def rotate_store(
         self,

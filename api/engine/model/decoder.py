@@ -8,6 +8,7 @@ product for query, key and value. Knows pages and positions, not requests. Engin
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -122,15 +123,18 @@ class Decoder:
                 if not len(indices):
                     return x[:0]
                 x, attended = x.index_select(0, indices), attended.index_select(0, indices)
-            x, normed = ops.add_norm(x, layer.out(attended), layer.post_attention_norm, layer.pre_mlp_norm, self._eps)
-            delta = layer.down(layer.gate_up(normed))
-            x, normed = ops.add_norm(x, delta, layer.post_mlp_norm, layer.next_norm, self._eps)
+            delta, norms = layer.out(attended), (layer.post_attention_norm, layer.pre_mlp_norm)
+            x, normed = ops.add_norm(x, delta, *norms, self._eps, following=layer.gate_up)
+            delta = ops.mlp(layer.gate_up, layer.down, normed)
+            observed = observe is not None or layer is self._layers[-1]
+            following = None if observed else self._layers[number + 1].qkv
+            x, normed = ops.add_norm(x, delta, layer.post_mlp_norm, layer.next_norm, self._eps, following=following)
             if observe is not None:
                 observe(number, x, normed)
         return normed
 
-    def _attend(self, x: torch.Tensor, layer: DecoderLayer, kv: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
-        ops, qkv = self._operations, layer.qkv(x).view(len(x), -1, self.head_dim)
+    def _attend(self, x: Any, layer: DecoderLayer, kv: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
+        ops, qkv = self._operations, layer.qkv(x).unflatten(-1, (-1, self.head_dim))
         if batch.positions is None:
             qkv = ops.rotate_store(qkv, batch.cos, batch.sin, kv, batch.slot_mapping)
         else:

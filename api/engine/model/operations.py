@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -114,9 +114,20 @@ class Operations(Protocol):
         """A block of the vision encoder in one call, or None."""
 
     def add_norm(
-        self, x: torch.Tensor, delta: torch.Tensor, delta_norm: torch.Tensor, next_norm: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """y = x + rms_norm(delta, delta_norm) and rms_norm(y, next_norm); x, delta and both results [rows, hidden]."""
+        self,
+        x: torch.Tensor,
+        delta: torch.Tensor,
+        delta_norm: torch.Tensor,
+        next_norm: torch.Tensor,
+        eps: float,
+        following: Linear | None = None,
+    ) -> tuple[torch.Tensor, Any]:
+        """y = x + rms_norm(delta, delta_norm) and rms_norm(y, next_norm); x, delta and both results [rows, hidden].
+
+        With `following` the second result is for this product alone, and may have a form that only this takes."""
+
+    def mlp(self, gate_up: Linear, down: Linear, x: Any) -> torch.Tensor:
+        """down(gate_up(x)); x as `add_norm` makes it for `gate_up`."""
 
     def rotate_store(
         self,
@@ -163,10 +174,19 @@ class TorchOperations:
         return None
 
     def add_norm(
-        self, x: torch.Tensor, delta: torch.Tensor, delta_norm: torch.Tensor, next_norm: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self,
+        x: torch.Tensor,
+        delta: torch.Tensor,
+        delta_norm: torch.Tensor,
+        next_norm: torch.Tensor,
+        eps: float,
+        following: Linear | None = None,
+    ) -> tuple[torch.Tensor, Any]:
         x = x + F.rms_norm(delta, delta_norm.shape, delta_norm, eps)
         return x, F.rms_norm(x, next_norm.shape, next_norm, eps)
+
+    def mlp(self, gate_up: Linear, down: Linear, x: Any) -> torch.Tensor:
+        return down(gate_up(x))
 
     def rotate_store(
         self,

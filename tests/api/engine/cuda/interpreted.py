@@ -20,16 +20,19 @@ from api.engine.cuda.attention import DecodePlan, PrefillPlan, decode_scratch, p
 from api.engine.cuda.linear import CudaNf4Linear
 from api.engine.cuda.nf4 import Nf4Plan, nf4_product
 from api.engine.cuda.operations import PATHS, CudaOperations
-from api.engine.cuda.quantization import quantize_rows, rescale, silu_mul_quantize
+from api.engine.cuda.quantization import quantize_rows, rescale, rescale_gated, silu_mul_quantize
 from api.engine.cuda.rotation import rotate_image, rotate_store
-from api.engine.cuda.rows import add_norm, add_rms_norm, rms_norm, silu_mul
+from api.engine.cuda.rows import add_norm, add_norm_float8, add_rms_norm, rms_norm, silu_mul
 from api.engine.loading.loader import load
 from api.engine.loading.operations import OperationsChoice
 from api.engine.loading.placement import Selection
+from api.engine.model.decoder import Observer
 from api.engine.model.operations import AttentionMetadata, TorchOperations
 from api.engine.model.quantized_linear import NF4_BLOCK, Nf4Linear, bitsandbytes_ops
 from api.engine.model.recipe import make_recipe
 from api.engine.model.rotary import rotate
+from api.engine.request import Request, SamplingParams
+from api.engine.sequence import make_sequence
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "test_kernels.py runs these"
 
@@ -308,6 +311,47 @@ def test_rescale(biased: bool, gated: bool) -> None:
     close(found, exact, 4)
 
 
+@pytest.mark.parametrize("dtype", KINDS[:2], ids=str)
+@pytest.mark.parametrize("biased", [False, True])
+def test_rescaled_gates_in_float8_are_those_of_two_kernels(biased: bool, dtype: torch.dtype) -> None:
+    product, row, column = randn(3, 70), torch.rand(3, 1), torch.rand(70)
+    bias = randn(70, dtype=dtype) if biased else None
+
+    found = rescale_gated(product, row, column, bias, dtype)
+
+    values, scales = quantize_rows(rescale(product, row, column, bias, True, dtype))
+    assert found.dtype == dtype and torch.equal(found.scales, scales)
+    assert torch.equal(found.values.float(), values.float())
+
+
+@pytest.mark.parametrize("dtype", KINDS[:2], ids=str)
+@pytest.mark.parametrize(("rows", "size"), [(1, 16), (3, 33)])
+def test_normed_rows_in_float8_are_those_of_two_kernels(rows: int, size: int, dtype: torch.dtype) -> None:
+    x, delta, norm1, norm2 = (randn(*shape, dtype=dtype) for shape in ((rows, size), (rows, size), (size,), (size,)))
+
+    y, found = add_norm_float8(x, delta, norm1, norm2, EPS)
+
+    wanted_y, normed = add_norm(x, delta, norm1, norm2, EPS)
+    values, scales = quantize_rows(normed)
+    assert torch.equal(y, wanted_y) and torch.equal(found.scales, scales)
+    assert torch.equal(found.values.float(), values.float())
+
+
+def test_operations_hand_rows_in_float8_to_their_products() -> None:
+    operations = CudaOperations(PAGE, recipe=make_recipe("fp8"))
+    qkv, gate_up = operations.linear(randn(64, 32), randn(64)), operations.linear(randn(96, 32), None, gated=True)
+    down, x, delta, norm = operations.linear(randn(32, 48)), randn(3, 32), randn(3, 32), randn(32)
+
+    rows = operations.add_norm(x, delta, norm, norm, EPS, following=qkv)[1]
+    normed = operations.add_norm(x, delta, norm, norm, EPS)[1]
+    assert not isinstance(rows, torch.Tensor) and isinstance(normed, torch.Tensor)
+    assert torch.equal(qkv(rows), qkv(normed))
+    assert torch.equal(operations.mlp(gate_up, down, rows), down(gate_up(normed)))
+
+    operations.use_plain(["float8"])
+    assert isinstance(operations.add_norm(x, delta, norm, norm, EPS, following=qkv)[1], torch.Tensor)
+
+
 @pytest.mark.parametrize("plain", [(), ("decode",), ("prefill",), PATHS], ids=str)
 def test_operations_attend_as_torch_does(plain: tuple[str, ...]) -> None:
     ours = CudaOperations(PAGE)
@@ -358,3 +402,33 @@ def test_the_engine_answers_with_the_tokens_of_generate(tiny_checkpoint: Path, m
 
     assert answers == [generate(reference, model, request) for request in requests]
     assert len(set(answers[0] + answers[1])) > 1
+
+
+def test_layers_in_float8_are_the_same_when_they_are_observed(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "api.engine.cuda.operations.plans_for", lambda capability: (DecodePlan(splits=4), PrefillPlan(queries=32))
+    )
+    choice = CudaOperations(PAGE, recipe=make_recipe("fp8")), Selection("cuda", "a test")
+    monkeypatch.setattr(OperationsChoice, "choose", lambda self: choice)
+    config = EngineConfig(model=str(tiny_checkpoint), threads=1, device="cpu", slots=2, encoder_cache_bytes=2**26)
+    runner = load(config, lambda fraction: None).runner
+    quantized = []
+    monkeypatch.setattr(
+        "api.engine.cuda.linear.quantize_rows", lambda x: quantized.append(len(x)) or quantize_rows(x)
+    )
+    seen: dict[int, torch.Tensor] = {}
+
+    def answer(observe: Observer | None) -> torch.Tensor:
+        sequence = make_sequence(Request("a", tuple(range(5, 17)), SamplingParams(max_tokens=1)), lambda event: None, 1)
+        return runner.answer_alone(sequence, observe)
+
+    alone = answer(None)
+    unobserved, layers = len(quantized), runner.decoder.layers
+    observed = answer(lambda number, x, normed: seen.update({number: normed}))
+
+    assert torch.equal(alone, observed) and alone.isfinite().all()
+    # Attention's output in every layer, and the input of the first, or of each. The vocabulary does not fit float8.
+    assert unobserved == layers + 1 and len(quantized) - unobserved == 2 * layers
+    assert len(seen) == layers

@@ -19,16 +19,16 @@ CPU = torch.device("cpu")
 class Right(CudaOperations):
     """Every path by plain torch, so that it runs without a card."""
 
-    def __init__(self) -> None:
-        super().__init__(SHAPE.page_tokens, recipe=make_recipe("nf4"))
+    def __init__(self, recipe: str = "bf16") -> None:
+        super().__init__(SHAPE.page_tokens, recipe=make_recipe(recipe))
         self.use_plain(PATHS)
 
 
 def broken(path: str, how: str) -> CudaOperations:
     """Right operations but for one path."""
-    ops = Right()
+    ops = Right({"float8": "fp8", "nf4": "nf4"}.get(path, "bf16"))
     name = {"decode": "attend_decode", "prefill": "attend_prefill", "norms": "add_norm", "rotation": "rotate_store",
-            "activation": "activate", "image": "attend_image", "nf4": "linear"}[path]  # fmt: skip
+            "activation": "activate", "image": "attend_image", "float8": "mlp", "nf4": "linear"}[path]  # fmt: skip
     right = getattr(ops, name)
 
     def wrong(*args: object, **kwargs: object) -> object:
@@ -48,10 +48,11 @@ def broken(path: str, how: str) -> CudaOperations:
     return ops
 
 
-def test_right_operations_are_proven() -> None:
-    proofs = prove(Right(), SHAPE, CPU, torch.bfloat16)
+@pytest.mark.parametrize(("recipe", "needless"), [("bf16", {"float8", "nf4"}), ("fp8", {"nf4"}), ("nf4", {"float8"})])
+def test_right_operations_are_proven(recipe: str, needless: set[str]) -> None:
+    proofs = prove(Right(recipe), SHAPE, CPU, torch.bfloat16)
 
-    assert [proof.path for proof in proofs] == list(PATHS)
+    assert [proof.path for proof in proofs] == [path for path in PATHS if path not in needless]
     assert all(proof.proven or "slower" in proof.reason for proof in proofs), proofs
 
 
@@ -62,11 +63,4 @@ def test_a_broken_path_is_switched_off_alone(path: str, how: str) -> None:
 
     assert not proofs[path].proven
     assert ("no kernel image" if how == "raises" else "relative error") in proofs[path].reason
-    assert not any("error is" in proofs[other].reason for other in PATHS if other != path)
-
-
-def test_other_recipes_need_no_proof_for_nf4() -> None:
-    operations = CudaOperations(SHAPE.page_tokens)
-    operations.use_plain(PATHS)
-
-    assert [proof.path for proof in prove(operations, SHAPE, CPU, torch.bfloat16)] == [p for p in PATHS if p != "nf4"]
+    assert not any("error is" in proofs[other].reason for other in proofs if other != path)

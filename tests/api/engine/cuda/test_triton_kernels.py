@@ -130,11 +130,24 @@ def test_work_on_rows_compiles_ahead(capability: int) -> None:
         ),
         compiled(
             rows._add_norm, capability, 8, x=kind, delta=kind, delta_norm=kind, norm=kind, y=kind, normed=kind,
-            hidden="i32", eps="fp32", ADDED=True, DELTA_NORMED=True, BLOCK=4096,
+            scales=kind, hidden="i32", eps="fp32", ADDED=True, DELTA_NORMED=True, FLOAT8=False, BLOCK=4096,
+            LARGEST=448.0, SMALLEST=1e-12,
         ),
         compiled(rows._silu_mul, capability, 4, gate_up=kind, out=kind, inner="i32", BLOCK=1024),
     ]  # fmt: skip
     if capability >= 89:
+        kernels += [
+            compiled(
+                rows._add_norm, capability, 8, x=kind, delta=kind, delta_norm=kind, norm=kind, y=kind,
+                normed="*fp8e4nv", scales="*fp32", hidden="i32", eps="fp32", ADDED=True, DELTA_NORMED=True, FLOAT8=True,
+                BLOCK=4096, LARGEST=448.0, SMALLEST=1e-12,
+            ),
+            compiled(
+                quantization._rescale_gated, capability, 16, product=kind, row_scales="*fp32", column_scales="*fp32",
+                bias=kind, like=kind, values="*fp8e4nv", scales="*fp32", inner="i32", BIASED=False, BLOCK=16384,
+                LARGEST=448.0, SMALLEST=1e-12,
+            ),
+        ]  # fmt: skip
         for gated in (False, True):
             kernels += [
                 compiled(

@@ -147,7 +147,7 @@ class PretendedOperations(TorchOperations):
     def linear(self, weight: Any, bias: Any = None, gated: bool = False, role: Role = "text") -> Any:
         return self.recipe.linear(role, weight, bias, gated, LINEARS)
 
-    def add_norm(self, x: Any, delta: Any, delta_norm: Any, next_norm: Any, eps: float) -> Any:
+    def add_norm(self, x: Any, delta: Any, delta_norm: Any, next_norm: Any, eps: float, following: Any = None) -> Any:
         return torch.empty_like(x), torch.empty_like(x)
 
     def rotate_store(self, qkv: Any, *args: Any) -> Any:
