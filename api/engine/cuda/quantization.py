@@ -1,7 +1,6 @@
 """Products in float8 around the product itself, in Triton, for devices from 8.9 on.
 
     quantize_rows(x) -> (values, scales)
-    silu_mul_quantize(gate_up) -> (values, scales)
     rescale_gated(product, row_scales, column_scales, bias, dtype) -> Float8Rows
     rescale(product, row_scales, column_scales, bias=None, gated=False, dtype=torch.bfloat16) -> [rows, features]
 
@@ -32,12 +31,14 @@ class Float8Rows(NamedTuple):
 
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x [rows, size], contiguous -> float8 [rows, size] and float32 scales [rows, 1]: x is about values * scales."""
-    return _quantized(x, x.shape[1], gated=False)
-
-
-def silu_mul_quantize(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """gate_up [rows, 2 * inner], contiguous: silu(first half of a row) * second half, as `quantize_rows` returns it."""
-    return _quantized(gate_up, gate_up.shape[1] // 2, gated=True)
+    rows, size = x.shape
+    values, scales = empty_float8(rows, size, x.device)
+    block = triton.next_power_of_2(size)
+    _quantize[(rows,)](
+        x, values, scales, size, BLOCK=block, LARGEST=LARGEST, SMALLEST=SMALLEST_SCALE,
+        num_warps=min(max(block // 512, 1), 16),
+    )  # fmt: skip
+    return values, scales
 
 
 def rescale(
@@ -88,17 +89,6 @@ def empty_float8(rows: int, size: int, device: torch.device) -> tuple[torch.Tens
     )
 
 
-def _quantized(x: torch.Tensor, size: int, gated: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    rows = len(x)
-    values, scales = empty_float8(rows, size, x.device)
-    block = triton.next_power_of_2(size)
-    _quantize[(rows,)](
-        x, values, scales, size, GATED=gated, BLOCK=block, LARGEST=LARGEST, SMALLEST=SMALLEST_SCALE,
-        num_warps=min(max(block // 512, 1), 16),
-    )  # fmt: skip
-    return values, scales
-
-
 @triton.jit
 def to_float8(element, LARGEST: tl.constexpr, SMALLEST: tl.constexpr):
     """A row of float32, zero beyond its end: divided by its scale, and the scale."""
@@ -139,21 +129,11 @@ def _gated(product, scale, column_scales, bias, like, inner, column, real, BIASE
 
 
 @triton.jit
-def _quantize(
-    x, values, scales, size,
-    GATED: tl.constexpr, BLOCK: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
-):  # fmt: skip
+def _quantize(x, values, scales, size, BLOCK: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     real = column < size
-    if GATED:
-        gate = tl.load(x + row * 2 * size + column, mask=real, other=0.0)
-        up = tl.load(x + row * 2 * size + size + column, mask=real, other=0.0)
-        exact = gate.to(tl.float32)
-        active = (exact / (1.0 + tl.exp(-exact))).to(gate.dtype)
-        element = (active.to(tl.float32) * up.to(tl.float32)).to(gate.dtype).to(tl.float32)
-    else:
-        element = tl.load(x + row * size + column, mask=real, other=0.0).to(tl.float32)
+    element = tl.load(x + row * size + column, mask=real, other=0.0).to(tl.float32)
     element, scale = to_float8(element, LARGEST, SMALLEST)
     tl.store(values + row * size + column, element.to(values.dtype.element_ty), mask=real)
     tl.store(scales + row, scale)
