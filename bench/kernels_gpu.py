@@ -338,8 +338,6 @@ def float8() -> None:
         report("rescale", quantization.rescale(product, row, column, bias, dtype=DTYPE), exact)
         gate, up = exact.chunk(2, -1)
         report("rescale gated", quantization.rescale(product, row, column, bias, True, DTYPE), F.silu(gate) * up)
-        fused = quantization.rescale_gated(product, row, column, bias, DTYPE)
-        report("rescale_gated", fused.values.float() * fused.scales, F.silu(gate) * up, tolerance)
         norm, delta = randn(HIDDEN), randn(number, HIDDEN)
         exact, fused = (add(x, delta, norm, norm, 1e-5)[1] for add in (rows.add_norm, rows.add_norm_float8))
         report("add_norm_float8", fused.values.float() * fused.scales, exact, tolerance)
@@ -351,12 +349,11 @@ def float8() -> None:
                     quantization.rescale(p, r, s, None, True, DTYPE)
                 )
             ),
-            timed(lambda p=wide, r=row, s=scales: quantization.rescale_gated(p, r, s, None, DTYPE)),
             timed(lambda a=x, d=delta, n=norm: rows.add_norm(a, d, n, n, 1e-5)),
             timed(lambda a=x, d=delta, n=norm: rows.add_norm_float8(a, d, n, n, 1e-5)),
         )
         say(
-            "quantize_rows {:.1f} us; rescale and quantize {:.1f} us, in one {:.1f} us; "
+            "quantize_rows {:.1f} us; rescale and quantize {:.1f} us; "
             "add_norm {:.1f} us, to float8 {:.1f} us".format(*times)
         )
 

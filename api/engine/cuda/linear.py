@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from api.engine.cuda.nf4 import MOST_ROWS, nf4_product
-from api.engine.cuda.quantization import Float8Rows, quantize_rows, rescale, rescale_gated
+from api.engine.cuda.nf4 import LEAST_ROWS, MOST_ROWS, nf4_product
+from api.engine.cuda.quantization import Float8Rows, quantize_rows, rescale
 from api.engine.cuda.rows import silu_mul
 from api.engine.model.quantized_linear import Fp8Linear, Nf4Linear, Parts
 
@@ -56,11 +56,6 @@ class CudaFp8Linear(Fp8Linear):
         product = self.product(rows.values, rows.dtype)
         return rescale(product, rows.scales, self._scales, self._bias, self._gated, rows.dtype)
 
-    def gated_float8(self, x: torch.Tensor | Float8Rows) -> Float8Rows:
-        """The gated result in float8, for a product that takes nothing else."""
-        rows = _in_float8(x)
-        return rescale_gated(self.product(rows.values, rows.dtype), rows.scales, self._scales, self._bias, rows.dtype)
-
 
 def _in_float8(x: torch.Tensor | Float8Rows) -> Float8Rows:
     return Float8Rows(*quantize_rows(x.contiguous()), x.dtype) if isinstance(x, torch.Tensor) else x
@@ -82,7 +77,7 @@ class CudaNf4Linear(Nf4Linear):
         self._activate, self._uses_kernel = activate, uses_kernel
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if not (1 < len(x) <= MOST_ROWS and x.itemsize == 2 and self._uses_kernel()):
+        if not (LEAST_ROWS <= len(x) <= MOST_ROWS and x.itemsize == 2 and self._uses_kernel()):
             return super().__call__(x)
         y = nf4_product(x.contiguous(), self._values, self._scales, self.out_features, self._bias)
         return self._activate(y) if self._gated else y

@@ -94,11 +94,6 @@ class CudaOperations(TorchOperations):
         compute = add_norm_float8 if self._in_float8(following) else add_norm
         return compute(x.contiguous(), delta.contiguous(), delta_norm, next_norm, eps)
 
-    def mlp(self, gate_up: Linear, down: Linear, x: Any) -> torch.Tensor:
-        if self._in_float8(gate_up) and self._in_float8(down):
-            return down(gate_up.gated_float8(x))
-        return down(gate_up(x))
-
     def _in_float8(self, linear: Linear | None) -> TypeGuard[CudaFp8Linear]:
         """Whether it takes rows in float8."""
         return isinstance(linear, CudaFp8Linear) and "float8" not in self._plain

@@ -1,7 +1,6 @@
 """Products in float8 around the product itself, in Triton, for devices from 8.9 on.
 
     quantize_rows(x) -> (values, scales)
-    rescale_gated(product, row_scales, column_scales, bias, dtype) -> Float8Rows
     rescale(product, row_scales, column_scales, bias=None, gated=False, dtype=torch.bfloat16) -> [rows, features]
 
 A row is divided by its scale, so that its largest element becomes the largest float8 number. Scales factor out of a
@@ -61,26 +60,6 @@ def rescale(
     return out
 
 
-def rescale_gated(
-    product: torch.Tensor,  # [rows, 2 * inner], contiguous: of float8 values
-    row_scales: torch.Tensor,  # float32 [rows, 1]
-    column_scales: torch.Tensor,  # float32 [2 * inner]
-    bias: torch.Tensor | None,  # [2 * inner]
-    dtype: torch.dtype,
-) -> Float8Rows:
-    """`quantize_rows` of the gated `rescale`, which is rounded to `dtype` in between."""
-    rows, inner = len(product), product.shape[1] // 2
-    values, scales = empty_float8(rows, inner, product.device)
-    block = triton.next_power_of_2(inner)
-    like = torch.empty(0, dtype=dtype, device=product.device)
-    _rescale_gated[(rows,)](
-        product, row_scales, column_scales, product if bias is None else bias, like, values, scales, inner,
-        BIASED=bias is not None, BLOCK=block, LARGEST=LARGEST, SMALLEST=SMALLEST_SCALE,
-        num_warps=min(max(block // 512, 1), 16),
-    )  # fmt: skip
-    return Float8Rows(values, scales, dtype)
-
-
 def empty_float8(rows: int, size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Room for values and scales."""
     return (
@@ -94,22 +73,6 @@ def to_float8(element, LARGEST: tl.constexpr, SMALLEST: tl.constexpr):
     """A row of float32, zero beyond its end: divided by its scale, and the scale."""
     scale = tl.maximum(tl.max(tl.abs(element), 0) / LARGEST, SMALLEST)
     return tl.minimum(tl.maximum(element / scale, -LARGEST), LARGEST), scale
-
-
-@triton.jit
-def _rescale_gated(
-    product, row_scales, column_scales, bias, like, values, scales, inner,
-    BIASED: tl.constexpr, BLOCK: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
-):  # fmt: skip
-    """`like` has no elements, only the number format to which is rounded."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    real = column < inner
-    scale = tl.load(row_scales + row)
-    element = _gated(product + row * 2 * inner, scale, column_scales, bias, like, inner, column, real, BIASED)
-    element, scale = to_float8(element, LARGEST, SMALLEST)
-    tl.store(values + row * inner + column, element.to(values.dtype.element_ty), mask=real)
-    tl.store(scales + row, scale)
 
 
 @triton.jit

@@ -195,7 +195,8 @@ class _Cases:
             return torch.cat([y, made(ops)[0](normed)], dim=1)
 
         def mlp(ops: Operations, dtype: torch.dtype) -> torch.Tensor:
-            return ops.mlp(*made(ops)[1:], narrow.to(dtype))
+            gate_up, down = made(ops)[1:]
+            return down(gate_up(narrow.to(dtype)))
 
         yield norm
         yield mlp

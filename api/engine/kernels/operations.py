@@ -100,9 +100,6 @@ class CompiledOperations:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.ops.glm.add_norm(x, delta, delta_norm, next_norm, eps)
 
-    def mlp(self, gate_up: Linear, down: Linear, x: torch.Tensor) -> torch.Tensor:
-        return down(gate_up(x))
-
     def rotate_store(
         self,
         qkv: torch.Tensor,

@@ -125,7 +125,7 @@ class Decoder:
                 x, attended = x.index_select(0, indices), attended.index_select(0, indices)
             delta, norms = layer.out(attended), (layer.post_attention_norm, layer.pre_mlp_norm)
             x, normed = ops.add_norm(x, delta, *norms, self._eps, following=layer.gate_up)
-            delta = ops.mlp(layer.gate_up, layer.down, normed)
+            delta = layer.down(layer.gate_up(normed))
             observed = observe is not None or layer is self._layers[-1]
             following = None if observed else self._layers[number + 1].qkv
             x, normed = ops.add_norm(x, delta, layer.post_mlp_norm, layer.next_norm, self._eps, following=following)

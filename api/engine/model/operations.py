@@ -129,9 +129,6 @@ class Operations(Protocol):
 
         With `following` the second result is for this product alone, and may have a form that only this takes."""
 
-    def mlp(self, gate_up: Linear, down: Linear, x: Any) -> torch.Tensor:
-        """down(gate_up(x)); x as `add_norm` makes it for `gate_up`."""
-
     def rotate_store(
         self,
         qkv: torch.Tensor,
@@ -187,9 +184,6 @@ class TorchOperations:
     ) -> tuple[torch.Tensor, Any]:
         x = x + F.rms_norm(delta, delta_norm.shape, delta_norm, eps)
         return x, F.rms_norm(x, next_norm.shape, next_norm, eps)
-
-    def mlp(self, gate_up: Linear, down: Linear, x: Any) -> torch.Tensor:
-        return down(gate_up(x))
 
     def rotate_store(
         self,

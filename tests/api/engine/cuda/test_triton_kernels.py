@@ -146,11 +146,6 @@ def test_work_on_rows_compiles_ahead(capability: int) -> None:
                 normed="*fp8e4nv", scales="*fp32", hidden="i32", eps="fp32", ADDED=True, DELTA_NORMED=True, FLOAT8=True,
                 BLOCK=4096, LARGEST=448.0, SMALLEST=1e-12,
             ),
-            compiled(
-                quantization._rescale_gated, capability, 16, product=kind, row_scales="*fp32", column_scales="*fp32",
-                bias=kind, like=kind, values="*fp8e4nv", scales="*fp32", inner="i32", BIASED=False, BLOCK=16384,
-                LARGEST=448.0, SMALLEST=1e-12,
-            ),
         ]  # fmt: skip
         for gated in (False, True):
             kernels += [
