@@ -43,7 +43,8 @@ def engine(service, behaviour, describe, make_settings):
     behaviour.reply = lambda body: (200, completion(describe(body)))
     settings = make_settings(1, engine_url=f"http://127.0.0.1:{service}", web_port=service, check_period_s=1, cure="restart")
     file = settings.log_dir / "baseline.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "key": {"model": "glm", "revision": "", "recipe": ""}}))
+    key = {"model": "glm", "revision": "", "recipe": "", "engine": settings.engine_url}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "key": key}))
     return settings
 
 

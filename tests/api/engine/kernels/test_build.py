@@ -21,6 +21,7 @@ from api.engine.loaded_model import Model
 from api.engine.loading import operations as choice
 from api.engine.loading.loader import load
 from api.engine.model.operations import AttentionMetadata, TorchOperations
+from api.engine.model.recipe import BF16
 
 HAS_INSTRUCTION = build.processor_supported()
 CPU_WITH = "avx512f avx512_bf16"
@@ -185,6 +186,7 @@ def test_a_slow_compiler_does_not_delay_the_start(
 def test_without_memory_for_the_weights_torch_computes(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class OutOfMemory:
         needs_masks = False
+        recipe = BF16
 
         def linear(self, *arguments: object, **options: object) -> None:
             raise RuntimeError("not enough memory for 4096 bytes of weights")
