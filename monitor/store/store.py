@@ -510,7 +510,7 @@ def _writer(log_dir: Path) -> sqlite3.Connection:
 
 def fallback_path(log_dir: Path) -> Path:
     """The store in shared memory while the disk is not writable: one folder per user and log folder."""
-    name = hashlib.sha256(str(log_dir.resolve()).encode()).hexdigest()[:16]
+    name = hashlib.sha256(os.path.realpath(log_dir).encode()).hexdigest()[:16]
     return SHARED_MEMORY / f"glm-{os.geteuid()}-{name}" / FILE_NAME
 
 

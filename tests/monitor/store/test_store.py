@@ -243,3 +243,12 @@ def test_a_request_is_taken_once(tmp_path):
     assert page.requests()[0]["state"] == "done"
     with pytest.raises(ValueError, match="`kind` must be one of"):
         page.add_request(NOW, "ann", "explode")
+
+
+def test_a_folder_of_logs_that_links_to_itself_is_no_end_of_watching(tmp_path):
+    (tmp_path / "logs").symlink_to("logs")
+
+    opened = Store.open_for_run(tmp_path / "logs")
+
+    assert opened.lost
+    opened.close()
