@@ -52,7 +52,7 @@ def publish_unknown(reason: str) -> None:
     except Exception:  # deploy/ may be what is missing
         log_dir = ROOT / (os.environ.get("GLM_LOG_DIR") or "logs")
     keys = ("gpu_load", "gpu_memory_used", "cpu_percent", "memory_used_percent", "service_healthy")
-    report = {
+    report: dict[str, object] = {
         "timestamp": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()), **dict.fromkeys(keys), "schema_version": 2, "verdict": "unknown",
         "reasons": [reason], "evidence": {},
     }  # fmt: skip

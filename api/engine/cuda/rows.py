@@ -33,7 +33,8 @@ def add_norm_float8(
     x: torch.Tensor, delta: torch.Tensor, delta_norm: torch.Tensor, next_norm: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, Float8Rows]:
     """`add_norm`, and `quantize_rows` of the normed rows."""
-    y, values, scales = torch.empty_like(x), *empty_float8(*x.shape, x.device)
+    y = torch.empty_like(x)
+    values, scales = empty_float8(x.shape[0], x.shape[1], x.device)
     _launch_add_norm(x, delta, delta_norm, next_norm, y, values, scales, eps)
     return y, Float8Rows(values, scales, x.dtype)
 

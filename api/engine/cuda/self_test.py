@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -187,7 +188,7 @@ class _Cases:
             make = ops.linear if isinstance(ops, CudaOperations) else partial(self._recipe.linear, "text")
             return make(after, None, False), make(gate_up, None, True), make(down, None, False)
 
-        made = cache(linears)
+        made: Callable[[Any], tuple[Linear, Linear, Linear]] = cache(linears)
 
         def norm(ops: Operations, dtype: torch.dtype) -> torch.Tensor:
             norms = first.to(dtype), second.to(dtype)
