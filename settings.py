@@ -88,7 +88,9 @@ class Settings(BaseSettings):
     kv_cache_bytes: int = Field(
         0, ge=0, description="memory of the KV cache; 0: what a card has left, or a share of the free host memory"
     )
-    prefill_chunk_tokens: int = Field(512, ge=16, description="longest part of a prompt computed in one step")
+    prefill_chunk_tokens: int | None = Field(
+        None, ge=16, description="longest part of a prompt computed in one step; empty: by card"
+    )
     picture_cache_bytes: int | None = Field(None, ge=0, description="memory of the encoder cache; empty: by card")
 
     kernels: Literal["auto", "torch"] = Field(

@@ -24,7 +24,7 @@ class EngineConfig:
     weights: Literal["auto", "bf16", "fp8", "nf4"] = "auto"  # the recipe of quantisation
     max_picture_tokens: int = 0  # of one picture; larger ones are scaled down
     encoder_cache_bytes: int | None = None
-    prefill_chunk_tokens: int = 512  # most prompt tokens in one step
+    prefill_chunk_tokens: int | None = None  # most prompt tokens in one step; None: by card
     fingerprint_s: float = 600.0  # between two comparisons of an idle model with itself
     check_reference: bool = False  # compare an unknown revision with transformers while loading
     kernels: Literal["auto", "torch"] = "auto"  # `torch`: nothing is compiled

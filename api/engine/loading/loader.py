@@ -38,6 +38,7 @@ from api.engine.loading.memory_plan import ANSWER_TOKENS, MemoryPlan, choose, de
 from api.engine.loading.operations import OperationsChoice, without_compiled
 from api.engine.loading.picture_limit import flash_shape, limit_pictures, shape_with_pictures
 from api.engine.loading.placement import (
+    CHUNK_TOKENS,
     CPU_ENCODER_CACHE_BYTES,
     FLASH,
     GIB,
@@ -132,12 +133,12 @@ def _assemble(
     parameters = weights.checkpoint.parameters
     room = _room(config, weights, plan)
     pictures = limit_pictures(image_processor, plan.picture_tokens if plan else config.max_picture_tokens)
-    runner, kernels, origin = _runner(weights, room.capacity(config), room.context_tokens, operations, progress)
+    runner, kernels, origin = _runner(weights, room.capacity(), room.context_tokens, operations, progress)
     if plan:
         tokens, reason = size_cache(runner, plan, CardMemory(), config.kv_cache_bytes)
         room = room.with_cache(Amount(tokens, reason), config)
         runner.resize_kv(tokens // PAGE_TOKENS)
-    capacity, context_tokens = room.capacity(config), room.context_tokens
+    capacity, context_tokens = room.capacity(), room.context_tokens
     demo = _read_json(folder / "demo.json") if (folder / "demo.json").is_file() else None
     model_id = (demo or {}).get("id") or name
     generation = _generation_config(folder, model_config)
@@ -216,15 +217,16 @@ class Room:
     context_tokens: int
     kv_tokens: int
     encoder_cache_bytes: int
+    chunk_tokens: int
     answer: AnswerLimits
     reasons: dict[str, str]
 
-    def capacity(self, config: EngineConfig) -> Capacity:
+    def capacity(self) -> Capacity:
         return Capacity(
             slots=self.slots,
             pages=self.kv_tokens // PAGE_TOKENS,
             page_tokens=PAGE_TOKENS,
-            chunk_tokens=config.prefill_chunk_tokens,
+            chunk_tokens=self.chunk_tokens,
             encoder_cache_bytes=self.encoder_cache_bytes,
         )
 
@@ -256,7 +258,7 @@ def _room(config: EngineConfig, weights: Weights, plan: MemoryPlan | None) -> Ro
             "slots": "set by GLM_SLOTS" if config.slots else size,
         }
         answer = AnswerLimits(ANSWER_TOKENS, defaults.thinking_tokens)
-        return Room(plan.slots, context, config.prefill_chunk_tokens, plan.encoder_cache_bytes, answer, reasons)
+        return Room(plan.slots, context, plan.chunk_tokens, plan.encoder_cache_bytes, plan.chunk_tokens, answer, reasons)
     context, context_reason = _context(config, allowed, DEFAULT_MAX_CONTEXT)
     slots = choose_slots(config)
     token_bytes = kv_token_bytes(model_config, weights.dtype)
@@ -265,7 +267,8 @@ def _room(config: EngineConfig, weights: Weights, plan: MemoryPlan | None) -> Ro
     )
     cache = CPU_ENCODER_CACHE_BYTES if config.encoder_cache_bytes is None else config.encoder_cache_bytes
     reasons = {"context_tokens": context_reason, "slots": slots.reason}
-    return Room(slots.number, context, 0, cache, AnswerLimits(), reasons).with_cache(kv, config)
+    chunk = config.prefill_chunk_tokens or CHUNK_TOKENS
+    return Room(slots.number, context, 0, cache, chunk, AnswerLimits(), reasons).with_cache(kv, config)
 
 
 def _log_plan(plan: MemoryPlan) -> None:

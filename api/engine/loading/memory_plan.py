@@ -17,6 +17,7 @@ from api.engine.cuda.graphs import sizes_for
 from api.engine.cuda.runner import MAX_CHUNKS
 from api.engine.loaded_model import LoadError
 from api.engine.loading.card import GIB, MIB, Card
+from api.engine.loading.placement import CHUNK_TOKENS
 from api.engine.model.linear import Role
 from api.engine.model.recipe import NEEDS_CAPABILITY, Recipe, Weights, make_recipe
 from api.engine.model.rotary import head_dim_of
@@ -113,6 +114,7 @@ class Defaults:
     context_tokens: int
     thinking_tokens: int  # longest answer with its thought
     encoder_cache_bytes: int
+    chunk_tokens: int = CHUNK_TOKENS  # longest part of a prompt in one step
 
 
 ANSWER_TOKENS = 2048  # longest answer without a thought
@@ -120,8 +122,8 @@ BY_MEMORY = (
     Defaults(0.0, 8, 8_192, 4_096, 64 * MIB),
     Defaults(11.0, 16, 20_480, 8_192, 128 * MIB),
     Defaults(15.0, 16, 32_768, 8_192, 256 * MIB),
-    Defaults(22.0, 32, 32_768, 8_192, 256 * MIB),
-    Defaults(38.0, 64, 32_768, 16_384, 1024 * MIB),
+    Defaults(22.0, 32, 32_768, 8_192, 256 * MIB, 1024),
+    Defaults(38.0, 64, 32_768, 16_384, 1024 * MIB, 1024),
 )
 
 
@@ -204,7 +206,7 @@ def plan(
 ) -> MemoryPlan:
     """The plan of one recipe with pictures of up to `picture_tokens`. `itemsize` of the plain number format."""
     defaults = defaults_for(card)
-    slots, chunk = config.slots or defaults.slots, config.prefill_chunk_tokens
+    slots, chunk = config.slots or defaults.slots, config.prefill_chunk_tokens or defaults.chunk_tokens
     context = min(config.context_tokens or defaults.context_tokens, shape.positions)
     cache = defaults.encoder_cache_bytes if config.encoder_cache_bytes is None else config.encoder_cache_bytes
     weights = weight_parts(shape, recipe, itemsize)

@@ -19,6 +19,7 @@ from api.engine.loading.card import FIRST_WITH_BF16
 FLASH = {"huggingface": "zai-org/GLM-4.6V-Flash", "modelscope": "ZhipuAI/GLM-4.6V-Flash"}
 SLOTS = 16  # without a card
 PAGE_TOKENS = 16
+CHUNK_TOKENS = 512  # most prompt tokens in one step, unless set or the card is a large one
 CPU_SHARE = 0.15  # of the memory that is free after loading the weights, for the KV cache
 CPU_ENCODER_CACHE_BYTES = 256 * 2**20
 GIB = 2**30

@@ -60,7 +60,7 @@ def test_a_large_card_is_used_whole(plan: MemoryPlan, caplog: pytest.LogCaptureF
     with caplog.at_level("INFO"):
         tokens, reason = size_cache(runner, plan, Memory(58 * GIB))
 
-    assert runner.asked == (6144, 512, 65)
+    assert runner.asked == (6144, 1024, 65)
     assert tokens > 33 * 32_768
     assert tokens * plan.kv_token_bytes < 58 * GIB - 900 * MIB - GIB
     assert "58.0 GiB free after loading" in reason and "900 MiB measured" in reason
