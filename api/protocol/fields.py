@@ -107,6 +107,8 @@ def check(kind: type[Checked], data: dict[str, Any], ignored: IgnoredFields, rul
             if error.error_count() > _MAX_PROBLEMS:
                 raise invalid(f"There are more than {_MAX_PROBLEMS} fields that are not known here.") from None
             problems = error.errors(include_url=False)
+        if _made_whole(data, problems):
+            continue
         wrong = next((problem for problem in problems if not _may_go(problem, rules)), None)
         if wrong is not None:
             raise _explain(wrong)
@@ -157,6 +159,26 @@ def _may_go(problem: ErrorDetails, rules: FieldRules) -> bool:
     if asks_for_nothing(problem["input"]):
         return True
     return steps[0] in rules.echoed and steps[-1] not in rules.refused
+
+
+def _made_whole(data: Any, problems: list[ErrorDetails]) -> bool:
+    """Write 5.0 as 5 where an integer is wanted, as languages without integers cannot; whether there was such a number."""
+    found = False
+    for problem in problems:
+        given = problem["input"]
+        if problem["type"] not in ("int_type", "int_from_float") or not isinstance(given, float) or not given.is_integer():
+            continue
+        *outer, last = [step for step in problem["loc"] if not (isinstance(step, str) and step.startswith("#"))]
+        place = data
+        try:
+            for step in outer:
+                place = place[step]
+            if place[last] == given and isinstance(place[last], float):
+                place[last] = int(given)
+                found = True
+        except (KeyError, IndexError, TypeError):
+            continue
+    return found
 
 
 def _delete(data: Any, location: tuple[int | str, ...]) -> bool:

@@ -142,17 +142,21 @@ class Translation:
     def __init__(self) -> None:
         self.request = ResponseRequest(input="", include=None, metadata=None)
         self._origins: list[str] = []  # for each message, the field it came from
+        self._checked = False  # from then on errors are those of the chat request
 
     def parse(self, body: bytes, ignored: IgnoredFields) -> ChatRequest:
         """Raises the 400 error that names the field of this request."""
         data = parse_object(body)
         fields = take(data, SAMPLING + REASONING, ResponseRequest.model_fields)
         self.request = check(ResponseRequest, data, ignored, RULES)
+        self._checked = True
         self._note(ignored)
         return check_chat({**fields, **self._fields()}, ignored)
 
     def renamed(self, error: ServingError) -> ServingError:
         """The same error, with `param` and message in this request's field names."""
+        if not self._checked:
+            return error
         message, param = error.message, error.param or ""
         if origin := re.match(r"messages\[(\d+)\]", param):
             names = [(re.escape(origin[0]), self._origins[int(origin[1])]), *_NAMES]

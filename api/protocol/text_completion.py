@@ -85,7 +85,7 @@ def parse_text(body: bytes, ignored: IgnoredFields) -> TextRequest:
         if (value := data.get(name)) is not None:
             fields[name] = value
     if request.max_tokens is not None or not any(fields.get(word) for word in ("max_new_tokens", "n_predict")):
-        fields["max_tokens"] = request.max_tokens if request.max_tokens is not None else DEFAULT_TOKENS
+        fields["max_tokens"] = request.max_tokens or DEFAULT_TOKENS
     if request.logprobs is not None:
         fields |= {"logprobs": True, "top_logprobs": request.logprobs}
     fields |= {"prompts": _prompts(given), "echo": bool(request.echo)}

@@ -149,6 +149,8 @@ def _thinking(to: Translation, value: Any, word: str) -> None:
         to.think(value, word)
     elif isinstance(value, str):
         to.put("reasoning_effort", value, word)
+    elif value == {}:
+        to.ignored.note(word)
     elif isinstance(value, dict):
         kind = value.get("type")
         if kind not in ("enabled", "disabled", "adaptive", "auto"):

@@ -138,7 +138,8 @@ class CardMemory:
 
 
 def _words(name: str) -> list[str]:
-    return re.findall(r"[a-z0-9]+", name.lower())
+    """Letters and digits apart, so that `RTX4090` is `RTX 4090`."""
+    return re.findall(r"[a-z]+|[0-9]+", name.lower())
 
 
 def _within(part: list[str], whole: list[str]) -> bool:

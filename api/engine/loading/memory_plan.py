@@ -484,7 +484,7 @@ def report(shape: ModelShape, card: Card, config: EngineConfig, itemsize: int = 
             (each for each_of in plans.values() for each in each_of), key=lambda each: each.missing_bytes, default=None
         )
         if closest is not None:
-            lines += ["", *_table(closest)]
+            lines += ["", f"The closest that would fit, {closest.recipe.name}:", *_table(closest)]
         return "\n".join([*lines, "", str(error)]), False
     lines += [f"Weights: {chosen.recipe.name} ({chosen.reason})", "", *_table(chosen), ""]
     lines += [
@@ -536,7 +536,8 @@ def _what_helps(closest: MemoryPlan, plans: Mapping[Weights, list[MemoryPlan]]) 
     missing = math.ceil(closest.missing_bytes / GIB * 10) / 10
     taken = (closest.card.total_bytes - closest.card.usable_bytes) / GIB
     advice = [
-        f"{closest.recipe.name} needs {missing:.1f} GiB more than the {closest.card.usable_bytes / GIB:.1f} GiB that are usable"
+        f"{closest.recipe.name} with {LEAST_TOKENS:,} tokens of KV cache needs {missing:.1f} GiB more than the "
+        f"{closest.card.usable_bytes / GIB:.1f} GiB that are usable"
     ]
     fitting = [name for name, each_of in plans.items() if any(each.fits for each in each_of)]
     if fitting:

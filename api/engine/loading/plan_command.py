@@ -8,7 +8,7 @@ from typing import Any
 
 from api.engine.config import EngineConfig
 from api.engine.loaded_model import LoadError
-from api.engine.loading.card import GIB, Card, find_card, parse_size, pretended_card, speed_of
+from api.engine.loading.card import GIB, SPEEDS, Card, find_card, parse_size, pretended_card, speed_of
 from api.engine.loading.families import FAMILIES, shapes_of
 from api.engine.loading.memory_plan import ModelShape, choose, report
 from api.engine.loading.picture_limit import flash_shape, shape_with_pictures
@@ -27,7 +27,7 @@ def print_plan(config: EngineConfig, memory: str | None, name: str | None) -> in
         return 2
     print(title)
     if card is None:
-        print("No CUDA GPU is found. What a card would do (--gpu-memory 12GiB or --gpu NAME for the whole plan):\n")
+        print("No CUDA GPU is found. What a card would do (--gpu-memory 12GiB for the whole plan, with --gpu NAME for its speed):\n")
         print("\n".join(_overview(shape, config)))
         return 0
     text, fits = report(shape, card, config)
@@ -38,7 +38,11 @@ def print_plan(config: EngineConfig, memory: str | None, name: str | None) -> in
 def _card(memory: str | None, name: str | None) -> Card | None:
     """Raises ValueError."""
     if name and speed_of(name) is None:
-        raise ValueError(f"--gpu must be a card whose figures are known (api/engine/loading/card.py). Given: {name}")
+        known = ", ".join(sorted(SPEEDS, key=str.lower))
+        raise ValueError(
+            f"--gpu must be a card whose figures are known: {known}. Given: {name}. "
+            "Without it, --gpu-memory alone plans for a card of that size."
+        )
     if memory is None and name is not None:
         raise ValueError("--gpu needs --gpu-memory: cards of one name are sold with several sizes")
     if memory is None:

@@ -37,6 +37,15 @@ def checked(strict: bool = False, **data: Any) -> tuple[Outer, list[str]]:
     return check(Outer, data, ignored, RULES), ignored.names
 
 
+def test_a_whole_number_may_be_written_with_a_point() -> None:
+    outer, names = checked(size=5.0, items=[{"text": "a"}])
+
+    assert outer.size == 5 and isinstance(outer.size, int) and names == []
+    for wrong in (5.5, True, "5", 1e400):
+        with pytest.raises(ServingError, match="size"):
+            checked(size=wrong)
+
+
 @pytest.mark.parametrize(
     ("data", "names"),
     [

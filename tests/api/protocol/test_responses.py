@@ -154,6 +154,15 @@ def test_errors_use_the_field_names_of_this_format(fields: dict[str, Any], param
     assert words in error["message"] and "messages" not in error["message"] and "max_tokens" not in error["message"]
 
 
+@pytest.mark.parametrize("field", ["max_tokens", "messages", "response_format"])
+def test_a_field_of_another_format_is_refused_by_its_own_name(field: str, serve) -> None:
+    fields = {"input": "x", "max_output_tokens": 9, "text": {"format": {"type": "text"}}, field: {"type": "text"}}
+
+    error = serve().client.post("/v1/responses", json=fields).json()["error"]
+
+    assert error["param"] == field and field in error["message"]
+
+
 SPACE: Any = {"type": "namespace", "name": "shop", "description": "of a shop", "tools": [TOOL]}
 
 

@@ -27,6 +27,12 @@ def parse(**fields: Any) -> tuple[ChatRequest, list[str]]:
     return parse_chat(json.dumps({"messages": [USER], **fields}).encode(), ignored), ignored.names
 
 
+def test_an_empty_thinking_asks_for_nothing() -> None:
+    chat, ignored = parse(thinking={})
+
+    assert chat.enable_thinking == parse()[0].enable_thinking and ignored == ["thinking"]
+
+
 def names(chat: ChatRequest) -> list[str]:
     return [tool.function.name for tool in chat.active_tools]
 

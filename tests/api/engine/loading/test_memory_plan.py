@@ -158,7 +158,7 @@ def test_every_card_from_8_gib_on_gets_the_model(nine: ModelShape) -> None:
 
 
 def test_too_small_a_card_is_told_what_would_help(nine: ModelShape) -> None:
-    with pytest.raises(LoadError, match=r"nf4 needs 1\.\d GiB more than the 5\.8 GiB .* GLM_MODEL=models/shapes"):
+    with pytest.raises(LoadError, match=r"nf4 with 16,384 tokens of KV cache needs 1\.\d GiB more than the 5\.8 GiB .* GLM_MODEL=models/shapes"):
         choose(nine, card_of(6 * GIB), EngineConfig())
     taken = Card("busy", 24 * GIB, 3 * GIB, (8, 9))
     with pytest.raises(LoadError, match=r"end what else uses the card \(21\.0 of 24\.0 GiB are taken\)"):
@@ -222,7 +222,7 @@ def test_sizes_and_names_of_cards() -> None:
     names = {
         "NVIDIA GeForce RTX 4090": 1008, "NVIDIA GeForce RTX 3060 Ti": 448, "NVIDIA L4": 300, "NVIDIA L40S": 864,
         "NVIDIA A100-SXM4-40GB": 1555, "NVIDIA H100 80GB HBM3": 3350, "NVIDIA H100 PCIe": 2000, "Tesla T4": 320,
-        "NVIDIA RTX 6000 Ada Generation": 960, "NVIDIA H200": 4800,
+        "NVIDIA RTX 6000 Ada Generation": 960, "NVIDIA H200": 4800, "RTX4090": 1008, "rtx3060ti": 448, "NVIDIA A10": 600, "NVIDIA RTX A2000 12GB": 288,
     }  # fmt: skip
     assert {name: speed_of(name).gb_per_s for name in names} == names
     assert speed_of("NVIDIA GeForce RTX 4060 Laptop GPU") is None
