@@ -176,6 +176,7 @@ def _assemble(
             "dtype": facts["dtype"],
             "device": facts["device"],
             "kernels": kernels.value,
+            "weights": facts["weights"],
         }
         reference = compare_once(
             cache_folder() / REFERENCE_FILE, folder, computed,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from api.engine.loading import reference
 from api.engine.loading.loader import load
 from api.engine.loading.reference import LayeredNetwork
 from api.engine.model.runner import Glm4vRunner
+from models.shapes.checkpoint import FOLDER as SHAPES
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +68,15 @@ def test_other_tokens_are_told_and_compared_again(wrong, tiny_checkpoint, cache,
     assert found.outcome == "differs" and not cache.exists()
     assert all(f"{name}: the most probable token" in found.detail for name in ("square", "3:1", "tiny", "text"))
     assert "event=reference outcome=differs" in caplog.text
+
+
+@pytest.mark.parametrize("weights", ["fp8", "nf4"])
+def test_quantised_weights_agree_within_their_own_limit(weights: str, tmp_path: Path, cache: Path) -> None:
+    folder = shutil.copytree(SHAPES, tmp_path / "shapes", ignore=shutil.ignore_patterns("*.py", "__pycache__", ".packed"))
+
+    model = load(EngineConfig(model=str(folder), threads=1, device="cpu", weights=weights, check_reference=True), lambda fraction: None)
+
+    assert model.integrity.reference.outcome == "same", model.integrity.reference.detail
 
 
 def test_other_positions_are_told(tiny_checkpoint, monkeypatch) -> None:
