@@ -26,7 +26,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from dotenv import dotenv_values
 from dotenv.parser import parse_stream
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 ROOT = Path(__file__).resolve().parent
@@ -51,6 +51,9 @@ HUB_VARIABLES = (
 
 class SettingsError(ValueError):
     """An invalid setting; the message has its name, its value and what is allowed."""
+
+
+LEAST = {"context_tokens": 64, "kv_cache_bytes": 2**20}  # of what is not 0: less holds no question
 
 
 class Settings(BaseSettings):
@@ -191,6 +194,14 @@ class Settings(BaseSettings):
     # Runtime state.
     log_dir: Path = ROOT / "logs"
     start_timeout_s: float = Field(120.0, gt=0, description="how long start.sh waits for the processes to answer")
+
+    @field_validator("context_tokens", "kv_cache_bytes")
+    @classmethod
+    def _none_or_enough(cls, value: int, info: ValidationInfo) -> int:
+        least = LEAST[str(info.field_name)]
+        if 0 < value < least:
+            raise ValueError(f"must be 0 or >= {least}")
+        return value
 
     @field_validator("log_dir")
     @classmethod

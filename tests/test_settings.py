@@ -35,6 +35,8 @@ def env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (b"\n\nGLM_API_PORT 8123\n", "line 3: GLM_API_PORT"),
         (b"GLM_API_PORT\n", "line 1: GLM_API_PORT: there is no `=`"),
         (b"GLM_API_PORT=80a\n", "GLM_API_PORT: Input should be a valid integer"),
+        (b"GLM_CONTEXT_TOKENS=2\n", "GLM_CONTEXT_TOKENS: Value error, must be 0 or >= 64"),
+        (b"GLM_KV_CACHE_BYTES=1\n", "must be 0 or >= 1048576"),
         (b"GLM_API_PROT=8123\n", "Did you mean GLM_API_PORT?"),
         (b"GLM_ENV_FILE=other\n", "belongs in the environment"),
         ("GLM_API_PORT=8123\n".encode("utf-16"), "UTF-16. Save it as UTF-8"),

@@ -9,12 +9,15 @@ import base64
 import binascii
 from contextlib import suppress
 from io import BytesIO
+from urllib.parse import unquote
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from api.errors import ServingError, invalid, too_large
 from settings import Settings
 
+# The alphabet of URLs as the usual one, and no line breaks.
+_WRITTEN_OTHERWISE = str.maketrans({"-": "+", "_": "/", "\r": None, "\n": None, " ": None, "\t": None, "=": None})
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_ASPECT = 200  # the processor refuses longer ones
 # `max_image_pixels` is checked on every image; Pillow's own limit would only add warnings.
@@ -32,12 +35,19 @@ def read_data_url(url: str, param: str, settings: Settings) -> bytes:
     if len(payload) * 3 // 4 > settings.max_image_bytes + 2:
         raise _too_many_bytes(len(payload) * 3 // 4, param, settings)
     try:
-        data = base64.b64decode(payload, validate=True)
+        data = base64.b64decode(_plain(payload), validate=True)
     except (binascii.Error, ValueError):
         raise invalid(f"`{param}` is not valid base64.", param, "invalid_image") from None
     if len(data) > settings.max_image_bytes:
         raise _too_many_bytes(len(data), param, settings)
     return data
+
+
+def _plain(payload: str) -> str:
+    """Base64 without line breaks, in the usual alphabet and padded: programs write all of these."""
+    payload = unquote(payload) if "%" in payload else payload
+    payload = payload.translate(_WRITTEN_OTHERWISE)
+    return payload + "=" * (-len(payload) % 4)
 
 
 def open_image(data: bytes, param: str, settings: Settings) -> Image.Image:

@@ -97,7 +97,10 @@ def unsupported(path: str) -> ServingError:
 def check(kind: type[Checked], data: dict[str, Any], ignored: IgnoredFields, rules: FieldRules) -> Checked:
     """The request in `data`, from which what is ignored is deleted. Raises the 400 error for the first field that is wrong."""
     known = set(kind.model_fields) | {info.alias for info in kind.model_fields.values() if info.alias}
-    for name in [name for name in data if name not in known]:
+    unknown = [name for name in data if name not in known]
+    if len(unknown) > _MAX_PROBLEMS:
+        raise invalid(f"There are more than {_MAX_PROBLEMS} fields that are not known here.") from None
+    for name in unknown:
         _settle(name, data[name], ignored, rules)
         del data[name]
     for _ in range(_ROUNDS):

@@ -82,7 +82,8 @@ WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
 }
 # Keys of messages, parts and tools that would change the answer.
 CHANGES_THE_ANSWER = frozenset(
-    {"images", "audio", "video", "files", "documents", "prefix", "partial", "min_pixels", "max_pixels", "fps"}
+    {"images", "image", "image_url", "attachments", "audio", "video", "file", "files", "documents", "prefix", "partial",
+     "min_pixels", "max_pixels", "resized_width", "resized_height", "crop", "rotation", "fps"}
 )
 CHAT_RULES = FieldRules(HARMLESS, defaults=WITHOUT_EFFECT, hints=HINTS, refused=CHANGES_THE_ANSWER)
 TOKEN_RULES = FieldRules(defaults={"add_special_tokens": (False,), "add_generation_prompt": (True,)})
@@ -433,7 +434,21 @@ class ChatRequest(Strict):
 
 def parse_chat(body: bytes, ignored: IgnoredFields) -> ChatRequest:
     """Adds to `ignored` what has no effect. Raises the 400 error that names the first field that is wrong."""
-    return check_chat(parse_object(body), ignored)
+    chat: ChatRequest = check_chat(parse_object(body), ignored)
+    _name_unread(chat.messages, ignored)
+    return chat
+
+
+def _name_unread(messages: list[Message], ignored: IgnoredFields) -> None:
+    """Names what the chat templates of GLM do not read: names of authors, and reasoning before the last question."""
+    last = max((number for number, message in enumerate(messages) if message.role == "user"), default=0)
+    for message in messages:
+        if message.name:
+            ignored.note("messages[].name", harmless=True)
+    for message in messages[:last]:
+        for field in ("reasoning_content", "reasoning"):
+            if getattr(message, field):
+                ignored.note(f"messages[].{field}", harmless=True)
 
 
 Chat = TypeVar("Chat", bound=ChatRequest)

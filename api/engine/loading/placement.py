@@ -14,6 +14,7 @@ import torch
 
 import cgroup
 from api.engine.config import EngineConfig
+from api.engine.loaded_model import LoadError
 from api.engine.loading.card import FIRST_WITH_BF16
 
 FLASH = {"huggingface": "zai-org/GLM-4.6V-Flash", "modelscope": "ZhipuAI/GLM-4.6V-Flash"}
@@ -55,6 +56,8 @@ def choose_kv_cache(
     """Tokens of the KV cache in host memory, in whole pages. `weights_bytes` are still to be loaded."""
     if config.kv_cache_bytes:
         budget, reason = config.kv_cache_bytes, "set by GLM_KV_CACHE_BYTES"
+        if budget > (free := free_memory_bytes()):
+            raise LoadError(f"GLM_KV_CACHE_BYTES must be <= {free}, the free memory. Given: {budget}")
     else:
         free = max(free_memory_bytes() - weights_bytes, 0)
         budget, reason = int(free * CPU_SHARE), f"{CPU_SHARE:.0%} of the {free / GIB:.1f} GiB free"

@@ -26,6 +26,9 @@ def print_plan(config: EngineConfig, memory: str | None, name: str | None) -> in
         print(error, file=sys.stderr)
         return 2
     print(title)
+    if config.context_tokens > shape.positions:
+        print(f"GLM_CONTEXT_TOKENS must be <= {shape.positions}, the limit of this model. Given: {config.context_tokens}", file=sys.stderr)
+        return 2
     if card is None:
         print("No CUDA GPU is found. What a card would do (--gpu-memory 12GiB for the whole plan, with --gpu NAME for its speed):\n")
         print("\n".join(_overview(shape, config)))

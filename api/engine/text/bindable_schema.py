@@ -9,10 +9,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
-# The compiler's own format allows any number of digits in a second's fraction.
-_TIME = r"([01][0-9]|2[0-3]):[0-5][0-9]:([0-5][0-9]|60)(\.[0-9]{1,9})?(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
+# The compiler's own format allows any number of digits in a second's fraction, second 60 in any minute and the year 0,
+# which the libraries that read the answers refuse.
+_YEAR = "([1-9][0-9]{3}|0[1-9][0-9]{2}|00[1-9][0-9]|000[1-9])"
+_TIME = r"([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]{1,9})?(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
 _FORMATS = {
-    "date-time": rf"^[0-9]{{4}}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])T{_TIME}$",
+    "date-time": rf"^{_YEAR}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])T{_TIME}$",
     "time": rf"^{_TIME}$",
 }
 # Lookaround, word boundaries, references to groups, possessive and atomic groups: no finite automaton has them.

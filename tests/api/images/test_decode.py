@@ -7,6 +7,7 @@ import io
 import random
 import struct
 import zlib
+from urllib.parse import quote
 
 import pytest
 from PIL import Image
@@ -92,6 +93,18 @@ def test_cmyk_becomes_rgb() -> None:
 @pytest.mark.parametrize("address", ["file:///etc/passwd", "/etc/passwd", "", "data:image/png;base64", "data:,hello"])
 def test_anything_but_a_base64_data_url_is_refused(address: str) -> None:
     assert refusal(address).code == "unsupported_url"
+
+
+@pytest.mark.parametrize("write", [
+    lambda text: base64.encodebytes(base64.b64decode(text)).decode(),
+    lambda text: text.rstrip("="),
+    lambda text: text.replace("+", "-").replace("/", "_"),
+    lambda text: quote(text, safe=""),
+])  # fmt: skip
+def test_base64_may_be_written_as_programs_write_it(write) -> None:
+    data = bytes(range(256)) * 3 + b"x"
+
+    assert read_data_url(f"data:image/png;base64,{write(base64.b64encode(data).decode())}", "url", SETTINGS) == data
 
 
 def test_bad_base64_is_refused() -> None:

@@ -328,3 +328,16 @@ def test_a_request_id_in_the_body_is_the_answers(serve) -> None:
     answer = served.client.post("/v1/chat/completions", json=chat_body(request_id="caller's own"))
 
     assert answer.json()["request_id"] == "caller's own" and answer.headers["x-request-id"] != "caller's own"
+
+
+def test_what_the_template_does_not_read_is_named() -> None:
+    turns = [USER, {"role": "assistant", "content": "a", "reasoning_content": "r"}, {**USER, "name": "Ann"}]
+
+    assert parse(messages=turns)[1] == ["messages[].name", "messages[].reasoning_content"]
+    assert parse(messages=[USER, {"role": "assistant", "content": "a", "reasoning_content": "r"}])[1] == []
+
+
+@pytest.mark.parametrize("key", ["image", "image_url", "attachments", "file"])
+def test_a_picture_at_a_place_that_is_not_read_is_refused(key: str) -> None:
+    with pytest.raises(ServingError, match=key):
+        parse(messages=[{**USER, key: URL}])

@@ -28,14 +28,14 @@ def broken(path: str, how: str) -> CudaOperations:
     """Right operations but for one path."""
     ops = Right({"float8": "fp8", "nf4": "nf4"}.get(path, "bf16"))
     name = {"decode": "attend_decode", "prefill": "attend_prefill", "norms": "add_norm", "rotation": "rotate_store",
-            "activation": "activate", "image": "attend_image", "float8": "mlp", "nf4": "linear"}[path]  # fmt: skip
+            "activation": "activate", "image": "attend_image", "float8": "linear", "nf4": "linear"}[path]  # fmt: skip
     right = getattr(ops, name)
 
     def wrong(*args: object, **kwargs: object) -> object:
         if how == "raises":
             raise RuntimeError("no kernel image is available for execution on the device")
         result = right(*args, **kwargs)
-        if path == "nf4":
+        if name == "linear":
             return lambda x: spoilt(result(x))
         return spoilt(result)
 

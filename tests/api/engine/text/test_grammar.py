@@ -185,6 +185,8 @@ def test_the_fraction_of_a_second_is_bounded(compiler, vocabulary) -> None:
     assert takes(compiler, vocabulary, form, '"2026-01-31T23:59:59+08:00"')
     assert not takes(compiler, vocabulary, form, '"2026-01-31T23:59:59.1234567890Z"')
     assert not takes(compiler, vocabulary, form, '"2026-13-31T23:59:59Z"')
+    assert not takes(compiler, vocabulary, form, '"2026-01-31T20:00:60Z"')
+    assert not takes(compiler, vocabulary, form, '"0000-01-31T20:00:00Z"') and takes(compiler, vocabulary, form, '"0001-01-31T20:00:00Z"')
 
 
 UNBOUND = {
