@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from network_source import NetworkSource
 from replay import ReplayDevice
 
 from api.engine.config import EngineConfig
@@ -14,7 +15,6 @@ from api.engine.cuda.runner import CudaRunner
 from api.engine.loaded_model import Model
 from api.engine.loading.loader import load
 from api.engine.model.operations import AttentionMetadata, TorchOperations
-from api.engine.model.weight_source import NetworkSource
 
 SLOTS = 6
 

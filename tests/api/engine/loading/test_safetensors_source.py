@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from network_source import NetworkSource
 from safetensors.torch import load_file, save_file
 
 from api.engine.config import EngineConfig
@@ -20,7 +21,6 @@ from api.engine.loading import safetensors_file
 from api.engine.loading.loader import load
 from api.engine.loading.safetensors_file import SafetensorsFile, TensorReader, write
 from api.engine.loading.safetensors_source import Checkpoint, SafetensorsSource
-from api.engine.model.weight_source import NetworkSource
 from settings import ROOT
 
 CPU = torch.device("cpu")

@@ -112,13 +112,13 @@ def test_a_recipe_chooses_formats_by_part_shape_and_card() -> None:
 
 @pytest.mark.parametrize(("name", "small"), [("fp8", False), ("nf4", False), ("nf4", True), ("bf16", True)])
 def test_the_demo_answers_in_every_recipe(name, small: bool) -> None:
+    from network_source import NetworkSource
     from prompts import Steps, ask, request_for
 
     from api.engine.config import EngineConfig
     from api.engine.loading.loader import load
     from api.engine.model.operations import TorchOperations
     from api.engine.model.runner import Glm4vRunner
-    from api.engine.model.weight_source import NetworkSource
     from api.engine.model.weights import part_sums, weights_of
     from models.shapes.pictures import draw_shapes
     from settings import ROOT
