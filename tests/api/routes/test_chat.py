@@ -43,7 +43,8 @@ def test_a_question_gets_its_answer(serve) -> None:
 
 
 def test_a_stream_has_role_deltas_end_usage_and_done_in_that_order(serve) -> None:
-    chunks = serve().stream("hi", stream_options={"include_usage": True})
+    # A pause between tokens, because a reader that lags gets several in one event.
+    chunks = serve(token_s=0.03).stream("hi", stream_options={"include_usage": True})
 
     assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert joined(chunks)["content"] == "I see 0 pictures. hi"
