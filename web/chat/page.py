@@ -83,21 +83,21 @@ def show_chat(client: ApiClient, settings: Settings, texts: Texts, chats: Visito
     # Each part keeps its element from run to run, so that what it no longer shows disappears at once. Otherwise it
     # would stay, greyed out, below a streaming answer.
     show_heading(client, info, info_error, texts, at_start)
-    start_input, start_area = st.empty(), st.empty()
+    # At the start they are containers from the first message on: an input box that is emptied and filled again loses the
+    # pictures in it whenever the browser draws in between.
+    start_input, start_area = (st.container() if at_start else st.empty() for _ in range(2))
     with st.container(gap=None):
         timer, turns = st.container(), st.container()
     followups = st.empty()
     if at_start:
         # Not pinned to the bottom: a phone would open the page scrolled to its end.
-        with start_input.container():
+        with start_input:
             composer.show_pending_images(chat.pending_images, texts)
             submission = page.read_input(options)
             page.show_notices()
-        with start_area.container():
+        with start_area:
             page.show_start()
     else:
-        start_input.empty()
-        start_area.empty()
         submission = page.read_input(options)
     with turns:
         page.show_turns(submission)

@@ -12,6 +12,8 @@ import streamlit as st
 from app_driver import ask, png, shown_text
 from PIL import Image
 from ports import free_port
+from streamlit.proto.ForwardMsg_pb2 import ForwardMsg
+from streamlit.runtime.scriptrunner_utils.script_run_context import ScriptRunContext
 from streamlit.testing.v1 import AppTest
 from web_fake_api import Answer, FakeApi
 
@@ -83,6 +85,22 @@ def test_a_question_with_a_picture_is_sent_and_its_answer_shown(open_page: OpenP
     assert body["chat_template_kwargs"] == {"enable_thinking": True}
     assert "max_tokens" not in body  # the server's own limit leaves room after a thought
     assert "temperature" not in body
+
+
+def test_the_place_of_the_input_box_is_never_emptied_before_it_is_filled(
+    open_page: OpenPage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A browser that receives the two messages one after the other takes the box out, and the pictures in it are lost."""
+    page, sent = open_page(), list[ForwardMsg]()
+    enqueue = ScriptRunContext.enqueue
+    monkeypatch.setattr(ScriptRunContext, "enqueue", lambda run, message: (sent.append(message), enqueue(run, message)))
+
+    page.pills(key="preset").set_value("json").run()
+
+    assert page.chat_input[0].value == "List the objects as JSON."
+    kind_by_path = [(m.metadata.delta_path, m.delta.new_element.WhichOneof("type")) for m in sent]
+    box = next(path for path, kind in kind_by_path if kind == "chat_input")
+    assert not [path for path, kind in kind_by_path if kind == "empty" and path == box[: len(path)]]
 
 
 def test_a_second_question_resends_the_picture_but_not_the_reasoning(
