@@ -207,7 +207,7 @@ def monitored_bundle(folder: Path) -> Iterator[MonitoredBundle]:
         run("prometheus-alertmanager", f"--config.file={_alertmanager(folder, webhook.port)}", f"--storage.path={folder / 'am'}",
             f"--web.listen-address={address['alertmanager']}", "--cluster.listen-address=")  # fmt: skip
         run("prometheus", f"--config.file={_prometheus(folder, copy.api_port, ports)}", f"--storage.tsdb.path={folder / 'tsdb'}",
-            f"--web.listen-address={address['prometheus']}")  # fmt: skip
+            f"--web.listen-address={address['prometheus']}", "--rules.alert.resend-delay=2s")  # fmt: skip
         url = f"http://{address['prometheus']}"
         _wait_for(f"{url}/-/ready")
         bundle = MonitoredBundle(copy, folder, webhook, url, f"http://{address['pushgateway']}")
