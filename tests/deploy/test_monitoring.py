@@ -83,12 +83,12 @@ def test_failing_users_passed_limits_and_lost_messages_are_told(bundle):
 
     passed = {series["metric"]["name"] for series in bundle.query('ALERTS{alertname="GlmLimitPassed"}')}
     assert {"memory_used_percent", "disk_free_mib"} <= passed
-    bundle.fault("")
 
 
 def test_a_dead_api_is_told_even_without_the_checker(bundle):
     bundle.checker = CHECKER | {"GLM_CURE": "restart", "GLM_RESTARTS_PER_HOUR": "0"}
     os.kill(bundle.pid(), signal.SIGKILL)
+    bundle.fault("")
 
     bundle.until_firing("GlmTargetDown", "GlmCircuitOpen", "GlmApiNotScraped")
     bundle.until(lambda: bundle.webhook.times("firing", alertname="GlmCircuitOpen", target="api"), "Alertmanager delivers it")
