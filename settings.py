@@ -37,7 +37,7 @@ ENV_LIMIT_BYTES = 2**20
 ALL_SETTINGS = "Settings that exist"  # begins the last line of an error about an unknown setting
 LAST_GOOD = "last-good.env"  # in the log folder, readable by its owner only
 SECRETS = (
-    "API_KEY", "API_KEYS", "WEB_TOKEN", "OPERATOR_TOKEN", "PROBE_TOKEN", "DINGTALK_URL", "DINGTALK_SECRET", "FEISHU_URL",
+    "API_KEY", "API_KEYS", "METRICS_KEY", "WEB_TOKEN", "OPERATOR_TOKEN", "PROBE_TOKEN", "DINGTALK_URL", "DINGTALK_SECRET", "FEISHU_URL",
     "FEISHU_SECRET", "WECOM_URL",
     "WEBHOOK_URL", "WEBHOOK_SECRET", "SLACK_URL", "SMTP_URL", "PING_URL", "PUSHGATEWAY_URL", "ELASTICSEARCH_URL",
 )  # fmt: skip
@@ -105,6 +105,7 @@ class Settings(BaseSettings):
     api_port: int = Field(8080, ge=1, le=65535)
     api_key: SecretStr | None = None
     api_keys: SecretStr | None = Field(None, description="more keys, as name:key or name:sha256:digest, comma-separated")
+    metrics_key: SecretStr | None = Field(None, description="opens GET /metrics and nothing else, for Prometheus")
     probe_token: SecretStr | None = Field(None, description="marks health probes, which never queue behind users")
     key_requests_per_minute: int = Field(0, ge=0, description="requests per minute of one key; 0: no limit")
     key_concurrency: int = Field(0, ge=0, description="requests of one key at a time; 0: no limit")

@@ -27,6 +27,9 @@ install_debian_packages() {
     command -v cron >/dev/null || lacking+=(cron)
     command -v systemd-analyze >/dev/null || lacking+=(systemd)
     command -v promtool >/dev/null || lacking+=(prometheus)
+    command -v prometheus-alertmanager >/dev/null || lacking+=(prometheus-alertmanager)
+    command -v prometheus-node-exporter >/dev/null || lacking+=(prometheus-node-exporter)
+    command -v prometheus-pushgateway >/dev/null || lacking+=(prometheus-pushgateway)
     [[ -x /usr/sbin/nginx ]] || command -v nginx >/dev/null || lacking+=(nginx-light)
     # No pipe into grep -q: it ends early, and under pipefail the ended fc-list would count as a missing font.
     [[ $(fc-list 2>/dev/null) == *CJK* ]] || lacking+=(fontconfig fonts-noto-cjk)

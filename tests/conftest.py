@@ -17,6 +17,7 @@ LONGEST = (
     "tests/web/chat/test_page_in_browser.py",
     "tests/monitor/test_schedule.py",
     "tests/scripts/test_start.py",
+    "tests/deploy/test_monitoring.py",
     "tests/clients/test_clients.py",
     "tests/models/test_shapes_answers.py",
     "tests/web/test_screenshots.py",

@@ -1,4 +1,4 @@
-"""Authentication: every path needs a key, except those listed in OPEN_PATHS."""
+"""Authentication: every path needs a key, except those listed in OPEN_PATHS. The metrics key opens METRICS_PATH only."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from api.errors import error_body, unauthorized
 from settings import Settings, SettingsError
 
 OPEN_PATHS = frozenset({"/health", "/ping"})
+METRICS_PATH = "/metrics"
 PROBE = "probe"
 PROBE_HEADER = "x-glm-probe"
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,32}")
@@ -24,8 +25,9 @@ _HASHED = "sha256:"
 class KeyRing:
     """Keys by name; only their SHA-256 digests are held in memory."""
 
-    def __init__(self, digests: dict[str, bytes]) -> None:
+    def __init__(self, digests: dict[str, bytes], metrics: bytes | None = None) -> None:
         self._digests = digests
+        self._metrics = metrics
 
     @classmethod
     def of(cls, settings: Settings) -> KeyRing:
@@ -43,7 +45,10 @@ class KeyRing:
             if name in digests:
                 raise SettingsError(f"GLM_API_KEYS: the name {name!r} is taken.")
             digests[name] = _digest(key)
-        return cls(digests)
+        metrics = _digest(settings.metrics_key.get_secret_value(), "GLM_METRICS_KEY") if settings.metrics_key else None
+        if metrics in digests.values():
+            raise SettingsError("GLM_METRICS_KEY: must differ from every other key, because it opens /metrics only.")
+        return cls(digests, metrics)
 
     def __bool__(self) -> bool:
         """Whether there is any key besides the probe token."""
@@ -51,14 +56,16 @@ class KeyRing:
 
     def caller(self, headers: Headers) -> Caller | None:
         """The owner of the key in `headers`, or None if there is no valid one."""
-        scheme, _, token = headers.get("authorization", "").partition(" ")
-        given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-        name = self._name_of(given) if self else NOBODY.name
+        name = self._name_of(_given(headers)) if self else NOBODY.name
         if name is None:
             return None
         claim = headers.get(PROBE_HEADER, "")
         is_probe = name == PROBE or self._name_of(claim) == PROBE
         return Caller(name, is_probe, claims_probe=bool(claim) and not is_probe)
+
+    def opens_metrics(self, headers: Headers) -> bool:
+        """Whether the key in `headers` is the one that opens METRICS_PATH and nothing else."""
+        return self._metrics is not None and hmac.compare_digest(sha256(_given(headers).encode()).digest(), self._metrics)
 
     def _name_of(self, given: str) -> str | None:
         # All digests are compared, and all have the same length, so that the time taken reveals nothing about a key.
@@ -83,7 +90,7 @@ class KeyMiddleware:
             await Response(status_code=204, headers={"Allow": "GET, HEAD, OPTIONS, POST"})(scope, receive, send)
             return
         caller = self._keys.caller(Headers(scope=scope))
-        if caller is not None or scope["path"] in OPEN_PATHS:
+        if caller is not None or scope["path"] in OPEN_PATHS or self._scrapes(scope):
             state = scope.setdefault("state", {})
             state["caller"] = caller or NOBODY
             state.get("log", {})["key"] = None if caller in (None, NOBODY) else caller.name
@@ -96,8 +103,17 @@ class KeyMiddleware:
             await send({"type": "websocket.close", "code": 1008})
 
 
-def _digest(key: str) -> bytes:
-    """The SHA-256 digest of a key, or the one given after `sha256:`. Raises SettingsError."""
+    def _scrapes(self, scope: Scope) -> bool:
+        return scope["type"] == "http" and scope["path"] == METRICS_PATH and self._keys.opens_metrics(Headers(scope=scope))
+
+
+def _given(headers: Headers) -> str:
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+
+
+def _digest(key: str, setting: str = "GLM_API_KEYS") -> bytes:
+    """The SHA-256 digest of a key, or the one given after `sha256:`. Raises SettingsError, which names the setting."""
     if not key.startswith(_HASHED):
         return sha256(key.encode()).digest()
     try:
@@ -105,5 +121,5 @@ def _digest(key: str) -> bytes:
     except ValueError:
         digest = b""
     if len(digest) != sha256().digest_size:
-        raise SettingsError("GLM_API_KEYS: sha256: must be followed by the 64 hex digits of a key's digest.")
+        raise SettingsError(f"{setting}: sha256: must be followed by the 64 hex digits of a key's digest.")
     return digest

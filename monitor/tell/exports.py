@@ -23,6 +23,7 @@ from monitor.judge.verdict import WORDS
 from monitor.observe.http_exchange import exchange
 from monitor.observe.small_file import is_no_file, open_file, read_small
 from monitor.store.store import Store
+from monitor.tell import channels
 from monitor.tell.report import replace_file
 from settings import Settings
 
@@ -43,14 +44,14 @@ def write(report: Mapping[str, Any], settings: Settings, store: Store) -> None:
     _append(settings.log_dir / JSONL, json.dumps(to_ecs(report), ensure_ascii=False, allow_nan=False) + "\n")
     for name in RAW_LOGS:
         _truncate(settings.log_dir / name)
-    write_to_textfile(str(settings.log_dir / PROM), to_metrics(report, store))
+    write_to_textfile(str(settings.log_dir / PROM), to_metrics(report, store, settings))
 
 
 def send(report: Mapping[str, Any], settings: Settings, store: Store) -> list[str]:
     """Sends to what is configured. Returns the failures, without URLs, because URLs hold passwords."""
     problems = []
     if settings.pushgateway_url is not None:
-        problems.append(_push(settings.pushgateway_url.get_secret_value(), to_metrics(report, store)))
+        problems.append(_push(settings.pushgateway_url.get_secret_value(), to_metrics(report, store, settings)))
     if settings.elasticsearch_url is not None:
         problems.append(_bulk(settings.elasticsearch_url.get_secret_value(), to_ecs(report), settings.log_dir))
     return [problem for problem in problems if problem]
@@ -89,7 +90,7 @@ def to_ecs(report: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def to_metrics(report: Mapping[str, Any], store: Store) -> CollectorRegistry:
+def to_metrics(report: Mapping[str, Any], store: Store, settings: Settings) -> CollectorRegistry:
     registry = CollectorRegistry()
 
     def gauge(name: str, what: str, value: Any) -> None:
@@ -126,6 +127,9 @@ def to_metrics(report: Mapping[str, Any], store: Store) -> CollectorRegistry:
     for row in store.rows("SELECT target, outcome, COUNT(*) AS n FROM actions WHERE kind = 'restart' GROUP BY target, outcome"):
         restarts.labels(row["target"], row["outcome"]).inc(row["n"])
     alerts = Counter("glm_alert_delivery", "Messages by channel.", ["channel", "outcome"], registry=registry)
+    for channel in channels.configured(settings):  # from 0: a counter that begins at 1 has not increased for Prometheus
+        for outcome in ("sent", "failed"):
+            alerts.labels(channel.name, outcome)
     for row in store.rows("SELECT channel, COUNT(sent_at) AS sent, SUM(tries) AS tries FROM outbox GROUP BY channel"):
         alerts.labels(row["channel"], "sent").inc(row["sent"])
         alerts.labels(row["channel"], "failed").inc(max(0, (row["tries"] or 0) - row["sent"]))

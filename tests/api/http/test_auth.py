@@ -128,6 +128,40 @@ def test_the_digests_are_all_compared_in_constant_time(monkeypatch) -> None:
     assert not any(KEY.encode() in part for pair in compared for part in pair)
 
 
+def test_the_metrics_key_opens_the_metrics_and_nothing_else(serve) -> None:
+    served = serve(metrics_key="mk", probe_token="pt", api_keys="metrics:sk-of-a-user")
+    del served.client.headers["Authorization"]
+    routes = [(method, route.path) for route in walk(served.app.routes) for method in route.methods if route.path not in OPEN_PATHS]
+
+    for headers in ({"Authorization": "Bearer mk"}, {"x-api-key": "mk"}):
+        opened = {path for method, path in routes if served.client.request(method, path, headers=headers).status_code != 401}
+        assert opened == {"/metrics"}
+    for path in ("//metrics", "/metrics/", "/v1/models"):
+        assert served.client.get(path, headers={"Authorization": "Bearer mk"}).status_code == 401, path
+    for wrong in ("mkx", "m", "", "MK"):
+        assert served.client.get("/metrics", headers={"Authorization": f"Bearer {wrong}"}).status_code == 401
+    for other in (KEY, "sk-of-a-user"):
+        assert served.client.get("/metrics", headers={"Authorization": f"Bearer {other}"}).status_code == 200, "as before"
+
+
+def test_the_metrics_key_may_be_a_digest_and_is_compared_in_constant_time(monkeypatch) -> None:
+    compared = []
+    real = hmac.compare_digest
+    monkeypatch.setattr("api.http.auth.hmac.compare_digest", lambda a, b: compared.append((a, b)) or real(a, b))
+    ring = KeyRing.of(Settings(api_key=KEY, metrics_key=f"sha256:{sha256(b'mk').hexdigest()}"))
+
+    assert ring.opens_metrics(Headers({"authorization": "Bearer mk"})) and not ring.opens_metrics(Headers({"authorization": "Bearer mj"}))
+    assert len(compared) == 2 and all(len(a) == len(b) == 32 for a, b in compared)
+    with pytest.raises(SettingsError, match="GLM_METRICS_KEY: sha256: must be followed by the 64 hex digits"):
+        KeyRing.of(Settings(api_key=KEY, metrics_key="sha256:12"))
+
+
+@pytest.mark.parametrize("others", [{"api_key": "mk"}, {"probe_token": "mk"}, {"api_keys": "ann:mk"}])
+def test_a_metrics_key_that_opens_more_stops_the_start(others) -> None:
+    with pytest.raises(SettingsError, match="GLM_METRICS_KEY: must differ"):
+        KeyRing.of(Settings(**{"api_key": KEY, "metrics_key": "mk", **others}))
+
+
 def test_the_probe_token_marks_probes(serve) -> None:
     ring = KeyRing.of(Settings(api_key=KEY, probe_token="pt"))
 
