@@ -155,6 +155,20 @@ def test_a_failed_start_is_reported_and_tried_again_by_the_next_run(project, mon
     assert len(project.state.limiters["api"].restarts) == 1, "a failed start counts"
 
 
+def test_a_cure_installs_nothing(project, monkeypatch):
+    """The project's environment misses a package; a person's start.sh would install it."""
+    project.start()
+    (project.root / "requirements.txt").write_text("no-such-package-as-this==1.0\n")
+    monkeypatch.setenv("CONDA_DEFAULT_ENV", "glm-env")  # the environment that start.sh fills
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    os.kill(project.record().pid, signal.SIGKILL)
+
+    problem = project.restarter().restart("api", DEAD, Decision("restart", "dead"))
+
+    assert problem == ""
+    assert processes.is_running(project.record())
+
+
 def test_another_process_on_the_port_is_left_alone(project):
     project.start()
     record = project.record()
