@@ -203,6 +203,21 @@ class Settings(BaseSettings):
             raise ValueError(f"must be 0 or >= {least}")
         return value
 
+    @field_validator("api_key", "metrics_key", "probe_token", check_fields=False)
+    @classmethod
+    def _fits_a_header(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            _check_key(value.get_secret_value())
+        return value
+
+    @field_validator("api_keys")
+    @classmethod
+    def _fit_a_header(cls, value: SecretStr | None) -> SecretStr | None:
+        for entry in re.split(r"[,\n]", value.get_secret_value() if value else ""):
+            name, _, key = entry.strip().partition(":")
+            _check_key(key, f" (of {name})" if re.fullmatch(r"[\w.-]{1,32}", name) else "")
+        return value
+
     @field_validator("log_dir")
     @classmethod
     def _below_the_project(cls, value: Path) -> Path:
@@ -234,6 +249,16 @@ class Settings(BaseSettings):
     def api_base_url(self) -> str:
         """URL of the API from this machine, without a trailing slash."""
         return (self.api_url or f"http://127.0.0.1:{self.api_port}").rstrip("/")
+
+
+def _check_key(key: str, of: str = "") -> None:
+    """Raises ValueError for a key that no program could present: only these characters pass through every HTTP client."""
+    wrong = re.search(r"[^ -~]|^ | $", key)
+    if wrong:
+        what = "a space at its end" if wrong[0] == " " else f"U+{ord(wrong[0]):04X}"
+        raise ValueError(
+            f"must be of ASCII letters, digits and signs, because it travels in an HTTP header. Character {wrong.start() + 1}{of}: {what}"
+        )
 
 
 def load(**overrides: object) -> Settings:
