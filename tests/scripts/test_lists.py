@@ -7,7 +7,9 @@ import re
 import sys
 from importlib.metadata import packages_distributions
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
+import settings_table
 import yaml
 from dotenv import dotenv_values
 from pydantic import SecretStr
@@ -34,6 +36,20 @@ def test_documented_defaults_are_the_real_ones():
         if isinstance(default, Path):
             default = default.relative_to(ROOT)
         assert shown == ("" if default is None else str(default)), name
+
+
+def test_the_page_of_settings_is_the_one_that_settings_py_makes():
+    assert settings_table.PAGE.read_text() == settings_table.page(), "run: python tests/settings_table.py"
+    named = [name for _, _, names in settings_table.sections() for name in names]
+    assert sorted(named) == sorted(Settings.model_fields)
+
+
+def test_the_example_names_every_value_of_a_choice():
+    text = EXAMPLE.read_text()
+    for name, field in Settings.model_fields.items():
+        if get_origin(field.annotation) is Literal:
+            about = re.search(rf"((?:^#.*\n)+)#GLM_{name.upper()}=", text, re.MULTILINE)
+            assert about and all(re.search(rf"\b{value}\b", about[1]) for value in get_args(field.annotation)), name
 
 
 def test_example_with_every_line_in_force_is_accepted(tmp_path):
