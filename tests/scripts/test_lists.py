@@ -14,6 +14,7 @@ import yaml
 from dotenv import dotenv_values
 from pydantic import SecretStr
 
+from api.http.auth import OPEN_PATHS
 from deploy.packages import pins
 from settings import ROOT, SECRETS, Settings
 
@@ -66,6 +67,12 @@ def test_secrets_name_their_file_form():
     for name in SECRETS:
         assert f"GLM_{name}_FILE" in EXAMPLE.read_text()
         assert Settings.model_fields[name.lower()].annotation == SecretStr | None
+
+
+def test_the_page_about_security_says_what_every_secret_is_for():
+    page = (ROOT / "docs" / "security.md").read_text()
+    assert [name for name in SECRETS if f"`GLM_{name}`" not in page] == []
+    assert all(f"`{path}`" in page for path in OPEN_PATHS)
 
 
 def test_every_requirement_is_pinned_exactly():
