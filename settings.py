@@ -70,9 +70,13 @@ class Settings(BaseSettings):
     model: str = Field(
         "auto", description="hub id, folder, or `auto`: GLM-4.6V-Flash if the GPU can hold it, otherwise the demo"
     )
-    hub: Literal["huggingface", "modelscope"] = "huggingface"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    hub: Literal["huggingface", "modelscope"] = Field(
+        "huggingface", description="where hub ids are downloaded from; the other one is tried if it cannot be reached"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto`: the GPU if there is one")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="number format of the arithmetic; `auto`: float32 for a small model, otherwise bfloat16 (float16 on a GPU without it)"
+    )
     threads: int = Field(
         0, ge=0, le=1024, description="torch CPU threads; 0: one for a tiny model, otherwise all cores but one, which is left to HTTP"
     )
@@ -101,9 +105,11 @@ class Settings(BaseSettings):
     )
 
     # The API.
-    api_host: str = "0.0.0.0"
-    api_port: int = Field(8080, ge=1, le=65535)
-    api_key: SecretStr | None = None
+    api_host: str = Field(
+        "0.0.0.0", description="address that the API listens on; `0.0.0.0`: every one, `127.0.0.1`: this machine only"
+    )
+    api_port: int = Field(8080, ge=1, le=65535, description="port of the API")
+    api_key: SecretStr | None = Field(None, description="key that programs send; `start.sh` creates one if there is none")
     api_keys: SecretStr | None = Field(None, description="more keys, as name:key or name:sha256:digest, comma-separated")
     metrics_key: SecretStr | None = Field(None, description="opens GET /metrics and nothing else, for Prometheus")
     probe_token: SecretStr | None = Field(None, description="marks health probes, which never queue behind users")
@@ -117,25 +123,27 @@ class Settings(BaseSettings):
     request_timeout_s: float = Field(600.0, gt=0, description="from entering the queue to the last token")
     fetch_images: bool = Field(False, description="fetch images at http(s) URLs of public addresses")
     fetch_hosts: str = Field("", description="the only hosts to fetch from, comma-separated; empty: any public host")
-    fetch_timeout_s: float = Field(10.0, gt=0, le=60)
+    fetch_timeout_s: float = Field(
+        10.0, gt=0, le=60, description="time limit for the whole fetch of one image, with its redirects and the look-up of its host"
+    )
     loop_window: int = Field(256, ge=0, le=4096, description="an answer ends when this many tokens repeat one pattern; 0: never")
-    log_level: Literal["debug", "info", "warning"] = "info"
+    log_level: Literal["debug", "info", "warning"] = Field("info", description="least level of the lines in `api.log`")
     queue_size: int = Field(0, ge=0, description="requests that may wait, further ones get 503; 0: by slots")
     max_images: int = Field(8, ge=0, description="images in one request")
-    max_image_bytes: int = Field(20 * 2**20, ge=1)
+    max_image_bytes: int = Field(20 * 2**20, ge=1, description="bytes of one image")
     max_image_pixels: int = Field(
         50_000_000, ge=1, description="width times height, read from the header before decoding"
     )
-    max_body_bytes: int = Field(64 * 2**20, ge=1)
+    max_body_bytes: int = Field(64 * 2**20, ge=1, description="bytes of one request")
     default_max_tokens: int = Field(
         0, ge=0, description="answer length if a request has no limit; 0: by card, more with thinking"
     )
     drain_s: float = Field(10.0, ge=0, description="how long running answers may continue after SIGTERM")
 
     # The page.
-    web_host: str = "0.0.0.0"
-    web_port: int = Field(8081, ge=1, le=65535)
-    web_token: SecretStr | None = None
+    web_host: str = Field("0.0.0.0", description="address that the page listens on")
+    web_port: int = Field(8081, ge=1, le=65535, description="port of the page")
+    web_token: SecretStr | None = Field(None, description="token in the page's link; `start.sh` creates one if there is none")
     operator_token: SecretStr | None = Field(None, description="enables the console's actions; without it there are none")
     chat_days: int = Field(90, ge=1, description="chats unused for this many days are deleted")
     api_url: str = Field(
@@ -149,51 +157,69 @@ class Settings(BaseSettings):
     check_budget_s: float = Field(45.0, ge=5, description="a run that takes longer is killed")
     check_silent_s: float = Field(300.0, ge=1, description="without a run for this long the checker is reported as silent")
     confirm_runs: int = Field(2, ge=1, description="consecutive runs that must agree before a restart")
-    stall_s: float = Field(120.0, ge=1, description="pending work without a step for this long is a hang, unless the engine expects a longer step")
+    stall_s: float = Field(
+        120.0, ge=1, description="pending work without a step for this long is a hang, unless the engine expects a longer step"
+    )
     beat_limit_s: float = Field(60.0, ge=1, description="an event loop without a heartbeat for this long is blocked")
     start_deadline_s: float = Field(300.0, ge=1, description="loading may make no progress at all for this long")
-    failure_share_limit: float = Field(0.05, ge=0, le=1, description="share of users' requests that may fail without a cause for concern")
-    failure_count_limit: int = Field(3, ge=1, description="fewer failures than this are never a cause for concern, whatever their share")
+    failure_share_limit: float = Field(
+        0.05, ge=0, le=1, description="share of users' requests that may fail without a cause for concern"
+    )
+    failure_count_limit: int = Field(
+        3, ge=1, description="fewer failures than this are never a cause for concern, whatever their share"
+    )
     stable_s: float = Field(600.0, ge=0, description="an incident closes after this long without trouble")
     engine_url: str = Field("", description="another OpenAI-compatible server to check instead of the API")
     front_url: str = Field("", description="URL of the page through the reverse proxy, probed as well")
 
     # The cure.
-    cure: Literal["restart", "shadow", "off"] = "restart"
-    restarts_per_hour: int = Field(3, ge=0)
-    restarts_per_day: int = Field(6, ge=0)
+    cure: Literal["restart", "shadow", "off"] = Field(
+        "restart", description="what the checker does: `restart`, `shadow` (only records what it would do) or `off`"
+    )
+    restarts_per_hour: int = Field(
+        3, ge=0, description="restarts of a target in an hour; after as many the circuit opens and a person is needed"
+    )
+    restarts_per_day: int = Field(6, ge=0, description="the same in a day")
     nightly_restart: str = Field("off", description="`off`, `auto` (quietest hour of the history) or an hour such as `4`")
     test_faults: bool = Field(False, description="enables fault injection for the drill; never in production")
 
     # Limits that warn and never restart.
     gpu_load_limit_percent: float = Field(0.0, ge=0, description="0: the load of the card is no reason to warn")
     gpu_memory_limit_mib: float = Field(0.0, ge=0, description="0: use gpu_memory_limit_percent instead")
-    gpu_memory_limit_percent: float = Field(95.0, gt=0, le=100)
-    cpu_limit_percent: float = Field(70.0, gt=0)
-    memory_limit_percent: float = Field(80.0, gt=0)
-    disk_free_limit_mib: float = Field(1024.0, ge=0)
+    gpu_memory_limit_percent: float = Field(95.0, gt=0, le=100, description="memory of the fullest card")
+    cpu_limit_percent: float = Field(70.0, gt=0, description="load of the processors, or of what the control group may use")
+    memory_limit_percent: float = Field(80.0, gt=0, description="memory of the machine, or of the control group")
+    disk_free_limit_mib: float = Field(1024.0, ge=0, description="least free space in the log folder")
     limit_window_s: float = Field(600.0, ge=0, description="a limit must be exceeded on average over this time")
 
     # Alerts. URLs may hold tokens, so each is a secret.
-    dingtalk_url: SecretStr | None = None
-    dingtalk_secret: SecretStr | None = None
-    feishu_url: SecretStr | None = None
-    feishu_secret: SecretStr | None = None
-    wecom_url: SecretStr | None = None
-    webhook_url: SecretStr | None = None
-    webhook_secret: SecretStr | None = None
-    slack_url: SecretStr | None = None
-    smtp_url: SecretStr | None = None
-    ping_url: SecretStr | None = None
-    pushgateway_url: SecretStr | None = None
-    elasticsearch_url: SecretStr | None = None
-    alert_language: Literal["en", "zh", "both"] = "both"
+    dingtalk_url: SecretStr | None = Field(None, description="address of a DingTalk robot")
+    dingtalk_secret: SecretStr | None = Field(None, description="its secret of \"additional signature\"")
+    feishu_url: SecretStr | None = Field(None, description="address of a Feishu robot")
+    feishu_secret: SecretStr | None = Field(None, description="its secret of \"additional signature\"")
+    wecom_url: SecretStr | None = Field(None, description="address of a WeCom robot")
+    webhook_url: SecretStr | None = Field(None, description="address that alerts are posted to as JSON")
+    webhook_secret: SecretStr | None = Field(
+        None, description="signs them: `X-GLM-Signature: sha256=HMAC(secret, timestamp + \".\" + body)`"
+    )
+    slack_url: SecretStr | None = Field(None, description="address of Slack, or of anything that takes `{\"text\": ...}`")
+    smtp_url: SecretStr | None = Field(
+        None, description="mail server, sender and receivers: `smtps://user:password@host:465/?from=a@b.c&to=d@e.f`"
+    )
+    ping_url: SecretStr | None = Field(
+        None, description="called at the end of every run, a dead man's switch (Healthchecks, Uptime Kuma)"
+    )
+    pushgateway_url: SecretStr | None = Field(None, description="Prometheus Pushgateway that gets the checker's metrics")
+    elasticsearch_url: SecretStr | None = Field(
+        None, description="index that gets the checker's runs: `https://user:password@host:9200/index`"
+    )
+    alert_language: Literal["en", "zh", "both"] = Field("both", description="language of alerts")
     alerts_per_hour: int = Field(20, ge=1, description="messages per channel and hour; the others wait")
     quiet_hours: str = Field("", description="such as `23:00-07:00`: warnings wait until the end; other alerts do not")
     timezone: str = Field("", description="of quiet hours and the nightly restart; empty: the machine's")
 
     # Runtime state.
-    log_dir: Path = ROOT / "logs"
+    log_dir: Path = Field(ROOT / "logs", description="logs, pid files, stores and `health.json`; relative to the project")
     start_timeout_s: float = Field(120.0, gt=0, description="how long start.sh waits for the processes to answer")
 
     @field_validator("context_tokens", "kv_cache_bytes")
@@ -202,6 +228,21 @@ class Settings(BaseSettings):
         least = LEAST[str(info.field_name)]
         if 0 < value < least:
             raise ValueError(f"must be 0 or >= {least}")
+        return value
+
+    @field_validator("api_key", "metrics_key", "probe_token", check_fields=False)
+    @classmethod
+    def _fits_a_header(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            _check_key(value.get_secret_value())
+        return value
+
+    @field_validator("api_keys")
+    @classmethod
+    def _fit_a_header(cls, value: SecretStr | None) -> SecretStr | None:
+        for entry in re.split(r"[,\n]", value.get_secret_value() if value else ""):
+            name, _, key = entry.strip().partition(":")
+            _check_key(key, f" (of {name})" if re.fullmatch(r"[\w.-]{1,32}", name) else "")
         return value
 
     @field_validator("log_dir")
@@ -235,6 +276,16 @@ class Settings(BaseSettings):
     def api_base_url(self) -> str:
         """URL of the API from this machine, without a trailing slash."""
         return (self.api_url or f"http://127.0.0.1:{self.api_port}").rstrip("/")
+
+
+def _check_key(key: str, of: str = "") -> None:
+    """Raises ValueError for a key that no program could present: only these characters pass through every HTTP client."""
+    wrong = re.search(r"[^ -~]|^ | $", key)
+    if wrong:
+        what = "a space at its end" if wrong[0] == " " else f"U+{ord(wrong[0]):04X}"
+        raise ValueError(
+            f"must be of ASCII letters, digits and signs, because it travels in an HTTP header. Character {wrong.start() + 1}{of}: {what}"
+        )
 
 
 def load(**overrides: object) -> Settings:

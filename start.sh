@@ -83,6 +83,7 @@ if [[ ${parts[*]} == *api* ]] && (quiet -m deploy.quantization); then
     # Without it the API says which settings need no quantised weights, or takes another format.
     (trap 'exit 1' INT; install_missing requirements-quantized.txt) || complain "4-bit weights cannot be used"
 fi
+unset START_SH_NO_INSTALL    # the servers have no use for it
 
 if [[ ${port[api]} == "${port[web]}" ]]; then
     complain "GLM_API_PORT and GLM_WEB_PORT are both ${port[api]}; they must differ"

@@ -2,6 +2,9 @@
 # Chooses the Python of start.sh and test.sh, which source this file with the project root as the working directory.
 # Order: the active conda environment if it has the packages, the conda environment glm-env, .venv (created and filled
 # here if needed).
+#
+# With START_SH_NO_INSTALL=1, which the checker sets for a cure, nothing is installed, created or removed: what is there is
+# used, and if it does not do, the server says what it misses. Installing is left to start.sh run by a person.
 
 CONDA_NAME=glm-env
 MARK=.venv/.installing     # present while packages are installed; left over after an interrupted installation
@@ -46,6 +49,8 @@ named_conda_python() {
     if [[ -n $prefix && -x $prefix/bin/python ]]; then say "$prefix/bin/python"; fi
 }
 
+may_only_use() { [[ ${START_SH_NO_INSTALL:-} == 1 ]]; }
+
 install_into_conda() {
     recent_enough "$PYTHON" || {
         complain "The conda environment $CONDA_NAME has a Python older than 3.11. Recreate it: conda env create --force -f environment.yml"
@@ -56,6 +61,11 @@ install_into_conda() {
 
 install_into_venv() {
     PYTHON=.venv/bin/python
+    if may_only_use; then
+        [[ -x $PYTHON ]] && return 0
+        complain "There is no Python environment, and a restart by the checker installs nothing. Run ./start.sh yourself"
+        return 1
+    fi
     if [[ -e $MARK ]]; then
         may_install || return 1
         say "The last installation was interrupted; starting over"
@@ -111,6 +121,7 @@ base_python() {
 
 install_missing() {
     local requirements=$1 missing available
+    if may_only_use; then return 0; fi
     if missing=$(trap '' INT; "$PYTHON" deploy/packages.py "$requirements"); then
         if [[ -e $MARK ]]; then rm -f "$MARK"; fi
         return 0

@@ -59,6 +59,7 @@ def check(log_dir: Path, part: str, host: str, port: int, identity: dict[str, An
         return PORT_IN_USE
     reason = "" if entry is not None and entry.port == port else ports.why_taken(host, port)
     if reason:
+        processes.note_failed_start(log_dir, part, f"{NAMES[part]} cannot start: {reason}")
         _complain(f"{NAMES[part]} cannot start: {reason}")
         return PORT_IN_USE
     log = log_dir / f"{part}.log"
@@ -127,6 +128,7 @@ def launch(log_dir: Path, part: str, port: int, identity: dict[str, Any], cure: 
         why = error.strerror if isinstance(error, OSError) else f"its pid file cannot be written to {log_dir}"
         if cure and processes.was_stopped_by_request(log_dir, part):
             why = "it was stopped on purpose meanwhile"
+        processes.note_failed_start(log_dir, part, f"{NAMES[part]} was not started: {why}")
         _complain(f"{NAMES[part]} was not started: {why}")
         return FAILED
     return 0
@@ -166,6 +168,7 @@ def wait(log_dir: Path, limit_s: float, hosts: dict[str, str]) -> int:
             if not loading:
                 line.close()
             if state == "up":
+                processes.note_failed_start(log_dir, part, "")
                 del waiting[part]
             elif state == "dead":
                 return _fail(log_dir, part, entry, f"reports that it cannot serve: {detail}")
@@ -328,6 +331,9 @@ def _fail(log_dir: Path, part: str, entry: ProcessRecord | None, why: str) -> in
             size = path.stat().st_size
             file.seek(max(min(entry.log_offset if entry else 0, size), size - 65536))  # a crash loop may have written gigabytes
             lines = file.read(65536).decode("utf-8", "replace").splitlines()[-LOG_LINES:]
+    why = why.rstrip(".")
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    processes.note_failed_start(log_dir, part, f"{NAMES[part]} {why}" + (f". Last line of {path.name}: {last}" if last else ""))
     _complain(f"{NAMES[part]} {why}. The last lines of {path}:")
     for line in lines or ["(empty)"]:
         _complain(f"  {line}")

@@ -36,6 +36,7 @@ LONGEST = (
     "tests/api/server/test_hostile_demo.py",
     "tests/api/engine/kernels/test_build.py",
     "tests/api/server/test_compiled_server.py",
+    "tests/e2e/test_commands_of_the_docs.py",
     "tests/e2e/test_recorded_answers.py",
 )
 

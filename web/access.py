@@ -7,15 +7,17 @@ that each visitor sees only their own chats. Knows nothing of Streamlit.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import re
 import secrets
 from collections.abc import Mapping, MutableMapping
+from contextlib import suppress
 from html import escape
 from ipaddress import ip_address
 from typing import Any
-from urllib.parse import quote, urlencode
+from urllib.parse import parse_qs, quote, urlencode
 
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -27,6 +29,9 @@ COOKIE_AGE_S = 90 * 86400
 PROGRAM_PREFIX = "/_stcore/"  # for programs: a checker passes the token in the query and stores no cookie
 SCRIPT_PATH = "/_stcore/script-health-check"  # runs the whole page script, so only this machine may call it
 OPEN_PATH = "/_stcore/health"  # says only "ok"; the checker and start.sh call it without the token
+FORM = "application/x-www-form-urlencoded"
+FORM_LIMIT_BYTES = 4096
+FORM_LIMIT_S = 10.0
 _VISITOR = re.compile(r"[A-Za-z0-9_-]{22}")
 
 HEADERS = {
@@ -98,13 +103,20 @@ class Access:
         cookie, token, query = _cookie(connection), self._cookies.token, dict(connection.query_params)
         candidate = query.get("token", "")
         new_cookie = ""
+        from_form = bool(token) and _is_form(scope)
+        if from_form:
+            candidate = await _token_of_form(receive)
         if scope["path"].rstrip("/") == SCRIPT_PATH and not _is_local(scope):
             await _respond(send, 404, b"", [])
             return
-        has_token = bool(token) and scope["method"] == "GET" and self._cookies.token_matches(candidate)
+        may_log_in = from_form or scope["method"] == "GET"
+        has_token = bool(token) and may_log_in and self._cookies.token_matches(candidate)
         from_program = scope["path"].startswith(PROGRAM_PREFIX)
         if has_token and not from_program:
             await _redirect(scope, self._cookies.renew(cookie), query, send)
+            return
+        if from_form:
+            await _refuse(scope, True, send)
             return
         if self._cookies.visitor_of(cookie) is None and scope["path"] != OPEN_PATH and not (has_token and from_program):
             if token:
@@ -140,6 +152,27 @@ def _is_local(scope: Scope) -> bool:
         return False
 
 
+def _is_form(scope: Scope) -> bool:
+    """Whether it is the login form: a POST, so that the token is in no URL, which browsers keep and proxies log."""
+    kind = HTTPConnection(scope).headers.get("content-type", "").partition(";")[0].strip().lower()
+    return scope["method"] == "POST" and kind == FORM and not scope["path"].startswith(PROGRAM_PREFIX)
+
+
+async def _token_of_form(receive: Receive) -> str:
+    """Empty for a body that is too long, late or no form."""
+    body = b""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(FORM_LIMIT_S):
+            while len(body) <= FORM_LIMIT_BYTES:
+                message = await receive()
+                if message["type"] != "http.request":
+                    break  # the browser is gone
+                body += message.get("body", b"")
+                if not message.get("more_body", False) and len(body) <= FORM_LIMIT_BYTES:
+                    return parse_qs(body.decode("utf-8", "replace")).get("token", [""])[0]
+    return ""
+
+
 async def _redirect(scope: Scope, cookie: str, query: dict[str, str], send: Send) -> None:
     """To the same page without the token, which must not stay in the browser's history or in a copied link."""
     query.pop("token", None)
@@ -152,7 +185,8 @@ async def _redirect(scope: Scope, cookie: str, query: dict[str, str], send: Send
 
 async def _refuse(scope: Scope, wrong_token: bool, send: Send) -> None:
     locale = HTTPConnection(scope).headers.get("accept-language", "").split(",")[0]
-    page = _login_page(Texts(language_for(locale)), wrong_token)
+    query = {name: value for name, value in HTTPConnection(scope).query_params.items() if name != "token"}
+    page = _login_page(Texts(language_for(locale)), wrong_token, query)
     await _respond(send, 401, page.encode(), [(b"content-type", b"text/html; charset=utf-8")])
 
 
@@ -186,13 +220,14 @@ def _cookie(connection: HTTPConnection) -> str | None:
     return connection.cookies.get(COOKIE)
 
 
-def _login_page(texts: Texts, wrong_token: bool) -> str:
+def _login_page(texts: Texts, wrong_token: bool, query: Mapping[str, str]) -> str:
     wrong = f'<p role="alert" class="wrong">{escape(texts("login.wrong"))}</p>' if wrong_token else ""
     return LOGIN_PAGE.format(
         language=texts.language,
         title=escape(texts("login.title")),
         how=escape(texts("login.how")),
         wrong=wrong,
+        action=escape(f"?{urlencode(query)}"),  # without a wrong token that came in the link
         token=escape(texts("login.token")),
         open=escape(texts("login.open")),
     )
@@ -219,7 +254,7 @@ button {{ background: #3b5bdb; border-color: #3b5bdb; color: #fff; cursor: point
 <h1>{title}</h1>
 <p>{how}</p>
 {wrong}
-<form method="get">
+<form method="post" action="{action}">
 <label for="token">{token}</label>
 <div><input id="token" name="token" type="password" autocomplete="off" autofocus required><button>{open}</button></div>
 </form>

@@ -7,6 +7,7 @@ connection goes to the address that was checked, so that DNS rebinding has no ef
 from __future__ import annotations
 
 import ipaddress
+import queue
 import re
 import socket
 import threading
@@ -29,6 +30,7 @@ MAX_URL = 4096
 PORTS = frozenset({80, 443})
 _FORBIDDEN_CHARACTERS = re.compile(r"[\x00-\x20\x7f\\<>\"{}|^`]")
 _CHUNK = 64 * 1024
+_RESOLUTIONS = threading.BoundedSemaphore(32)  # at a time: one that hangs keeps its thread until the resolver gives up
 # IPv6 networks that embed an IPv4 address, which may be a private one.
 _TUNNELS = tuple(ipaddress.ip_network(n) for n in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32"))
 
@@ -77,7 +79,7 @@ class Fetcher:
         """One request: the URL it redirects to, or the bytes."""
         parts, port = self._checked(url, param)
         host = parts.hostname or ""
-        connection = self._connection(parts.scheme, host, self._address(host, port, param), port, deadline)
+        connection = self._connection(parts.scheme, host, self._address(host, port, param, deadline), port, deadline)
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         headers = {"Host": parts.netloc, "Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "glm-web"}
         timer = threading.Timer(max(deadline - time.monotonic(), 0), _shut_down, [connection])
@@ -137,9 +139,11 @@ class Fetcher:
             raise _refused(param, "its host is not one of those allowed (GLM_FETCH_HOSTS)")
         return parts, port
 
-    def _address(self, host: str, port: int, param: str) -> str:
+    def _address(self, host: str, port: int, param: str, deadline: float) -> str:
         try:
-            resolved = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            resolved = _resolve(host, port, deadline)
+        except TimeoutError:
+            raise self._too_slow(param) from None
         except (OSError, UnicodeError):
             raise _refused(param, "its host name cannot be resolved") from None
         addresses = [str(entry[4][0]) for entry in resolved]
@@ -163,6 +167,34 @@ class Fetcher:
 
     def _too_slow(self, param: str) -> ServingError:
         return _refused(param, f"it did not arrive within {self.timeout_s:g} s")
+
+
+def _resolve(host: str, port: int, deadline: float) -> list[Any]:
+    """`getaddrinfo`, which has no time limit of its own. Raises TimeoutError at the deadline, OSError, UnicodeError."""
+    results: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def resolve() -> None:
+        try:
+            results.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except Exception as error:  # raised again in the caller's thread
+            results.put(error)
+        finally:
+            _RESOLUTIONS.release()
+
+    if not _RESOLUTIONS.acquire(timeout=max(deadline - time.monotonic(), 0)):
+        raise TimeoutError
+    try:
+        threading.Thread(target=resolve, name="resolve", daemon=True).start()
+    except RuntimeError as error:  # no more threads
+        _RESOLUTIONS.release()
+        raise OSError(str(error)) from None
+    try:
+        result = results.get(timeout=max(deadline - time.monotonic(), 0))
+    except queue.Empty:
+        raise TimeoutError from None
+    if isinstance(result, Exception):
+        raise result
+    return list(result)
 
 
 def _shut_down(connection: HTTPConnection) -> None:

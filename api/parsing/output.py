@@ -1,7 +1,7 @@
 """The model's text, separated as it streams into reasoning, content, boxes and tool calls.
 
 The result is the same however the text is cut into pieces. Text that does not parse becomes content, so that nothing
-the model wrote is dropped.
+the model wrote is dropped, except for the beginning of a tool call that the length limit cut off.
 """
 
 from __future__ import annotations
@@ -103,8 +103,11 @@ class OutputParser:
             if stopped:
                 # Reasoning that is never closed contains the answer.
                 pieces += self._content_pieces(self._reasoning_text)
+        elif self._state == "call":
+            # A call that the length limit cut off is no call, and its markup is no text for people: the reason `length` says so.
+            pieces = self._content_pieces(CALL + rest) if stopped else []
         else:
-            pieces = self._content_pieces(CALL + rest if self._state == "call" else rest)
+            pieces = self._content_pieces(rest)
         regions = read_untagged(self._untagged, self._images, self._last_image(self._reasoning_text))
         return [*pieces, *([Boxes(regions)] if regions else [])]
 

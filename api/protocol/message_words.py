@@ -100,8 +100,12 @@ def _thought(part: Any) -> str | None:
 
 
 def _translated_part(part: Any) -> Any:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
     if not isinstance(part, dict):
         return part
+    if "type" not in part and (key := next((key for key in ("text", "image_url") if key in part), None)):
+        part = {"type": key, **part}
     kind = part.get("type")
     if kind in _TEXT_TYPES:
         return {**part, "type": "text"}

@@ -144,6 +144,7 @@ class Restarter:
         limit_s = self._settings.start_timeout_s + MARGIN_S
         # start.sh chooses its own Python, which under cron may differ from this one.
         env = {**(environment_for_children() if self._environment is None else self._environment)}
+        env["START_SH_NO_INSTALL"] = "1"  # a package index that hangs or has changed must not decide over a cure
         if automatic:
             env["START_SH_CURE"] = "1"  # start.sh starts nothing that is stopped on purpose meanwhile
         env["PATH"] = f"{env.get('PATH', '/usr/bin:/bin')}:/usr/local/bin:/usr/sbin"

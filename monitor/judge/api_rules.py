@@ -508,9 +508,12 @@ def _nothing_listens(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
     if evidence.first.outcome != "refused":
         return None
     if evidence.process.state == "unrecorded":
+        why = evidence.process.start_failure
         return Verdict(
-            "api", "dead", "not_started", f"Nothing listens at {evidence.url}, and no process was started here by start.sh.",
-            f"{evidence.url} 无人监听，本机也没有由 start.sh 启动的进程。", threshold="run ./start.sh",
+            "api", "dead", "not_started",
+            f"Nothing listens at {evidence.url}, and no process was started here by start.sh." + (f" The last start failed: {why}" if why else ""),
+            f"{evidence.url} 无人监听，本机也没有由 start.sh 启动的进程。" + (f"上次启动失败：{why}" if why else ""),
+            {"start_failure": why} if why else {}, "run ./start.sh",
         )  # fmt: skip
     if _is_fresh(evidence):
         return _starting(evidence)

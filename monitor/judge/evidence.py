@@ -28,6 +28,7 @@ class Process:
 
     `state`: runs, stopped (SIGSTOP), traced (held by a debugger), frozen (by its control group), stuck (uninterruptible sleep),
     gone, unrecorded (no pid file). `port_owner`: ours, stranger, nobody, unknown. `frozen_by`: the file that says so.
+    `start_failure`: why the last start failed, if there is no process.
     """
 
     state: str = "unrecorded"
@@ -39,6 +40,7 @@ class Process:
     open_files: int | None = None
     open_files_limit: int | None = None
     frozen_by: str = ""
+    start_failure: str = ""
 
     @property
     def out_of_files(self) -> bool:

@@ -39,9 +39,12 @@ def judge_page(evidence: PageEvidence, limits: Limits, api: ApiEvidence | None =
 def _does_not_answer(evidence: PageEvidence, limits: Limits) -> Verdict:
     process, health = evidence.process, evidence.health
     if health.outcome == "refused" and process.state == "unrecorded":
+        why = process.start_failure
         return Verdict(
-            "page", "dead", "not_started", f"Nothing listens at {evidence.url}, and no page was started here by start.sh.",
-            f"{evidence.url} 无人监听，本机也没有由 start.sh 启动的页面。", threshold="run ./start.sh",
+            "page", "dead", "not_started",
+            f"Nothing listens at {evidence.url}, and no page was started here by start.sh." + (f" The last start failed: {why}" if why else ""),
+            f"{evidence.url} 无人监听，本机也没有由 start.sh 启动的页面。" + (f"上次启动失败：{why}" if why else ""),
+            {"start_failure": why} if why else {}, "run ./start.sh",
         )  # fmt: skip
     if process.age_s is not None and process.age_s < FRESH_PROCESS_S:
         return Verdict(

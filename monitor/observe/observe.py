@@ -125,12 +125,12 @@ def observe(settings: Settings, rng: random.Random, plan: ProbePlan, moment: Mom
     if not external:
         # Again, because the questions take time, in which it may have ended or been blocked.
         beat = read_heartbeat(settings.log_dir, watched, moment)
-        api = replace(api, process=_process(watched, stuck_before, oom_killed), beat=beat)
+        api = replace(api, process=_process(watched, stuck_before, oom_killed, processes.failed_start(settings.log_dir, "api")), beat=beat)
     api = replace(api, hardware=hardware_faults(gpus), blind=blind)
     page: PageEvidence | None = None
     if page_probing is not None:
         page = page_probing.result() or PageEvidence(page_probe.page_url(settings))
-        page = replace(page, process=_process(web_record, {}, False), blind=blind)
+        page = replace(page, process=_process(web_record, {}, False, processes.failed_start(settings.log_dir, "web")), blind=blind)
     gpu_evidence = {
         "load_percent": gpu.highest(gpus["gpus"], "load_percent"),
         "memory_used_mib": gpu.highest(gpus["gpus"], "memory_used_mib"),
@@ -329,10 +329,10 @@ def read_heartbeat(log_dir: Path, record: processes.ProcessRecord | None, moment
         return None
 
 
-def _process(record: processes.ProcessRecord | None, stuck_before: Mapping[str, str], oom_killed: bool) -> Process:
-    """`stuck_before`: its threads in uninterruptible sleep at the start of the run."""
+def _process(record: processes.ProcessRecord | None, stuck_before: Mapping[str, str], oom_killed: bool, failure: str = "") -> Process:
+    """`stuck_before`: its threads in uninterruptible sleep at the start of the run. `failure`: of the last start."""
     if record is None:
-        return Process()
+        return Process(start_failure=failure)
     owners = ports.listeners(record.port)
     if not processes.is_running(record):
         holder = ", ".join(owner.describe() for owner in owners)

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from monitor.observe.small_file import read_small
+from monitor.observe.small_file import open_file, read_small
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PROC = Path("/proc")
@@ -167,6 +167,26 @@ def was_stopped_by_request(log_dir: Path, part: str) -> bool:
         return read_small(stop_mark(log_dir, part)).strip() != FAILED_START
     except (OSError, ValueError):
         return was_stopped(log_dir, part)
+
+
+def note_failed_start(log_dir: Path, part: str, why: str) -> None:
+    """Keeps the reason for the checker, which finds no process then; empty removes the last one."""
+    path = log_dir / f"{part}.failed"
+    with contextlib.suppress(OSError):
+        if not why:
+            path.unlink()
+            return
+        descriptor = open_file(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(f"{why[:1000]}\n")
+
+
+def failed_start(log_dir: Path, part: str) -> str:
+    """Why the last start failed; empty if it did not."""
+    try:
+        return read_small(log_dir / f"{part}.failed").strip()
+    except (OSError, ValueError):
+        return ""
 
 
 def forget(log_dir: Path, part: str) -> None:

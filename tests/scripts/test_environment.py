@@ -94,6 +94,26 @@ def test_venv_without_its_python_is_recreated(filled):
     assert "chosen .venv/bin/python" in chosen.stdout
 
 
+@pytest.mark.parametrize("state", ["a package is missing", "an installation was interrupted", "there is no environment"])
+def test_a_cure_installs_creates_and_removes_nothing(bare, empty_venv, state):
+    (bare.root / "requirements.txt").write_text("no-such-package-as-this==1.0\n")
+    if state != "there is no environment":
+        shutil.copytree(empty_venv, bare.root / ".venv", symlinks=True)
+    if state == "an installation was interrupted":
+        (bare.root / ".venv" / ".installing").write_text("")
+    before = sorted((bare.root / ".venv").rglob("*"))
+
+    chosen = bare.run(CHOOSE, START_SH_NO_INSTALL="1", PIP_NO_INDEX="1")
+
+    assert "Installing" not in chosen.stdout and "Creating" not in chosen.stdout
+    assert sorted((bare.root / ".venv").rglob("*")) == before
+    if state == "there is no environment":
+        assert "a restart by the checker installs nothing. Run ./start.sh yourself" in chosen.stderr
+        assert "chosen" not in chosen.stdout
+    else:
+        assert "chosen .venv/bin/python" in chosen.stdout
+
+
 def test_old_python_is_rejected_with_its_version(bare, stub):
     for name in ("python3.11", "python3.12", "python3.13", "python3"):
         stub(name, '[[ $1 == --version ]] && { echo "Python 3.9.2"; exit 0; }; exit 1')

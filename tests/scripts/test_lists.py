@@ -7,11 +7,14 @@ import re
 import sys
 from importlib.metadata import packages_distributions
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
+import settings_table
 import yaml
 from dotenv import dotenv_values
 from pydantic import SecretStr
 
+from api.http.auth import OPEN_PATHS
 from deploy.packages import pins
 from settings import ROOT, SECRETS, Settings
 
@@ -36,6 +39,20 @@ def test_documented_defaults_are_the_real_ones():
         assert shown == ("" if default is None else str(default)), name
 
 
+def test_the_page_of_settings_is_the_one_that_settings_py_makes():
+    assert settings_table.PAGE.read_text() == settings_table.page(), "run: python tests/settings_table.py"
+    named = [name for _, _, names in settings_table.sections() for name in names]
+    assert sorted(named) == sorted(Settings.model_fields)
+
+
+def test_the_example_names_every_value_of_a_choice():
+    text = EXAMPLE.read_text()
+    for name, field in Settings.model_fields.items():
+        if get_origin(field.annotation) is Literal:
+            about = re.search(rf"((?:^#.*\n)+)#GLM_{name.upper()}=", text, re.MULTILINE)
+            assert about and all(re.search(rf"\b{value}\b", about[1]) for value in get_args(field.annotation)), name
+
+
 def test_example_with_every_line_in_force_is_accepted(tmp_path):
     everything = re.sub(r"^#(GLM_)", r"\1", EXAMPLE.read_text(), flags=re.MULTILINE)
     (tmp_path / "env").write_text(everything)
@@ -50,6 +67,12 @@ def test_secrets_name_their_file_form():
     for name in SECRETS:
         assert f"GLM_{name}_FILE" in EXAMPLE.read_text()
         assert Settings.model_fields[name.lower()].annotation == SecretStr | None
+
+
+def test_the_page_about_security_says_what_every_secret_is_for():
+    page = (ROOT / "docs" / "security.md").read_text()
+    assert [name for name in SECRETS if f"`GLM_{name}`" not in page] == []
+    assert all(f"`{path}`" in page for path in OPEN_PATHS)
 
 
 def test_every_requirement_is_pinned_exactly():

@@ -109,7 +109,7 @@ def test_a_dead_engine_is_reported_with_its_reason(project):
     started = project.run("./start.sh", STAND_IN_API="dead")
 
     assert started.returncode == 1
-    assert "the engine thread ended" in started.stderr
+    assert "reports that it cannot serve: the engine thread ended. The last lines" in started.stderr
 
 
 def test_an_api_that_never_answers_fails_the_start_at_its_time_limit(project, machine):

@@ -11,6 +11,7 @@ import pytest
 import requests
 from browsing import TOKEN as PAGE_TOKEN
 from page_process import Server
+from playwright.sync_api import Browser
 
 from web.access import COOKIE, Access, VisitorCookies
 
@@ -57,7 +58,8 @@ class Client:
             await send({"type": "websocket.accept"})
 
     def request(
-        self, path: str = "/", query: str = "", type: str = "http", method: str = "GET", client: str = "127.0.0.1", **headers: str
+        self, path: str = "/", query: str = "", type: str = "http", method: str = "GET", client: str = "127.0.0.1",
+        body: bytes = b"", **headers: str,
     ) -> list[dict[str, Any]]:
         sent: list[dict[str, Any]] = []
 
@@ -65,7 +67,7 @@ class Client:
             sent.append(message)
 
         async def receive() -> dict[str, Any]:
-            return {"type": f"{type}.connect"}
+            return {"type": "http.request", "body": body} if method == "POST" else {"type": f"{type}.connect"}
 
         scope = {
             "type": type, "path": path, "query_string": query.encode(), "method": method, "scheme": "http", "client": (client, 40000), "server": ("10.0.0.5", 8081),
@@ -166,6 +168,52 @@ def test_a_wrong_token_is_reported_in_the_visitor_s_language() -> None:
 
     assert "令牌不正确" in page
     assert '<html lang="zh">' in page
+
+
+def form(client_app: Client, body: bytes, path: str = "/console", **more: Any) -> list[dict[str, Any]]:
+    return client_app.request(path, "lang=zh&token=old", method="POST", body=body, content_type="application/x-www-form-urlencoded", **more)
+
+
+def test_the_form_sends_the_token_in_its_body_and_never_in_a_url() -> None:
+    client_app = Client()
+    page = client_app.request("/console", query="token=wrong&lang=zh&chat=a%22b")[1]["body"].decode()
+
+    assert '<form method="post" action="?lang=zh&amp;chat=a%22b">' in page
+    sent = form(client_app, b"token=open+sesame")
+    assert (sent[0]["status"], client_app.header(sent, "location")) == (303, "./console?lang=zh")
+    cookie = SimpleCookie(client_app.header(sent, "set-cookie"))[COOKIE].value
+    assert VisitorCookies(TOKEN).visitor_of(cookie)
+    assert client_app.reached == []
+
+
+@pytest.mark.parametrize("body", [b"token=wrong", b"", b"\xff\xfe", b"x=open+sesame", b"token=open+sesame&a=" + b"a" * 5000])
+def test_a_form_without_the_right_token_is_refused_also_with_a_cookie(body: bytes) -> None:
+    client_app = Client()
+    cookie = f"{COOKIE}={VisitorCookies(TOKEN).renew(None)}"
+
+    for sent in (form(client_app, body), form(client_app, body, cookie=cookie)):
+        assert sent[0]["status"] == 401 and b"set-cookie" not in dict(sent[0]["headers"])
+    assert form(client_app, b"token=open+sesame", path="/_stcore/upload_file/a")[0]["status"] == 401, "no login there"
+    assert client_app.reached == []
+
+
+def test_a_browser_logs_in_and_its_token_is_in_no_url_and_no_log(one_page_server: Server, chromium: Browser) -> None:
+    context = chromium.new_context()
+    page = context.new_page()
+    urls: list[str] = []
+    page.on("request", lambda request: urls.append(request.url))
+
+    page.goto(f"{one_page_server.url}/?lang=en")
+    page.get_by_label("Token").fill("wrong")
+    page.get_by_role("button", name="Open").click()
+    page.get_by_role("alert").wait_for()
+    page.get_by_label("Token").fill(PAGE_TOKEN)
+    page.get_by_role("button", name="Open").click()
+    page.get_by_test_id("stApp").wait_for()
+
+    assert not [url for url in [page.url, *urls] if "token=" in url or PAGE_TOKEN in url]
+    assert PAGE_TOKEN not in one_page_server.log_text()
+    context.close()
 
 
 def test_without_a_token_each_browser_still_gets_its_own_cookie() -> None:

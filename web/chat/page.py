@@ -367,7 +367,8 @@ class ChatRun:
         turn.answer.schema = options.schema
         self._chat.pending_images, self._chat.editing = [], False
         st.session_state.pop("edited", None)
-        chats.save(conversation)
+        if not chats.save(conversation):
+            self._show_newest(submission)
         st.query_params["chat"] = conversation.id
         show_question(turn, conversation, chats, self._texts)
         with st.chat_message("assistant", avatar=MODEL):
@@ -389,8 +390,20 @@ class ChatRun:
         finally:
             # Streamlit ends a stopped run by an exception; what has arrived is saved.
             turn.answer.stop(time.monotonic())
-            chats.save(conversation)
+            if not chats.save(conversation):
+                self._chat.conversation = chats.save_beside(conversation)
         st.rerun()
+
+    def _show_newest(self, submission: Submission) -> None:
+        """Another tab has gone on with this chat: show what it is now, and keep the question for it."""
+        newest = self._chats.load(self._chat.conversation.id)
+        if newest is None:
+            return  # deleted or unreadable since; the answer stays in this tab
+        self._chat.conversation = newest
+        entered = submission.question or "\n".join(result.text for result in submission.results)
+        if entered:
+            st.session_state["draft"] = entered
+        self._refuse(self._texts("chat.changed"), entered, submission)
 
     def _new_turn(self, submission: Submission) -> Turn:
         conversation = self._chat.conversation

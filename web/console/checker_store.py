@@ -81,6 +81,18 @@ def add_request(log_dir: Path, actor: str, kind: str, target: str, arguments: Ma
         raise HistoryUnavailable(str(error)) from None
 
 
+def add_audit(log_dir: Path, actor: str, kind: str, outcome: str, detail: str) -> None:
+    """Add an entry about the console itself to the audit log. Raises HistoryUnavailable."""
+    try:
+        with closing(Store.open(log_dir)) as store:
+            if store.lost:
+                raise HistoryUnavailable(store.lost)
+            with store.transaction():
+                store.add_action(time.time(), "console", kind, actor, outcome, detail)
+    except sqlite3.Error as error:
+        raise HistoryUnavailable(str(error)) from None
+
+
 def evidence_files(log_dir: Path, incident: str) -> list[Path]:
     """The files of evidence that the checker saved for an incident, sorted by path."""
     root = log_dir / "incidents"

@@ -1,11 +1,11 @@
 """The actions that an operator may request of the checker. Each is confirmed first and becomes a row in the store.
 
-They need an operator token, which is compared and not stored: a session stays unlocked for `UNLOCKED_S`.
+They need an operator token, which `operator_token.py` compares: a session stays unlocked for `UNLOCKED_S`.
 """
 
 from __future__ import annotations
 
-import hmac
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 
 import streamlit as st
 
-from web.console import checker_store
+from web.console import checker_store, operator_token
 from web.i18n.strings import Texts
 from web.safe_text import escaped
 
@@ -66,7 +66,7 @@ def show_actions(token: str, log_dir: Path, model: str, texts: Texts) -> None:
         return
     st.subheader(texts("act.title"), anchor=False)
     if time.monotonic() > st.session_state.get("operator_until", 0.0):
-        _ask_for_token(token, texts)
+        _ask_for_token(token, log_dir, texts)
         return
     st.caption(texts("act.how"))
     with st.container(horizontal=True):
@@ -78,16 +78,21 @@ def show_actions(token: str, log_dir: Path, model: str, texts: Texts) -> None:
             st.rerun()
 
 
-def _ask_for_token(token: str, texts: Texts) -> None:
+def _ask_for_token(token: str, log_dir: Path, texts: Texts) -> None:
     st.caption(texts("act.locked"))
     with st.form("operator", border=False, clear_on_submit=True), st.container(horizontal=True, vertical_alignment="bottom"):
         entered = st.text_input(texts("act.token"), type="password", autocomplete="off", width=280)
         submitted = st.form_submit_button(texts("act.open"), icon=":material/lock_open:")
-    if submitted and hmac.compare_digest(entered.strip().encode(), token.encode()):
+    if not submitted:
+        return
+    address = st.context.ip_address or "127.0.0.1"  # Streamlit has none for this machine
+    right, wait_s = operator_token.OF_ALL_SESSIONS.try_token(entered, token, address, log_dir, time.monotonic())
+    if right:
         st.session_state["operator_until"] = time.monotonic() + UNLOCKED_S
         st.rerun()
-    elif submitted:
-        time.sleep(1)  # slows down guessing
+    elif wait_s > 0:
+        st.error(texts("act.slowed", seconds=math.ceil(wait_s)), icon=":material/hourglass:")
+    else:
         st.error(texts("act.wrong"), icon=":material/key_off:")
 
 

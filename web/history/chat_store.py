@@ -7,6 +7,7 @@ transaction.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -66,6 +67,10 @@ class StoreError(Exception):
 
 class StoreReplacedError(StoreError):
     """The file was damaged and is replaced by a new one with what could be read; the call may be repeated."""
+
+
+class ChatChangedError(Exception):
+    """Another tab has changed the turn that was to be saved. Nothing was written."""
 
 
 @dataclass(frozen=True)
@@ -121,39 +126,58 @@ class ChatStore:
             row = db.execute("SELECT title FROM chats WHERE id = ? AND visitor = ?", (chat, visitor)).fetchone()
             if row is None:
                 return None
-            turns = db.execute("SELECT body FROM turns WHERE chat = ? ORDER BY number", (chat,)).fetchall()
+            turns = db.execute("SELECT number, body FROM turns WHERE chat = ? ORDER BY number", (chat,)).fetchall()
             images = db.execute("SELECT body FROM chat_pictures WHERE chat = ?", (chat,)).fetchall()
         try:
             parsed_images = [_IMAGE.validate_json(body) for (body,) in images]
-            parsed_turns = [_TURN.validate_json(body) for (body,) in turns]
+            parsed_turns = [_TURN.validate_json(body) for _, body in turns]
         except ValidationError as error:
             raise StoreError(f"{len(error.errors())} fields of the chat cannot be read") from None
-        return Conversation(chat, row[0], parsed_turns, {image.sha: image for image in parsed_images})
+        stored = {number: _digest(body) for number, body in turns}
+        return Conversation(chat, row[0], parsed_turns, {image.sha: image for image in parsed_images}, stored)
 
     def save(self, visitor: str, conversation: Conversation, number: int | None = None) -> None:
-        """Save one turn (the last by default) with its new images; the conversation then drops their bytes."""
+        """Save one turn (the last by default) with its new images; the conversation then drops their bytes.
+
+        Raises ChatChangedError, and StoreError also for a chat of another visitor.
+        """
         number = len(conversation.turns) - 1 if number is None else number
         turn = conversation.turns[number]
         images = {sha: conversation.images[sha] for sha in turn.images}
-        with self._connection() as db:
-            db.execute(
-                "INSERT INTO chats (id, visitor, title, updated) VALUES (?, ?, ?, ?)"
-                " ON CONFLICT (id) DO UPDATE SET updated = excluded.updated WHERE visitor = excluded.visitor",
-                (conversation.id, visitor, conversation.title, time.time()),
-            )
-            db.execute(
-                "INSERT OR REPLACE INTO turns (chat, number, body) VALUES (?, ?, ?)",
-                (conversation.id, number, _TURN.dump_json(turn, by_alias=True).decode()),
-            )
-            for sha, image in images.items():
-                body = _IMAGE.dump_json(image.without_bytes()).decode()
-                db.execute(
-                    "INSERT OR IGNORE INTO chat_pictures (chat, sha, body) VALUES (?, ?, ?)",
-                    (conversation.id, sha, body),
-                )
-                if image.data:
-                    db.execute("INSERT OR IGNORE INTO picture_bytes (sha, data) VALUES (?, ?)", (sha, image.data))
+        body = _TURN.dump_json(turn, by_alias=True).decode()
+        before = conversation.stored.get(number)
+        try:
+            with self._connection() as db:
+                self._save(db, visitor, conversation, number, body, images)
+                # Before the transaction ends: the next run of the same session may wait for its own.
+                conversation.stored[number] = _digest(body)
+        except StoreError:
+            conversation.stored.update({number: before} if before else {})
+            raise
         conversation.drop_bytes(set(images))
+
+    def _save(
+        self, db: sqlite3.Connection, visitor: str, conversation: Conversation, number: int, body: str, images: dict[str, AttachedImage]
+    ) -> None:
+        # The first statement writes, so that nobody else does until the transaction ends.
+        db.execute(
+            "INSERT INTO chats (id, visitor, title, updated) VALUES (?, ?, ?, ?)"
+            " ON CONFLICT (id) DO UPDATE SET updated = excluded.updated WHERE visitor = excluded.visitor",
+            (conversation.id, visitor, conversation.title, time.time()),
+        )
+        if db.execute("SELECT visitor FROM chats WHERE id = ?", (conversation.id,)).fetchone() != (visitor,):
+            raise StoreError("the chat belongs to another visitor")
+        row = db.execute("SELECT body FROM turns WHERE chat = ? AND number = ?", (conversation.id, number)).fetchone()
+        if row is not None and _digest(row[0]) != conversation.stored.get(number):
+            raise ChatChangedError
+        db.execute("INSERT OR REPLACE INTO turns (chat, number, body) VALUES (?, ?, ?)", (conversation.id, number, body))
+        for sha, image in images.items():
+            described = _IMAGE.dump_json(image.without_bytes()).decode()
+            db.execute(
+                "INSERT OR IGNORE INTO chat_pictures (chat, sha, body) VALUES (?, ?, ?)", (conversation.id, sha, described)
+            )
+            if image.data:
+                db.execute("INSERT OR IGNORE INTO picture_bytes (sha, data) VALUES (?, ?)", (sha, image.data))
 
     def rename(self, visitor: str, chat: str, title: str) -> None:
         with self._connection() as db:
@@ -255,15 +279,32 @@ class VisitorChats:
     def load(self, chat: str) -> Conversation | None:
         return self._try(lambda store: store.load(self._visitor, chat))
 
-    def save(self, conversation: Conversation) -> None:
+    def save(self, conversation: Conversation) -> bool:
+        """False if another tab has changed the last turn meanwhile, or added one; then nothing was saved."""
         self._saved_at = time.monotonic()
-        self._try(lambda store: store.save(self._visitor, conversation))
+        try:
+            self._try(lambda store: store.save(self._visitor, conversation))
+        except ChatChangedError:
+            return False
+        return True
+
+    def save_beside(self, conversation: Conversation) -> Conversation:
+        """Saves the last turn behind those that another tab has added. The chat as it is then."""
+        for _ in range(5):  # the other tab may go on
+            newest = self.load(conversation.id)
+            if newest is None:
+                break
+            newest.adopt(conversation.turns[-1], conversation.images)
+            if self.save(newest):
+                return newest
+        return conversation
 
     def leave_out_older_images(self, conversation: Conversation) -> None:
         """Send only the images of the newest question from now on; the older ones stay visible."""
         for number in conversation.turns_with_older_images():
             conversation.turns[number].left_out = True
-            self._try(lambda store, number=number: store.save(self._visitor, conversation, number))  # type: ignore[misc]
+            with suppress(ChatChangedError):  # the next question says so
+                self._try(lambda store, number=number: store.save(self._visitor, conversation, number))  # type: ignore[misc]
 
     def save_periodically(self, conversation: Conversation) -> None:
         """Save if SAVE_EVERY_S have passed since the last time."""
@@ -310,6 +351,10 @@ def _as_store_error() -> Iterator[None]:
         yield
     except (sqlite3.Error, OSError) as error:
         raise StoreError(str(error)) from None
+
+
+def _digest(body: str) -> str:
+    return hashlib.sha256(body.encode()).hexdigest()
 
 
 def _identity(path: Path) -> tuple[int, int]:

@@ -202,12 +202,16 @@ def new_id() -> str:
 
 @dataclass
 class Conversation:
-    """One chat. `images`: by hash; their bytes are dropped once they are in the store."""
+    """One chat. `images`: by hash; their bytes are dropped once they are in the store.
+
+    `stored`: each turn's row of the store, by the number of the turn, as it was when it was last read or written here.
+    """
 
     id: str = field(default_factory=new_id)
     title: str = ""
     turns: list[Turn] = field(default_factory=list)
     images: dict[str, AttachedImage] = field(default_factory=dict)
+    stored: dict[int, str] = field(default_factory=dict, compare=False, repr=False)
 
     def ask(self, question: str, images: list[AttachedImage], sample: str | None = None) -> Turn:
         """Append a turn whose answer is pending."""
@@ -217,6 +221,11 @@ class Conversation:
         self.title = self.title or _title_of(question)
         turn.answer.sent = self._to_send()
         return turn
+
+    def adopt(self, turn: Turn, images: dict[str, AttachedImage]) -> None:
+        """Append a turn of another copy of this chat, with its images."""
+        self.images.update({sha: images[sha] for sha in turn.images})
+        self.turns.append(turn)
 
     def ask_with_results(self, results: tuple[ToolResult, ...]) -> Turn:
         """Append a turn with the results of the tools that the last answer called."""

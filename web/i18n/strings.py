@@ -162,6 +162,10 @@ TABLE: dict[str, dict[str, str]] = {
     "chat.json": {"en": "Save as JSON", "zh": "导出为 JSON"},
     "chat.delete": {"en": "Delete this chat", "zh": "删除此对话"},
     "chat.delete_sure": {"en": "Delete it for good", "zh": "确认永久删除"},
+    "chat.changed": {
+        "en": "This chat went on in another tab. Its newest state is shown now; nothing was sent, and your question is still in the box.",
+        "zh": "此对话已在另一个标签页中继续。现在显示的是最新内容；尚未发送任何内容，您的问题仍在输入框中。",
+    },
     "chat.full": {
         "en": "A chat holds {limit} questions. Start a new chat to go on; nothing was sent.",
         "zh": "一个对话最多 {limit} 个问题。请开始新对话；问题尚未发送。",

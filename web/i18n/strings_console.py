@@ -181,6 +181,10 @@ TABLE: dict[str, dict[str, str]] = {
     "act.open": {"en": "Unlock", "zh": "解锁"},
     "act.leave": {"en": "Lock again", "zh": "重新锁定"},
     "act.wrong": {"en": "This operator token is not right.", "zh": "操作令牌不正确。"},
+    "act.slowed": {
+        "en": "Too many wrong operator tokens. This one was not compared; try again in {seconds} s.",
+        "zh": "操作令牌错误次数过多。本次输入未经核对，请在 {seconds} 秒后重试。",
+    },
     "act.probe": {"en": "Check now", "zh": "立即检查"},
     "act.probe_what": {
         "en": "On its next run the checker asks all its own questions, even where answers to users could replace them.",

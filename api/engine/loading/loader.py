@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -70,6 +71,7 @@ from api.engine.text.tokenizer import UnsupportedTokenizer, Vocabulary
 logger = logging.getLogger(__name__)
 
 IMAGE_TOKEN = "<|image|>"
+_FOLDERS = re.compile(r"(?<![\w.:/~-])~?(?:/[\w.@+-]+)*/(?=[\w.@+-])")
 DEFAULT_MAX_CONTEXT = 8192  # keeps the KV cache small; GLM_CONTEXT_TOKENS may set more
 
 
@@ -161,6 +163,7 @@ def _assemble(
     }
     facts["kernels"], facts["choices"]["kernels"], facts["proofs"] = kernels.value, kernels.reason, operations.proofs
     facts["choices"]["weights_read"] = origin
+    facts["choices"] = {name: without_folders(reason) for name, reason in facts["choices"].items()}
     logger.info("event=choice name=kernels value=%s reason=%s", kernels.value, json.dumps(kernels.reason))
     template = CheckpointTemplate(tokenizer)
     processor = CheckpointImageProcessor(image_processor)
@@ -393,3 +396,8 @@ def _sampling_defaults(generation: Any) -> SamplingDefaults:
         top_k=int(generation.top_k or 0),
         repetition_penalty=float(generation.repetition_penalty or 1.0),
     )
+
+
+def without_folders(reason: str) -> str:
+    """For `GET /info`, whose readers have a key and no business in this machine's folders; the log has the whole path."""
+    return _FOLDERS.sub("", reason)

@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
@@ -263,6 +264,26 @@ def test_a_silent_server_times_out(fetcher) -> None:
         error = refusal(fetcher(timeout_s=0.5, ports=frozenset({port})), f"http://127.0.0.1:{port}/")
 
     assert "did not arrive within 0.5 s" in error.message
+
+
+def test_a_name_that_is_not_resolved_in_time_times_out(fetcher, site: int, monkeypatch) -> None:
+    """Also if many names hang at once: those that wait for their turn have the same deadline."""
+    answer = threading.Event()
+    monkeypatch.setattr("api.images.fetch.socket.getaddrinfo", lambda *_, **__: answer.wait(60) and [])
+    began = time.monotonic()
+
+    def refused() -> str:
+        return refusal(fetcher(timeout_s=0.5), f"http://slow.example:{site}/ok").message
+
+    with ThreadPoolExecutor(40) as pool:
+        messages = [future.result() for future in [pool.submit(refused) for _ in range(40)]]
+    lasted = time.monotonic() - began
+    answer.set()
+
+    assert all("did not arrive within 0.5 s" in message for message in messages)
+    assert lasted < 10
+    monkeypatch.undo()
+    assert fetcher().fetch(f"http://localhost:{site}/ok", P) == BODY  # the threads that hung are free again
 
 
 def test_only_listed_hosts_are_contacted_if_any_are_listed(fetcher, site: int) -> None:

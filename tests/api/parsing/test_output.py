@@ -168,6 +168,14 @@ def test_reasoning_cut_off_by_the_length_limit_stays_reasoning() -> None:
     assert parse(["<think>still going"], stopped=False) == Answer("still going", "")
 
 
+def test_a_call_cut_off_by_the_length_limit_leaves_no_markup() -> None:
+    cut = "Let me see. <tool_call>count_objects\n<arg_key>color</arg_key>\n<arg_val"
+
+    assert parse([cut], stopped=False) == Answer("", "Let me see.")
+    assert parse([call("other") + cut.removeprefix("Let me see. ")], stopped=False) == Answer(calls=called(("other", {})))
+    assert parse([cut], stopped=True) == Answer("", cut), "the model itself ended like this"
+
+
 def test_the_template_may_open_the_reasoning() -> None:
     assert parse(["why</think>yes"], starts_thinking=True) == Answer("why", "yes")
 

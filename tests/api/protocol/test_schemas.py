@@ -94,7 +94,7 @@ def content(*parts: Any) -> dict[str, Any]:
         ({"messages": [{**USER, "images": ["x"]}]}, "messages[0].images", "is not supported"),
         ({"messages": [{**USER, "content": 7}]}, "messages[0].content", "a string or a list of parts. Given: 7"),
         (content({"type": "video_url"}), "messages[0].content[0]", "one of 'text', 'image_url'"),
-        (content("text"), "messages[0].content[0]", "one of 'text', 'image_url'"),
+        (content(7), "messages[0].content[0]", "one of 'text', 'image_url'"),
         (content({"type": "text"}), "messages[0].content[0].text", "is required"),
         (content({"type": "image_url", "image_url": 7}), "messages[0].content[0].image_url", "must be an object"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name", "must match ^["),

@@ -341,3 +341,14 @@ def test_what_the_template_does_not_read_is_named() -> None:
 def test_a_picture_at_a_place_that_is_not_read_is_refused(key: str) -> None:
     with pytest.raises(ServingError, match=key):
         parse(messages=[{**USER, key: URL}])
+
+
+def test_strings_and_parts_without_a_type_are_read_in_their_order(serve) -> None:
+    served = serve()
+
+    plain = served.chat([{"type": "text", "text": "one"}, image_part(), {"type": "text", "text": "two"}]).json()
+    short = served.chat(["one", {"image_url": image_part()["image_url"]}, {"text": "two"}]).json()
+
+    assert short["choices"][0]["message"]["content"] == plain["choices"][0]["message"]["content"]
+    assert short["usage"]["prompt_tokens"] == plain["usage"]["prompt_tokens"]
+    assert short["usage"]["prompt_tokens_details"]["image_tokens"] == 4

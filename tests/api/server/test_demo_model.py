@@ -125,6 +125,13 @@ def test_a_forced_call_matches_the_schema(choice: Any, seed: int, server: Server
         assert arguments["color"] in ("red", "blue") and isinstance(arguments["limit"], int)
 
 
+def test_a_forced_call_that_is_cut_off_shows_no_markup(server: Server) -> None:
+    answer = ask(server, TEXT, tools=[LOOK, COUNT], tool_choice="required", max_tokens=4)
+
+    assert answer["choices"][0]["finish_reason"] == "length" and answer["usage"]["completion_tokens"] == 4
+    assert not message(answer)["content"] and "tool_calls" not in message(answer)
+
+
 @pytest.mark.parametrize("fields", [{}, {"temperature": 1.0, "seed": 4}, {"response_format": JSON}, {"logprobs": True}])
 def test_a_stream_equals_the_whole_answer(fields: dict[str, Any], server: Server) -> None:
     whole = ask(server, **fields)["choices"][0]

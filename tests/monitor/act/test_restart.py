@@ -23,9 +23,10 @@ from monitor import check
 from monitor.act import interrupted_restart, operator_requests
 from monitor.act.preflight import why_futile
 from monitor.act.restart import Restarter
+from monitor.judge.api_rules import judge_api
 from monitor.judge.evidence import ApiEvidence, HealthReply, Identity, Moment, Observation, SelfReport
 from monitor.judge.limiter import Decision
-from monitor.judge.verdict import Verdict
+from monitor.judge.verdict import Limits, Verdict
 from monitor.observe import observe as observe_module
 from monitor.observe import processes
 from monitor.observe.observe import ProbePlan, now, observe
@@ -153,6 +154,36 @@ def test_a_failed_start_is_reported_and_tried_again_by_the_next_run(project, mon
     assert project.observe().api.process.state == "gone", "still recorded, so the next run tries again"
     assert project.store.actions()[0]["outcome"] == "failed"
     assert len(project.state.limiters["api"].restarts) == 1, "a failed start counts"
+
+
+def test_the_reason_of_a_failed_start_is_in_the_next_verdict_until_one_succeeds(project, monkeypatch):
+    monkeypatch.setenv("STAND_IN_API", "die")
+    with pytest.raises(AssertionError):
+        project.start()
+
+    verdict = judge_api(project.observe().api, Limits())
+
+    assert verdict.rule == "not_started"
+    assert "The API exited right after it was started. Last line of api.log: there is no such model: nowhere/at-all" in verdict.en
+    assert verdict.facts["start_failure"] in verdict.zh
+    monkeypatch.delenv("STAND_IN_API")
+    project.start()
+    assert os.system(f"bash {project.root / 'stop.sh'} >/dev/null 2>&1") == 0
+    assert not project.observe().api.process.start_failure
+
+
+def test_a_cure_installs_nothing(project, monkeypatch):
+    """The project's environment misses a package; a person's start.sh would install it."""
+    project.start()
+    (project.root / "requirements.txt").write_text("no-such-package-as-this==1.0\n")
+    monkeypatch.setenv("CONDA_DEFAULT_ENV", "glm-env")  # the environment that start.sh fills
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    os.kill(project.record().pid, signal.SIGKILL)
+
+    problem = project.restarter().restart("api", DEAD, Decision("restart", "dead"))
+
+    assert problem == ""
+    assert processes.is_running(project.record())
 
 
 def test_another_process_on_the_port_is_left_alone(project):

@@ -216,6 +216,41 @@ def test_processor_quota_of_both_versions(tree, files, membership, cores, used_s
     assert found.folder is not None and found.folder.name == "a"
 
 
+@pytest.mark.parametrize(
+    ("files", "membership"),
+    [
+        (
+            {
+                "cgroup.controllers": "cpu memory",
+                **{f"{at}cpu.stat": "usage_usec 1" for at in ("box/", "box/app/", "box/app/job/")},
+                "box/cpu.max": "200000 100000", "box/app/cpu.max": "400000 100000", "box/app/job/cpu.max": "max 100000",
+                "box/memory.max": str(2 * GIB), "box/memory.current": "9", "box/app/memory.max": str(GIB),
+                "box/app/memory.current": "9", "box/app/job/memory.max": str(4 * GIB), "box/app/job/memory.current": "9",
+            },
+            "0::/box/app/job",
+        ),
+        (
+            {
+                "cpu/box/cpu.cfs_quota_us": "200000", "cpu/box/cpu.cfs_period_us": "100000", "cpu/box/app/job/cpu.cfs_quota_us": "-1",
+                "cpu/box/app/cpu.cfs_quota_us": "400000", "cpu/box/app/cpu.cfs_period_us": "100000",
+                "cpu/box/app/job/cpu.cfs_period_us": "100000",
+                "memory/box/memory.limit_in_bytes": str(2 * GIB), "memory/box/memory.usage_in_bytes": "9",
+                "memory/box/app/memory.limit_in_bytes": str(GIB), "memory/box/app/memory.usage_in_bytes": "9",
+                "memory/box/app/job/memory.limit_in_bytes": str(4 * GIB), "memory/box/app/job/memory.usage_in_bytes": "9",
+            },
+            "3:cpu:/box/app/job\n4:memory:/box/app/job",
+        ),
+    ],
+)  # fmt: skip
+def test_the_lowest_limit_on_the_way_to_the_root_applies(tree, files, membership):
+    made = tree(files, membership)
+
+    budget, memory = cgroup.cpu(**made), cgroup.memory(64 * GIB, **made)
+
+    assert budget is not None and budget.cores == 2.0
+    assert memory is not None and memory.limit_bytes == GIB
+
+
 def test_a_quota_without_the_usage_of_its_group():
     """Where cpu and cpuacct are hierarchies of their own, the machine's load is shown beside the throttling of the group."""
     group = {**GROUP, "used_s": None}

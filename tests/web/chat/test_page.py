@@ -30,13 +30,15 @@ OpenPage = Callable[..., AppTest]
 def open_page(fake_api: FakeApi, own_settings: None, monkeypatch: pytest.MonkeyPatch) -> OpenPage:
     """Opens the page with the given GLM_ settings, in front of the fake API by default."""
 
-    def open_it(query: dict[str, str] | None = None, **settings: str) -> AppTest:
+    def open_it(query: dict[str, str] | None = None, visitor: str = "", **settings: str) -> AppTest:
         st.cache_data.clear()
         for name, value in {"GLM_API_URL": fake_api.url, **settings}.items():
             monkeypatch.setenv(name, value)
         page = AppTest.from_file(str(APP), default_timeout=60)
         for name, value in (query or {}).items():
             page.query_params[name] = value
+        if visitor:
+            page.session_state["visitor"] = visitor
         return page.run()
 
     return open_it
@@ -188,6 +190,26 @@ def test_a_new_chat_starts_empty(open_page: OpenPage, fake_api: FakeApi) -> None
     ask(page, "Hello")
 
     assert len(fake_api.received[1].body["messages"]) == 1
+
+
+def test_a_question_in_a_second_tab_shows_what_the_first_has_added(open_page: OpenPage, fake_api: FakeApi) -> None:
+    first = open_page(visitor="v" * 22)
+    ask(first, "What color is it?", ("mine.png", png()))
+    second = open_page({"chat": first.query_params["chat"]}, visitor="v" * 22)
+    assert "What color is it?" in shown_text(second)
+    ask(first, "And from the first tab?")
+
+    ask(second, "And from the second tab?", ("other.png", png("blue")))
+
+    assert len(fake_api.received) == 2
+    assert "went on in another tab" in shown_text(second) and "And from the first tab?" in shown_text(second)
+    assert second.chat_input[0].value == "And from the second tab?"  # kept, and so is its picture
+    ask(second, "And from the second tab?")
+    assert len(fake_api.received) == 3
+    reloaded = open_page({"chat": first.query_params["chat"]}, visitor="v" * 22)
+    asked = [turn.question for turn in reloaded.session_state["chat"].conversation.turns]
+    assert asked == ["What color is it?", "And from the first tab?", "And from the second tab?"]
+    assert len(reloaded.session_state["chat"].conversation.images) == 2
 
 
 def test_a_chat_that_is_too_long_can_be_retried_without_the_older_pictures(

@@ -19,6 +19,8 @@ from web_fake_api import FakeApi
 from monitor.store.store import Store
 from monitor.tell.alerts import queue
 from settings import Settings
+from web.console import operator_token
+from web.console.operator_token import FORGOTTEN_S, FREE_TRIES, FREE_TRIES_OF_ALL, LONGEST_WAIT_OF_ALL_S, OperatorTokens
 from web.console.page import format_duration, percent_rounded_down
 from web.i18n.strings import Texts
 
@@ -165,6 +167,42 @@ def test_only_the_right_token_unlocks_the_actions(open_console: OpenConsole) -> 
     page = next(button for button in page.button if button.label == "Unlock").click().run()
     assert page.button(key="act-restart_api").label == "Restart the model server"
     assert OPERATOR not in str(page.session_state._state.filtered_state)
+
+
+def test_wrong_tokens_slow_every_session_and_are_audited(open_console: OpenConsole, logs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operator_token, "OF_ALL_SESSIONS", OperatorTokens())
+    monkeypatch.setattr(type(st.context), "ip_address", "203.0.113.9")  # the driver has no connection
+
+    def shown_after(page: AppTest, entered: str) -> str:
+        page.text_input[0].set_value(entered)
+        page = next(button for button in page.button if button.label == "Unlock").click().run()
+        return str(page.error[0].value) if page.error else ""
+
+    guesser = open_console(GLM_OPERATOR_TOKEN=OPERATOR)
+    for n in range(FREE_TRIES):
+        assert "not right" in shown_after(guesser, f"guess-{n}")
+
+    assert "not compared; try again in" in shown_after(open_console(GLM_OPERATOR_TOKEN=OPERATOR), OPERATOR)
+    with closing(Store.read_only(logs)) as store:
+        tries = [action for action in store.actions() if action["kind"] == "unlock"]
+    assert [(each["actor"], each["outcome"]) for each in tries] == [("console: 203.0.113.9", "refused")] * FREE_TRIES
+    assert "guess" not in str(tries)
+
+
+def test_waits_grow_by_address_and_over_all_addresses_and_end(tmp_path: Path) -> None:
+    tokens = OperatorTokens()
+
+    def tries(address: str, now: float, entered: str = "wrong") -> tuple[bool, float]:
+        return tokens.try_token(entered, OPERATOR, address, tmp_path, now)
+
+    assert [tries("a", 100.0)[1] for _ in range(FREE_TRIES + 1)] == [0.0] * FREE_TRIES + [2.0]
+    assert tries("a", 100.0, OPERATOR) == (False, 2.0), "a right one is no exception, or it could be guessed"
+    assert tries("b", 100.0, OPERATOR) == (True, 0.0), "another address need not wait"
+    assert tries("a", 102.0)[1] == 0.0 and tries("a", 102.0)[1] == 4.0
+    for n in range(FREE_TRIES_OF_ALL):
+        tries(f"c{n}", 103.0)
+    assert 0 < tries("d", 103.0, OPERATOR)[1] <= LONGEST_WAIT_OF_ALL_S
+    assert tries("a", 103.0 + FORGOTTEN_S + 1, OPERATOR) == (True, 0.0)
 
 
 @pytest.mark.parametrize(

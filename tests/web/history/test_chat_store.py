@@ -75,6 +75,61 @@ def test_no_visitor_reads_renames_or_deletes_another_s_chat(store: ChatStore) ->
     assert [head.title for head in store.summaries("me")] == ["secret"]
 
 
+def test_no_visitor_writes_into_another_s_chat(store: ChatStore, tmp_path: Path) -> None:
+    mine = chat("mine")
+    store.save("me", mine)
+    copied = Conversation(id=mine.id)
+    copied.ask("yours", [image("b")])
+
+    with pytest.raises(StoreError, match="another visitor"):
+        store.save("you", copied)
+    copied.ask("one more", [])
+    with pytest.raises(StoreError, match="another visitor"):
+        store.save("you", copied)
+
+    assert store.load("me", mine.id) == mine
+    assert (rows(tmp_path / FILE_NAME, "turns"), rows(tmp_path / FILE_NAME, "picture_bytes")) == (1, 0)
+
+
+def test_two_tabs_on_one_chat_overwrite_nothing_of_each_other(store: ChatStore) -> None:
+    chats = VisitorChats(store, "me")
+    first = chat("The question of both")
+    assert chats.save(first)
+    second = chats.load(first.id)
+    assert second is not None
+
+    first.ask("From the first tab", [image("a")])
+    assert chats.save(first)
+    second.ask("From the second tab", [image("b")])
+
+    assert not chats.save(second)
+    assert not chats.failed
+    merged = chats.save_beside(second)
+    assert [turn.question for turn in merged.turns] == ["The question of both", "From the first tab", "From the second tab"]
+    first.turns[-1].answer.apply(TextDelta("Written later."), 9.0)
+    assert chats.save(first)  # an answer that still streams is not disturbed
+    found = store.load("me", first.id)
+    assert found is not None
+    assert [turn.answer.text for turn in found.turns] == ["A circle.", "Written later.", ""]
+    assert {store.image_bytes(each) for each in found.images.values()} == {b"bytes of a", b"bytes of b"}
+
+
+def test_repeating_a_question_does_not_overwrite_what_another_tab_made_of_it(store: ChatStore) -> None:
+    chats = VisitorChats(store, "me")
+    first = chat()
+    chats.save(first)
+    second = chats.load(first.id)
+    assert second is not None
+
+    first.ask_again("What color?")
+    assert chats.save(first)
+    second.ask_again("What shape?")
+
+    assert not chats.save(second)
+    found = store.load("me", first.id)
+    assert found is not None and found.turns[-1].question == "What color?"
+
+
 def test_the_list_starts_with_the_chat_used_last(store: ChatStore) -> None:
     first, second = chat("first"), chat("second")
     for each in (first, second, first):

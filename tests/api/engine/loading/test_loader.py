@@ -10,7 +10,7 @@ import pytest
 
 from api.engine.config import EngineConfig
 from api.engine.loaded_model import LoadError
-from api.engine.loading.loader import load
+from api.engine.loading.loader import load, without_folders
 from api.engine.loading.placement import choose_dtype, choose_model, choose_threads, usable_cores
 
 GIB = 2**30
@@ -118,3 +118,16 @@ def test_a_context_longer_than_the_model_allows_is_refused(tiny_checkpoint: Path
 
     with pytest.raises(LoadError, match="must be <= 2048"):
         load(config, lambda fraction: None)
+
+
+@pytest.mark.parametrize(
+    ("reason", "shown"),
+    [
+        ("/home/ann/.cache/glm-web/kernels-1f.so", "kernels-1f.so"),
+        ("it failed (remove /home/ann/.cache/kernels.so.trial to try again)", "it failed (remove kernels.so.trial to try again)"),
+        ("/usr/bin/c++ failed with exit code 1: /tmp/x/kernels.cpp:3: error", "c++ failed with exit code 1: kernels.cpp:3: error"),
+        ("bf16/fp8, 3.5 / 4 GiB and/or https://example.org/a/b stay", "bf16/fp8, 3.5 / 4 GiB and/or https://example.org/a/b stay"),
+    ],
+)
+def test_reasons_at_info_name_no_folder_of_the_machine(reason: str, shown: str) -> None:
+    assert without_folders(reason) == shown

@@ -24,7 +24,7 @@ RATE = 45_200_000
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         mode = MODE
-        health = {"progress": 0.4, "reason": "the engine thread ended"}
+        health = {"progress": 0.4, "reason": "the engine thread ended."}
         if mode == "download" and time.monotonic() - BEGAN < LOAD_S:
             mode, here = "loading", int(RATE * (time.monotonic() - BEGAN))
             total = int(RATE * LOAD_S)
