@@ -17,7 +17,7 @@ from typing import Any
 from api.engine.encoder_cache import EncoderCache, ImageKey
 from api.engine.kv_cache import KvCache, common_prefix
 from api.engine.request import ImageInput
-from api.engine.sequence import Sequence
+from api.engine.sequence import ImageSpan, Sequence
 
 # A sequence waits for another with the same prefix to be prefilled, if at least this many tokens can be shared.
 MIN_SHARED_TOKENS = 32
@@ -25,6 +25,8 @@ MIN_SHARED_TOKENS = 32
 MIN_SPLIT_TOKENS = 16
 # So many tokens that a grammar forces are computed at once; more are treated like a prompt.
 MAX_FORCED_TOKENS = 32
+# Images whose patches are made again at a time, before they can be encoded.
+READ_AHEAD = 2
 
 
 class QueueFull(Exception):
@@ -219,17 +221,42 @@ class Scheduler:
         """The image to encode next: the one in progress, else the first that a running sequence needs."""
         if self._encode_task and not self.waiting_for(self._encode_task):
             self._encode_task = None
-        for sequence in self._by_urgency():
-            if self._encode_task:
-                break
-            index = sequence.missing_image()
-            if index is not None:
-                self._encode_task = EncodeTask(sequence.spans[index].key, sequence.spans[index].image)
+        if self._encode_task is None:
+            span = next((span for span in self._missing_images() if span.image.patches is not None), None)
+            self._encode_task = span and EncodeTask(span.key, span.image)
         return self._encode_task
+
+    def images_to_read(self) -> list[ImageInput]:
+        """Images that must be encoded and whose patches are absent; their reading begins with this call."""
+        missing = list(self._missing_images())
+        at_hand = {span.key for span in missing if span.image.patches is not None or span.image.reading}
+        if self._encode_task:
+            at_hand.add(self._encode_task.key)
+        reading = sum(span.image.reading for span in missing)
+        images = []
+        for span in missing:
+            if reading + len(images) < READ_AHEAD and span.key not in at_hand:
+                at_hand.add(span.key)
+                span.image.reading = True
+                images.append(span.image)
+        return images
+
+    @property
+    def reading(self) -> bool:
+        """Whether patches that a running sequence needs are being made."""
+        return any(span.image.reading for span in self._missing_images())
+
+    def users_of(self, image: ImageInput) -> list[Sequence]:
+        """Running sequences that need the features of this very image."""
+        return [s for s in self._running if any(s.spans[i].image is image for i in s.missing_images())]
 
     def encode_done(self, task: EncodeTask, features: Any, size_bytes: int) -> None:
         self._encode_task = None
         self.encoder_cache.put(task.key, features, size_bytes)
+        for sequence in self.sequences():
+            for span in sequence.spans:
+                if span.key == task.key:
+                    span.image.release()
         for sequence in self._running:
             for index, span in enumerate(sequence.spans):
                 if span.key == task.key and span.end > sequence.computed:
@@ -325,8 +352,11 @@ class Scheduler:
         if not sequence.output_ids:
             sequence.cached_tokens = block_table.cached_tokens
         for index, span in enumerate(sequence.spans):
-            if span.end > sequence.computed and (features := self.encoder_cache.get(span.key)) is not None:
+            if span.end <= sequence.computed:
+                span.image.release()
+            elif (features := self.encoder_cache.get(span.key)) is not None:
                 sequence.features[index] = features
+                span.image.release()
         return True
 
     def _stop(self, sequence: Sequence, keep: bool) -> None:
@@ -361,6 +391,11 @@ class Scheduler:
             del sequence.features[index]
 
     # Order.
+
+    def _missing_images(self) -> Iterator[ImageSpan]:
+        """Those that running sequences need, in the order in which they are encoded."""
+        for sequence in self._by_urgency():
+            yield from (sequence.spans[index] for index in sequence.missing_images())
 
     def _by_urgency(self) -> Iterator[Sequence]:
         yield from (s for s in self._running if s.request.probe)

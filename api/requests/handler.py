@@ -128,7 +128,9 @@ class RequestHandlers:
         began = time.monotonic()
         draft = await self.prompts.draft(chat, model, permit.caller)
         permit.take_tokens((draft.tokens + longest_answer(chat, model, draft.tokens, self.settings)) * chat.choices)
-        prompt = await self.prompts.finish(draft, model, permit.caller)
+        # The timing of one key's requests must reveal nothing of another key's prompts.
+        salt = f"{permit.caller.name}:{chat.cache_salt or ''}"
+        prompt = await self.prompts.finish(draft, model, permit.caller, salt)
         grammars = await self.grammars.compile(chat, prompt.starts_thinking, model, permit.caller)
         completion = _completion(chat, prompt, model, request_id, arrived_at, time.monotonic() - began)
         if any(grammar is not None and grammar.relaxed for grammar in grammars):
@@ -141,8 +143,7 @@ class RequestHandlers:
                     prompt_ids=(ids := prompt.texts[index // (chat.n or 1)] if prompt.texts else prompt.ids),
                     sampling=sampling_params(chat, model, len(ids), self.settings, index % (chat.n or 1), grammar),
                     images=prompt.images,
-                    # The timing of one key's requests must reveal nothing of another key's prompts.
-                    salt=f"{permit.caller.name}:{chat.cache_salt or ''}",
+                    salt=salt,
                     probe=permit.caller.probe,
                     deadline_s=self.settings.request_timeout_s,
                 )

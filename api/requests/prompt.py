@@ -10,21 +10,22 @@ import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from hashlib import sha256
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 from PIL import Image
 
 from api.caller import Caller
 from api.engine.loaded_model import Model
-from api.engine.request import ImageInput
+from api.engine.request import ImageInput, Receive
 from api.engine.text.markup import END_THINK, THINK
 from api.engine.text.tokenizer import Vocabulary
 from api.errors import ServingError, invalid
 from api.images.decode import decode, is_remote, open_image, read_data_url
 from api.images.fetch import Fetcher
+from api.images.known import KnownImage, KnownUploads
 from api.parsing.boxes import image_references
 from api.parsing.output import split_thinking
 from api.protocol.completion import PromptFacts
@@ -62,12 +63,20 @@ class Prompt:
         return PromptFacts(self.image_tokens, self.image_sizes, self.question_image, tokens)
 
 
+class Upload(NamedTuple):
+    """An image of a request before it is decoded."""
+
+    param: str  # the field that it came in
+    image: Image.Image  # only the header is read
+    data: bytes
+
+
 @dataclass(frozen=True)
 class Draft:
     """A prompt whose images are measured but not yet decoded, so that its number of tokens is known."""
 
     ids: tuple[int, ...]  # one image token for each image
-    opened: tuple[tuple[str, Image.Image], ...]  # field, image of which only the header is read
+    uploads: tuple[Upload, ...]
     tokens: int
     starts_thinking: bool
     question_image: int | None
@@ -83,6 +92,7 @@ class PromptBuilder:
     def __init__(self, settings: Settings, fetcher: Fetcher) -> None:
         self._settings = settings
         self._fetcher = fetcher
+        self._known = KnownUploads()
         self._preprocess_pool = ThreadPoolExecutor(PREPROCESS_THREADS, thread_name_prefix="preprocess")
         self._probe_pool = ThreadPoolExecutor(1, thread_name_prefix="probe")
         self._fetch_pool = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="fetch")
@@ -97,9 +107,11 @@ class PromptBuilder:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self.pool(caller), draft, chat, fetched, model, self._settings)
 
-    async def finish(self, drafted: Draft, model: Model, caller: Caller) -> Prompt:
-        """Decode and process the images. Raises ServingError."""
-        return await asyncio.get_running_loop().run_in_executor(self.pool(caller), finish, drafted, model)
+    async def finish(self, drafted: Draft, model: Model, caller: Caller, salt: str) -> Prompt:
+        """Decode and process the images that are not known of `salt`. Raises ServingError."""
+        pool = self.pool(caller)
+        maker = ImageMaker(model, self._settings, self._known, salt, pool)
+        return await asyncio.get_running_loop().run_in_executor(pool, finish, drafted, model, maker)
 
     def close(self) -> None:
         for pool in (self._preprocess_pool, self._probe_pool, self._fetch_pool):
@@ -134,11 +146,11 @@ def draft(chat: ChatRequest, fetched: Mapping[str, bytes], model: Model, setting
     """`fetched` holds the remote images by URL. Decodes no image. Raises the 400 or 413 error."""
     if isinstance(chat, TextRequest):
         return _draft_texts(chat, model)
-    opened = []
+    uploads = []
     for param, url in image_urls(chat, settings):
         data = fetched[url] if is_remote(url) else read_data_url(url, param, settings)
-        opened.append((param, open_image(data, param, settings)))
-    expected = sum(model.image_processor.count_tokens(*image.size) for _, image in opened)
+        uploads.append(Upload(param, open_image(data, param, settings), data))
+    expected = sum(model.image_processor.count_tokens(*upload.image.size) for upload in uploads)
     if expected >= model.context_tokens:
         raise _too_long(expected, model, "The pictures alone take")
     ids = rendered_ids(
@@ -149,13 +161,13 @@ def draft(chat: ChatRequest, fetched: Mapping[str, bytes], model: Model, setting
         instruction=VERBOSITY.get(chat.verbosity or ""),
         continues=bool(chat.continue_final_message),
     )
-    assert ids.count(model.vocabulary.special[model.image_token]) == len(opened), "one image token for each image"
-    tokens = len(ids) - len(opened) + expected
+    assert ids.count(model.vocabulary.special[model.image_token]) == len(uploads), "one image token for each image"
+    tokens = len(ids) - len(uploads) + expected
     if tokens >= model.context_tokens:
         raise _too_long(tokens, model, "The prompt has")
-    referenced = {image for _, image in image_references(_last_question(chat.messages), len(opened))}
+    referenced = {image for _, image in image_references(_last_question(chat.messages), len(uploads))}
     question_image = referenced.pop() if len(referenced) == 1 else None
-    return Draft(tuple(ids), tuple(opened), tokens, _opens_thinking(ids, model), question_image)
+    return Draft(tuple(ids), tuple(uploads), tokens, _opens_thinking(ids, model), question_image)
 
 
 def _draft_texts(request: TextRequest, model: Model) -> Draft:
@@ -239,14 +251,50 @@ def _opens_thinking(ids: list[int], model: Model) -> bool:
     return False
 
 
-def finish(draft: Draft, model: Model) -> Prompt:
+@dataclass(frozen=True)
+class ImageMaker:
+    """Makes the images of one request for the engine, and their patches again when it needs them again."""
+
+    model: Model
+    settings: Settings
+    known: KnownUploads
+    salt: str
+    pool: ThreadPoolExecutor  # for making patches again
+
+    def make(self, upload: Upload) -> tuple[ImageInput, tuple[int, int]]:
+        """The image and its size in pixels, upright. One that is known is not decoded. Raises the 400 error."""
+        name = self.known.name(upload.data, self.salt, self.model.image_processor.settings_key)
+        read = partial(self._read, upload.data, upload.param)
+        found = self.known.get(name)
+        if found is not None:
+            upload.image.close()
+            return ImageInput(None, found.grid, found.tokens, found.key, read), found.size
+        image, size = _decoded(upload.image, upload.param, self.model)
+        self.known.add(name, KnownImage(image.key, image.grid, image.tokens, size))
+        image.read = read
+        return image, size
+
+    def _read(self, data: bytes, param: str, receive: Receive) -> None:
+        """Called in the engine thread. Raises RuntimeError once the server ends."""
+
+        def read() -> None:
+            try:
+                image, _ = _decoded(open_image(data, param, self.settings), param, self.model)
+                result: Any = image.patches
+            except Exception as error:  # too little memory: it was decoded before
+                result = error
+            receive(result)
+
+        self.pool.submit(read)
+
+
+def finish(draft: Draft, model: Model, maker: ImageMaker | None = None) -> Prompt:
     """Decode and process the images, one at a time to keep memory low, and repeat the image token for each."""
     images, sizes = [], []
-    for param, image in draft.opened:
-        upright = decode(image, param)
-        image.close()  # `draft` holds it until the last one is done
-        images.append(_with_key(model.image_processor.process(upright), upright))
-        sizes.append(upright.size)
+    for upload in draft.uploads:
+        image, size = maker.make(upload) if maker else _decoded(upload.image, upload.param, model)
+        images.append(image)
+        sizes.append(size)
     image_id = model.vocabulary.special[model.image_token]
     remaining = iter(images)
     expanded = [i for token in draft.ids for i in ([token] if token != image_id else [token] * next(remaining).tokens)]
@@ -256,6 +304,14 @@ def finish(draft: Draft, model: Model) -> Prompt:
     return Prompt(
         tuple(expanded), tuple(images), tuple(sizes), draft.starts_thinking, draft.question_image, draft.texts
     )
+
+
+def _decoded(image: Image.Image, param: str, model: Model) -> tuple[ImageInput, tuple[int, int]]:
+    """The processed image and its size in pixels, upright. `image` is closed: others hold it longer than its pixels
+    are needed."""
+    upright = decode(image, param)
+    image.close()
+    return _with_key(model.image_processor.process(upright), upright), upright.size
 
 
 def _with_key(processed: ImageInput, image: Image.Image) -> ImageInput:

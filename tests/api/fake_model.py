@@ -75,6 +75,11 @@ class FakeTemplate:
 class FakeImageProcessor:
     """One token for each 28 x 28 pixels; the patches are the mean colour, by which tests recognize the image."""
 
+    settings_key = b"fake"
+
+    def count_bytes(self, width: int, height: int) -> int:
+        return 3 * width * height
+
     def count_tokens(self, width: int, height: int) -> int:
         rows, columns = max(height // 28, 1), max(width // 28, 1)
         return rows * columns
@@ -106,6 +111,7 @@ class FakeRunner:
         self._kv: dict[tuple[int, int], Any] = {}  # page and index in it -> key of the token stored there
         self.release = threading.Event()  # lets a hanging step continue
         self.hanging = threading.Event()  # set when a step has begun to hang
+        self._patches: dict[bytes, Any] = {}  # of all images that have been here, by key: they are released once encoded
         self.decoded: list[str] = []  # request ids in the order of their tokens
         self.encoded: list[Any] = []  # the patches of every encoded image
         self.batches: list[Batch] = []
@@ -124,6 +130,7 @@ class FakeRunner:
 
     def encode(self, task: EncodeTask, limit_s: float) -> Any | None:
         task.state = (task.state or 0) + 1
+        self._look_at(task.image)
         if task.image.patches == FAIL_COLOUR:
             raise ValueError("told to fail on this image")
         if task.state < self.slices:
@@ -145,7 +152,7 @@ class FakeRunner:
     def begin(self, sequence: Sequence) -> None:
         if sequence.state is None:
             prompt = b"".join(map(self._vocabulary.token_bytes, sequence.request.prompt_ids)).decode(errors="replace")
-            text = self._answer(prompt, [image.patches for image in sequence.request.images])
+            text = self._answer(prompt, [self._look_at(image) for image in sequence.request.images])
             sequence.state = (prompt, [*self._vocabulary.encode(text), self._vocabulary.special["<|user|>"]])
 
     def compute(self, batch: Batch) -> list[SampledToken]:
@@ -173,8 +180,16 @@ class FakeRunner:
         assert stored == sequence.keys[:start], f"{sequence.request.id} would read another request's keys and values"
         for number, span in enumerate(sequence.spans):
             if start < span.end and end > span.start:
-                assert sequence.features[number] == span.image.patches, "these are another image's features"
+                assert sequence.features[number] == self._look_at(span.image), "these are another image's features"
         self._kv.update(zip(slots[start:], sequence.keys[start:end], strict=True))
+
+    def _look_at(self, image: ImageInput) -> Any:
+        """Its patches, or those of an image with the same key that has been here before."""
+        if image.patches is None:
+            return self._patches[image.key]
+        if image.key:
+            self._patches[image.key] = image.patches
+        return image.patches
 
     def _next(self, sequence: Sequence) -> SampledToken:
         self.decoded.append(sequence.request.id)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from api.engine.cuda.staging import FLOAT_FIELDS, TABLE_CHANGES, Staging
 from api.engine.cuda.step_test import prove_steps
 from api.engine.cuda.tables import DeviceTables
 from api.engine.cuda.vision_pace import VisionPace
+from api.engine.image_processor import PixelPatches
 from api.engine.kv_cache import BlockTable, Node
 from api.engine.loaded_model import Capacity, SampledToken
 from api.engine.model.operations import AttentionMetadata, ForwardBatch, Operations
@@ -163,14 +164,22 @@ class CudaRunner(Glm4vRunner):
         tower = self._vision_encoder
         began = self._queue.record()
         if task.state is None:
-            pixels = self._queue.send(torch.as_tensor(task.image.patches), tower.device, tower.dtype)
-            task.state = tower.begin(pixels, task.image.grid)
+            task.state = tower.begin(self._sent(task.image.patches), task.image.grid)
         work = tower.block_work(task.state)
         blocks = self._vision_pace.blocks(limit_s, work, tower.blocks_left(task.state))
         features = tower.advance_blocks(task.state, blocks)
         self._vision_pace.queued(began, self._queue.record(), blocks * work)
         task.slice_s = self._vision_pace.seconds(blocks * work)
         return features
+
+    def _sent(self, patches: Any) -> Any:
+        """Patches on their way to the device: bytes as bytes."""
+        place, dtype = self._vision_encoder.device, self._vision_encoder.dtype
+        if not isinstance(patches, PixelPatches):
+            return self._queue.send(torch.as_tensor(patches), place, dtype)
+        pixels = self._queue.send(torch.as_tensor(patches.pixels), place, torch.uint8)
+        scale = self._queue.send(torch.as_tensor(patches.scale), place, dtype)
+        return replace(patches, pixels=pixels, scale=scale)
 
     def wait_for_slices(self) -> None:
         self._vision_pace.wait()

@@ -20,11 +20,11 @@ from api.engine.config import EngineConfig
 from api.engine.cuda.device import CudaDevice
 from api.engine.cuda.runner import CudaRunner
 from api.engine.guard import Comparison
+from api.engine.image_processor import CheckpointImageProcessor
 from api.engine.kernels.build import cache_folder
 from api.engine.loaded_model import (
     AnswerLimits,
     Capacity,
-    CheckpointImageProcessor,
     CheckpointTemplate,
     LoadError,
     Model,

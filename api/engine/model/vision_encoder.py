@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from api.engine.image_processor import PixelPatches
 from api.engine.model.linear import Linear
 from api.engine.model.operations import Operations, VisionBlock
 from api.engine.model.weight_source import WeightSource
@@ -25,6 +26,7 @@ Grid = tuple[int, int, int]  # frames, rows, columns, in patches
 # Learned position embeddings [patches, hidden], cos and sin [patches, head_dim] of a grid.
 Table = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]
 TOWER = "model.visual"
+PIXEL_ROWS = 1024  # patches whose bytes become numbers at once
 TABLE_PATCHES = 2**14  # position tables of the latest image sizes are kept, together of at most so many patches
 
 
@@ -71,14 +73,30 @@ class VisionEncoder:
         self._tables: OrderedDict[Grid, Table] = OrderedDict()
 
     def begin(self, patches: Any, grid: Grid, keep_table: bool = True) -> Progress:
-        """`patches` [patches, channels * frames * height * width] in the order of the image processor. `keep_table`: use
-        and fill the cache of position tables."""
-        pixels = torch.as_tensor(patches).to(self.device, self.dtype)
+        """`patches`: PixelPatches, or numbers [patches, channels * frames * height * width] in the order of the image
+        processor; tensors on the device are taken as they are. `keep_table`: use and fill the cache of position tables."""
+        pixels = self._numbers(patches)
         learned, cos, sin = self._table(grid) if keep_table else self._make_table(grid)
         x = self._embed(pixels)
         if self._embed_norm is not None:
             x = F.rms_norm(x, self._embed_norm.shape, self._embed_norm, self._eps)
         return Progress(x if learned is None else x + learned, cos, sin, grid[0])
+
+    def _numbers(self, patches: Any) -> torch.Tensor:
+        """Patches as numbers of the encoder's type: [patches, channels * frames * height * width]."""
+        if not isinstance(patches, PixelPatches):
+            return torch.as_tensor(patches).to(self.device, self.dtype)
+        pixels = torch.as_tensor(patches.pixels).to(self.device)
+        scale = torch.as_tensor(patches.scale).to(self.device, self.dtype)
+        (count, colours, area), frames = pixels.shape, patches.frames
+        numbers = torch.empty(count, colours, frames, area, dtype=self.dtype, device=self.device)
+        first = torch.arange(colours, dtype=torch.int32, device=self.device)[:, None] * scale.shape[1]
+        for start in range(0, count, PIXEL_ROWS):  # indices take four times the memory of what they are made from
+            rows = slice(start, start + PIXEL_ROWS)
+            indices = pixels[rows].int().add_(first)
+            found = scale.view(-1).index_select(0, indices.view(-1)).view(indices.shape)
+            numbers[rows] = found[:, :, None]
+        return numbers.view(count, -1)
 
     def advance(self, progress: Progress, limit_s: float) -> torch.Tensor | None:
         """Compute as many blocks as fit into `limit_s`, at least one. Returns features [image tokens, hidden] of the text

@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from api.engine.encoder_cache import EncoderCache
+from api.engine.image_processor import as_floats
 from api.engine.kv_cache import KvCache
 from api.engine.loaded_model import Model
 from api.engine.request import Request, SamplingParams
@@ -102,7 +103,7 @@ def _inputs(model: Model, request: Request) -> dict[str, torch.Tensor]:
     ids = torch.tensor([request.prompt_ids])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if request.images:
-        inputs["pixel_values"] = torch.cat([torch.as_tensor(p.patches) for p in request.images])
+        inputs["pixel_values"] = torch.cat([torch.as_tensor(as_floats(p.patches)) for p in request.images])
         inputs["image_grid_thw"] = torch.tensor([p.grid for p in request.images])
         inputs["mm_token_type_ids"] = (ids == model.vocabulary.special["<|image|>"]).int()
     return inputs
