@@ -128,14 +128,16 @@ class RequestHandlers:
         began = time.monotonic()
         draft = await self.prompts.draft(chat, model, permit.caller)
         permit.take_tokens((draft.tokens + longest_answer(chat, model, draft.tokens, self.settings)) * chat.choices)
+        permit.take_image_bytes(draft.image_bytes)
         # The timing of one key's requests must reveal nothing of another key's prompts.
         salt = f"{permit.caller.name}:{chat.cache_salt or ''}"
         prompt = await self.prompts.finish(draft, model, permit.caller, salt)
+        permit.keep_image_bytes(prompt.image_bytes)
         grammars = await self.grammars.compile(chat, prompt.starts_thinking, model, permit.caller)
         completion = _completion(chat, prompt, model, request_id, arrived_at, time.monotonic() - began)
         if any(grammar is not None and grammar.relaxed for grammar in grammars):
             completion.checked_schema = chat.answer_schema
-        handler = RequestHandler(self.engine, self.metrics, self.post, completion, permit, grammars, log)
+        handler = RequestHandler(self.engine, self.metrics, self.post, completion, permit, grammars, log, prompt.upload_bytes)
         handler.submit(
             [
                 EngineRequest(
@@ -206,8 +208,10 @@ class RequestHandler:
         permit: Permit,
         grammars: list[MatcherGrammar | None],
         log: dict[str, Any],
+        upload_bytes: int = 0,
     ) -> None:
         self.completion = completion
+        self._upload_bytes = upload_bytes
         self._engine = engine
         self._metrics = metrics
         self._permit = permit
@@ -285,6 +289,7 @@ class RequestHandler:
             if not received:
                 yield []
                 continue
+            self._permit.keep_image_bytes(self._upload_bytes)  # the images are encoded
             chunks, deltas = [], list[Delta]()
             for number, (index, event) in enumerate(received):
                 if isinstance(event, Delta):

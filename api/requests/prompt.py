@@ -52,6 +52,12 @@ class Prompt:
     starts_thinking: bool  # the template ends with an open `<think>`
     question_image: int | None = None  # the image that the last question refers to, if it is exactly one
     texts: tuple[tuple[int, ...], ...] = ()  # the ids of each prompt of a text completion; `ids` are those of the longest
+    upload_bytes: int = 0  # of the images as they arrived
+
+    @property
+    def image_bytes(self) -> int:
+        """Of the images as they arrived, and of the pixels of those that are decoded."""
+        return self.upload_bytes + sum(getattr(image.patches, "nbytes", 0) for image in self.images)
 
     @property
     def image_tokens(self) -> int:
@@ -81,6 +87,11 @@ class Draft:
     starts_thinking: bool
     question_image: int | None
     texts: tuple[tuple[int, ...], ...] = ()
+    image_bytes: int = 0  # of the images as they arrived, and of their pixels if all are decoded
+
+    @property
+    def upload_bytes(self) -> int:
+        return sum(len(upload.data) for upload in self.uploads)
 
 
 class PromptBuilder:
@@ -167,7 +178,10 @@ def draft(chat: ChatRequest, fetched: Mapping[str, bytes], model: Model, setting
         raise _too_long(tokens, model, "The prompt has")
     referenced = {image for _, image in image_references(_last_question(chat.messages), len(uploads))}
     question_image = referenced.pop() if len(referenced) == 1 else None
-    return Draft(tuple(ids), tuple(uploads), tokens, _opens_thinking(ids, model), question_image)
+    pixels = sum(model.image_processor.count_bytes(*upload.image.size) for upload in uploads)
+    size = sum(len(upload.data) for upload in uploads) + pixels
+    opens = _opens_thinking(ids, model)
+    return Draft(tuple(ids), tuple(uploads), tokens, opens, question_image, image_bytes=size)
 
 
 def _draft_texts(request: TextRequest, model: Model) -> Draft:
@@ -302,8 +316,9 @@ def finish(draft: Draft, model: Model, maker: ImageMaker | None = None) -> Promp
     if len(expanded) >= model.context_tokens:
         raise _too_long(len(expanded), model, "The prompt has")
     return Prompt(
-        tuple(expanded), tuple(images), tuple(sizes), draft.starts_thinking, draft.question_image, draft.texts
-    )
+        tuple(expanded), tuple(images), tuple(sizes), draft.starts_thinking, draft.question_image, draft.texts,
+        draft.upload_bytes,
+    )  # fmt: skip
 
 
 def _decoded(image: Image.Image, param: str, model: Model) -> tuple[ImageInput, tuple[int, int]]:

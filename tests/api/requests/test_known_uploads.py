@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from fake_model import FakeImageProcessor
 from PIL import Image
-from served import text_part
+from served import chat_body, text_part
 
+from api.caller import Caller
 from api.images.known import KnownImage, KnownUploads
 from api.requests import prompt as prompts
 
@@ -156,6 +157,25 @@ def test_others_are_answered_while_an_image_is_decoded_again(serve, monkeypatch)
     may.set()
     asked.join(20)
     assert codes == [200]
+
+
+def test_an_upload_counts_until_its_answer_and_its_pixels_until_they_are_encoded(serve) -> None:
+    served = serve(answer=lambda prompt, images: "x" * 400, token_s=0.01)
+    admission, content = served.app.state.server.admission, [photo(16), text_part("?")]
+    size = len(data_of(content[0]))
+    admission.admit(Caller("ann")).take_image_bytes(admission.queue_image_bytes)
+
+    refused = served.chat(content)
+
+    assert refused.status_code == 503 and refused.headers["Retry-After"]
+    assert f"Given: {size + 3 * SIZE[0] * SIZE[1]}" in refused.json()["error"]["message"]
+    admission.image_bytes = 0
+    seen = []
+    with served.client.stream("POST", "/v1/chat/completions", json=chat_body(content, stream=True)) as answer:
+        for line in answer.iter_lines():
+            if '"content":"x' in line:
+                seen.append(admission.image_bytes)
+    assert set(seen[:10]) == {size} and admission.image_bytes == 0
 
 
 def test_the_least_recently_used_are_forgotten() -> None:
