@@ -250,7 +250,7 @@ def vision(bench: Bench, runner: CudaRunner) -> None:
             image = image_of((1, side, side), runner.vision_encoder.patch_size, side)
             for _ in range(2):
                 bench.wait()
-                began, task, slices, expected_s = time.perf_counter(), EncodeTask(("", b""), image), 0, 0.0
+                began, task, slices, expected_s = time.perf_counter(), EncodeTask({("", b""): image}), 0, 0.0
                 features = None
                 while features is None:
                     features = runner.encode(task, limit_s)

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from math import prod
 from typing import Any, Protocol, cast
 
 from api.engine.command import Action, Command, CommandFailed
@@ -276,6 +275,7 @@ class Engine:
             capacity.slots,
             KvCache(capacity.pages, capacity.page_tokens),
             EncoderCache(capacity.encoder_cache_bytes),
+            model.runner.packing,
         )
         self._enter("idle")
         self._guard.watch(model.integrity)
@@ -392,10 +392,10 @@ class Engine:
             logger.error("event=integrity_lost reason=%s", json.dumps(str(error)))
             old = self._scheduler
             kv = KvCache(old.kv.pages, old.kv.page_tokens)
-            self._scheduler = Scheduler(old.queue_size, old.slots, kv, EncoderCache(old.encoder_cache.budget_bytes))
+            self._scheduler = Scheduler(old.queue_size, old.slots, kv, EncoderCache(old.encoder_cache.budget_bytes), old.packing)
 
     def _step(self) -> None:
-        """End aborted and overdue requests, admit, encode a slice of one image, compute one batch, deliver its tokens."""
+        """End aborted and overdue requests, admit, encode a slice of images, compute one batch, deliver its tokens."""
         began = time.monotonic()
         self._drop_ended(began)
         if self._ahead is None:
@@ -490,7 +490,7 @@ class Engine:
         return task
 
     def _encode(self, task: EncodeTask) -> float:
-        """Encode an image for as long as the decoding requests can wait; returns the seconds it took."""
+        """Encode images for as long as the decoding requests can wait; returns the seconds it took."""
         assert self._model is not None
         runner = self._model.runner
         self._enter("vision", self._budget.encode_deadline_s())
@@ -508,9 +508,9 @@ class Engine:
         for sequence in self._scheduler.waiting_for(task):
             sequence.vision_s += took_s
         if features is not None:
-            self.pace.encoded(prod(task.image.grid), task.spent_s)
+            self.pace.encoded(task.patches, task.spent_s)
             with self._wake:
-                self._scheduler.encode_done(task, features, runner.size_bytes(features))
+                self._scheduler.encode_done(task, features, [runner.size_bytes(each) for each in features])
         return took_s
 
     def _compute(self, spent_s: float) -> bool:

@@ -14,7 +14,7 @@ from PIL import Image
 from api.engine.guard import Integrity
 from api.engine.kv_cache import Copy
 from api.engine.request import ImageInput, TokenLogprob
-from api.engine.scheduler import Batch, EncodeTask
+from api.engine.scheduler import Batch, EncodeTask, Packing
 from api.engine.sequence import Sequence
 from api.engine.text.tokenizer import Vocabulary
 
@@ -35,10 +35,13 @@ class Runner(Protocol):
     def warm_up(self) -> None:
         """Run every kind of step once, so that the first request pays for no set-up and a broken model fails now."""
 
-    def encode(self, task: EncodeTask, limit_s: float) -> Any | None:
-        """Continue encoding an image for about `limit_s`; returns its features once they are complete."""
+    packing: Packing  # which images it encodes together
 
-    def size_bytes(self, features: Any) -> int: ...
+    def encode(self, task: EncodeTask, limit_s: float) -> list[Any] | None:
+        """Continue encoding images for about `limit_s`; returns the features of each once they are complete."""
+
+    def size_bytes(self, features: Any) -> int:
+        """Of one image."""
 
     def copy_pages(self, copies: Items[Copy]) -> None:
         """Copy the first tokens of KV pages, in this order."""

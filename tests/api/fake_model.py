@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from api.engine.kv_cache import Copy
 from api.engine.loaded_model import Capacity, Model, SampledToken, SamplingDefaults
 from api.engine.request import ImageInput
-from api.engine.scheduler import Batch, EncodeTask
+from api.engine.scheduler import Batch, EncodeTask, Packing
 from api.engine.sequence import Sequence
 from api.engine.text.markup import MARKUP
 from api.engine.text.tokenizer import Vocabulary
@@ -96,6 +96,7 @@ class FakeRunner:
 
     overlaps = False
     free_rows = 12
+    packing = Packing()
 
     def __init__(
         self,
@@ -114,6 +115,7 @@ class FakeRunner:
         self._patches: dict[bytes, Any] = {}  # of all images that have been here, by key: they are released once encoded
         self.decoded: list[str] = []  # request ids in the order of their tokens
         self.encoded: list[Any] = []  # the patches of every encoded image
+        self.tasks: list[list[Any]] = []  # the same by those that were encoded together
         self.batches: list[Batch] = []
         self.most_rows = 10**9  # more sequences in a batch do not fit into memory
         self.cleared: list[int] = []  # KV pages
@@ -128,15 +130,16 @@ class FakeRunner:
     def close(self) -> None:
         pass
 
-    def encode(self, task: EncodeTask, limit_s: float) -> Any | None:
+    def encode(self, task: EncodeTask, limit_s: float) -> list[Any] | None:
         task.state = (task.state or 0) + 1
-        self._look_at(task.image)
-        if task.image.patches == FAIL_COLOUR:
+        patches = [self._look_at(image) for image in task.images.values()]
+        if FAIL_COLOUR in patches:
             raise ValueError("told to fail on this image")
         if task.state < self.slices:
             return None
-        self.encoded.append(task.image.patches)
-        return task.image.patches
+        self.encoded += patches
+        self.tasks.append(patches)
+        return patches
 
     def size_bytes(self, features: Any) -> int:
         return 100

@@ -51,7 +51,7 @@ class Steps:
         self.model, self.chunk_tokens = model, chunk_tokens
         size = model.capacity
         self.scheduler = Scheduler(
-            99, size.slots, KvCache(pages or size.pages, size.page_tokens), EncoderCache(size.encoder_cache_bytes)
+            99, size.slots, KvCache(pages or size.pages, size.page_tokens), EncoderCache(size.encoder_cache_bytes), model.runner.packing
         )
         self.image_id = model.vocabulary.special[model.image_token]
 
@@ -67,7 +67,7 @@ class Steps:
             runner.begin(sequence)
         task = self.scheduler.next_encode_task()
         if task and (features := runner.encode(task, slice_s)) is not None:
-            self.scheduler.encode_done(task, features, runner.size_bytes(features))
+            self.scheduler.encode_done(task, features, [runner.size_bytes(each) for each in features])
         batch = self.scheduler.batch(self.chunk_tokens)
         if batch.sequences:
             tokens = runner.compute(batch)
