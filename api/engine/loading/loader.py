@@ -134,6 +134,9 @@ def _assemble(
     room = _room(config, weights, plan)
     pictures = limit_pictures(image_processor, plan.picture_tokens if plan else config.max_picture_tokens)
     runner, kernels, origin = _runner(weights, room.capacity(), room.context_tokens, operations, progress)
+    # Together no larger than the largest image, for which there is memory.
+    largest = pictures * runner.vision_encoder.merge**2
+    runner.packing = replace(runner.packing, patches=min(runner.packing.patches, largest))
     if plan:
         tokens, reason = size_cache(runner, plan, CardMemory(), config.kv_cache_bytes)
         room = room.with_cache(Amount(tokens, reason), config)

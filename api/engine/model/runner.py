@@ -28,6 +28,8 @@ from api.engine.token_budget import FREE_ROWS
 # Attention over the KV cache is padded to multiples of this many tokens, so that few shapes occur. Decoding on the CPU
 # pads to pages only: its kernel does not depend on shapes, and padding costs memory bandwidth.
 LENGTH_STEP = 64
+# Of small images that are encoded together on a CPU: as many as make products of few rows quicker.
+PACKED_PATCHES = 512
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Glm4vRunner:
 
     overlaps = False
     free_rows = FREE_ROWS
-    packing = Packing()
+    packing = Packing(PACKED_PATCHES, alike=True)  # the fused blocks know frames of one size
     # Pages beyond those that are allocated: one stays zero and pads what is read, so that no row reads another's.
     SPARE_PAGES = 1
     SPARE_SLOTS = 1  # beyond those of requests: one for a probe
