@@ -26,7 +26,7 @@ MIN_SHARED_TOKENS = 32
 MIN_SPLIT_TOKENS = 16
 # So many tokens that a grammar forces are computed at once; more are treated like a prompt.
 MAX_FORCED_TOKENS = 32
-# Images whose patches are made again at a time, before they can be encoded.
+# Patches are made again while fewer images than this wait with theirs to be encoded.
 READ_AHEAD = 2
 
 
@@ -280,12 +280,10 @@ class Scheduler:
         """Images that must be encoded and whose patches are absent; their reading begins with this call."""
         missing = list(self._missing_images())
         at_hand = {span.key for span in missing if span.image.patches is not None or span.image.reading}
-        if self._encode_task:
-            at_hand.update(self._encode_task.images)
-        reading = sum(span.image.reading for span in missing)
+        under_way = set(self._encode_task.images) if self._encode_task else set()
         images = []
         for span in missing:
-            if reading + len(images) < READ_AHEAD and span.key not in at_hand:
+            if span.key not in at_hand | under_way and len(at_hand - under_way) < READ_AHEAD:
                 at_hand.add(span.key)
                 span.image.reading = True
                 images.append(span.image)

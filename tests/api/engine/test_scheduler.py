@@ -462,6 +462,8 @@ def test_patches_are_released_once_encoded_and_made_again_two_at_a_time() -> Non
     assert wanted == images[:2] and drive.scheduler.images_to_read() == [] and drive.scheduler.reading
     for one, colour in zip(wanted, "ab", strict=True):
         one.patches, one.reading = colour, False
+    assert drive.scheduler.images_to_read() == [], "these come first"
+    drive.step()
     assert drive.scheduler.images_to_read() == images[2:]
     images[2].patches, images[2].reading = "c", False
     assert drive.run()[-1] == "b" and drive.runner.encoded == [*"abc", *"abc"]
