@@ -1,6 +1,6 @@
 """Which uploads have been decoded before, and what came of it: an image of an earlier turn need not be decoded again.
 
-An upload is known by the bytes that arrived and by whoever sent it, so that response times reveal nothing of another's
+An upload is known by what arrived, a data: URL as it is, and by whoever sent it, so that response times reveal nothing of another's
 images. Only what has passed every check is known, and limits are checked again each time. Called in any thread.
 """
 
@@ -22,6 +22,7 @@ class KnownImage:
     grid: tuple[int, int, int]
     tokens: int
     size: tuple[int, int]  # width and height in pixels, upright
+    file_bytes: int
 
 
 class KnownUploads:
@@ -31,10 +32,10 @@ class KnownUploads:
         self._images: OrderedDict[bytes, KnownImage] = OrderedDict()
 
     @staticmethod
-    def name(data: bytes, salt: str, settings_key: bytes) -> bytes:
-        """Of an upload: bytes as they arrived, the sender and what the image processor would make of them."""
+    def name(source: str | bytes, salt: str, settings_key: bytes) -> bytes:
+        """Of an upload: what arrived, the sender and what the image processor would make of it."""
         digest = hashlib.sha256(settings_key + hashlib.sha256(salt.encode()).digest())
-        digest.update(data)
+        digest.update(source.encode(errors="surrogatepass") if isinstance(source, str) else source)
         return digest.digest()
 
     def get(self, name: bytes) -> KnownImage | None:

@@ -126,12 +126,12 @@ class RequestHandlers:
         if chat.choices > 1:
             permit.take_requests(chat.choices - 1)
         began = time.monotonic()
-        draft = await self.prompts.draft(chat, model, permit.caller)
-        permit.take_tokens((draft.tokens + longest_answer(chat, model, draft.tokens, self.settings)) * chat.choices)
-        permit.take_image_bytes(draft.image_bytes)
         # The timing of one key's requests must reveal nothing of another key's prompts.
         salt = f"{permit.caller.name}:{chat.cache_salt or ''}"
-        prompt = await self.prompts.finish(draft, model, permit.caller, salt)
+        draft = await self.prompts.draft(chat, model, permit.caller, salt)
+        permit.take_tokens((draft.tokens + longest_answer(chat, model, draft.tokens, self.settings)) * chat.choices)
+        permit.take_image_bytes(draft.image_bytes)
+        prompt = await self.prompts.finish(draft, model, permit.caller)
         permit.keep_image_bytes(prompt.image_bytes)
         grammars = await self.grammars.compile(chat, prompt.starts_thinking, model, permit.caller)
         completion = _completion(chat, prompt, model, request_id, arrived_at, time.monotonic() - began)

@@ -9,10 +9,11 @@ import asyncio
 import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from hashlib import sha256
-from typing import Any, NamedTuple
+from math import prod
+from typing import Any
 
 from jinja2 import TemplateError
 from PIL import Image
@@ -23,7 +24,7 @@ from api.engine.request import ImageInput, Receive
 from api.engine.text.markup import END_THINK, THINK
 from api.engine.text.tokenizer import Vocabulary
 from api.errors import ServingError, invalid
-from api.images.decode import decode, is_remote, open_image, read_data_url
+from api.images.decode import check_bytes, check_pixels, decode, is_remote, open_image, read_data_url
 from api.images.fetch import Fetcher
 from api.images.known import KnownImage, KnownUploads
 from api.parsing.boxes import image_references
@@ -69,12 +70,15 @@ class Prompt:
         return PromptFacts(self.image_tokens, self.image_sizes, self.question_image, tokens)
 
 
-class Upload(NamedTuple):
-    """An image of a request before it is decoded."""
+@dataclass(frozen=True)
+class Upload:
+    """An image of a request before it is decoded: either known, or with its header read."""
 
     param: str  # the field that it came in
-    image: Image.Image  # only the header is read
-    data: bytes
+    source: str | bytes  # data: URL, or what was fetched
+    name: bytes
+    image: Image.Image | None = None
+    known: KnownImage | None = None
 
 
 @dataclass(frozen=True)
@@ -86,12 +90,18 @@ class Draft:
     tokens: int
     starts_thinking: bool
     question_image: int | None
+    maker: ImageMaker  # of its images
     texts: tuple[tuple[int, ...], ...] = ()
-    image_bytes: int = 0  # of the images as they arrived, and of their pixels if all are decoded
 
     @property
     def upload_bytes(self) -> int:
-        return sum(len(upload.data) for upload in self.uploads)
+        return sum(len(upload.source) for upload in self.uploads)
+
+    @property
+    def image_bytes(self) -> int:
+        """Of the images as they arrived, and of the pixels of those that are to be decoded."""
+        opened = [upload.image.size for upload in self.uploads if upload.image is not None]
+        return self.upload_bytes + sum(self.maker.model.image_processor.count_bytes(*size) for size in opened)
 
 
 class PromptBuilder:
@@ -112,17 +122,19 @@ class PromptBuilder:
         """The threads in which to parse and preprocess the requests of `caller`."""
         return self._probe_pool if caller.probe else self._preprocess_pool
 
-    async def draft(self, chat: ChatRequest, model: Model, caller: Caller) -> Draft:
-        """Fetch remote images, render the template, count tokens. Raises ServingError."""
-        fetched = await self._fetch(chat)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.pool(caller), draft, chat, fetched, model, self._settings)
+    async def draft(self, chat: ChatRequest, model: Model, caller: Caller, salt: str) -> Draft:
+        """Fetch remote images, render the template, count tokens. Images that were uploaded before under `salt` are known.
 
-    async def finish(self, drafted: Draft, model: Model, caller: Caller, salt: str) -> Prompt:
-        """Decode and process the images that are not known of `salt`. Raises ServingError."""
-        pool = self.pool(caller)
+        Raises ServingError.
+        """
+        fetched = await self._fetch(chat)
+        pool, loop = self.pool(caller), asyncio.get_running_loop()
         maker = ImageMaker(model, self._settings, self._known, salt, pool)
-        return await asyncio.get_running_loop().run_in_executor(pool, finish, drafted, model, maker)
+        return await loop.run_in_executor(pool, draft, chat, fetched, model, self._settings, maker)
+
+    async def finish(self, drafted: Draft, model: Model, caller: Caller) -> Prompt:
+        """Decode and process the images that are not known. Raises ServingError."""
+        return await asyncio.get_running_loop().run_in_executor(self.pool(caller), finish, drafted, model)
 
     def close(self) -> None:
         for pool in (self._preprocess_pool, self._probe_pool, self._fetch_pool):
@@ -153,15 +165,18 @@ def image_urls(chat: ChatRequest, settings: Settings) -> list[tuple[str, str]]:
     return urls
 
 
-def draft(chat: ChatRequest, fetched: Mapping[str, bytes], model: Model, settings: Settings) -> Draft:
+def draft(
+    chat: ChatRequest, fetched: Mapping[str, bytes], model: Model, settings: Settings, maker: ImageMaker | None = None
+) -> Draft:
     """`fetched` holds the remote images by URL. Decodes no image. Raises the 400 or 413 error."""
+    maker = maker or ImageMaker(model, settings)
     if isinstance(chat, TextRequest):
-        return _draft_texts(chat, model)
-    uploads = []
-    for param, url in image_urls(chat, settings):
-        data = fetched[url] if is_remote(url) else read_data_url(url, param, settings)
-        uploads.append(Upload(param, open_image(data, param, settings), data))
-    expected = sum(model.image_processor.count_tokens(*upload.image.size) for upload in uploads)
+        return _draft_texts(chat, model, maker)
+    uploads = [maker.open(param, url, fetched) for param, url in image_urls(chat, settings)]
+    expected = sum(
+        upload.known.tokens if upload.known else model.image_processor.count_tokens(*upload.image.size)  # type: ignore[union-attr]
+        for upload in uploads
+    )
     if expected >= model.context_tokens:
         raise _too_long(expected, model, "The pictures alone take")
     ids = rendered_ids(
@@ -178,19 +193,16 @@ def draft(chat: ChatRequest, fetched: Mapping[str, bytes], model: Model, setting
         raise _too_long(tokens, model, "The prompt has")
     referenced = {image for _, image in image_references(_last_question(chat.messages), len(uploads))}
     question_image = referenced.pop() if len(referenced) == 1 else None
-    pixels = sum(model.image_processor.count_bytes(*upload.image.size) for upload in uploads)
-    size = sum(len(upload.data) for upload in uploads) + pixels
-    opens = _opens_thinking(ids, model)
-    return Draft(tuple(ids), tuple(uploads), tokens, opens, question_image, image_bytes=size)
+    return Draft(tuple(ids), tuple(uploads), tokens, _opens_thinking(ids, model), question_image, maker)
 
 
-def _draft_texts(request: TextRequest, model: Model) -> Draft:
+def _draft_texts(request: TextRequest, model: Model, maker: ImageMaker) -> Draft:
     """The prompts of a text completion as they are, without a chat template. Raises the 400 error."""
     texts = tuple(_text_ids(prompt, model) for prompt in request.prompts)
     longest = max(texts, key=len)
     if len(longest) >= model.context_tokens:
         raise _too_long(len(longest), model, "The prompt has", "prompt")
-    return Draft(longest, (), len(longest), False, None, texts)
+    return Draft(longest, (), len(longest), False, None, maker, texts)
 
 
 def _text_ids(prompt: str | tuple[int, ...], model: Model) -> tuple[int, ...]:
@@ -271,42 +283,61 @@ class ImageMaker:
 
     model: Model
     settings: Settings
-    known: KnownUploads
-    salt: str
-    pool: ThreadPoolExecutor  # for making patches again
+    known: KnownUploads = field(default_factory=KnownUploads)
+    salt: str = ""
+    pool: ThreadPoolExecutor | None = None  # for making patches again; None: they are kept
+
+    def open(self, param: str, url: str, fetched: Mapping[str, bytes]) -> Upload:
+        """Nothing but the header is read, and not even that if the image is known. Raises the 400 or 413 error."""
+        source = fetched[url] if is_remote(url) else url
+        name = self.known.name(source, self.salt, self.model.image_processor.settings_key)
+        known = self.known.get(name)
+        if known is not None:
+            check_bytes(known.file_bytes, param, self.settings)
+            check_pixels(prod(known.size), param, self.settings)
+            return Upload(param, source, name, known=known)
+        return Upload(param, source, name, open_image(self._file(source, param), param, self.settings))
 
     def make(self, upload: Upload) -> tuple[ImageInput, tuple[int, int]]:
         """The image and its size in pixels, upright. One that is known is not decoded. Raises the 400 error."""
-        name = self.known.name(upload.data, self.salt, self.model.image_processor.settings_key)
-        read = partial(self._read, upload.data, upload.param)
-        found = self.known.get(name)
-        if found is not None:
-            upload.image.close()
-            return ImageInput(None, found.grid, found.tokens, found.key, read), found.size
+        read = partial(self._read, upload) if self.pool else None
+        known = upload.known or (self.known.get(upload.name) if read else None)
+        if known is not None:
+            return ImageInput(None, known.grid, known.tokens, known.key, read), known.size
+        assert upload.image is not None
         image, size = _decoded(upload.image, upload.param, self.model)
-        self.known.add(name, KnownImage(image.key, image.grid, image.tokens, size))
         image.read = read
+        self.known.add(upload.name, KnownImage(image.key, image.grid, image.tokens, size, _file_bytes(upload.source)))
         return image, size
 
-    def _read(self, data: bytes, param: str, receive: Receive) -> None:
+    def _file(self, source: str | bytes, param: str) -> bytes:
+        return read_data_url(source, param, self.settings) if isinstance(source, str) else source
+
+    def _read(self, upload: Upload, receive: Receive) -> None:
         """Called in the engine thread. Raises RuntimeError once the server ends."""
 
         def read() -> None:
             try:
-                image, _ = _decoded(open_image(data, param, self.settings), param, self.model)
-                result: Any = image.patches
+                opened = open_image(self._file(upload.source, upload.param), upload.param, self.settings)
+                result: Any = _decoded(opened, upload.param, self.model)[0].patches
             except Exception as error:  # too little memory: it was decoded before
                 result = error
             receive(result)
 
+        assert self.pool is not None
         self.pool.submit(read)
 
 
-def finish(draft: Draft, model: Model, maker: ImageMaker | None = None) -> Prompt:
+def _file_bytes(source: str | bytes) -> int:
+    """Bytes of the file in a data: URL; a little more where it has line breaks."""
+    return len(source) if isinstance(source, bytes) else len(source.partition(",")[2].rstrip("=")) * 3 // 4
+
+
+def finish(draft: Draft, model: Model) -> Prompt:
     """Decode and process the images, one at a time to keep memory low, and repeat the image token for each."""
     images, sizes = [], []
     for upload in draft.uploads:
-        image, size = maker.make(upload) if maker else _decoded(upload.image, upload.param, model)
+        image, size = draft.maker.make(upload)
         images.append(image)
         sizes.append(size)
     image_id = model.vocabulary.special[model.image_token]

@@ -105,12 +105,16 @@ def test_a_limit_holds_for_a_known_image_too(serve, decoded) -> None:
     served = serve()
     content = [photo(12), text_part("?")]
     assert served.chat(content).status_code == 200
-    settings = served.app.state.server.prompts._settings
-    object.__setattr__(settings, "max_image_pixels", SIZE[0] * SIZE[1] - 1)
+    settings, size = served.app.state.server.prompts._settings, len(data_of(content[0]))
+    for name, limit in (("max_image_pixels", SIZE[0] * SIZE[1]), ("max_image_bytes", size)):
+        object.__setattr__(settings, name, limit)
+        assert served.chat(content).status_code == 200
+        object.__setattr__(settings, name, limit - 1)
 
-    refused = served.chat(content)
+        refused = served.chat(content)
 
-    assert refused.status_code == 413 and "pixels" in refused.json()["error"]["message"]
+        assert refused.status_code == 413 and f"<= {limit - 1}" in refused.json()["error"]["message"]
+        object.__setattr__(settings, name, 10**9)
 
 
 def test_the_same_image_twice_in_a_request_is_decoded_and_encoded_once(serve, decoded) -> None:
@@ -162,7 +166,7 @@ def test_others_are_answered_while_an_image_is_decoded_again(serve, monkeypatch)
 def test_an_upload_counts_until_its_answer_and_its_pixels_until_they_are_encoded(serve) -> None:
     served = serve(answer=lambda prompt, images: "x" * 400, token_s=0.01)
     admission, content = served.app.state.server.admission, [photo(16), text_part("?")]
-    size = len(data_of(content[0]))
+    size = len(content[0]["image_url"]["url"])
     admission.admit(Caller("ann")).take_image_bytes(admission.queue_image_bytes)
 
     refused = served.chat(content)
@@ -180,7 +184,7 @@ def test_an_upload_counts_until_its_answer_and_its_pixels_until_they_are_encoded
 
 def test_the_least_recently_used_are_forgotten() -> None:
     known = KnownUploads(limit=2)
-    facts = {name: KnownImage(name, (1, 2, 2), 1, (28, 28)) for name in (b"a", b"b", b"c")}
+    facts = {name: KnownImage(name, (1, 2, 2), 1, (28, 28), 100) for name in (b"a", b"b", b"c")}
     known.add(b"a", facts[b"a"])
     known.add(b"b", facts[b"b"])
     known.get(b"a")
