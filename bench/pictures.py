@@ -78,15 +78,20 @@ def report(rows: dict[str, list[dict[str, float]]], title: str) -> None:
 
 
 async def second_turn(server: servers.Server, photos: list[str]) -> dict[str, float]:
-    """Seconds to the first token of a turn about new photos, and of the next."""
+    """Seconds to the first token of a turn about new photos, and of the next; and of the server's processors."""
     first: list[dict[str, Any]] = [{"role": "user", "content": [*map(_part, photos), {"type": "text", "text": "What is it?"}]}]
     async with server.address.client() as client:
+        began_s = server.cpu_s()
         one = await ask(client, server.address, first, 4)
         _check(one.error)
+        first_s = server.cpu_s()
         turns = [*first, {"role": "assistant", "content": one.text or "."}, {"role": "user", "content": "And how many?"}]
         two = await ask(client, server.address, turns, 4)
         _check(two.error)
-    return {"first turn, s": one.ttft_s, "second turn, s": two.ttft_s}
+    return {
+        "first turn, s": one.ttft_s, "its processor time, s": first_s - began_s,
+        "second turn, s": two.ttft_s, "of the processor, s": server.cpu_s() - first_s,
+    }  # fmt: skip
 
 
 async def memory_of_one(server: servers.Server, photos: list[str]) -> dict[str, float]:
