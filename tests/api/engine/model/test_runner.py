@@ -9,9 +9,11 @@ import torch
 from prompts import STEPS, Steps, ask, draw_image, generate, next_logits, request_for
 
 from api.engine.config import EngineConfig
+from api.engine.image_processor import as_floats
 from api.engine.kernels import build as kernels
 from api.engine.loaded_model import Model
 from api.engine.loading.loader import load
+from api.engine.model import vision_encoder
 from api.engine.request import Request, SamplingParams
 from api.engine.scheduler import EncodeTask, Packing
 from settings import ROOT
@@ -58,6 +60,17 @@ def test_a_mixed_batch_does_not_change_the_tokens(chunk_tokens: int, model: Mode
     together = Steps(model, chunk_tokens).run(*requests)
 
     assert together == [generate(reference, model, request) for request in requests]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bytes_become_the_very_numbers_of_the_processor(dtype: torch.dtype, model: Model, monkeypatch) -> None:
+    image = model.image_processor.process(draw_image(6, (640, 480)))
+    monkeypatch.setattr(model.runner.vision_encoder, "dtype", dtype)
+    monkeypatch.setattr(vision_encoder, "PIXEL_ROWS", 100)  # several blocks, and a rest
+
+    numbers = model.runner.vision_encoder._numbers(image.patches)
+
+    assert torch.equal(numbers, torch.as_tensor(as_floats(image.patches)).to(dtype))
 
 
 @pytest.mark.parametrize("alike", [False, True], ids=["any sizes", "one size"])
