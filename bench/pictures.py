@@ -1,7 +1,7 @@
-"""python -m bench.pictures: what photos cost besides the model: a second turn about them, and the memory of a large one.
+"""python -m bench.pictures: what photos cost besides the model: a second turn about them, and the memory of those that wait.
 
     python -m bench.pictures turns [--beside FOLDER]    time to the first token of a second turn about eight photos
-    python -m bench.pictures memory [--beside FOLDER]   resident memory while a request with a large image is answered
+    python -m bench.pictures memory [--beside FOLDER]   resident memory while eight requests with a large image each are answered
 
 `--beside` names another checkout of this project, whose server is asked by turns with this one's.
 """
@@ -24,6 +24,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import httpx
 from PIL import Image
 
 from bench import servers
@@ -32,7 +33,7 @@ from models.shapes.checkpoint import FOLDER as DEMO
 
 PHOTOS, SIZE = 8, (4000, 3000)
 WATCH_S = 0.005
-LARGE_TOKENS = 3800  # of the largest picture that leaves room in the demo's context
+LARGE_TOKENS = 2500  # of a large image
 PROCESSING = "preprocessor_config.json"
 
 
@@ -43,26 +44,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, default=DEMO)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--photos", type=int, help=f"in a request; turns: {PHOTOS}, memory: 1")
+    parser.add_argument("--photos", type=int, default=PHOTOS)
     parser.add_argument("--size", default="x".join(map(str, SIZE)), help="of a photo, in pixels")
     given = parser.parse_args(arguments)
-    count = given.photos or (PHOTOS if given.what == "turns" else 1)
     width, height = map(int, given.size.split("x"))
-    measure = second_turn if given.what == "turns" else memory_of_one
+    measure = second_turn if given.what == "turns" else memory
     with ExitStack() as stack:
         if given.what == "memory":
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             given.model = with_large_pictures(given.model, folder, LARGE_TOKENS)
         roots = {"this": servers.ROOT} | ({"beside": given.beside.resolve()} if given.beside else {})
         asked = {
-            name: stack.enter_context(servers.this(given.model, given.dtype, "cpu", root)) for name, root in roots.items()
+            name: stack.enter_context(servers.this(given.model, given.dtype, "cpu", root, GLM_SLOTS="2"))
+            for name, root in roots.items()
         }
         rows: dict[str, list[dict[str, float]]] = {name: [] for name in asked}
         for number in range(given.rounds):
-            photos = [photo(width, height, f"{number} {index}") for index in range(count)]
+            photos = [photo(width, height, f"{number} {index}") for index in range(given.photos)]
             for name in asked if number % 2 else reversed(asked):
                 rows[name].append(asyncio.run(measure(asked[name], photos)))
-    report(rows, f"{count} JPEGs of {given.size}, {given.rounds} rounds")
+    report(rows, f"{given.photos} JPEGs of {given.size}, {given.rounds} rounds")
     return 0
 
 
@@ -94,21 +95,19 @@ async def second_turn(server: servers.Server, photos: list[str]) -> dict[str, fl
     }  # fmt: skip
 
 
-async def memory_of_one(server: servers.Server, photos: list[str]) -> dict[str, float]:
-    """MiB of resident memory above that before the request: at most, and while the answer is written."""
+async def memory(server: servers.Server, photos: list[str]) -> dict[str, float]:
+    """MiB of resident memory above that before the requests, at most. Two are computed at once, the others wait."""
     before = server.resident_bytes() or 0
-    levels: list[tuple[float, int]] = []
+    levels: list[int] = []
+
+    async def one(client: httpx.AsyncClient, photo: str) -> None:
+        content = [_part(photo), {"type": "text", "text": "What is it?"}]
+        _check((await ask(client, server.address, [{"role": "user", "content": content}], 4)).error)
+
     with _watched(server, levels):
         async with server.address.client() as client:
-            content = [*map(_part, photos), {"type": "text", "text": "Describe the picture."}]
-            sample = await ask(client, server.address, [{"role": "user", "content": content}], 256)
-            _check(sample.error)
-    writing = [size for at, size in levels if sample.moments[0] <= at <= sample.moments[-1]]
-    mib = 2**20
-    return {
-        "at most, MiB": (max(size for _, size in levels) - before) / mib,
-        "while answering, MiB": (median(writing or [levels[-1][1]]) - before) / mib,
-    }
+            await asyncio.gather(*(one(client, photo) for photo in photos))
+    return {"at most, MiB": (max(levels) - before) / 2**20}
 
 
 def _check(error: str | None) -> None:
@@ -117,12 +116,12 @@ def _check(error: str | None) -> None:
 
 
 @contextmanager
-def _watched(server: servers.Server, levels: list[tuple[float, int]]) -> Iterator[None]:
+def _watched(server: servers.Server, levels: list[int]) -> Iterator[None]:
     over = threading.Event()
 
     def watch() -> None:
         while not over.is_set():
-            levels.append((time.perf_counter(), server.resident_bytes() or 0))
+            levels.append(server.resident_bytes() or 0)
             time.sleep(WATCH_S)
 
     thread = threading.Thread(target=watch)
