@@ -477,6 +477,7 @@ class Engine:
 
     def _wait_for_patches(self) -> None:
         """With nothing else to do, instead of asking for them again and again."""
+        self._enter("vision", self._budget.encode_deadline_s())  # each time anew: threads that are slow do not make it stuck
         with self._wake:
             if self._scheduler.reading and not (self._stopping or self._commands):
                 self._wake.wait(PATCHES_WAIT_S)
