@@ -120,6 +120,9 @@ class Settings(BaseSettings):
     queue_tokens: int = Field(
         0, ge=0, description="tokens of prompts and answers of all requests in progress; 0: by slots and queue"
     )
+    queue_image_bytes: int = Field(
+        0, ge=0, description="memory of the images of all requests in progress; 0: an eighth of the memory there is"
+    )
     request_timeout_s: float = Field(600.0, gt=0, description="from entering the queue to the last token")
     fetch_images: bool = Field(False, description="fetch images at http(s) URLs of public addresses")
     fetch_hosts: str = Field("", description="the only hosts to fetch from, comma-separated; empty: any public host")

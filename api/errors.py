@@ -104,6 +104,11 @@ def too_many_tokens(limit: int, under_way: int, given: int) -> ServingError:
     return unavailable(message, "queue_full", 5)
 
 
+def too_many_image_bytes(limit: int, under_way: int, given: int) -> ServingError:
+    message = f"The queue is full: <= {limit} bytes of images may be under way, {under_way} are. Given: {given}"
+    return unavailable(message, "queue_full", 5)
+
+
 def too_many_bytes(limit: int) -> ServingError:
     return unavailable(f"Too many request bodies are arriving at once: <= {limit} bytes in total.", "queue_full", 2)
 

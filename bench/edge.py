@@ -27,7 +27,7 @@ from api.engine.engine import Engine
 from api.engine.kv_cache import Copy
 from api.engine.loaded_model import Capacity, Model, SampledToken
 from api.engine.request import ImageInput
-from api.engine.scheduler import Batch, EncodeTask
+from api.engine.scheduler import Batch, EncodeTask, Packing
 from api.engine.sequence import Sequence
 from api.engine.text.tokenizer import Vocabulary
 from api.server import serve
@@ -45,6 +45,7 @@ class FixedRunner:
 
     overlaps = False
     free_rows = 12
+    packing = Packing()
 
     def __init__(self, tokens: list[int], step_s: float) -> None:
         self._tokens, self._step_s = tokens, step_s
@@ -57,8 +58,8 @@ class FixedRunner:
 
     def close(self) -> None: ...
 
-    def encode(self, task: EncodeTask, limit_s: float) -> Any:
-        return task
+    def encode(self, task: EncodeTask, limit_s: float) -> list[Any]:
+        return list(task.images)
 
     def size_bytes(self, features: Any) -> int:
         return 1
@@ -87,6 +88,11 @@ class PlainTemplate:
 
 
 class NoImages:
+    settings_key = b""
+
+    def count_bytes(self, width: int, height: int) -> int:
+        return 0
+
     def count_tokens(self, width: int, height: int) -> int:
         return 1
 

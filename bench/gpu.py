@@ -38,6 +38,7 @@ from api.engine.cuda.runner import CudaRunner
 from api.engine.cuda.self_test import prove
 from api.engine.cuda.shape import shape_of
 from api.engine.engine import Engine
+from api.engine.image_processor import as_floats
 from api.engine.loaded_model import Capacity, LoadError, Model
 from api.engine.loading.card import pretended_card
 from api.engine.loading.families import shapes_of
@@ -373,7 +374,7 @@ def generate_inputs(request: Request, image_id: int, device: torch.device) -> di
     tokens = torch.tensor([request.prompt_ids], device=device)
     inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     if request.images:
-        inputs["pixel_values"] = torch.as_tensor(request.images[0].patches).to(device, torch.bfloat16)
+        inputs["pixel_values"] = torch.as_tensor(as_floats(request.images[0].patches)).to(device, torch.bfloat16)
         inputs["image_grid_thw"] = torch.tensor([request.images[0].grid], device=device)
         inputs["mm_token_type_ids"] = (tokens == image_id).int()
     return inputs

@@ -230,7 +230,7 @@ def main(arguments: list[str] | None = None) -> int:
     for section, work in {
         "decode": lambda: decode(bench, runner, capacity), "kernels": lambda: kernels(bench, runner),
         "sampler": lambda: sampler(bench, runner), "prefill": lambda: prefill(bench, runner, capacity),
-        "vision": lambda: vision(bench, runner),
+        "vision": lambda: vision(bench, runner), "several images": lambda: several_images(bench, runner),
         "same tokens": lambda: same_tokens(bench, runner, capacity),
     }.items():  # fmt: skip
         try:
@@ -250,7 +250,7 @@ def vision(bench: Bench, runner: CudaRunner) -> None:
             image = image_of((1, side, side), runner.vision_encoder.patch_size, side)
             for _ in range(2):
                 bench.wait()
-                began, task, slices, expected_s = time.perf_counter(), EncodeTask(("", b""), image), 0, 0.0
+                began, task, slices, expected_s = time.perf_counter(), EncodeTask({("", b""): image}), 0, 0.0
                 features = None
                 while features is None:
                     features = runner.encode(task, limit_s)
@@ -265,6 +265,25 @@ def vision(bench: Bench, runner: CudaRunner) -> None:
                 "vision", patches=side * side, limit_ms=limit_s * 1e3, slices=slices, expected_ms=round(expected_s * 1e3, 2),
                 wall_ms=round(took_s * 1e3, 2), host_ms=round(host_s * 1e3, 2),
             )  # fmt: skip
+
+
+def several_images(bench: Bench, runner: CudaRunner) -> None:
+    """Small images of several sizes, encoded together and one by one."""
+    for sides in ([8, 4],) if bench.dry else ([16] * 8, [8, 16, 24, 32]):
+        tasks = {("", str(number).encode()): image_of((1, side, side), runner.vision_encoder.patch_size, side) for number, side in enumerate(sides)}
+        took_ms = {}
+        for name, groups in (("together", [tasks]), ("alone", [{key: image} for key, image in tasks.items()])):
+            for _ in range(3):
+                bench.wait()
+                began = time.perf_counter()
+                for group in groups:
+                    task = EncodeTask(group)
+                    while runner.encode(task, 1.0) is None:
+                        pass
+                runner.wait_for_slices()
+                bench.wait()
+                took_ms[name] = round((time.perf_counter() - began) * 1e3, 2)
+        bench.tell("several images", sides=sides, **{f"{name}_ms": value for name, value in took_ms.items()})
 
 
 def device_of(bench: Bench) -> Any:

@@ -14,7 +14,8 @@ import torch
 import transformers
 from transformers.models.glm4v import Glm4vConfig
 
-from api.engine.loaded_model import Capacity, CheckpointImageProcessor, CheckpointTemplate, Model, Runner
+from api.engine.image_processor import CheckpointImageProcessor
+from api.engine.loaded_model import Capacity, CheckpointTemplate, Model, Runner
 from api.engine.request import ImageInput
 from api.engine.text.tokenizer import Vocabulary
 from bench.checkpoint import words

@@ -126,7 +126,7 @@ def step(model: Model, scheduler: Scheduler) -> None:
         runner.begin(sequence)
     task = scheduler.next_encode_task()
     if task and (features := runner.encode(task, 10.0)) is not None:
-        scheduler.encode_done(task, features, runner.size_bytes(features))
+        scheduler.encode_done(task, features, [runner.size_bytes(each) for each in features])
     batch = scheduler.batch(CHUNK_TOKENS)
     if not batch.sequences:
         return

@@ -69,8 +69,8 @@ def naive(folder: Path, dtype: str, device: str) -> Iterator[Server]:
 
 
 @contextmanager
-def this(folder: Path, dtype: str, device: str, **settings: str) -> Iterator[Server]:
-    """(b): this project's server; `settings` are GLM_* values."""
+def this(folder: Path, dtype: str, device: str, root: Path = ROOT, **settings: str) -> Iterator[Server]:
+    """(b): this project's server, or that of another checkout at `root`; `settings` are GLM_* values."""
     port, key = _free_port(), f"sk-{secrets.token_hex(16)}"
     with tempfile.TemporaryDirectory(prefix="glm-bench-") as logs:
         environment = {
@@ -78,7 +78,7 @@ def this(folder: Path, dtype: str, device: str, **settings: str) -> Iterator[Ser
             "GLM_DTYPE": dtype, "GLM_DEVICE": device, "GLM_LOG_DIR": logs, **settings,
         }  # fmt: skip
         address = Address(f"http://127.0.0.1:{port}", key=key)
-        with _started(["-m", "api.server"], environment, address) as server:
+        with _started(["-m", "api.server"], environment, address, root=root) as server:
             yield server
 
 
@@ -107,13 +107,14 @@ def _started(
     environment: dict[str, str],
     address: Address,
     wait: Callable[[Server, float], Coroutine[Any, Any, None]] | None = None,
+    root: Path = ROOT,
 ) -> Iterator[Server]:
     # Let `finally` run after SIGTERM: no server may be left behind.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     clean = {name: value for name, value in os.environ.items() if not name.startswith("GLM_")}
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            [sys.executable, *command], cwd=ROOT, env={**clean, **environment}, stdout=log, stderr=log
+            [sys.executable, *command], cwd=root, env={**clean, **environment}, stdout=log, stderr=log
         )
         server = Server(address, process)
         try:

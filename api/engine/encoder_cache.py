@@ -1,14 +1,17 @@
 """The encoder cache: features of encoded images by content, least recently used first out, within a byte budget.
 
-Values are opaque: no tensors here. A key includes the tenant, so that response times do not reveal the images of others.
+What sequences hold until their image tokens are computed is in the budget too, whether it is in the cache or not: letting
+go of it here would free nothing. Values are opaque: no tensors here. A key includes the tenant, so that response times do not reveal the images of others.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
 ImageKey = tuple[str, bytes]  # salt, content
+Held = Mapping[ImageKey, int]  # bytes of the features that sequences hold, by image
 
 
 class EncoderCache:
@@ -28,15 +31,25 @@ class EncoderCache:
         self.hits += 1
         return item[0]
 
-    def put(self, key: ImageKey, value: Any, size_bytes: int) -> None:
-        """Store a value, unless it exceeds the whole budget."""
-        if key in self._items or size_bytes > self.budget_bytes:
+    def put(self, key: ImageKey, value: Any, size_bytes: int, held: Held) -> None:
+        """Store a value, unless the budget has no room for it beside what is `held`."""
+        others = {other: size for other, size in held.items() if other != key}
+        if key in self._items or not self.make_room(size_bytes, others):
             return
-        while self.used_bytes + size_bytes > self.budget_bytes:
-            _, (_, freed) = self._items.popitem(last=False)
-            self.used_bytes -= freed
         self._items[key] = (value, size_bytes)
         self.used_bytes += size_bytes
+
+    def make_room(self, size_bytes: int, held: Held) -> bool:
+        """Forget values that nobody holds until there is room for so many bytes; False, and nothing forgotten, if there
+        cannot be."""
+        if sum(held.values()) + size_bytes > self.budget_bytes:
+            return False
+        outside = sum(size for key, size in held.items() if key not in self._items)
+        for key in [key for key in self._items if key not in held]:
+            if self.used_bytes + outside + size_bytes <= self.budget_bytes:
+                break
+            self.remove(key)
+        return True
 
     def remove(self, key: ImageKey) -> None:
         """Forget a value; an unknown key is ignored."""

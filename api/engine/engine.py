@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
+from functools import partial
 from typing import Any, Protocol, cast
 
 from api.engine.command import Action, Command, CommandFailed
@@ -21,7 +21,7 @@ from api.engine.guard import Guard
 from api.engine.kv_cache import BlockTable, KvCache
 from api.engine.loaded_model import Flight, LoadError, Model, OverlappingRunner, SampledToken
 from api.engine.pace import PaceCounters
-from api.engine.request import Delta, Done, Event, Failed, Failure, FinishReason, Request
+from api.engine.request import Delta, Done, Event, Failed, Failure, FinishReason, ImageInput, Request
 from api.engine.scheduler import Batch, EncodeTask, Scheduler, queue_for
 from api.engine.sequence import Sequence, make_sequence
 from api.engine.stats import Download, Phase, State, Stats
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 WARM_UP_DEADLINE_S = 600.0
 CHECK_EVERY_S = 10.0  # integrity check while idle
 FINGERPRINT_DEADLINE_S = 120.0
+PATCHES_WAIT_S = 0.1  # in a step with nothing else to do, so that deadlines are noticed
 RELOAD_GRACE_S = 20.0  # for running requests to finish before the weights are loaded again
 
 
@@ -92,6 +93,7 @@ class Engine:
         self._ahead: _Ahead | None = None  # the next step, if the device computes it already
         self._may_admit = False  # whether something has changed since nobody else could be admitted
         self._commands: list[Command] = []  # guarded by _wake
+        self._unreadable: list[tuple[ImageInput, Exception]] = []  # whose patches could not be made again; guarded by _wake
 
     # Called from any thread.
 
@@ -273,6 +275,7 @@ class Engine:
             capacity.slots,
             KvCache(capacity.pages, capacity.page_tokens),
             EncoderCache(capacity.encoder_cache_bytes),
+            model.runner.packing,
         )
         self._enter("idle")
         self._guard.watch(model.integrity)
@@ -389,17 +392,19 @@ class Engine:
             logger.error("event=integrity_lost reason=%s", json.dumps(str(error)))
             old = self._scheduler
             kv = KvCache(old.kv.pages, old.kv.page_tokens)
-            self._scheduler = Scheduler(old.queue_size, old.slots, kv, EncoderCache(old.encoder_cache.budget_bytes))
+            self._scheduler = Scheduler(old.queue_size, old.slots, kv, EncoderCache(old.encoder_cache.budget_bytes), old.packing)
 
     def _step(self) -> None:
-        """End aborted and overdue requests, admit, encode a slice of one image, compute one batch, deliver its tokens."""
+        """End aborted and overdue requests, admit, encode a slice of images, compute one batch, deliver its tokens."""
         began = time.monotonic()
         self._drop_ended(began)
         if self._ahead is None:
             self._admit()
+            self._read_patches()
             task = self._next_encode_task()
             spent_s = self._encode(task) if task else 0.0
-            self._compute(spent_s)
+            if not self._compute(spent_s) and task is None:
+                self._wait_for_patches()
         else:
             self._finish(self._ahead)
         self.after_delivery()
@@ -443,6 +448,40 @@ class Engine:
             self._model.runner.clear_pages(pages)
             pages.clear()
 
+    def _read_patches(self) -> None:
+        """Have the patches of images made that must be encoded though they were released, or not decoded at all."""
+        with self._wake:
+            unreadable, self._unreadable = self._unreadable, []
+        for image, error in unreadable:
+            with self._wake:
+                users = self._scheduler.users_of(image)
+            self._give_up(tuple(users), "patches", error)
+        with self._wake:
+            images = self._scheduler.images_to_read()
+        for image in images:
+            assert image.read is not None
+            try:
+                image.read(partial(self._take_patches, image))
+            except RuntimeError as error:  # the threads that read have ended
+                self._take_patches(image, error)
+
+    def _take_patches(self, image: ImageInput, result: Any) -> None:
+        """Called in the thread that has read them."""
+        with self._wake:
+            image.reading = False
+            if isinstance(result, Exception):
+                self._unreadable.append((image, result))
+            else:
+                image.patches = result
+            self._wake.notify_all()
+
+    def _wait_for_patches(self) -> None:
+        """With nothing else to do, instead of asking for them again and again."""
+        self._enter("vision", self._budget.encode_deadline_s())  # each time anew: threads that are slow do not make it stuck
+        with self._wake:
+            if self._scheduler.reading and not (self._stopping or self._commands):
+                self._wake.wait(PATCHES_WAIT_S)
+
     def _next_encode_task(self) -> EncodeTask | None:
         """Images and prompts alternate: a step with both would delay the decoding requests twice."""
         task = self._scheduler.next_encode_task()
@@ -452,7 +491,7 @@ class Engine:
         return task
 
     def _encode(self, task: EncodeTask) -> float:
-        """Encode an image for as long as the decoding requests can wait; returns the seconds it took."""
+        """Encode images for as long as the decoding requests can wait; returns the seconds it took."""
         assert self._model is not None
         runner = self._model.runner
         self._enter("vision", self._budget.encode_deadline_s())
@@ -470,12 +509,13 @@ class Engine:
         for sequence in self._scheduler.waiting_for(task):
             sequence.vision_s += took_s
         if features is not None:
-            self.pace.encoded(prod(task.image.grid), task.spent_s)
+            self.pace.encoded(task.patches, task.spent_s)
             with self._wake:
-                self._scheduler.encode_done(task, features, runner.size_bytes(features))
+                self._scheduler.encode_done(task, features, [runner.size_bytes(each) for each in features])
         return took_s
 
-    def _compute(self, spent_s: float) -> None:
+    def _compute(self, spent_s: float) -> bool:
+        """Whether there was something to compute."""
         with self._wake:
             decoding = self._scheduler.decoding
             batch = self._scheduler.batch(self._budget.chunk_tokens(decoding, spent_s))
@@ -483,12 +523,13 @@ class Engine:
         if not batch.sequences:
             if spent_s and self._model is not None and self._model.runner.overlaps:
                 cast(OverlappingRunner, self._model.runner).wait_for_slices()
-            return
+            return False
         deadline_s = self._budget.deadline_s(decoding, batch.chunk_tokens)
         self._enter("prefill" if batch.chunks else "decode", deadline_s)
         took_s = self._forward(batch)
         if took_s is not None:
             self._record(len(batch.decode), batch.chunk_tokens, took_s)
+        return True
 
     def _record(self, decoding: int, chunk_tokens: int, took_s: float) -> None:
         self._budget.record_batch(decoding, chunk_tokens, took_s)

@@ -5,19 +5,16 @@ The loader fills it from a checkpoint, tests from nothing. Imports neither torch
 
 from __future__ import annotations
 
-import hashlib
-import sys
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
-import numpy as np
 from PIL import Image
 
 from api.engine.guard import Integrity
 from api.engine.kv_cache import Copy
 from api.engine.request import ImageInput, TokenLogprob
-from api.engine.scheduler import Batch, EncodeTask
+from api.engine.scheduler import Batch, EncodeTask, Packing
 from api.engine.sequence import Sequence
 from api.engine.text.tokenizer import Vocabulary
 
@@ -38,10 +35,13 @@ class Runner(Protocol):
     def warm_up(self) -> None:
         """Run every kind of step once, so that the first request pays for no set-up and a broken model fails now."""
 
-    def encode(self, task: EncodeTask, limit_s: float) -> Any | None:
-        """Continue encoding an image for about `limit_s`; returns its features once they are complete."""
+    packing: Packing  # which images it encodes together
 
-    def size_bytes(self, features: Any) -> int: ...
+    def encode(self, task: EncodeTask, limit_s: float) -> list[Any] | None:
+        """Continue encoding images for about `limit_s`; returns the features of each once they are complete."""
+
+    def size_bytes(self, features: Any) -> int:
+        """Of one image."""
 
     def copy_pages(self, copies: Items[Copy]) -> None:
         """Copy the first tokens of KV pages, in this order."""
@@ -105,7 +105,14 @@ class ImageProcessor(Protocol):
     def count_tokens(self, width: int, height: int) -> int:
         """Image tokens of an image of this size, in pixels."""
 
+    def count_bytes(self, width: int, height: int) -> int:
+        """Memory that an image of this size, in pixels, takes until it is encoded."""
+
     def process(self, image: Image.Image) -> ImageInput: ...
+
+    @property
+    def settings_key(self) -> bytes:
+        """Differs between processors that make different things of an image."""
 
 
 class CheckpointTemplate:
@@ -118,51 +125,6 @@ class CheckpointTemplate:
         return self._tokenizer.apply_chat_template(
             messages, tools=tools, tokenize=False, add_generation_prompt=True, enable_thinking=enable_thinking
         )
-
-
-class CheckpointImageProcessor:
-    """The image processor of a checkpoint: Glm4vImageProcessor or Glm46VImageProcessor of `transformers`, PIL backend."""
-
-    def __init__(self, processor: Any) -> None:
-        self._processor = processor
-
-    def count_tokens(self, width: int, height: int) -> int:
-        return self._processor.get_number_of_image_patches(height, width) // self._processor.merge_size**2
-
-    def process(self, image: Image.Image) -> ImageInput:
-        output = self._processor(images=[self._resized(image)], return_tensors="np")
-        frames, rows, columns = (int(n) for n in output["image_grid_thw"][0])
-        tokens = frames * rows * columns // self._processor.merge_size**2
-        patches = np.ascontiguousarray(output["pixel_values"])
-        # The processor's output is hashed, so pixels, size and all its settings count.
-        # Processors have instructions for SHA-256: it takes half of BLAKE2's time, 30 ms for the largest image.
-        key = hashlib.sha256(repr((frames, rows, columns, patches.dtype.str)).encode())
-        key.update(patches.data)
-        return ImageInput(patches=patches, grid=(frames, rows, columns), tokens=tokens, key=key.digest()[:16])
-
-
-    def _resized(self, image: Image.Image) -> Image.Image:
-        """The image as the processor would resize it, so that it need not copy and convert the large one several times."""
-        processor = self._processor
-        smart_resize = getattr(sys.modules[type(processor).__module__], "smart_resize", None)
-        if smart_resize is None or not processor.do_resize:
-            return image
-
-        def target(width: int, height: int) -> tuple[int, int]:
-            resized_height, resized_width = smart_resize(
-                num_frames=processor.temporal_patch_size,
-                height=height,
-                width=width,
-                temporal_factor=processor.temporal_patch_size,
-                factor=processor.patch_size * processor.merge_size,
-                min_pixels=processor.size["shortest_edge"],
-                max_pixels=processor.size["longest_edge"],
-            )
-            return resized_width, resized_height
-
-        size = target(*image.size)
-        # Only if the processor then leaves it as it is.
-        return image.resize(size, resample=processor.resample) if target(*size) == size else image
 
 
 class SampledToken(NamedTuple):

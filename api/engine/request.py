@@ -5,6 +5,7 @@ Plain data types without a tensor library: images are opaque here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
@@ -30,15 +31,31 @@ class Failure(StrEnum):
     MEMORY = "out_of_memory"  # the device has not enough memory for this request, even alone
 
 
-@dataclass(frozen=True)
-class ImageInput:
-    """One preprocessed image: flattened patches [patches, patch size] and their grid (frames, rows, columns)."""
+# Called once, in any thread, with the patches of an image or with the error for which there are none.
+Receive = Callable[[Any], None]
 
-    patches: Any
+
+@dataclass(eq=False)
+class ImageInput:
+    """One preprocessed image: its patches, and their grid (frames, rows, columns).
+
+    The patches are the largest part of a request, and needed only while the image is encoded: they may be absent, if
+    `read` can bring them.
+    """
+
+    patches: Any | None
     grid: tuple[int, int, int]
     tokens: int
     # Hash of the preprocessed image: pixels, size, processor settings. Empty: shared with no other request.
     key: bytes = b""
+    # Makes the patches again from what was uploaded; returns at once. None: they cannot be made again.
+    read: Callable[[Receive], None] | None = None
+    reading: bool = False  # whether they are being made
+
+    def release(self) -> None:
+        """Let go of the patches, if they can be made again."""
+        if self.read is not None:
+            self.patches = None
 
 
 class Grammar(Protocol):

@@ -12,12 +12,13 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
+from math import prod
 from typing import Any
 
 from api.engine.encoder_cache import EncoderCache, ImageKey
 from api.engine.kv_cache import KvCache, common_prefix
 from api.engine.request import ImageInput
-from api.engine.sequence import Sequence
+from api.engine.sequence import ImageSpan, Sequence
 
 # A sequence waits for another with the same prefix to be prefilled, if at least this many tokens can be shared.
 MIN_SHARED_TOKENS = 32
@@ -25,21 +26,34 @@ MIN_SHARED_TOKENS = 32
 MIN_SPLIT_TOKENS = 16
 # So many tokens that a grammar forces are computed at once; more are treated like a prompt.
 MAX_FORCED_TOKENS = 32
+# Patches are made again while fewer images than this wait with theirs to be encoded.
+READ_AHEAD = 2
 
 
 class QueueFull(Exception):
     """The queue has reached its limit."""
 
 
+@dataclass(frozen=True)
+class Packing:
+    """Which images a runner encodes together."""
+
+    patches: int = 0  # of all of them; a larger image is encoded alone
+    alike: bool = False  # only images of one size
+
+
 @dataclass(eq=False)
 class EncodeTask:
-    """One image to be encoded, in one or more slices."""
+    """Images to be encoded together, in one or more slices."""
 
-    key: ImageKey
-    image: ImageInput
+    images: dict[ImageKey, ImageInput]
     state: Any = None  # owned by the runner
     spent_s: float = 0.0  # in the slices so far
     slice_s: float = 0.0  # what the last slice will take a device that computes while the host goes on
+
+    @property
+    def patches(self) -> int:
+        return sum(prod(image.grid) for image in self.images.values())
 
 
 @dataclass(frozen=True)
@@ -112,11 +126,15 @@ class Scheduler:
     slots: int
     kv: KvCache
     encoder_cache: EncoderCache
+    packing: Packing = Packing()
     preemptions: int = 0
     _waiting: deque[Sequence] = field(default_factory=deque)
     _running: list[Sequence] = field(default_factory=list)  # in order of admission
     _free_slots: list[int] = field(default_factory=list)
     _encode_task: EncodeTask | None = None
+    _bytes_per_token: float = 0.0  # of features; the same for all images
+    _alone: set[ImageKey] = field(default_factory=set)  # images that failed together with others
+    _short_of_room: bool = False  # the next image waits for features that others hold
 
     def __post_init__(self) -> None:
         self._free_slots = list(range(self.slots))
@@ -177,6 +195,7 @@ class Scheduler:
         self.kv.drop()
         self.encoder_cache.drop()
         self._encode_task = None  # an image that is half encoded starts again
+        self._alone.clear()
 
     def find(self, request_id: str) -> Sequence | None:
         return next((s for s in self.sequences() if s.request.id == request_id), None)
@@ -219,30 +238,94 @@ class Scheduler:
         """The image to encode next: the one in progress, else the first that a running sequence needs."""
         if self._encode_task and not self.waiting_for(self._encode_task):
             self._encode_task = None
-        for sequence in self._by_urgency():
-            if self._encode_task:
-                break
-            index = sequence.missing_image()
-            if index is not None:
-                self._encode_task = EncodeTask(sequence.spans[index].key, sequence.spans[index].image)
+        if self._encode_task is None:
+            images = self._images_to_encode()
+            self._encode_task = EncodeTask(images) if images else None
         return self._encode_task
 
-    def encode_done(self, task: EncodeTask, features: Any, size_bytes: int) -> None:
+    def _images_to_encode(self) -> dict[ImageKey, ImageInput]:
+        """The first image whose features are missing, and those after it that can be encoded with it."""
+        self._short_of_room = False
+        images: dict[ImageKey, ImageInput] = {}
+        held = self._held()
+        patches = tokens = 0
+        for span in self._missing_images():
+            image, size = span.image, prod(span.image.grid)
+            if image.patches is None or span.key in images:
+                continue
+            if images and not self._packs_with(span, patches + size, images):
+                continue
+            if not self.encoder_cache.make_room(round(self._bytes_per_token * (tokens + image.tokens)), held):
+                # Over the budget by one image, if nothing that is held can be used before.
+                self._short_of_room = not images and any(s.features and self._end(s) > s.computed for s in self._running)
+                if images or self._short_of_room:
+                    break
+            images[span.key] = image
+            patches, tokens = patches + size, tokens + image.tokens
+            if span.key in self._alone or patches >= self.packing.patches:
+                break
+        return images
+
+    def _packs_with(self, span: ImageSpan, patches: int, images: dict[ImageKey, ImageInput]) -> bool:
+        first = next(iter(images.values()))
+        same_size = prod(span.image.grid[1:]) == prod(first.grid[1:])
+        return patches <= self.packing.patches and span.key not in self._alone and (same_size or not self.packing.alike)
+
+    def _held(self) -> dict[ImageKey, int]:
+        """Bytes of the features that running sequences hold."""
+        spans = (sequence.spans[index] for sequence in self._running for index in sequence.features)
+        return {span.key: round(self._bytes_per_token * span.image.tokens) for span in spans}
+
+    def images_to_read(self) -> list[ImageInput]:
+        """Images that must be encoded and whose patches are absent; their reading begins with this call."""
+        missing = list(self._missing_images())
+        at_hand = {span.key for span in missing if span.image.patches is not None or span.image.reading}
+        under_way = set(self._encode_task.images) if self._encode_task else set()
+        images = []
+        for span in missing:
+            if span.key not in at_hand | under_way and len(at_hand - under_way) < READ_AHEAD:
+                at_hand.add(span.key)
+                span.image.reading = True
+                images.append(span.image)
+        return images
+
+    @property
+    def reading(self) -> bool:
+        """Whether patches that a running sequence needs are being made."""
+        return any(span.image.reading for span in self._missing_images())
+
+    def users_of(self, image: ImageInput) -> list[Sequence]:
+        """Running sequences that need the features of this very image."""
+        return [s for s in self._running if any(s.spans[i].image is image for i in s.missing_images())]
+
+    def encode_done(self, task: EncodeTask, features: list[Any], sizes: list[int]) -> None:
+        """Features of each image, and their bytes."""
         self._encode_task = None
-        self.encoder_cache.put(task.key, features, size_bytes)
-        for sequence in self._running:
-            for index, span in enumerate(sequence.spans):
-                if span.key == task.key and span.end > sequence.computed:
-                    sequence.features[index] = features
+        for (key, image), value, size_bytes in zip(task.images.items(), features, sizes, strict=True):
+            self._alone.discard(key)
+            self._bytes_per_token = size_bytes / image.tokens
+            self.encoder_cache.put(key, value, size_bytes, self._held())
+            for sequence in self.sequences():
+                for span in sequence.spans:
+                    if span.key == key:
+                        span.image.release()
+            for sequence in self._running:
+                for index, span in enumerate(sequence.spans):
+                    if span.key == key and span.end > sequence.computed:
+                        sequence.features[index] = value
 
     def encode_failed(self, task: EncodeTask) -> list[Sequence]:
-        """Drop the task; returns the sequences that wait for it."""
+        """Drop the task; returns the sequences that wait for it. Those of several images are tried again, each alone."""
         self._encode_task = None
+        if len(task.images) > 1:
+            self._alone.update(task.images)
+            return []
+        self._alone.difference_update(task.images)
         return self.waiting_for(task)
 
     def waiting_for(self, task: EncodeTask) -> list[Sequence]:
-        """Running sequences that need this image."""
-        return [s for s in self._running if self._needs_features(s, task.key)]
+        """Running sequences that need one of these images."""
+        return [s for s in self._running if any(s.spans[i].key in task.images for i in s.missing_images())]
 
     def batch(self, chunk_tokens: int) -> Batch:
         """All decoding sequences, and at most `chunk_tokens` tokens of prompts."""
@@ -255,10 +338,9 @@ class Scheduler:
         for sequence in self._by_urgency():
             if sequence.decoding or sequence in forced:
                 continue
-            missing = sequence.missing_image()
-            # Text before an image that is not encoded yet, if a pass is made for others anyway.
-            end = len(sequence.keys) if missing is None else sequence.spans[missing].start if decode else 0
-            left = end - sequence.computed
+            # Up to an image that is not encoded yet, if a pass is made for others anyway or that image waits for room.
+            waits = sequence.missing_image() is not None and not (decode or self._short_of_room)
+            left = 0 if waits else self._end(sequence) - sequence.computed
             if left <= 0:
                 continue
             if chunk_tokens <= 0 or (chunks and chunk_tokens < min(left, MIN_SPLIT_TOKENS)):
@@ -325,8 +407,11 @@ class Scheduler:
         if not sequence.output_ids:
             sequence.cached_tokens = block_table.cached_tokens
         for index, span in enumerate(sequence.spans):
-            if span.end > sequence.computed and (features := self.encoder_cache.get(span.key)) is not None:
+            if span.end <= sequence.computed:
+                span.image.release()
+            elif (features := self.encoder_cache.get(span.key)) is not None:
                 sequence.features[index] = features
+                span.image.release()
         return True
 
     def _stop(self, sequence: Sequence, keep: bool) -> None:
@@ -362,6 +447,11 @@ class Scheduler:
 
     # Order.
 
+    def _missing_images(self) -> Iterator[ImageSpan]:
+        """Those that running sequences need, in the order in which they are encoded."""
+        for sequence in self._by_urgency():
+            yield from (sequence.spans[index] for index in sequence.missing_images())
+
     def _by_urgency(self) -> Iterator[Sequence]:
         yield from (s for s in self._running if s.request.probe)
         yield from (s for s in self._running if not s.request.probe)
@@ -380,8 +470,7 @@ class Scheduler:
         )
 
     @staticmethod
-    def _needs_features(sequence: Sequence, key: ImageKey) -> bool:
-        return any(
-            span.key == key and span.end > sequence.computed and index not in sequence.features
-            for index, span in enumerate(sequence.spans)
-        )
+    def _end(sequence: Sequence) -> int:
+        """The token up to which it can be computed: that before an image that is not encoded yet."""
+        missing = sequence.missing_image()
+        return len(sequence.keys) if missing is None else sequence.spans[missing].start

@@ -75,10 +75,12 @@ class Sequence:
 
     def missing_image(self) -> int | None:
         """Index of the first span whose features are needed and not available."""
-        for index, span in enumerate(self.spans):
-            if span.end > self.computed and index not in self.features:
-                return index
-        return None
+        return next(iter(self.missing_images()), None)
+
+    def missing_images(self) -> list[int]:
+        """Indices of all such spans."""
+        spans = enumerate(self.spans)
+        return [index for index, span in spans if span.end > self.computed and index not in self.features]
 
     def overdue(self, now: float) -> bool:
         limit = self.request.deadline_s

@@ -38,9 +38,14 @@ def read_data_url(url: str, param: str, settings: Settings) -> bytes:
         data = base64.b64decode(_plain(payload), validate=True)
     except (binascii.Error, ValueError):
         raise invalid(f"`{param}` is not valid base64.", param, "invalid_image") from None
-    if len(data) > settings.max_image_bytes:
-        raise _too_many_bytes(len(data), param, settings)
+    check_bytes(len(data), param, settings)
     return data
+
+
+def check_bytes(count: int, param: str, settings: Settings) -> None:
+    """Raises the 413 error that names `param`."""
+    if count > settings.max_image_bytes:
+        raise _too_many_bytes(count, param, settings)
 
 
 def _plain(payload: str) -> str:
@@ -64,14 +69,19 @@ def open_image(data: bytes, param: str, settings: Settings) -> Image.Image:
     except Exception as error:  # a decoder may raise anything on a malformed header
         raise _broken(param, error) from None
     width, height = image.size
-    if width * height > settings.max_image_pixels:
-        message = f"`{param}` must have <= {settings.max_image_pixels} pixels. Given: {width * height}"
-        raise too_large(message, param, "image_too_large")
+    check_pixels(width * height, param, settings)
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise invalid(f"`{param}` must have sides in a ratio <= {MAX_ASPECT}. Given: {width}x{height}", param)
     if (frames := _frames(image)) > 1:
         raise invalid(f"`{param}` must be a still picture. Given: {frames} frames", param, "animated_image")
     return image
+
+
+def check_pixels(count: int, param: str, settings: Settings) -> None:
+    """Raises the 413 error that names `param`."""
+    if count > settings.max_image_pixels:
+        message = f"`{param}` must have <= {settings.max_image_pixels} pixels. Given: {count}"
+        raise too_large(message, param, "image_too_large")
 
 
 def _frames(image: Image.Image) -> int:

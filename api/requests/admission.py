@@ -1,6 +1,6 @@
 """Admission control: limits the requests in progress, from before their images are decoded to their last token.
 
-It limits the number of requests and their tokens, and for each key the rate and the concurrency. The engine limits
+It limits the number of requests, their tokens and the bytes of their images, and for each key the rate and the concurrency. The engine limits
 its own queue too; admission also covers the work before it. A body that is still arriving holds no permit, so that
 slow senders cannot block others; the bytes received of such bodies are limited in total, and more strictly for each
 key, so that one key cannot block another. Health probes have permits of their own. Called in the event loop only.
@@ -12,6 +12,9 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 
+import psutil
+
+import cgroup
 from api.caller import Caller
 from api.engine.scheduler import queue_for
 from api.errors import (
@@ -19,6 +22,7 @@ from api.errors import (
     too_many_at_once,
     too_many_bytes,
     too_many_bytes_of_key,
+    too_many_image_bytes,
     too_many_in_a_minute,
     too_many_tokens,
 )
@@ -29,6 +33,7 @@ from settings import Settings
 PROBES = 2  # at a time: the checker's, and one made by hand
 MINUTE_S = 60.0
 LEAST_TOKENS, TOKENS_OF_REQUEST = 262_144, 8192
+LEAST_IMAGE_BYTES, IMAGE_SHARE = 256 * 2**20, 8  # a part of the memory there is
 LARGEST_BODIES = 4  # bodies of the largest size that may be in memory while they arrive
 LARGEST_BODIES_OF_KEY = 2
 
@@ -45,6 +50,8 @@ class Admission:
         self.active = 0
         self.probes = 0
         self.tokens = 0
+        self.image_bytes = 0
+        self._memory_bytes = memory_bytes()
         self.arriving_bytes = 0
         self._freed_memory = FreedMemory(lambda: bool(self.active or self.probes or self.arriving_bytes))
         self._arriving_of_key: Counter[str] = Counter()
@@ -61,6 +68,11 @@ class Admission:
         """Tokens of all requests in progress: with nothing set, long thoughts of all that may run and wait."""
         by_requests = TOKENS_OF_REQUEST * (self._slots() + self.queue_size)
         return self._settings.queue_tokens or max(LEAST_TOKENS, by_requests)
+
+    @property
+    def queue_image_bytes(self) -> int:
+        """Bytes of the images of all requests in progress."""
+        return self._settings.queue_image_bytes or max(LEAST_IMAGE_BYTES, self._memory_bytes // IMAGE_SHARE)
 
     def check(self, caller: Caller) -> None:
         """Raises what `admit` would raise now; counts nothing."""
@@ -136,8 +148,16 @@ class Admission:
             raise too_many_tokens(limit, self.tokens, tokens)
         self.tokens += tokens
 
-    def _release(self, caller: Caller, requests: int, tokens: int) -> None:
+    def _take_image_bytes(self, caller: Caller, size: int) -> None:
+        limit = self.queue_image_bytes
+        # A request that is larger than the limit is admitted alone.
+        if not caller.probe and size and self.image_bytes and self.image_bytes + size > limit:
+            raise too_many_image_bytes(limit, self.image_bytes, size)
+        self.image_bytes += size
+
+    def _release(self, caller: Caller, requests: int, tokens: int, image_bytes: int) -> None:
         self.tokens -= tokens
+        self.image_bytes -= image_bytes
         if caller.probe:
             self.probes -= requests
             return
@@ -145,6 +165,13 @@ class Admission:
         self._of_key[caller.name] -= requests
         if not self._of_key[caller.name]:
             del self._of_key[caller.name]
+
+
+def memory_bytes() -> int:
+    """Of the machine, or of the container if that may have less."""
+    total = psutil.virtual_memory().total
+    group = cgroup.memory(total)
+    return group.limit_bytes if group else total
 
 
 class Permit:
@@ -155,6 +182,7 @@ class Permit:
         self.caller = caller
         self._requests = 0
         self._tokens = 0
+        self._image_bytes = 0
 
     def take_requests(self, requests: int) -> None:
         """Count more requests to the engine: each choice is one. Raises the 429 or 503 error."""
@@ -166,11 +194,22 @@ class Permit:
         self._admission._take_tokens(self.caller, tokens)
         self._tokens += tokens
 
+    def take_image_bytes(self, size: int) -> None:
+        """Count the bytes of the images, as uploaded and as pixels. Raises the 503 error."""
+        self._admission._take_image_bytes(self.caller, size)
+        self._image_bytes += size
+
+    def keep_image_bytes(self, size: int) -> None:
+        """Count no more than these any longer."""
+        freed = max(0, self._image_bytes - size)
+        self._image_bytes -= freed
+        self._admission.image_bytes -= freed
+
     def release(self) -> None:
-        requests, tokens = self._requests, self._tokens
-        self._requests = self._tokens = 0
-        if requests or tokens:
-            self._admission._release(self.caller, requests, tokens)
+        requests, tokens, image_bytes = self._requests, self._tokens, self._image_bytes
+        self._requests = self._tokens = self._image_bytes = 0
+        if requests or tokens or image_bytes:
+            self._admission._release(self.caller, requests, tokens, image_bytes)
 
 
 class ArrivingBody:

@@ -126,14 +126,18 @@ class RequestHandlers:
         if chat.choices > 1:
             permit.take_requests(chat.choices - 1)
         began = time.monotonic()
-        draft = await self.prompts.draft(chat, model, permit.caller)
+        # The timing of one key's requests must reveal nothing of another key's prompts.
+        salt = f"{permit.caller.name}:{chat.cache_salt or ''}"
+        draft = await self.prompts.draft(chat, model, permit.caller, salt)
         permit.take_tokens((draft.tokens + longest_answer(chat, model, draft.tokens, self.settings)) * chat.choices)
+        permit.take_image_bytes(draft.image_bytes)
         prompt = await self.prompts.finish(draft, model, permit.caller)
+        permit.keep_image_bytes(prompt.image_bytes)
         grammars = await self.grammars.compile(chat, prompt.starts_thinking, model, permit.caller)
         completion = _completion(chat, prompt, model, request_id, arrived_at, time.monotonic() - began)
         if any(grammar is not None and grammar.relaxed for grammar in grammars):
             completion.checked_schema = chat.answer_schema
-        handler = RequestHandler(self.engine, self.metrics, self.post, completion, permit, grammars, log)
+        handler = RequestHandler(self.engine, self.metrics, self.post, completion, permit, grammars, log, prompt.upload_bytes)
         handler.submit(
             [
                 EngineRequest(
@@ -141,8 +145,7 @@ class RequestHandlers:
                     prompt_ids=(ids := prompt.texts[index // (chat.n or 1)] if prompt.texts else prompt.ids),
                     sampling=sampling_params(chat, model, len(ids), self.settings, index % (chat.n or 1), grammar),
                     images=prompt.images,
-                    # The timing of one key's requests must reveal nothing of another key's prompts.
-                    salt=f"{permit.caller.name}:{chat.cache_salt or ''}",
+                    salt=salt,
                     probe=permit.caller.probe,
                     deadline_s=self.settings.request_timeout_s,
                 )
@@ -205,8 +208,10 @@ class RequestHandler:
         permit: Permit,
         grammars: list[MatcherGrammar | None],
         log: dict[str, Any],
+        upload_bytes: int = 0,
     ) -> None:
         self.completion = completion
+        self._upload_bytes = upload_bytes
         self._engine = engine
         self._metrics = metrics
         self._permit = permit
@@ -284,6 +289,7 @@ class RequestHandler:
             if not received:
                 yield []
                 continue
+            self._permit.keep_image_bytes(self._upload_bytes)  # the images are encoded
             chunks, deltas = [], list[Delta]()
             for number, (index, event) in enumerate(received):
                 if isinstance(event, Delta):

@@ -9,9 +9,10 @@ import asyncio
 import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from hashlib import sha256
+from math import prod
 from typing import Any
 
 from jinja2 import TemplateError
@@ -19,12 +20,13 @@ from PIL import Image
 
 from api.caller import Caller
 from api.engine.loaded_model import Model
-from api.engine.request import ImageInput
+from api.engine.request import ImageInput, Receive
 from api.engine.text.markup import END_THINK, THINK
 from api.engine.text.tokenizer import Vocabulary
 from api.errors import ServingError, invalid
-from api.images.decode import decode, is_remote, open_image, read_data_url
+from api.images.decode import check_bytes, check_pixels, decode, is_remote, open_image, read_data_url
 from api.images.fetch import Fetcher
+from api.images.known import KnownImage, KnownUploads
 from api.parsing.boxes import image_references
 from api.parsing.output import split_thinking
 from api.protocol.completion import PromptFacts
@@ -51,6 +53,12 @@ class Prompt:
     starts_thinking: bool  # the template ends with an open `<think>`
     question_image: int | None = None  # the image that the last question refers to, if it is exactly one
     texts: tuple[tuple[int, ...], ...] = ()  # the ids of each prompt of a text completion; `ids` are those of the longest
+    upload_bytes: int = 0  # of the images as they arrived
+
+    @property
+    def image_bytes(self) -> int:
+        """Of the images as they arrived, and of the pixels of those that are decoded."""
+        return self.upload_bytes + sum(getattr(image.patches, "nbytes", 0) for image in self.images)
 
     @property
     def image_tokens(self) -> int:
@@ -63,15 +71,37 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Upload:
+    """An image of a request before it is decoded: either known, or with its header read."""
+
+    param: str  # the field that it came in
+    source: str | bytes  # data: URL, or what was fetched
+    name: bytes
+    image: Image.Image | None = None
+    known: KnownImage | None = None
+
+
+@dataclass(frozen=True)
 class Draft:
     """A prompt whose images are measured but not yet decoded, so that its number of tokens is known."""
 
     ids: tuple[int, ...]  # one image token for each image
-    opened: tuple[tuple[str, Image.Image], ...]  # field, image of which only the header is read
+    uploads: tuple[Upload, ...]
     tokens: int
     starts_thinking: bool
     question_image: int | None
+    maker: ImageMaker  # of its images
     texts: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def upload_bytes(self) -> int:
+        return sum(len(upload.source) for upload in self.uploads)
+
+    @property
+    def image_bytes(self) -> int:
+        """Of the images as they arrived, and of the pixels of those that are to be decoded."""
+        opened = [upload.image.size for upload in self.uploads if upload.image is not None]
+        return self.upload_bytes + sum(self.maker.model.image_processor.count_bytes(*size) for size in opened)
 
 
 class PromptBuilder:
@@ -83,6 +113,7 @@ class PromptBuilder:
     def __init__(self, settings: Settings, fetcher: Fetcher) -> None:
         self._settings = settings
         self._fetcher = fetcher
+        self._known = KnownUploads()
         self._preprocess_pool = ThreadPoolExecutor(PREPROCESS_THREADS, thread_name_prefix="preprocess")
         self._probe_pool = ThreadPoolExecutor(1, thread_name_prefix="probe")
         self._fetch_pool = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="fetch")
@@ -91,14 +122,18 @@ class PromptBuilder:
         """The threads in which to parse and preprocess the requests of `caller`."""
         return self._probe_pool if caller.probe else self._preprocess_pool
 
-    async def draft(self, chat: ChatRequest, model: Model, caller: Caller) -> Draft:
-        """Fetch remote images, render the template, count tokens. Raises ServingError."""
+    async def draft(self, chat: ChatRequest, model: Model, caller: Caller, salt: str) -> Draft:
+        """Fetch remote images, render the template, count tokens. Images that were uploaded before under `salt` are known.
+
+        Raises ServingError.
+        """
         fetched = await self._fetch(chat)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.pool(caller), draft, chat, fetched, model, self._settings)
+        pool, loop = self.pool(caller), asyncio.get_running_loop()
+        maker = ImageMaker(model, self._settings, self._known, salt, pool)
+        return await loop.run_in_executor(pool, draft, chat, fetched, model, self._settings, maker)
 
     async def finish(self, drafted: Draft, model: Model, caller: Caller) -> Prompt:
-        """Decode and process the images. Raises ServingError."""
+        """Decode and process the images that are not known. Raises ServingError."""
         return await asyncio.get_running_loop().run_in_executor(self.pool(caller), finish, drafted, model)
 
     def close(self) -> None:
@@ -130,15 +165,18 @@ def image_urls(chat: ChatRequest, settings: Settings) -> list[tuple[str, str]]:
     return urls
 
 
-def draft(chat: ChatRequest, fetched: Mapping[str, bytes], model: Model, settings: Settings) -> Draft:
+def draft(
+    chat: ChatRequest, fetched: Mapping[str, bytes], model: Model, settings: Settings, maker: ImageMaker | None = None
+) -> Draft:
     """`fetched` holds the remote images by URL. Decodes no image. Raises the 400 or 413 error."""
+    maker = maker or ImageMaker(model, settings)
     if isinstance(chat, TextRequest):
-        return _draft_texts(chat, model)
-    opened = []
-    for param, url in image_urls(chat, settings):
-        data = fetched[url] if is_remote(url) else read_data_url(url, param, settings)
-        opened.append((param, open_image(data, param, settings)))
-    expected = sum(model.image_processor.count_tokens(*image.size) for _, image in opened)
+        return _draft_texts(chat, model, maker)
+    uploads = [maker.open(param, url, fetched) for param, url in image_urls(chat, settings)]
+    expected = sum(
+        upload.known.tokens if upload.known else model.image_processor.count_tokens(*upload.image.size)  # type: ignore[union-attr]
+        for upload in uploads
+    )
     if expected >= model.context_tokens:
         raise _too_long(expected, model, "The pictures alone take")
     ids = rendered_ids(
@@ -149,22 +187,22 @@ def draft(chat: ChatRequest, fetched: Mapping[str, bytes], model: Model, setting
         instruction=VERBOSITY.get(chat.verbosity or ""),
         continues=bool(chat.continue_final_message),
     )
-    assert ids.count(model.vocabulary.special[model.image_token]) == len(opened), "one image token for each image"
-    tokens = len(ids) - len(opened) + expected
+    assert ids.count(model.vocabulary.special[model.image_token]) == len(uploads), "one image token for each image"
+    tokens = len(ids) - len(uploads) + expected
     if tokens >= model.context_tokens:
         raise _too_long(tokens, model, "The prompt has")
-    referenced = {image for _, image in image_references(_last_question(chat.messages), len(opened))}
+    referenced = {image for _, image in image_references(_last_question(chat.messages), len(uploads))}
     question_image = referenced.pop() if len(referenced) == 1 else None
-    return Draft(tuple(ids), tuple(opened), tokens, _opens_thinking(ids, model), question_image)
+    return Draft(tuple(ids), tuple(uploads), tokens, _opens_thinking(ids, model), question_image, maker)
 
 
-def _draft_texts(request: TextRequest, model: Model) -> Draft:
+def _draft_texts(request: TextRequest, model: Model, maker: ImageMaker) -> Draft:
     """The prompts of a text completion as they are, without a chat template. Raises the 400 error."""
     texts = tuple(_text_ids(prompt, model) for prompt in request.prompts)
     longest = max(texts, key=len)
     if len(longest) >= model.context_tokens:
         raise _too_long(len(longest), model, "The prompt has", "prompt")
-    return Draft(longest, (), len(longest), False, None, texts)
+    return Draft(longest, (), len(longest), False, None, maker, texts)
 
 
 def _text_ids(prompt: str | tuple[int, ...], model: Model) -> tuple[int, ...]:
@@ -239,14 +277,69 @@ def _opens_thinking(ids: list[int], model: Model) -> bool:
     return False
 
 
+@dataclass(frozen=True)
+class ImageMaker:
+    """Makes the images of one request for the engine, and their patches again when it needs them again."""
+
+    model: Model
+    settings: Settings
+    known: KnownUploads = field(default_factory=KnownUploads)
+    salt: str = ""
+    pool: ThreadPoolExecutor | None = None  # for making patches again; None: they are kept
+
+    def open(self, param: str, url: str, fetched: Mapping[str, bytes]) -> Upload:
+        """Nothing but the header is read, and not even that if the image is known. Raises the 400 or 413 error."""
+        source = fetched[url] if is_remote(url) else url
+        name = self.known.name(source, self.salt, self.model.image_processor.settings_key)
+        known = self.known.get(name)
+        if known is not None:
+            check_bytes(known.file_bytes, param, self.settings)
+            check_pixels(prod(known.size), param, self.settings)
+            return Upload(param, source, name, known=known)
+        return Upload(param, source, name, open_image(self._file(source, param), param, self.settings))
+
+    def make(self, upload: Upload) -> tuple[ImageInput, tuple[int, int]]:
+        """The image and its size in pixels, upright. One that is known is not decoded. Raises the 400 error."""
+        read = partial(self._read, upload) if self.pool else None
+        known = upload.known or (self.known.get(upload.name) if read else None)
+        if known is not None:
+            return ImageInput(None, known.grid, known.tokens, known.key, read), known.size
+        assert upload.image is not None
+        image, size = _decoded(upload.image, upload.param, self.model)
+        image.read = read
+        self.known.add(upload.name, KnownImage(image.key, image.grid, image.tokens, size, _file_bytes(upload.source)))
+        return image, size
+
+    def _file(self, source: str | bytes, param: str) -> bytes:
+        return read_data_url(source, param, self.settings) if isinstance(source, str) else source
+
+    def _read(self, upload: Upload, receive: Receive) -> None:
+        """Called in the engine thread. Raises RuntimeError once the server ends."""
+
+        def read() -> None:
+            try:
+                opened = open_image(self._file(upload.source, upload.param), upload.param, self.settings)
+                result: Any = _decoded(opened, upload.param, self.model)[0].patches
+            except Exception as error:  # too little memory: it was decoded before
+                result = error
+            receive(result)
+
+        assert self.pool is not None
+        self.pool.submit(read)
+
+
+def _file_bytes(source: str | bytes) -> int:
+    """Bytes of the file in a data: URL; a little more where it has line breaks."""
+    return len(source) if isinstance(source, bytes) else len(source.partition(",")[2].rstrip("=")) * 3 // 4
+
+
 def finish(draft: Draft, model: Model) -> Prompt:
     """Decode and process the images, one at a time to keep memory low, and repeat the image token for each."""
     images, sizes = [], []
-    for param, image in draft.opened:
-        upright = decode(image, param)
-        image.close()  # `draft` holds it until the last one is done
-        images.append(_with_key(model.image_processor.process(upright), upright))
-        sizes.append(upright.size)
+    for upload in draft.uploads:
+        image, size = draft.maker.make(upload)
+        images.append(image)
+        sizes.append(size)
     image_id = model.vocabulary.special[model.image_token]
     remaining = iter(images)
     expanded = [i for token in draft.ids for i in ([token] if token != image_id else [token] * next(remaining).tokens)]
@@ -254,8 +347,17 @@ def finish(draft: Draft, model: Model) -> Prompt:
     if len(expanded) >= model.context_tokens:
         raise _too_long(len(expanded), model, "The prompt has")
     return Prompt(
-        tuple(expanded), tuple(images), tuple(sizes), draft.starts_thinking, draft.question_image, draft.texts
-    )
+        tuple(expanded), tuple(images), tuple(sizes), draft.starts_thinking, draft.question_image, draft.texts,
+        draft.upload_bytes,
+    )  # fmt: skip
+
+
+def _decoded(image: Image.Image, param: str, model: Model) -> tuple[ImageInput, tuple[int, int]]:
+    """The processed image and its size in pixels, upright. `image` is closed: others hold it longer than its pixels
+    are needed."""
+    upright = decode(image, param)
+    image.close()
+    return _with_key(model.image_processor.process(upright), upright), upright.size
 
 
 def _with_key(processed: ImageInput, image: Image.Image) -> ImageInput:

@@ -70,8 +70,9 @@ async def answer(
         permit.release()
         raise
     handler.completion.ignored = note_ignored(request, ignored)
-    formatted = formatter(chat, handler.completion)
-    if chat.stream:
+    formatted, streams = formatter(chat, handler.completion), chat.stream
+    del body, chat, start  # with images they are large, and the answer may take minutes
+    if streams:
         return EventStream(handler.events(formatted), handler.close, ignored.headers())
     try:
         return JSONResponse(await while_connected(request, handler.body(formatted)), headers=ignored.headers())

@@ -104,6 +104,7 @@ async def info(request: Request) -> dict[str, Any]:
         | {
             "queue_size": server.admission.queue_size,
             "queue_tokens": server.admission.queue_tokens,
+            "queue_image_bytes": server.admission.queue_image_bytes,
             "default_max_tokens": settings.default_max_tokens or model.answer.plain,
             "default_max_tokens_thinking": settings.default_max_tokens or model.answer.thinking,
         },

@@ -82,7 +82,7 @@ async def prompt_tokens(
         chat = await parse_body(lambda data: parse(data, ignored), body, server.prompts.pool(caller))
         if chat.model is not None and chat.model != model.id:
             raise unknown_model(chat.model, model.id)
-        draft = await while_connected(request, server.prompts.draft(chat, model, caller))
+        draft = await while_connected(request, server.prompts.draft(chat, model, caller, caller.name))
     finally:
         permit.release()
     note_ignored(request, ignored)

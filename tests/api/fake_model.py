@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from api.engine.kv_cache import Copy
 from api.engine.loaded_model import Capacity, Model, SampledToken, SamplingDefaults
 from api.engine.request import ImageInput
-from api.engine.scheduler import Batch, EncodeTask
+from api.engine.scheduler import Batch, EncodeTask, Packing
 from api.engine.sequence import Sequence
 from api.engine.text.markup import MARKUP
 from api.engine.text.tokenizer import Vocabulary
@@ -75,6 +75,11 @@ class FakeTemplate:
 class FakeImageProcessor:
     """One token for each 28 x 28 pixels; the patches are the mean colour, by which tests recognize the image."""
 
+    settings_key = b"fake"
+
+    def count_bytes(self, width: int, height: int) -> int:
+        return 3 * width * height
+
     def count_tokens(self, width: int, height: int) -> int:
         rows, columns = max(height // 28, 1), max(width // 28, 1)
         return rows * columns
@@ -91,6 +96,7 @@ class FakeRunner:
 
     overlaps = False
     free_rows = 12
+    packing = Packing()
 
     def __init__(
         self,
@@ -106,8 +112,10 @@ class FakeRunner:
         self._kv: dict[tuple[int, int], Any] = {}  # page and index in it -> key of the token stored there
         self.release = threading.Event()  # lets a hanging step continue
         self.hanging = threading.Event()  # set when a step has begun to hang
+        self._patches: dict[bytes, Any] = {}  # of all images that have been here, by key: they are released once encoded
         self.decoded: list[str] = []  # request ids in the order of their tokens
         self.encoded: list[Any] = []  # the patches of every encoded image
+        self.tasks: list[list[Any]] = []  # the same by those that were encoded together
         self.batches: list[Batch] = []
         self.most_rows = 10**9  # more sequences in a batch do not fit into memory
         self.cleared: list[int] = []  # KV pages
@@ -122,14 +130,16 @@ class FakeRunner:
     def close(self) -> None:
         pass
 
-    def encode(self, task: EncodeTask, limit_s: float) -> Any | None:
+    def encode(self, task: EncodeTask, limit_s: float) -> list[Any] | None:
         task.state = (task.state or 0) + 1
-        if task.image.patches == FAIL_COLOUR:
+        patches = [self._look_at(image) for image in task.images.values()]
+        if FAIL_COLOUR in patches:
             raise ValueError("told to fail on this image")
         if task.state < self.slices:
             return None
-        self.encoded.append(task.image.patches)
-        return task.image.patches
+        self.encoded += patches
+        self.tasks.append(patches)
+        return patches
 
     def size_bytes(self, features: Any) -> int:
         return 100
@@ -145,7 +155,7 @@ class FakeRunner:
     def begin(self, sequence: Sequence) -> None:
         if sequence.state is None:
             prompt = b"".join(map(self._vocabulary.token_bytes, sequence.request.prompt_ids)).decode(errors="replace")
-            text = self._answer(prompt, [image.patches for image in sequence.request.images])
+            text = self._answer(prompt, [self._look_at(image) for image in sequence.request.images])
             sequence.state = (prompt, [*self._vocabulary.encode(text), self._vocabulary.special["<|user|>"]])
 
     def compute(self, batch: Batch) -> list[SampledToken]:
@@ -173,8 +183,16 @@ class FakeRunner:
         assert stored == sequence.keys[:start], f"{sequence.request.id} would read another request's keys and values"
         for number, span in enumerate(sequence.spans):
             if start < span.end and end > span.start:
-                assert sequence.features[number] == span.image.patches, "these are another image's features"
+                assert sequence.features[number] == self._look_at(span.image), "these are another image's features"
         self._kv.update(zip(slots[start:], sequence.keys[start:end], strict=True))
+
+    def _look_at(self, image: ImageInput) -> Any:
+        """Its patches, or those of an image with the same key that has been here before."""
+        if image.patches is None:
+            return self._patches[image.key]
+        if image.key:
+            self._patches[image.key] = image.patches
+        return image.patches
 
     def _next(self, sequence: Sequence) -> SampledToken:
         self.decoded.append(sequence.request.id)

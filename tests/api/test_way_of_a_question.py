@@ -19,7 +19,7 @@ from settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 # A module that is added to the way of every question needs a reason to raise these.
-ABOVE_THE_ENGINE, IN_THE_ENGINE = 21, 18
+ABOVE_THE_ENGINE, IN_THE_ENGINE = 22, 20
 
 
 class Tracer:

@@ -24,7 +24,7 @@ def test_the_bench_of_graphs_runs_dry(tmp_path: Path) -> None:
 
     lines = [json.loads(line) for line in (tmp_path / "figures.jsonl").read_text().splitlines()]
     assert {line["section"] for line in lines} == {
-        "start", "decode step", "kernels", "sampler", "prefill", "vision", "same tokens",
+        "start", "decode step", "kernels", "sampler", "prefill", "vision", "several images", "same tokens",
     }  # fmt: skip
     assert not [line for line in lines if "failed" in line]
     same = {line["beside"]: line for line in lines if line["section"] == "same tokens"}

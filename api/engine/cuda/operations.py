@@ -27,11 +27,16 @@ from api.engine.cuda.linear import CudaFp8Linear, CudaLinear, CudaNf4Linear
 from api.engine.cuda.rotation import rotate_image, rotate_store
 from api.engine.cuda.rows import add_norm, add_norm_float8, silu_mul
 from api.engine.model.linear import Linear, Role
-from api.engine.model.operations import AttentionMetadata, TorchOperations
+from api.engine.model.operations import AttentionMetadata, Frames, TorchOperations, each_frame
 from api.engine.model.recipe import BF16, LINEARS, Format, Recipe
 
+try:
+    from torch.nn.attention import varlen
+except ImportError:  # torch before 2.10
+    varlen = None  # type: ignore[assignment]
+
 # What may be computed by a kernel of this room or by plain torch.
-Path = Literal["decode", "prefill", "norms", "rotation", "activation", "image", "float8", "nf4"]
+Path = Literal["decode", "prefill", "norms", "rotation", "activation", "image", "images", "float8", "nf4"]
 PATHS: tuple[Path, ...] = get_args(Path)
 
 
@@ -152,6 +157,23 @@ class CudaOperations(TorchOperations):
         )
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [frames, heads, patches of a frame, head_dim]
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(patches, -1)
+
+    def attend_images(
+        self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, frames: Frames, heads: int
+    ) -> torch.Tensor:
+        if "images" in self._plain:
+            return super().attend_images(qkv, cos, sin, frames, heads)
+        if frames.starts is None or not self._has_ragged_images(qkv):
+            return each_frame(self.attend_image, qkv, cos, sin, frames, heads)
+        q, k, v = rotate_image(qkv.contiguous(), cos, sin, heads).view(len(qkv), 3, heads, -1).unbind(1)
+        longest = max(frames.patches)
+        # One split: otherwise the longest frame would decide in how many parts the others are added up.
+        attended = varlen.varlen_attn(q, k, v, frames.starts, frames.starts, longest, longest, num_splits=1)
+        return attended.reshape(len(qkv), -1)
+
+    def _has_ragged_images(self, qkv: torch.Tensor) -> bool:
+        """Whether torch's attention over frames of several sizes is for such numbers."""
+        return varlen is not None and qkv.is_cuda and qkv.dtype in (torch.bfloat16, torch.float16)
 
     def _rotate_store_plain(
         self,

@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from api.engine.cuda.staging import FLOAT_FIELDS, TABLE_CHANGES, Staging
 from api.engine.cuda.step_test import prove_steps
 from api.engine.cuda.tables import DeviceTables
 from api.engine.cuda.vision_pace import VisionPace
+from api.engine.image_processor import PixelPatches
 from api.engine.kv_cache import BlockTable, Node
 from api.engine.loaded_model import Capacity, SampledToken
 from api.engine.model.operations import AttentionMetadata, ForwardBatch, Operations
@@ -31,13 +32,15 @@ from api.engine.model.runner import Glm4vRunner
 from api.engine.model.sampler import NOT_FINITE
 from api.engine.model.weight_source import WeightSource
 from api.engine.request import ImageInput, Request, SamplingParams
-from api.engine.scheduler import Batch, Chunk, EncodeTask
+from api.engine.scheduler import Batch, Chunk, EncodeTask, Packing
 from api.engine.sequence import Sequence
 
 logger = logging.getLogger(__name__)
 
 RESULTS = 3  # blocks of results that may be on their way
 MAX_CHUNKS = 16  # of prompts in a recorded step
+# Of small images that are encoded together: launching their operations one by one takes longer than computing them.
+PACKED_PATCHES = 4096
 
 
 @dataclass
@@ -70,6 +73,7 @@ class CudaRunner(Glm4vRunner):
 
     overlaps = True
     free_rows = 128
+    packing = Packing(PACKED_PATCHES)
     SPARE_PAGES = 2  # one that stays zero and one that padding rows write to
     SPARE_SLOTS = 2  # one for a probe and one for padding rows
 
@@ -158,19 +162,33 @@ class CudaRunner(Glm4vRunner):
         return self._launch(Batch(sequences), 1)
 
     @torch.inference_mode()
-    def encode(self, task: EncodeTask, limit_s: float) -> torch.Tensor | None:
+    def encode(self, task: EncodeTask, limit_s: float) -> list[torch.Tensor] | None:
         """Queues as many blocks as fit into `limit_s` of the device, by what earlier slices took there."""
         tower = self._vision_encoder
         began = self._queue.record()
         if task.state is None:
-            pixels = self._queue.send(torch.as_tensor(task.image.patches), tower.device, tower.dtype)
-            task.state = tower.begin(pixels, task.image.grid)
+            images = task.images.values()
+            starts = np.cumsum([0, *(rows * columns for i in images for _, rows, columns in [i.grid] * i.grid[0])])
+            task.state = tower.begin_several(
+                [self._sent(image.patches) for image in images],
+                [image.grid for image in images],
+                self._queue.send(torch.as_tensor(starts), tower.device, torch.int32) if len(images) > 1 else None,
+            )
         work = tower.block_work(task.state)
         blocks = self._vision_pace.blocks(limit_s, work, tower.blocks_left(task.state))
         features = tower.advance_blocks(task.state, blocks)
         self._vision_pace.queued(began, self._queue.record(), blocks * work)
         task.slice_s = self._vision_pace.seconds(blocks * work)
-        return features
+        return None if features is None else tower.features_of(task.state, features)
+
+    def _sent(self, patches: Any) -> Any:
+        """Patches on their way to the device: bytes as bytes."""
+        place, dtype = self._vision_encoder.device, self._vision_encoder.dtype
+        if not isinstance(patches, PixelPatches):
+            return self._queue.send(torch.as_tensor(patches), place, dtype)
+        pixels = self._queue.send(torch.as_tensor(patches.pixels), place, torch.uint8)
+        scale = self._queue.send(torch.as_tensor(patches.scale), place, dtype)
+        return replace(patches, pixels=pixels, scale=scale)
 
     def wait_for_slices(self) -> None:
         self._vision_pace.wait()
@@ -292,7 +310,7 @@ class CudaRunner(Glm4vRunner):
         for turn in range(6):
             side = tower.merge * (4, 12)[turn % 2]
             patches = np.zeros((side * side, tower.patch_size), dtype=np.float32)
-            task = EncodeTask(("", b""), ImageInput(patches, (1, side, side), side * side // tower.merge**2))
+            task = EncodeTask({("", b""): ImageInput(patches, (1, side, side), side * side // tower.merge**2)})
             while self.encode(task, 1.0) is None:
                 pass
             self._vision_pace.wait()

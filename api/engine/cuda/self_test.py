@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import accumulate
 from statistics import median
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from api.engine.cuda.operations import PATHS, CudaOperations, Path
 from api.engine.cuda.shape import Shape
 from api.engine.model.linear import Linear
-from api.engine.model.operations import AttentionMetadata, Operations, TorchOperations
+from api.engine.model.operations import AttentionMetadata, Frames, Operations, TorchOperations
 from api.engine.model.quantized_linear import NF4_BLOCK, Nf4Linear, bitsandbytes_ops
 from api.engine.model.recipe import Format, Recipe
 
@@ -32,6 +33,7 @@ TIMED_RUNS = 9
 REPEATS = 20  # calls in one CUDA graph
 LENGTHS = (1, 15, 16, 17, 255, 256, 257, 1000)  # tokens of decoding sequences: around the borders of pages and tiles
 CHUNKS = ((0, 37), (16, 240), (219, 37), (220, 37), (700, 129))  # first token and rows of prompt chunks
+IMAGES = (16, 196, 64, 420, 4)  # patches of frames that are encoded together
 NEEDS_FORMAT: dict[Path, Format] = {"float8": "fp8", "nf4": "nf4"}  # of the text model; other paths are always needed
 NF4_ROWS = (2, 17, 64, 16)
 EPS = 1e-5
@@ -90,7 +92,7 @@ class _Cases:
     def of(self, path: Path) -> Iterator[Case]:
         return {
             "decode": self._decode, "prefill": self._prefill, "norms": self._norms,
-            "rotation": self._rotation, "activation": self._activation, "image": self._image,
+            "rotation": self._rotation, "activation": self._activation, "image": self._image, "images": self._images,
             "float8": self._float8, "nf4": self._nf4,
         }[path]()  # fmt: skip
 
@@ -173,6 +175,18 @@ class _Cases:
 
         def case(ops: Operations, dtype: torch.dtype) -> torch.Tensor:
             return ops.attend_image(qkv.to(dtype), cos, sin, frames, heads)
+
+        yield case
+
+    def _images(self) -> Iterator[Case]:
+        """Frames of several sizes."""
+        heads, head_dim = self.shape.image_heads, self.shape.image_head_dim
+        qkv = self._random(sum(IMAGES), 3 * heads * head_dim)
+        angles = self._random(sum(IMAGES), head_dim)
+        starts = torch.tensor([0, *accumulate(IMAGES)], dtype=torch.int32, device=self.device)
+
+        def case(ops: Operations, dtype: torch.dtype) -> torch.Tensor:
+            return ops.attend_images(qkv.to(dtype), angles.cos(), angles.sin(), Frames(IMAGES, starts), heads)
 
         yield case
 

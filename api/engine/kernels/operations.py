@@ -14,9 +14,11 @@ from api.engine.model.operations import (
     AttentionMetadata,
     DecoderLayer,
     ForwardBatch,
+    Frames,
     FusedBlock,
     FusedDecoder,
     VisionBlock,
+    each_frame,
 )
 from api.engine.model.recipe import BF16
 
@@ -123,6 +125,11 @@ class CompiledOperations:
         self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, frames: int, heads: int
     ) -> torch.Tensor:
         return torch.ops.glm.attend_image(qkv, cos, sin, frames, heads)
+
+    def attend_images(
+        self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, frames: Frames, heads: int
+    ) -> torch.Tensor:
+        return each_frame(self.attend_image, qkv, cos, sin, frames, heads)
 
 
 def _decoder_weights(layer: DecoderLayer) -> tuple[torch.Tensor | None, ...]:

@@ -21,11 +21,11 @@ from api.engine.config import EngineConfig
 from api.engine.cuda.device import CudaDevice
 from api.engine.cuda.runner import CudaRunner
 from api.engine.guard import Comparison
+from api.engine.image_processor import CheckpointImageProcessor
 from api.engine.kernels.build import cache_folder
 from api.engine.loaded_model import (
     AnswerLimits,
     Capacity,
-    CheckpointImageProcessor,
     CheckpointTemplate,
     LoadError,
     Model,
@@ -136,6 +136,9 @@ def _assemble(
     room = _room(config, weights, plan)
     pictures = limit_pictures(image_processor, plan.picture_tokens if plan else config.max_picture_tokens)
     runner, kernels, origin = _runner(weights, room.capacity(), room.context_tokens, operations, progress)
+    # Together no larger than the largest image, for which there is memory.
+    largest = pictures * runner.vision_encoder.merge**2
+    runner.packing = replace(runner.packing, patches=min(runner.packing.patches, largest))
     if plan:
         tokens, reason = size_cache(runner, plan, CardMemory(), config.kv_cache_bytes)
         room = room.with_cache(Amount(tokens, reason), config)

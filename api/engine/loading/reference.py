@@ -26,6 +26,7 @@ from PIL import Image, ImageDraw
 from safetensors import safe_open
 
 from api.engine.guard import Comparison
+from api.engine.image_processor import as_floats
 from api.engine.loaded_model import ImageProcessor, Template
 from api.engine.loading.placement import GIB, free_gpu_bytes, free_memory_bytes
 from api.engine.model.recipe import Weights
@@ -201,7 +202,7 @@ def _compare(
     inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     sequence = make_sequence(Request("reference", ids, SamplingParams(1), images), lambda event: None, image_id)
     if images:
-        inputs["pixel_values"] = torch.as_tensor(images[0].patches).to(device, network.dtype)
+        inputs["pixel_values"] = torch.as_tensor(as_floats(images[0].patches)).to(device, network.dtype)
         inputs["image_grid_thw"] = torch.tensor([images[0].grid], device=device)
         inputs["mm_token_type_ids"] = (tokens == image_id).int()
         features = network.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -94,6 +95,19 @@ class VisionBlock:
     k_norm: torch.Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Frames:
+    """Frames of images that are encoded together, in the order of their patches."""
+
+    patches: tuple[int, ...]  # of each frame
+    starts: torch.Tensor | None = None  # int32 [frames + 1] on the device, for kernels: first patch of each, then the number of patches
+
+    @property
+    def alike(self) -> bool:
+        """Whether all have the same size."""
+        return len(set(self.patches)) == 1
+
+
 # (batch, KV cache of each layer) -> normed rows that logits are computed from [n, hidden]
 FusedDecoder = Callable[[ForwardBatch, list[torch.Tensor]], torch.Tensor]
 # (x [patches, hidden], cos, sin [patches, head_dim], frames) -> [patches, hidden]
@@ -152,6 +166,11 @@ class Operations(Protocol):
     ) -> torch.Tensor:
         """Attention of patches within their frame: qkv [patches, 3 * heads * head_dim] not yet rotated, float32 cos and
         sin [patches, head_dim] -> [patches, heads * head_dim]."""
+
+    def attend_images(
+        self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, frames: Frames, heads: int
+    ) -> torch.Tensor:
+        """The same for frames of several sizes. The result of one does not depend on the others."""
 
 
 class TorchOperations:
@@ -243,10 +262,28 @@ class TorchOperations:
         attended = attend(q[:, None], k, v).view(frames, heads, -1, q.shape[-1])
         return attended.transpose(1, 2).reshape(patches, -1)
 
+    def attend_images(
+        self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, frames: Frames, heads: int
+    ) -> torch.Tensor:
+        return each_frame(partial(TorchOperations.attend_image, self), qkv, cos, sin, frames, heads)
+
     def _read(self, kv: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
         """Gather the rows of pages, in order: [pages * page_tokens, 2 * kv_heads, head_dim]."""
         by_page = kv.view(-1, self._page_tokens * kv.shape[1] * kv.shape[2])
         return by_page.index_select(0, pages).view(-1, *kv.shape[1:])
+
+
+def each_frame(
+    attend_image: Callable[..., torch.Tensor],
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    frames: Frames,
+    heads: int,
+) -> torch.Tensor:
+    """`attend_images` by one call for each frame."""
+    parts = (part.split(frames.patches) for part in (qkv, cos, sin))
+    return torch.cat([attend_image(*frame, 1, heads) for frame in zip(*parts, strict=True)])
 
 
 def _additive(masked: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

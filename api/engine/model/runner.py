@@ -21,13 +21,15 @@ from api.engine.model.rotary import rope_positions
 from api.engine.model.sampler import Sampler
 from api.engine.model.vision_encoder import VisionEncoder
 from api.engine.model.weight_source import WeightSource
-from api.engine.scheduler import Batch, Chunk, EncodeTask
+from api.engine.scheduler import Batch, Chunk, EncodeTask, Packing
 from api.engine.sequence import Sequence
 from api.engine.token_budget import FREE_ROWS
 
 # Attention over the KV cache is padded to multiples of this many tokens, so that few shapes occur. Decoding on the CPU
 # pads to pages only: its kernel does not depend on shapes, and padding costs memory bandwidth.
 LENGTH_STEP = 64
+# Of small images that are encoded together on a CPU: as many as make products of few rows quicker.
+PACKED_PATCHES = 512
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Glm4vRunner:
 
     overlaps = False
     free_rows = FREE_ROWS
+    packing = Packing(PACKED_PATCHES, alike=True)  # the fused blocks know frames of one size
     # Pages beyond those that are allocated: one stays zero and pads what is read, so that no row reads another's.
     SPARE_PAGES = 1
     SPARE_SLOTS = 1  # beyond those of requests: one for a probe
@@ -114,10 +117,12 @@ class Glm4vRunner:
         return self._decoder.run(batch, observe, self._decoder.new_kv(pages * self._page_tokens))[0]
 
     @torch.inference_mode()
-    def encode(self, task: EncodeTask, limit_s: float) -> torch.Tensor | None:
+    def encode(self, task: EncodeTask, limit_s: float) -> list[torch.Tensor] | None:
+        tower, images = self._vision_encoder, task.images.values()
         if task.state is None:
-            task.state = self._vision_encoder.begin(task.image.patches, task.image.grid)
-        return self._vision_encoder.advance(task.state, limit_s)
+            task.state = tower.begin_several([image.patches for image in images], [image.grid for image in images])
+        features = tower.advance(task.state, limit_s)
+        return None if features is None else tower.features_of(task.state, features)
 
     def size_bytes(self, features: torch.Tensor) -> int:
         return features.nbytes

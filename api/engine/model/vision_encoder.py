@@ -1,4 +1,5 @@
-"""The vision encoder of the families that the engine computes: one image at a time, in slices of one or more blocks.
+"""The vision encoder of the families that the engine computes: one or several images at a time, in slices of one or more
+blocks.
 
 The arithmetic of Glm4vVisionModel (transformers 5.23, models.glm4v.modeling_glm4v) and of GlmOcrVisionModel, which has
 biases and norms of queries and keys, but no learned positions and no norm after the embedding. A slice has a time limit, so that
@@ -10,6 +11,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,25 +19,28 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from api.engine.image_processor import PixelPatches
 from api.engine.model.linear import Linear
-from api.engine.model.operations import Operations, VisionBlock
+from api.engine.model.operations import Frames, Operations, VisionBlock
 from api.engine.model.weight_source import WeightSource
 
 Grid = tuple[int, int, int]  # frames, rows, columns, in patches
 # Learned position embeddings [patches, hidden], cos and sin [patches, head_dim] of a grid.
 Table = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]
 TOWER = "model.visual"
+PIXEL_ROWS = 1024  # patches whose bytes become numbers at once
 TABLE_PATCHES = 2**14  # position tables of the latest image sizes are kept, together of at most so many patches
 
 
 @dataclass
 class Progress:
-    """The state of an image between two blocks."""
+    """The state of images between two blocks."""
 
     x: torch.Tensor  # [patches, hidden]
     cos: torch.Tensor  # [patches, head_dim], float32
     sin: torch.Tensor
-    frames: int
+    frames: Frames
+    images: tuple[int, ...]  # patches of each
     block: int = 0  # index of the next block
 
 
@@ -71,14 +76,50 @@ class VisionEncoder:
         self._tables: OrderedDict[Grid, Table] = OrderedDict()
 
     def begin(self, patches: Any, grid: Grid, keep_table: bool = True) -> Progress:
-        """`patches` [patches, channels * frames * height * width] in the order of the image processor. `keep_table`: use
-        and fill the cache of position tables."""
-        pixels = torch.as_tensor(patches).to(self.device, self.dtype)
-        learned, cos, sin = self._table(grid) if keep_table else self._make_table(grid)
-        x = self._embed(pixels)
+        """One image; see `begin_several`."""
+        return self.begin_several([patches], [grid], None, keep_table)
+
+    def begin_several(
+        self, patches: list[Any], grids: list[Grid], starts: torch.Tensor | None = None, keep_table: bool = True
+    ) -> Progress:
+        """Images to be encoded together. `starts`: as in Frames.
+
+        `patches`: PixelPatches, or numbers [patches, channels * frames * height * width] in the order of the image
+        processor; tensors on the device are taken as they are. `keep_table`: use and fill the cache of position tables."""
+        numbers = [self._numbers(each) for each in patches]
+        tables = [self._table(grid) if keep_table else self._make_table(grid) for grid in grids]
+        images = tuple(map(len, numbers))
+        x = self._embed(_joined(numbers))
         if self._embed_norm is not None:
             x = F.rms_norm(x, self._embed_norm.shape, self._embed_norm, self._eps)
-        return Progress(x if learned is None else x + learned, cos, sin, grid[0])
+        learned = [table[0] for table in tables if table[0] is not None]
+        x = x + _joined(learned) if learned else x
+        frames = tuple(rows * columns for frames, rows, columns in grids for _ in range(frames))
+        cos, sin = (_joined(parts) for parts in zip(*(table[1:] for table in tables), strict=True))
+        return Progress(x, cos, sin, Frames(frames, starts), images)
+
+    def features_of(self, progress: Progress, features: torch.Tensor) -> list[torch.Tensor]:
+        """Features of each image, from those of all that were encoded together."""
+        if len(progress.images) == 1:
+            return [features]
+        parts = features.split([patches // self.merge**2 for patches in progress.images])
+        return [part.clone() for part in parts]  # each can be freed alone
+
+    def _numbers(self, patches: Any) -> torch.Tensor:
+        """Patches as numbers of the encoder's type: [patches, channels * frames * height * width]."""
+        if not isinstance(patches, PixelPatches):
+            return torch.as_tensor(patches).to(self.device, self.dtype)
+        pixels = torch.as_tensor(patches.pixels).to(self.device)
+        scale = torch.as_tensor(patches.scale).to(self.device, self.dtype)
+        (count, colours, area), frames = pixels.shape, patches.frames
+        numbers = torch.empty(count, colours, frames, area, dtype=self.dtype, device=self.device)
+        first = torch.arange(colours, dtype=torch.int32, device=self.device)[:, None] * scale.shape[1]
+        for start in range(0, count, PIXEL_ROWS):  # indices take four times the memory of what they are made from
+            rows = slice(start, start + PIXEL_ROWS)
+            indices = pixels[rows].int().add_(first)
+            found = scale.view(-1).index_select(0, indices.view(-1)).view(indices.shape)
+            numbers[rows] = found[:, :, None]
+        return numbers.view(count, -1)
 
     def advance(self, progress: Progress, limit_s: float) -> torch.Tensor | None:
         """Compute as many blocks as fit into `limit_s`, at least one. Returns features [image tokens, hidden] of the text
@@ -109,8 +150,8 @@ class VisionEncoder:
 
     def block_work(self, progress: Progress) -> int:
         """What a block costs, in patches of an image so small that its attention costs nothing."""
-        patches = len(progress.x)
-        return patches + int(patches * (patches // progress.frames) * self._attention_share)
+        sizes = progress.frames.patches
+        return sum(sizes) + int(sum(size**2 for size in sizes) * self._attention_share)
 
     def drop_tables(self) -> None:
         """Empty the cache of position tables."""
@@ -118,8 +159,8 @@ class VisionEncoder:
 
     def _run(self, progress: Progress) -> torch.Tensor:
         x, block, fused = progress.x, self._blocks[progress.block], self._fused[progress.block]
-        if fused:
-            return fused(x, progress.cos, progress.sin, progress.frames)
+        if fused and progress.frames.alike:
+            return fused(x, progress.cos, progress.sin, len(progress.frames.patches))
         x = x + block.out(self._attend(x, block, progress))  # what attention takes is free again before the MLP
         hidden = F.rms_norm(x, block.norm2.shape, block.norm2, self._eps)
         return x + block.down(block.gate_up(hidden))
@@ -128,7 +169,10 @@ class VisionEncoder:
         qkv = block.qkv(F.rms_norm(x, block.norm1.shape, block.norm1, self._eps))
         if block.q_norm is not None and block.k_norm is not None:
             qkv = self._normed(qkv, block.q_norm, block.k_norm)
-        return self._operations.attend_image(qkv, progress.cos, progress.sin, progress.frames, self._heads)
+        frames = progress.frames
+        if frames.alike:
+            return self._operations.attend_image(qkv, progress.cos, progress.sin, len(frames.patches), self._heads)
+        return self._operations.attend_images(qkv, progress.cos, progress.sin, frames, self._heads)
 
     def _normed(self, qkv: torch.Tensor, q_norm: torch.Tensor, k_norm: torch.Tensor) -> torch.Tensor:
         """Queries and keys of qkv [patches, 3 * heads * head_dim] normed for each head."""
@@ -173,6 +217,10 @@ class VisionEncoder:
         at = torch.stack([(x + 0.5) / columns * 2 - 1, (y + 0.5) / rows * 2 - 1], dim=-1)[None, :, None]
         resized = F.grid_sample(learned, at, mode="bicubic", align_corners=False, padding_mode="border")
         return resized[0, :, :, 0].T.to(self.dtype).contiguous()
+
+
+def _joined(parts: Items[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _block(source: WeightSource, name: str, linear: Callable[..., Linear]) -> VisionBlock:

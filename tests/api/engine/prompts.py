@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from api.engine.encoder_cache import EncoderCache
+from api.engine.image_processor import as_floats
 from api.engine.kv_cache import KvCache
 from api.engine.loaded_model import Model
 from api.engine.request import Request, SamplingParams
@@ -50,7 +51,7 @@ class Steps:
         self.model, self.chunk_tokens = model, chunk_tokens
         size = model.capacity
         self.scheduler = Scheduler(
-            99, size.slots, KvCache(pages or size.pages, size.page_tokens), EncoderCache(size.encoder_cache_bytes)
+            99, size.slots, KvCache(pages or size.pages, size.page_tokens), EncoderCache(size.encoder_cache_bytes), model.runner.packing
         )
         self.image_id = model.vocabulary.special[model.image_token]
 
@@ -66,7 +67,7 @@ class Steps:
             runner.begin(sequence)
         task = self.scheduler.next_encode_task()
         if task and (features := runner.encode(task, slice_s)) is not None:
-            self.scheduler.encode_done(task, features, runner.size_bytes(features))
+            self.scheduler.encode_done(task, features, [runner.size_bytes(each) for each in features])
         batch = self.scheduler.batch(self.chunk_tokens)
         if batch.sequences:
             tokens = runner.compute(batch)
@@ -102,7 +103,7 @@ def _inputs(model: Model, request: Request) -> dict[str, torch.Tensor]:
     ids = torch.tensor([request.prompt_ids])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if request.images:
-        inputs["pixel_values"] = torch.cat([torch.as_tensor(p.patches) for p in request.images])
+        inputs["pixel_values"] = torch.cat([torch.as_tensor(as_floats(p.patches)) for p in request.images])
         inputs["image_grid_thw"] = torch.tensor([p.grid for p in request.images])
         inputs["mm_token_type_ids"] = (ids == model.vocabulary.special["<|image|>"]).int()
     return inputs

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 from driving import WAIT_S, Driver, read
-from fake_model import FAIL_COLOUR
+from fake_model import FAIL_COLOUR, OutOfMemory
 from PIL import Image
 
 from api.engine.request import Delta, Done, Failed, Failure, FinishReason
@@ -46,6 +46,23 @@ def test_one_failing_request_does_not_fail_the_others(drive) -> None:
 
     assert [text for text, _ in ends] == ["fine", "fine", "", "fine"]
     assert isinstance(ends[2][1], Failed) and ends[2][1].kind is Failure.ENGINE
+
+
+def test_a_request_that_ends_in_one_half_of_a_batch_is_not_computed_in_the_other(drive) -> None:
+    driver = drive(slots=1, answer=lambda p, i: "fine").ready()
+    parts = []
+
+    def failing(batch):
+        parts.append([(chunk.start, chunk.end) for chunk in batch.chunks])
+        if batch.chunk_tokens > 32:
+            raise OutOfMemory("too many tokens at once")
+        raise ValueError("told to fail")
+
+    driver.runner.compute = failing
+    _, last = read(driver.ask("x" * 64))
+
+    assert isinstance(last, Failed) and last.kind is Failure.ENGINE
+    assert parts == [[(0, 64)], [(0, 32)]]
 
 
 def test_an_image_that_cannot_be_encoded_fails_its_own_request(drive) -> None:

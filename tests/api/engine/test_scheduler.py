@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from api.engine.encoder_cache import EncoderCache
 from api.engine.kv_cache import KvCache
 from api.engine.request import ImageInput, Request, SamplingParams
-from api.engine.scheduler import QueueFull, Scheduler
+from api.engine.scheduler import Packing, QueueFull, Scheduler
 from api.engine.sequence import Sequence, make_sequence
 
 IMAGE = 7
@@ -48,7 +48,7 @@ class Drive:
             self.runner.begin(started)
         task = self.scheduler.next_encode_task()
         if task and (features := self.runner.encode(task, 1.0)) is not None:
-            self.scheduler.encode_done(task, features, 100)
+            self.scheduler.encode_done(task, features, [100] * len(features))
         batch = self.scheduler.batch(chunk_tokens)
         tokens = self.runner.compute(batch)
         self.scheduler.computed(batch)
@@ -350,3 +350,120 @@ def test_a_batch_can_be_halved_down_to_single_tokens() -> None:
 
     assert [len(piece.sequences) for piece in pieces(batch, cut=False)] == [1, 1, 1]
     assert [piece.chunk_tokens for piece in pieces(batch, cut=True)] == [1] * 24
+
+
+def questions(drive: Drive, colours: str, tokens: int = 4, **fields) -> list[Sequence]:
+    """One question for each colour."""
+    asked = [sequence(c, [ord(c), *[IMAGE] * tokens, 2], [image(c, tokens)], **fields) for c in colours]
+    for one in asked:
+        drive.scheduler.add(one)
+    return asked
+
+
+def test_images_of_a_step_are_encoded_together_as_far_as_they_are_small() -> None:
+    drive = Drive(scheduler(slots=4))
+    drive.scheduler.packing = Packing(patches=32)  # an image has 16
+    questions(drive, "abc")
+
+    drive.run()
+
+    assert drive.runner.tasks == [["a", "b"], ["c"]]
+
+
+def test_only_images_of_one_size_are_encoded_together_where_that_is_needed() -> None:
+    drive = Drive(scheduler(slots=4))
+    drive.scheduler.packing = Packing(patches=1000, alike=True)
+    for name, tokens in (("a", 4), ("b", 8), ("c", 4)):
+        questions(drive, name, tokens)
+
+    drive.run()
+
+    assert drive.runner.tasks == [["a", "c"], ["b"]]
+
+
+def test_images_that_fail_together_are_tried_alone() -> None:
+    drive = Drive(scheduler(slots=4))
+    drive.scheduler.packing = Packing(patches=1000)
+    questions(drive, "abc")
+    drive.scheduler.admit()
+    task = drive.scheduler.next_encode_task()
+    assert task is not None and len(task.images) == 3
+
+    assert drive.scheduler.encode_failed(task) == []
+    alone = []
+    for _ in range(3):
+        task = drive.scheduler.next_encode_task()
+        assert task is not None and len(task.images) == 1
+        alone += drive.scheduler.encode_failed(task)
+        drive.scheduler.remove(alone[-1])
+
+    assert [one.request.id for one in alone] == ["a", "b", "c"]
+
+
+def test_features_that_sequences_hold_are_in_the_budget() -> None:
+    """An image has 100 bytes of features, and 300 are allowed."""
+    drive = Drive(scheduler(slots=1, pages=60, cache_bytes=300))
+    prompt = [token for n in range(6) for token in (n + 10, *[IMAGE] * 4)]
+    asked = sequence("a", [*prompt, 2], [image(c) for c in "abcdef"])
+    drive.scheduler.add(asked)
+    most = 0
+
+    while drive.scheduler.has_work:
+        drive.step()
+        outside = {asked.spans[i].key for i in asked.features} - set(drive.scheduler.encoder_cache._items)
+        most = max(most, drive.scheduler.encoder_cache.used_bytes + 100 * len(outside))
+
+    assert drive.runner.encoded == [*"abcdef"] and len(asked.output_ids) == 3
+    assert most == 300
+
+
+def test_what_a_sequence_holds_is_not_evicted_for_others() -> None:
+    drive = Drive(scheduler(slots=2, pages=60, cache_bytes=200))
+    questions(drive, "ab")
+    drive.run()
+    held = sequence("c", [9, *[IMAGE] * 4, 8, *[IMAGE] * 4], [image("a"), image("new")])
+    drive.scheduler.add(held)
+    drive.scheduler.admit()
+    task = drive.scheduler.next_encode_task()
+    assert task is not None
+
+    drive.scheduler.encode_done(task, ["new"], [100])
+
+    assert [key[1] for key in drive.scheduler.encoder_cache._items] == [b"a", b"new"]
+
+
+def test_an_image_larger_than_the_budget_is_encoded_when_nothing_is_held() -> None:
+    drive = Drive(scheduler(slots=2, pages=60, cache_bytes=50))
+    asked = questions(drive, "ab")
+
+    drive.run()
+
+    assert sorted(drive.runner.encoded) == ["a", "b"] and all(len(one.output_ids) == 3 for one in asked)
+    assert drive.scheduler.encoder_cache.used_bytes == 0
+
+
+def test_patches_are_released_once_encoded_and_made_again_two_at_a_time() -> None:
+    drive = Drive(scheduler(slots=1, pages=60))
+    images, prompt = [image(c) for c in "abc"], [token for _ in range(3) for token in (8, *[IMAGE] * 4)]
+    later = sequence("later", [5, *[IMAGE] * 4], [image("a")])
+    released = [*images, later.spans[0].image]
+    for one in released:
+        one.read = lambda receive: None
+    drive.scheduler.add(sequence("a", [*prompt, 2], images))
+    drive.scheduler.add(later)
+    drive.run()
+    assert [one.patches for one in released] == [None] * 4
+
+    drive.scheduler.drop_caches()
+    drive.scheduler.add(sequence("b", [*prompt, 2], images))
+
+    assert not drive.step(), "nothing can be done without patches"
+    wanted = drive.scheduler.images_to_read()
+    assert wanted == images[:2] and drive.scheduler.images_to_read() == [] and drive.scheduler.reading
+    for one, colour in zip(wanted, "ab", strict=True):
+        one.patches, one.reading = colour, False
+    assert drive.scheduler.images_to_read() == [], "these come first"
+    drive.step()
+    assert drive.scheduler.images_to_read() == images[2:]
+    images[2].patches, images[2].reading = "c", False
+    assert drive.run()[-1] == "b" and drive.runner.encoded == [*"abc", *"abc"]

@@ -52,6 +52,27 @@ def test_probes_have_permits_of_their_own() -> None:
     assert refusal(lambda: admission.admit(PROBE)).code == "queue_full"
 
 
+def test_bytes_of_images_are_limited_and_given_back() -> None:
+    admission = Admission(Settings(queue_image_bytes=100))
+    large, small = admission.admit(ANN), admission.admit(ANN)
+    large.take_image_bytes(500)
+
+    error = refusal(lambda: small.take_image_bytes(60))
+
+    assert (error.status, error.code) == (503, "queue_full")
+    assert "<= 100 bytes of images may be under way, 500 are. Given: 60" in error.message
+    small.take_image_bytes(0)  # text is not refused for others' images
+    large.keep_image_bytes(40)  # its pixels are encoded
+    small.take_image_bytes(60)
+    for permit in (large, small, small):
+        permit.release()
+    assert admission.image_bytes == admission.active == 0
+
+
+def test_without_a_setting_images_get_a_part_of_the_memory() -> None:
+    assert Admission(Settings()).queue_image_bytes >= 256 * 2**20
+
+
 def test_tokens_are_limited_but_a_single_request_is_always_admitted() -> None:
     admission = Admission(Settings(queue_tokens=100))
     large, small = admission.admit(ANN), admission.admit(ANN)

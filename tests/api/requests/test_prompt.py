@@ -141,7 +141,7 @@ def test_an_image_is_let_go_before_the_next_is_decoded(model: Model, monkeypatch
     process, held = model.image_processor.process, []
 
     def noting(image):
-        held.append(sum(has_pixels(opened) for _, opened in drafted.opened))
+        held.append(sum(has_pixels(upload.image) for upload in drafted.uploads))
         return process(image)
 
     monkeypatch.setattr(model.image_processor, "process", noting)

@@ -12,6 +12,7 @@ from fake_card import PLACE, FakeDevice, FakeSource, HiddenCopy, fake_card
 from prompts import Steps
 
 from api.engine.cuda.runner import CudaRunner
+from api.engine.image_processor import PixelPatches
 from api.engine.loaded_model import Model
 from api.engine.request import ImageInput, Request, SamplingParams
 
@@ -34,11 +35,15 @@ def card(plain: Model, tiny_checkpoint) -> Model:
         learned = torch.empty(64, network.config.vision_config.hidden_size, dtype=torch.bfloat16, device=PLACE)
         angles = torch.empty(64, network.config.vision_config.hidden_size // 2, device=PLACE)
         tower._tables[1, 8, 8] = (learned, angles, angles)
+        tower._tables[1, 4, 4] = (learned[:16], angles[:16], angles[:16])
     return replace(plain, runner=runner)
 
 
-def image(side: int) -> ImageInput:
-    return ImageInput(np.zeros((side * side, 1176), np.float32), (1, side, side), side * side // 4, b"")
+def image(side: int, as_bytes: bool = False) -> ImageInput:
+    patches = np.zeros((side * side, 1176), np.float32)
+    if as_bytes:
+        patches = PixelPatches(np.zeros((side * side, 3, 196), np.uint8), np.zeros((3, 256), np.float32), 2)
+    return ImageInput(patches, (1, side, side), side * side // 4, b"")
 
 
 @pytest.mark.parametrize("recorded", [False, True], ids=["operations", "graphs"])
@@ -49,6 +54,9 @@ def test_a_step_copies_once_there_and_once_back(card: Model, recorded: bool) -> 
         Request("text", tuple(range(40)), SamplingParams(20)),
         Request("sampled", tuple(range(5)), SamplingParams(20, temperature=0.8, top_k=2, top_p=0.6)),
         Request("image", (1, *[image_id] * 16, 2), SamplingParams(20), (image(8),)),
+        Request(
+            "images", (1, *[image_id] * 4, 2, *[image_id] * 16, 2), SamplingParams(20), (image(4, True), image(8, True))
+        ),
     ]
     with fake_card():
         while recorded and card.runner.prepare_next():

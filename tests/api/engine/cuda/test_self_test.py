@@ -28,7 +28,7 @@ def broken(path: str, how: str) -> CudaOperations:
     """Right operations but for one path."""
     ops = Right({"float8": "fp8", "nf4": "nf4"}.get(path, "bf16"))
     name = {"decode": "attend_decode", "prefill": "attend_prefill", "norms": "add_norm", "rotation": "rotate_store",
-            "activation": "activate", "image": "attend_image", "float8": "linear", "nf4": "linear"}[path]  # fmt: skip
+            "activation": "activate", "image": "attend_image", "images": "attend_images", "float8": "linear", "nf4": "linear"}[path]  # fmt: skip
     right = getattr(ops, name)
 
     def wrong(*args: object, **kwargs: object) -> object:

@@ -106,7 +106,7 @@ def test_pictures_are_scaled_down_to_the_limit() -> None:
     import transformers
     from PIL import Image
 
-    from api.engine.loaded_model import CheckpointImageProcessor
+    from api.engine.image_processor import CheckpointImageProcessor
 
     processor = transformers.AutoImageProcessor.from_pretrained(DEMO, backend="pil")
     assert largest_picture(processor) == 42

@@ -9,10 +9,13 @@ import torch
 from prompts import STEPS, Steps, ask, draw_image, generate, next_logits, request_for
 
 from api.engine.config import EngineConfig
+from api.engine.image_processor import as_floats
 from api.engine.kernels import build as kernels
 from api.engine.loaded_model import Model
 from api.engine.loading.loader import load
+from api.engine.model import vision_encoder
 from api.engine.request import Request, SamplingParams
+from api.engine.scheduler import EncodeTask, Packing
 from settings import ROOT
 
 
@@ -57,6 +60,39 @@ def test_a_mixed_batch_does_not_change_the_tokens(chunk_tokens: int, model: Mode
     together = Steps(model, chunk_tokens).run(*requests)
 
     assert together == [generate(reference, model, request) for request in requests]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bytes_become_the_very_numbers_of_the_processor(dtype: torch.dtype, model: Model, monkeypatch) -> None:
+    image = model.image_processor.process(draw_image(6, (640, 480)))
+    monkeypatch.setattr(model.runner.vision_encoder, "dtype", dtype)
+    monkeypatch.setattr(vision_encoder, "PIXEL_ROWS", 100)  # several blocks, and a rest
+
+    numbers = model.runner.vision_encoder._numbers(image.patches)
+
+    assert torch.equal(numbers, torch.as_tensor(as_floats(image.patches)).to(dtype))
+
+
+@pytest.mark.parametrize("alike", [False, True], ids=["any sizes", "one size"])
+@pytest.mark.parametrize("slice_s", [10.0, 0.0], ids=["at once", "in slices"])
+def test_images_that_are_encoded_together_do_not_change_the_tokens(alike: bool, slice_s: float, model: Model, reference, monkeypatch) -> None:
+    monkeypatch.setattr(model.runner, "packing", Packing(patches=4096, alike=alike), raising=False)
+    slices: list[EncodeTask] = []
+    encode = model.runner.encode
+    monkeypatch.setattr(model.runner, "encode", lambda task, limit: (slices.append(task), encode(task, limit))[1])
+    shapes = [draw_image(20 + n, (112, 84) if n % 2 else (150, 90 + 30 * n)) for n in range(4)]
+    requests = [
+        request_for(model, [ask("What is it?", 2)], [shapes[n], shapes[(n + 1) % 4]], name=str(n), max_tokens=6) for n in range(4)
+    ]
+
+    steps = Steps(model)
+    sequences = [steps.add(request) for request in requests]
+    while any(len(sequence.output_ids) < 6 for sequence in sequences):
+        steps.step(slice_s)
+
+    assert [sequence.output_ids for sequence in sequences] == [generate(reference, model, request) for request in requests]
+    assert max(len(task.images) for task in slices) == (2 if alike else 4)
+    assert (len(slices) > len(set(slices))) == (slice_s == 0)
 
 
 def test_requests_may_join_and_leave_at_any_step(model: Model, reference) -> None:
