@@ -26,6 +26,7 @@ install_debian_packages() {
     command -v flock >/dev/null || lacking+=(util-linux)
     command -v cron >/dev/null || lacking+=(cron)
     command -v systemd-analyze >/dev/null || lacking+=(systemd)
+    [[ -x /usr/sbin/logrotate ]] || command -v logrotate >/dev/null || lacking+=(logrotate)
     command -v promtool >/dev/null || lacking+=(prometheus)
     [[ -x /usr/sbin/nginx ]] || command -v nginx >/dev/null || lacking+=(nginx-light)
     # No pipe into grep -q: it ends early, and under pipefail the ended fc-list would count as a missing font.

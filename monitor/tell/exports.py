@@ -9,7 +9,6 @@ import base64
 import json
 import os
 import platform
-import shutil
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,7 +31,7 @@ PROM = "health.prom"
 ROTATE_BYTES = 10 * 2**20
 ROTATE_KEEP = 5
 RAW_LOGS = ("api.log", "web.log", "health_check.log")
-RAW_LIMIT_BYTES = 200 * 2**20
+RAW_LIMIT_BYTES = 100 * 2**20  # of a raw log, and of the one before it
 SEND_LIMIT_S = 4.0
 PENDING_LIMIT_BYTES = 32 * 2**20
 OUTCOMES = {True: "success", False: "failure", None: "unknown"}
@@ -42,7 +41,7 @@ def write(report: Mapping[str, Any], settings: Settings, store: Store) -> None:
     """Writes the files. Raises OSError."""
     _append(settings.log_dir / JSONL, json.dumps(to_ecs(report), ensure_ascii=False, allow_nan=False) + "\n")
     for name in RAW_LOGS:
-        _truncate(settings.log_dir / name)
+        _cap(settings.log_dir / name)
     write_to_textfile(str(settings.log_dir / PROM), to_metrics(report, store))
 
 
@@ -163,15 +162,21 @@ def _append(path: Path, line: str) -> None:
         file.write(line)
 
 
-def _truncate(path: Path) -> None:
-    """For machines without logrotate: copies the end of a large log and truncates it, as the servers keep it open."""
-    if not path.exists() or path.stat().st_size <= RAW_LIMIT_BYTES:
+def _cap(path: Path) -> None:
+    """For machines without logrotate: sets a large log aside by renaming it. The servers go on in a new file, see
+    `log_output.py`. `.old`, because `.1` is logrotate's. Of a far larger one the end is kept, in the same file, because
+    whatever has written so much may not follow."""
+    old = path.with_name(f"{path.name}.old")
+    if path.is_file() and path.stat().st_size > RAW_LIMIT_BYTES:
+        path.replace(old)
+    if not old.is_file() or old.stat().st_size <= 2 * RAW_LIMIT_BYTES:
         return
-    old = path.with_name(f"{path.name}.1")
-    with open(open_file(path, os.O_RDWR), "r+b") as source, open(open_file(old, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as target:
-        source.seek(-RAW_LIMIT_BYTES // 4, 2)
-        shutil.copyfileobj(source, target)
-        source.truncate(0)
+    with open(open_file(old, os.O_RDWR), "r+b") as file:
+        file.seek(-RAW_LIMIT_BYTES // 4, os.SEEK_END)
+        end = file.read(RAW_LIMIT_BYTES // 4)
+        file.truncate(0)
+        file.seek(0)
+        file.write(end)
 
 
 def _push(url: str, registry: CollectorRegistry) -> str:
