@@ -43,7 +43,7 @@ class RotatedOutput(logging.StreamHandler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if self._path:
-            with contextlib.suppress(OSError):  # as on a full disk, or without the folder: then the old file goes on
+            with contextlib.suppress(OSError, ValueError):  # a full disk, no folder, a closed stream: the old file goes on
                 self._follow_rotation()
         super().emit(record)
 
