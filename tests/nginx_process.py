@@ -28,6 +28,15 @@ http {{
 """
 
 
+def self_signed(folder: Path) -> dict[str, str]:
+    """Options of Proxy: a certificate of 127.0.0.1 and its key."""
+    files = {"certificate": str(folder / "chain.pem"), "certificate_key": str(folder / "key.pem")}
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1",
+               "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", files["certificate_key"], "-out", files["certificate"]]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    return files
+
+
 def check(conf: Path) -> subprocess.CompletedProcess[str]:
     """`nginx -t` on a whole configuration."""
     command = [which("nginx") or "/usr/sbin/nginx", "-t", "-c", str(conf), "-p", str(conf.parent)]

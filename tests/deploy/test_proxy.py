@@ -18,7 +18,7 @@ from typing import Any
 
 import httpx
 import pytest
-from nginx_process import Nginx, check, written
+from nginx_process import Nginx, check, self_signed, written
 from ports import free_port
 from started_api import (
     KEY,
@@ -252,12 +252,7 @@ def raw(nginx: Nginx) -> socket.socket:
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("tls")
-    files = {"certificate": str(folder / "chain.pem"), "certificate_key": str(folder / "key.pem")}
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1",
-               "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", files["certificate_key"], "-out", files["certificate"]]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True, timeout=60)
-    return files
+    return self_signed(tmp_path_factory.mktemp("tls"))
 
 
 def test_with_a_certificate_it_serves_tls_and_redirects_to_it(front: Callable[..., Nginx], certificate: dict[str, str]) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import requests
 from browsing import TOKEN, add_image, ask, last_answer, png
-from nginx_process import Nginx
+from nginx_process import Nginx, self_signed
 from page_process import OpenPage, Server
 from playwright.sync_api import expect
 from web_fake_api import FakeApi
@@ -82,3 +83,15 @@ def test_the_console_opens_from_inside(proxied: Callable[..., str], open_page: O
     page.get_by_role("link", name="Console").click()
 
     expect(page.get_by_role("heading", name="Console")).to_be_visible()
+
+
+def test_with_tls_the_socket_works_and_the_cookie_is_secure(
+    proxied: Callable[..., str], open_page: OpenPage, fake_api: FakeApi, tmp_path: Path
+) -> None:
+    front = proxied(**self_signed(tmp_path))
+    page = open_page(None, url=f"{front}/?token={TOKEN}", ignore_https_errors=True)
+    ask(page, "What is it?")
+
+    assert "red circle" in last_answer(page)
+    (cookie,) = [each for each in page.context.cookies() if each["name"] == "glm_visitor"]
+    assert cookie["secure"] and page.url.startswith(f"{front}/?chat=")
