@@ -26,6 +26,7 @@ install_debian_packages() {
     command -v flock >/dev/null || lacking+=(util-linux)
     command -v cron >/dev/null || lacking+=(cron)
     command -v systemd-analyze >/dev/null || lacking+=(systemd)
+    [[ -x /usr/sbin/logrotate ]] || command -v logrotate >/dev/null || lacking+=(logrotate)
     command -v promtool >/dev/null || lacking+=(prometheus)
     command -v prometheus-alertmanager >/dev/null || lacking+=(prometheus-alertmanager)
     command -v prometheus-node-exporter >/dev/null || lacking+=(prometheus-node-exporter)

@@ -17,6 +17,7 @@ from web.console.page import show_console
 from web.history.chat_store import FILE_NAME, ChatStore, StoreError, VisitorChats
 from web.i18n.strings import LANGUAGES, Texts, language_for
 
+CONSOLE_HEADER = "X-GLM-Console"
 ICON = Path(__file__).resolve().parent / "icon.png"
 
 
@@ -30,8 +31,10 @@ def main() -> None:
     client = ApiClient.of(settings)
     chats = VisitorChats(_store(settings.log_dir / FILE_NAME, settings.chat_days), _visitor(settings))
 
+    closed = _console_is_closed()
+
     def chat() -> None:
-        show_chat(client, settings, texts, chats, console_page)
+        show_chat(client, settings, texts, chats, None if closed else console_page)
 
     def console() -> None:
         st.set_page_config(layout="wide")
@@ -41,7 +44,15 @@ def main() -> None:
 
     chat_page = st.Page(chat, title=texts("nav.chat"), icon=":material/forum:", default=True)
     console_page = st.Page(console, title=texts("nav.console"), icon=":material/monitor_heart:", url_path="console")
-    st.navigation([chat_page, console_page], position="top").run()
+    if closed:
+        st.navigation([chat_page], position="hidden").run()
+    else:
+        st.navigation([chat_page, console_page], position="top").run()
+
+
+def _console_is_closed() -> bool:
+    """The proxy says so to visitors from outside, on each request and on the WebSocket; they can only add headers."""
+    return any(value == "closed" for value in st.context.headers.get_all(CONSOLE_HEADER))
 
 
 def _language() -> str:

@@ -19,6 +19,7 @@ import streamlit as st
 import uvicorn
 from starlette.middleware import Middleware
 
+import log_output
 import settings as settings_module
 from settings import Settings, SettingsError
 from web.access import Access
@@ -97,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--host", help="address to listen on (default: GLM_WEB_HOST)")
     parser.add_argument("--port", type=int, help="port to listen on (default: GLM_WEB_PORT)")
     arguments = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    log_output.set_up()
     try:
         settings = settings_module.load(web_host=arguments.host, web_port=arguments.port)
     except SettingsError as error:

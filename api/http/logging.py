@@ -1,4 +1,4 @@
-"""The log on standard output: one line per event (time, level, then key=value), and one per request with its id.
+"""What is logged: one line per event (`log_output.py` writes it), and one per request with its id.
 
 Prompts, images and keys are never logged.
 """
@@ -8,17 +8,16 @@ from __future__ import annotations
 import json
 import logging
 import re
-import sys
 import time
 import uuid
 from collections.abc import Callable
-from datetime import UTC, datetime
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+import log_output
 from api.errors import error_body, internal
 from api.http.connection import ClientDisconnected
 
@@ -29,22 +28,9 @@ CLIENT_CLOSED_REQUEST = 499  # nginx's status; it is logged and counted, never s
 _SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
-class LineFormatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        stamp = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        message = record.getMessage()
-        if not message.startswith("event="):  # logged by a library
-            message = f"event=log logger={record.name} message={json.dumps(message, ensure_ascii=False)}"
-        line = f"{stamp} level={record.levelname.lower()} {message}"
-        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
-
-
 def set_up(level: str = "info") -> None:
-    """Configure the root logger of the process, once, before the server starts."""
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(LineFormatter())
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    logging.captureWarnings(True)
+    """Configures the root logger of the process, once, before the server starts."""
+    log_output.set_up(level)
     for chatty in ("httpx", "httpcore", "urllib3", "PIL", "filelock", "torch", "uvicorn"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
 

@@ -5,26 +5,22 @@ Everything that is sent over the network has a deadline.
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import platform
-import shutil
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.exposition import push_to_gateway, write_to_textfile
 
 from monitor.judge.verdict import WORDS
 from monitor.observe.http_exchange import exchange
-from monitor.observe.small_file import is_no_file, open_file, read_small
+from monitor.observe.small_file import is_no_file, open_file
 from monitor.store.store import Store
-from monitor.tell import channels
-from monitor.tell.report import replace_file
+from monitor.tell import channels, elasticsearch
 from settings import Settings
 
 ECS_VERSION = "8.17.0"
@@ -33,9 +29,8 @@ PROM = "health.prom"
 ROTATE_BYTES = 10 * 2**20
 ROTATE_KEEP = 5
 RAW_LOGS = ("api.log", "web.log", "health_check.log")
-RAW_LIMIT_BYTES = 200 * 2**20
+RAW_LIMIT_BYTES = 100 * 2**20  # of a raw log, and of the one before it
 SEND_LIMIT_S = 4.0
-PENDING_LIMIT_BYTES = 32 * 2**20
 OUTCOMES = {True: "success", False: "failure", None: "unknown"}
 
 
@@ -43,7 +38,7 @@ def write(report: Mapping[str, Any], settings: Settings, store: Store) -> None:
     """Writes the files. Raises OSError."""
     _append(settings.log_dir / JSONL, json.dumps(to_ecs(report), ensure_ascii=False, allow_nan=False) + "\n")
     for name in RAW_LOGS:
-        _truncate(settings.log_dir / name)
+        _cap(settings.log_dir / name)
     write_to_textfile(str(settings.log_dir / PROM), to_metrics(report, store, settings))
 
 
@@ -53,7 +48,7 @@ def send(report: Mapping[str, Any], settings: Settings, store: Store) -> list[st
     if settings.pushgateway_url is not None:
         problems.append(_push(settings.pushgateway_url.get_secret_value(), to_metrics(report, store, settings)))
     if settings.elasticsearch_url is not None:
-        problems.append(_bulk(settings.elasticsearch_url.get_secret_value(), to_ecs(report), settings.log_dir))
+        problems.append(elasticsearch.push(settings.elasticsearch_url.get_secret_value(), to_ecs(report), settings.log_dir))
     return [problem for problem in problems if problem]
 
 
@@ -167,15 +162,21 @@ def _append(path: Path, line: str) -> None:
         file.write(line)
 
 
-def _truncate(path: Path) -> None:
-    """For machines without logrotate: copies the end of a large log and truncates it, as the servers keep it open."""
-    if not path.exists() or path.stat().st_size <= RAW_LIMIT_BYTES:
+def _cap(path: Path) -> None:
+    """For machines without logrotate: sets a large log aside by renaming it. The servers go on in a new file, see
+    `log_output.py`. `.old`, because `.1` is logrotate's. Of a far larger one the end is kept, in the same file, because
+    whatever has written so much may not follow."""
+    old = path.with_name(f"{path.name}.old")
+    if path.is_file() and path.stat().st_size > RAW_LIMIT_BYTES:
+        path.replace(old)
+    if not old.is_file() or old.stat().st_size <= 2 * RAW_LIMIT_BYTES:
         return
-    old = path.with_name(f"{path.name}.1")
-    with open(open_file(path, os.O_RDWR), "r+b") as source, open(open_file(old, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as target:
-        source.seek(-RAW_LIMIT_BYTES // 4, 2)
-        shutil.copyfileobj(source, target)
-        source.truncate(0)
+    with open(open_file(old, os.O_RDWR), "r+b") as file:
+        file.seek(-RAW_LIMIT_BYTES // 4, os.SEEK_END)
+        end = file.read(RAW_LIMIT_BYTES // 4)
+        file.truncate(0)
+        file.seek(0)
+        file.write(end)
 
 
 def _push(url: str, registry: CollectorRegistry) -> str:
@@ -194,42 +195,6 @@ def _push(url: str, registry: CollectorRegistry) -> str:
     except OSError as error:
         return f"the Pushgateway did not accept the metrics: {error}"
     return ""
-
-
-def _bulk(url: str, document: Mapping[str, Any], log_dir: Path) -> str:
-    """Empty if the documents were accepted, otherwise why not. The URL's path is the index.
-
-    Unsent documents wait in a small file and are sent first the next time. A bulk reply is 200 even if documents were
-    rejected; its items show it.
-    """
-    parts = urlsplit(url)
-    index = parts.path.strip("/") or "glm-health"
-    pending = log_dir / ".elasticsearch.pending"
-    try:
-        lines = read_small(pending, PENDING_LIMIT_BYTES).splitlines()[-998:]
-    except OSError:
-        lines = []
-    # With a fixed id, a document that is sent again after a lost reply is not duplicated.
-    name = f"{platform.node()}-{document['@timestamp']}"
-    lines += [json.dumps({"index": {"_index": index, "_id": name}}), json.dumps(document, ensure_ascii=False)]
-    headers = {"Content-Type": "application/x-ndjson"}
-    if parts.username:
-        pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}".encode()
-        headers["Authorization"] = "Basic " + base64.b64encode(pair).decode()
-    port = f":{parts.port}" if parts.port else ""
-    target = f"{parts.scheme}://{parts.hostname}{port}/_bulk"
-    reply = exchange(target, SEND_LIMIT_S, "POST", ("\n".join(lines) + "\n").encode("utf-8", "replace"), headers, connect_s=2.0)
-    body = reply.json() or {}
-    # A document rejected for its content would be rejected again and must not block later ones.
-    if reply.status == 200:
-        pending.unlink(missing_ok=True)
-        refused = [item for row in body.get("items", ()) for item in row.values() if item.get("error")]
-        return f"Elasticsearch rejected {len(refused)} of {len(lines) // 2}: {refused[0]['error']}"[:300] if refused else ""
-    try:
-        replace_file(pending, "\n".join(lines))
-    except OSError:
-        return "Elasticsearch did not accept the documents, and the disk is not writable to keep them"
-    return f"Elasticsearch did not accept the documents: {reply.detail or f'HTTP {reply.status}'}; {len(lines) // 2} documents wait"
 
 
 def _as_number(value: bool | None) -> float | None:

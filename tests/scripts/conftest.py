@@ -22,6 +22,7 @@ COPIED = (
     "stop.sh",
     "test.sh",
     "cgroup.py",
+    "log_output.py",
     "settings.py",
     "requirements.txt",
     "requirements-quantized.txt",

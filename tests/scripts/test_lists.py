@@ -19,7 +19,7 @@ from deploy.packages import pins
 from settings import ROOT, SECRETS, Settings
 
 EXAMPLE = ROOT / ".env.example"
-OWN = ("api", "web", "monitor", "deploy", "models", "settings", "cgroup")
+OWN = ("api", "web", "monitor", "deploy", "models", "settings", "cgroup", "log_output")
 
 
 def documented() -> dict[str, str]:
@@ -111,7 +111,7 @@ def runtime_files() -> list[Path]:
     packages = [
         path for folder in ("api", "web", "monitor", "deploy", "models") for path in (ROOT / folder).rglob("*.py")
     ]
-    return [*packages, ROOT / "cgroup.py", ROOT / "settings.py", ROOT / "health_check.py"]
+    return [*packages, ROOT / "cgroup.py", ROOT / "log_output.py", ROOT / "settings.py", ROOT / "health_check.py"]
 
 
 def imported_modules(path: Path) -> set[str]:

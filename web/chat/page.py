@@ -65,7 +65,7 @@ class Chat:
     notices: list[str] = field(default_factory=list)
 
 
-def show_chat(client: ApiClient, settings: Settings, texts: Texts, chats: VisitorChats, console: StreamlitPage) -> None:
+def show_chat(client: ApiClient, settings: Settings, texts: Texts, chats: VisitorChats, console: StreamlitPage | None) -> None:
     chat = _chat(chats)
     chat.conversation.stop_unfinished(time.monotonic())
     info, info_error = _info(client)
@@ -145,7 +145,7 @@ class ChatRun:
 
     def __init__(
         self, client: ApiClient, settings: Settings, texts: Texts, chat: Chat, info: Info | None, chats: VisitorChats,
-        console: StreamlitPage,
+        console: StreamlitPage | None,
     ) -> None:  # fmt: skip
         self._client = client
         self._texts = texts
@@ -320,7 +320,7 @@ class ChatRun:
                     texts("answer.fewer"), icon=":material/hide_image:", key="fewer", type="tertiary",
                     on_click=self._ask_with_fewer_images,
                 )  # fmt: skip
-            if last.error and last.error.kind in OUTAGES:
+            if self._console is not None and last.error and last.error.kind in OUTAGES:
                 st.page_link(self._console, label=texts("nav.console"), icon=":material/monitor_heart:")
             if last.was_cut_off:
                 st.button(

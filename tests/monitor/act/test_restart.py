@@ -35,7 +35,7 @@ from monitor.store.store import Store
 from settings import Settings
 
 ROOT = Path(__file__).resolve().parents[3]
-COPIED = ("start.sh", "stop.sh", "cgroup.py", "settings.py", "requirements.txt", "deploy", "monitor", "models/shapes/pictures.py")
+COPIED = ("start.sh", "stop.sh", "cgroup.py", "log_output.py", "settings.py", "requirements.txt", "deploy", "monitor", "models/shapes/pictures.py")
 DEAD = Verdict("api", "dead", "process_gone", "gone", "没了", cure=True)
 WEDGED = Verdict("api", "wedged", "no_progress", "hangs", "卡住", cure=True)
 

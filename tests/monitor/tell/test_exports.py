@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import http.server
 import json
 import random
@@ -132,7 +131,7 @@ def test_every_metric_of_the_checkers_rules_is_exported(settings):
 
 @pytest.fixture
 def receiver(tmp_path):
-    """A server in the place of Pushgateway and Elasticsearch: records requests and sends `answer`."""
+    """A server in the place of Pushgateway: records requests and sends `answer`."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def handle_request(self) -> None:
@@ -150,7 +149,7 @@ def receiver(tmp_path):
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.received, server.answer = [], (200, b'{"errors": false, "items": []}')
+    server.received, server.answer = [], (200, b"")
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -168,32 +167,3 @@ def test_the_pushgateway_gets_the_textfile(receiver, settings, capsys):
     receiver.answer = (503, b"full")
     check.run(sending, random.Random(3))
     assert "the Pushgateway did not accept the metrics: HTTP 503" in capsys.readouterr().err
-
-
-def test_elasticsearch_gets_each_document_once_and_unsent_ones_first(receiver, settings, capsys):
-    url = f"http://ann:secret@127.0.0.1:{receiver.server_address[1]}/health-2026"
-    sending = settings.model_copy(update={"elasticsearch_url": SecretStr(url)})
-    receiver.answer = (502, b"bad gateway")
-    check.run(sending, random.Random(2))
-    assert "Elasticsearch did not accept the documents: HTTP 502; 1 documents wait" in capsys.readouterr().err
-    receiver.answer = (200, b'{"errors": false, "items": []}')
-    check.run(sending, random.Random(3))
-    check.run(sending, random.Random(4))
-
-    assert [(method, path) for method, path, _, _ in receiver.received] == [("POST", "/_bulk")] * 3
-    assert receiver.received[0][2] == "Basic " + base64.b64encode(b"ann:secret").decode()
-    sent = [[json.loads(line) for line in body.splitlines()] for *_, body in receiver.received]
-    assert sent[0][0]["index"]["_index"] == "health-2026" and sent[0][1]["event"]["action"] == "health_check"
-    assert sent[1][:2] == sent[0], "unsent documents go first, under the same id"
-    assert [len(lines) for lines in sent] == [2, 4, 2]
-
-
-def test_a_rejected_document_is_reported_and_not_sent_again(receiver, settings, capsys):
-    url = f"http://127.0.0.1:{receiver.server_address[1]}/i"
-    sending = settings.model_copy(update={"elasticsearch_url": SecretStr(url)})
-    receiver.answer = (200, b'{"errors": true, "items": [{"index": {"error": {"type": "mapper_parsing_exception"}}}]}')
-    check.run(sending, random.Random(2))
-    check.run(sending, random.Random(3))
-
-    assert "Elasticsearch rejected 1 of 1: {'type': 'mapper_parsing_exception'}" in capsys.readouterr().err
-    assert len(receiver.received[1][3].splitlines()) == 2
