@@ -27,6 +27,8 @@ install_debian_packages() {
     command -v cron >/dev/null || lacking+=(cron)
     command -v systemd-analyze >/dev/null || lacking+=(systemd)
     command -v promtool >/dev/null || lacking+=(prometheus)
+    command -v buildah >/dev/null || lacking+=(buildah)
+    [[ -x /usr/sbin/debootstrap ]] || lacking+=(debootstrap)
     [[ -x /usr/sbin/nginx ]] || command -v nginx >/dev/null || lacking+=(nginx-light)
     # No pipe into grep -q: it ends early, and under pipefail the ended fc-list would count as a missing font.
     [[ $(fc-list 2>/dev/null) == *CJK* ]] || lacking+=(fontconfig fonts-noto-cjk)
