@@ -113,6 +113,8 @@ class Container:
         self.config = json.loads(buildah("inspect", "--type", "image", image))["Docker"]["config"]
         self.url = f"http://127.0.0.1:{variables['GLM_API_PORT']}"
         self.log = volumes.folder / f"{self.name}.log"
+        self.marker = volumes.folder / f"{self.name}.begins"
+        self.marker.touch()
         with self.log.open("w") as out:
             self.process = subprocess.Popen(
                 self._command(*self.config["Entrypoint"], *self.config["Cmd"]), env=environment(), stdin=subprocess.DEVNULL, stdout=out, stderr=out
@@ -151,15 +153,15 @@ class Container:
         return self.log.read_text()[-6000:]
 
     def processes(self) -> list[psutil.Process]:
-        """Of the image's user, the first one first."""
+        """Those of the image's user that have this container's port in their environment."""
         found = []
         for process in psutil.process_iter():
             try:
-                if process.uids().real == USER and process.cwd() == "/app":
+                if process.uids().real == USER and process.environ().get("GLM_API_PORT") == self.variables["GLM_API_PORT"]:
                     found.append(process)
             except psutil.Error:
                 continue
-        return sorted(found, key=psutil.Process.create_time)
+        return found
 
     def stop(self) -> int:
         """As `docker stop` does: SIGTERM to the first process. Returns the exit code."""
@@ -173,7 +175,7 @@ class Container:
         made = f"{root}/etc/hosts {root}/etc/resolv.conf {root}/etc/hostname".split()  # by buildah, at each start
         places = [f"{root}/{place}" for place in ("tmp", "proc", "sys", "dev", "run", "app/logs", "app/keys", "app/weights")]
         pruned = [part for place in places for part in ("-path", place, "-prune", "-o")]
-        newer = ["-newer", str(self.volumes.folder / "keys"), "!", "-type", "d", "-print"]
+        newer = ["-newer", str(self.marker), "!", "-type", "d", "-print"]
         found = subprocess.run(["find", root, *pruned, *newer], capture_output=True, text=True, check=True, timeout=120).stdout.splitlines()
         buildah("umount", self.name)
         return sorted(set(found) - set(made))
