@@ -36,8 +36,9 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     && if [[ $VARIANT == cuda ]]; then install_missing requirements-quantized.txt; fi
 
 COPY . .
-# Compiled here, because nothing can be written there later. The folders are the only ones that the service writes to,
-# besides /tmp. Whoever builds may have a strict umask.
+# Compiled here, because nothing can be written there later. The three folders are the only ones that the service writes to,
+# besides /tmp, and belong in volumes; without VOLUME, which would hide a forgotten one behind an unnamed volume. Whoever
+# builds may have a strict umask.
 RUN find . -path ./.venv -prune -o ! -perm -a=r -exec chmod a+rX {} + \
     && .venv/bin/python -m compileall -q api deploy models monitor web ./*.py \
     && mkdir -p logs keys weights && chown 10001:10001 logs keys weights && chmod 700 keys
@@ -50,7 +51,6 @@ ENV GLM_ENV_FILE=/app/keys/.env \
     HOME=/tmp \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
-VOLUME ["/app/logs", "/app/keys", "/app/weights"]
 USER 10001:10001
 EXPOSE 8080 8081
 STOPSIGNAL SIGTERM

@@ -71,13 +71,13 @@ def test_only_nginx_is_reached_from_outside():
             assert listening and all("127.0.0.1" in word for word in listening), name
 
 
-def test_the_volumes_of_the_bundle_are_those_of_the_image():
-    declared = re.search(r"^VOLUME (\[.*\])$", DOCKERFILE, re.MULTILINE)
+def test_each_folder_that_the_image_lets_its_user_write_has_a_volume():
+    writable = re.search(r"chown 10001:10001 (.+?) &&", DOCKERFILE)
 
-    assert declared
-    assert [mount.split(":")[1] for mount in SERVICES["glm"]["volumes"]] == yaml.safe_load(declared[1])
-    folder = re.search(r"GLM_ENV_FILE=(\S+)/\.env", DOCKERFILE)
-    assert folder and folder[1] in yaml.safe_load(declared[1])
+    assert writable
+    assert [mount.split(":")[1] for mount in SERVICES["glm"]["volumes"]] == [f"/app/{name}" for name in writable[1].split()]
+    kept = re.findall(r"^(?:ENV| )+(?:GLM_ENV_FILE|HF_HOME|MODELSCOPE_CACHE|TRITON_CACHE_DIR|XDG_CACHE_HOME)=/app/(\w+)/", DOCKERFILE, re.MULTILINE)
+    assert len(kept) == 5 and set(kept) <= set(writable[1].split())
 
 
 def test_a_stop_has_the_time_that_it_may_take():
