@@ -24,7 +24,10 @@ finish() {
     fi
     # Before the checker ends: a restart that it is in the middle of starts nothing that was stopped on purpose.
     ./stop.sh all || true
-    if [[ -n $checker ]]; then kill -- "-$checker" 2>/dev/null || true; fi
+    if [[ -n $checker ]]; then
+        kill -- "-$checker" 2>/dev/null || true
+        wait "$checker" || true
+    fi
     if [[ -n $log_tail ]]; then kill "$log_tail" 2>/dev/null || true; fi
     exit "$1"
 }
