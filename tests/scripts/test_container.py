@@ -39,7 +39,12 @@ def container(project, machine, shown):
                 ["deploy/container.sh", *arguments], cwd=project.root, env={**project.env, **extra}, stdout=file, stderr=file,
                 stdin=subprocess.DEVNULL,
             ))  # fmt: skip
-        machine.until(lambda: "Stop:" in shown.read_text() and checkers(project), "both answer, and the checker runs")
+
+        def ready() -> bool:
+            assert started[-1].poll() is None, "the container has ended"
+            return "Stop:" in shown.read_text() and bool(checkers(project))
+
+        machine.until(ready, "both answer, and the checker runs")
         return started[-1]
 
     yield start
@@ -98,6 +103,14 @@ def test_a_server_that_stays_away_ends_it(container, project, machine):
 
     assert process.wait(timeout=60) == 1
     assert not machine.runs(web)
+
+
+def test_a_start_that_fails_ends_it_with_nothing_left(container, project, machine, shown):
+    with pytest.raises(AssertionError, match="the container has ended"):
+        container(STAND_IN_API="die")
+
+    assert "there is no such model: nowhere/at-all" in shown.read_text()
+    assert not machine.listens(project.ports["web"]) and checkers(project) == []
 
 
 def test_another_command_is_run_instead(project):
