@@ -31,6 +31,8 @@ install_debian_packages() {
     command -v prometheus-alertmanager >/dev/null || lacking+=(prometheus-alertmanager)
     command -v prometheus-node-exporter >/dev/null || lacking+=(prometheus-node-exporter)
     command -v prometheus-pushgateway >/dev/null || lacking+=(prometheus-pushgateway)
+    command -v buildah >/dev/null || lacking+=(buildah)
+    [[ -x /usr/sbin/debootstrap ]] || lacking+=(debootstrap)
     [[ -x /usr/sbin/nginx ]] || command -v nginx >/dev/null || lacking+=(nginx-light)
     # No pipe into grep -q: it ends early, and under pipefail the ended fc-list would count as a missing font.
     [[ $(fc-list 2>/dev/null) == *CJK* ]] || lacking+=(fontconfig fonts-noto-cjk)

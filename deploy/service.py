@@ -6,7 +6,7 @@
     python -m deploy.service follow  LOGS HOST                shows how the API loads until it has; 0 it answers, 1 it failed
     python -m deploy.service stop    LOGS SECONDS PART=PORT... [--keep | --failed-start]   0 stopped, ports free; 1 not stopped; 3 port held by another process
     python -m deploy.service halt    PART...                  the same with the settings that can be read, for stop.sh
-    python -m deploy.service alive   LOGS PART...             0 all are running
+    python -m deploy.service alive   LOGS PART...             0 all are running, or stopped on purpose beside one that runs; 1 one is gone; 4 all were stopped
 
 `check` and `launch` take what deploy/identity.py printed from START_SH_IDENTITY. With START_SH_CURE=1, which the checker sets,
 `launch` starts nothing that was stopped on purpose. Standard library only and no syntax newer
@@ -36,7 +36,7 @@ from monitor.observe.processes import ProcessRecord
 ROOT = Path(__file__).resolve().parent.parent
 HEALTH = {"api": "/health", "web": "/_stcore/health"}
 NAMES = {"api": "The API", "web": "The page"}
-MAY_START, FAILED, NOT_WRITABLE, PORT_IN_USE, RUNNING = 0, 1, 2, 3, 10
+MAY_START, FAILED, NOT_WRITABLE, PORT_IN_USE, ALL_STOPPED, RUNNING = 0, 1, 2, 3, 4, 10
 LOG_LINES = 25
 ANSWER_LIMIT_S = 2.0
 STOP_MARGIN_S = 5.0  # beyond the time for running answers
@@ -292,8 +292,11 @@ def _forget(log_dir: Path, part: str) -> None:
 
 
 def alive(log_dir: Path, parts: list[str]) -> int:
-    records = [process_search.find_record(log_dir, part) for part in parts]
-    return 0 if all(entry is not None and processes.is_running(entry) for entry in records) else FAILED
+    records = {part: process_search.find_record(log_dir, part) for part in parts}
+    down = [part for part, entry in records.items() if entry is None or not processes.is_running(entry)]
+    if any(not processes.was_stopped_by_request(log_dir, part) for part in down):
+        return FAILED
+    return ALL_STOPPED if len(down) == len(parts) else 0
 
 
 def _answer(part: str, host: str, entry: ProcessRecord) -> tuple[str, str]:

@@ -46,7 +46,10 @@ def examine(settings: Settings) -> int:
 
 def _scheduled(settings: Settings) -> Iterator[Finding]:
     ways = [way for way in ("systemd", "cron") if schedule.installed(way)]
-    if not ways:
+    loop = _loop()
+    if loop is not None:
+        yield FINE, f"a loop runs the checker (pid {loop})", ""
+    elif not ways:
         yield WARN, "nothing runs the checker automatically", f"health_check.py install, or instead: {schedule.in_background()}"
     if "cron" in ways:
         block = schedule.read_crontab() or ""
@@ -62,6 +65,17 @@ def _scheduled(settings: Settings) -> Iterator[Finding]:
         yield (FINE, "the systemd timer is active", "") if active else (FAIL, f"the systemd timer is {done.stdout.strip() or 'unknown'}", "health_check.py install")
     if len(ways) == 2:
         yield WARN, "both systemd and cron run the checker", "health_check.py uninstall --with cron"
+    elif ways and loop is not None:
+        yield WARN, f"both a loop and {ways[0]} run the checker", "health_check.py uninstall"
+
+
+def _loop() -> int | None:
+    """The process of `health_check.py loop` of this folder, which a container keeps running."""
+    for stat in processes.all_stats():
+        words = processes.command_of(stat.pid).split()
+        if stat.running and "loop" in words and any(word.endswith("health_check.py") for word in words) and processes.works_in(stat.pid, ROOT):
+            return stat.pid
+    return None
 
 
 def _last_report(settings: Settings) -> Iterator[Finding]:
@@ -75,7 +89,9 @@ def _last_report(settings: Settings) -> Iterator[Finding]:
 
 
 def _empty_environment(settings: Settings) -> Iterator[Finding]:
-    """cron passes almost no environment; the settings must be the same there."""
+    """cron passes almost no environment; the settings must be the same there. A loop keeps that of its start."""
+    if _loop() is not None and not any(map(schedule.installed, ("systemd", "cron"))):
+        return
     code = "import settings; s = settings.load(); print(s.api_port, s.web_port, s.log_dir, bool(s.api_key))"
     runs = [
         subprocess.run([sys.executable, "-B", "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=False)

@@ -86,12 +86,22 @@ def test_every_requirement_is_pinned_exactly():
 
 def test_one_list_serves_every_way_of_installing():
     conda = yaml.safe_load((ROOT / "environment.yml").read_text())
+    dockerfile = (ROOT / "Dockerfile").read_text()
 
     assert conda["name"] == "glm-env"
-    assert {"pip": ["-r requirements.txt"]} in conda["dependencies"]
-    assert "choose_python requirements.txt" in (ROOT / "Dockerfile").read_text()
+    assert conda["dependencies"] == ["python=3.11", "pip", {"pip": ["-r requirements.txt"]}], "no package of its own"
+    assert "choose_python requirements.txt" in dockerfile
+    assert "install_missing requirements-quantized.txt" in dockerfile
+    assert "pip install" not in dockerfile, "no package of its own"
     assert "choose_python requirements.txt" in (ROOT / "start.sh").read_text()
     assert pins(ROOT / "requirements.txt").items() <= pins(ROOT / "requirements-test.txt").items()
+
+
+def test_the_image_has_the_cuda_of_torch():
+    # Another torch: look up which CUDA its wheels are built with (nvidia-cuda-runtime among its dependencies).
+    cuda = re.search(r"^ARG BASE=nvidia/cuda:(\d+\.\d+)\.\d+-base-", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+
+    assert cuda and {pins(ROOT / "requirements.txt")["torch"]: cuda[1]} == {"2.13.0": "13.0"}
 
 
 def test_every_import_of_the_running_code_is_in_the_requirements():
