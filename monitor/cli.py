@@ -88,6 +88,8 @@ def _parser() -> argparse.ArgumentParser:
                        help="update the rows of these faults in the table of this file")
     install = sub.add_parser("install", help="schedule the checker: systemd timer where systemd runs, else cron")
     install.add_argument("--with", dest="how", choices=("auto", "cron", "systemd"), default="auto")
+    install.add_argument("--servers", action="store_true", help="systemd owns the API and the page as well: it starts and restarts them")
+    install.add_argument("--show", action="store_true", help="print the units of systemd instead")
     remove = sub.add_parser("uninstall", help="undo install")
     remove.add_argument("--with", dest="how", choices=("auto", "cron", "systemd"), default="auto")
     pause = sub.add_parser("pause", help="suspend restarts; runs and alerts go on")
@@ -268,7 +270,10 @@ def _drill(settings: Settings, args: argparse.Namespace) -> int:
 def _install(settings: Settings, args: argparse.Namespace) -> int:
     from monitor import schedule
 
-    return schedule.install(settings, args.how)
+    if args.show:
+        print("\n".join(f"# {name}\n{text}" for name, text in schedule.units(settings, args.servers).items()))
+        return GOOD
+    return schedule.install(settings, args.how, args.servers)
 
 
 def _uninstall(settings: Settings, args: argparse.Namespace) -> int:

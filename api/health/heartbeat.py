@@ -25,6 +25,7 @@ from api import __version__
 from api.engine.engine import Engine, Stats
 from api.health.card_events import CardEvents
 from api.health.outcomes import Outcomes
+from api.health.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +75,10 @@ class Heartbeat:
         check_silent_s: float,
         outcomes: Outcomes,
         card_events: CardEvents,
+        watchdog: Watchdog | None = None,
     ) -> None:
         self._engine = engine
+        self._watchdog = watchdog
         self._outcomes = outcomes
         self._card_events = card_events
         self._log_dir = log_dir
@@ -155,6 +158,8 @@ class Heartbeat:
                 self._watch_loading(stats)
                 self._pulse = self._take_pulse(stats)
                 self._observed_at = time.monotonic()
+                if self._watchdog is not None:
+                    self._watchdog.observe(stats, self.state(stats), self._beat_at, self._moved_at(stats))
                 self._write(stats)
             except Exception:  # the observer must survive any failure of what it observes
                 logger.exception("event=heartbeat_failed")
@@ -167,6 +172,13 @@ class Heartbeat:
         mark = (stats.phase, stats.progress, stats.load_reports, _bytes_read() // READ_UNIT_BYTES)
         if mark != self._load_mark:
             self._load_mark, self._load_moved_at = mark, time.monotonic()
+
+    def _moved_at(self, stats: Stats) -> float:
+        """When the engine last moved. One with nothing to do moves as well, unless what it does of its own accord takes too long."""
+        if stats.state == "loading":
+            return self._load_moved_at
+        hangs_idle = stats.phase_deadline_s is not None and stats.phase_age_s > stats.phase_deadline_s
+        return 0.0 if hangs_idle and not stats.running + stats.waiting else self._progress_at
 
     def _take_pulse(self, stats: Stats) -> Pulse:
         now = time.monotonic()
