@@ -17,6 +17,7 @@ import os
 import signal
 import threading
 import time
+from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -34,6 +35,7 @@ STACKS_NAME = "api.stacks.txt"
 BEAT_EVERY_S = 0.5
 WRITE_EVERY_S = 1.0
 OLD_PULSE_S = 5.0
+PEAK_S = 60  # of which the highest use of the KV cache is noted: the checker looks once a minute
 MAX_IN_FLIGHT = 64  # requests listed in the file
 READ_UNIT_BYTES = 2**20  # reading less from disks is not a sign that a model is being loaded
 # Keys of the file whose names differ from those of Stats.
@@ -92,6 +94,7 @@ class Heartbeat:
         self._load_mark: tuple[Any, ...] = ()
         self._observed_at = now
         self._write_error = ""
+        self._kv_used: deque[int] = deque(maxlen=PEAK_S)
         self._stacks: TextIO | None = None
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._observe, name="heartbeat", daemon=True)
@@ -155,6 +158,7 @@ class Heartbeat:
         while not self._end.wait(WRITE_EVERY_S):
             try:
                 stats = self._engine.stats()
+                self._kv_used.append(stats.kv_used_tokens)
                 self._watch_loading(stats)
                 self._pulse = self._take_pulse(stats)
                 self._observed_at = time.monotonic()
@@ -214,6 +218,7 @@ class Heartbeat:
             **{STATS_KEYS.get(k, k): v for k, v in asdict(stats).items() if k != "state"},
             **{k: v for k, v in asdict(self._pulse).items() if k != "checker"},
             **self.report(stats),
+            "kv_peak_tokens": max(self._kv_used, default=0),
             "in_flight": self._engine.in_flight()[:MAX_IN_FLIGHT],
         }
         path = self._log_dir / FILE_NAME
