@@ -335,14 +335,7 @@ def keep_last_good() -> None:
     copy = last_good_path()
     if copy == ENV_FILE or not os.path.lexists(ENV_FILE):
         return
-    settings = load()
-    lines = [f"# The last valid {ENV_FILE.name}. Written by health_check.py; changes are lost."]
-    for name, value in _values_of(_text_of(ENV_FILE), ENV_FILE, interpolate=False).items():
-        if name.startswith(PREFIX) and name.endswith("_FILE"):
-            secret = getattr(settings, name.removeprefix(PREFIX).removesuffix("_FILE").lower())
-            name, value = name.removesuffix("_FILE"), secret.get_secret_value()
-        lines.append(f"{name}={_quoted(value)}")
-    text = "\n".join(lines) + "\n"
+    text = f"# The last valid {ENV_FILE.name}. Written by health_check.py; changes are lost.\n{self_contained_env()}"
     with contextlib.suppress(OSError, SettingsError):
         if _text_of(copy) == text and stat.S_IMODE(copy.stat().st_mode) == 0o600:
             return
@@ -357,6 +350,18 @@ def keep_last_good() -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def self_contained_env() -> str:
+    """The lines of a valid `.env`, with the contents of its secret files in the place of their names. Raises SettingsError."""
+    settings = load()
+    lines = []
+    for name, value in _values_of(_text_of(ENV_FILE), ENV_FILE, interpolate=False).items():
+        if name.startswith(PREFIX) and name.endswith("_FILE"):
+            secret = getattr(settings, name.removeprefix(PREFIX).removesuffix("_FILE").lower())
+            name, value = name.removesuffix("_FILE"), secret.get_secret_value()
+        lines.append(f"{name}={_quoted(value)}\n")
+    return "".join(lines)
 
 
 def export_hub_variables() -> None:

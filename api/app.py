@@ -21,6 +21,7 @@ from api.health.fault_injection import FaultInjection
 from api.health.heartbeat import Heartbeat
 from api.health.metrics import Metrics
 from api.health.outcomes import Outcomes
+from api.health.watchdog import Watchdog
 from api.http.auth import KeyMiddleware, KeyRing
 from api.http.connection import LingerMiddleware
 from api.http.logging import RequestMiddleware
@@ -37,12 +38,14 @@ from settings import Settings
 logger = logging.getLogger(__name__)
 
 
-def create_app(settings: Settings, engine: Engine) -> FastAPI:
+def create_app(settings: Settings, engine: Engine, watchdog: Watchdog | None = None) -> FastAPI:
     """`engine` must not have been started yet. Raises SettingsError for API keys that do not parse."""
     admission = Admission(settings, engine.slots)
     metrics = Metrics(engine, admission.load, lambda: heartbeat.pulse.loop_lag_s)
     outcomes, card_events = Outcomes(), CardEvents()
-    heartbeat = Heartbeat(engine, settings.log_dir, settings.stall_s, settings.check_silent_s, outcomes, card_events)
+    heartbeat = Heartbeat(
+        engine, settings.log_dir, settings.stall_s, settings.check_silent_s, outcomes, card_events, watchdog
+    )
     prompts, grammars = PromptBuilder(settings, Fetcher.of(settings)), Grammars()
     handlers = RequestHandlers(settings, engine, metrics, prompts, grammars)
 

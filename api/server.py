@@ -29,6 +29,7 @@ from api.engine.config import EngineConfig
 from api.engine.engine import Engine, Progress
 from api.engine.loaded_model import Model
 from api.health.fault_injection import FaultInjection
+from api.health.watchdog import Watchdog
 from api.http import logging as logs
 from api.http.auth import KeyRing
 from api.http.connection import Connection
@@ -118,8 +119,9 @@ def serve(settings: Settings, engine: Engine) -> int:
     """Serve until a signal or a lost device; returns the exit code. Call in the main thread."""
     logs.set_up(settings.log_level)
     allow_open_files()
+    watchdog = Watchdog.from_environment(settings.stall_s, settings.start_deadline_s)
     config = uvicorn.Config(
-        create_app(settings, engine),
+        create_app(settings, engine, watchdog),
         host=settings.api_host,
         port=settings.api_port,
         log_config=None,
@@ -138,7 +140,7 @@ def serve(settings: Settings, engine: Engine) -> int:
         return 1
     facts = {"version": __version__, "host": settings.api_host, "port": settings.api_port, "model": settings.model}
     logger.info(logs.line("start", **facts, key="set" if KeyRing.of(settings) else "none"))
-    server = DrainingServer(config, engine, settings.drain_s)
+    server = DrainingServer(config, engine, settings.drain_s, watchdog)
     server.run(sockets=[listener])
     code = DEVICE_LOST if server.lost else 0
     logger.info(logs.line("stopped", code=code))
@@ -184,8 +186,9 @@ def _is_loopback(host: str) -> bool:
 class DrainingServer(uvicorn.Server):
     """On SIGTERM or SIGINT the port stays open, /health reports `draining`, and running answers may finish."""
 
-    def __init__(self, config: uvicorn.Config, engine: Engine, drain_s: float) -> None:
+    def __init__(self, config: uvicorn.Config, engine: Engine, drain_s: float, watchdog: Watchdog) -> None:
         super().__init__(config)
+        self._watchdog = watchdog
         self._engine = engine
         self._drain_s = drain_s
         self._drain = threading.Thread(target=self._drain_then_exit, name="drain", daemon=True)
@@ -196,6 +199,7 @@ class DrainingServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         asyncio.get_running_loop().set_exception_handler(self._report)
         await super().startup(sockets)
+        self._watchdog.listens()
 
     def _report(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """An error that nobody awaits. One of accepting connections is repeated for as long as it lasts."""

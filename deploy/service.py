@@ -7,6 +7,7 @@
     python -m deploy.service stop    LOGS SECONDS PART=PORT... [--keep | --failed-start]   0 stopped, ports free; 1 not stopped; 3 port held by another process
     python -m deploy.service halt    PART...                  the same with the settings that can be read, for stop.sh
     python -m deploy.service alive   LOGS PART...             0 all are running, or stopped on purpose beside one that runs; 1 one is gone; 4 all were stopped
+    python -m deploy.service become  PART                     records itself and becomes the server: the start command of a unit
 
 `check` and `launch` take what deploy/identity.py printed from START_SH_IDENTITY. With START_SH_CURE=1, which the checker sets,
 `launch` starts nothing that was stopped on purpose. Standard library only and no syntax newer
@@ -29,7 +30,7 @@ from typing import Any
 
 from deploy import plain_settings
 from deploy.loading import LoadingLine, describe
-from monitor.observe import ports, process_search, processes
+from monitor.observe import ports, process_search, processes, unit
 from monitor.observe.http_exchange import exchange
 from monitor.observe.processes import ProcessRecord
 
@@ -40,6 +41,7 @@ MAY_START, FAILED, NOT_WRITABLE, PORT_IN_USE, ALL_STOPPED, RUNNING = 0, 1, 2, 3,
 LOG_LINES = 25
 ANSWER_LIMIT_S = 2.0
 STOP_MARGIN_S = 5.0  # beyond the time for running answers
+UNIT_WAIT_S = 30.0  # for systemd to start a unit, of which it waits some seconds after an end
 
 
 def check(log_dir: Path, part: str, host: str, port: int, identity: dict[str, Any], restart: bool) -> int:
@@ -98,21 +100,18 @@ def launch(log_dir: Path, part: str, port: int, identity: dict[str, Any], cure: 
     start.sh runs this with the signals of a terminal ignored, so it is not interrupted between the two. A `cure` looks for the
     mark of a stop after it has written the pid file, and `stop` for the pid file after it has set the mark: one sees the other.
     """
+    owner = unit.owner_of(part)
+    if owner:
+        return _launch_unit(log_dir, part, owner, cure)
     path = log_dir / f"{part}.log"
     mark = {"port": port, "log_dir": str(log_dir), **identity}
 
     def record_itself() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        itself = processes.read_stat(os.getpid())
-        assert itself is not None
         if not cure:
             processes.unmark_stopped(log_dir, part)
-        entry = ProcessRecord(
-            itself.pid, itself.start_time, port, processes.boot_id(), str(ROOT), mark["log_offset"], identity.get("code", ""),
-            processes.id_of(ROOT),
-        )  # fmt: skip
-        processes.write_record(log_dir, part, entry)
+        _record_itself(log_dir, part, mark)
         if cure and processes.was_stopped_by_request(log_dir, part):
             raise InterruptedError
 
@@ -132,6 +131,63 @@ def launch(log_dir: Path, part: str, port: int, identity: dict[str, Any], cure: 
         _complain(f"{NAMES[part]} was not started: {why}")
         return FAILED
     return 0
+
+
+def _record_itself(log_dir: Path, part: str, mark: dict[str, Any]) -> None:
+    itself = processes.read_stat(os.getpid())
+    assert itself is not None
+    entry = ProcessRecord(
+        itself.pid, itself.start_time, mark["port"], processes.boot_id(), str(ROOT), mark["log_offset"], mark.get("code", ""),
+        processes.id_of(ROOT),
+    )  # fmt: skip
+    processes.write_record(log_dir, part, entry)
+
+
+def _launch_unit(log_dir: Path, part: str, owner: str, cure: bool) -> int:
+    """Has systemd start what only it starts. A user who may not ask for it waits: it starts again by itself what has ended."""
+    if cure and processes.was_stopped_by_request(log_dir, part):
+        _complain(f"{NAMES[part]} was not started: it was stopped on purpose meanwhile")
+        return FAILED
+    if not cure:
+        processes.unmark_stopped(log_dir, part)
+    # Without waiting until it is ready: `wait` shows how it loads.
+    problem = unit.systemctl("start", "--no-block", owner)
+    deadline = time.monotonic() + UNIT_WAIT_S
+    while time.monotonic() < deadline:
+        entry = processes.read_record(log_dir, part)
+        if entry is not None and processes.is_running(entry):
+            return 0
+        state = unit.state_of(owner)
+        if state == "failed" or (problem and state == "inactive"):
+            break
+        time.sleep(0.2)
+    state = unit.state_of(owner) or "unknown"
+    _complain(f"{NAMES[part]} was not started: {owner} is {state}{f' ({problem})' if problem else ''}. See: systemctl status {owner}")
+    if state == "failed":
+        _complain(f"  To try again: systemctl reset-failed {owner} && systemctl start {owner}")
+    return FAILED
+
+
+def become(part: str) -> int:
+    """The start command of a unit: leaves the pid file and the mark that `launch` leaves, and goes on as the server."""
+    from deploy.identity import identity
+    from settings import SettingsError, load
+
+    try:
+        settings = load()
+        log_dir, port = settings.log_dir.resolve(), {"api": settings.api_port, "web": settings.web_port}[part]
+        path = log_dir / f"{part}.log"
+        offset = path.stat().st_size if path.is_file() else 0
+        mark = {"port": port, "log_dir": str(log_dir), "log_offset": offset, **identity(ROOT, part, settings)}
+        _record_itself(log_dir, part, mark)
+    except SettingsError as error:
+        _complain(str(error))
+        return NOT_WRITABLE
+    except OSError as error:
+        _complain(f"{NAMES[part]} was not started: {error.filename or ROOT}: {error.strerror}")
+        return FAILED
+    os.environ[process_search.MARK] = json.dumps(mark)
+    os.execv(sys.executable, [sys.executable, "-m", f"{part}.server"])
 
 
 def _open_log(path: Path) -> int:
@@ -226,6 +282,10 @@ def stop(
         found = process_search.search(part, log_dir, configured_port)
         if not found and not certain:
             found = process_search.search(part)
+        owner = unit.owner_of(part)
+        if owner:
+            # A user who may not ask for it ends the process below; the mark keeps the unit from starting it again.
+            unit.systemctl("stop", owner)
         entries = [process.record for process in found]
         if record is not None and processes.members(record) and record.pid not in [entry.pid for entry in entries]:
             entries.append(record)
@@ -380,6 +440,8 @@ def main(arguments: list[str]) -> int:
     identities = json.loads(os.environ.pop("START_SH_IDENTITY", "") or "{}")
     if command == "halt":
         return halt(rest)
+    if command == "become":
+        return become(rest[0])
     log_dir, rest = Path(rest[0]), rest[1:]
     if command == "check":
         return check(log_dir, rest[0], rest[1], int(rest[2]), identities.get(rest[0], {}), "--restart" in flags)

@@ -26,12 +26,12 @@ from monitor.judge.limiter import Allowance, Decision
 from monitor.judge.page_rules import judge_page
 from monitor.judge.readings import SLOWER, settings_thresholds, values_of
 from monitor.judge.verdict import Limits, Verdict
-from monitor.observe import machine
+from monitor.observe import machine, unit
 from monitor.observe.observe import ProbePlan, draining_of, observe
 from monitor.observe.observe import now as current_moment
 from monitor.observe.question import PICTURE_KINDS
 from monitor.store import baseline
-from monitor.store.state import CheckerState
+from monitor.store.state import PARTS, CheckerState
 from monitor.store.store import Store
 from monitor.tell import alerts, exports, notices, report
 from monitor.tell.log import warn
@@ -250,6 +250,21 @@ def _warn(
     return in_force, changed_warnings
 
 
+def systemd_restarts(target: str, verdict: Verdict) -> str:
+    """Why a target that systemd owns is left to it; empty if a restart is the checker's to ask for.
+
+    What has ended or stands still systemd restarts by itself. What answers wrongly it cannot know; and the page has no watchdog.
+    """
+    if verdict.word != "dead" and not (target == "api" and verdict.word in ("wedged", "zombie")):
+        return ""
+    owner = unit.owner_of(PARTS[target])
+    if not owner:
+        return ""
+    if unit.state_of(owner) == "failed":
+        return f"systemd has given up on {owner} after too many starts: systemctl reset-failed {owner}, then start it"
+    return f"systemd owns {owner}, and restarts what has ended or makes no progress"
+
+
 def _decide(
     state: CheckerState, verdicts: dict[str, Verdict], settings: Settings, now: float, hold: str
 ) -> dict[str, Decision]:
@@ -259,9 +274,10 @@ def _decide(
     for target, verdict in verdicts.items():
         others = [at for name, at in newest.items() if name != target and at is not None]
         external = "GLM_ENGINE_URL names an external engine, which is never restarted" if target == "api" and settings.engine_url else ""
+        owned = systemd_restarts(target, verdict)
         climbs = ladder.applies(verdict)  # and is limited by the ladder instead of by attempts
         decision = limiter.decide(
-            replace(verdict, attempts=None) if climbs else verdict, state.histories[target], state.limiters[target], allowance, now, settings.cure, hold or external,
+            replace(verdict, attempts=None) if climbs else verdict, state.histories[target], state.limiters[target], allowance, now, settings.cure, hold or external or owned,
             max(others, default=None),
         )  # fmt: skip
         decision = ladder.decide(decision, verdict, state.ladder, now)

@@ -88,8 +88,18 @@ def _parser() -> argparse.ArgumentParser:
                        help="update the rows of these faults in the table of this file")
     install = sub.add_parser("install", help="schedule the checker: systemd timer where systemd runs, else cron")
     install.add_argument("--with", dest="how", choices=("auto", "cron", "systemd"), default="auto")
+    install.add_argument("--servers", action="store_true", help="systemd owns the API and the page as well: it starts and restarts them")
+    install.add_argument("--show", action="store_true", help="print the units of systemd instead")
     remove = sub.add_parser("uninstall", help="undo install")
     remove.add_argument("--with", dest="how", choices=("auto", "cron", "systemd"), default="auto")
+    backup = sub.add_parser("backup", help="save settings, keys, chats and history in one file, while the service runs")
+    backup.add_argument("--to", type=Path, default=None, metavar="FOLDER", help="default: backups in GLM_LOG_DIR")
+    backup.add_argument("--keep", type=int, default=0, metavar="N", help="delete all but the newest N backups there")
+    restore = sub.add_parser("restore", help="put a backup back, once all of it has been checked")
+    restore.add_argument("archive", type=Path)
+    restore.add_argument("--into", type=Path, default=None, metavar="FOLDER", help="below this folder, not over this installation")
+    restore.add_argument("--replace", action="store_true", help="set aside what is in the way")
+    restore.add_argument("--check", action="store_true", help="only check the archive")
     pause = sub.add_parser("pause", help="suspend restarts; runs and alerts go on")
     pause.add_argument("--minutes", type=float, default=None, help="default: until resume")
     pause.add_argument("--reason", default="")
@@ -268,13 +278,37 @@ def _drill(settings: Settings, args: argparse.Namespace) -> int:
 def _install(settings: Settings, args: argparse.Namespace) -> int:
     from monitor import schedule
 
-    return schedule.install(settings, args.how)
+    if args.show:
+        print("\n".join(f"# {name}\n{text}" for name, text in schedule.units(settings, args.servers).items()))
+        return GOOD
+    return schedule.install(settings, args.how, args.servers)
 
 
 def _uninstall(settings: Settings, args: argparse.Namespace) -> int:
     from monitor import schedule
 
     return schedule.uninstall(settings, args.how)
+
+
+def _backup(settings: Settings, args: argparse.Namespace) -> int:
+    from monitor import backup
+
+    if args.keep < 0:
+        print(f"--keep must be >= 0. Given: {args.keep}", file=sys.stderr)
+        return WRONG_USE
+    return backup.save_command(settings, _from_here(args.to) if args.to else settings.log_dir / "backups", args.keep)
+
+
+def _restore(settings: Settings, args: argparse.Namespace) -> int:
+    from monitor import backup
+
+    into = _from_here(args.into) if args.into else None
+    return backup.restore_command(settings, _from_here(args.archive), into, args.replace, args.check)
+
+
+def _from_here(path: Path) -> Path:
+    """A path as the shell means it: this program has changed to the project's folder."""
+    return Path(os.environ.get("PWD", "")) / path
 
 
 def _request(settings: Settings, args: argparse.Namespace) -> int:
@@ -304,5 +338,5 @@ def _request_and_run(settings: Settings, args: argparse.Namespace) -> int:
 COMMANDS = {
     "run": _run, "loop": _loop, "status": _status, "watch": _watch, "history": _history, "report": _report,
     "doctor": _doctor, "drill": _drill, "install": _install, "uninstall": _uninstall, "pause": _request, "resume": _request,
-    "maintenance": _request, "silence": _request, "reset": _request, "restart": _request_and_run,
+    "backup": _backup, "restore": _restore, "maintenance": _request, "silence": _request, "reset": _request, "restart": _request_and_run,
 }  # fmt: skip

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import psutil
 
+from monitor import units as server_units
+from monitor.observe import unit
 from settings import ROOT, Settings
 
 GOOD, BAD = 0, 1
@@ -30,12 +32,16 @@ JITTER_S = 10
 NO_CRONTAB = "crontab is missing or refuses this user. Debian: apt-get install cron"
 
 
-def install(settings: Settings, how: str) -> int:
-    way = choose(how)
+def install(settings: Settings, how: str, servers: bool = False) -> int:
+    """`servers`: systemd owns the API and the page as well."""
+    if servers and server_units.why_not_here():
+        print(server_units.why_not_here(), file=sys.stderr)
+        return BAD
+    way = "systemd" if servers else choose(how)
     if not way:
         print(f"Neither systemd nor cron is available. Run the checker in the background instead: {in_background()}", file=sys.stderr)
         return BAD
-    return _install_systemd(settings) if way == "systemd" else _install_cron(settings)
+    return _install_systemd(settings, servers) if way == "systemd" else _install_cron(settings)
 
 
 def uninstall(settings: Settings, how: str) -> int:
@@ -55,7 +61,7 @@ def choose(how: str) -> str:
 
 
 def systemd_runs() -> bool:
-    return Path("/run/systemd/system").is_dir()
+    return unit.MANAGER.is_dir()
 
 
 def installed(way: str) -> bool:
@@ -198,12 +204,14 @@ def cron_runs() -> bool:
     return any(process.info["name"] in names for process in psutil.process_iter(["name"]))
 
 
-def units(settings: Settings) -> dict[str, str]:
+def units(settings: Settings, servers: bool = False) -> dict[str, str]:
+    """The text of each unit by its name. With `servers` the checker runs as their user, whose processes alone it can judge."""
+    as_user = f"User={server_units.user()}\n" if servers else ""
     service = f"""[Unit]
 Description=Health check of GLM-4.6V-Flash-WEB
 
 [Service]
-Type=oneshot
+{as_user}Type=oneshot
 WorkingDirectory={ROOT}
 ExecStart=/bin/sh -c {shlex.quote("exec env " + command())}
 SuccessExitStatus=1 3
@@ -222,19 +230,19 @@ AccuracySec=1s
 [Install]
 WantedBy=timers.target
 """
-    return {f"{UNIT}.service": service, f"{UNIT}.timer": timer}
+    return {f"{UNIT}.service": service, f"{UNIT}.timer": timer, **(server_units.server_units(settings) if servers else {})}
 
 
 def _unit_folder() -> Path:
-    return Path("/etc/systemd/system")
+    return unit.FOLDER
 
 
-def _install_systemd(settings: Settings) -> int:
+def _install_systemd(settings: Settings, servers: bool) -> int:
     if not systemd_runs():
         print("systemd is not running on this machine. Use: health_check.py install --with cron", file=sys.stderr)
         return BAD
     try:
-        for name, text in units(settings).items():
+        for name, text in units(settings, servers or owns_servers()).items():
             (_unit_folder() / name).write_text(text, encoding="utf-8")
     except OSError as error:
         print(f"{error.filename} cannot be written: {error.strerror}. Run it as root, or: install --with cron", file=sys.stderr)
@@ -245,6 +253,22 @@ def _install_systemd(settings: Settings) -> int:
             print(f"systemctl {' '.join(words)}: {done.stderr.strip()}", file=sys.stderr)
             return BAD
     print(f"systemd runs it every {settings.check_period_s:g} s: systemctl list-timers {UNIT}.timer")
+    return _hand_over(settings) if servers else GOOD
+
+
+def owns_servers() -> bool:
+    return any(unit.owner_of(part) for part in unit.NAMES)
+
+
+def _hand_over(settings: Settings) -> int:
+    """From now on the servers are systemd's. What runs is not ended here: that is for whoever knows who is being served."""
+    settings.log_dir.mkdir(parents=True, exist_ok=True)
+    for name in unit.NAMES.values():
+        problem = unit.systemctl("enable", name)
+        if problem:
+            print(f"systemctl enable {name}: {problem}", file=sys.stderr)
+            return BAD
+    print(f"systemd owns {' and '.join(unit.NAMES.values())}, as {server_units.user()}. To start them, or to take over what runs: ./start.sh --restart")
     return GOOD
 
 
@@ -253,7 +277,10 @@ def _uninstall_systemd() -> int:
         print("systemd: not installed.")
         return GOOD
     subprocess.run(["systemctl", "disable", "--now", f"{UNIT}.timer"], capture_output=True, check=False)
-    for name in (f"{UNIT}.service", f"{UNIT}.timer"):
+    owned = [name for part, name in unit.NAMES.items() if unit.owner_of(part)]
+    for name in owned:  # the servers run on, and are start.sh's again
+        subprocess.run(["systemctl", "disable", name], capture_output=True, check=False)
+    for name in (f"{UNIT}.service", f"{UNIT}.timer", *owned):
         (_unit_folder() / name).unlink(missing_ok=True)
     subprocess.run(["systemctl", "daemon-reload"], capture_output=True, check=False)
     print("systemd: removed.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from web.chat.page import show_chat
 from web.console.page import show_console
 from web.history.chat_store import FILE_NAME, ChatStore, StoreError, VisitorChats
 from web.i18n.strings import LANGUAGES, Texts, language_for
+
+log = logging.getLogger("web")
 
 CONSOLE_HEADER = "X-GLM-Console"
 ICON = Path(__file__).resolve().parent / "icon.png"
@@ -77,7 +80,8 @@ def _store(path: Path, keep_days: int) -> ChatStore | None:
     """None if the file cannot be created; the page then says that chats are not saved."""
     try:
         return ChatStore(path, keep_days)
-    except StoreError:
+    except StoreError as error:
+        log.error("event=chats_not_kept reason=%r", str(error))
         return None
 
 

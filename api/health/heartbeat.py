@@ -17,6 +17,7 @@ import os
 import signal
 import threading
 import time
+from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -25,6 +26,7 @@ from api import __version__
 from api.engine.engine import Engine, Stats
 from api.health.card_events import CardEvents
 from api.health.outcomes import Outcomes
+from api.health.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,7 @@ STACKS_NAME = "api.stacks.txt"
 BEAT_EVERY_S = 0.5
 WRITE_EVERY_S = 1.0
 OLD_PULSE_S = 5.0
+PEAK_S = 60  # of which the highest use of the KV cache is noted: the checker looks once a minute
 MAX_IN_FLIGHT = 64  # requests listed in the file
 READ_UNIT_BYTES = 2**20  # reading less from disks is not a sign that a model is being loaded
 # Keys of the file whose names differ from those of Stats.
@@ -74,8 +77,10 @@ class Heartbeat:
         check_silent_s: float,
         outcomes: Outcomes,
         card_events: CardEvents,
+        watchdog: Watchdog | None = None,
     ) -> None:
         self._engine = engine
+        self._watchdog = watchdog
         self._outcomes = outcomes
         self._card_events = card_events
         self._log_dir = log_dir
@@ -89,6 +94,7 @@ class Heartbeat:
         self._load_mark: tuple[Any, ...] = ()
         self._observed_at = now
         self._write_error = ""
+        self._kv_used: deque[int] = deque(maxlen=PEAK_S)
         self._stacks: TextIO | None = None
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._observe, name="heartbeat", daemon=True)
@@ -152,9 +158,12 @@ class Heartbeat:
         while not self._end.wait(WRITE_EVERY_S):
             try:
                 stats = self._engine.stats()
+                self._kv_used.append(stats.kv_used_tokens)
                 self._watch_loading(stats)
                 self._pulse = self._take_pulse(stats)
                 self._observed_at = time.monotonic()
+                if self._watchdog is not None:
+                    self._watchdog.observe(stats, self.state(stats), self._beat_at, self._moved_at(stats))
                 self._write(stats)
             except Exception:  # the observer must survive any failure of what it observes
                 logger.exception("event=heartbeat_failed")
@@ -167,6 +176,13 @@ class Heartbeat:
         mark = (stats.phase, stats.progress, stats.load_reports, _bytes_read() // READ_UNIT_BYTES)
         if mark != self._load_mark:
             self._load_mark, self._load_moved_at = mark, time.monotonic()
+
+    def _moved_at(self, stats: Stats) -> float:
+        """When the engine last moved. One with nothing to do moves as well, unless what it does of its own accord takes too long."""
+        if stats.state == "loading":
+            return self._load_moved_at
+        hangs_idle = stats.phase_deadline_s is not None and stats.phase_age_s > stats.phase_deadline_s
+        return 0.0 if hangs_idle and not stats.running + stats.waiting else self._progress_at
 
     def _take_pulse(self, stats: Stats) -> Pulse:
         now = time.monotonic()
@@ -202,6 +218,7 @@ class Heartbeat:
             **{STATS_KEYS.get(k, k): v for k, v in asdict(stats).items() if k != "state"},
             **{k: v for k, v in asdict(self._pulse).items() if k != "checker"},
             **self.report(stats),
+            "kv_peak_tokens": max(self._kv_used, default=0),
             "in_flight": self._engine.in_flight()[:MAX_IN_FLIGHT],
         }
         path = self._log_dir / FILE_NAME

@@ -138,6 +138,7 @@ class Heartbeat:
     deadline_s: float | None = None
     progress: float | None = None
     report: SelfReport = SelfReport()
+    kv_peak_tokens: int | None = None  # most tokens in the KV cache within the last minute
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Heartbeat:

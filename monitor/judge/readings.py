@@ -76,6 +76,7 @@ def values_of(observation: Observation, busy_since: float | None, pace: Pace) ->
         "api_rss_mib": process.get("rss_mib"),
         "open_files_percent": round(100 * files / most, 1) if files is not None and most else None,
         "pending": health.pending,
+        "kv_peak_tokens": observation.api.beat.kv_peak_tokens if observation.api.beat else None,
         "times_slower": pace.ratio,
         SLOWER: 0.0 if pace.since is None else (pace.ratio or 1.0),
         "busy_s": 0.0 if busy_since is None else max(0.0, observation.moment.wall - busy_since),

@@ -324,6 +324,7 @@ def read_heartbeat(log_dir: Path, record: processes.ProcessRecord | None, moment
             deadline_s=self_report.number(raw["deadline_s"]),
             progress=self_report.number(raw["progress"]),
             report=self_report.parse(raw),
+            kv_peak_tokens=self_report.count(raw.get("kv_peak_tokens")),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None

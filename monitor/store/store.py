@@ -18,7 +18,10 @@ Tables (times are wall-clock seconds, JSON columns hold objects):
     actions    id, at, target, kind, actor, outcome, detail, incident, duration_s       (the audit log)
     outbox     id, made_at, channel, kind, incident, severity, message JSON, tries, next_at, sent_at, error
     requests   id, made_at, actor, kind, target, arguments JSON, state, taken_at, ended_at, outcome
-    state      name, value JSON        (histories, limiters, holds, thresholds)
+    state      name, value JSON        (histories, limiters, holds, thresholds, version)
+
+**Versions.** Columns and tables that are only added keep VERSION, and an older program leaves them alone. A change that an
+older program must not meet raises it: that program goes on in shared memory, with what it can read, and the file stays as it is.
 
 **Operators' requests.** The page only inserts a row with `add_request(...)`; the next run of the checker carries it out
 and records the outcome. `kind` and its parameters:
@@ -87,6 +90,10 @@ CREATE TABLE IF NOT EXISTS requests (id INTEGER PRIMARY KEY, made_at REAL, actor
     arguments TEXT, state TEXT DEFAULT 'waiting', taken_at REAL, ended_at REAL, outcome TEXT);
 CREATE TABLE IF NOT EXISTS state (name TEXT PRIMARY KEY, value TEXT);
 """
+
+
+class NewerStore(sqlite3.OperationalError):
+    """The file is of a schema that this program does not know. It is neither damaged nor ours to change."""
 
 
 class Store:
@@ -239,7 +246,9 @@ class Store:
         self._repairs += 1
         self._connection.close()
         path = log_dir / FILE_NAME
-        if is_damage(error, path):
+        if isinstance(error, NewerStore):
+            self._fall_back(log_dir, str(error))
+        elif is_damage(error, path):
             self._replace(log_dir, error)
         else:
             self._fall_back(log_dir, f"{path} is not writable ({error}{_owner(path)})")
@@ -496,6 +505,7 @@ def _writer(log_dir: Path) -> sqlite3.Connection:
     refuse_pipes(log_dir / FILE_NAME)
     connection = sqlite3.connect(log_dir / FILE_NAME, timeout=5, isolation_level=None)
     try:
+        _refuse_newer(connection, log_dir / FILE_NAME)
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")
         connection.executescript(SCHEMA)
@@ -506,6 +516,27 @@ def _writer(log_dir: Path) -> sqlite3.Connection:
     except sqlite3.Error:
         connection.close()
         raise
+
+
+def _refuse_newer(connection: sqlite3.Connection, path: Path) -> None:
+    """Raises NewerStore."""
+    if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'state'").fetchone():
+        return
+    row = connection.execute("SELECT value FROM state WHERE name = 'version'").fetchone()
+    version = _parsed(row[0], VERSION) if row else VERSION
+    if isinstance(version, int) and version > VERSION:
+        raise NewerStore(f"{path} was written by a newer version (schema {version}; this one knows {VERSION}) and is left as it is: upgrade again, or move it away")
+
+
+def _is_newer(path: Path) -> bool:
+    try:
+        with contextlib.closing(_reader(path)) as disk:
+            _refuse_newer(disk, path)
+    except NewerStore:
+        return True
+    except (sqlite3.Error, OSError):
+        pass
+    return False
 
 
 def fallback_path(log_dir: Path) -> Path:
@@ -533,8 +564,9 @@ def _with_disk_copy(memory: sqlite3.Connection, log_dir: Path) -> sqlite3.Connec
     if not memory.execute("SELECT 1 FROM sqlite_master WHERE name = 'state'").fetchone():
         # Reading in WAL mode creates a -shm file, which fails on a full disk. `immutable` does not, but misses what the
         # last run left in the WAL.
-        if not any(_copy_intact(log_dir / FILE_NAME, mode, memory) for mode in ("mode=ro", "immutable=1")):
-            copied = any(_fill(memory, log_dir, log_dir / FILE_NAME).values())
+        newer = _is_newer(log_dir / FILE_NAME)  # its rows are of use now, but must not replace the file later
+        if newer or not any(_copy_intact(log_dir / FILE_NAME, mode, memory) for mode in ("mode=ro", "immutable=1")):
+            copied = any(_fill(memory, log_dir, log_dir / FILE_NAME).values()) and not newer
         else:
             copied = True
         if copied:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -137,6 +138,33 @@ def test_the_units_are_what_systemd_accepts(make_settings, tmp_path):
         ["systemd-analyze", "verify", *map(str, tmp_path.iterdir())], capture_output=True, text=True, check=False
     )
     assert "Unknown" not in done.stderr and "Failed to parse" not in done.stderr, done.stderr
+
+
+# `systemd-analyze security`: from 0 (closed) to 10. What is left is mostly the network, root and, for the API, the card.
+EXPOSURE = {"glm-api.service": 2.4, "glm-web.service": 1.9}
+
+
+def test_the_units_of_the_servers_are_valid_and_closed(make_settings, tmp_path):
+    for name, text in schedule.units(make_settings(1), servers=True).items():
+        (tmp_path / name).write_text(text)
+    api = (tmp_path / "glm-api.service").read_text()
+    assert "\nType=notify\n" in api and "\nWatchdogSec=120\n" in api and "\nTimeoutStartSec=300\n" in api
+
+    units = [str(path) for path in tmp_path.glob("glm-*")]
+    verified = subprocess.run(["systemd-analyze", "verify", *units], capture_output=True, text=True, check=False)
+
+    assert (verified.returncode, verified.stderr) == (0, "")
+    for name, most in EXPOSURE.items():
+        words = ["systemd-analyze", "security", "--offline=yes", "--no-pager", str(tmp_path / name)]
+        rated = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+        assert float(re.search(r"Overall exposure level for \S+: ([\d.]+)", rated)[1]) <= most, rated
+
+
+def test_units_whose_folder_the_servers_would_not_see_are_refused(make_settings, monkeypatch, capsys):
+    monkeypatch.setattr(schedule.server_units, "ROOT", Path("/tmp/project"))
+
+    assert schedule.install(make_settings(1), "auto", servers=True) == 1
+    assert "Move /tmp/project elsewhere" in capsys.readouterr().err
 
 
 def test_cron_runs_it_twice(cron_project):

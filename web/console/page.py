@@ -387,7 +387,7 @@ def _show_advice(history: History, info: dict[str, Any], texts: Texts, zone: tzi
     st.subheader(texts("size.title"), anchor=False)
     total = max((card.get("memory_total_mib") or 0 for card in _cards(history.report)), default=0) or None
     week = right_sizing.summarize_week(history.hours, now, int(info.get("slots") or 1), zone)
-    advice = right_sizing.advise(week, total)
+    advice = right_sizing.advise(week, total, info.get("card_classes") or (), str(info.get("weights") or ""))
     st.markdown("\n".join(f"- {texts(item.key, **item.values)}" for item in advice))
 
 

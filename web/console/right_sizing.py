@@ -5,6 +5,7 @@ Needs at least a day of data. Each piece of advice states the figures that it is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, tzinfo
@@ -38,6 +39,8 @@ class Week:
     memory_peak_percent: float | None
     cpu_load: float | None
     waiting_share: float  # of the hours in which more requests than `slots` were pending
+    kv_peak_tokens: float | None  # most tokens in the KV cache within a minute
+    at_once: float | None  # requests; no more in all but WAITING_SHARE of the hours
     by_hour: Mapping[int, float]  # hour of the day -> mean load
 
 
@@ -59,11 +62,14 @@ def summarize_week(hours: Sequence[Mapping[str, Any]], now: float, slots: int, z
         ),
         cpu_load=_overall_mean(rows, "cpu_percent"),
         waiting_share=len(waiting) / len(rows) if rows else 0.0,
+        kv_peak_tokens=max((_max(row, "kv_peak_tokens") for row in rows if _count(row, "kv_peak_tokens")), default=None),
+        at_once=_most_in_nearly_all([_max(row, "pending") for row in rows if _count(row, "pending")]),
         by_hour={hour: sum(values) / len(values) for hour, values in sorted(loads.items())},
     )
 
 
-def advise(week: Week, gpu_total_mib: float | None) -> list[Advice]:
+def advise(week: Week, gpu_total_mib: float | None, classes: Sequence[Mapping[str, Any]] = (), weights: str = "") -> list[Advice]:
+    """`classes`: `card_classes` of GET /info, what each class of card would serve of this model; `weights`: the format in use."""
     if week.hours < ENOUGH_HOURS:
         return [Advice("size.too_early", {"hours": week.hours, "enough": ENOUGH_HOURS})]
     advice = []
@@ -71,6 +77,7 @@ def advise(week: Week, gpu_total_mib: float | None) -> list[Advice]:
         advice.append(_memory_advice(week.gpu_peak_mib, gpu_total_mib))
     elif week.memory_peak_percent is not None:
         advice.append(Advice("size.no_gpu", {"memory": f"{week.memory_peak_percent:.0f}"}))
+    advice += _class_advice(week, classes, weights)
     load = week.gpu_load if week.gpu_load is not None else week.cpu_load
     if load is not None:
         key = "size.idle" if load < LOAD_LOW else "size.loaded" if load > LOAD_HIGH else "size.load_fits"
@@ -95,6 +102,30 @@ def _memory_advice(peak_mib: float, total_mib: float) -> Advice:
     if share < MEMORY_LOOSE and smaller is not None and smaller * 1024 < total_mib * 0.9:
         return Advice("size.memory_loose", {**values, "smaller": smaller})
     return Advice("size.memory_fits", values)
+
+
+def _class_advice(week: Week, classes: Sequence[Mapping[str, Any]], weights: str) -> list[Advice]:
+    """The smallest class whose plan holds what the week needed, and the smallest that does it with the weights in use."""
+    if week.kv_peak_tokens is None or week.at_once is None or not classes:
+        return []
+    tokens, requests = math.ceil(HEADROOM * week.kv_peak_tokens), math.ceil(week.at_once)
+    needs: dict[str, object] = {"peak": f"{week.kv_peak_tokens:,.0f}", "tokens": f"{tokens:,}", "requests": requests}
+    enough = [each for each in classes if each["kv_tokens"] >= tokens and each["slots"] >= requests]
+    if not enough:
+        return [Advice("size.class_none", {**needs, "largest": classes[-1]["gib"]})]
+    found = [Advice("size.class", {**needs, **_served_by(enough[0])})]
+    same = next((each for each in enough if each["weights"] == weights), None)
+    if same is not None and same is not enough[0]:
+        found.append(Advice("size.class_same", _served_by(same)))
+    return found
+
+
+def _served_by(each: Mapping[str, Any]) -> dict[str, object]:
+    return {"gib": each["gib"], "weights": each["weights"], "kv": f"{each['kv_tokens']:,}", "slots": each["slots"]}
+
+
+def _most_in_nearly_all(values: Sequence[float]) -> float | None:
+    return sorted(values)[math.ceil((1 - WAITING_SHARE) * len(values)) - 1] if values else None
 
 
 def busiest_hour(by_hour: Mapping[int, float]) -> int | None:

@@ -33,6 +33,8 @@ DAY_S = 86400
 BUSY_S = 5.0
 SALVAGE_S = 60.0
 SAVE_EVERY_S = 1.0  # while an answer streams; a killed process loses at most this much of it
+# Columns and tables that are only added keep it, and an older program leaves them alone. A change that an older program must not
+# meet raises it: that program keeps no chats then, says so, and leaves the file as it is.
 VERSION = 1
 
 TABLES = """
@@ -223,6 +225,11 @@ class ChatStore:
                 db.execute("PRAGMA foreign_keys = ON")
                 db.execute("PRAGMA synchronous = NORMAL")  # with WAL, safe against a killed process
                 db.execute("PRAGMA secure_delete = ON")  # deleted images are overwritten with zeros
+                version = int(db.execute("PRAGMA user_version").fetchone()[0])
+                if version > VERSION:
+                    raise StoreError(
+                        f"{self._path} was written by a newer version (schema {version}; this one knows {VERSION}) and is left as it is: upgrade again, or move it away"
+                    )
                 with db:
                     yield db
             except sqlite3.Error as error:

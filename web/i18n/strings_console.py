@@ -269,6 +269,22 @@ TABLE: dict[str, dict[str, str]] = {
         "en": "GPU memory peaked at {peak} of {total} GiB: it fits.",
         "zh": "显存峰值 {peak}/{total} GiB：规格合适。",
     },
+    "size.class": {
+        "en": "The last week needed a card of {gib} GiB: {peak} tokens of KV cache at most ({tokens} with a fifth to spare) and {requests} "
+        "requests at once in 95 % of the hours. By the memory plan such a card holds {kv} tokens and {slots} requests, with {weights} weights. "
+        "Its speed is not part of this.",
+        "zh": "最近一周所需的显卡规格为 {gib} GiB：KV 缓存最多 {peak} 个 token（留两成余量为 {tokens}），95% 的小时内并发不超过 {requests} 个请求。"
+        "按显存规划，该规格可容纳 {kv} 个 token、{slots} 个并发，权重格式 {weights}。此处未考虑速度。",
+    },
+    "size.class_same": {
+        "en": "With the {weights} weights that are in use now the smallest is {gib} GiB: {kv} tokens, {slots} requests.",
+        "zh": "若保持当前的 {weights} 权重，最小规格为 {gib} GiB：{kv} 个 token、{slots} 个并发。",
+    },
+    "size.class_none": {
+        "en": "No single card serves what the last week needed ({tokens} tokens of KV cache with a fifth to spare, {requests} requests at once), "
+        "not even {largest} GiB: take a second machine.",
+        "zh": "没有单卡规格能满足最近一周的需求（含余量 KV 缓存 {tokens} 个 token、{requests} 个并发），{largest} GiB 也不够：请增加一台机器。",
+    },
     "size.idle": {
         "en": "The load was {load} % on average: mostly idle. A smaller machine, or stopping it in the quiet hours, saves money.",
         "zh": "平均负载 {load}%：大部分时间空闲。换小规格或在空闲时段关机可节省费用。",

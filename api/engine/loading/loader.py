@@ -35,7 +35,7 @@ from api.engine.loading.card import CardMemory, find_card
 from api.engine.loading.download import download, is_hub_id, split_revision
 from api.engine.loading.families import FAMILIES, check_config, check_processor
 from api.engine.loading.integrity import CheckpointIntegrity
-from api.engine.loading.memory_plan import ANSWER_TOKENS, MemoryPlan, choose, defaults_for
+from api.engine.loading.memory_plan import ANSWER_TOKENS, MemoryPlan, by_class, choose, defaults_for
 from api.engine.loading.operations import OperationsChoice, without_compiled
 from api.engine.loading.picture_limit import flash_shape, limit_pictures, shape_with_pictures
 from api.engine.loading.placement import (
@@ -101,9 +101,8 @@ def load(config: EngineConfig, progress: Progress) -> Model:
     progress(0.05)
     torch_dtype = getattr(torch, dtype.value)
     image_processor = _image_processor(folder, model_config)
-    plan = None
+    plan, shape = None, shape_with_pictures(model_config, checkpoint.shapes, image_processor)
     if card is not None:
-        shape = shape_with_pictures(model_config, checkpoint.shapes, image_processor)
         plan = choose(shape, card, config, torch_dtype.itemsize)
         _log_plan(plan)
     recipe = plan.recipe if plan else make_recipe("bf16" if config.weights == "auto" else config.weights)
@@ -111,7 +110,7 @@ def load(config: EngineConfig, progress: Progress) -> Model:
     weights = Weights(checkpoint, torch.device(device.value), torch_dtype)
     loading = part(progress, 0.05 if local else 0.5, 0.95)
     name = local.name if local else split_revision(chosen.value)[0]
-    return _assemble(config, name, weights, image_processor, plan, choices, operations, loading)
+    return _assemble(config, name, weights, image_processor, plan, by_class(shape, config), choices, operations, loading)
 
 
 def _assemble(
@@ -120,6 +119,7 @@ def _assemble(
     weights: Weights,
     image_processor: Any,
     plan: MemoryPlan | None,
+    classes: list[dict[str, Any]],
     choices: dict[str, Selection],
     operations: OperationsChoice,
     progress: Progress,
@@ -162,6 +162,7 @@ def _assemble(
         "kv_cache_tokens": capacity.pages * PAGE_TOKENS,
         "largest_picture_tokens": pictures,
         "plan": plan.facts() if plan else None,
+        "card_classes": classes,
         "choices": {name: choice.reason for name, choice in choices.items()} | room.reasons,
     }
     facts["kernels"], facts["choices"]["kernels"], facts["proofs"] = kernels.value, kernels.reason, operations.proofs

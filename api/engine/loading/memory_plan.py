@@ -16,7 +16,7 @@ from api.engine.config import EngineConfig
 from api.engine.cuda.graphs import sizes_for
 from api.engine.cuda.runner import MAX_CHUNKS
 from api.engine.loaded_model import LoadError
-from api.engine.loading.card import GIB, MIB, Card
+from api.engine.loading.card import GIB, MIB, Card, pretended_card
 from api.engine.loading.placement import CHUNK_TOKENS
 from api.engine.model.linear import Role
 from api.engine.model.recipe import NEEDS_CAPABILITY, Recipe, Weights, make_recipe
@@ -302,6 +302,24 @@ def choose(shape: ModelShape, card: Card, config: EngineConfig, itemsize: int = 
     if not smallest:
         raise LoadError(f"This card is too old: compute capability 7.5 or later is needed. Given: {card.describe()}.")
     raise LoadError(f"The model does not fit this card. {_what_helps(smallest[-1], plans)}")
+
+
+CLASSES_GIB = (8, 12, 16, 24, 32, 48, 80, 141)  # in which cards are rented
+
+
+def by_class(shape: ModelShape, config: EngineConfig) -> list[dict[str, Any]]:
+    """What each class of card would serve of this model, for GET /info; a class that cannot hold it is left out."""
+    found = []
+    for size in CLASSES_GIB:
+        try:
+            chosen = choose(shape, pretended_card(size * GIB), config)
+        except LoadError:
+            continue
+        found.append({
+            "gib": size, "weights": chosen.recipe.name, "kv_tokens": chosen.kv_tokens, "slots": chosen.slots,
+            "context_tokens": chosen.context_tokens, "largest_picture_tokens": chosen.picture_tokens,
+        })  # fmt: skip
+    return found
 
 
 def candidates(

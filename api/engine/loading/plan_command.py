@@ -10,11 +10,9 @@ from api.engine.config import EngineConfig
 from api.engine.loaded_model import LoadError
 from api.engine.loading.card import GIB, SPEEDS, Card, find_card, parse_size, pretended_card, speed_of
 from api.engine.loading.families import FAMILIES, shapes_of
-from api.engine.loading.memory_plan import ModelShape, choose, report
+from api.engine.loading.memory_plan import CLASSES_GIB, ModelShape, choose, report
 from api.engine.loading.picture_limit import flash_shape, shape_with_pictures
 from api.engine.loading.placement import FLASH
-
-CLASSES_GIB = (8, 12, 16, 24, 32, 48, 80, 141)
 
 
 def print_plan(config: EngineConfig, memory: str | None, name: str | None) -> int:

@@ -75,3 +75,39 @@ def test_an_even_load_has_no_quiet_hours() -> None:
 
 def test_hours_before_the_week_do_not_count() -> None:
     assert summarize_week(hours(400), NOW, 4, UTC).hours == 168
+
+
+CLASSES = [
+    {"gib": 12, "weights": "nf4", "kv_tokens": 40_000, "slots": 16}, {"gib": 16, "weights": "fp8", "kv_tokens": 60_000, "slots": 16},
+    {"gib": 24, "weights": "bf16", "kv_tokens": 70_000, "slots": 32}, {"gib": 80, "weights": "bf16", "kv_tokens": 900_000, "slots": 64},
+]  # fmt: skip
+
+
+def classes_named(rows: list[dict], weights: str = "bf16") -> list[tuple[str, object]]:
+    found = advise(summarize_week(rows, NOW, 4, UTC), 80 * GIB, CLASSES, weights)
+    return [(each.key, each.values.get("gib")) for each in found if each.key.startswith("size.class")]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "at_once", "named"),
+    [
+        (10_000, 4, [("size.class", 12), ("size.class_same", 24)]),
+        (40_000, 4, [("size.class", 16), ("size.class_same", 24)]),  # with a fifth to spare
+        (10_000, 20, [("size.class", 24)]),
+        (800_000, 4, [("size.class_none", None)]),
+    ],
+)
+def test_the_class_of_card_is_the_smallest_whose_plan_holds_the_week(tokens: float, at_once: float, named: list) -> None:
+    assert classes_named(hours(48, pending=at_once, kv_peak_tokens=tokens)) == named
+
+
+def test_one_busy_hour_in_a_hundred_needs_no_larger_card() -> None:
+    rows = hours(100, pending=4, kv_peak_tokens=10_000.0)
+    rows[50]["sums"]["pending"] = [60 * 50, 60, 50]
+
+    assert classes_named(rows)[0] == ("size.class", 12)
+
+
+def test_without_a_plan_or_the_reading_no_class_is_named() -> None:
+    assert classes_named(hours(48, pending=4)) == []
+    assert advise(summarize_week(hours(48, pending=4, kv_peak_tokens=1.0), NOW, 4, UTC), None) != []

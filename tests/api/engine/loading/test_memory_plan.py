@@ -227,3 +227,12 @@ def test_sizes_and_names_of_cards() -> None:
     assert {name: speed_of(name).gb_per_s for name in names} == names
     assert speed_of("NVIDIA GeForce RTX 4060 Laptop GPU") is None
     assert speed_of("NVIDIA GB999") is None
+
+
+def test_the_classes_of_cards_are_those_that_the_plan_of_each_says(nine: ModelShape):
+    """What GET /info says of cards that are not here."""
+    found = {each["gib"]: tuple(each[name] for name in ("weights", "largest_picture_tokens", "kv_tokens", "slots", "context_tokens"))
+             for each in memory_plan.by_class(nine, EngineConfig())}  # fmt: skip
+
+    assert list(found) == list(memory_plan.CLASSES_GIB) and set(found) >= set(PLANS) & set(memory_plan.CLASSES_GIB)
+    assert {size: found[size] for size in PLANS if size in found} == {size: PLANS[size] for size in PLANS if size in found}
