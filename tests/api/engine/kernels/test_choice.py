@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from prompts import PROMPTS, Steps, request_for
+from prompts import Steps, ask, draw_image, request_for
 
 from api.engine.config import EngineConfig
 from api.engine.kernels import build, speed
@@ -158,7 +158,8 @@ def test_passes_that_both_compute_equal_their_single_operations(
     model = loaded(tiny_checkpoint)
     runner = model.runner
     assert isinstance(next(runner.decoder.linears()), DividedLinear) == bool(isinstance(limits, Everything))
-    requests = [request_for(model, *prompt, name=name) for name, prompt in PROMPTS.items()]
+    texts = [request_for(model, [ask(text)], [], name=text) for text in ("Hello", "And how many? " * 9)]
+    requests = [request_for(model, [ask("What is it?", 1)], [draw_image(1, (150, 90))], name="picture"), *texts]
     assert bool(runner.decoder._fused) == ("decode" not in by_torch) and all(runner.vision_encoder._fused)
     in_one_call = Steps(model, 40).run(*requests)
 
