@@ -44,7 +44,6 @@ class FixedRunner:
     """Samples one word of a list for every row, `step_s` after it was asked."""
 
     overlaps = False
-    hands_over = False
     free_rows = 12
 
     def __init__(self, tokens: list[int], step_s: float) -> None:

@@ -67,7 +67,6 @@ class Engine:
         self.pace = PaceCounters()
         # Called after events have been delivered, once for all of a step, in the thread that delivered them.
         self.after_delivery: Callable[[], None] = lambda: None
-        self._gathered = False  # whether tokens were delivered since then, which `_hand_over` has sent
         self._load = load
         self._queue_size = queue_size
         self._scheduler = Scheduler(queue_size or queue_for(1), 1, KvCache(0, 1), EncoderCache(0))  # until the model is loaded
@@ -254,7 +253,6 @@ class Engine:
             while self._wait_for_work():
                 self._obey()
                 self._step()
-            self._hand_over()
             self._refuse_commands("the server is shutting down")
             self._drop_ahead()
             if self._model is not None:
@@ -267,7 +265,6 @@ class Engine:
         model = self._load(self._report)
         self._enter("warm-up", WARM_UP_DEADLINE_S)
         model.runner.warm_up()
-        model.runner.before_pass = self._hand_over
         capacity = model.capacity
         self._image_token_id = model.vocabulary.special[model.image_token]
         self._budget = TokenBudget(capacity.chunk_tokens, model.runner.free_rows)
@@ -405,20 +402,10 @@ class Engine:
             self._compute(spent_s)
         else:
             self._finish(self._ahead)
-        assert self._model is not None
-        self._gathered = self._model.runner.hands_over and self._scheduler.running > 0
-        if not self._gathered:
-            self.after_delivery()
+        self.after_delivery()
         self._steps += 1
         self._last_step_at = time.monotonic()
         self._last_step_s = self._last_step_at - began
-
-    def _hand_over(self) -> None:
-        """Have the tokens of the step before sent. Called where the next one computes without Python's lock: between two
-        steps the threads that send them would hold it, and no core would compute."""
-        if self._gathered:
-            self._gathered = False
-            self.after_delivery()
 
     def _drop_ended(self, now: float) -> None:
         with self._wake:
@@ -468,7 +455,6 @@ class Engine:
         """Encode an image for as long as the decoding requests can wait; returns the seconds it took."""
         assert self._model is not None
         runner = self._model.runner
-        self._hand_over()
         self._enter("vision", self._budget.encode_deadline_s())
         began = time.monotonic()
         try:
@@ -495,7 +481,6 @@ class Engine:
             batch = self._scheduler.batch(self._budget.chunk_tokens(decoding, spent_s))
         self._clear_pages()
         if not batch.sequences:
-            self._hand_over()
             if spent_s and self._model is not None and self._model.runner.overlaps:
                 cast(OverlappingRunner, self._model.runner).wait_for_slices()
             return

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
@@ -34,8 +33,6 @@ class Runner(Protocol):
     """
 
     overlaps: bool  # whether it is an OverlappingRunner
-    hands_over: bool  # whether `compute` calls `before_pass` where it no longer needs Python's lock
-    before_pass: Callable[[], None]
     free_rows: int  # up to so many rows a pass takes about as long as for one: it is bound by reading the weights
 
     def warm_up(self) -> None:

@@ -89,7 +89,7 @@ class FakeImageProcessor:
 class FakeRunner:
     """Its KV cache stores the tokens' prefix cache keys, so that every read can be checked."""
 
-    overlaps = hands_over = False
+    overlaps = False
     free_rows = 12
 
     def __init__(

@@ -69,7 +69,6 @@ class CudaRunner(Glm4vRunner):
     """`device` is what streams, events, pinned memory and graphs go through."""
 
     overlaps = True
-    hands_over = False
     free_rows = 128
     SPARE_PAGES = 2  # one that stays zero and one that padding rows write to
     SPARE_SLOTS = 2  # one for a probe and one for padding rows

@@ -6,7 +6,6 @@ Knows sequences and pages, not the queue. Engine thread only.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -57,7 +56,6 @@ class Glm4vRunner:
     """The `Runner` of api.engine.loaded_model."""
 
     overlaps = False
-    hands_over = True
     free_rows = FREE_ROWS
     # Pages beyond those that are allocated: one stays zero and pads what is read, so that no row reads another's.
     SPARE_PAGES = 1
@@ -65,7 +63,6 @@ class Glm4vRunner:
 
     def __init__(self, source: WeightSource, capacity: Capacity, context_tokens: int, operations: Operations) -> None:
         self.operations = operations
-        self.before_pass: Callable[[], None] = lambda: None
         self.observer: Observer | None = None  # of the layers of the next batches; for fault injection
         self._context_tokens = context_tokens
         self._pages = capacity.pages
@@ -147,9 +144,7 @@ class Glm4vRunner:
     def compute(self, batch: Batch) -> list[SampledToken]:
         rows = _decode_order([sequence.computed + 1 for sequence in batch.decode])
         decode = [batch.decode[number] for number in rows.order]
-        forward_batch = self._forward_batch(decode, rows.ends, batch.chunks)
-        self.before_pass()
-        logits = self._decoder.run(forward_batch, self.observer)
+        logits = self._decoder.run(self._forward_batch(decode, rows.ends, batch.chunks), self.observer)
         tokens = self._sampler.sample(logits, [*decode, *(c.sequence for c in batch.chunks if c.is_last)])
         row_of = {number: row for row, number in enumerate(rows.order)}
         return [tokens[row_of[number]] for number in range(len(decode))] + tokens[len(decode) :]
