@@ -147,13 +147,18 @@ class Everything(dict):
 
 @needs_instruction
 @pytest.mark.parametrize(
-    ("limits", "by_torch"),
-    [(Everything(), ()), ({}, ("picture", "prefill")), (Everything(), ("decode", "prefill", "picture"))],
+    ("default_limit", "limits", "by_torch"),
+    [
+        (ALL_ROWS, Everything(), ()),
+        (0, {}, ()),
+        (ALL_ROWS, {}, ("picture", "prefill")),
+        (ALL_ROWS, Everything(), ("decode", "prefill", "picture")),
+    ],
 )
 def test_passes_that_both_compute_equal_their_single_operations(
-    limits: dict, by_torch: tuple[str, ...], tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    default_limit: int, limits: dict, by_torch: tuple[str, ...], tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen = Choice(ALL_ROWS, limits, frozenset(by_torch))
+    chosen = Choice(default_limit, limits, frozenset(by_torch))
     monkeypatch.setattr(OperationsChoice, "_quicker", lambda self, library: chosen)
     model = loaded(tiny_checkpoint)
     runner = model.runner
