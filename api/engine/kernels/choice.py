@@ -142,13 +142,15 @@ def decide(shape: ModelShape, times: dict[str, Times], free_bytes: int, steady: 
     if steady:
         limits = {product.key: _single(times[product.name], default) for product in products}
     by_torch = frozenset(kind for kind in KINDS if times[f"attention {kind}"].quicker(0, "compiled") == "torch")
+    if steady and times["attention decode"].error <= TOLERANCE:
+        by_torch -= {"decode"}  # torch pads the rows of a group to the longest
     findings = {}
     for product in products:
         findings[product.name] = f"{_words(limits[product.key])}; {_figures(times[product.name])}{note}"
     for kind in KINDS:
         name = f"attention {kind}"
         findings[name] = f"{'torch' if kind in by_torch else 'compiled'}; {_figures(times[name])}"
-    findings["a text at any load"] = _promise(products, times, limits)
+    findings["a text at any load"] = _promise(products, times, limits, by_torch)
     return Choice(default_limit, limits, by_torch, findings)
 
 
@@ -180,11 +182,15 @@ def _figures(times: Times) -> str:
     return f"ms compiled/torch: {single}{wrong}"
 
 
-def _promise(products: Iterable[Product], times: dict[str, Times], limits: dict[Key, int]) -> str:
+def _promise(
+    products: Iterable[Product], times: dict[str, Times], limits: dict[Key, int], by_torch: frozenset[str]
+) -> str:
+    if "decode" in by_torch:
+        return "may differ at near ties of two tokens: torch's attention pads the rows of a group to the longest"
     divided = [p.name for p in products if 0 < limits[p.key] < ALL_ROWS]
     if divided:
         return f"may differ at near ties of two tokens: rows decide who computes {', '.join(divided)}"
     unsteady = [p.name for p in products if not times[p.name].steady[0 if limits[p.key] else 1]]
     if unsteady:
         return f"may differ at near ties of two tokens: by the number of rows a sum of {', '.join(unsteady)} differs"
-    return "the same: no product's result depends on other rows"
+    return "the same: no row's result depends on other rows"

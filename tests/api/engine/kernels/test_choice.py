@@ -99,6 +99,9 @@ def test_each_attention_is_chosen_by_itself(without_amx: None) -> None:
 
     assert choice.by_torch == {"picture"}
     assert choice.findings["attention picture"] == "torch; ms compiled/torch: 1/0.75"
+    padded = times_of(0.5)
+    assert "pads the rows" in chosen(times_of(*[1.0] * 6), decode=padded).findings["a text at any load"]
+    assert not chosen(times_of(*[1.0] * 6), steady=True, decode=padded).by_torch
 
 
 @pytest.fixture(scope="module")
