@@ -100,8 +100,10 @@ class Settings(BaseSettings):
     )
     picture_cache_bytes: int | None = Field(None, ge=0, description="memory of the encoder cache; empty: by card")
 
-    kernels: Literal["auto", "torch"] = Field(
-        "auto", description="`auto`: compiled kernels on a CPU with AVX512_BF16; `torch`: none"
+    kernels: Literal["auto", "steady", "torch"] = Field(
+        "auto",
+        description="`auto`: compiled kernels where they are quicker, on a CPU with AVX512_BF16; `steady`: one for each "
+        "product, whatever the load; `torch`: none",
     )
 
     # The API.

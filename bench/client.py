@@ -62,12 +62,12 @@ async def ask(
     if address.model:
         body["model"] = address.model
     try:
-        async with client.stream("POST", "/v1/chat/completions", json=body) as response:
-            if response.status_code != 200:
-                sample.error = f"{response.status_code}: {(await response.aread())[:200].decode(errors='replace')}"
-            async for line in response.aiter_lines():
-                if line.startswith("data: {"):
-                    _read(json.loads(line[6:]), sample)
+        try:
+            await _stream(client, body, sample)
+        except (httpx.RemoteProtocolError, httpx.ReadError):
+            if sample.moments:
+                raise
+            await _stream(client, body, sample)  # the server closed a kept connection, as llama.cpp's does
     except httpx.HTTPError as error:
         sample.error = f"{type(error).__name__}: {error}"
     sample.ended = time.perf_counter()
@@ -75,6 +75,15 @@ async def ask(
     if not sample.moments and not sample.error:
         sample.error = "no text"
     return sample
+
+
+async def _stream(client: httpx.AsyncClient, body: dict[str, Any], sample: Sample) -> None:
+    async with client.stream("POST", "/v1/chat/completions", json=body) as response:
+        if response.status_code != 200:
+            sample.error = f"{response.status_code}: {(await response.aread())[:200].decode(errors='replace')}"
+        async for line in response.aiter_lines():
+            if line.startswith("data: {"):
+                _read(json.loads(line[6:]), sample)
 
 
 def _read(event: dict[str, Any], sample: Sample) -> None:

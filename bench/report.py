@@ -99,6 +99,24 @@ class Results:
                 ratios.append(cell.tokens_per_s / max(bases, key=lambda c: c.parallel).tokens_per_s)
         return sorted(ratios)
 
+    def matrix(self, server: str, peer: str) -> str:
+        """Markdown: tokens/s of a server relative to a peer at the same load in the same round. A cell in which either had an
+        error has none."""
+        loads = sorted({parallel for _, parallel in self.loads})
+        lines = [_row(["workload", *map(str, loads)]), _row("---" for _ in range(len(loads) + 1))]
+        for workload in sorted({workload for workload, _ in self.loads}):
+            lines.append(_row([workload, *(self._against(server, peer, workload, parallel) for parallel in loads)]))
+        return "\n".join(lines)
+
+    def _against(self, server: str, peer: str, workload: str, parallel: int) -> str:
+        theirs = {cell.round: cell for cell in self._at(peer, workload, parallel) if not cell.errors}
+        ratios = sorted(
+            cell.tokens_per_s / theirs[cell.round].tokens_per_s
+            for cell in self._at(server, workload, parallel)
+            if cell.round in theirs and not cell.errors
+        )
+        return f"{median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})" if ratios else ""
+
     def table(self) -> str:
         """Markdown."""
         lines = [_row(COLUMNS), _row("---" for _ in COLUMNS)]

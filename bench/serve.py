@@ -1,7 +1,8 @@
 """python -m bench.serve: compares the baseline, this server and any other on the same machine.
 
-Each round starts one server after the other and drives it with the same requests. Ratios are taken within a round,
-because a machine's speed drifts. Rounds are appended to the results file, so a later run adds to an earlier one.
+Each round starts one server after the other and drives it with the same requests; with --together all of them run, and take
+turns at each cell. Ratios are taken within a round, because a machine's speed drifts. Rounds are appended to the results file,
+so a later run adds to an earlier one.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -46,10 +47,10 @@ def main(arguments: list[str] | None = None) -> int:
     with given.results.open("a", encoding="utf-8") as results:
         for number in range(given.rounds):
             name = f"{time.strftime('%Y-%m-%dT%H:%M:%S')}-{number}"
-            for contender in contenders:
-                for cell in measure(contender, name, given.workloads, given.parallel, given.tokens):
-                    print(json.dumps(asdict(cell)), file=results, flush=True)
-                    print(f"{cell.server} {cell.workload} x{cell.parallel}: {cell.tokens_per_s:.1f} tokens/s")
+            cells = by_turns if given.together else one_after_another
+            for cell in cells(contenders, name, number, given.workloads, given.parallel, given.tokens):
+                print(json.dumps(asdict(cell)), file=results, flush=True)
+                print(f"{cell.server} {cell.workload} x{cell.parallel}: {cell.tokens_per_s:.1f} tokens/s", flush=True)
     report(given.results, given.plot)
     return 0
 
@@ -67,6 +68,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--url", action="append", default=[], metavar="NAME=URL", help="another server; may be repeated"
     )
+    parser.add_argument("--together", action="store_true", help="all servers run, and take turns at each cell")
     parser.add_argument("--url-key", default="none", help="API key of those servers")
     parser.add_argument("--url-model", help="model name for those servers")
     parser.add_argument("--without", action="append", default=[], choices=["a", "b"], help="leave a server out")
@@ -97,23 +99,50 @@ def choose(given: argparse.Namespace, folder: Path) -> list[Contender]:
     return contenders
 
 
-def measure(
-    contender: Contender, round_name: str, names: list[str], parallel: list[int], tokens: int
+def one_after_another(
+    contenders: list[Contender], round_name: str, number: int, names: list[str], parallel: list[int], tokens: int
 ) -> Iterator[Cell]:
-    with contender.start() as server:
+    for contender in contenders:
+        with contender.start() as server:
+            for name in names:
+                warm_up(server, round_name, name)
+                for count in parallel:
+                    if count <= contender.most_parallel:
+                        yield measure(contender, server, round_name, name, count, tokens)
+
+
+def by_turns(
+    contenders: list[Contender], round_name: str, number: int, names: list[str], parallel: list[int], tokens: int
+) -> Iterator[Cell]:
+    """Each round begins with another server, so that none has the cooler machine every time."""
+    first = number % len(contenders)
+    order = contenders[first:] + contenders[:first]
+    with ExitStack() as stack:
+        running = [(contender, stack.enter_context(contender.start())) for contender in order]
         for name in names:
-            workload = WORKLOADS[name]
-            # The first request of a kind pays for set-up; it is not measured.
-            asyncio.run(drive(server.address, workload, 1, 1, f"{round_name} warm-up {name}", tokens=8))
+            for _, server in running:
+                warm_up(server, round_name, name)
             for count in parallel:
-                if count > contender.most_parallel:
-                    continue
-                conversations = max(contender.waves * count, 1 if workload.turns > 1 else MIN_CONVERSATIONS)
-                seed = f"{round_name} {name} {count}"
-                samples = asyncio.run(drive(server.address, workload, count, conversations, seed, tokens))
-                for error in {s.error for s in samples if s.error}:
-                    print(f"{contender.name} {name} x{count}: {error}", file=sys.stderr)
-                yield summarise(samples, round_name, contender.name, name, count, server.peak_bytes())
+                for contender, server in running:
+                    if count <= contender.most_parallel:
+                        yield measure(contender, server, round_name, name, count, tokens)
+
+
+def warm_up(server: servers.Server, round_name: str, name: str) -> None:
+    """The first request of a kind pays for set-up; it is not measured."""
+    asyncio.run(drive(server.address, WORKLOADS[name], 1, 1, f"{round_name} warm-up {name}", tokens=8))
+
+
+def measure(
+    contender: Contender, server: servers.Server, round_name: str, name: str, count: int, tokens: int
+) -> Cell:
+    workload = WORKLOADS[name]
+    conversations = max(contender.waves * count, 1 if workload.turns > 1 else MIN_CONVERSATIONS)
+    seed = f"{round_name} {name} {count}"
+    samples = asyncio.run(drive(server.address, workload, count, conversations, seed, tokens))
+    for error in {s.error for s in samples if s.error}:
+        print(f"{contender.name} {name} x{count}: {error}", file=sys.stderr)
+    return summarise(samples, round_name, contender.name, name, count, server.peak_bytes())
 
 
 def report(results: Path, plot: Path | None) -> None:
@@ -121,6 +150,10 @@ def report(results: Path, plot: Path | None) -> None:
     collected = Results(cells, NAIVE)
     print(f"\n{machine()}; {collected.rounds} rounds, medians; ratio: median (lowest-highest) within a round\n")
     print(collected.table())
+    for peer in collected.servers:
+        if peer.startswith("c: ") and THIS in collected.servers:
+            print(f"\ntokens/s of this server as a part of those of {peer[3:]}: median (lowest-highest) within a round\n")
+            print(collected.matrix(THIS, peer))
     if plot:
         collected.plot(plot)
         print(f"\nplot: {plot}")

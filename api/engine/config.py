@@ -27,4 +27,5 @@ class EngineConfig:
     prefill_chunk_tokens: int | None = None  # most prompt tokens in one step; None: by card
     fingerprint_s: float = 600.0  # between two comparisons of an idle model with itself
     check_reference: bool = False  # compare an unknown revision with transformers while loading
-    kernels: Literal["auto", "torch"] = "auto"  # `torch`: nothing is compiled
+    # `steady`: the same kernel for any number of rows; `torch`: nothing is compiled.
+    kernels: Literal["auto", "steady", "torch"] = "auto"

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from bench import serve
+from bench import serve, servers
 from bench.checkpoint import words
 from bench.client import Sample
 from bench.report import Results, percentile, summarise
@@ -55,6 +55,22 @@ def test_ratios_compare_within_a_round_and_use_the_base_highest_load():
     assert "| A | 16 | ours | 90.0 | 7.5x (5.0-10.0) |" in results.table()
 
 
+def test_a_peer_is_compared_at_the_same_load_in_the_same_round_and_not_where_one_failed():
+    def cell(name: str, round_name: str, parallel: int, rate: float, error: str | None = None):
+        failed = [sample(0.0, [], 0, error=error)] if error else []
+        return summarise([sample(0.0, [0.5, 1.0], int(rate)), *failed], round_name, name, "A", parallel, None)
+
+    results = Results(
+        [
+            cell("ours", "1", 1, 30), cell("peer", "1", 1, 20), cell("ours", "2", 1, 60), cell("peer", "2", 1, 60),
+            cell("ours", "1", 4, 80), cell("peer", "1", 4, 10, error="502"), cell("ours", "3", 1, 99),
+        ],
+        "base",
+    )  # fmt: skip
+
+    assert results.matrix("ours", "peer").splitlines()[::2] == ["| workload | 1 | 4 |", "| A | 1.25 (1.00-1.50) |  |"]
+
+
 def test_questions_have_as_many_tokens_as_words():
     import random
 
@@ -67,14 +83,18 @@ def test_questions_have_as_many_tokens_as_words():
     assert len(WORDS) > 200
 
 
-def test_the_server_is_driven_over_the_protocol(tmp_path):
+def test_the_server_is_driven_over_the_protocol(tmp_path, capsys):
     results = tmp_path / "results.jsonl"
 
-    load = "--workloads B --parallel 2 --rounds 1 --waves 1 --tokens 3 --dtype float32 --without a"
-    serve.main([*load.split(), "--model", str(DEMO), "--results", str(results)])
+    load = "--workloads B --parallel 2 --rounds 1 --waves 1 --tokens 3 --dtype float32 --without a --together"
+    with servers.this(DEMO, "float32", "cpu") as peer:
+        other = ["--url", f"peer={peer.address.url}/v1", "--url-key", peer.address.key]
+        serve.main([*load.split(), *other, "--model", str(DEMO), "--results", str(results)])
 
-    cell = json.loads(results.read_text())
+    cell, theirs = map(json.loads, results.read_text().splitlines())
     assert (cell["server"], cell["requests"], cell["errors"]) == ("b: this server", 3, 0)
+    assert (theirs["server"], theirs["requests"], theirs["errors"]) == ("c: peer", 3, 0)
+    assert "as a part of those of peer" in capsys.readouterr().out
     assert cell["tokens_per_s"] > 0 and 0 < cell["ttft_p50"] <= cell["ttft_p95"] < 60
     assert cell["peak_bytes"] > 100 * 2**20
 

@@ -5,10 +5,12 @@
 // Compiled by build.py, called by operations.py. Numbers are computed in float32 and rounded where torch rounds them.
 // Arguments are checked before anything is computed (checks.h); no parallel region allocates memory or throws.
 
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/silu.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -140,21 +142,51 @@ void rotate_store(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const
   });
 }
 
+// A product of few rows by the panels, one of more than `limit` rows by oneDNN, as ChosenLinear computes it. `packed` or
+// `onednn` is empty where it is never used.
+struct Matrix {
+  const Tensor &packed, &onednn;
+  int64_t limit;
+};
+
+Tensor onednn_product(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  using Product = Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&, std::string_view,
+                         c10::List<std::optional<at::Scalar>>, std::optional<std::string_view>);
+  static const auto operation =
+      c10::Dispatcher::singleton().findSchemaOrThrow("mkldnn::_linear_pointwise", "").typed<Product>();
+  return operation.call(x, weight, bias, "none", c10::List<std::optional<at::Scalar>>(), "");
+}
+
+Tensor multiply(const Tensor& x, const Matrix& matrix, const std::optional<Tensor>& bias) {
+  return x.size(0) > matrix.limit ? onednn_product(x, matrix.onednn, bias) : glm::product(x, matrix.packed, bias);
+}
+
+Tensor multiply_gated(const Tensor& x, const Matrix& matrix) {
+  if (x.size(0) <= matrix.limit) return glm::gated_product(x, matrix.packed);
+  const std::vector<Tensor> halves = onednn_product(x, matrix.onednn, std::nullopt).chunk(2, -1);
+  return at::silu(halves[0]).mul_(halves[1]);
+}
+
 // All layers of the text model in one call, like Decoder._run_layers, but without waiting for Python's lock in between.
-// `weights` are nine for each layer, in the order of their use. Each group of rows, one for each AttentionMetadata, ends
-// at `ends`; those without `lengths` are prefill. -> the normed rows `logits_indices` [rows, hidden].
-Tensor run_layers(const Tensor& inputs, const Tensor& first_norm, at::TensorList weights, at::TensorList kv,
+// `weights` are nine for each layer, in the order of their use. `onednn` and `limits` are four for each layer, one for each
+// matrix. Each group of rows, one for each AttentionMetadata, ends at `ends`; those without `lengths` are prefill. -> the
+// normed rows `logits_indices` [rows, hidden].
+Tensor run_layers(const Tensor& inputs, const Tensor& first_norm, at::TensorList weights, at::TensorList onednn,
+                  at::IntArrayRef limits, at::TensorList kv,
                   const Tensor& cos, const Tensor& sin, const Tensor& slot_mapping, at::IntArrayRef ends,
                   at::TensorList pages, at::TensorList lengths, at::IntArrayRef firsts,
                   const std::optional<Tensor>& logits_indices, double eps) {
-  TORCH_CHECK(weights.size() == 9 * kv.size(), "run_layers: ", weights.size(), " weights for ", kv.size(), " layers");
+  TORCH_CHECK(weights.size() == 9 * kv.size() && onednn.size() == 4 * kv.size() && limits.size() == onednn.size(),
+              "run_layers: ", weights.size(), " weights for ", kv.size(), " layers");
   TORCH_CHECK(!ends.empty() && ends.size() == pages.size() && ends.size() == lengths.size() && ends.size() == firsts.size() &&
                   std::is_sorted(ends.begin(), ends.end()) && ends[0] > 0 && ends.back() == inputs.size(0),
               "run_layers: the groups do not fit ", inputs.sizes());
   Tensor x = inputs, normed = norm(x, first_norm, eps);
   for (size_t layer = 0; layer < kv.size(); ++layer) {
-    const Tensor* w = &weights[9 * layer];
-    Tensor qkv = glm::product(normed, w[0], w[1]).view_as(cos);
+    const Tensor *w = &weights[9 * layer], *o = &onednn[4 * layer];
+    const int64_t* limit = &limits[4 * layer];
+    const auto bias = w[1].numel() ? std::optional<Tensor>(w[1]) : std::nullopt;
+    Tensor qkv = multiply(normed, {w[0], o[0], limit[0]}, bias).view_as(cos);
     rotate_store(qkv, cos, sin, kv[layer], slot_mapping);
     std::vector<Tensor> groups;
     for (size_t i = 0; i < ends.size(); ++i) {
@@ -167,22 +199,26 @@ Tensor run_layers(const Tensor& inputs, const Tensor& first_norm, at::TensorList
       if (!logits_indices->numel()) return at::empty({0, x.size(1)}, x.options());
       x = x.index_select(0, *logits_indices), attended = attended.index_select(0, *logits_indices);
     }
-    std::tie(x, normed) = add_norm(x, glm::product(attended, w[2], std::nullopt), w[3], w[4], eps);
-    const Tensor delta = glm::product(glm::gated_product(normed, w[5]), w[6], std::nullopt);
+    std::tie(x, normed) = add_norm(x, multiply(attended, {w[2], o[1], limit[1]}, std::nullopt), w[3], w[4], eps);
+    const Tensor hidden = multiply_gated(normed, {w[5], o[2], limit[2]});
+    const Tensor delta = multiply(hidden, {w[6], o[3], limit[3]}, std::nullopt);
     std::tie(x, normed) = add_norm(x, delta, w[7], w[8], eps);
   }
   return normed;
 }
 
-// One block of the vision encoder, like VisionEncoder._run.
-Tensor run_block(const Tensor& inputs, const Tensor& norm1, const Tensor& qkv, const std::optional<Tensor>& bias,
-                 const Tensor& out, const Tensor& norm2, const Tensor& gate_up, const Tensor& down, const Tensor& cos,
-                 const Tensor& sin, int64_t frames, int64_t heads, double eps) {
-  const Tensor projected = glm::product(norm(inputs, norm1, eps), qkv, bias);
-  const Tensor attended = glm::attend_image(projected, cos, sin, frames, heads);
-  const Tensor x = at::add(inputs, glm::product(attended, out, std::nullopt));
-  const Tensor hidden = glm::gated_product(norm(x, norm2, eps), gate_up);
-  return at::add(x, glm::product(hidden, down, std::nullopt));
+// A block of the vision encoder before and after attention, like VisionEncoder._run. `onednn` and `limits` as in run_layers.
+Tensor begin_block(const Tensor& inputs, const Tensor& norm1, const Tensor& qkv, const Tensor& onednn, int64_t limit,
+                   const std::optional<Tensor>& bias, double eps) {
+  return multiply(norm(inputs, norm1, eps), {qkv, onednn, limit}, bias);
+}
+
+Tensor end_block(const Tensor& inputs, const Tensor& attended, const Tensor& norm2, at::TensorList packed,
+                 at::TensorList onednn, at::IntArrayRef limits, double eps) {
+  TORCH_CHECK(packed.size() == 3 && onednn.size() == 3 && limits.size() == 3, "end_block: ", packed.size(), " matrices");
+  const Tensor x = at::add(inputs, multiply(attended, {packed[0], onednn[0], limits[0]}, std::nullopt));
+  const Tensor hidden = multiply_gated(norm(x, norm2, eps), {packed[1], onednn[1], limits[1]});
+  return at::add(x, multiply(hidden, {packed[2], onednn[2], limits[2]}, std::nullopt));
 }
 
 }  // namespace
@@ -197,12 +233,14 @@ TORCH_LIBRARY(glm, library) {
   library.def("product(Tensor x, Tensor packed, Tensor? bias) -> Tensor");
   library.def("gated_product(Tensor x, Tensor packed) -> Tensor");
   library.def(
-      "run_layers(Tensor inputs, Tensor first_norm, Tensor[] weights, Tensor(a!)[] kv, Tensor cos, Tensor sin, "
-      "Tensor slot_mapping, int[] ends, Tensor[] pages, Tensor[] lengths, int[] firsts, Tensor? logits_indices, float eps) "
+      "run_layers(Tensor inputs, Tensor first_norm, Tensor[] weights, Tensor[] onednn, int[] limits, Tensor(a!)[] kv, "
+      "Tensor cos, Tensor sin, Tensor slot_mapping, int[] ends, Tensor[] pages, Tensor[] lengths, int[] firsts, Tensor? logits_indices, float eps) "
       "-> Tensor");
   library.def(
-      "run_block(Tensor inputs, Tensor norm1, Tensor qkv, Tensor? bias, Tensor out, Tensor norm2, Tensor gate_up, "
-      "Tensor down, Tensor cos, Tensor sin, int frames, int heads, float eps) -> Tensor");
+      "begin_block(Tensor inputs, Tensor norm1, Tensor qkv, Tensor onednn, int limit, Tensor? bias, float eps) -> Tensor");
+  library.def(
+      "end_block(Tensor inputs, Tensor attended, Tensor norm2, Tensor[] packed, Tensor[] onednn, int[] limits, float eps) "
+      "-> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(glm, CPU, library) {
@@ -215,5 +253,13 @@ TORCH_LIBRARY_IMPL(glm, CPU, library) {
   library.impl("product", glm::product);
   library.impl("gated_product", glm::gated_product);
   library.impl("run_layers", run_layers);
-  library.impl("run_block", run_block);
+  library.impl("begin_block", begin_block);
+  library.impl("end_block", end_block);
+}
+
+// For calls with weights that are packed for oneDNN among the arguments.
+TORCH_LIBRARY_IMPL(glm, MkldnnCPU, library) {
+  library.impl("run_layers", run_layers);
+  library.impl("begin_block", begin_block);
+  library.impl("end_block", end_block);
 }

@@ -182,7 +182,7 @@ def _assemble(
             "class": facts["class"],
             "dtype": facts["dtype"],
             "device": facts["device"],
-            "kernels": kernels.value,
+            "kernels": " ".join(filter(None, (kernels.value, getattr(runner.operations, "signature", "")))),
             "weights": facts["weights"],
         }
         reference = compare_once(

@@ -1,6 +1,6 @@
 """The choice of a model's operations, compiled, Triton or torch: made once, before the engine is ready.
 
-Those of the CPU are built and tried while the weights are loaded; those of a CUDA device are compared with plain torch,
+Those of the CPU are built and tried while the weights are loaded, and used where they are quicker; those of a CUDA device are compared with plain torch,
 path by path, on that device. If that takes too long or a trial fails, torch computes until the next start; operations
 never change under a running engine.
 """
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +19,11 @@ from api.engine.config import EngineConfig
 from api.engine.cuda.shape import shape_of
 from api.engine.cuda.support import unsupported as unsupported_on_cuda
 from api.engine.kernels.build import KernelError, PendingLibrary, unsupported
+from api.engine.kernels.choice import Choice
+from api.engine.kernels.choice import shape_of as kernel_shape_of
 from api.engine.kernels.operations import CompiledOperations
-from api.engine.loading.placement import PAGE_TOKENS, Selection
+from api.engine.kernels.speed import choose as choose_quicker
+from api.engine.loading.placement import PAGE_TOKENS, Selection, free_memory_bytes
 from api.engine.model.operations import Operations, TorchOperations
 from api.engine.model.recipe import BF16, Recipe
 from api.engine.model.rotary import head_dim_of
@@ -37,7 +42,9 @@ class OperationsChoice:
         self._pending: PendingLibrary | None = None
         self._reason = "set by GLM_KERNELS"
         self._recipe, self._device, self._dtype, self._config = recipe, device, dtype, model_config
-        self.proofs: dict[str, str] = {}  # for `GET /info`: what each path of a CUDA device was found to be
+        # For `GET /info`: what each path of a CUDA device was found to be, and what is quicker on a CPU.
+        self.proofs: dict[str, str] = {}
+        self._steady = config.kernels == "steady"
         self._triton = False
         if config.kernels == "torch":
             return
@@ -64,7 +71,18 @@ class OperationsChoice:
             torch.ops.load_library(str(library))
         except (KernelError, OSError, RuntimeError) as error:
             return without_compiled(error)
-        return CompiledOperations(), Selection("compiled", str(library))
+        choice = self._quicker(library)
+        return CompiledOperations(choice), Selection("compiled", "each operation as it is quicker on this machine: see proofs")
+
+    def _quicker(self, library: Path) -> Choice:
+        """Compiled or torch for each operation, by their times on this very machine."""
+        began = time.monotonic()
+        choice = choose_quicker(kernel_shape_of(self._config), library, free_memory_bytes(), self._steady)
+        logger.info("event=trial seconds=%.2f", time.monotonic() - began)
+        for name, found in choice.findings.items():
+            self.proofs[name] = found
+            logger.info("event=proof path=%s found=%s", json.dumps(name), json.dumps(found))
+        return choice
 
     def _proven_on_cuda(self) -> tuple[Operations, Selection]:
         """The kernels that are right on this very device. Imports Triton."""

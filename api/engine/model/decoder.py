@@ -97,7 +97,9 @@ class Decoder:
     ) -> torch.Tensor:
         """The same up to the head: normed rows [len(logits_indices), hidden]."""
         kv = self.kv if kv is None else kv
-        return self._fused(batch, kv) if self._fused and observe is None else self._run_layers(batch, kv, observe)
+        if self._fused and observe is None and (normed := self._fused(batch, kv)) is not None:
+            return normed
+        return self._run_layers(batch, kv, observe)
 
     def head(self, normed: torch.Tensor) -> torch.Tensor:
         """Logits [rows, vocabulary] of normed rows, in the number format of the model."""

@@ -29,15 +29,15 @@ class TorchLinear:
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, gated: bool = False) -> None:
         self.out_features, self.in_features = weight.shape
-        self._bias = None if bias is None else bias.detach().contiguous()
+        self.bias = None if bias is None else bias.detach().contiguous()
         self._gated = gated
-        self._weight = _packed_for_onednn(weight.detach().contiguous())
+        self.weight = _packed_for_onednn(weight.detach().contiguous())
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self._weight.is_mkldnn:
-            y = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        if self.weight.is_mkldnn:
+            y = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         else:
-            y = F.linear(x, self._weight, self._bias)
+            y = F.linear(x, self.weight, self.bias)
         return gate(y) if self._gated else y
 
 

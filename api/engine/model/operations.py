@@ -108,8 +108,8 @@ class Frames:
         return len(set(self.patches)) == 1
 
 
-# (batch, KV cache of each layer) -> normed rows that logits are computed from [n, hidden]
-FusedDecoder = Callable[[ForwardBatch, list[torch.Tensor]], torch.Tensor]
+# (batch, KV cache of each layer) -> normed rows that logits are computed from [n, hidden]; None: not for such a batch
+FusedDecoder = Callable[[ForwardBatch, list[torch.Tensor]], torch.Tensor | None]
 # (x [patches, hidden], cos, sin [patches, head_dim], frames) -> [patches, hidden]
 FusedBlock = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 

@@ -46,7 +46,10 @@ def test_a_server_compiles_before_it_is_ready_and_answers_as_with_torch(
 
     value, reason = kernels(server)
 
-    assert value == "compiled" and list((tmp_path / "cache").rglob(reason)), "the library's name without its folder"
+    assert value == "compiled" and "see proofs" in reason
+    found = proofs(server)
+    assert "attention decode" in found or "see the next start" in found["products"], found  # a machine too busy to measure
+    assert str(tmp_path) not in f"{reason} {found}"
     assert kernels(with_torch) == ("torch", "set by GLM_KERNELS")
     text = answer(server)
     assert text == answer(with_torch)
@@ -57,6 +60,10 @@ def test_a_server_compiles_before_it_is_ready_and_answers_as_with_torch(
 def kernels(server: Server) -> tuple[str, str]:
     info: dict[str, Any] = httpx.get(f"{server.url}/info", headers=HEADERS, timeout=WAIT_S).json()
     return info["kernels"], info["choices"]["kernels"]
+
+
+def proofs(server: Server) -> dict[str, str]:
+    return httpx.get(f"{server.url}/info", headers=HEADERS, timeout=WAIT_S).json()["proofs"]
 
 
 def answer(server: Server) -> str:

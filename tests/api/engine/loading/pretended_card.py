@@ -166,7 +166,7 @@ class PretendedOperations(TorchOperations):
 
 class _Plain(TorchLinear):
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        y = F.linear(x, self._weight, self._bias)
+        y = F.linear(x, self.weight, self.bias)
         return _gated(y) if self._gated else y
 
 
