@@ -158,7 +158,7 @@ def _launch_unit(log_dir: Path, part: str, owner: str, cure: bool) -> int:
         if entry is not None and processes.is_running(entry):
             return 0
         state = unit.state_of(owner)
-        if state == "failed" or (problem and state == "inactive"):
+        if state == "failed" or (problem and state in ("inactive", "")):
             break
         time.sleep(0.2)
     state = unit.state_of(owner) or "unknown"

@@ -16,9 +16,11 @@ from stand_in_model import completion
 
 from models.shapes.pictures import COLORS
 from monitor import check
-from monitor.observe import api_probe, observe
+from monitor.judge.verdict import Verdict
+from monitor.observe import api_probe, observe, unit
 from monitor.observe.observe import now
 from monitor.observe.processes import ProcessRecord, boot_id, read_stat, write_record
+from monitor.store.state import CheckerState
 from monitor.store.store import Store
 from monitor.tell import status
 
@@ -344,3 +346,35 @@ def test_a_page_whose_own_questions_fail_is_told_and_restarts_nothing(service, b
 
     del behaviour.other["/_stcore/api-contact"]  # as a page of an earlier version
     assert run_check(settings, random.Random(1))["targets"]["page"]["rule"] == "page_answers"
+
+
+@pytest.mark.parametrize(
+    ("target", "word", "left_to_systemd"),
+    [("api", "dead", True), ("api", "wedged", True), ("api", "zombie", True), ("page", "dead", True), ("page", "zombie", False), ("api", "broken", False)],
+)
+def test_what_systemd_restarts_by_itself_is_left_to_it(target, word, left_to_systemd, monkeypatch):
+    verdict = Verdict(target, word, "rule", "en", "zh", {}, "", cure=True)
+    assert check.systemd_restarts(target, verdict) == "", "no systemd owns the servers here"
+    monkeypatch.setattr(unit, "owner_of", lambda part: unit.NAMES[part])
+    monkeypatch.setattr(unit, "state_of", lambda name: "activating")
+
+    why = check.systemd_restarts(target, verdict)
+    monkeypatch.setattr(unit, "state_of", lambda name: "failed")
+    given_up = check.systemd_restarts(target, verdict)
+
+    assert bool(why) == bool(given_up) == left_to_systemd
+    assert not why or ("systemd owns glm-" in why and "systemctl reset-failed glm-" in given_up)
+
+
+def test_a_dead_server_that_systemd_owns_is_held_and_not_restarted(make_settings, monkeypatch):
+    monkeypatch.setattr(unit, "owner_of", lambda part: unit.NAMES[part])
+    monkeypatch.setattr(unit, "state_of", lambda name: "activating")
+    settings = make_settings(1, cure="restart")
+    dead = Verdict("api", "dead", "process_gone", "en", "zh", {}, "", cure=True, needed=0)
+    state = CheckerState.load(Store.open(settings.log_dir), "")
+
+    decisions = check._decide(state, {"api": dead}, settings, 1e9, "")
+
+    assert (decisions["api"].kind, decisions["api"].reason.split(",")[0]) == ("hold", "systemd owns glm-api.service")
+    monkeypatch.setattr(unit, "owner_of", lambda part: "")
+    assert check._decide(state, {"api": dead}, settings, 1e9, "")["api"].kind == "restart"

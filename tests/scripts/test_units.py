@@ -27,12 +27,12 @@ def alive():
         return bool(pid) and open(f"/proc/{{pid}}/stat").read().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
-if os.path.exists("{folder}/refuses"):
+if words[0] != "is-active" and os.path.exists("{folder}/refuses"):
     sys.exit("Interactive authentication required.")
 if words[0] == "start" and not alive() and subprocess.run(shlex.split(value("ExecCondition"))).returncode == 0:
     log = open(value("StandardOutput").removeprefix("append:"), "a")
     env = {{**os.environ, **dict(pair.split("=", 1) for pair in shlex.split(value("Environment")))}}
-    started = subprocess.Popen(shlex.split(value("ExecStart")), cwd=value("WorkingDirectory"), env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+    started = subprocess.Popen(shlex.split(value("ExecStart")), cwd=value("WorkingDirectory"), env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in (1, 2, 15)])
     open(pids, "w").write(str(started.pid))
 if words[0] == "stop" and alive():
     os.kill(pid, signal.SIGTERM)
