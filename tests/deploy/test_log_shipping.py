@@ -106,7 +106,10 @@ def events_of(lines: list[str], pattern: str) -> list[str]:
 def by_vector(transform: str, name: str, messages: list[str]) -> list[dict[str, Any]]:
     runtime, program = VRLRuntime(), VECTOR["transforms"][transform]["source"]
     path = f"/opt/glm/logs/{name}"
-    return [runtime.execute(program, {"message": text, "file": path, "host": "box"}).processed_event for text in messages]
+    documents = [runtime.execute(program, {"message": text, "file": path, "host": "box"}).processed_event for text in messages]
+    ids = {document.pop(VECTOR["sinks"]["elasticsearch"]["id_key"]) for document in documents}
+    assert len(ids) == len(messages), "each has an id of its own, so that it is not there twice when it is sent again"
+    return documents
 
 
 def by_filebeat(name: str, messages: list[str]) -> list[dict[str, Any]]:
