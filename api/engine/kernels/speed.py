@@ -25,8 +25,8 @@ from api.engine.model.operations import AttentionMetadata, TorchOperations
 
 # Larger matrices are tried with a part of their features: what a feature costs does not depend on their number.
 MOST_NUMBERS = 2**23
-MOST_ROUNDS, FEWEST_ROUNDS = 15, 5
-LIMIT_S = 2.0  # for all of it: a busy machine that cannot do FEWEST_ROUNDS keeps the defaults and is tried at the next start
+MOST_ROUNDS, FEWEST_ROUNDS = 9, 5
+LIMIT_S = 4.0  # for all of it: a busy machine that cannot do FEWEST_ROUNDS keeps the defaults and is tried at the next start
 FORMAT = 1  # of the cached times
 
 
