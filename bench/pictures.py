@@ -2,6 +2,7 @@
 
     python -m bench.pictures turns [--beside FOLDER]    time to the first token of a second turn about eight photos
     python -m bench.pictures memory [--beside FOLDER]   resident memory while eight requests with a large image each are answered
+    python -m bench.pictures image                      one photo from its pixels to its release, as bytes and as numbers
 
 `--beside` names another checkout of this project, whose server is asked by turns with this one's.
 """
@@ -18,13 +19,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import httpx
+import psutil
 from PIL import Image
 
 from bench import servers
@@ -33,13 +35,14 @@ from models.shapes.checkpoint import FOLDER as DEMO
 
 PHOTOS, SIZE = 8, (4000, 3000)
 WATCH_S = 0.005
-LARGE_TOKENS = 2500  # of a large image
+LARGE_TOKENS = 1000  # of a large image
+LARGEST_TOKENS = 6144  # of the largest that GLM-4.6V-Flash takes
 PROCESSING = "preprocessor_config.json"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.pictures", description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["turns", "memory"])
+    parser.add_argument("what", choices=["turns", "memory", "image"])
     parser.add_argument("--beside", type=Path, help="another checkout")
     parser.add_argument("--model", type=Path, default=DEMO)
     parser.add_argument("--dtype", default="float32")
@@ -48,6 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", default="x".join(map(str, SIZE)), help="of a photo, in pixels")
     given = parser.parse_args(arguments)
     width, height = map(int, given.size.split("x"))
+    if given.what == "image":
+        return one_image(given.model, width, height)
     measure = second_turn if given.what == "turns" else memory
     with ExitStack() as stack:
         if given.what == "memory":
@@ -108,6 +113,41 @@ async def memory(server: servers.Server, photos: list[str]) -> dict[str, float]:
         async with server.address.client() as client:
             await asyncio.gather(*(one(client, photo) for photo in photos))
     return {"at most, MiB": (max(levels) - before) / 2**20}
+
+
+def one_image(model: Path, width: int, height: int) -> int:
+    """Resident memory of this process above that before, and processor time."""
+    from transformers import AutoImageProcessor
+
+    from api.engine.image_processor import CheckpointImageProcessor
+
+    processor = AutoImageProcessor.from_pretrained(model, backend="pil")
+    side = processor.patch_size * processor.merge_size
+    processor.size = type(processor.size)(
+        shortest_edge=processor.size["shortest_edge"], longest_edge=LARGEST_TOKENS * side**2 * processor.temporal_patch_size
+    )
+    ours = CheckpointImageProcessor(processor)
+    pixels = Image.frombytes("RGB", (width, height), random.Random(46).randbytes(width * height * 3))
+    ours.process(pixels.resize((500, 400)))  # what is loaded at the first use
+    print("| one image | MiB | processor time, s | tokens |", "| --- | --- | --- | --- |", sep="\n")
+    held: list[Any] = []
+
+    def row(name: str, work: Callable[[], Any]) -> None:
+        began_s = time.thread_time()
+        held[:] = [work()]
+        took_s = time.thread_time() - began_s
+        tokens = getattr(held[0], "tokens", "")
+        print(f"| {name} | {(_resident_bytes() - before) / 2**20:.1f} | {took_s:.2f} | {tokens} |")
+
+    before = _resident_bytes()
+    row("bytes", lambda: ours.process(pixels))
+    row("released", lambda: None)
+    row("numbers of the checkpoint's processor", lambda: processor(images=[pixels], return_tensors="np"))
+    return 0
+
+
+def _resident_bytes() -> int:
+    return psutil.Process().memory_info().rss
 
 
 def _check(error: str | None) -> None:
