@@ -23,13 +23,13 @@ TRIAL_SIDE = 4  # of the picture on which bytes are compared with the checkpoint
 class PixelPatches:
     """The patches of an image as bytes, and what each byte means."""
 
-    pixels: np.ndarray  # uint8 [patches, colours, patch_size ** 2]
-    scale: np.ndarray  # float32 [colours, 256]: the number for each byte of a colour
+    pixels: Any  # uint8 [patches, colours, patch_size ** 2], an array here, a tensor on its way to a device
+    scale: Any  # float32 [colours, 256]: the number for each byte of a colour
     frames: int  # in a patch: temporal_patch_size, all of them equal
 
     @property
     def nbytes(self) -> int:
-        return self.pixels.nbytes + self.scale.nbytes
+        return int(self.pixels.nbytes + self.scale.nbytes)
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -76,6 +76,7 @@ class CheckpointImageProcessor:
         """`image`: upright."""
         image = image if image.mode == "RGB" else image.convert("RGB")
         resized, final = self._resized(image)
+        patches: PixelPatches | np.ndarray
         if final and self._scale is not None:
             grid, patches = self._as_bytes(resized)
         else:

@@ -173,10 +173,7 @@ def draft(
     if isinstance(chat, TextRequest):
         return _draft_texts(chat, model, maker)
     uploads = [maker.open(param, url, fetched) for param, url in image_urls(chat, settings)]
-    expected = sum(
-        upload.known.tokens if upload.known else model.image_processor.count_tokens(*upload.image.size)  # type: ignore[union-attr]
-        for upload in uploads
-    )
+    expected = sum(_tokens(upload, model) for upload in uploads)
     if expected >= model.context_tokens:
         raise _too_long(expected, model, "The pictures alone take")
     ids = rendered_ids(
@@ -194,6 +191,13 @@ def draft(
     referenced = {image for _, image in image_references(_last_question(chat.messages), len(uploads))}
     question_image = referenced.pop() if len(referenced) == 1 else None
     return Draft(tuple(ids), tuple(uploads), tokens, _opens_thinking(ids, model), question_image, maker)
+
+
+def _tokens(upload: Upload, model: Model) -> int:
+    if upload.known is not None:
+        return upload.known.tokens
+    assert upload.image is not None
+    return model.image_processor.count_tokens(*upload.image.size)
 
 
 def _draft_texts(request: TextRequest, model: Model, maker: ImageMaker) -> Draft:

@@ -169,6 +169,7 @@ class CudaOperations(TorchOperations):
         longest = max(frames.patches)
         # One split: otherwise the longest frame would decide in how many parts the others are added up.
         attended = varlen.varlen_attn(q, k, v, frames.starts, frames.starts, longest, longest, num_splits=1)
+        assert isinstance(attended, torch.Tensor)  # a pair only where the sums of the probabilities are asked for
         return attended.reshape(len(qkv), -1)
 
     def _has_ragged_images(self, qkv: torch.Tensor) -> bool:

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -20,7 +21,7 @@ import torch
 from api.engine.kernels.build import PAGE_TOKENS
 from api.engine.kernels.choice import ROWS, Choice, ModelShape, Times, decide, default_choice
 from api.engine.kernels.operations import PANEL, CompiledOperations, PackedLinear
-from api.engine.model.linear import TorchLinear
+from api.engine.model.linear import Linear, TorchLinear
 from api.engine.model.operations import AttentionMetadata, TorchOperations
 
 # Larger matrices are tried with a part of their features: what a feature costs does not depend on their number.
@@ -105,7 +106,11 @@ def _products(shape: ModelShape) -> Iterator[_Trial]:
         weight = numbers.repeat(-(-count // len(numbers)))[:count].view(some, inputs) * inputs**-0.5
         both = PackedLinear(weight, None, gated), TorchLinear(weight, None, gated)
         x = torch.randn(max(product.rows), inputs, generator=generator).to(torch.bfloat16)
-        yield _Trial(product.name, product.rows, lambda which, rows, both=both, x=x: both[which](x[:rows]))
+        yield _Trial(product.name, product.rows, partial(_multiply, both, x))
+
+
+def _multiply(both: tuple[Linear, Linear], x: torch.Tensor, which: int, rows: int) -> torch.Tensor:
+    return both[which](x[:rows])
 
 
 def _attentions(shape: ModelShape) -> Iterator[_Trial]:
