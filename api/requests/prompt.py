@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping
+from collections.abc import Sequence as Items
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -34,7 +35,8 @@ from api.protocol.schemas import ChatRequest, ImagePart, Message, TextPart, Tool
 from api.protocol.text_completion import TextRequest
 from settings import Settings
 
-PREPROCESS_THREADS = 2
+PREPROCESS_THREADS = 2  # for texts, which never wait for images
+IMAGE_THREADS = 2
 FETCH_THREADS = 8  # they wait for the network, not for the CPU
 TEXT_OPENING = ("[gMASK]", "<sop>")  # before a text that no template renders
 # What `verbosity` says to the model; `medium` says nothing.
@@ -107,7 +109,8 @@ class Draft:
 class PromptBuilder:
     """Builds prompts in worker threads; called in the event loop only.
 
-    Fetching has its own threads, so that a slow remote server does not delay other requests, and so have health probes.
+    Fetching has its own threads, so that a slow remote server does not delay other requests, and so have images and health
+    probes.
     """
 
     def __init__(self, settings: Settings, fetcher: Fetcher) -> None:
@@ -115,12 +118,16 @@ class PromptBuilder:
         self._fetcher = fetcher
         self._known = KnownUploads()
         self._preprocess_pool = ThreadPoolExecutor(PREPROCESS_THREADS, thread_name_prefix="preprocess")
+        self._image_pool = ThreadPoolExecutor(IMAGE_THREADS, thread_name_prefix="image")
         self._probe_pool = ThreadPoolExecutor(1, thread_name_prefix="probe")
         self._fetch_pool = ThreadPoolExecutor(FETCH_THREADS, thread_name_prefix="fetch")
 
     def pool(self, caller: Caller) -> ThreadPoolExecutor:
-        """The threads in which to parse and preprocess the requests of `caller`."""
+        """The threads in which to parse and preprocess the requests of `caller`, but for its images."""
         return self._probe_pool if caller.probe else self._preprocess_pool
+
+    def image_pool(self, caller: Caller) -> ThreadPoolExecutor:
+        return self._probe_pool if caller.probe else self._image_pool
 
     async def draft(self, chat: ChatRequest, model: Model, caller: Caller, salt: str) -> Draft:
         """Fetch remote images, render the template, count tokens. Images that were uploaded before under `salt` are known.
@@ -128,16 +135,22 @@ class PromptBuilder:
         Raises ServingError.
         """
         fetched = await self._fetch(chat)
-        pool, loop = self.pool(caller), asyncio.get_running_loop()
-        maker = ImageMaker(model, self._settings, self._known, salt, pool)
-        return await loop.run_in_executor(pool, draft, chat, fetched, model, self._settings, maker)
+        loop = asyncio.get_running_loop()
+        maker = ImageMaker(model, self._settings, self._known, salt, self.image_pool(caller))
+        return await loop.run_in_executor(self.pool(caller), draft, chat, fetched, model, self._settings, maker)
 
     async def finish(self, drafted: Draft, model: Model, caller: Caller) -> Prompt:
-        """Decode and process the images that are not known. Raises ServingError."""
-        return await asyncio.get_running_loop().run_in_executor(self.pool(caller), finish, drafted, model)
+        """Decode and process the images that are not known. Raises ServingError.
+
+        One image at a time, so that a request whose client has left ends after the one in progress, that those of other
+        requests come in between, and that memory stays low.
+        """
+        loop, pool = asyncio.get_running_loop(), self.image_pool(caller)
+        made = [await loop.run_in_executor(pool, drafted.maker.make, upload) for upload in drafted.uploads]
+        return await loop.run_in_executor(self.pool(caller), finish, drafted, made, model)
 
     def close(self) -> None:
-        for pool in (self._preprocess_pool, self._probe_pool, self._fetch_pool):
+        for pool in (self._preprocess_pool, self._image_pool, self._probe_pool, self._fetch_pool):
             pool.shutdown(wait=False, cancel_futures=True)
 
     async def _fetch(self, chat: ChatRequest) -> dict[str, bytes]:
@@ -337,13 +350,9 @@ def _file_bytes(source: str | bytes) -> int:
     return len(source) if isinstance(source, bytes) else len(source.partition(",")[2].rstrip("=")) * 3 // 4
 
 
-def finish(draft: Draft, model: Model) -> Prompt:
-    """Decode and process the images, one at a time to keep memory low, and repeat the image token for each."""
-    images, sizes = [], []
-    for upload in draft.uploads:
-        image, size = draft.maker.make(upload)
-        images.append(image)
-        sizes.append(size)
+def finish(draft: Draft, made: Items[tuple[ImageInput, tuple[int, int]]], model: Model) -> Prompt:
+    """Repeat the image token for each token of its image. `made`: the images with their sizes."""
+    images, sizes = [image for image, _ in made], [size for _, size in made]
     image_id = model.vocabulary.special[model.image_token]
     remaining = iter(images)
     expanded = [i for token in draft.ids for i in ([token] if token != image_id else [token] * next(remaining).tokens)]

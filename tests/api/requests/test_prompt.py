@@ -17,7 +17,7 @@ from api.engine.loaded_model import Model
 from api.errors import ServingError
 from api.protocol.fields import IgnoredFields
 from api.protocol.schemas import parse_chat
-from api.requests.prompt import Prompt, draft, finish
+from api.requests.prompt import Draft, Prompt, draft, finish
 from settings import Settings
 
 TEMPLATE = Path(__file__).resolve().parents[3] / "models" / "shapes" / "chat_template.jinja"
@@ -43,7 +43,11 @@ def model() -> Model:
 
 def prompt_of(model: Model, messages: list[dict[str, Any]], **fields: Any) -> Prompt:
     chat = parse_chat(json.dumps({"messages": messages, **fields}).encode(), IgnoredFields())
-    return finish(draft(chat, {}, model, Settings()), model)
+    return finished(draft(chat, {}, model, Settings()), model)
+
+
+def finished(drafted: Draft, model: Model) -> Prompt:
+    return finish(drafted, [drafted.maker.make(upload) for upload in drafted.uploads], model)
 
 
 def readable(model: Model, prompt: Prompt) -> str:
@@ -145,7 +149,7 @@ def test_an_image_is_let_go_before_the_next_is_decoded(model: Model, monkeypatch
         return process(image)
 
     monkeypatch.setattr(model.image_processor, "process", noting)
-    finish(drafted, model)
+    finished(drafted, model)
 
     assert held == [0, 0, 0], "an upright copy is processed"
 
