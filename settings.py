@@ -115,8 +115,12 @@ class Settings(BaseSettings):
     api_keys: SecretStr | None = Field(None, description="more keys, as name:key or name:sha256:digest, comma-separated")
     metrics_key: SecretStr | None = Field(None, description="opens GET /metrics and nothing else, for Prometheus")
     probe_token: SecretStr | None = Field(None, description="marks health probes, which never queue behind users")
-    key_requests_per_minute: int = Field(0, ge=0, description="requests per minute of one key; 0: no limit")
-    key_concurrency: int = Field(0, ge=0, description="requests of one key at a time; 0: no limit")
+    key_requests_per_minute: int = Field(
+        0, ge=0, description="requests per minute of one key; the page's visitors share `GLM_API_KEY`; 0: no limit"
+    )
+    key_concurrency: int = Field(
+        0, ge=0, description="requests of one key at a time; the page's visitors share `GLM_API_KEY`; 0: no limit"
+    )
     strict_fields: bool = Field(False, description="refuse fields that have no effect here, instead of naming them in the answer")
     cors_origins: str = Field("", description="allowed CORS origins, comma-separated; empty: none")
     queue_tokens: int = Field(

@@ -23,18 +23,20 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ROOT / "deploy" / "nginx"
 RETRY_S = 5  # while nothing answers behind nginx
-RETRY_BUSY_S = 2  # after too many at a time, as the API says
+FLOOD = 10  # times the rate of a key; the API counts exactly, and nginx only ends what goes far beyond it
 KEEPALIVE_S = 15  # the API closes idle connections after 20
 READ_MARGIN_S = 30.0  # the API ends a request itself before nginx does
 FORM_BYTES = 2**20  # around the file of an upload
 MESSAGES = "/v1/messages(/|$)"
+MESSAGES_LINE = "[A-Z]+ /v1/messages[/? ]"  # of a request line
+IPV6 = Path("/proc/net/if_inet6")  # missing where the kernel has no IPv6, and then nginx could not open such a socket
 LONGEST_TEXT_BYTES = 4000  # of one parameter in nginx's configuration
 
 # The words that the clients of /v1/messages know errors by; the others are the same as in OpenAI's format.
 ANTHROPIC_TYPES = {
     400: "invalid_request_error", 403: "permission_error", 404: "not_found_error", 405: "invalid_request_error",
     408: "invalid_request_error", 413: "request_too_large", 414: "invalid_request_error", 429: "rate_limit_error",
-    500: "api_error", 503: "overloaded_error", 504: "timeout_error",
+    500: "api_error", 501: "invalid_request_error", 503: "overloaded_error", 504: "timeout_error", 505: "invalid_request_error",
 }  # fmt: skip
 
 
@@ -54,6 +56,7 @@ class Proxy:
     certificate: str = ""
     certificate_key: str = ""
     name: str = "_"
+    ipv6: bool = field(default_factory=IPV6.exists)
     allow: tuple[str, ...] = ()
     inside: tuple[str, ...] = ("127.0.0.1", "::1")
     log: str = "/var/log/nginx/glm.access.log"
@@ -71,7 +74,7 @@ def render(proxy: Proxy, settings: Settings) -> str:
         "limit_zones": _limit_zones(settings),
         "limits": _limits(settings),
         "inside": "\n".join(f"    {network} 1;" for network in proxy.inside),
-        "redirect": _redirect(proxy),
+        "redirect": _redirect(proxy, settings),
         "listen": _listen(proxy),
         "name": proxy.name,
         "log": f"{_quoted(proxy.log)} glm_ecs" if proxy.log != "off" else "off",
@@ -81,8 +84,8 @@ def render(proxy: Proxy, settings: Settings) -> str:
         "read_s": math.ceil(settings.request_timeout_s + READ_MARGIN_S),
         "page": _page(proxy, settings),
         "error_bodies": _error_bodies(settings),
-        "error_pages": _error_pages(settings),
-        "error_locations": _error_locations(settings),
+        "error_pages": _error_pages(_refusals(settings)),
+        "error_locations": _error_locations(_refusals(settings)),
         "retry_s": RETRY_S,
         "waiting": _text((FILES / "waiting.html").read_text(encoding="utf-8").strip(), "deploy/nginx/waiting.html"),
         "image_bytes": settings.max_image_bytes,
@@ -93,7 +96,7 @@ def render(proxy: Proxy, settings: Settings) -> str:
 
 def _check(proxy: Proxy) -> None:
     for option, value in vars(proxy).items():
-        for text in value if isinstance(value, tuple) else (value,):
+        for text in value if isinstance(value, tuple) else (str(value),):
             if option != "command" and re.search(r"[\s;{}'\"\\$]", text):
                 raise ProxyError(f"--{option.replace('_', '-')} must have no spaces, quotes, braces, `;`, `\\` or `$`. Given: {text}")
     for option in ("allow", "inside"):
@@ -109,29 +112,31 @@ def _check(proxy: Proxy) -> None:
 
 
 def _limit_zones(settings: Settings) -> str:
-    """A key's share as the API counts it, so that a flood ends at nginx. Nothing that the API would accept is refused."""
-    lines = []
-    if settings.key_requests_per_minute:
-        lines.append(f"limit_req_zone $glm_counted zone=glm_rate:10m rate={settings.key_requests_per_minute}r/m;")
-    if settings.key_concurrency:
-        lines.append("limit_conn_zone $glm_counted zone=glm_concurrency:10m;")
-    return "".join(f"{line}\n" for line in lines)
+    """For floods only: the API counts a key's requests itself, those that it refuses left out."""
+    if not settings.key_requests_per_minute:
+        return ""
+    return f"limit_req_zone $glm_counted zone=glm_rate:10m rate={FLOOD * settings.key_requests_per_minute}r/m;\n"
 
 
 def _limits(settings: Settings) -> str:
-    lines = []
-    if settings.key_requests_per_minute:
-        lines += [f"limit_req zone=glm_rate burst={settings.key_requests_per_minute} nodelay;", "limit_req_status 429;"]
-    if settings.key_concurrency:
-        lines += [f"limit_conn glm_concurrency {settings.key_concurrency};", "limit_conn_status 429;"]
-    return "".join(f"        {line}\n" for line in lines)
+    if not settings.key_requests_per_minute:
+        return ""
+    burst = FLOOD * settings.key_requests_per_minute
+    return f"        limit_req zone=glm_rate burst={burst} nodelay;\n        limit_req_status 429;\n"
+
+
+def _sockets(proxy: Proxy, address: str, more: str = "") -> str:
+    """The default server, unless it has a name: another file of nginx may have one for all names, and would win."""
+    default = " default_server" if proxy.name == "_" else ""
+    addresses = [address, f"[::]:{address}"] if address.isdigit() and proxy.ipv6 else [address]
+    return "\n".join(f"    listen {each}{default}{more};" for each in addresses)
 
 
 def _listen(proxy: Proxy) -> str:
     if not proxy.certificate:
-        return f"    listen {proxy.listen};"
+        return _sockets(proxy, proxy.listen)
     return (
-        f"    listen {proxy.listen_tls} ssl http2;\n"
+        f"{_sockets(proxy, proxy.listen_tls, ' ssl http2')}\n"
         f"    ssl_certificate {_quoted(proxy.certificate)};\n"
         f"    ssl_certificate_key {_quoted(proxy.certificate_key)};\n"
         "    ssl_protocols TLSv1.2 TLSv1.3;\n"
@@ -140,20 +145,23 @@ def _listen(proxy: Proxy) -> str:
     )
 
 
-def _redirect(proxy: Proxy) -> str:
+def _redirect(proxy: Proxy, settings: Settings) -> str:
     if not proxy.certificate:
         return ""
     port = proxy.listen_tls.rpartition(":")[2]
     suffix = "" if port == "443" else f":{port}"
+    unread = [refusal for refusal in _refusals(settings) if refusal.unread]
     return (
         "\nserver {\n"
-        f"    listen {proxy.listen};\n"
+        f"{_sockets(proxy, proxy.listen)}\n"
         f"    server_name {proxy.name};\n"
         "    server_tokens off;\n"
         "    access_log off;\n"
         f"    error_log {_quoted(proxy.error_log)} emerg;\n"
-        f"    return 308 https://$host{suffix}$request_uri;\n"
-        "}\n"
+        "    default_type application/json;\n"
+        f"{_error_pages(unread)}\n\n"
+        f"    location / {{\n        return 308 https://$host{suffix}$request_uri;\n    }}\n\n"
+        f"{_error_locations(unread)}}}\n"
     )
 
 
@@ -164,7 +172,7 @@ def _page(proxy: Proxy, settings: Settings) -> str:
     upload = -(-settings.max_image_bytes // 2**20) * 2**20 + FORM_BYTES
     proxied = f"""
         proxy_pass http://{target}{uri};
-        proxy_set_header Host $http_host;    # with the port: Streamlit compares it with the page's origin
+        proxy_set_header Host $glm_host;     # with the port: Streamlit compares it with the page's origin
         proxy_set_header Upgrade $http_upgrade;
         proxy_set_header Connection $glm_connection;
         proxy_set_header X-Real-IP $remote_addr;
@@ -193,7 +201,10 @@ def _page(proxy: Proxy, settings: Settings) -> str:
 
 @dataclass(frozen=True)
 class Refusal:
-    """What nginx answers by itself; `on` are the statuses of nginx that become this one."""
+    """What nginx answers by itself; `on` are the statuses of nginx that become this one.
+
+    `unread`: nginx may answer so before it has a path, and takes no request without one to a named location.
+    """
 
     status: int
     type: str
@@ -201,6 +212,11 @@ class Refusal:
     message: str
     on: tuple[int, ...] = ()
     retry_s: int | None = None
+    unread: bool = False
+
+    @property
+    def location(self) -> str:
+        return f"/glm-refused/{self.status}" if self.unread else f"@glm_{self.status}"
 
     def openai(self) -> str:
         return _json({"error": self._fields(self.type)})
@@ -215,59 +231,50 @@ class Refusal:
 def _refusals(settings: Settings) -> list[Refusal]:
     invalid, ours = "invalid_request_error", "server_error"
     rate, limit = settings.key_requests_per_minute, settings.max_body_bytes
-    wait_s = max(1, math.ceil(60 / rate)) if rate else RETRY_BUSY_S
+    wait_s = max(1, math.ceil(60 / rate)) if rate else RETRY_S
     return [
-        Refusal(400, invalid, "bad_request", "The request is not valid HTTP."),
+        Refusal(400, invalid, "bad_request", "The request is not valid HTTP.", (400, 497), unread=True),
         Refusal(403, "permission_error", "address_not_allowed", "This address may not use the service."),
         Refusal(404, invalid, "unknown_url", "There is no such path here; see GET /openapi.json."),
-        Refusal(405, invalid, "method_not_allowed", "This path does not take the method that was given."),
+        Refusal(405, invalid, "method_not_allowed", "This path does not take the method that was given.", unread=True),
         Refusal(408, invalid, "timeout", "The request did not arrive in time."),
         Refusal(413, invalid, "body_too_large", f"The body must be <= {limit} bytes. Given: more"),
-        Refusal(414, invalid, "headers_too_large", "The request line and each header must be <= 8192 bytes. Given: more", (414, 494)),
+        Refusal(414, invalid, "headers_too_large", "The request line and each header must be <= 8192 bytes. Given: more", (414, 494), unread=True),
         Refusal(429, "rate_limit_error", "rate_limit_exceeded", f"This key may send <= {rate} requests per minute.", retry_s=wait_s),
         Refusal(500, ours, "internal_error", "Internal error of the proxy."),
+        Refusal(501, invalid, "bad_request", "`Transfer-Encoding` must be chunked, or not be given.", unread=True),
         Refusal(503, ours, "not_running", "The server is starting or restarting and does not answer yet.", (502, 503), RETRY_S),
         Refusal(504, ours, "deadline", "The server did not answer in time."),
+        Refusal(505, invalid, "bad_request", "The version of HTTP must be 1.0, 1.1 or 2.", unread=True),
     ]
 
 
-def _too_many_at_once(settings: Settings) -> Refusal:
-    message = f"This key may have <= {settings.key_concurrency} requests at a time, counting each of `n`."
-    return Refusal(429, "rate_limit_error", "concurrency_limit_exceeded", message, retry_s=RETRY_BUSY_S)
-
-
 def _error_bodies(settings: Settings) -> str:
-    """A variable for each status, and for 429 the seconds after which to try again."""
+    """A variable for each status."""
     lines = []
     for refusal in _refusals(settings):
-        rows = [(f"'~^{MESSAGES}'", refusal.anthropic()), ("default", refusal.openai())]
-        source = "$uri"
-        if refusal.status == 429:
-            source = "$limit_conn_status:$uri"
-            other = _too_many_at_once(settings)
-            lines += [f"map $limit_conn_status $glm_retry_s {{\n    REJECTED {other.retry_s};\n    default {refusal.retry_s};\n}}"]
-            rows = [
-                (f"'~^REJECTED:{MESSAGES}'", other.anthropic()), ("~^REJECTED:", other.openai()),
-                (f"'~^[A-Z_]*:{MESSAGES}'", refusal.anthropic()), ("default", refusal.openai()),
-            ]  # fmt: skip
-        table = "\n".join(f"    {match} {body};" for match, body in rows)
-        lines.append(f"map {source} $glm_error_{refusal.status} {{\n{table}\n}}")
+        source, of_messages = ("$request", MESSAGES_LINE) if refusal.unread else ("$uri", MESSAGES)
+        lines.append(
+            f"map {source} $glm_error_{refusal.status} {{\n"
+            f"    '~^{of_messages}' {refusal.anthropic()};\n"
+            f"    default {refusal.openai()};\n}}"
+        )
     return "\n".join(lines)
 
 
-def _error_pages(settings: Settings) -> str:
+def _error_pages(refusals: list[Refusal]) -> str:
     """`=`: the status is that of the location."""
-    refusals = _refusals(settings)
-    return "\n".join(f"    error_page {' '.join(map(str, r.on or (r.status,)))} = @glm_{r.status};" for r in refusals)
+    return "\n".join(f"    error_page {' '.join(map(str, r.on or (r.status,)))} = {r.location};" for r in refusals)
 
 
-def _error_locations(settings: Settings) -> str:
+def _error_locations(refusals: list[Refusal]) -> str:
     lines = []
-    for refusal in _refusals(settings):
-        seconds = "$glm_retry_s" if refusal.status == 429 else refusal.retry_s
-        lines.append(f"    location @glm_{refusal.status} {{")
-        if seconds is not None:
-            lines.append(f"        add_header Retry-After {seconds} always;")
+    for refusal in refusals:
+        lines.append(f"    location {'= ' if refusal.unread else ''}{refusal.location} {{")
+        if refusal.unread:
+            lines.append("        internal;")
+        if refusal.retry_s is not None:
+            lines.append(f"        add_header Retry-After {refusal.retry_s} always;")
         lines.append(f"        return {refusal.status} $glm_error_{refusal.status};\n    }}\n")
     return "\n".join(lines)
 
@@ -298,7 +305,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--listen-tls", metavar="ADDRESS", default=default.listen_tls, help="the same with TLS (default: 443)")
     parser.add_argument("--certificate", metavar="FILE", default="", help="chain in PEM; with it nginx serves TLS, and redirects to it")
     parser.add_argument("--certificate-key", metavar="FILE", default="", help="its key")
-    parser.add_argument("--name", default=default.name, help="server_name (default: any)")
+    parser.add_argument("--name", default=default.name, help="server_name (default: any, as nginx's default server)")
+    parser.add_argument(
+        "--no-ipv6", dest="ipv6", action="store_const", const=False, default=IPV6.exists(),
+        help="listen on IPv4 only, where a port is given without an address (default: on IPv6 too, where the kernel has it)",
+    )  # fmt: skip
     parser.add_argument("--allow", metavar="NETWORK", action="append", help="may use the service; repeat it (default: everyone)")
     parser.add_argument(
         "--inside", metavar="NETWORK", action="append",
@@ -322,7 +333,11 @@ def main(arguments: list[str] | None = None) -> int:
     if output is None:
         print(text, end="")
     else:
-        Path(output).write_text(text, encoding="utf-8")
+        try:
+            Path(output).write_text(text, encoding="utf-8")
+        except OSError as error:
+            print(f"--output must be a file that can be written. Given: {output} ({error.strerror})", file=sys.stderr)
+            return 2
     return 0
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import grp
+import os
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -43,8 +47,8 @@ def shipped_rotation(logs: Path) -> list[str]:
     shipped = (ROOT / "deploy" / "logrotate" / "glm").read_text(encoding="utf-8")
     assert "/opt/glm/logs/" in shipped
     conf = logs.parent / "logrotate.conf"
-    # A folder of tests may be writable for a group, which logrotate refuses by itself.
-    conf.write_text("su root root\n" + shipped.replace("/opt/glm/logs/", f"{logs}/").replace("rotate 5", "rotate 500"))
+    shipped = shipped.replace("su owner group", "su root root").replace("rotate 5", "rotate 500")
+    conf.write_text(shipped.replace("/opt/glm/logs/", f"{logs}/"))
     conf.chmod(0o644)
     return [logrotate, "--force", "--state", str(logs.parent / "state"), str(conf)]
 
@@ -74,6 +78,30 @@ def test_no_line_is_lost_or_there_twice_while_logrotate_works(logs: Path) -> Non
     assert len(numbered) == len(set(numbered)) == 40_000
     assert len([line for line in lines if line.startswith("raw ")]) == 400
     assert len(list(logs.glob("api.log*"))) > 5
+
+
+def test_installed_as_the_docs_say_it_rotates_in_a_folder_that_a_group_may_write_to(logs: Path) -> None:
+    """logrotate skips all logs of such a folder, unless it is told as whom to work."""
+    (printed,) = re.findall(r"^(sed .*) \| sudo install .* /etc/logrotate.d/glm$", (ROOT / "docs" / "logs.md").read_text(), re.MULTILINE)
+    (logs.parent / "deploy" / "logrotate").mkdir(parents=True)
+    shutil.copy(ROOT / "deploy" / "logrotate" / "glm", logs.parent / "deploy" / "logrotate")
+    names = ("api.log", "web.log", "health_check.log")
+    for name in names:
+        (logs / name).write_text("line\n")
+    os.chown(logs, 0, grp.getgrnam("users").gr_gid)
+    logs.chmod(0o775)
+
+    conf = logs.parent / "installed"
+    installed = subprocess.run(["bash", "-c", printed], cwd=logs.parent, capture_output=True, text=True, check=True).stdout
+    conf.write_text(installed)
+    conf.chmod(0o644)
+    logrotate = which("logrotate") or "/usr/sbin/logrotate"
+    for directive in ("", "su "):  # without the line, nothing; with it, everything
+        conf.write_text(installed if directive else re.sub(r"^ *su .*\n", "", installed, flags=re.MULTILINE))
+        command = [logrotate, "--force", "--state", str(logs.parent / "state"), str(conf)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=False)
+        assert ("insecure permissions" in done.stderr) is (not directive), done.stderr
+        assert sorted(path.name for path in logs.iterdir()) == sorted(f"{name}.1" if directive else name for name in names)
 
 
 @pytest.fixture(scope="module")

@@ -37,11 +37,24 @@ def accepted(*command: str) -> str:
 def test_promtool_accepts_the_configuration(tmp_path: Path):
     for name in ("prometheus.yml", "rules.yml", "targets.yml"):
         shutil.copy(PROMETHEUS / name, tmp_path)
+    check = ["promtool", "check", "config", str(tmp_path / "prometheus.yml")]
+    without_key = subprocess.run(check, capture_output=True, text=True, timeout=60, check=False)
+    assert without_key.returncode and "error checking authorization credentials" in without_key.stdout + without_key.stderr, "as docs/monitoring.md says"
     (tmp_path / "metrics.key").write_text("key\n")
 
     assert "12 rules found" in accepted("promtool", "check", "config", str(tmp_path / "prometheus.yml"))
     parts = [group["labels"]["__part"] for group in yaml.safe_load((tmp_path / "targets.yml").read_text())]
     assert sorted(parts) == sorted(re.findall(r"regex: (\w+)", (PROMETHEUS / "prometheus.yml").read_text()))
+
+
+def test_the_key_is_installed_as_it_is_in_the_settings_by_any_shell(tmp_path: Path):
+    page = (ROOT / "docs" / "monitoring.md").read_text()
+    (make,) = re.findall(r'^(echo "GLM_METRICS_KEY=.* >> .env) && ', page, re.MULTILINE)
+    (install,) = re.findall(r"^(sed .*) \| install .* /etc/prometheus/metrics.key$", page, re.MULTILINE)
+    for command in (make, make, f"{install} > metrics.key"):  # the last of two counts; a shell of its own for each
+        subprocess.run(["sh", "-ec", command], cwd=tmp_path, check=True, timeout=60)
+    lines = (tmp_path / ".env").read_text().splitlines()
+    assert (tmp_path / "metrics.key").read_text() == lines[-1].removeprefix("GLM_METRICS_KEY=") + "\n" != "\n"
 
 
 def test_amtool_accepts_the_configuration_and_routes_by_severity():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import itertools
 import json
 import re
@@ -35,7 +36,8 @@ from started_api import (
 
 from api import errors
 from api.server import KEEP_ALIVE_S
-from deploy.proxy import KEEPALIVE_S, Proxy, ProxyError, render
+from deploy import proxy as proxy_module
+from deploy.proxy import FLOOD, KEEPALIVE_S, Proxy, ProxyError, main, render
 from settings import Settings
 
 CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
@@ -62,6 +64,13 @@ def front(api: StartedApi, tmp_path: Path) -> Iterator[Callable[..., Nginx]]:
             return running.enter_context(Nginx(folder, proxy, Settings(**{"max_body_bytes": 300_000, **(limits or {})})))
 
         yield start
+
+
+@pytest.fixture(scope="module")
+def any_front(api: StartedApi, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nginx]:
+    proxy = Proxy(api=f"127.0.0.1:{api.port}", page=f"127.0.0.1:{free_port()}")
+    with Nginx(tmp_path_factory.mktemp("nginx"), proxy, Settings()) as nginx:
+        yield nginx
 
 
 def post(nginx: Nginx, body: Any, path: str = CHAT, **more: Any) -> httpx.Response:
@@ -131,39 +140,82 @@ def test_the_largest_body_passes_and_a_larger_one_is_refused_in_the_words_of_the
     assert (chunked.status_code, chunked.json()["error"]["code"]) == (413, "body_too_large")
 
 
-def test_a_key_has_its_rate_whichever_way_it_is_written(front: Callable[..., Nginx]) -> None:
-    nginx = front({"key_requests_per_minute": 3})
+def test_a_flood_of_a_key_ends_at_nginx_whichever_way_it_is_written(front: Callable[..., Nginx]) -> None:
+    nginx = front({"key_requests_per_minute": 1})
     ways = [headers(), {"x-api-key": KEY}, {"Authorization": f"bearer   {KEY}"}]
-    statuses = [post(nginx, {"messages": []}, headers=ways[number % 3]).status_code for number in range(8)]
+    statuses = [post(nginx, {"messages": []}, headers=ways[number % 3]).status_code for number in range(30)]
 
-    assert statuses[:4] == [400] * 4, "the API refuses the body; nginx refuses nothing that the API would accept"
-    assert statuses[4:] == [429] * 4
+    assert statuses[: FLOOD + 1] == [400] * (FLOOD + 1), "the API refuses the body; nginx passes more than the rate of the key"
+    assert 429 in statuses[FLOOD + 1 :]
     refused = post(nginx, {"messages": []})
-    expected = errors.too_many_in_a_minute(3, 20)
+    expected = errors.too_many_in_a_minute(1, 60)
     assert (refused.status_code, refused.json()) == (429, expected.body())
-    assert (refused.headers["retry-after"], refused.headers["content-type"]) == ("20", "application/json")
+    assert (refused.headers["retry-after"], refused.headers["content-type"]) == ("60", "application/json")
     assert post(nginx, {}, MESSAGES, headers={"x-api-key": KEY}).json() == errors.anthropic_body(expected)
     assert post(nginx, {"messages": []}, headers=headers(OTHER_KEY)).status_code == 400, "another key"
     assert httpx.get(f"{nginx.url}/v1/models", headers=headers(), timeout=WAIT_S).status_code == 200, "a reading"
 
 
-def test_a_key_has_its_number_of_requests_at_a_time(front: Callable[..., Nginx]) -> None:
-    nginx = front({"key_concurrency": 2})
-    with contextlib.ExitStack() as open_streams:
-        kept = []  # a generator that nobody holds would close its stream
-        for _ in range(2):
-            body = long_question(4000, stream=True)
-            stream = httpx.stream("POST", nginx.url + CHAT, json=body, headers=headers(), timeout=WAIT_S)
-            kept.append(open_streams.enter_context(stream).iter_lines())
-            next(kept[-1])
-        refused = post(nginx, picture_question())
-        of_messages = post(nginx, {}, MESSAGES)
-        other = post(nginx, picture_question(), headers=headers(OTHER_KEY))
+def test_bodies_that_are_still_arriving_leave_a_key_its_requests(front: Callable[..., Nginx]) -> None:
+    """As at the API, which counts a request once its body is there."""
+    nginx = front({"key_concurrency": 1})
+    with contextlib.ExitStack() as arriving:
+        for _ in range(4):
+            wire = arriving.enter_context(contextlib.closing(raw(nginx)))
+            wire.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 1000\r\n\r\n{{".encode())
+        assert post(nginx, picture_question()).status_code == 200
 
-    expected = errors.too_many_at_once(2)
-    assert (refused.status_code, refused.json(), refused.headers["retry-after"]) == (429, expected.body(), "2")
-    assert of_messages.json() == errors.anthropic_body(expected)
-    assert other.status_code == 200
+
+REFUSED_UNREAD = {
+    "GET /metrics%00 HTTP/1.1": 400, "GET /%zz HTTP/1.1": 400, "GET /v1/messages/%zz HTTP/1.1": 400, "GET /../../etc HTTP/1.1": 400,
+    "CONNECT a:80 HTTP/1.1": 400, "GET http://u:pw@host/?token=x HTTP/1.1": 400, "\x16\x03\x01\x02": 400, "rubbish": 400,
+    f"GET /{'a' * 9000} HTTP/1.1": 414, f"POST /v1/messages?{'a' * 9000} HTTP/1.1": 414, f"GET / HTTP/1.1\r\nX: {'a' * 9000}": 414,
+    "TRACE / HTTP/1.1": 405, "GET / HTTP/9": 505, "POST /v1/messages HTTP/1.1\r\nTransfer-Encoding: x": 501,
+}  # fmt: skip
+
+
+def ask_line(port: int, line: str) -> tuple[int, dict[str, Any]]:
+    """(status, error) of a request that is sent as it is."""
+    with contextlib.closing(socket.create_connection(("127.0.0.1", port), timeout=WAIT_S)) as wire:
+        wire.sendall(f"{line}\r\nHost: a\r\n\r\n".encode("latin-1"))
+        answer = http.client.HTTPResponse(wire)
+        answer.begin()
+        assert answer.headers["content-type"] == "application/json", line
+        return answer.status, json.loads(answer.read())
+
+
+@pytest.mark.parametrize("line, status", REFUSED_UNREAD.items(), ids=lambda value: str(value)[:30].encode("unicode_escape").decode())
+def test_what_nginx_cannot_read_is_refused_in_the_form_of_the_api(any_front: Nginx, line: str, status: int) -> None:
+    answered, body = ask_line(any_front.port, line)
+    assert answered == status
+    assert body["error"]["message"] and body["error"]["code"]
+    assert (body.get("type") == "error") is ("/v1/messages" in line), "Anthropic's format"
+
+
+def test_a_refusal_is_logged_with_the_path_that_was_asked(any_front: Nginx) -> None:
+    ask_line(any_front.port, "TRACE /a/b?token=x HTTP/1.1")
+    deadline = time.monotonic() + WAIT_S
+    while not (lines := [line for line in any_front.logged() if line["url"]["path"] == "/a/b"]):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert [(line["http"]["request"]["method"], line["message"]) for line in lines] == [("TRACE", "TRACE /a/b 405")]
+
+
+def test_the_locations_of_refusals_cannot_be_asked_for(any_front: Nginx) -> None:
+    assert httpx.get(f"{any_front.url}/glm-refused/400", timeout=WAIT_S).status_code == 404
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/models"])
+def test_a_check_by_http_1_0_needs_no_host(any_front: Nginx, path: str) -> None:
+    """Some load balancers check so."""
+    with contextlib.closing(raw(any_front)) as wire:
+        wire.sendall(f"GET {path} HTTP/1.0\r\nAuthorization: Bearer {KEY}\r\n\r\n".encode())
+        assert wire.recv(1000).startswith(b"HTTP/1.1 200 ")
+
+
+def test_v1_itself_is_answered_by_the_api(any_front: Nginx) -> None:
+    answer = httpx.get(f"{any_front.url}/v1", headers=headers(), timeout=WAIT_S)
+    assert (answer.status_code, answer.headers["content-type"]) == (404, "application/json")
 
 
 CLOSED = [
@@ -230,7 +282,7 @@ def test_no_log_has_a_token_or_a_key(front: Callable[..., Nginx]) -> None:
     secret = {"headers": {"Authorization": f"Bearer {KEY}", "Cookie": f"glm_visitor={PAGE_TOKEN}", "Referer": f"http://x/?token={PAGE_TOKEN}"}}
     for path in ("/", "/console", "/v1/models", "/metrics", "/_stcore/stream", "/health", "/v1/messages", "/static/%00", "/a" * 9000):
         httpx.get(f"{nginx.url}{path}?token={PAGE_TOKEN}&key={KEY}", timeout=WAIT_S, **secret)
-    for _ in range(4):
+    for _ in range(30):
         httpx.post(f"{nginx.url}{CHAT}?token={PAGE_TOKEN}", json={}, timeout=WAIT_S, **secret)
     for line in (f"GET /?token={PAGE_TOKEN}\r\n\r\n", f"G{KEY} / HTTP/9\r\n\r\n", f"GET /?token={PAGE_TOKEN} HTTP/1.1\r\n\r\n"):
         with contextlib.suppress(OSError), contextlib.closing(raw(nginx)) as wire:
@@ -238,7 +290,7 @@ def test_no_log_has_a_token_or_a_key(front: Callable[..., Nginx]) -> None:
             wire.recv(1000)
 
     deadline = time.monotonic() + WAIT_S
-    while len(nginx.logged()) < 15:
+    while len(nginx.logged()) < 42:
         assert time.monotonic() < deadline, nginx.logged()
         time.sleep(0.05)
     assert {502, 429} & {int(code) for line in nginx.logged() for code in re.findall(r"\d{3}", line["glm"]["upstream_status"])} == {502}
@@ -265,6 +317,9 @@ def test_with_a_certificate_it_serves_tls_and_redirects_to_it(front: Callable[..
         assert "max-age" in answer.headers["strict-transport-security"]
     redirected = httpx.post(f"http://127.0.0.1:{nginx.plain_port}{CHAT}", json={}, timeout=WAIT_S)
     assert (redirected.status_code, redirected.headers["location"]) == (308, f"https://127.0.0.1:{nginx.port}{CHAT}")
+    for port, line in ((nginx.plain_port, "GET /%zz HTTP/1.1"), (nginx.port, "GET / HTTP/1.1")):  # the other: no TLS at its port
+        status, body = ask_line(port, line)
+        assert (status, body["error"]["code"]) == (400, "bad_request")
 
 
 def test_nginx_accepts_every_configuration(tmp_path: Path, certificate: dict[str, str]) -> None:
@@ -297,9 +352,42 @@ def test_the_command_takes_the_limits_from_the_settings(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     text = (tmp_path / "glm.conf").read_text()
 
-    for part in ("client_max_body_size 12345;", "server 127.0.0.1:18080;", "limit_conn glm_concurrency 7;", "http://glm:8081;", "10.0.0.0/8 1;"):
+    for part in ("client_max_body_size 12345;", "server 127.0.0.1:18080;", "http://glm:8081;", "10.0.0.0/8 1;"):
         assert part in text
-    assert "limit_req_zone" not in text and "{{" not in text
+    assert "limit_req_zone" not in text and "limit_conn" not in text and "{{" not in text
+
+
+def test_a_folder_that_is_missing_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--output", str(tmp_path / "none" / "glm.conf")]) == 2
+    assert re.fullmatch(r"--output must be a file .*/none/glm.conf \(No such file or directory\)\n", capsys.readouterr().err)
+
+
+DEBIANS = "server { listen 80 default_server; listen [::]:80 default_server; server_name _; root /var/www/html; }"
+
+
+def test_another_default_server_is_not_overlooked(tmp_path: Path) -> None:
+    """Debian's own site would answer in place of the service, and `nginx -t` would only warn."""
+    for proxy, accepted in ((Proxy(), False), (Proxy(name="a.example"), True)):
+        conf = written(tmp_path, proxy, Settings())
+        conf.write_text(conf.read_text().replace("include", f"{DEBIANS} include"))
+        done = check(conf)
+        assert (done.returncode == 0) is accepted, done.stderr
+        assert accepted or "a duplicate default server" in done.stderr
+
+
+def test_it_listens_on_ipv6_where_the_kernel_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def listening(**options: Any) -> list[str]:
+        return re.findall(r"listen (\S+) default_server", render(Proxy(**options), Settings()))
+
+    assert listening(ipv6=True) == ["80", "[::]:80"]
+    assert listening(ipv6=True, listen="127.0.0.1:80") == ["127.0.0.1:80"]
+    assert listening(ipv6=True, certificate="c.pem", certificate_key="k.pem") == ["80", "[::]:80", "443", "[::]:443"]
+    assert listening(ipv6=False) == ["80"]
+    written_to = tmp_path / "glm.conf"
+    for kernels, options, expected in ((tmp_path, [], True), (tmp_path / "none", [], False), (tmp_path, ["--no-ipv6"], False)):
+        monkeypatch.setattr(proxy_module, "IPV6", kernels)
+        assert main([*options, "--output", str(written_to)]) == 0
+        assert ("listen [::]:80 " in written_to.read_text()) is expected
 
 
 def test_nginx_closes_idle_connections_before_the_api_does() -> None:

@@ -37,8 +37,7 @@ RUN: dict[str, tuple[int, ...]] = {
     "python -m api.server --plan --gpu-memory 12GiB": (0,),
     'python -m api.server --plan --gpu-memory 24GiB --gpu "RTX 4090"': (0,),
     "python -m api.server --plan --gpu-memory 24GiB --weights nf4": (0,),
-    "(umask 077; head -c 24 /dev/urandom | base64 | tr -d '\\n' > metrics.key)": (0,),
-    'echo "GLM_METRICS_KEY=$(cat metrics.key)" >> .env && ./start.sh --restart api': (0,),
+    'echo "GLM_METRICS_KEY=$(head -c 24 /dev/urandom | base64)" >> .env && ./start.sh --restart api': (0,),
     "printf 'GLM_METRICS_KEY=%s\\nGRAFANA_PASSWORD=%s\\n' \"$(openssl rand -hex 24)\" \"$(openssl rand -hex 12)\" >> .env": (0,),
 }
 SHORTENED = {"seq 25": "seq 1"}

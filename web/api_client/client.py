@@ -217,7 +217,7 @@ def _kind(status: int, code: str, message: str) -> str:
     if status in (400, 404, 422):
         return "too_long" if "context" in f"{code} {message}" else "refused"
     if status == 429:
-        return "queue_full"
+        return "key_limit"
     if code in ("queue_full", "loading", "draining"):
         return code
     return "unavailable" if status == 503 or code == "dead" else "broken"

@@ -312,6 +312,11 @@ TABLE: dict[str, dict[str, str]] = {
         "en": "Too many people are asking right now. Wait a few seconds and try again.",
         "zh": "当前提问的人太多。请等几秒再重试。",
     },
+    "error.key_limit": {
+        "en": "All visitors of this page share one key, and that key has reached its limit of questions. "
+        "Wait up to a minute and try again; if this continues, ask the operator.",
+        "zh": "本页面的所有访客共用一个密钥，该密钥已达到提问数量上限。请等待至多一分钟再重试；如果一直如此，请联系管理员。",
+    },
     "error.draining": {
         "en": "The model server is being restarted. Try again in a minute.",
         "zh": "模型服务正在重启。请一分钟后重试。",

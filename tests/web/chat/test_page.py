@@ -266,6 +266,8 @@ def test_boxes_outside_the_picture_are_counted_and_not_drawn(open_page: OpenPage
     ("answer", "sentence"),
     [
         (Answer(status=503, error={"code": "queue_full"}), "Too many people are asking right now."),
+        (Answer(status=429, error={"code": "rate_limit_exceeded"}), "All visitors of this page share one key"),
+        (Answer(status=429, error={"code": "concurrency_limit_exceeded"}), "that key has reached its limit of questions."),
         (Answer(status=401, error={"code": "invalid_api_key"}), "its key is wrong or missing"),
         (Answer(status=413, error={"message": "too large"}), "too large for the model server"),
         (Answer(status=400, error={"message": "`seed` must be >= 0."}), "did not accept the question: `seed` must"),

@@ -50,7 +50,7 @@ def test_every_text_is_used_and_every_used_text_exists() -> None:
 def test_every_kind_of_api_error_has_a_sentence() -> None:
     code = "".join((WEB / "api_client" / f"{name}.py").read_text(encoding="utf-8") for name in ("client", "answer_stream"))
     kinds = set(re.findall(r"ApiError\(\"([a-z_]+)\"", code)) | {
-        "bad_key", "too_large", "too_long", "refused", "queue_full", "loading", "draining", "unavailable", "broken",
+        "bad_key", "too_large", "too_long", "refused", "queue_full", "key_limit", "loading", "draining", "unavailable", "broken",
         "silent", "lost",
     }  # fmt: skip
 
