@@ -144,6 +144,9 @@ class Settings(BaseSettings):
         0, ge=0, description="answer length if a request has no limit; 0: by card, more with thinking"
     )
     drain_s: float = Field(10.0, ge=0, description="how long running answers may continue after SIGTERM")
+    drain_delay_s: float = Field(
+        0.0, ge=0, le=600, description="after SIGTERM new requests are still taken for so long, while routers see that it is not ready"
+    )
 
     # The page.
     web_host: str = Field("0.0.0.0", description="address that the page listens on")
@@ -276,6 +279,11 @@ class Settings(BaseSettings):
             return value and ZoneInfo(value).key
         except (ZoneInfoNotFoundError, ValueError):
             raise ValueError("must be a name such as Asia/Shanghai") from None
+
+    @property
+    def stop_s(self) -> float:
+        """From SIGTERM to the end of the last answer of the API."""
+        return self.drain_delay_s + self.drain_s
 
     @property
     def api_base_url(self) -> str:

@@ -14,7 +14,7 @@ from api.caller import NOBODY, Caller
 from api.errors import error_body, unauthorized
 from settings import Settings, SettingsError
 
-OPEN_PATHS = frozenset({"/health", "/ping"})
+OPEN_PATHS = frozenset({"/health", "/livez", "/readyz", "/ping"})
 METRICS_PATH = "/metrics"
 PROBE = "probe"
 PROBE_HEADER = "x-glm-probe"

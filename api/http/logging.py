@@ -23,7 +23,7 @@ from api.http.connection import ClientDisconnected
 
 logger = logging.getLogger(__name__)
 
-QUIET_PATHS = frozenset({"/health", "/metrics"})
+QUIET_PATHS = frozenset({"/health", "/livez", "/readyz", "/metrics"})
 CLIENT_CLOSED_REQUEST = 499  # nginx's status; it is logged and counted, never sent
 _SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
