@@ -114,6 +114,9 @@ class Settings(BaseSettings):
     api_key: SecretStr | None = Field(None, description="key that programs send; `start.sh` creates one if there is none")
     api_keys: SecretStr | None = Field(None, description="more keys, as name:key or name:sha256:digest, comma-separated")
     metrics_key: SecretStr | None = Field(None, description="opens GET /metrics and nothing else, for Prometheus")
+    metrics_names: Literal["glm", "vllm"] = Field(
+        "glm", description="`vllm`: what the endpoint picker of Kubernetes' Gateway API reads is there under vLLM's names too"
+    )
     probe_token: SecretStr | None = Field(None, description="marks health probes, which never queue behind users")
     key_requests_per_minute: int = Field(0, ge=0, description="requests per minute of one key; 0: no limit")
     key_concurrency: int = Field(0, ge=0, description="requests of one key at a time; 0: no limit")
