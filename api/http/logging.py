@@ -51,8 +51,9 @@ def _quoted(value: object) -> str:
 class RequestMiddleware:
     """Gives each request an id and a log line, and answers 500 after an unhandled exception.
 
-    A client may send its own x-request-id; one that could garble a log line is replaced. Inner layers add their
-    fields of the line to `request.state.log`. `count` is called with each request's method, route and status.
+    A client may send its own x-request-id; one that could garble a log line is replaced, and such an x-session-id is left out.
+    Inner layers add their fields of the line to `request.state.log`. `count` is called with each request's method, route and
+    status.
     """
 
     def __init__(self, app: ASGIApp, count: Callable[[str, str, int], None]) -> None:
@@ -64,9 +65,10 @@ class RequestMiddleware:
             await self._app(scope, receive, send)
             return
         began = time.monotonic()
-        given = Headers(scope=scope).get("x-request-id", "")
+        headers = Headers(scope=scope)
+        given, session = headers.get("x-request-id", ""), headers.get("x-session-id", "")
         request_id = given if _SAFE_ID.fullmatch(given) else uuid.uuid4().hex
-        log: dict[str, Any] = {}
+        log: dict[str, Any] = {"session": session} if _SAFE_ID.fullmatch(session) else {}
         scope.setdefault("state", {})
         scope["state"] |= {"log": log, "request_id": request_id}
         status = 0
