@@ -91,7 +91,7 @@ def create_app(settings: Settings, engine: Engine, watchdog: Watchdog | None = N
             expose_headers=["x-request-id", "x-glm-ignored", "x-glm-cache-key", "retry-after"],
         )
     app.add_middleware(OutcomeMiddleware, outcomes=outcomes)
-    app.add_middleware(RequestMiddleware, count=metrics.http)
+    app.add_middleware(RequestMiddleware, count=metrics.http, heartbeat=heartbeat)
     app.add_middleware(LingerMiddleware)
     return app
 

@@ -95,7 +95,7 @@ class Heartbeat:
         self._load_mark: tuple[Any, ...] = ()
         self._observed_at = now
         self._write_error = ""
-        self._leaving = False
+        self.leaving = False
         self._kv_used: deque[int] = deque(maxlen=PEAK_S)
         self._stacks: TextIO | None = None
         self._end = threading.Event()
@@ -129,13 +129,13 @@ class Heartbeat:
 
     def leave(self) -> None:
         """From now on the state is draining, also while the engine still takes requests. Safe in a signal handler."""
-        self._leaving = True
+        self.leaving = True
 
     def state(self, stats: Stats) -> str:
         """loading, idle, busy, stalled, draining or dead. Busy and stalled differ by progress, never by latency."""
         if stats.state == "busy" and self._pulse.no_progress_s > self._pulse.deadline_s:
             return "stalled"
-        return "draining" if self._leaving and stats.state != "dead" else stats.state
+        return "draining" if self.leaving and stats.state != "dead" else stats.state
 
     def report(self, stats: Stats) -> dict[str, Any]:
         """What /health and the file say alike of this process, its users' requests, its pace and its card."""

@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import log_output
 from api.errors import error_body, internal
+from api.health.heartbeat import Heartbeat
 from api.http.connection import ClientDisconnected
 
 logger = logging.getLogger(__name__)
@@ -53,12 +54,13 @@ class RequestMiddleware:
 
     A client may send its own x-request-id; one that could garble a log line is replaced, and such an x-session-id is left out.
     Inner layers add their fields of the line to `request.state.log`. `count` is called with each request's method, route and
-    status.
+    status. While the server leaves, each answer closes its connection, because a router sends on in those that it has.
     """
 
-    def __init__(self, app: ASGIApp, count: Callable[[str, str, int], None]) -> None:
+    def __init__(self, app: ASGIApp, count: Callable[[str, str, int], None], heartbeat: Heartbeat) -> None:
         self._app = app
         self._count = count
+        self._heartbeat = heartbeat
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -77,7 +79,10 @@ class RequestMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                answer_headers = MutableHeaders(scope=message)
+                answer_headers["x-request-id"] = request_id
+                if self._heartbeat.leaving:
+                    answer_headers["Connection"] = "close"
             await send(message)
 
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -78,6 +79,7 @@ def test_after_the_delay_running_answers_end_and_new_ones_are_refused(start) -> 
 
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
     assert int(refused.headers["Retry-After"]) > 0
+    assert {answer.headers.get("Connection") for answer in (begun_in_the_delay, refused, livez)} == {"close"}
     assert (livez.status_code, livez.json()) == (200, {"state": "draining"})
     assert events[-1] == "[DONE]"
     assert server.process.wait(WAIT_S) == 0
@@ -91,6 +93,22 @@ def test_a_server_that_still_loads_leaves_without_a_delay_and_lives(demo) -> Non
 
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(WAIT_S) == 0
+
+
+def test_a_kept_connection_is_closed_after_the_answer_that_the_delay_gives(start) -> None:
+    server = start(GLM_DRAIN_DELAY_S="600")
+    with socket.create_connection(("127.0.0.1", server.port), timeout=WAIT_S) as kept:
+        for leaving in (False, True):
+            if leaving:
+                server.process.send_signal(signal.SIGTERM)
+                server.until(lambda health: health["state"] == "draining")
+            kept.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+            answer = b""
+            while not answer.endswith(b"}"):
+                answer += kept.recv(65536)
+            assert answer.startswith(b"HTTP/1.1 200 ") and (b"connection: close" in answer.lower()) == leaving
+
+        assert kept.recv(1) == b""
 
 
 def test_a_second_signal_ends_the_delay(demo) -> None:
