@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import signal
 import subprocess
@@ -16,9 +17,11 @@ import pytest
 import yaml
 from nginx_process import AROUND
 from ports import free_port
-from started_api import ROOT, WAIT_S, StartedApi, headers, long_question, picture_question
+from started_api import KEY, PROBE_TOKEN, ROOT, WAIT_S, StartedApi, headers, long_question, picture_question
 
 from api.http.auth import OPEN_PATHS
+from monitor import check
+from monitor.observe import processes
 from settings import Settings
 
 PAGE = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
@@ -119,6 +122,30 @@ def test_questions_with_the_key_of_the_first_answer_find_its_picture(router: str
     assert min(cached[1:]) > 0
     homes = [replica for replica in replicas if place["x-session-id"] in sessions_of(replica)]
     assert len(homes) == 1 and len(sessions_of(homes[0])) == 4
+
+
+def test_the_checker_leaves_a_replica_alone_that_drains(tmp_path: Path) -> None:
+    delay_s = 30.0
+    with StartedApi(tmp_path, GLM_DRAIN_DELAY_S=str(delay_s)) as replica:
+        pid, stat = replica.process.pid, processes.read_stat(replica.process.pid)
+        assert stat is not None
+        processes.write_record(tmp_path, "api", processes.ProcessRecord(pid, stat.start_time, replica.port, processes.boot_id()))
+        keys = {"api_key": KEY, "probe_token": PROBE_TOKEN}
+        settings = Settings(log_dir=tmp_path, api_port=replica.port, drain_delay_s=delay_s, confirm_runs=1, **keys)
+        replica.process.send_signal(signal.SIGTERM)
+        signalled = time.monotonic()
+
+        runs = [check.run(settings, random.Random(seed)).report for seed in range(2)]
+
+        assert time.monotonic() < signalled + delay_s, "the machine is too slow: nothing was shown"
+        assert replica.process.poll() is None
+        verdicts = [run["targets"]["api"] for run in runs]
+        assert [(each["word"], each["rule"]) for each in verdicts] == [("degraded", "draining")] * 2
+        assert f"path={CHAT}" not in replica.log.read_text(), "it was asked questions"
+        assert replica.process.wait(WAIT_S) == 0
+        assert time.monotonic() >= signalled + delay_s - 0.1
+    log = replica.log.read_text()
+    assert log.count("event=drain signal") == 1, "it was told again to end"
 
 
 def test_the_deployment_agrees_with_the_code() -> None:
