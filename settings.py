@@ -114,6 +114,9 @@ class Settings(BaseSettings):
     api_key: SecretStr | None = Field(None, description="key that programs send; `start.sh` creates one if there is none")
     api_keys: SecretStr | None = Field(None, description="more keys, as name:key or name:sha256:digest, comma-separated")
     metrics_key: SecretStr | None = Field(None, description="opens GET /metrics and nothing else, for Prometheus")
+    metrics_names: Literal["glm", "vllm"] = Field(
+        "glm", description="`vllm`: what the endpoint picker of Kubernetes' Gateway API reads is there under vLLM's names too"
+    )
     probe_token: SecretStr | None = Field(None, description="marks health probes, which never queue behind users")
     key_requests_per_minute: int = Field(
         0, ge=0, description="requests per minute of one key; the page's visitors share `GLM_API_KEY`; 0: no limit"
@@ -148,6 +151,9 @@ class Settings(BaseSettings):
         0, ge=0, description="answer length if a request has no limit; 0: by card, more with thinking"
     )
     drain_s: float = Field(10.0, ge=0, description="how long running answers may continue after SIGTERM")
+    drain_delay_s: float = Field(
+        0.0, ge=0, le=600, description="after SIGTERM new requests are still taken for so long, while routers see that it is not ready"
+    )
 
     # The page.
     web_host: str = Field("0.0.0.0", description="address that the page listens on")
@@ -280,6 +286,11 @@ class Settings(BaseSettings):
             return value and ZoneInfo(value).key
         except (ZoneInfoNotFoundError, ValueError):
             raise ValueError("must be a name such as Asia/Shanghai") from None
+
+    @property
+    def stop_s(self) -> float:
+        """From SIGTERM to the end of the last answer of the API."""
+        return self.drain_delay_s + self.drain_s
 
     @property
     def api_base_url(self) -> str:

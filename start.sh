@@ -68,7 +68,7 @@ quiet() {
 trap interrupted TERM
 trap 'exec >/dev/null 2>&1; interrupted' HUP    # the terminal is gone
 
-names=(api_host api_port web_host web_port api_url start_timeout_s drain_s log_dir)
+names=(api_host api_port web_host web_port api_url start_timeout_s stop_s log_dir)
 values_text=$(quiet settings.py "${names[@]}" 2>/dev/null) || {
     # Of a failure that settings.py did not foresee, the last line is the one that says what it is.
     complain "$( (quiet settings.py) 2>&1 | awk '{ all = all $0 "\n" } /^Traceback/ { odd = 1 } END { printf "%s", odd ? $0 : all }')"
@@ -77,7 +77,7 @@ values_text=$(quiet settings.py "${names[@]}" 2>/dev/null) || {
 }
 mapfile -t values < <(printf '%s\n' "$values_text")    # not <<<, which needs room in /tmp
 declare -A host=([api]=${values[0]} [web]=${values[2]}) port=([api]=${values[1]} [web]=${values[3]})
-api_url=${values[4]} limit_s=${values[5]} drain_s=${values[6]} log_dir=$(realpath -m "${values[7]}")
+api_url=${values[4]} limit_s=${values[5]} stop_s=${values[6]} log_dir=$(realpath -m "${values[7]}")
 
 if [[ ${parts[*]} == *api* ]] && (quiet -m deploy.quantization); then
     # Without it the API says which settings need no quantised weights, or takes another format.
@@ -157,7 +157,7 @@ failed() {
 
 touched=("${to_start[@]}")
 if ((${#to_stop[@]})); then
-    stop_parts "$(awk -v drain="$drain_s" 'BEGIN { print drain + 5 }')" "${to_stop[@]}" --keep || {
+    stop_parts "$(awk -v stop="$stop_s" 'BEGIN { print stop + 5 }')" "${to_stop[@]}" --keep || {
         complain "Nothing was started, because not everything was stopped"
         exit 1
     }

@@ -21,6 +21,7 @@ from api.health.fault_injection import FaultInjection
 from api.health.heartbeat import Heartbeat
 from api.health.metrics import Metrics
 from api.health.outcomes import Outcomes
+from api.health.vllm_metrics import VllmCollector
 from api.health.watchdog import Watchdog
 from api.http.auth import KeyMiddleware, KeyRing
 from api.http.connection import LingerMiddleware
@@ -42,6 +43,8 @@ def create_app(settings: Settings, engine: Engine, watchdog: Watchdog | None = N
     """`engine` must not have been started yet. Raises SettingsError for API keys that do not parse."""
     admission = Admission(settings, engine.slots)
     metrics = Metrics(engine, admission.load, lambda: heartbeat.pulse.loop_lag_s)
+    if settings.metrics_names == "vllm":
+        metrics.registry.register(VllmCollector(engine))
     outcomes, card_events = Outcomes(), CardEvents()
     heartbeat = Heartbeat(
         engine, settings.log_dir, settings.stall_s, settings.check_silent_s, outcomes, card_events, watchdog
@@ -85,10 +88,10 @@ def create_app(settings: Settings, engine: Engine, watchdog: Watchdog | None = N
             allow_origins=origins,
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "x-glm-ignored", "retry-after"],
+            expose_headers=["x-request-id", "x-glm-ignored", "x-glm-cache-key", "retry-after"],
         )
     app.add_middleware(OutcomeMiddleware, outcomes=outcomes)
-    app.add_middleware(RequestMiddleware, count=metrics.http)
+    app.add_middleware(RequestMiddleware, count=metrics.http, heartbeat=heartbeat)
     app.add_middleware(LingerMiddleware)
     return app
 

@@ -29,6 +29,7 @@ from api.engine.config import EngineConfig
 from api.engine.engine import Engine, Progress
 from api.engine.loaded_model import Model
 from api.health.fault_injection import FaultInjection
+from api.health.heartbeat import READY, Heartbeat
 from api.health.watchdog import Watchdog
 from api.http import logging as logs
 from api.http.auth import KeyRing
@@ -120,8 +121,9 @@ def serve(settings: Settings, engine: Engine) -> int:
     logs.set_up(settings.log_level)
     allow_open_files()
     watchdog = Watchdog.from_environment(settings.stall_s, settings.start_deadline_s)
+    app = create_app(settings, engine, watchdog)
     config = uvicorn.Config(
-        create_app(settings, engine, watchdog),
+        app,
         host=settings.api_host,
         port=settings.api_port,
         log_config=None,
@@ -140,7 +142,7 @@ def serve(settings: Settings, engine: Engine) -> int:
         return 1
     facts = {"version": __version__, "host": settings.api_host, "port": settings.api_port, "model": settings.model}
     logger.info(logs.line("start", **facts, key="set" if KeyRing.of(settings) else "none"))
-    server = DrainingServer(config, engine, settings.drain_s, watchdog)
+    server = DrainingServer(config, engine, settings, app.state.server.heartbeat, watchdog)
     server.run(sockets=[listener])
     code = DEVICE_LOST if server.lost else 0
     logger.info(logs.line("stopped", code=code))
@@ -184,13 +186,18 @@ def _is_loopback(host: str) -> bool:
 
 
 class DrainingServer(uvicorn.Server):
-    """On SIGTERM or SIGINT the port stays open, /health reports `draining`, and running answers may finish."""
+    """On SIGTERM or SIGINT the port stays open, /health reports `draining`, and running answers may finish.
 
-    def __init__(self, config: uvicorn.Config, engine: Engine, drain_s: float, watchdog: Watchdog) -> None:
+    Routers take some seconds to notice: for the delay of the settings, requests that they still send are taken.
+    """
+
+    def __init__(self, config: uvicorn.Config, engine: Engine, settings: Settings, heartbeat: Heartbeat, watchdog: Watchdog) -> None:
         super().__init__(config)
         self._watchdog = watchdog
         self._engine = engine
-        self._drain_s = drain_s
+        self._heartbeat = heartbeat
+        self._drain_s = settings.drain_s
+        self._delay_s = settings.drain_delay_s
         self._drain = threading.Thread(target=self._drain_then_exit, name="drain", daemon=True)
         self.lost = False
         self._reported_at = -REPORT_S
@@ -214,7 +221,10 @@ class DrainingServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._drain.ident is None:
-            logger.info(logs.line("drain", signal=sig, deadline_s=self._drain_s))
+            if self._heartbeat.state(self._engine.stats()) not in READY:
+                self._delay_s = 0.0  # no router sends requests to it
+            self._heartbeat.leave()
+            logger.info(logs.line("drain", signal=sig, delay_s=self._delay_s or None, deadline_s=self._drain_s))
             self._drain.start()
         else:  # a second signal ends the process at once
             self.should_exit = self.force_exit = True
@@ -233,6 +243,7 @@ class DrainingServer(uvicorn.Server):
         os._exit(DEVICE_LOST)  # the event loop hangs as well
 
     def _drain_then_exit(self) -> None:
+        time.sleep(self._delay_s)
         finished = self._engine.drain(self._drain_s)
         logger.info(logs.line("drained", finished=finished))
         self.should_exit = True

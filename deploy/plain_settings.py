@@ -18,7 +18,7 @@ class StopSettings:
     """`certain`: there is a settings file and settings.py accepted it; otherwise what could be read, and defaults."""
 
     log_dir: Path
-    drain_s: float
+    stop_s: float
     ports: dict[str, int]
     certain: bool
 
@@ -30,7 +30,7 @@ def read(root: Path) -> StopSettings:
 
         settings = load()
         ports = {"api": settings.api_port, "web": settings.web_port}
-        return StopSettings(settings.log_dir, settings.drain_s, ports, env_file(root).is_file())
+        return StopSettings(settings.log_dir, settings.stop_s, ports, env_file(root).is_file())
     except KeyboardInterrupt:
         raise
     except BaseException:  # whatever is wrong with it, what runs must be stopped
@@ -42,7 +42,8 @@ def unchecked(root: Path) -> StopSettings:
     given = {**_lines_of(env_file(root)), **{name: value for name, value in os.environ.items() if value}}
     ports = {"api": int(_number(given.get("GLM_API_PORT"), 8080)), "web": int(_number(given.get("GLM_WEB_PORT"), 8081))}
     log_dir = root / (given.get("GLM_LOG_DIR") or "logs")
-    return StopSettings(log_dir, _number(given.get("GLM_DRAIN_S"), 10.0), ports, False)
+    stop_s = _number(given.get("GLM_DRAIN_DELAY_S"), 0.0) + _number(given.get("GLM_DRAIN_S"), 10.0)
+    return StopSettings(log_dir, stop_s, ports, False)
 
 
 def env_file(root: Path) -> Path:

@@ -40,7 +40,8 @@ NAMES = {"api": "The API", "web": "The page"}
 MAY_START, FAILED, NOT_WRITABLE, PORT_IN_USE, ALL_STOPPED, RUNNING = 0, 1, 2, 3, 4, 10
 LOG_LINES = 25
 ANSWER_LIMIT_S = 2.0
-STOP_MARGIN_S = 5.0  # beyond the time for running answers
+STOP_MARGIN_S = 5.0  # beyond the delay and the time for running answers
+UNIT_STOP_MARGIN_S = 30.0  # more than the unit has for its own stop
 UNIT_WAIT_S = 30.0  # for systemd to start a unit, of which it waits some seconds after an end
 
 
@@ -285,7 +286,7 @@ def stop(
         owner = unit.owner_of(part)
         if owner:
             # A user who may not ask for it ends the process below; the mark keeps the unit from starting it again.
-            unit.systemctl("stop", owner)
+            unit.systemctl("stop", owner, limit_s=max(unit.LIMIT_S, grace_s + UNIT_STOP_MARGIN_S))
         entries = [process.record for process in found]
         if record is not None and processes.members(record) and record.pid not in [entry.pid for entry in entries]:
             entries.append(record)
@@ -314,7 +315,7 @@ def stop(
 def halt(parts: list[str]) -> int:
     settings = plain_settings.read(ROOT)
     return stop(
-        settings.log_dir.resolve(), settings.drain_s + STOP_MARGIN_S, {part: settings.ports[part] for part in parts}, settings.certain
+        settings.log_dir.resolve(), settings.stop_s + STOP_MARGIN_S, {part: settings.ports[part] for part in parts}, settings.certain
     )
 
 

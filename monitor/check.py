@@ -137,7 +137,7 @@ def _note_own_work(store: Store) -> None:
 def limits_of(settings: Settings) -> Limits:
     return Limits(
         settings.check_period_s, settings.beat_limit_s, settings.stall_s, settings.start_deadline_s, settings.confirm_runs,
-        settings.stable_s, settings.failure_share_limit, settings.failure_count_limit, settings.check_budget_s, settings.drain_s,
+        settings.stable_s, settings.failure_share_limit, settings.failure_count_limit, settings.check_budget_s, settings.stop_s,
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from monitor.observe import processes, unit
 from settings import ENV_FILE, ROOT, Settings
 
 AGAIN_S = 5  # between an end and the next start
-KILL_MARGIN_S = 20  # beyond the time to drain
+KILL_MARGIN_S = 20  # beyond the delay and the time to drain
 DOWNLOAD_VARIABLES = ("HF_HOME", "HF_HUB_CACHE", "MODELSCOPE_CACHE")
 INVALID_SETTINGS = 2  # exit code of the API
 WHAT = {"api": "The API of GLM-4.6V-Flash-WEB", "web": "The page of GLM-4.6V-Flash-WEB"}
@@ -92,7 +92,7 @@ Restart={"always" if settings.cure == "restart" and settings.restarts_per_hour e
 RestartSec={AGAIN_S}
 RestartPreventExitStatus={INVALID_SETTINGS}
 KillMode=mixed
-TimeoutStopSec={settings.drain_s + KILL_MARGIN_S:g}
+TimeoutStopSec={settings.stop_s + KILL_MARGIN_S:g}
 LimitNOFILE=65536
 ReadWritePaths={" ".join(_word(f"-{folder}") for folder in _writable(part, settings, environment))}
 {HARDENING}{HARDENING_OF[part]}

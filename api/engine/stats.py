@@ -49,3 +49,8 @@ class Stats:
     preemptions: int = 0
     load_reports: int = 0  # of the loader, each time that bytes of a download or a part of the model have come
     download: Download | None = None  # while a model is being downloaded
+
+    @property
+    def kv_usage(self) -> float:
+        """The part of the KV cache in use, 0 to 1."""
+        return self.kv_used_tokens / self.kv_total_tokens if self.kv_total_tokens else 0.0

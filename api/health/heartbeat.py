@@ -35,6 +35,7 @@ STACKS_NAME = "api.stacks.txt"
 BEAT_EVERY_S = 0.5
 WRITE_EVERY_S = 1.0
 OLD_PULSE_S = 5.0
+READY = ("idle", "busy")  # states in which requests are to be sent here
 PEAK_S = 60  # of which the highest use of the KV cache is noted: the checker looks once a minute
 MAX_IN_FLIGHT = 64  # requests listed in the file
 READ_UNIT_BYTES = 2**20  # reading less from disks is not a sign that a model is being loaded
@@ -94,6 +95,7 @@ class Heartbeat:
         self._load_mark: tuple[Any, ...] = ()
         self._observed_at = now
         self._write_error = ""
+        self.leaving = False
         self._kv_used: deque[int] = deque(maxlen=PEAK_S)
         self._stacks: TextIO | None = None
         self._end = threading.Event()
@@ -125,11 +127,15 @@ class Heartbeat:
             self._pulse = self._take_pulse(self._engine.stats())
         return self._pulse
 
+    def leave(self) -> None:
+        """From now on the state is draining, also while the engine still takes requests. Safe in a signal handler."""
+        self.leaving = True
+
     def state(self, stats: Stats) -> str:
         """loading, idle, busy, stalled, draining or dead. Busy and stalled differ by progress, never by latency."""
         if stats.state == "busy" and self._pulse.no_progress_s > self._pulse.deadline_s:
             return "stalled"
-        return stats.state
+        return "draining" if self.leaving and stats.state != "dead" else stats.state
 
     def report(self, stats: Stats) -> dict[str, Any]:
         """What /health and the file say alike of this process, its users' requests, its pace and its card."""

@@ -199,7 +199,6 @@ class _EngineCollector:
 
 
 def _gauges(stats: Stats, admission: AdmissionLoad) -> list[tuple[str, str, float]]:
-    used = stats.kv_used_tokens / stats.kv_total_tokens if stats.kv_total_tokens else 0.0
     gauges = [
         ("num_requests_running", "In the engine's slots.", float(stats.running)),
         ("num_requests_waiting", "In the engine's queue.", float(stats.waiting)),
@@ -211,7 +210,7 @@ def _gauges(stats: Stats, admission: AdmissionLoad) -> list[tuple[str, str, floa
         ),
         ("num_tokens_admitted", "Of prompts and longest answers under way.", float(admission.tokens)),
         ("num_slots", "Requests the engine runs at once.", float(stats.slots)),
-        ("kv_cache_usage_perc", "Part of the KV cache in use, 0 to 1.", used),
+        ("kv_cache_usage_perc", "Part of the KV cache in use, 0 to 1.", stats.kv_usage),
         ("kv_cache_used_tokens", "Tokens with keys and values in memory.", float(stats.kv_used_tokens)),
         ("engine_phase_age_seconds", "How long the present phase has lasted.", stats.phase_age_s),
         ("load_progress", "Of loading the model, 0 to 1.", stats.progress),

@@ -14,7 +14,7 @@ from api.caller import NOBODY, Caller
 from api.errors import error_body, unauthorized
 from settings import Settings, SettingsError
 
-OPEN_PATHS = frozenset({"/health", "/ping"})
+OPEN_PATHS = frozenset({"/health", "/livez", "/readyz", "/ping"})
 METRICS_PATH = "/metrics"
 PROBE = "probe"
 PROBE_HEADER = "x-glm-probe"
@@ -56,12 +56,14 @@ class KeyRing:
 
     def caller(self, headers: Headers) -> Caller | None:
         """The owner of the key in `headers`, or None if there is no valid one."""
-        name = self._name_of(_given(headers)) if self else NOBODY.name
+        given = _given(headers)
+        name = self._name_of(given) if self else NOBODY.name
         if name is None:
             return None
+        secret = sha256(given.encode()).digest() if self else b""
         claim = headers.get(PROBE_HEADER, "")
         is_probe = name == PROBE or self._name_of(claim) == PROBE
-        return Caller(name, is_probe, claims_probe=bool(claim) and not is_probe)
+        return Caller(name, is_probe, bool(claim) and not is_probe, secret)
 
     def opens_metrics(self, headers: Headers) -> bool:
         """Whether the key in `headers` is the one that opens METRICS_PATH and nothing else."""

@@ -19,11 +19,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import log_output
 from api.errors import error_body, internal
+from api.health.heartbeat import Heartbeat
 from api.http.connection import ClientDisconnected
 
 logger = logging.getLogger(__name__)
 
-QUIET_PATHS = frozenset({"/health", "/metrics"})
+QUIET_PATHS = frozenset({"/health", "/livez", "/readyz", "/metrics"})
 CLIENT_CLOSED_REQUEST = 499  # nginx's status; it is logged and counted, never sent
 _SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -51,22 +52,25 @@ def _quoted(value: object) -> str:
 class RequestMiddleware:
     """Gives each request an id and a log line, and answers 500 after an unhandled exception.
 
-    A client may send its own x-request-id; one that could garble a log line is replaced. Inner layers add their
-    fields of the line to `request.state.log`. `count` is called with each request's method, route and status.
+    A client may send its own x-request-id; one that could garble a log line is replaced, and such an x-session-id is left out.
+    Inner layers add their fields of the line to `request.state.log`. `count` is called with each request's method, route and
+    status. While the server leaves, each answer closes its connection, because a router sends on in those that it has.
     """
 
-    def __init__(self, app: ASGIApp, count: Callable[[str, str, int], None]) -> None:
+    def __init__(self, app: ASGIApp, count: Callable[[str, str, int], None], heartbeat: Heartbeat) -> None:
         self._app = app
         self._count = count
+        self._heartbeat = heartbeat
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         began = time.monotonic()
-        given = Headers(scope=scope).get("x-request-id", "")
+        headers = Headers(scope=scope)
+        given, session = headers.get("x-request-id", ""), headers.get("x-session-id", "")
         request_id = given if _SAFE_ID.fullmatch(given) else uuid.uuid4().hex
-        log: dict[str, Any] = {}
+        log: dict[str, Any] = {"session": session} if _SAFE_ID.fullmatch(session) else {}
         scope.setdefault("state", {})
         scope["state"] |= {"log": log, "request_id": request_id}
         status = 0
@@ -75,7 +79,10 @@ class RequestMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                answer_headers = MutableHeaders(scope=message)
+                answer_headers["x-request-id"] = request_id
+                if self._heartbeat.leaving:
+                    answer_headers["Connection"] = "close"
             await send(message)
 
         try:

@@ -341,6 +341,24 @@ class ChatRequest(Strict):
         return self.n or 1
 
     @property
+    def opening(self) -> list[str]:
+        """What the questions of one conversation share: its instructions, and the first image of the first user, or else the text.
+
+        A later image is left out: with it the opening would change in the middle of a conversation.
+        """
+        parts = [self.cache_salt or ""]
+        for message in self.messages:
+            content = message.content if isinstance(message.content, list) else []
+            image = next((part.image_url.url for part in content if isinstance(part, ImagePart)), None)
+            if message.role == "user" and image is not None:
+                return [*parts, "image", image]
+            text = message.content if isinstance(message.content, str) else "".join(p.text for p in content if isinstance(p, TextPart))
+            parts += [message.role, text]
+            if message.role == "user":
+                break
+        return parts
+
+    @property
     def enable_thinking(self) -> bool:
         explicit = self.chat_template_kwargs.enable_thinking if self.chat_template_kwargs else None
         return self.reasoning_effort != "none" if explicit is None else explicit

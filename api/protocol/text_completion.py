@@ -19,6 +19,7 @@ from api.protocol.schemas import HARMLESS, HINTS, MAX_TOP_LOGPROBS, ChatRequest,
 
 MAX_PROMPTS = 32
 DEFAULT_TOKENS = 16  # as in OpenAI's API
+OPENING_LENGTH = 256  # characters, or ids of tokens; what follows may differ in texts that begin alike
 RULES = FieldRules(HARMLESS, hints=HINTS, echoed=frozenset())
 _COLUMNS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 _NO_MESSAGES = [Message(role="user", content="")]
@@ -65,6 +66,11 @@ class TextRequest(ChatRequest):
     @property
     def choices(self) -> int:
         return (self.n or 1) * len(self.prompts)
+
+    @property
+    def opening(self) -> list[str]:
+        first = self.prompts[0]
+        return [self.cache_salt or "", "text", str(first[:OPENING_LENGTH])]
 
     @property
     def enable_thinking(self) -> bool:

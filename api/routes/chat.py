@@ -22,6 +22,7 @@ from api.routes.openapi import CHAT
 from api.state import ServerState
 
 router = APIRouter()
+CACHE_KEY_HEADER = "x-glm-cache-key"
 
 
 @router.post("/v1/chat/completions", **CHAT)
@@ -46,6 +47,7 @@ async def answer(
 ) -> Response:
     """Answer one request, in the wire format that `parse` and `formatter` implement.
 
+    The header x-glm-cache-key names what the questions of a conversation share, so that a router can send them to one server.
     The fields that `parse` finds without effect are named in the header x-glm-ignored, the log and the metrics, and left
     in `completion.ignored` for the answer.
 
@@ -60,22 +62,29 @@ async def answer(
     server.admission.check(caller)  # before the body, so that a refused client need not send it
     with server.admission.arriving(caller) as arriving:
         body = await read_body(request, server.settings.max_body_bytes, arriving.add)
+    ignored = ignored_fields(request)
+
+    def read(data: bytes) -> tuple[ChatRequest, str]:
+        parsed = parse(data, ignored)
+        return parsed, caller.seal(parsed.opening)
+
     permit = server.admission.admit(caller)
     try:
-        ignored = ignored_fields(request)
-        chat = await parse_body(lambda data: parse(data, ignored), body, server.prompts.pool(caller))
+        chat, cache_key = await parse_body(read, body, server.prompts.pool(caller))
         start = server.handlers.start(chat, permit, request.state.request_id, request.state.log, arrived_at)
         handler = await while_connected(request, start)
     except BaseException:
         permit.release()
         raise
     handler.completion.ignored = note_ignored(request, ignored)
+    headers = {CACHE_KEY_HEADER: cache_key, **ignored.headers()}
+    request.state.log["cache_key"] = cache_key
     formatted, streams = formatter(chat, handler.completion), chat.stream
     del body, chat, start  # with images they are large, and the answer may take minutes
     if streams:
-        return EventStream(handler.events(formatted), handler.close, ignored.headers())
+        return EventStream(handler.events(formatted), handler.close, headers)
     try:
-        return JSONResponse(await while_connected(request, handler.body(formatted)), headers=ignored.headers())
+        return JSONResponse(await while_connected(request, handler.body(formatted)), headers=headers)
     finally:
         handler.close()
 

@@ -29,7 +29,7 @@ _MEANINGS = {
     413: "the body or an image is too large",
     429: "this key has sent too many requests",
     500: "an error of the server",
-    503: "full, loading, draining or dead; Retry-After says when to come back",
+    503: "full, loading, draining, stalled or dead; Retry-After says when to come back",
     504: "the request took too long",
 }
 
@@ -92,6 +92,13 @@ HEALTH: dict[str, Any] = {
         **_responses(400),
     },
     "openapi_extra": {"parameters": [NONCE_PARAMETER]},
+}
+LIVEZ: dict[str, Any] = {
+    "response_model": None,
+    "responses": {
+        200: {"description": "the process may go on, also while it loads or drains", "content": _STATE},
+        503: {"description": "it is dead or stalled, and only a new one can help", "content": _STATE},
+    },
 }
 PING: dict[str, Any] = {
     "response_model": None,

@@ -1,4 +1,4 @@
-"""GET /health, /ping, /version, /info, /metrics and /openapi.json: state, facts, counters, the description of the API."""
+"""GET /health, /livez, /readyz, /ping, /version, /info, /metrics and /openapi.json: state, facts, counters, the description of the API."""
 
 from __future__ import annotations
 
@@ -15,18 +15,33 @@ from starlette.responses import JSONResponse, Response
 from api import __version__
 from api.errors import invalid, not_accepting
 from api.health.baseline import read_baseline
+from api.health.heartbeat import READY
 from api.health.metrics import CONTENT_TYPE
 from api.health.proof import sign
 from api.requests.handler import loaded_model
-from api.routes.openapi import DOCUMENT, HEALTH, INFO, METRICS, PING, VERSION, document
+from api.routes.openapi import DOCUMENT, HEALTH, INFO, LIVEZ, METRICS, PING, VERSION, document
 from api.state import ServerState
 
 router = APIRouter()
 NONCE = re.compile(r"[0-9a-fA-F]{16,64}")
 
 
+@router.get("/livez", **LIVEZ)
+@router.head("/livez", include_in_schema=False)
+async def livez(request: Request) -> JSONResponse:
+    """Whether the process may go on: 503 only where nothing but a new one helps. One that loads or drains is left alone."""
+    server: ServerState = request.app.state.server
+    stats = server.engine.stats()
+    state = server.heartbeat.state(stats)
+    if state not in ("dead", "stalled"):
+        return JSONResponse({"state": state})
+    return JSONResponse({"state": state}, 503, not_accepting(state, stats.progress, stats.reason).headers())
+
+
 @router.get("/health", **HEALTH)
+@router.get("/readyz", **HEALTH)
 @router.head("/health", include_in_schema=False)
+@router.head("/readyz", include_in_schema=False)
 async def health(request: Request) -> JSONResponse:
     """Reads counters only, so it answers while the engine computes, hangs or is dead.
 
@@ -64,7 +79,7 @@ async def health(request: Request) -> JSONResponse:
     token = server.settings.probe_token
     if nonce is not None and token is not None:
         body["proof"] = sign(token.get_secret_value(), nonce, body)
-    if state in ("idle", "busy"):
+    if state in READY:
         return JSONResponse(body)
     return JSONResponse(body, 503, not_accepting(state, stats.progress, stats.reason).headers())
 
@@ -76,7 +91,7 @@ async def ping(request: Request) -> Response:
     server: ServerState = request.app.state.server
     stats = server.engine.stats()
     state = server.heartbeat.state(stats)
-    if state in ("idle", "busy"):
+    if state in READY:
         return Response()
     return Response(status_code=503, headers=not_accepting(state, stats.progress, stats.reason).headers())
 

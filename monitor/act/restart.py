@@ -60,7 +60,7 @@ class Restarter:
             return futile
         part = PARTS[target]
         if self._lock is not None:
-            longest_s = self._settings.drain_s + self._settings.start_timeout_s + GPU_WAIT_S + PORT_WAIT_S + BUNDLE_S
+            longest_s = self._settings.stop_s + self._settings.start_timeout_s + GPU_WAIT_S + PORT_WAIT_S + BUNDLE_S
             self._lock.extend(longest_s + MARGIN_S, f"restarting {target}")
         evidence = self._observation.api.to_dict() | {"verdict": vars(verdict)}
         saved = evidence_bundle.save(self._settings, name, part, evidence, self._store.runs(time.time() - 3600, 30))
@@ -88,10 +88,10 @@ class Restarter:
         if record is None:
             return f"the {target} was not started here"
         if self._lock is not None:
-            self._lock.extend(self._settings.drain_s + MARGIN_S, f"draining {target}")
+            self._lock.extend(self._settings.stop_s + MARGIN_S, f"draining {target}")
         with contextlib.suppress(OSError):  # of a full disk: `forget` makes the mark of the pid file
             processes.mark_stopped(self._settings.log_dir, part, f"drained by {actor}")
-        left = processes.end(record, self._settings.drain_s + HUNG_GRACE_S)
+        left = processes.end(record, self._settings.stop_s + HUNG_GRACE_S)
         if left:
             processes.unmark_stopped(self._settings.log_dir, part)
             return f"processes {left} cannot be killed"
@@ -106,7 +106,7 @@ class Restarter:
         held_mib = gpu.highest(self._observation.gpu.get("gpus") or [], "memory_used_mib")
         if processes.members(record):
             hung = verdict.word in ("zombie", "wedged")
-            grace_s = HUNG_GRACE_S if hung else self._settings.drain_s + HUNG_GRACE_S
+            grace_s = HUNG_GRACE_S if hung else self._settings.stop_s + HUNG_GRACE_S
             left = processes.end(record, grace_s)
             if left:
                 return f"processes {left} cannot be killed (uninterruptible sleep); reboot the machine"

@@ -26,7 +26,7 @@ def remove_stale(store: Store, settings: Settings, now: float) -> list[str]:
             continue
         record = processes.read_record(settings.log_dir, part)
         # abs: a mark from the future was made before the clock was set back.
-        if record is None or not processes.is_running(record) or abs(age_s) < settings.drain_s + MARGIN_S:
+        if record is None or not processes.is_running(record) or abs(age_s) < settings.stop_s + MARGIN_S:
             continue
         processes.unmark_stopped(settings.log_dir, part)
         removed.append(target)

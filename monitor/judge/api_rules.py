@@ -376,15 +376,15 @@ def _allowed_s(phase_deadline_s: float | None, limits: Limits) -> float:
 def _draining(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
     if evidence.first.state != "draining":
         return None
-    if evidence.draining_s is not None and evidence.draining_s > limits.drain_s + DRAIN_MARGIN_S:
+    if evidence.draining_s is not None and evidence.draining_s > limits.stop_s + DRAIN_MARGIN_S:
         return Verdict(
             "api", "broken", "drains_without_end", f"The API has been shutting down for {evidence.draining_s:.0f} s and does not end "
-            f"({limits.drain_s:.0f} s are allowed for running answers).",
-            f"接口关闭已持续 {evidence.draining_s:.0f} 秒仍未结束（运行中的回答最多允许 {limits.drain_s:.0f} 秒）。",
-            {"draining_s": evidence.draining_s}, f"{limits.drain_s:.0f} s and {DRAIN_MARGIN_S:.0f} s more", cure=True,
+            f"({limits.stop_s:.0f} s are allowed).",
+            f"接口关闭已持续 {evidence.draining_s:.0f} 秒仍未结束（最多允许 {limits.stop_s:.0f} 秒）。",
+            {"draining_s": evidence.draining_s}, f"{limits.stop_s:.0f} s and {DRAIN_MARGIN_S:.0f} s more", cure=True,
         )  # fmt: skip
     return Verdict(
-        "api", "degraded", "draining", "The API is shutting down and takes no new questions.", "接口正在关闭，不再接受新问题。"
+        "api", "degraded", "draining", "The API is shutting down: new questions belong elsewhere.", "接口正在关闭，请勿再提交新问题。"
     )
 
 

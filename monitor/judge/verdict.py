@@ -20,8 +20,8 @@ FRESH_PROCESS_S = 60.0  # imports alone take that long on a slow machine
 
 @dataclass(frozen=True)
 class Limits:
-    """The thresholds of the rules, in seconds and runs. `start_s`: loading may stand still for so long. `budget_s`: of a run. `drain_s`: running
-    answers have so long when the API ends.
+    """The thresholds of the rules, in seconds and runs. `start_s`: loading may stand still for so long. `budget_s`: of a run. `stop_s`: after
+    a stop signal the API may go on for so long.
 
     Users' requests fail too often if more than `failure_share` of them do, and at least `failure_count`.
     """
@@ -35,7 +35,7 @@ class Limits:
     failure_share: float = 0.05
     failure_count: int = 3
     budget_s: float = 45.0
-    drain_s: float = 10.0
+    stop_s: float = 10.0
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from ports import free_port
 
-from deploy import service
+from deploy import plain_settings, service
 from monitor.observe import processes
 from monitor.observe.processes import ProcessRecord, boot_id, foreign_owner, read_stat, write_record
 
@@ -138,6 +138,30 @@ def test_process_that_ignores_sigterm_is_killed(project, machine):
 
     assert stopped.returncode == 0, stopped.stderr
     assert not machine.runs(pid)
+
+
+def test_a_server_that_is_given_a_delay_ends_by_itself(project):
+    delay = {"GLM_DRAIN_DELAY_S": "10", "STAND_IN_API": "leaving"}
+    project.run("./start.sh api", **delay)
+
+    restarted = project.run("./start.sh --restart api", **delay)
+    once = project.log("api").count("left by itself")
+    stopped = project.run("./stop.sh api", **delay)
+
+    assert (restarted.returncode, stopped.returncode) == (0, 0), restarted.stderr + stopped.stderr
+    assert (once, project.log("api").count("left by itself")) == (1, 2)
+
+
+@pytest.mark.parametrize(("given", "stop_s"), [({}, 10.0), ({"GLM_DRAIN_DELAY_S": "30"}, 40.0), ({"GLM_DRAIN_DELAY_S": "x", "GLM_DRAIN_S": "3"}, 3.0)])
+def test_the_time_of_a_stop_is_read_from_settings_that_are_broken(given, stop_s, monkeypatch, tmp_path):
+    for name, value in {"GLM_API_PORT": "none", **given}.items():
+        monkeypatch.setenv(name, value)
+    for name in {"GLM_DRAIN_S", "GLM_DRAIN_DELAY_S"} - set(given):
+        monkeypatch.delenv(name, raising=False)
+
+    read = plain_settings.read(tmp_path)
+
+    assert (read.stop_s, read.certain) == (stop_s, False)
 
 
 def test_frozen_process_is_ended(project, machine):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,9 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, Project, runs, until
+
+from monitor import units
+from settings import Settings
 
 SYSTEMCTL = '''#!{python}
 """start, stop and is-active of units in {folder}, as the first process of a machine does them; every call is noted."""
@@ -83,6 +87,14 @@ def test_start_and_stop_go_through_systemd(project: Project, owned: Path) -> Non
     assert subprocess.run(["systemctl", "is-active", "glm-api.service"], env=project.env, capture_output=True, text=True).stdout == "inactive\n"
     assert project.run("./start.sh api").returncode == 0, "it ends the stop"
     assert {line.split()[0] for line in (owned / "calls").read_text().splitlines()} == {"start", "stop", "is-active"}
+
+
+def test_a_unit_has_the_time_for_the_delay_of_a_stop() -> None:
+    def limit_s(**settings: float) -> float:
+        text = units.server_units(Settings(**settings))["glm-api.service"]
+        return float(re.search(r"^TimeoutStopSec=(.+)$", text, re.MULTILINE)[1])
+
+    assert limit_s(drain_delay_s=15) == limit_s() + 15 == 45
 
 
 def test_a_unit_that_systemd_has_given_up_on_is_said(project: Project, owned: Path) -> None:

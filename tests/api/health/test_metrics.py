@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_model import fake_model
 from prometheus_client.parser import text_string_to_metric_families
-from served import image_part, text_part
+from served import image_part, text_part, wait_for
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -139,3 +141,39 @@ def test_the_documentation_lists_the_metrics(serve) -> None:
 
     there = set(re.findall(r"^# TYPE glm_(\S+) ", text, re.MULTILINE))
     assert there == set(re.findall(r"`([a-z0-9_]+)(?:{[a-z_,]+})?`", rows))
+
+
+PICKED = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+
+
+def test_the_endpoint_picker_finds_what_it_reads_under_vllms_names(serve) -> None:
+    served = serve(metrics_names="vllm", slots=1, metrics_key="mk")
+    asking = [threading.Thread(target=served.chat, args=(text,)) for text in ("HANG", "wait")]
+    asking[0].start()
+    assert served.runner.hanging.wait(30)
+    asking[1].start()
+    wait_for(lambda: served.engine.stats().waiting == 1)
+    del served.client.headers["Authorization"]
+    text = served.client.get("/metrics", headers={"Authorization": "Bearer mk"}).text
+
+    found = {(s.name, tuple(sorted(s.labels.items()))): s.value for f in text_string_to_metric_families(text) for s in f.samples}
+    model = (("model_name", "fake"),)
+    assert [found[(f"vllm:{name}", model)] for name in PICKED[:2]] == [1, 1]
+    assert all(found[(f"vllm:{name}", model)] == found[(f"glm_{name}", ())] for name in PICKED)
+    assert 0 < found[("vllm:kv_cache_usage_perc", model)] == found[("vllm:gpu_cache_usage_perc", model)] <= 1
+    assert found[("vllm:cache_config_info", (("block_size", "16"), *model, ("num_gpu_blocks", "512")))] == 1
+    assert set(re.findall(r"^# TYPE (vllm:\S+) gauge$", text, re.MULTILINE)) == {
+        *(f"vllm:{name}" for name in PICKED), "vllm:gpu_cache_usage_perc", "vllm:cache_config_info"
+    }  # fmt: skip
+    served.runner.release.set()
+    for thread in asking:
+        thread.join(30)
+
+
+def test_vllms_names_are_there_only_on_request_and_before_the_model(serve) -> None:
+    go = threading.Event()
+    loading = serve(load=lambda progress: go.wait(30) and fake_model(), metrics_names="vllm")
+
+    assert 'vllm:num_requests_waiting{model_name=""} 0.0' in loading.client.get("/metrics").text
+    go.set()
+    assert "vllm:" not in serve().client.get("/metrics").text

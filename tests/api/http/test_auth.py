@@ -52,7 +52,7 @@ def walk(routes):
 
 
 def test_only_health_and_its_status_are_open() -> None:
-    assert {"/health", "/ping"} == OPEN_PATHS
+    assert {"/health", "/livez", "/readyz", "/ping"} == OPEN_PATHS
 
 
 PATHS = ["/", "/docs", "/openapi.json", "/redoc", "/nothing", "/health/", "/health/x", "//health"]

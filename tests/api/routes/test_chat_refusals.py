@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from jinja2 import TemplateError
 from served import KEY, chat_body, image_part, sse_data, text_part, wait_for
 
+from api import errors
 from api.caller import Caller
+from api.engine.request import Failure
 
 WAIT_S = 30.0
 
@@ -304,3 +308,23 @@ def test_a_waiting_stream_reports_its_position_in_the_queue(serve, monkeypatch) 
 
     assert ": queue_position=1\n" in texts[0]
     assert sse_data(texts[0])[-1] == "[DONE]"
+
+
+def test_the_documentation_lists_every_refusal_with_its_status_and_when_to_retry() -> None:
+    page = (Path(__file__).resolve().parents[3] / "docs" / "api.md").read_text(encoding="utf-8").split("\n## Errors")[1].split("\n## ")[0]
+    listed = {
+        (int(status), code): retry
+        for status, codes, retry in re.findall(r"^\| (503|429) (.+?) \|.+?\| (.+?) \|", page, re.MULTILINE)
+        for code in re.findall(r"`(\w+)`", codes)
+    }
+    made = [
+        *(errors.not_accepting(state, 0.5, None) for state in ("loading", "draining", "stalled", "dead")),
+        *(errors.failed(kind, "") for kind in Failure),
+        errors.queue_full(1), errors.too_many_tokens(1, 1, 1), errors.too_many_image_bytes(1, 1, 1), errors.too_many_bytes(1),
+        errors.too_many_bytes_of_key(1), errors.too_many_in_a_minute(1, 59.5), errors.too_many_at_once(1),
+    ]  # fmt: skip
+    refusals = [error for error in made if error.status in (429, 503)]
+
+    assert {(error.status, error.code) for error in refusals} == set(listed)
+    for error in refusals:
+        assert error.headers()["Retry-After"] in re.findall(r"\d+", listed[error.status, error.code]) or error.status == 429

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 from fake_model import fake_model
 from served import chat_body, wait_for
@@ -48,6 +49,7 @@ def test_a_loading_server_reports_its_progress_and_when_to_retry(serve) -> None:
     served = serve(load=load)
     assert begun.wait(WAIT_S)
     health = served.client.get("/health")
+    assert statuses(served) == [200, 503, 503, 503, 503, 503]
     others = [served.chat(), served.client.get("/v1/models"), served.client.get("/info")]
     go.set()
 
@@ -79,6 +81,65 @@ def test_a_draining_server_reports_it(serve) -> None:
 
     assert (health.status_code, health.json()["state"]) == (503, "draining")
     assert (chat.status_code, chat.json()["error"]["code"]) == (503, "draining")
+
+
+PROBED = ("/livez", "/readyz", "/health", "/ping", "/v1/models", "/v1/models/fake")
+
+
+def statuses(served) -> list[int]:
+    return [served.client.get(path).status_code for path in PROBED]
+
+
+def test_ready_is_what_health_says_and_has_its_body(serve) -> None:
+    served = serve(probe_token="pt")
+
+    for path in ("/health", "/readyz"):
+        body = served.client.get(path, params={"nonce": "ab" * 16}).json()
+        assert body["state"] == "idle" and body["proof"]
+        assert served.client.head(path).status_code == 200
+    assert served.client.get("/livez").json() == {"state": "idle"} and served.client.head("/livez").status_code == 200
+
+
+def test_a_server_that_leaves_is_alive_not_ready_and_still_answers(serve) -> None:
+    served = serve()
+    served.app.state.server.heartbeat.leave()
+
+    assert statuses(served) == [200, 503, 503, 503, 200, 200]
+    assert served.client.get("/health").json()["state"] == "draining"
+    assert served.chat().status_code == 200
+
+    served.engine.drain(0)
+
+    assert statuses(served) == [200, 503, 503, 503, 200, 200]
+    assert served.chat().status_code == 503
+
+
+def test_a_stalled_server_is_neither_alive_nor_ready_and_lists_no_model(serve) -> None:
+    served = serve()
+    asking = threading.Thread(target=lambda: served.chat("HANG"))
+    asking.start()
+    assert served.runner.hanging.wait(WAIT_S)
+    assert statuses(served) == [200] * 6, "busy is not dead"
+    heartbeat = served.app.state.server.heartbeat
+    heartbeat._take_pulse = lambda stats: replace(heartbeat._pulse, no_progress_s=130.0)
+
+    wait_for(lambda: served.client.get("/livez").json() == {"state": "stalled"})
+
+    assert statuses(served) == [503] * 6
+    assert all(int(served.client.get(path).headers["Retry-After"]) > 0 for path in PROBED)
+    heartbeat.leave()
+    assert served.client.get("/livez").status_code == 503, "a stop does not hide that it hangs"
+    served.runner.release.set()
+    asking.join(WAIT_S)
+
+
+def test_a_dead_server_is_neither_alive_nor_ready_and_lists_no_model(serve) -> None:
+    served = serve()
+    served.chat("CRASH")
+
+    assert statuses(served) == [503] * 6
+    assert served.client.get("/livez").json() == {"state": "dead"}
+    assert served.client.get("/v1/models").json()["error"]["code"] == "dead"
 
 
 def test_info_has_limits_and_facts_and_no_secret(serve) -> None:

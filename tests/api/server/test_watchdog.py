@@ -138,6 +138,21 @@ def test_a_stop_is_told(tmp_path: Path) -> None:
         assert server.process.wait(WAIT_S) == 0
 
 
+def test_a_delayed_stop_is_told_once_and_goes_on_moving(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        manager = Manager(Path(folder) / "notify")
+        environment = {"NOTIFY_SOCKET": str(manager.path), "GLM_LOG_DIR": str(tmp_path), "GLM_DRAIN_DELAY_S": "5"}
+        server = Server(free_port(), tmp_path / "api.log", **environment)
+        wait_for(lambda: bool(manager.times("READY=1")), WAIT_S)
+        server.process.send_signal(signal.SIGTERM)
+        signalled = time.monotonic()
+
+        assert server.process.wait(WAIT_S) == 0
+        stopping = manager.times("STOPPING=1")
+        assert len(stopping) == 1 and stopping[0] < signalled + 3
+        assert len(manager.times("WATCHDOG=1", stopping[0])) >= 2, "the manager would take the delay for a hang"
+
+
 def test_without_a_manager_nothing_is_sent_and_children_do_not_inherit_it() -> None:
     environment = {"NOTIFY_SOCKET": "/nowhere/notify", "HOME": "/"}
     watchdog = Watchdog.from_environment(1, 1, environment)

@@ -1,6 +1,7 @@
 """A stand-in for the API with faults on demand.
 
-STAND_IN_API: empty (answers), die, loading, download (for STAND_IN_LOAD_S, then it answers), dead, deaf (opens no port), stubborn (ignores SIGTERM), parent (has a child).
+STAND_IN_API: empty (answers), die, loading, download (for STAND_IN_LOAD_S, then it answers), dead, deaf (opens no port), stubborn (ignores SIGTERM), parent (has a child),
+leaving (ends 7 s after SIGTERM).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ MODE = os.environ.get("STAND_IN_API", "")
 STATES = {"loading": ("loading", 503), "dead": ("dead", 503)}
 BEGAN, LOAD_S = time.monotonic(), float(os.environ.get("STAND_IN_LOAD_S", "0"))
 RATE = 45_200_000
+LEAVE_S = 7.0  # more than a stop without a delay may take
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -40,6 +42,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
+def leave(*_: object) -> None:
+    time.sleep(LEAVE_S)
+    print("left by itself", flush=True)
+    os._exit(0)
+
+
 if __name__ == "__main__":
     print("stand-in API starts", flush=True)
     if MODE == "die":
@@ -48,6 +56,8 @@ if __name__ == "__main__":
         time.sleep(600)
     if MODE == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if MODE == "leaving":
+        signal.signal(signal.SIGTERM, leave)
     if MODE == "parent":
         child = subprocess.Popen(["sleep", "600"])
         print(f"child {child.pid}", flush=True)
