@@ -602,6 +602,8 @@ def restore_command(
             print("\n".join([f"The restore that was cut off is finished ({journal}).", *(f"Set aside: {path}" for path in aside)]))
             settings = settings_module.load_or_last_good()[0]
         elif archive is None:
+            for folder in {env.parent, into / "logs" if into else settings.log_dir}:
+                swap.remove_leftovers(folder)
             print(f"No restore was cut off: there is no {journal}. Which backup shall be restored?", file=sys.stderr)
             return 2
         if archive is None:

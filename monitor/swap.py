@@ -51,8 +51,7 @@ def journal_of(env: Path) -> Path:
 @contextlib.contextmanager
 def staging(folder: Path) -> Iterator[Staging]:
     """Removes those of restores that were killed first. A lock on the folder itself says that somebody works in it."""
-    for left in folder.glob(f"{WORK_PREFIX}*"):
-        _remove_if_left(left)
+    remove_leftovers(folder)
     made = Staging(Path(tempfile.mkdtemp(prefix=WORK_PREFIX, dir=folder)))
     descriptor = os.open(made.path, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -62,6 +61,12 @@ def staging(folder: Path) -> Iterator[Staging]:
         if not made.needed:
             shutil.rmtree(made.path, ignore_errors=True)
         os.close(descriptor)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Of restores that were killed before they began to replace anything."""
+    for left in folder.glob(f"{WORK_PREFIX}*"):
+        _remove_if_left(left)
 
 
 def _remove_if_left(folder: Path) -> None:
