@@ -313,6 +313,11 @@ def load(**overrides: object) -> Settings:
     return _load(ENV_FILE, overrides)
 
 
+def load_file(file: Path) -> Settings:
+    """What `load` would return if this file were `.env`. Raises SettingsError."""
+    return _load(file, {})
+
+
 _kept: Settings | None = None
 
 

@@ -57,6 +57,11 @@ interrupted() {
 # SIGTERM and SIGHUP still end it at once: the shell would handle them only after an installation.
 trap interrupted INT
 
+if [[ -e ${GLM_ENV_FILE:-.env}.restoring ]]; then
+    complain "Nothing was started: a restore of a backup was cut off. To finish it: python health_check.py restore"
+    exit 2
+fi
+
 choose_python requirements.txt || exit 2
 
 # For `( quiet ... )` and `$(quiet ...)`: a short command that a signal does not tear in the middle. This shell handles the

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import sqlite3
 import stat
@@ -27,18 +28,23 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from dotenv import dotenv_values
+
 import settings as settings_module
+from monitor import swap
 from monitor.act import interrupted_restart
 from monitor.act.lock import Lock
-from monitor.observe import process_search, processes
+from monitor.observe import ports, process_search, processes
 from monitor.store import store
-from monitor.store.salvage import JOURNALS, refuse_pipes
+from monitor.store.salvage import refuse_pipes
 from settings import Settings, SettingsError
 
 FORMAT, VERSION = "glm-backup", 1
 MANIFEST, ENV, STATE, CHATS, BASELINE = "manifest.json", ".env", "logs/state.db", "logs/chats.db", "logs/baseline.json"
 STORES = {STATE: store.VERSION, CHATS: 1}  # and the newest schema that this version knows
 NAMES = (ENV, STATE, CHATS, BASELINE)
+TABLES = {STATE: ("runs", "state", "outbox", "requests"), CHATS: ("chats", "turns")}  # first the one whose rows are what is worth saving
+LOG_DIR = f"{settings_module.PREFIX}LOG_DIR"
 # Beside the goals: they hold newer states of what is restored, and would be taken for it.
 OUTDATED = (store.COPY_NAME, settings_module.LAST_GOOD)
 PREFIX, SUFFIX, WORK_PREFIX, LOCK_NAME = "glm-backup-", ".zip", ".glm-backup-", ".glm-backup.lock"
@@ -53,14 +59,31 @@ class BackupError(Exception):
     """The backup cannot be made or used; the message says why."""
 
 
+class UnfinishedError(BackupError):
+    """A restore was cut off in the middle; the next one finishes it."""
+
+
 @dataclass(frozen=True)
 class Saved:
-    """`left_out`: what is not in the archive and could be expected there, in words."""
+    """`left_out`: what is not in the archive and could be expected there, in words; `lost`: what an earlier archive has of it."""
 
     path: Path
     bytes: int
     files: tuple[str, ...]
     left_out: tuple[str, ...]
+    lost: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Restored:
+    """`settings`: those that are in force now; `notes`: where the stores are, if not where they would be looked for."""
+
+    env: Path
+    log_dir: Path
+    settings: Settings
+    files: tuple[Path, ...]
+    aside: tuple[Path, ...]
+    notes: tuple[str, ...]
 
 
 def save(settings: Settings, folder: Path, keep: int = 0) -> Saved:
@@ -74,20 +97,53 @@ def save(settings: Settings, folder: Path, keep: int = 0) -> Saved:
             raise BackupError(f"there is nothing to save: neither {settings_module.ENV_FILE} nor a store in {settings.log_dir}")
         _require_room(folder, 2 * sum(_size(path) for path in sources.values()))
         with tempfile.TemporaryDirectory(prefix=WORK_PREFIX, dir=folder) as work:  # 0700
-            files, left_out = _collect(sources, Path(work))
+            files, left_out = _collect(settings, sources, Path(work))
+            if not files:
+                raise BackupError(f"there is nothing to save: {'; '.join(left_out)}")
+            empty = {name for name in set(files) & set(STORES) if not _has_rows(name, files[name])}
             made = Path(work) / "archive"
-            _pack(files, made)
+            _pack(files, empty, made)
             for path in files.values():
                 path.unlink()
             unpacked = Path(work) / "read-back"
             unpacked.mkdir()
-            unpack(made, unpacked)
+            _unpack(made, unpacked)
             path = _free_name(folder)
             os.replace(made, path)
-            _sync(folder)
-        for old in sorted((each for each in folder.iterdir() if NAME.fullmatch(each.name)), key=lambda each: each.name)[: -keep or None] if keep else ():
-            old.unlink()
-        return Saved(path, path.stat().st_size, tuple(files), tuple(left_out))
+            swap.sync(folder)
+        older = sorted((each for each in folder.iterdir() if NAME.fullmatch(each.name) and each != path), key=_age, reverse=True)
+        holders = _holders({ENV, STATE, CHATS} - (set(files) - empty), older)
+        for old in older[keep - 1 :] if keep else ():
+            if old not in holders.values():
+                old.unlink()
+        lost = tuple(f"{name}: the newest backup with contents of it is {holder.name}" for name, holder in holders.items())
+        return Saved(path, path.stat().st_size, tuple(files), tuple(left_out), lost)
+
+
+def _age(archive: Path) -> tuple[str, int]:
+    """By the time in its name, and the number of those of one second."""
+    stamp, _, number = archive.name.removeprefix(PREFIX).removesuffix(SUFFIX).partition("-")
+    return stamp, int(number or 1)
+
+
+def _holders(names: set[str], archives: list[Path]) -> dict[str, Path]:
+    """Of each name the first archive that has contents of it."""
+    found: dict[str, Path] = {}
+    for archive in archives:
+        for name in sorted(names - set(found)):
+            if name in _contents_of(archive):
+                found[name] = archive
+    return found
+
+
+def _contents_of(archive: Path) -> set[str]:
+    """By its manifest; nothing if it is no backup."""
+    try:
+        with _as_backup_error(""), zipfile.ZipFile(archive) as opened:
+            files = _manifest_of(opened, {info.filename: info for info in opened.infolist()})["files"]
+    except BackupError:
+        return set()
+    return {name for name, entry in files.items() if entry["bytes"] and not entry.get("empty")}
 
 
 def _sources(settings: Settings) -> dict[str, Path]:
@@ -102,32 +158,50 @@ def _sources(settings: Settings) -> dict[str, Path]:
     return {name: path for name, path in found.items() if path.exists()}
 
 
-def _collect(sources: dict[str, Path], work: Path) -> tuple[dict[str, Path], list[str]]:
+def _collect(settings: Settings, sources: dict[str, Path], work: Path) -> tuple[dict[str, Path], list[str]]:
     """Copies of the sources in `work`, and what was left out."""
     files: dict[str, Path] = {}
     left_out = [f"{name} (there is none)" for name in NAMES if name not in sources]
     for name, source in sources.items():
-        files[name] = work / name.replace("/", "-")
+        files[name] = work / _flat(name)
         if name in STORES:
             _copy_store(source, files[name])
+            with contextlib.closing(_reader(files[name])) as db:
+                problem = "" if _tables(db) else "it is empty"
         elif name == ENV:
-            files[name].write_bytes(_env_bytes(left_out))
+            files[name].write_bytes(_env_bytes(settings, left_out))
+            problem = ""
         else:
             shutil.copyfile(source, files[name])
+            problem = "" if _is_object(files[name]) else "it is not a JSON object"
+        if problem:
+            left_out.append(f"{source} ({problem})")
+            files.pop(name).unlink()
     in_force = sorted(name for name in os.environ if name.startswith(settings_module.PREFIX) and name != settings_module.ENV_FILE_NAME)
     if in_force:
         left_out.append(f"settings of the environment: {', '.join(in_force)}")
     return files, left_out
 
 
-def _env_bytes(left_out: list[str]) -> bytes:
-    """`.env` as it is; with the contents of its secret files in their place, if it names any."""
+def _env_bytes(settings: Settings, left_out: list[str]) -> bytes:
+    """`.env` as it is; with the contents of its secret files in their place, if it names any. Instead of an invalid one, which
+    no restore would take, the copy of the last valid one."""
     raw = settings_module.ENV_FILE.read_bytes()
     try:
+        settings_module.load()
         return settings_module.self_contained_env().encode() if b"_FILE" in raw else raw
     except SettingsError as error:
-        left_out.append(f"secret files: {settings_module.ENV_FILE.name} is invalid ({str(error).splitlines()[0]})")
-        return raw
+        kept = settings.log_dir / settings_module.LAST_GOOD
+        instead = "the last valid one is in it instead" if kept.is_file() else "restore the rest of this backup with --without-env"
+        left_out.append(f"a valid {settings_module.ENV_FILE.name} ({str(error).splitlines()[0]}): {instead}")
+        return kept.read_bytes() if kept.is_file() else raw
+
+
+def _has_rows(name: str, path: Path) -> bool:
+    """Whether there is anything in it that somebody would miss."""
+    with contextlib.closing(_reader(path)) as db:
+        table = TABLES[name][0]
+        return table in _tables(db) and db.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone() is not None
 
 
 def _copy_store(source: Path, copy: Path) -> None:
@@ -145,8 +219,10 @@ def _reader(source: Path) -> sqlite3.Connection:
     return sqlite3.connect(f"file:{quote(str(source))}?mode=ro", uri=True, timeout=30)
 
 
-def _pack(files: dict[str, Path], made: Path) -> None:
-    entries = {name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for name, path in files.items()}
+def _pack(files: dict[str, Path], empty: set[str], made: Path) -> None:
+    entries: dict[str, dict[str, Any]] = {name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for name, path in files.items()}
+    for name in empty:
+        entries[name]["empty"] = True  # for the choice of what is kept
     manifest = {
         "format": FORMAT, "version": VERSION, "made_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "machine": os.uname().nodename,
         "files": entries,
@@ -171,7 +247,12 @@ def _info(name: str) -> zipfile.ZipInfo:
 def unpack(archive: Path, into: Path) -> dict[str, Any]:
     """Unpacks into an empty folder of this program, checks all, and returns the manifest. Raises BackupError for anything that
     `save` does not make: other names, links, sizes, checksums, damaged stores, newer versions."""
-    with _as_backup_error(f"{archive}"), zipfile.ZipFile(archive) as opened:
+    with _as_backup_error(f"{archive}"):
+        return _unpack(archive, into)
+
+
+def _unpack(archive: Path, into: Path) -> dict[str, Any]:
+    with zipfile.ZipFile(archive) as opened:
         infos = {info.filename: info for info in opened.infolist()}
         if len(infos) != len(opened.infolist()):
             raise BackupError("a name is in it twice")
@@ -185,14 +266,23 @@ def unpack(archive: Path, into: Path) -> dict[str, Any]:
         for name, entry in entries.items():
             if infos[name].file_size != entry["bytes"]:
                 raise BackupError(f"{name} has {infos[name].file_size} bytes, and {MANIFEST} says {entry['bytes']}")
-            target = into / name.replace("/", "-")
+            target = into / _flat(name)
             with opened.open(infos[name]) as source:
                 _copy_exactly(source, target, int(entry["bytes"]), name)
             if _digest(target) != entry["sha256"]:
                 raise BackupError(f"{name} differs from its checksum: the archive is damaged")
         for name in set(entries) & set(STORES):
-            _check_store(name, into / name.replace("/", "-"))
+            _check_store(name, into / _flat(name))
+        if BASELINE in entries and not _is_object(into / _flat(BASELINE)):
+            raise BackupError(f"{BASELINE} is no baseline: it is not a JSON object")
         return manifest
+
+
+def _is_object(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_bytes()), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _refuse_foreign(name: str, info: zipfile.ZipInfo) -> None:
@@ -207,16 +297,27 @@ def _refuse_foreign(name: str, info: zipfile.ZipInfo) -> None:
 def _manifest_of(opened: zipfile.ZipFile, infos: dict[str, zipfile.ZipInfo]) -> dict[str, Any]:
     if MANIFEST not in infos or infos[MANIFEST].file_size > MANIFEST_LIMIT_BYTES:
         raise BackupError(f"it is not a backup of this project: there is no {MANIFEST} of at most {MANIFEST_LIMIT_BYTES} bytes")
-    with opened.open(infos[MANIFEST]) as file:
-        manifest = json.loads(file.read(MANIFEST_LIMIT_BYTES))
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not isinstance(manifest.get("version"), int):
-        raise BackupError(f"it is not a backup of this project: {MANIFEST} does not say {FORMAT}")
+    try:
+        with opened.open(infos[MANIFEST]) as file:
+            manifest = json.loads(file.read(MANIFEST_LIMIT_BYTES))
+    except (ValueError, RecursionError):
+        raise BackupError(f"it is not a backup of this project: {MANIFEST} is not JSON") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or type(manifest.get("version")) is not int:
+        raise BackupError(f"it is not a backup of this project: {MANIFEST} does not say {FORMAT} and a version")
     if manifest["version"] > VERSION:
         raise BackupError(f"it was made by a newer version (format {manifest['version']}; this one knows {VERSION}). Upgrade first")
-    for entry in manifest["files"].values():
-        if not isinstance(entry["bytes"], int) or entry["bytes"] < 0 or not isinstance(entry["sha256"], str):
-            raise BackupError(f"{MANIFEST} makes no sense")
+    if manifest["version"] < 1 or not all(isinstance(manifest.get(name), str) for name in ("made_at", "machine")):
+        raise BackupError(f"{MANIFEST} makes no sense: its version, `made_at` or `machine` is wrong")
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not all(map(_is_entry, files.values())):
+        raise BackupError(f"{MANIFEST} makes no sense: `files` does not say the size and the checksum of each")
+    if not files:
+        raise BackupError("it holds no files, so that there is nothing to restore")
     return manifest
+
+
+def _is_entry(entry: object) -> bool:
+    return isinstance(entry, dict) and type(entry.get("bytes")) is int and entry["bytes"] >= 0 and isinstance(entry.get("sha256"), str)
 
 
 def _copy_exactly(source: Any, target: Path, size: int, name: str) -> None:
@@ -244,50 +345,131 @@ def _check_store(name: str, path: Path) -> None:
         found = str(db.execute("PRAGMA quick_check(1)").fetchone()[0])
         if found != "ok":
             raise BackupError(f"{name} is damaged: {found}")
+        missing = sorted(set(TABLES[name]) - _tables(db))
+        if missing:
+            raise BackupError(f"{name} is not that store: it has no table {', '.join(missing)}")
         version = int(db.execute("PRAGMA user_version").fetchone()[0])
         if name == STATE:
             row = db.execute("SELECT value FROM state WHERE name = 'version'").fetchone()
-            version = max(version, int(json.loads(row[0]))) if row else version
+            try:
+                version = max(version, int(json.loads(row[0]))) if row else version
+            except (ValueError, TypeError):
+                raise BackupError(f"{name} is damaged: its version is {str(row[0])[:40]!r}") from None
     if version > STORES[name]:
         raise BackupError(f"{name} was written by a newer version (schema {version}; this one knows {STORES[name]}). Upgrade first")
 
 
-def restore(settings: Settings, archive: Path, into: Path | None = None, replace: bool = False) -> tuple[Path, list[Path]]:
-    """Puts the files where they belong, or below the folder `into`. Returns where `.env` is, and what was set aside.
+def restore(settings: Settings, archive: Path, into: Path | None = None, replace: bool = False, with_env: bool = True) -> Restored:
+    """Puts the files where they belong, or below the folder `into`. The stores go where the settings that are in force afterwards
+    look for them. Without `with_env`, `.env` stays as it is.
 
-    Raises BackupError before anything is touched. What is in the way is refused, or set aside with `replace`.
+    Raises BackupError before anything is touched, and UnfinishedError later. What is in the way is refused, or set aside with `replace`.
     """
     env = into / ENV if into else settings_module.ENV_FILE
-    log_dir = into / "logs" if into else settings.log_dir
     if into is not None and into.exists() and not into.is_dir():
         raise BackupError(f"{into} is not a folder")
-    _refuse_running(log_dir, settings)
-    goals = {name: env if name == ENV else log_dir / Path(name).name for name in NAMES}
-    with _as_backup_error(f"{archive}"):
-        anchor = next(each for each in (log_dir, *log_dir.parents) if each.is_dir())
-        with tempfile.TemporaryDirectory(prefix=".glm-restore-", dir=anchor) as work:
-            unpacked = Path(work) / "files"
-            unpacked.mkdir()
-            entries = unpack(archive, unpacked)["files"]
-            if STATE in entries:
-                _make_past(unpacked / STATE.replace("/", "-"))
-            in_the_way = [goal for name, goal in goals.items() if name in entries and os.path.lexists(goal)]
-            if in_the_way and not replace:
-                raise BackupError(f"{', '.join(map(str, in_the_way))} would be replaced. With --replace they are set aside")
-            log_dir.mkdir(parents=True, exist_ok=True)
-            lock = Lock(log_dir)
-            holder = lock.acquire(LOCK_S, "restoring a backup")
-            if holder:
-                raise BackupError(f"the checker is at work ({holder}); try again when it has ended")
-            try:
-                outdated = [log_dir / name for name in OUTDATED]
-                aside = _set_aside([*in_the_way, *(path for path in outdated if os.path.lexists(path))])
-                store.discard_fallback(log_dir)  # newer than what is restored, and would replace it
-                for name in entries:
-                    _place(unpacked / name.replace("/", "-"), goals[name])
-            finally:
-                lock.release()
-    return env, aside
+    with _as_backup_error(f"{archive}"), contextlib.ExitStack() as stack:
+        first = into / "logs" if into else settings.log_dir
+        work = stack.enter_context(swap.staging(_anchor(first)))
+        unpacked = work.path / "files"
+        unpacked.mkdir()
+        entries = dict(_unpack(archive, unpacked)["files"])
+        if not with_env:
+            entries.pop(ENV, None)
+        if not entries:
+            raise BackupError("it holds nothing else than .env")
+        after = _checked_settings(unpacked / ENV) if ENV in entries else settings
+        log_dir = into / "logs" if into else after.log_dir
+        for folder in {log_dir, first}:
+            _refuse_running(folder, settings)
+        goals = {name: env if name == ENV else log_dir / Path(name).name for name in NAMES}
+        if STATE in entries:
+            _make_past(unpacked / _flat(STATE))
+        in_the_way = [goal for name, goal in goals.items() if name in entries and os.path.lexists(goal)]
+        if in_the_way and not replace:
+            raise BackupError(f"{', '.join(map(str, in_the_way))} would be replaced. With --replace they are set aside")
+        notes = _notes(env, log_dir, unpacked / ENV if ENV in entries else env, settings, into)
+        if log_dir != first:  # perhaps another file system
+            _require_room(_anchor(log_dir), sum(int(entry["bytes"]) for entry in entries.values()))
+        log_dir.mkdir(parents=True, exist_ok=True)
+        log_dirs = [log_dir, *([first] if first != log_dir and first.is_dir() else [])]
+        for folder in log_dirs:
+            stack.enter_context(_no_checker(folder))
+        for goal in goals.values():
+            swap.remove_copies(goal)
+        stores = work if log_dir == first else stack.enter_context(swap.staging(log_dir))
+        stores.move_into(log_dir)
+        beside_env = stack.enter_context(swap.staging(env.parent)) if env.parent != log_dir else stores
+        moves = []
+        for name in sorted(entries, key=lambda name: name == ENV):
+            staging = beside_env if name == ENV else stores
+            staged = work.path / "files" / _flat(name)
+            if staging is not work:
+                staged = staging.path / _flat(name)
+                _copy_whole(work.path / "files" / _flat(name), staged)
+            moves.append((staged, goals[name]))
+        journal = swap.journal_of(env)
+        stagings = [stores, beside_env] if beside_env is not stores else [stores]
+        swap.begin(journal, stagings, moves, [log_dir / name for name in OUTDATED], log_dirs)
+        aside = _finished(journal)
+    return Restored(env, log_dir, after, tuple(goals[name] for name in entries), tuple(aside), tuple(notes))
+
+
+def finish(settings: Settings, env: Path) -> list[Path]:
+    """Finishes a restore that was cut off, and returns what it set aside. Raises BackupError."""
+    journal = swap.journal_of(env)
+    with _as_backup_error(f"{journal}"), contextlib.ExitStack() as stack:
+        for folder in map(Path, swap.read(journal)["log_dirs"]):
+            _refuse_running(folder, settings)
+            stack.enter_context(_no_checker(folder))
+        return _finished(journal)
+
+
+def _finished(journal: Path) -> list[Path]:
+    try:
+        store.discard_fallback(Path(swap.read(journal)["log_dirs"][0]))  # newer than what is restored, and would replace it
+        return swap.finish(journal)
+    except (OSError, swap.SwapError) as error:
+        raise UnfinishedError(f"{_plain(error)}. Once that is mended: health_check.py restore") from None
+
+
+@contextlib.contextmanager
+def _no_checker(log_dir: Path) -> Iterator[None]:
+    lock = Lock(log_dir)
+    holder = lock.acquire(LOCK_S, "restoring a backup")
+    if holder:
+        raise BackupError(f"the checker or another restore is at work in {log_dir} ({holder}); try again when it has ended")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _anchor(folder: Path) -> Path:
+    """The folder, or what there is of the way to it."""
+    return next(each for each in (folder, *folder.parents) if each.is_dir())
+
+
+def _checked_settings(path: Path) -> Settings:
+    """What the `.env` of an archive means in this environment. Raises BackupError."""
+    try:
+        return settings_module.load_file(path)
+    except SettingsError as error:
+        lines = [line for line in str(error).replace(str(path), ENV).splitlines() if not line.startswith(settings_module.ALL_SETTINGS)]
+        raise BackupError(f"its settings would not start the service: {'; '.join(lines)}. To restore the rest only: --without-env") from None
+
+
+def _notes(env: Path, log_dir: Path, text: Path, settings: Settings, into: Path | None) -> list[str]:
+    """What somebody who looks for the stores must know. `text`: the `.env` that will be there."""
+    values = dotenv_values(text) if text.is_file() else {}
+    named = settings_module.ROOT / (values.get(LOG_DIR) or Settings.model_fields["log_dir"].default)
+    if into is not None:
+        return [f"The {LOG_DIR}={values[LOG_DIR]} in {env} is not used as long as the start has the variable below"] if values.get(LOG_DIR) else []
+    if os.environ.get(LOG_DIR) and named != log_dir:
+        return [f"The stores are in {log_dir}, because {LOG_DIR} of this environment says so; without it, as under cron, {env} means {named}"]
+    if log_dir != settings.log_dir:
+        return [f"The stores are in {log_dir}, where the restored {env} looks ({LOG_DIR}); {settings.log_dir} is no longer used, and stays as it is"]
+    return []
 
 
 def _refuse_running(log_dir: Path, settings: Settings) -> None:
@@ -298,45 +480,36 @@ def _refuse_running(log_dir: Path, settings: Settings) -> None:
             raise BackupError(f"{part} runs (pid {record.pid}) and uses {log_dir}. Stop it first: ./stop.sh")
 
 
+def _tables(db: sqlite3.Connection) -> set[str]:
+    return {str(row[0]) for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+
+
 def _make_past(path: Path) -> None:
     """What the store still had to do belongs to the time and the machine of the backup: nothing of it is done now."""
     with contextlib.closing(sqlite3.connect(path)) as db, db:
         db.execute("DELETE FROM outbox WHERE sent_at IS NULL")
         db.execute("UPDATE requests SET state = 'refused', outcome = 'a backup was restored; ask again' WHERE state IN ('waiting', 'running')")
         row = db.execute("SELECT value FROM state WHERE name = 'last'").fetchone()
-        last = json.loads(row[0]) if row else {}
+        try:
+            found = json.loads(row[0]) if row else {}
+        except (ValueError, TypeError):
+            found = {}
+        last = found if isinstance(found, dict) else {}
         # Servers that are not here must not be started because they are missing.
         kept = {name: value for name, value in last.items() if name not in ("records", "draining", "machine")}
         db.execute("INSERT OR REPLACE INTO state VALUES ('last', ?)", (json.dumps(kept),))
         db.execute("DELETE FROM state WHERE name = ?", (interrupted_restart.NAME,))
 
 
-def _set_aside(paths: list[Path]) -> list[Path]:
-    stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
-    aside = []
-    for path in paths:
-        for end in ("", *JOURNALS):
-            old = path.with_name(path.name + end)
-            if os.path.lexists(old):
-                aside.append(old.with_name(f"{old.name}.before-restore-{stamp}"))
-                os.replace(old, aside[-1])
-    return aside
+def _copy_whole(source: Path, target: Path) -> None:
+    with source.open("rb") as opened, open(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        shutil.copyfileobj(opened, file, BLOCK_BYTES)
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def _place(source: Path, goal: Path) -> None:
-    """By a rename, from a copy in the goal's own folder."""
-    goal.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=goal.parent, prefix=f".{goal.name}.")  # 0600
-    try:
-        with os.fdopen(descriptor, "wb") as target, source.open("rb") as opened:
-            shutil.copyfileobj(opened, target, BLOCK_BYTES)
-            target.flush()
-            os.fsync(target.fileno())
-        os.replace(temporary, goal)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    _sync(goal.parent)
+def _flat(name: str) -> str:
+    return name.replace("/", "-")
 
 
 @contextlib.contextmanager
@@ -355,9 +528,22 @@ def _as_backup_error(what: str) -> Iterator[None]:
     try:
         yield
     except BackupError as error:
-        raise BackupError(f"{what}: {error}") from None
-    except (OSError, sqlite3.Error, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BackupError(f"{what}: {type(error).__name__}: {error}") from None
+        raise type(error)(f"{what}: {error}") from None
+    except (OSError, sqlite3.Error, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, swap.SwapError) as error:
+        raise BackupError(f"{what}: {_plain(error)}".removesuffix(f" ({what})")) from None
+
+
+def _plain(error: Exception) -> str:
+    """In words for somebody who does not know this code."""
+    if isinstance(error, swap.SwapError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
+    if isinstance(error, (zipfile.BadZipFile, zlib.error, EOFError)):
+        return f"it is no zip archive, or damaged or cut off ({error or 'it ends too early'})"
+    if isinstance(error, sqlite3.Error):
+        return f"a store is damaged or cannot be read ({error})"
+    return f"it is not as a backup should be ({type(error).__name__}: {error})"
 
 
 def _require_room(folder: Path, needed: int) -> None:
@@ -381,15 +567,6 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(folder: Path) -> None:
-    """So that a rename survives a loss of power."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 # The commands.
 
 
@@ -402,22 +579,72 @@ def save_command(settings: Settings, folder: Path, keep: int) -> int:
     print(f"{saved.path} ({saved.bytes / 2**20:.1f} MiB): {', '.join(saved.files)}")
     for what in saved.left_out:
         print(f"  not in it: {what}", file=sys.stderr)
-    return 0
+    for what in saved.lost:
+        print(f"  MISSING OR EMPTY, and was not before: {what}, which is kept. If this is right, delete that one", file=sys.stderr)
+    return 1 if saved.lost else 0
 
 
-def restore_command(settings: Settings, archive: Path, into: Path | None, replace: bool, check_only: bool) -> int:
+def restore_command(
+    settings: Settings, archive: Path | None, into: Path | None, replace: bool = False, check_only: bool = False, with_env: bool = True
+) -> int:
+    """Without an archive it only finishes a restore that was cut off."""
+    env = into / ENV if into else settings_module.ENV_FILE
+    journal = swap.journal_of(env)
+    unfinished = os.path.lexists(journal)
     try:
-        if check_only:
-            with tempfile.TemporaryDirectory(prefix=".glm-restore-", dir=archive.parent) as work:
-                manifest = unpack(archive, Path(work))
-            print(f"{archive} is whole: made {manifest['made_at']} on {manifest.get('machine')}, {', '.join(manifest['files'])}")
+        if check_only and archive is not None:
+            _check(archive, with_env)
+            if unfinished:
+                print(f"A restore was cut off: {journal}. To finish it: health_check.py restore{f' --into {into}' if into else ''}", file=sys.stderr)
+            return 1 if unfinished else 0
+        if unfinished:
+            aside = finish(settings, env)
+            print("\n".join([f"The restore that was cut off is finished ({journal}).", *(f"Set aside: {path}" for path in aside)]))
+            settings = settings_module.load_or_last_good()[0]
+        elif archive is None:
+            for folder in {env.parent, into / "logs" if into else settings.log_dir}:
+                swap.remove_leftovers(folder)
+            print(f"No restore was cut off: there is no {journal}. Which backup shall be restored?", file=sys.stderr)
+            return 2
+        if archive is None:
             return 0
-        env, aside = restore(settings, archive, into, replace)
-    except (BackupError, OSError) as error:
+        restored = restore(settings, archive, into, replace, with_env)
+    except UnfinishedError as error:
+        print(f"The restore was cut off in the middle: {error}", file=sys.stderr)
+        return 1
+    except (BackupError, SettingsError, OSError) as error:
         print(f"Nothing was changed: {error}", file=sys.stderr)
         return 1
-    for path in aside:
+    for path in restored.aside:
         print(f"Set aside: {path}")
-    variables = f"GLM_ENV_FILE={env} GLM_LOG_DIR={into / 'logs'} " if into else ""
+    for path in restored.files:
+        print(f"Restored: {path}")
+    for note in restored.notes:
+        print(note)
+    variables = f"GLM_ENV_FILE={shlex.quote(str(env))} {LOG_DIR}={shlex.quote(str(restored.log_dir))} {_other_ports(restored.settings)}" if into else ""
     print(f"Restored. Start it with: {variables}./start.sh")
     return 0
+
+
+def _check(archive: Path, with_env: bool) -> None:
+    beside = archive.parent if os.access(archive.parent, os.W_OK) else Path(tempfile.gettempdir())
+    with _as_backup_error(f"{archive}"), archive.open("rb"), swap.staging(beside) as work:
+        manifest = _unpack(archive, work.path)
+        if ENV in manifest["files"] and with_env:
+            _checked_settings(work.path / ENV)
+    print(f"{archive} is whole: made {manifest['made_at']} on {manifest['machine']}, {', '.join(manifest['files'])}")
+
+
+def _other_ports(settings: Settings) -> str:
+    """Variables with free ports, if a service, such as the one that was saved, holds those of the settings."""
+    wanted = {"API": (settings.api_host, settings.api_port), "WEB": (settings.web_host, settings.web_port)}
+    if not any(ports.why_taken(host, port) for host, port in wanted.values()):
+        return ""
+    taken = {port for _, port in wanted.values()}
+    variables = ""
+    for part, (host, port) in wanted.items():
+        free = next((n for n in range(port + 10, min(port + 1000, 65536)) if n not in taken and not ports.why_taken(host, n)), 0)
+        if free:
+            taken.add(free)
+            variables += f"GLM_{part}_PORT={free} "
+    return variables

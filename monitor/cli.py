@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import settings as settings_module
+from monitor import swap
 from monitor.tell import notices, report
 from monitor.tell.log import warn, write_line
 from settings import Settings, SettingsError
@@ -48,6 +49,9 @@ def main(arguments: list[str]) -> int:
         return BAD
     if problem and command != "run":  # a run says it in its report
         print(notices.settings_fallback(problem)["en"], file=sys.stderr)
+    journal = swap.journal_of(settings_module.ENV_FILE)
+    if command != "restore" and os.path.lexists(journal):
+        warn(f"a restore of a backup is not finished ({journal}). Unless it runs: ./stop.sh; python health_check.py restore")
     try:
         # Each command imports what it needs, which keeps the memory of the scheduled run small.
         return int(COMMANDS[command](settings, args))
@@ -94,11 +98,12 @@ def _parser() -> argparse.ArgumentParser:
     remove.add_argument("--with", dest="how", choices=("auto", "cron", "systemd"), default="auto")
     backup = sub.add_parser("backup", help="save settings, keys, chats and history in one file, while the service runs")
     backup.add_argument("--to", type=Path, default=None, metavar="FOLDER", help="default: backups in GLM_LOG_DIR")
-    backup.add_argument("--keep", type=int, default=0, metavar="N", help="delete all but the newest N backups there")
+    backup.add_argument("--keep", type=int, default=None, metavar="N", help="delete all but the newest N backups there; without it none")
     restore = sub.add_parser("restore", help="put a backup back, once all of it has been checked")
-    restore.add_argument("archive", type=Path)
+    restore.add_argument("archive", type=Path, nargs="?", help="without it, only finish a restore that was cut off")
     restore.add_argument("--into", type=Path, default=None, metavar="FOLDER", help="below this folder, not over this installation")
     restore.add_argument("--replace", action="store_true", help="set aside what is in the way")
+    restore.add_argument("--without-env", action="store_true", help="leave .env as it is, and restore the rest")
     restore.add_argument("--check", action="store_true", help="only check the archive")
     pause = sub.add_parser("pause", help="suspend restarts; runs and alerts go on")
     pause.add_argument("--minutes", type=float, default=None, help="default: until resume")
@@ -293,17 +298,18 @@ def _uninstall(settings: Settings, args: argparse.Namespace) -> int:
 def _backup(settings: Settings, args: argparse.Namespace) -> int:
     from monitor import backup
 
-    if args.keep < 0:
-        print(f"--keep must be >= 0. Given: {args.keep}", file=sys.stderr)
+    if args.keep is not None and args.keep < 1:
+        print(f"--keep must be >= 1; without it nothing is deleted. Given: {args.keep}", file=sys.stderr)
         return WRONG_USE
-    return backup.save_command(settings, _from_here(args.to) if args.to else settings.log_dir / "backups", args.keep)
+    return backup.save_command(settings, _from_here(args.to) if args.to else settings.log_dir / "backups", args.keep or 0)
 
 
 def _restore(settings: Settings, args: argparse.Namespace) -> int:
     from monitor import backup
 
     into = _from_here(args.into) if args.into else None
-    return backup.restore_command(settings, _from_here(args.archive), into, args.replace, args.check)
+    archive = _from_here(args.archive) if args.archive else None
+    return backup.restore_command(settings, archive, into, args.replace, args.check, not args.without_env)
 
 
 def _from_here(path: Path) -> Path:
