@@ -23,6 +23,7 @@ LIMIT_S = 600
 SHELLS = ("bash", "sh", "shell", "console")
 MEASURES = "measures for minutes, and needs a machine of its own; tests/bench runs it small"
 CARD = "needs a GPU"
+RESTORED = "tests/e2e/test_restore.py backs up and restores a running service"
 
 # Those that can run anywhere, and their exit codes.
 RUN: dict[str, tuple[int, ...]] = {
@@ -30,6 +31,9 @@ RUN: dict[str, tuple[int, ...]] = {
     "export OPENAI_BASE_URL=http://127.0.0.1:8080/v1 OPENAI_API_KEY=$(sed -n 's/^GLM_API_KEY=//p' .env)": (0,),
     "python health_check.py": (0,),
     "python health_check.py status": (0,),
+    "python health_check.py backup": (0,),
+    ".venv/bin/python health_check.py install --show --servers": (0,),
+    "./start.sh --restart": (0,),
     "python health_check.py report": (0, 1),  # 1: there was no incident
     "python health_check.py doctor": (0, 1),  # 1: no schedule is installed here
     "for i in $(seq 25); do /usr/bin/time -f '%e s %M KiB' .venv/bin/python health_check.py run --quiet; done": (0,),
@@ -53,8 +57,17 @@ CANNOT_RUN = {
     "python -m bench.latency probe": MEASURES,
     "python -m bench.memory": MEASURES,
     "python -m bench.page_memory": MEASURES,
+    "python -m bench.pictures turns": MEASURES,
+    "python -m bench.pictures memory": MEASURES,
+    "python -m bench.serve --without a --together --rounds 3 --url vllm=http://127.0.0.1:8101 --url llama.cpp=http://127.0.0.1:8102": MEASURES,
     "python -m bench.gpu": CARD,
     "python -m bench.graphs_gpu": CARD,
+    "./stop.sh": "ends the copy that the other commands ask; it is run at the end",
+    "git pull": "there is nothing to pull from",
+    "python health_check.py backup --to /mnt/nas/glm --keep 14": f"names another disk; {RESTORED}",
+    "python health_check.py restore FILE --check": f"FILE is a file of the reader's; {RESTORED}",
+    "python health_check.py restore FILE --replace": f"FILE is a file of the reader's; {RESTORED}",
+    "python health_check.py restore FILE --into /srv/new": f"FILE is a file of the reader's; {RESTORED}",
     "python -m deploy.proxy --certificate /etc/ssl/fullchain.pem --certificate-key /etc/ssl/key.pem --output /etc/nginx/conf.d/glm.conf":
         "writes to /etc/nginx and needs a certificate",
 }  # fmt: skip
@@ -67,6 +80,8 @@ PROGRAMS = {
     "systemctl": "needs a machine that boots with systemd",
     "install": "writes to /etc",
     "nginx": "is nginx of the whole machine",
+    "VLLM_CPU_NUM_OF_RESERVED_CPU=0": "needs vLLM",
+    "llama-server": "needs llama.cpp",
     "sudo": "needs root",
 }
 WRITES_ELSEWHERE = re.compile(r">\s*/etc/")
