@@ -1,6 +1,7 @@
 """The parts of start.sh and stop.sh that need more than a shell: ports, pid files, launching, waiting, stopping.
 
     python -m deploy.service check   LOGS PART HOST PORT [--restart]   0 may be started, 10 runs already, 3 port in use, 2 not writable
+    python -m deploy.service changed LOGS PART=PORT...        prints whether code or settings are others than those of what runs
     python -m deploy.service launch  LOGS PART PORT           0 launched and recorded
     python -m deploy.service wait    LOGS SECONDS PART=HOST...  0 all answer (or are still loading), 1 one does not
     python -m deploy.service follow  LOGS HOST                shows how the API loads until it has; 0 it answers, 1 it failed
@@ -9,7 +10,7 @@
     python -m deploy.service alive   LOGS PART...             0 all are running, or stopped on purpose beside one that runs; 1 one is gone; 4 all were stopped
     python -m deploy.service become  PART                     records itself and becomes the server: the start command of a unit
 
-`check` and `launch` take what deploy/identity.py printed from START_SH_IDENTITY. With START_SH_CURE=1, which the checker sets,
+`check`, `changed` and `launch` take what deploy/identity.py printed from START_SH_IDENTITY. With START_SH_CURE=1, which the checker sets,
 `launch` starts nothing that was stopped on purpose. Standard library only and no syntax newer
 than Python 3.8, so that stop.sh works when the environment is gone. Parts are `api` and `web`.
 """
@@ -59,9 +60,10 @@ def check(log_dir: Path, part: str, host: str, port: int, identity: dict[str, An
             f" now specify {port}. To stop it and start what is here: ./start.sh --restart {part}"
         )
         return PORT_IN_USE
-    reason = "" if entry is not None and entry.port == port else ports.why_taken(host, port)
+    reason = ports.why_taken(host, port, freed=entry is not None and entry.port == port)
     if reason:
-        processes.note_failed_start(log_dir, part, f"{NAMES[part]} cannot start: {reason}")
+        if entry is None:
+            processes.note_failed_start(log_dir, part, f"{NAMES[part]} cannot start: {reason}")
         _complain(f"{NAMES[part]} cannot start: {reason}")
         return PORT_IN_USE
     log = log_dir / f"{part}.log"
@@ -73,25 +75,46 @@ def check(log_dir: Path, part: str, host: str, port: int, identity: dict[str, An
 
 def _say_differences(part: str, entry: ProcessRecord, identity: dict[str, Any]) -> None:
     """Whether it was started from other code or with other settings than are here now."""
-    mark = process_search.mark_of(entry.pid)
     differences = []
     if not entry.code:
         differences.append("an unknown version: it was started by a start.sh that did not note its code")
     elif identity and entry.code != identity["code"]:
         differences.append(f"an older version: the code here has changed since it was started on {_started(entry)}")
-    before = mark.get("settings")
-    if identity and isinstance(before, dict):
-        now = identity["settings"]
-        changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
-        if changed:
-            names = ", ".join(f"GLM_{name.upper()}" for name in changed)
-            differences.append(f"with earlier settings: {names} changed since its start")
+    names = _changed_settings(entry, identity)
+    if names:
+        differences.append(f"with earlier settings: {', '.join(names)} changed since its start")
     if process_search.log_of(entry.pid).endswith(process_search.DELETED):
         differences.append("without a log: its file was deleted")
     for difference in differences:
         _say(f"  It runs {difference}")
     if differences:
         _say(f"  To stop it and start what is here: ./start.sh --restart {part}")
+
+
+def _changed_settings(entry: ProcessRecord, identity: dict[str, Any]) -> list[str]:
+    before = process_search.mark_of(entry.pid).get("settings")
+    if not identity or not isinstance(before, dict):
+        return []
+    now = identity["settings"]
+    return [f"GLM_{name.upper()}" for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+
+
+def changed(log_dir: Path, configured_ports: dict[str, int], identities: dict[str, Any]) -> int:
+    """Prints, to go on with after "What ran before was stopped", whether the same could be started again."""
+    code, names = False, set[str]()
+    for part, port in configured_ports.items():
+        entry = process_search.find_record(log_dir, part, port)
+        if entry is not None and processes.is_running(entry):
+            identity = identities.get(part, {})
+            code = code or entry.code != identity.get("code", entry.code) or not entry.code
+            names.update(_changed_settings(entry, identity))
+    if code:
+        _say(", and its code is no longer here.")
+    elif names:
+        _say(f", and it had other settings: {', '.join(sorted(names))} changed since its start.")
+    else:
+        _say("; its code and its settings have not changed since its start.")
+    return 0
 
 
 def launch(log_dir: Path, part: str, port: int, identity: dict[str, Any], cure: bool = False) -> int:
@@ -445,6 +468,8 @@ def main(arguments: list[str]) -> int:
     log_dir, rest = Path(rest[0]), rest[1:]
     if command == "check":
         return check(log_dir, rest[0], rest[1], int(rest[2]), identities.get(rest[0], {}), "--restart" in flags)
+    if command == "changed":
+        return changed(log_dir, {part: int(port) for part, port in _pairs(rest).items()}, identities)
     if command == "launch":
         return launch(log_dir, rest[0], int(rest[1]), identities.get(rest[0], {}), cure)
     if command == "wait":

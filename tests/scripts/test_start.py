@@ -367,6 +367,43 @@ def test_a_failed_restart_says_what_is_down(project, machine):
     assert (project.root / "logs" / "api.pid.json").exists(), "the checker would not notice that it is gone"
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("GLM_API_KEYS", "bob", "must be name:key"),
+        ("GLM_API_KEYS", "bob:sha256:zz", "64 hex digits"),
+        ("GLM_MODEL", "/no/such/folder", "neither a folder nor a hub id"),
+        ("GLM_API_HOST", "192.0.2.1", "cannot listen on 192.0.2.1"),
+    ],
+)
+def test_a_restart_stops_nothing_for_a_value_that_can_be_judged_before(project, machine, name, value, message):
+    project.run("./start.sh api")
+    pid = project.pid("api")
+
+    restarted = project.run("./start.sh --restart api", **{name: value})
+
+    assert restarted.returncode in (2, 3)
+    assert message in restarted.stderr and "Nothing was started" in restarted.stderr
+    assert machine.runs(pid) and project.pid("api") == pid
+
+
+def test_a_failed_restart_says_truly_what_has_changed(project):
+    (project.root / "api" / "server.py").write_text((project.root / "api" / "server.py").read_text() + "# settings.max_images\n")
+    project.run("./start.sh api")
+    same = project.run("./start.sh --restart api", STAND_IN_API="die")
+    project.run("./start.sh api")
+    settings = project.run("./start.sh --restart api", STAND_IN_API="die", GLM_MAX_IMAGES="3")
+    project.run("./start.sh api")
+    with (project.root / "api" / "server.py").open("a") as file:
+        file.write("# a newer version\n")
+    code = project.run("./start.sh --restart api", STAND_IN_API="die")
+
+    assert "was stopped; its code and its settings have not changed since its start." in same.stderr
+    assert "earlier code" not in same.stderr
+    assert "it had other settings: GLM_MAX_IMAGES changed" in settings.stderr
+    assert "its code is no longer here" in code.stderr and "go back to the earlier code and settings" in code.stderr
+
+
 def test_running_servers_are_known_without_their_logs(project, machine):
     project.run("./start.sh")
     pids = {part: project.pid(part) for part in ("api", "web")}
