@@ -139,7 +139,7 @@ secrets=()
 (quiet -m deploy.keys "${secrets[@]}") || exit 2
 if ((${#to_start[@]})); then START_SH_IDENTITY=$(quiet -m deploy.identity); fi    # with the new secrets
 
-stop_parts() { # SECONDS PART... [--keep]
+stop_parts() { # SECONDS PART... [--keep] [--restarting=PID]
     local limit=$1 argument arguments=()
     shift
     for argument in "$@"; do
@@ -173,7 +173,7 @@ failed() {
 
 touched=("${to_start[@]}")
 if ((${#to_stop[@]})); then
-    stop_parts "$(awk -v drain="$drain_s" 'BEGIN { print drain + 5 }')" "${to_stop[@]}" --keep || {
+    stop_parts "$(awk -v drain="$drain_s" 'BEGIN { print drain + 5 }')" "${to_stop[@]}" --keep "--restarting=$$" || {
         complain "Nothing was started, because not everything was stopped"
         exit 1
     }

@@ -5,9 +5,9 @@
     python -m deploy.service launch  LOGS PART PORT           0 launched and recorded
     python -m deploy.service wait    LOGS SECONDS PART=HOST...  0 all answer (or are still loading), 1 one does not
     python -m deploy.service follow  LOGS HOST                shows how the API loads until it has; 0 it answers, 1 it failed
-    python -m deploy.service stop    LOGS SECONDS PART=PORT... [--keep | --failed-start]   0 stopped, ports free; 1 not stopped; 3 port held by another process
+    python -m deploy.service stop    LOGS SECONDS PART=PORT... [--keep | --failed-start] [--restarting=PID]   0 stopped, ports free; 1 not stopped; 3 port held by another process
     python -m deploy.service halt    PART...                  the same with the settings that can be read, for stop.sh
-    python -m deploy.service alive   LOGS PART...             0 all are running, or stopped on purpose beside one that runs; 1 one is gone; 4 all were stopped
+    python -m deploy.service alive   LOGS PART...             0 all are running, or restarted by a person, or stopped on purpose beside one that runs; 1 one is gone; 4 all were stopped
     python -m deploy.service become  PART                     records itself and becomes the server: the start command of a unit
 
 `check`, `changed` and `launch` take what deploy/identity.py printed from START_SH_IDENTITY. With START_SH_CURE=1, which the checker sets,
@@ -42,6 +42,7 @@ MAY_START, FAILED, NOT_WRITABLE, PORT_IN_USE, ALL_STOPPED, RUNNING = 0, 1, 2, 3,
 LOG_LINES = 25
 ANSWER_LIMIT_S = 2.0
 STOP_MARGIN_S = 5.0  # beyond the time for running answers
+RESTART_MARGIN_S = 120.0  # of `start.sh --restart`, beyond the stops: to kill, for a unit, and for a slow machine
 UNIT_WAIT_S = 30.0  # for systemd to start a unit, of which it waits some seconds after an end
 
 
@@ -126,6 +127,10 @@ def launch(log_dir: Path, part: str, port: int, identity: dict[str, Any], cure: 
     owner = unit.owner_of(part)
     if owner:
         return _launch_unit(log_dir, part, owner, cure)
+    if any(process.log_dir and process.log_dir.resolve() == log_dir.resolve() for process in process_search.search(part, log_dir)):
+        _say(f"{NAMES[part]} was started meanwhile")  # as by the checker
+        processes.end_restart(log_dir, part)
+        return 0
     path = log_dir / f"{part}.log"
     mark = {"port": port, "log_dir": str(log_dir), **identity}
 
@@ -135,6 +140,7 @@ def launch(log_dir: Path, part: str, port: int, identity: dict[str, Any], cure: 
         if not cure:
             processes.unmark_stopped(log_dir, part)
         _record_itself(log_dir, part, mark)
+        processes.end_restart(log_dir, part)
         if cure and processes.was_stopped_by_request(log_dir, part):
             raise InterruptedError
 
@@ -179,6 +185,7 @@ def _launch_unit(log_dir: Path, part: str, owner: str, cure: bool) -> int:
     while time.monotonic() < deadline:
         entry = processes.read_record(log_dir, part)
         if entry is not None and processes.is_running(entry):
+            processes.end_restart(log_dir, part)
             return 0
         state = unit.state_of(owner)
         if state == "failed" or (problem and state in ("inactive", "")):
@@ -292,13 +299,22 @@ def _loads(part: str, state: str, detail: str) -> str:
 
 
 def stop(
-    log_dir: Path, grace_s: float, configured_ports: dict[str, int], certain: bool = True, keep: bool = False, why: str = "stop.sh"
-) -> int:
+    log_dir: Path, grace_s: float, configured_ports: dict[str, int], certain: bool = True, keep: bool = False, why: str = "stop.sh",
+    restarting: int = 0,
+) -> int:  # fmt: skip
     """Stops what serves these ports or writes to this log folder. `keep`: leaves the pid files, for what is started again.
+
+    `restarting`: the pid of the start.sh that will do so; until then the checker must take no part for crashed.
 
     Without `certain`, the ports and the folder may be wrong: if they match nothing, all that runs in this project is stopped.
     """
     worst = 0
+    for part in configured_ports:
+        if restarting:
+            with contextlib.suppress(OSError):
+                processes.begin_restart(log_dir, part, restarting, len(configured_ports) * grace_s + RESTART_MARGIN_S)
+        else:
+            processes.end_restart(log_dir, part)
     for part, configured_port in configured_ports.items():
         marked = [] if keep else _mark({log_dir}, part, why)
         record = processes.read_record(log_dir, part)
@@ -377,6 +393,7 @@ def _forget(log_dir: Path, part: str) -> None:
 def alive(log_dir: Path, parts: list[str]) -> int:
     records = {part: process_search.find_record(log_dir, part) for part in parts}
     down = [part for part, entry in records.items() if entry is None or not processes.is_running(entry)]
+    down = [part for part in down if not processes.is_restarting(log_dir, part)]
     if any(not processes.was_stopped_by_request(log_dir, part) for part in down):
         return FAILED
     return ALL_STOPPED if len(down) == len(parts) else 0
@@ -479,7 +496,8 @@ def main(arguments: list[str]) -> int:
     if command == "stop":
         configured_ports = {part: int(port) for part, port in _pairs(rest[1:]).items()}
         why = processes.FAILED_START if "--failed-start" in flags else "stop.sh"
-        return stop(log_dir, float(rest[0]), configured_ports, keep="--keep" in flags, why=why)
+        restarting = next((int(flag.partition("=")[2]) for flag in flags if flag.startswith("--restarting=")), 0)
+        return stop(log_dir, float(rest[0]), configured_ports, keep="--keep" in flags, why=why, restarting=restarting)
     if command == "alive":
         return alive(log_dir, rest)
     raise SystemExit(__doc__)

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from monitor.observe import processes
+
 
 def test_both_answer_when_it_returns_and_a_second_call_changes_nothing(project, machine):
     first = project.run("./start.sh")
@@ -402,6 +404,38 @@ def test_a_failed_restart_says_truly_what_has_changed(project):
     assert "earlier code" not in same.stderr
     assert "it had other settings: GLM_MAX_IMAGES changed" in settings.stderr
     assert "its code is no longer here" in code.stderr and "go back to the earlier code and settings" in code.stderr
+
+
+def test_a_restart_is_marked_from_before_the_stop_until_the_new_pid_file(project):
+    project.run("./start.sh")
+    logs = project.root / "logs"
+    old = {part: processes.read_record(logs, part, project.root) for part in ("api", "web")}
+
+    restarting = subprocess.Popen(["./start.sh", "--restart"], cwd=project.root, env=project.env, stdout=subprocess.DEVNULL)
+    unexplained, seen = [], set()
+    while restarting.poll() is None:
+        for part, record in old.items():
+            marked = processes.is_restarting(logs, part)
+            now = json.loads((logs / f"{part}.pid.json").read_text())["pid"]
+            if now == record.pid and not processes.is_running(record):
+                seen.add(part)
+                if not marked:
+                    unexplained.append(part)
+        time.sleep(0.002)
+
+    assert restarting.returncode == 0 and seen == {"api", "web"}
+    assert not unexplained
+    assert not list(logs.glob("*.restarting"))
+
+
+def test_what_was_started_meanwhile_is_accepted(project):
+    project.run("./start.sh api")
+    pid = project.pid("api")
+
+    again = project.run(f"{sys.executable} -m deploy.service launch {project.root / 'logs'} api {project.ports['api']}")
+
+    assert again.returncode == 0 and "was started meanwhile" in again.stdout
+    assert project.pid("api") == pid and running(project) == {pid}
 
 
 def test_running_servers_are_known_without_their_logs(project, machine):
