@@ -61,6 +61,14 @@ def check(log_dir: Path, part: str, host: str, port: int, identity: dict[str, An
             f" now specify {port}. To stop it and start what is here: ./start.sh --restart {part}"
         )
         return PORT_IN_USE
+    for listener in ports.listeners(port) if entry is None else ():
+        folder = process_search.elsewhere(listener.pid, log_dir) if listener.pid else ""
+        if folder:
+            _complain(
+                f"Port {port} is taken by the installation that uses {folder} (pid {listener.pid}), which has other settings (GLM_ENV_FILE)."
+                " Choose other ports: GLM_API_PORT, GLM_WEB_PORT"
+            )
+            return PORT_IN_USE
     reason = ports.why_taken(host, port, freed=entry is not None and entry.port == port)
     if reason:
         if entry is None:
@@ -318,9 +326,11 @@ def stop(
     for part, configured_port in configured_ports.items():
         marked = [] if keep else _mark({log_dir}, part, why)
         record = processes.read_record(log_dir, part)
+        if record is not None and process_search.elsewhere(record.pid, log_dir):
+            record = None
         found = process_search.search(part, log_dir, configured_port)
         if not found and not certain:
-            found = process_search.search(part)
+            found = [process for process in process_search.search(part) if not process_search.elsewhere(process.record.pid, log_dir)]
         owner = unit.owner_of(part)
         if owner:
             # A user who may not ask for it ends the process below; the mark keeps the unit from starting it again.

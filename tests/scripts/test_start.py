@@ -428,6 +428,28 @@ def test_a_restart_is_marked_from_before_the_stop_until_the_new_pid_file(project
     assert not list(logs.glob("*.restarting"))
 
 
+def test_another_installation_in_the_folder_is_neither_adopted_nor_stopped(project, machine):
+    (project.root / ".env").touch()
+    project.run("./start.sh api")
+    pid = project.pid("api")
+    other = project.root.parent / "other"
+    (other / "logs").mkdir(parents=True)
+    shutil.copy(project.root / ".env", other / ".env")
+    shutil.copy(project.root / "logs" / "api.pid.json", other / "logs")
+    theirs = {"GLM_ENV_FILE": str(other / ".env"), "GLM_LOG_DIR": str(other / "logs")}
+
+    refused = project.run("./start.sh api", **theirs)
+    restarted = project.run("./start.sh --restart api", **theirs)
+    stopped = project.run("./stop.sh api", **theirs)
+    moved = project.run("./start.sh api", GLM_LOG_DIR=str(other / "new"))
+
+    assert refused.returncode == restarted.returncode == 3
+    assert f"taken by the installation that uses {project.root / 'logs'} (pid {pid})" in refused.stderr and "GLM_API_PORT" in refused.stderr
+    assert "Already running" not in refused.stdout
+    assert stopped.returncode == 3 and machine.runs(pid)
+    assert moved.returncode == 0 and "Already running" in moved.stdout
+
+
 def test_what_was_started_meanwhile_is_accepted(project):
     project.run("./start.sh api")
     pid = project.pid("api")
