@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import hashlib
 import io
 import os
 import re
@@ -22,6 +23,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import parse_qs, urlsplit
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from dotenv import dotenv_values
@@ -54,6 +56,12 @@ class SettingsError(ValueError):
 
 
 LEAST = {"context_tokens": 64, "kv_cache_bytes": 2**20}  # of what is not 0: less holds no question
+
+KEY_NAME = re.compile(r"[A-Za-z0-9_.-]{1,32}")
+PROBE_KEY, DEFAULT_KEY = "probe", "default"  # the names of GLM_PROBE_TOKEN and GLM_API_KEY among the named keys
+HASHED = "sha256:"
+SMTP_FORM = "smtps://user:password@host:465/?from=a@b.c&to=d@e.f"
+ELASTICSEARCH_FORM = "https://user:password@host:9200/index"
 
 
 class Settings(BaseSettings):
@@ -219,14 +227,14 @@ class Settings(BaseSettings):
     )
     slack_url: SecretStr | None = Field(None, description="address of Slack, or of anything that takes `{\"text\": ...}`")
     smtp_url: SecretStr | None = Field(
-        None, description="mail server, sender and receivers: `smtps://user:password@host:465/?from=a@b.c&to=d@e.f`"
+        None, description=f"mail server, sender and receivers: `{SMTP_FORM}`"
     )
     ping_url: SecretStr | None = Field(
         None, description="called at the end of every run, a dead man's switch (Healthchecks, Uptime Kuma)"
     )
     pushgateway_url: SecretStr | None = Field(None, description="Prometheus Pushgateway that gets the checker's metrics")
     elasticsearch_url: SecretStr | None = Field(
-        None, description="index that gets the checker's runs: `https://user:password@host:9200/index`"
+        None, description=f"index that gets the checker's runs: `{ELASTICSEARCH_FORM}`"
     )
     alert_language: Literal["en", "zh", "both"] = Field("both", description="language of alerts")
     alerts_per_hour: int = Field(20, ge=1, description="messages per channel and hour; the others wait")
@@ -258,6 +266,23 @@ class Settings(BaseSettings):
         for entry in re.split(r"[,\n]", value.get_secret_value() if value else ""):
             name, _, key = entry.strip().partition(":")
             _check_key(key, f" (of {name})" if re.fullmatch(r"[\w.-]{1,32}", name) else "")
+        return value
+
+    @field_validator("api_url", "engine_url", "front_url", *(name.lower() for name in SECRETS if name.endswith("_URL") and name != "SMTP_URL"))
+    @classmethod
+    def _of_http(cls, value: SecretStr | str | None, info: ValidationInfo) -> SecretStr | str | None:
+        text = value.get_secret_value() if isinstance(value, SecretStr) else value
+        if text and not _is_url(text, ("http", "https")):
+            form = ELASTICSEARCH_FORM if info.field_name == "elasticsearch_url" else "http://HOST[:PORT][/PATH] or https://..."
+            raise ValueError(f"must look like {form}")
+        return value
+
+    @field_validator("smtp_url")
+    @classmethod
+    def _of_smtp(cls, value: SecretStr | None) -> SecretStr | None:
+        text = value.get_secret_value() if value else ""
+        if text and not (_is_url(text, ("smtp", "smtps")) and parse_qs(urlsplit(text).query).get("to")):
+            raise ValueError(f"must look like {SMTP_FORM}, or smtp:// for a server without TLS from the start")
         return value
 
     @field_validator("log_dir")
@@ -306,6 +331,55 @@ def _check_key(key: str, of: str = "") -> None:
         raise ValueError(
             f"must be of ASCII letters, digits and signs, because it travels in an HTTP header. Character {wrong.start() + 1}{of}: {what}"
         )
+
+
+def _is_url(text: str, schemes: tuple[str, ...]) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in schemes and bool(parts.hostname) and parts.port != 0 and not re.search(r"\s", text)
+    except ValueError:  # of brackets, or of a port that is no number
+        return False
+
+
+def digests_of_keys(settings: Settings) -> dict[str, bytes]:
+    """The SHA-256 digests of the keys of users and of the probe token, by name. Raises SettingsError for entries that do not parse."""
+    digests: dict[str, bytes] = {}
+    if settings.api_key:
+        digests[DEFAULT_KEY] = _digest(settings.api_key.get_secret_value(), "API_KEY")
+    if settings.probe_token:
+        digests[PROBE_KEY] = _digest(settings.probe_token.get_secret_value(), "PROBE_TOKEN")
+    listed = settings.api_keys.get_secret_value() if settings.api_keys else ""
+    for entry in filter(None, (part.strip() for part in re.split(r"[,\n]", listed))):
+        name, _, key = entry.partition(":")
+        if not KEY_NAME.fullmatch(name) or not key:
+            raise SettingsError(f"{PREFIX}API_KEYS: each entry must be name:key, the name of A-Z a-z 0-9 _ . - only.")
+        if name in digests:
+            raise SettingsError(f"{PREFIX}API_KEYS: the name {name!r} is taken.")
+        digests[name] = _digest(key, "API_KEYS")
+    return digests
+
+
+def digest_of_metrics_key(settings: Settings) -> bytes | None:
+    """None without one. Raises SettingsError, also if it is a key that opens more."""
+    if settings.metrics_key is None:
+        return None
+    digest = _digest(settings.metrics_key.get_secret_value(), "METRICS_KEY")
+    if digest in digests_of_keys(settings).values():
+        raise SettingsError(f"{PREFIX}METRICS_KEY: must differ from every other key, because it opens /metrics only.")
+    return digest
+
+
+def _digest(key: str, setting: str) -> bytes:
+    """The SHA-256 digest of a key, or the one given after `sha256:`. Raises SettingsError, which names the setting."""
+    if not key.startswith(HASHED):
+        return hashlib.sha256(key.encode()).digest()
+    try:
+        digest = bytes.fromhex(key.removeprefix(HASHED))
+    except ValueError:
+        digest = b""
+    if len(digest) != hashlib.sha256().digest_size:
+        raise SettingsError(f"{PREFIX}{setting}: sha256: must be followed by the 64 hex digits of a key's digest.")
+    return digest
 
 
 def load(**overrides: object) -> Settings:
@@ -425,9 +499,13 @@ def _load(file: Path, overrides: Mapping[str, object]) -> Settings:
     values |= {name.lower(): _read_secret_file(name, given) for name in SECRETS if f"{PREFIX}{name}_FILE" in given}
     values |= {name: value for name, value in overrides.items() if value is not None}
     try:
-        return Settings(**values)
+        settings = Settings(**values)
     except ValidationError as error:
         raise SettingsError("\n".join(_explain(problem) for problem in error.errors())) from None
+    # Here rather than at the start of the API, which would find it only after the one before it was stopped.
+    digests_of_keys(settings)
+    digest_of_metrics_key(settings)
+    return settings
 
 
 def _text_of(file: Path) -> str:
@@ -471,12 +549,14 @@ def _values_of(text: str, file: Path, interpolate: bool = True) -> dict[str, str
             problems.append(f"{file}, line {number}: {named}: {why}. Write NAME=value, or put # before the line")
         elif binding.key and binding.value is None:
             problems.append(f"{file}, line {number}: {named}: there is no `=`. Write NAME=value, or put # before the line")
+        elif binding.key and binding.key.upper().startswith(PREFIX) and binding.key != binding.key.upper():
+            problems.append(f"{file}, line {number}: {named}: names are in upper case. Write {named.upper()}")
         elif binding.value is not None and "\n" in binding.value and re.search(rf"\n\s*(export\s+)?{PREFIX}\w+=", binding.value):
             problems.append(f"{file}, line {number}: {named}: a quote is not closed before the next setting. Close it on its line")
     if problems:
         raise SettingsError("\n".join(problems))
     values = dotenv_values(stream=io.StringIO(lines), interpolate=interpolate)
-    return {name.upper() if name.upper().startswith(PREFIX) else name: value or "" for name, value in values.items()}
+    return {name: value or "" for name, value in values.items()}
 
 
 def _quoted(value: str) -> str:
@@ -526,7 +606,7 @@ def _read_secret_file(name: str, given: dict[str, str]) -> str:
 def _explain(problem: Mapping[str, Any]) -> str:
     field = str(problem["loc"][0]) if problem["loc"] else "settings"
     shown = "***" if field.upper() in SECRETS else repr(problem.get("input"))
-    return f"{PREFIX}{field.upper()}: {problem['msg']}. Given: {shown}"
+    return f"{PREFIX}{field.upper()}: {str(problem['msg']).removeprefix('Value error, ')}. Given: {shown}"
 
 
 def main() -> int:

@@ -116,6 +116,11 @@ for part in "${parts[@]}"; do
         *) complain "Nothing was started"; exit 2 ;;
     esac
 done
+# What the API would say of its model only after the one before it was stopped.
+if [[ ${to_start[*]} == *api* ]] && ! (quiet -m deploy.model_name); then
+    complain "Nothing was started: correct the settings above (in ${GLM_ENV_FILE:-.env} or GLM_ variables; see .env.example)"
+    exit 2
+fi
 for part in "${to_stop[@]}"; do
     (quiet -c "import $part.server") >/dev/null 2>&1 || {
         complain "The code of $part cannot be imported: $( (quiet -c "import $part.server") 2>&1 | tail -n 1)"
@@ -123,6 +128,13 @@ for part in "${to_stop[@]}"; do
         exit 2
     }
 done
+
+changed=''
+if ((${#to_stop[@]})); then
+    pairs=()
+    for part in "${to_stop[@]}"; do pairs+=("$part=${port[$part]}"); done
+    changed=$(quiet -m deploy.service changed "$log_dir" "${pairs[@]}") || changed='.'
+fi
 
 secrets=()
 # The page uses the same key. No key is created for an API on another machine.
@@ -132,7 +144,7 @@ secrets=()
 (quiet -m deploy.keys "${secrets[@]}") || exit 2
 if ((${#to_start[@]})); then START_SH_IDENTITY=$(quiet -m deploy.identity); fi    # with the new secrets
 
-stop_parts() { # SECONDS PART... [--keep]
+stop_parts() { # SECONDS PART... [--keep] [--restarting=PID]
     local limit=$1 argument arguments=()
     shift
     for argument in "$@"; do
@@ -152,8 +164,12 @@ failed() {
     if ((${#to_stop[@]})); then
         # With its pid file left in place the checker reports what is down, and tries to start it.
         roll_back --keep
-        complain "The restart failed. Not running now: ${to_start[*]}. What ran before was stopped, and its code is no longer here."
-        complain "Correct the cause above, or go back to the earlier code and settings; then run ./start.sh"
+        complain "The restart failed. Not running now: ${to_start[*]}. What ran before was stopped$changed"
+        if [[ $changed == ,* ]]; then
+            complain "Correct the cause above, or go back to the earlier code and settings; then run ./start.sh"
+        else
+            complain "Correct the cause above; then run ./start.sh"
+        fi
     else
         roll_back
     fi
@@ -162,7 +178,7 @@ failed() {
 
 touched=("${to_start[@]}")
 if ((${#to_stop[@]})); then
-    stop_parts "$(awk -v stop="$stop_s" 'BEGIN { print stop + 5 }')" "${to_stop[@]}" --keep || {
+    stop_parts "$(awk -v stop="$stop_s" 'BEGIN { print stop + 5 }')" "${to_stop[@]}" --keep "--restarting=$$" || {
         complain "Nothing was started, because not everything was stopped"
         exit 1
     }

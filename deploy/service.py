@@ -1,15 +1,16 @@
 """The parts of start.sh and stop.sh that need more than a shell: ports, pid files, launching, waiting, stopping.
 
     python -m deploy.service check   LOGS PART HOST PORT [--restart]   0 may be started, 10 runs already, 3 port in use, 2 not writable
+    python -m deploy.service changed LOGS PART=PORT...        prints whether code or settings are others than those of what runs
     python -m deploy.service launch  LOGS PART PORT           0 launched and recorded
     python -m deploy.service wait    LOGS SECONDS PART=HOST...  0 all answer (or are still loading), 1 one does not
     python -m deploy.service follow  LOGS HOST                shows how the API loads until it has; 0 it answers, 1 it failed
-    python -m deploy.service stop    LOGS SECONDS PART=PORT... [--keep | --failed-start]   0 stopped, ports free; 1 not stopped; 3 port held by another process
+    python -m deploy.service stop    LOGS SECONDS PART=PORT... [--keep | --failed-start] [--restarting=PID]   0 stopped, ports free; 1 not stopped; 3 port held by another process
     python -m deploy.service halt    PART...                  the same with the settings that can be read, for stop.sh
-    python -m deploy.service alive   LOGS PART...             0 all are running, or stopped on purpose beside one that runs; 1 one is gone; 4 all were stopped
+    python -m deploy.service alive   LOGS PART...             0 all are running, or restarted by a person, or stopped on purpose beside one that runs; 1 one is gone; 4 all were stopped
     python -m deploy.service become  PART                     records itself and becomes the server: the start command of a unit
 
-`check` and `launch` take what deploy/identity.py printed from START_SH_IDENTITY. With START_SH_CURE=1, which the checker sets,
+`check`, `changed` and `launch` take what deploy/identity.py printed from START_SH_IDENTITY. With START_SH_CURE=1, which the checker sets,
 `launch` starts nothing that was stopped on purpose. Standard library only and no syntax newer
 than Python 3.8, so that stop.sh works when the environment is gone. Parts are `api` and `web`.
 """
@@ -42,6 +43,7 @@ LOG_LINES = 25
 ANSWER_LIMIT_S = 2.0
 STOP_MARGIN_S = 5.0  # beyond the delay and the time for running answers
 UNIT_STOP_MARGIN_S = 30.0  # more than the unit has for its own stop
+RESTART_MARGIN_S = 120.0  # of `start.sh --restart`, beyond the stops: to kill, for a unit, and for a slow machine
 UNIT_WAIT_S = 30.0  # for systemd to start a unit, of which it waits some seconds after an end
 
 
@@ -60,9 +62,18 @@ def check(log_dir: Path, part: str, host: str, port: int, identity: dict[str, An
             f" now specify {port}. To stop it and start what is here: ./start.sh --restart {part}"
         )
         return PORT_IN_USE
-    reason = "" if entry is not None and entry.port == port else ports.why_taken(host, port)
+    for listener in ports.listeners(port) if entry is None else ():
+        folder = process_search.elsewhere(listener.pid, log_dir) if listener.pid else ""
+        if folder:
+            _complain(
+                f"Port {port} is taken by the installation that uses {folder} (pid {listener.pid}), which has other settings (GLM_ENV_FILE)."
+                " Choose other ports: GLM_API_PORT, GLM_WEB_PORT"
+            )
+            return PORT_IN_USE
+    reason = ports.why_taken(host, port, freed=entry is not None and entry.port == port)
     if reason:
-        processes.note_failed_start(log_dir, part, f"{NAMES[part]} cannot start: {reason}")
+        if entry is None:
+            processes.note_failed_start(log_dir, part, f"{NAMES[part]} cannot start: {reason}")
         _complain(f"{NAMES[part]} cannot start: {reason}")
         return PORT_IN_USE
     log = log_dir / f"{part}.log"
@@ -74,25 +85,46 @@ def check(log_dir: Path, part: str, host: str, port: int, identity: dict[str, An
 
 def _say_differences(part: str, entry: ProcessRecord, identity: dict[str, Any]) -> None:
     """Whether it was started from other code or with other settings than are here now."""
-    mark = process_search.mark_of(entry.pid)
     differences = []
     if not entry.code:
         differences.append("an unknown version: it was started by a start.sh that did not note its code")
     elif identity and entry.code != identity["code"]:
         differences.append(f"an older version: the code here has changed since it was started on {_started(entry)}")
-    before = mark.get("settings")
-    if identity and isinstance(before, dict):
-        now = identity["settings"]
-        changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
-        if changed:
-            names = ", ".join(f"GLM_{name.upper()}" for name in changed)
-            differences.append(f"with earlier settings: {names} changed since its start")
+    names = _changed_settings(entry, identity)
+    if names:
+        differences.append(f"with earlier settings: {', '.join(names)} changed since its start")
     if process_search.log_of(entry.pid).endswith(process_search.DELETED):
         differences.append("without a log: its file was deleted")
     for difference in differences:
         _say(f"  It runs {difference}")
     if differences:
         _say(f"  To stop it and start what is here: ./start.sh --restart {part}")
+
+
+def _changed_settings(entry: ProcessRecord, identity: dict[str, Any]) -> list[str]:
+    before = process_search.mark_of(entry.pid).get("settings")
+    if not identity or not isinstance(before, dict):
+        return []
+    now = identity["settings"]
+    return [f"GLM_{name.upper()}" for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+
+
+def changed(log_dir: Path, configured_ports: dict[str, int], identities: dict[str, Any]) -> int:
+    """Prints, to go on with after "What ran before was stopped", whether the same could be started again."""
+    code, names = False, set[str]()
+    for part, port in configured_ports.items():
+        entry = process_search.find_record(log_dir, part, port)
+        if entry is not None and processes.is_running(entry):
+            identity = identities.get(part, {})
+            code = code or entry.code != identity.get("code", entry.code) or not entry.code
+            names.update(_changed_settings(entry, identity))
+    if code:
+        _say(", and its code is no longer here.")
+    elif names:
+        _say(f", and it had other settings: {', '.join(sorted(names))} changed since its start.")
+    else:
+        _say("; its code and its settings have not changed since its start.")
+    return 0
 
 
 def launch(log_dir: Path, part: str, port: int, identity: dict[str, Any], cure: bool = False) -> int:
@@ -104,6 +136,10 @@ def launch(log_dir: Path, part: str, port: int, identity: dict[str, Any], cure: 
     owner = unit.owner_of(part)
     if owner:
         return _launch_unit(log_dir, part, owner, cure)
+    if any(process.log_dir and process.log_dir.resolve() == log_dir.resolve() for process in process_search.search(part, log_dir)):
+        _say(f"{NAMES[part]} was started meanwhile")  # as by the checker
+        processes.end_restart(log_dir, part)
+        return 0
     path = log_dir / f"{part}.log"
     mark = {"port": port, "log_dir": str(log_dir), **identity}
 
@@ -113,6 +149,7 @@ def launch(log_dir: Path, part: str, port: int, identity: dict[str, Any], cure: 
         if not cure:
             processes.unmark_stopped(log_dir, part)
         _record_itself(log_dir, part, mark)
+        processes.end_restart(log_dir, part)
         if cure and processes.was_stopped_by_request(log_dir, part):
             raise InterruptedError
 
@@ -157,6 +194,7 @@ def _launch_unit(log_dir: Path, part: str, owner: str, cure: bool) -> int:
     while time.monotonic() < deadline:
         entry = processes.read_record(log_dir, part)
         if entry is not None and processes.is_running(entry):
+            processes.end_restart(log_dir, part)
             return 0
         state = unit.state_of(owner)
         if state == "failed" or (problem and state in ("inactive", "")):
@@ -270,19 +308,30 @@ def _loads(part: str, state: str, detail: str) -> str:
 
 
 def stop(
-    log_dir: Path, grace_s: float, configured_ports: dict[str, int], certain: bool = True, keep: bool = False, why: str = "stop.sh"
-) -> int:
+    log_dir: Path, grace_s: float, configured_ports: dict[str, int], certain: bool = True, keep: bool = False, why: str = "stop.sh",
+    restarting: int = 0,
+) -> int:  # fmt: skip
     """Stops what serves these ports or writes to this log folder. `keep`: leaves the pid files, for what is started again.
+
+    `restarting`: the pid of the start.sh that will do so; until then the checker must take no part for crashed.
 
     Without `certain`, the ports and the folder may be wrong: if they match nothing, all that runs in this project is stopped.
     """
     worst = 0
+    for part in configured_ports:
+        if restarting:
+            with contextlib.suppress(OSError):
+                processes.begin_restart(log_dir, part, restarting, len(configured_ports) * grace_s + RESTART_MARGIN_S)
+        else:
+            processes.end_restart(log_dir, part)
     for part, configured_port in configured_ports.items():
         marked = [] if keep else _mark({log_dir}, part, why)
         record = processes.read_record(log_dir, part)
+        if record is not None and process_search.elsewhere(record.pid, log_dir):
+            record = None
         found = process_search.search(part, log_dir, configured_port)
         if not found and not certain:
-            found = process_search.search(part)
+            found = [process for process in process_search.search(part) if not process_search.elsewhere(process.record.pid, log_dir)]
         owner = unit.owner_of(part)
         if owner:
             # A user who may not ask for it ends the process below; the mark keeps the unit from starting it again.
@@ -355,6 +404,7 @@ def _forget(log_dir: Path, part: str) -> None:
 def alive(log_dir: Path, parts: list[str]) -> int:
     records = {part: process_search.find_record(log_dir, part) for part in parts}
     down = [part for part, entry in records.items() if entry is None or not processes.is_running(entry)]
+    down = [part for part in down if not processes.is_restarting(log_dir, part)]
     if any(not processes.was_stopped_by_request(log_dir, part) for part in down):
         return FAILED
     return ALL_STOPPED if len(down) == len(parts) else 0
@@ -446,6 +496,8 @@ def main(arguments: list[str]) -> int:
     log_dir, rest = Path(rest[0]), rest[1:]
     if command == "check":
         return check(log_dir, rest[0], rest[1], int(rest[2]), identities.get(rest[0], {}), "--restart" in flags)
+    if command == "changed":
+        return changed(log_dir, {part: int(port) for part, port in _pairs(rest).items()}, identities)
     if command == "launch":
         return launch(log_dir, rest[0], int(rest[1]), identities.get(rest[0], {}), cure)
     if command == "wait":
@@ -455,7 +507,8 @@ def main(arguments: list[str]) -> int:
     if command == "stop":
         configured_ports = {part: int(port) for part, port in _pairs(rest[1:]).items()}
         why = processes.FAILED_START if "--failed-start" in flags else "stop.sh"
-        return stop(log_dir, float(rest[0]), configured_ports, keep="--keep" in flags, why=why)
+        restarting = next((int(flag.partition("=")[2]) for flag in flags if flag.startswith("--restarting=")), 0)
+        return stop(log_dir, float(rest[0]), configured_ports, keep="--keep" in flags, why=why, restarting=restarting)
     if command == "alive":
         return alive(log_dir, rest)
     raise SystemExit(__doc__)

@@ -22,7 +22,7 @@ HEAD = f"""# Settings
 Written by `tests/settings_table.py` from `settings.py`; a test compares them.
 
 Every setting is a variable, in the environment or in `.env` in the project's folder, and the environment wins. `.env.example`
-has all of them with their defaults, to copy from. An unknown name or a value that is not allowed stops the start with a message
+has all of them with their defaults, to copy from. An unknown name, one in lower case, or a value that is not allowed stops the start with a message
 that says what is. Units are in the names: `_S` seconds, `_MIB`, `_BYTES`, `_PIXELS`, `_TOKENS`. An empty value is none.
 
 A change takes effect with `./start.sh --restart`; the checker reads the settings in each run. What already runs is not stopped by

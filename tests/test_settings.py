@@ -35,13 +35,23 @@ def env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (b"\n\nGLM_API_PORT 8123\n", "line 3: GLM_API_PORT"),
         (b"GLM_API_PORT\n", "line 1: GLM_API_PORT: there is no `=`"),
         (b"GLM_API_PORT=80a\n", "GLM_API_PORT: Input should be a valid integer"),
-        (b"GLM_CONTEXT_TOKENS=2\n", "GLM_CONTEXT_TOKENS: Value error, must be 0 or >= 64"),
+        (b"GLM_CONTEXT_TOKENS=2\n", "GLM_CONTEXT_TOKENS: must be 0 or >= 64"),
         (b"GLM_KV_CACHE_BYTES=1\n", "must be 0 or >= 1048576"),
-        ("GLM_API_KEY=schlüssel\n".encode(), "GLM_API_KEY: Value error, must be of ASCII letters, digits and signs, because it travels in an HTTP header. Character 5: U+00FC. Given: ***"),
-        ("GLM_PROBE_TOKEN=密钥\n".encode(), "GLM_PROBE_TOKEN: Value error, must be of ASCII letters"),
+        ("GLM_API_KEY=schlüssel\n".encode(), "GLM_API_KEY: must be of ASCII letters, digits and signs, because it travels in an HTTP header. Character 5: U+00FC. Given: ***"),
+        ("GLM_PROBE_TOKEN=密钥\n".encode(), "GLM_PROBE_TOKEN: must be of ASCII letters"),
         ("GLM_API_KEYS=ann:plain,ben:clé\n".encode(), "Character 3 (of ben): U+00E9. Given: ***"),
         (b"GLM_API_KEY='tab\tin it'\n", "Character 4: U+0009"),
         (b"GLM_API_KEY='ends with '\n", "Character 10: a space at its end"),
+        (b"GLM_API_KEYS=bob\n", "GLM_API_KEYS: each entry must be name:key"),
+        (b"GLM_API_KEYS=bob:sha256:zz\n", "GLM_API_KEYS: sha256: must be followed by the 64 hex digits"),
+        (b"GLM_API_KEY=mk\nGLM_METRICS_KEY=mk\n", "GLM_METRICS_KEY: must differ from every other key"),
+        (b"\nGLM_WEB_PORT=8124\nglm_api_key=abc\n", "line 3: glm_api_key: names are in upper case. Write GLM_API_KEY"),
+        (b"Glm_drain_s=3\n", "line 1: Glm_drain_s: names are in upper case. Write GLM_DRAIN_S"),
+        (b"GLM_ELASTICSEARCH_URL=127.0.0.1:9200\n", "GLM_ELASTICSEARCH_URL: must look like https://user:password@host:9200/index. Given: ***"),
+        (b"GLM_SMTP_URL=smtp.example.com\n", "GLM_SMTP_URL: must look like smtps://user:password@host:465/?from=a@b.c&to=d@e.f"),
+        (b"GLM_SMTP_URL=smtps://mail.example:465/\n", "GLM_SMTP_URL: must look like"),
+        (b"GLM_API_URL=localhost:8080\n", "GLM_API_URL: must look like http://HOST[:PORT][/PATH]"),
+        (b"GLM_PING_URL=https://ping.example:port/\n", "GLM_PING_URL: must look like"),
         (b"GLM_API_PROT=8123\n", "Did you mean GLM_API_PORT?"),
         (b"GLM_ENV_FILE=other\n", "belongs in the environment"),
         ("GLM_API_PORT=8123\n".encode("utf-16"), "UTF-16. Save it as UTF-8"),
@@ -58,6 +68,7 @@ def test_one_sentence_says_what_is_wrong_and_where(env: Path, data: bytes, sente
 
     assert sentence in str(raised.value)
     assert "abc" not in str(raised.value), "a secret"
+    assert "Value error" not in str(raised.value)
 
 
 def test_a_byte_order_mark_and_line_ends_of_windows_are_read(env: Path) -> None:

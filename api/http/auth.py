@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-import re
 from hashlib import sha256
 
 from starlette.datastructures import Headers
@@ -12,14 +11,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api.caller import NOBODY, Caller
 from api.errors import error_body, unauthorized
-from settings import Settings, SettingsError
+from settings import PROBE_KEY, Settings, digest_of_metrics_key, digests_of_keys
 
 OPEN_PATHS = frozenset({"/health", "/livez", "/readyz", "/ping"})
 METRICS_PATH = "/metrics"
-PROBE = "probe"
+PROBE = PROBE_KEY
 PROBE_HEADER = "x-glm-probe"
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,32}")
-_HASHED = "sha256:"
 
 
 class KeyRing:
@@ -32,23 +29,7 @@ class KeyRing:
     @classmethod
     def of(cls, settings: Settings) -> KeyRing:
         """The keys of the settings. Raises SettingsError for entries that do not parse."""
-        digests: dict[str, bytes] = {}
-        if settings.api_key:
-            digests["default"] = _digest(settings.api_key.get_secret_value())
-        if settings.probe_token:
-            digests[PROBE] = _digest(settings.probe_token.get_secret_value())
-        listed = settings.api_keys.get_secret_value() if settings.api_keys else ""
-        for entry in filter(None, (part.strip() for part in re.split(r"[,\n]", listed))):
-            name, _, key = entry.partition(":")
-            if not _NAME.fullmatch(name) or not key:
-                raise SettingsError("GLM_API_KEYS: each entry must be name:key, the name of A-Z a-z 0-9 _ . - only.")
-            if name in digests:
-                raise SettingsError(f"GLM_API_KEYS: the name {name!r} is taken.")
-            digests[name] = _digest(key)
-        metrics = _digest(settings.metrics_key.get_secret_value(), "GLM_METRICS_KEY") if settings.metrics_key else None
-        if metrics in digests.values():
-            raise SettingsError("GLM_METRICS_KEY: must differ from every other key, because it opens /metrics only.")
-        return cls(digests, metrics)
+        return cls(digests_of_keys(settings), digest_of_metrics_key(settings))
 
     def __bool__(self) -> bool:
         """Whether there is any key besides the probe token."""
@@ -112,16 +93,3 @@ class KeyMiddleware:
 def _given(headers: Headers) -> str:
     scheme, _, token = headers.get("authorization", "").partition(" ")
     return token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-
-
-def _digest(key: str, setting: str = "GLM_API_KEYS") -> bytes:
-    """The SHA-256 digest of a key, or the one given after `sha256:`. Raises SettingsError, which names the setting."""
-    if not key.startswith(_HASHED):
-        return sha256(key.encode()).digest()
-    try:
-        digest = bytes.fromhex(key.removeprefix(_HASHED))
-    except ValueError:
-        digest = b""
-    if len(digest) != sha256().digest_size:
-        raise SettingsError(f"{setting}: sha256: must be followed by the 64 hex digits of a key's digest.")
-    return digest

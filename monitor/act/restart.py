@@ -29,6 +29,7 @@ from settings import ROOT, Settings
 
 BUNDLE_S, PORT_WAIT_S, GPU_WAIT_S, MARGIN_S = 10.0, 10.0, 20.0, 60.0
 AUTOMATIC = ("checker", "nightly")  # actors that start nothing that was stopped on purpose
+RESTARTED_MEANWHILE = "a person restarts it with start.sh, or has just done so"
 STOPPED_MEANWHILE = "it was stopped on purpose meanwhile"
 HUNG_GRACE_S = 5.0  # a process with a blocked event loop cannot drain
 
@@ -59,11 +60,17 @@ class Restarter:
             self._audit(target, "restart", actor, "refused", f"a restart would not help: {futile}", name, began)
             return futile
         part = PARTS[target]
+        if self._is_restarted(target):
+            self._audit(target, "restart", actor, "refused", RESTARTED_MEANWHILE, name, began)
+            return RESTARTED_MEANWHILE
         if self._lock is not None:
             longest_s = self._settings.stop_s + self._settings.start_timeout_s + GPU_WAIT_S + PORT_WAIT_S + BUNDLE_S
             self._lock.extend(longest_s + MARGIN_S, f"restarting {target}")
         evidence = self._observation.api.to_dict() | {"verdict": vars(verdict)}
         saved = evidence_bundle.save(self._settings, name, part, evidence, self._store.runs(time.time() - 3600, 30))
+        if self._is_restarted(target):  # saving the evidence took a while
+            self._audit(target, "restart", actor, "refused", RESTARTED_MEANWHILE, name, began)
+            return RESTARTED_MEANWHILE
         problem = self._stop(part, verdict)
         if problem:
             self._audit(target, "restart", actor, "failed", problem, name, began)
@@ -98,6 +105,17 @@ class Restarter:
         processes.forget(self._settings.log_dir, part)
         self._audit(target, "drain", actor, "done", "stopped on request", "", began)
         return ""
+
+    def _is_restarted(self, target: str) -> bool:
+        """By a person, since the run has looked: what runs now is not what was judged, and ending it would spoil the restart."""
+        log_dir, page = self._settings.log_dir, self._observation.page
+        if processes.is_restarting(log_dir, PARTS[target]):
+            return True
+        judged = self._observation.api.process if target == "api" else page.process if page is not None else None
+        record = processes.read_record(log_dir, PARTS[target])
+        if judged is None or judged.pid is None or record is None or record.pid == judged.pid:
+            return False
+        return processes.is_running(record)
 
     def _stop(self, part: str, verdict: Verdict) -> str:
         record = processes.read_record(self._settings.log_dir, part)

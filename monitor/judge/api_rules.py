@@ -19,6 +19,7 @@ from monitor.judge.verdict import (
     frozen_by_group,
     port_taken,
     process_gone,
+    restarting,
 )
 
 # XIDs for which NVIDIA's catalogue recommends a GPU reset, a reboot or diagnostics. Others, such as 13, 31, 43, 45, 68 and
@@ -35,7 +36,7 @@ LOADING_BY_AGE_S = 900.0  # for an API that does not say whether its loading mov
 
 def judge_api(evidence: ApiEvidence, limits: Limits) -> Verdict:
     for rule in (
-        checker_blind, _hardware, _port_taken, _process_gone, _held_by_debugger, _frozen_by_group, _frozen, _other_process, _engine_dead, _corrupt,
+        checker_blind, _hardware, _restarting, _port_taken, _process_gone, _held_by_debugger, _frozen_by_group, _frozen, _other_process, _engine_dead, _corrupt,
         judge_accuracy, _answers_right, _loading, _stalled, _draining, _key_refused, _out_of_reach, _silent, _nothing_listens, _busy, _unanswered, _failed,
     ):  # fmt: skip
         verdict = rule(evidence, limits)
@@ -96,6 +97,10 @@ def _port_taken(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
     if evidence.process.port_owner != "stranger":
         return None
     return port_taken("api", "API", evidence.process)
+
+
+def _restarting(evidence: ApiEvidence, limits: Limits) -> Verdict | None:
+    return restarting("api", "API", evidence.process) if evidence.process.restarting else None
 
 
 def _process_gone(evidence: ApiEvidence, limits: Limits) -> Verdict | None:

@@ -28,7 +28,8 @@ class Process:
 
     `state`: runs, stopped (SIGSTOP), traced (held by a debugger), frozen (by its control group), stuck (uninterruptible sleep),
     gone, unrecorded (no pid file). `port_owner`: ours, stranger, nobody, unknown. `frozen_by`: the file that says so.
-    `start_failure`: why the last start failed, if there is no process.
+    `start_failure`: why the last start failed, if there is no process. `restarting`: a person's start.sh ends it and starts it
+    again, or has done so during the run.
     """
 
     state: str = "unrecorded"
@@ -41,6 +42,7 @@ class Process:
     open_files_limit: int | None = None
     frozen_by: str = ""
     start_failure: str = ""
+    restarting: bool = False
 
     @property
     def out_of_files(self) -> bool:

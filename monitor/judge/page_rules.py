@@ -11,6 +11,7 @@ from monitor.judge.verdict import (
     frozen_by_group,
     port_taken,
     process_gone,
+    restarting,
 )
 
 REFUSED = (401, 403)
@@ -22,6 +23,8 @@ def judge_page(evidence: PageEvidence, limits: Limits, api: ApiEvidence | None =
     if blind is not None:
         return blind
     process = evidence.process
+    if process.restarting:
+        return restarting("page", "page", process)
     if process.port_owner == "stranger":
         return port_taken("page", "page", process)
     if process.state == "gone":

@@ -93,6 +93,13 @@ def process_gone(target: str, name: str, process: Process) -> Verdict:
     )  # fmt: skip
 
 
+def restarting(target: str, name: str, process: Process) -> Verdict:
+    return Verdict(
+        target, "starting", "restarting", f"The {name} is being restarted by a person (./start.sh --restart).",
+        f"有人正在重启 {name}（./start.sh --restart）。", {"pid": process.pid}, "for as long as that start.sh takes, within its time limit",
+    )  # fmt: skip
+
+
 def frozen_by_group(target: str, name: str, process: Process, limits: Limits) -> Verdict:
     """As by `docker pause`. Not even SIGKILL reaches it there under cgroup v1, and somebody did it on purpose."""
     return Verdict(

@@ -97,6 +97,8 @@ def now() -> Moment:
 
 def observe(settings: Settings, rng: random.Random, plan: ProbePlan, moment: Moment, progress: EngineProgress) -> Observation:
     """Takes under a second for a healthy service and is bounded by the deadlines of its probes. Updates `progress`."""
+    # Before the pid files are read, because start.sh removes the mark once it has written the new one.
+    began = {part for part in ("api", "web") if processes.is_restarting(settings.log_dir, part)}
     remembered = {part: processes.parse_record(plan.records.get(part)) for part in ("api", "web")}
     api_record = process_search.find_record(settings.log_dir, "api", settings.api_port, remembered=remembered["api"])
     web_record = process_search.find_record(settings.log_dir, "web", settings.web_port, remembered=remembered["web"])
@@ -125,12 +127,14 @@ def observe(settings: Settings, rng: random.Random, plan: ProbePlan, moment: Mom
     if not external:
         # Again, because the questions take time, in which it may have ended or been blocked.
         beat = read_heartbeat(settings.log_dir, watched, moment)
-        api = replace(api, process=_process(watched, stuck_before, oom_killed, processes.failed_start(settings.log_dir, "api")), beat=beat)
+        process = _process(watched, stuck_before, oom_killed, processes.failed_start(settings.log_dir, "api"))
+        api = replace(api, process=replace(process, restarting=_restarting(settings.log_dir, "api", watched, "api" in began)), beat=beat)
     api = replace(api, hardware=hardware_faults(gpus), blind=blind)
     page: PageEvidence | None = None
     if page_probing is not None:
         page = page_probing.result() or PageEvidence(page_probe.page_url(settings))
-        page = replace(page, process=_process(web_record, {}, False, processes.failed_start(settings.log_dir, "web")), blind=blind)
+        process = _process(web_record, {}, False, processes.failed_start(settings.log_dir, "web"))
+        page = replace(page, process=replace(process, restarting=_restarting(settings.log_dir, "web", web_record, "web" in began)), blind=blind)
     gpu_evidence = {
         "load_percent": gpu.highest(gpus["gpus"], "load_percent"),
         "memory_used_mib": gpu.highest(gpus["gpus"], "memory_used_mib"),
@@ -350,6 +354,14 @@ def _process(record: processes.ProcessRecord | None, stuck_before: Mapping[str, 
         state, record.pid, processes.age_s(record), *_owner(record, owners), open_files=files, open_files_limit=most,
         frozen_by=str(frozen or ""),
     )  # fmt: skip
+
+
+def _restarting(log_dir: Path, part: str, record: processes.ProcessRecord | None, began: bool) -> bool:
+    """Whether a restart by a person was in progress in any moment of the run. `began`: at its start, `record`: seen then."""
+    if record is None or began or processes.is_restarting(log_dir, part):
+        return record is not None
+    newer = processes.read_record(log_dir, part)
+    return newer is not None and newer != record and processes.is_running(newer) and not processes.is_running(record)
 
 
 def _owner(record: processes.ProcessRecord, owners: list[ports.Listener]) -> tuple[str, str]:

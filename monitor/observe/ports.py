@@ -44,11 +44,14 @@ def listened_by(pid: int) -> set[int]:
     return {port for port, inode, _ in _listening() if f"socket:[{inode}]" in held}
 
 
-def why_taken(host: str, port: int) -> str:
-    """Empty if a server can listen there; otherwise who holds the port, or why bind fails."""
+def why_taken(host: str, port: int, freed: bool = False) -> str:
+    """Empty if a server can listen there; otherwise who holds the port, or why bind fails.
+
+    `freed`: whoever holds the port gives it up first, so that only the address is judged.
+    """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
-            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            host or None, 0 if freed else port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -18,6 +18,7 @@ from typing import Any
 from monitor.observe import ports, processes
 from monitor.observe.processes import DELETED, PROC, ProcessRecord
 
+ENV_FILE, LAST_GOOD = "GLM_ENV_FILE", "last-good.env"  # as in settings.py, which stop.sh can do without
 MARK = "START_SH_RECORD"  # not GLM_*: settings.py refuses unknown names
 
 
@@ -45,6 +46,8 @@ def find_record(
     `port`: the configured one; without it only the log folder identifies a process.
     """
     recorded = processes.read_record(log_dir, part, root)
+    if recorded is not None and elsewhere(recorded.pid, log_dir, root):  # a copy of another installation's pid file
+        recorded = None
     runs = recorded is not None and processes.is_running(recorded)
     if recorded is not None and runs and _is_ours(recorded.pid, part, root or processes.ROOT):
         return recorded
@@ -70,24 +73,48 @@ def search(part: str, log_dir: Path | None = None, port: int | None = None, root
     for stat in processes.all_stats():
         if stat.running and stat.session == stat.pid and _is_ours(stat.pid, part, root):
             process = _describe(stat, port, root)
-            if _belongs(process, part, log_dir, port):
+            if _belongs(process, part, log_dir, port) and not (log_dir and elsewhere(stat.pid, log_dir, root)):
                 found.append(process)
     return sorted(found, key=lambda process: process.record.start_time, reverse=True)
 
 
 def mark_of(pid: int) -> dict[str, Any]:
     """What start.sh noted in the environment of the process; empty for an earlier version or another user's process."""
+    with contextlib.suppress(ValueError):
+        mark = json.loads(_environment_of(pid).get(MARK, "{}"))
+        return mark if isinstance(mark, dict) else {}
+    return {}
+
+
+def _environment_of(pid: int) -> dict[str, str]:
+    """Empty if it is not readable."""
     try:
         raw = (PROC / str(pid) / "environ").read_bytes()
     except OSError:
         return {}
-    prefix = f"{MARK}=".encode()
-    for entry in raw.split(b"\0"):
-        if entry.startswith(prefix):
-            with contextlib.suppress(ValueError):
-                mark = json.loads(entry[len(prefix) :])
-                return mark if isinstance(mark, dict) else {}
-    return {}
+    entries = (entry.decode("utf-8", "surrogateescape").partition("=") for entry in raw.split(b"\0"))
+    return {name: value for name, _, value in entries}
+
+
+def elsewhere(pid: int, log_dir: Path, root: Path | None = None) -> str:
+    """The log folder of the installation that the process belongs to, if that is another one than ours; otherwise empty.
+
+    Two installations in one project folder have other log folders and other settings files (GLM_ENV_FILE). With one settings
+    file it is the same installation, whose log folder has changed.
+    """
+    mark = mark_of(pid)
+    folder = str(mark.get("log_dir") or "")
+    if not folder or os.path.realpath(folder) == os.path.realpath(str(log_dir)):
+        return ""
+    root = root or processes.ROOT
+    theirs, ours = _settings_file(_environment_of(pid).get(ENV_FILE, ""), root), _settings_file(os.environ.get(ENV_FILE, ""), root)
+    # The checker restarts with its copy of the last valid file, which does not say whose it is.
+    unknown = LAST_GOOD in (os.path.basename(theirs), os.path.basename(ours))
+    return "" if unknown or theirs == ours else folder
+
+
+def _settings_file(name: str, root: Path) -> str:
+    return os.path.realpath(str(root / (name or ".env")))
 
 
 def log_of(pid: int) -> str:

@@ -1,7 +1,7 @@
 """The processes that start.sh started, identified by pid and start time from `logs/<part>.pid.json`.
 
 `logs/<part>.stopped` says that a part was stopped on purpose. Without that mark a process that is gone has crashed, whatever
-became of its pid file.
+became of its pid file. `logs/<part>.restarting` says that a person's start.sh has ended it and starts it again.
 
 Reads and writes the pid file, checks whether a process is still the recorded one, and ends exactly that process with its
 descendants. Standard library only, and no syntax newer than Python 3.8, so that stop.sh works without the environment.
@@ -167,6 +167,37 @@ def was_stopped_by_request(log_dir: Path, part: str) -> bool:
         return read_small(stop_mark(log_dir, part)).strip() != FAILED_START
     except (OSError, ValueError):
         return was_stopped(log_dir, part)
+
+
+def restart_mark(log_dir: Path, part: str) -> Path:
+    return log_dir / f"{part}.restarting"
+
+
+def begin_restart(log_dir: Path, part: str, pid: int, limit_s: float) -> None:
+    """Notes before a stop that the start.sh of this pid starts the part again, within this time. Raises OSError."""
+    stat = read_stat(pid)
+    noted = {
+        "pid": pid, "start_time": stat.start_time if stat else 0, "boot_id": boot_id(),
+        "until": time.clock_gettime(time.CLOCK_BOOTTIME) + limit_s,
+    }  # fmt: skip
+    with os.fdopen(open_file(restart_mark(log_dir, part), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as file:
+        json.dump(noted, file)
+
+
+def end_restart(log_dir: Path, part: str) -> None:
+    with contextlib.suppress(OSError):
+        restart_mark(log_dir, part).unlink()
+
+
+def is_restarting(log_dir: Path, part: str) -> bool:
+    """Whether a person's start.sh is between its stop and its start. It counts no longer once that start.sh has ended, or is overdue."""
+    try:
+        noted = json.loads(read_small(restart_mark(log_dir, part)))
+        stat = read_stat(int(noted["pid"]))
+        same = stat is not None and stat.running and stat.start_time == noted["start_time"] and noted["boot_id"] == boot_id()
+        return same and time.clock_gettime(time.CLOCK_BOOTTIME) < float(noted["until"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return False
 
 
 def note_failed_start(log_dir: Path, part: str, why: str) -> None:

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from monitor.observe import processes
+
 
 def test_both_answer_when_it_returns_and_a_second_call_changes_nothing(project, machine):
     first = project.run("./start.sh")
@@ -365,6 +367,97 @@ def test_a_failed_restart_says_what_is_down(project, machine):
     assert "The restart failed. Not running now: api web" in restarted.stderr
     assert not running(project)
     assert (project.root / "logs" / "api.pid.json").exists(), "the checker would not notice that it is gone"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("GLM_API_KEYS", "bob", "must be name:key"),
+        ("GLM_API_KEYS", "bob:sha256:zz", "64 hex digits"),
+        ("GLM_MODEL", "/no/such/folder", "neither a folder nor a hub id"),
+        ("GLM_API_HOST", "192.0.2.1", "cannot listen on 192.0.2.1"),
+    ],
+)
+def test_a_restart_stops_nothing_for_a_value_that_can_be_judged_before(project, machine, name, value, message):
+    project.run("./start.sh api")
+    pid = project.pid("api")
+
+    restarted = project.run("./start.sh --restart api", **{name: value})
+
+    assert restarted.returncode in (2, 3)
+    assert message in restarted.stderr and "Nothing was started" in restarted.stderr
+    assert machine.runs(pid) and project.pid("api") == pid
+
+
+def test_a_failed_restart_says_truly_what_has_changed(project):
+    (project.root / "api" / "server.py").write_text((project.root / "api" / "server.py").read_text() + "# settings.max_images\n")
+    project.run("./start.sh api")
+    same = project.run("./start.sh --restart api", STAND_IN_API="die")
+    project.run("./start.sh api")
+    settings = project.run("./start.sh --restart api", STAND_IN_API="die", GLM_MAX_IMAGES="3")
+    project.run("./start.sh api")
+    with (project.root / "api" / "server.py").open("a") as file:
+        file.write("# a newer version\n")
+    code = project.run("./start.sh --restart api", STAND_IN_API="die")
+
+    assert "was stopped; its code and its settings have not changed since its start." in same.stderr
+    assert "earlier code" not in same.stderr
+    assert "it had other settings: GLM_MAX_IMAGES changed" in settings.stderr
+    assert "its code is no longer here" in code.stderr and "go back to the earlier code and settings" in code.stderr
+
+
+def test_a_restart_is_marked_from_before_the_stop_until_the_new_pid_file(project):
+    project.run("./start.sh")
+    logs = project.root / "logs"
+    old = {part: processes.read_record(logs, part, project.root) for part in ("api", "web")}
+
+    restarting = subprocess.Popen(["./start.sh", "--restart"], cwd=project.root, env=project.env, stdout=subprocess.DEVNULL)
+    unexplained, seen = [], set()
+    while restarting.poll() is None:
+        for part, record in old.items():
+            marked = processes.is_restarting(logs, part)
+            now = json.loads((logs / f"{part}.pid.json").read_text())["pid"]
+            if now == record.pid and not processes.is_running(record):
+                seen.add(part)
+                if not marked:
+                    unexplained.append(part)
+        time.sleep(0.002)
+
+    assert restarting.returncode == 0 and seen == {"api", "web"}
+    assert not unexplained
+    assert not list(logs.glob("*.restarting"))
+
+
+def test_another_installation_in_the_folder_is_neither_adopted_nor_stopped(project, machine):
+    (project.root / ".env").touch()
+    project.run("./start.sh api")
+    pid = project.pid("api")
+    other = project.root.parent / "other"
+    (other / "logs").mkdir(parents=True)
+    shutil.copy(project.root / ".env", other / ".env")
+    shutil.copy(project.root / "logs" / "api.pid.json", other / "logs")
+    theirs = {"GLM_ENV_FILE": str(other / ".env"), "GLM_LOG_DIR": str(other / "logs")}
+
+    refused = project.run("./start.sh api", **theirs)
+    restarted = project.run("./start.sh --restart api", **theirs)
+    stopped = project.run("./stop.sh api", **theirs)
+    moved = project.run("./start.sh api", GLM_LOG_DIR=str(other / "new"))
+
+    assert refused.returncode == restarted.returncode == 3
+    assert f"taken by the installation that uses {project.root / 'logs'} (pid {pid})" in refused.stderr and "GLM_API_PORT" in refused.stderr
+    assert "Already running" not in refused.stdout
+    assert stopped.returncode == 3 and machine.runs(pid)
+    assert moved.returncode == 0 and "Already running" in moved.stdout
+
+
+def test_what_was_started_meanwhile_is_accepted(project):
+    project.run("./start.sh api")
+    pid = project.pid("api")
+
+    again = project.run(f"{sys.executable} -m deploy.service launch {project.root / 'logs'} api {project.ports['api']}")
+
+    assert again.returncode == 0 and "was started meanwhile" in again.stdout
+    assert project.pid("api") == pid and running(project) == {pid}
 
 
 def test_running_servers_are_known_without_their_logs(project, machine):

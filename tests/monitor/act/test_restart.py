@@ -112,6 +112,51 @@ def test_a_killed_process_is_restarted_and_counted(project):
     assert (action["kind"], action["outcome"], action["actor"]) == ("restart", "done", "checker")
 
 
+def test_a_restart_by_a_person_is_no_crash(project):
+    project.start()
+    processes.begin_restart(project.settings.log_dir, "api", os.getpid(), 60)
+    old = project.record()
+    os.kill(old.pid, signal.SIGKILL)
+    while processes.is_running(old):
+        time.sleep(0.01)
+
+    verdict = judge_api(project.observe().api, Limits())
+    refused = project.restarter().restart("api", DEAD, Decision("restart", "dead"))
+
+    assert (verdict.word, verdict.rule, verdict.cure) == ("starting", "restarting", False)
+    assert "a person restarts it" in refused and project.record() == old
+    assert project.state.limiters["api"].restarts == (), "not counted"
+
+
+def test_a_start_that_was_killed_blinds_the_checker_no_longer(project):
+    project.start()
+    log_dir, old = project.settings.log_dir, project.record()
+    os.kill(old.pid, signal.SIGKILL)
+    while processes.is_running(old):
+        time.sleep(0.01)
+    killed = os.spawnvp(os.P_NOWAIT, "sleep", ["sleep", "600"])
+    processes.begin_restart(log_dir, "api", killed, 60)
+    assert processes.is_restarting(log_dir, "api")
+
+    os.kill(killed, signal.SIGKILL)
+    os.waitpid(killed, 0)
+    assert judge_api(project.observe().api, Limits()).rule == "process_gone"
+    processes.begin_restart(log_dir, "api", os.getpid(), -1)
+    assert judge_api(project.observe().api, Limits()).rule == "process_gone", "it is overdue"
+
+
+def test_what_a_person_has_started_anew_meanwhile_is_left_alone(project):
+    project.start()
+    os.kill(project.record().pid, signal.SIGKILL)
+    seen = project.observe()
+    assert judge_api(seen.api, Limits()).rule == "process_gone"
+    project.start()
+    new = project.record()
+
+    assert "a person restarts it" in project.restarter(seen).restart("api", DEAD, Decision("restart", "dead"))
+    assert processes.is_running(new)
+
+
 def test_a_frozen_process_is_ended_with_its_children_and_replaced(project, monkeypatch):
     monkeypatch.setenv("STAND_IN_API", "parent")
     project.start()

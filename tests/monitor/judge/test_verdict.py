@@ -72,6 +72,7 @@ CASES = {
     "asked at another port": (api(first=HealthReply("refused"), answers=()), "broken", "address_unreachable", False),
     "asked by a name that is unknown": (api(first=UNKNOWN_NAME, answers=SILENT, last=UNKNOWN_NAME), "broken", "address_unreachable", False),
     "port closed": (api(process=CLOSED, first=HealthReply("refused"), answers=()), "dead", "port_closed", True),
+    "a person restarts it": (replace(GONE, process=replace(GONE.process, restarting=True)), "starting", "restarting", False),
     "port not yet open": (api(process=replace(RUNS, age_s=5.0), first=HealthReply("refused"), answers=()), "starting", "process_fresh", False),
     "engine dead": (api(first=HealthReply("answered", 0, 503, "dead", reason="CUDA error"), answers=()), "dead", "engine_dead", True),
     "loading": (api(first=HealthReply("answered", 0, 503, "loading", progress=0.4), answers=(), process=replace(RUNS, age_s=800)), "starting", "loading", False),
