@@ -104,8 +104,9 @@ def too_many_tokens(limit: int, under_way: int, given: int) -> ServingError:
     return unavailable(message, "queue_full", 5)
 
 
-def too_many_image_bytes(limit: int, under_way: int, given: int) -> ServingError:
-    message = f"The queue is full: <= {limit} bytes of images may be under way, {under_way} are. Given: {given}"
+def too_many_image_bytes(limit: int, given: int) -> ServingError:
+    """Does not tell how many there are: from that one key could read the sizes of another's pictures."""
+    message = f"The queue is full: <= {limit} bytes of images may be under way. Given: {given}"
     return unavailable(message, "queue_full", 5)
 
 

@@ -17,7 +17,7 @@ from api.errors import ServingError, invalid, too_large
 from settings import Settings
 
 # The alphabet of URLs as the usual one, and no line breaks.
-_WRITTEN_OTHERWISE = str.maketrans({"-": "+", "_": "/", "\r": None, "\n": None, " ": None, "\t": None, "=": None})
+_WRITTEN_OTHERWISE = str.maketrans({"-": "+", "_": "/", "\r": None, "\n": None, " ": None, "\t": None})
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_ASPECT = 200  # the processor refuses longer ones
 # `max_image_pixels` is checked on every image; Pillow's own limit would only add warnings.
@@ -32,14 +32,18 @@ def read_data_url(url: str, param: str, settings: Settings) -> bytes:
     header, _, payload = rest.partition(",")
     if not header.lower().endswith(";base64"):
         raise invalid(f"`{param}` must be a data: URL in base64 (data:image/png;base64,...).", param, "unsupported_url")
-    if len(payload) * 3 // 4 > settings.max_image_bytes + 2:
-        raise _too_many_bytes(len(payload) * 3 // 4, param, settings)
+    plain = _plain(payload)
+    check_bytes(len(plain) * 3 // 4, param, settings)
     try:
-        data = base64.b64decode(_plain(payload), validate=True)
+        data = base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
     except (binascii.Error, ValueError):
         raise invalid(f"`{param}` is not valid base64.", param, "invalid_image") from None
-    check_bytes(len(data), param, settings)
     return data
+
+
+def data_url_bytes(url: str) -> int:
+    """Bytes of the file in a base64 `data:` URL, which is not decoded."""
+    return len(_plain(url.partition(",")[2])) * 3 // 4
 
 
 def check_bytes(count: int, param: str, settings: Settings) -> None:
@@ -49,10 +53,9 @@ def check_bytes(count: int, param: str, settings: Settings) -> None:
 
 
 def _plain(payload: str) -> str:
-    """Base64 without line breaks, in the usual alphabet and padded: programs write all of these."""
+    """Base64 without line breaks and padding, in the usual alphabet: programs write all of these."""
     payload = unquote(payload) if "%" in payload else payload
-    payload = payload.translate(_WRITTEN_OTHERWISE)
-    return payload + "=" * (-len(payload) % 4)
+    return payload.translate(_WRITTEN_OTHERWISE).rstrip("=")
 
 
 def open_image(data: bytes, param: str, settings: Settings) -> Image.Image:

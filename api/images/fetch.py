@@ -72,7 +72,7 @@ class Fetcher:
             location, data = self._hop(url, param, deadline)
             if location is None:
                 return data
-            url = urljoin(url, location)
+            url = _redirected(url, location, param)
         raise _refused(param, f"more than {MAX_REDIRECTS} redirects")
 
     def _hop(self, url: str, param: str, deadline: float) -> tuple[str | None, bytes]:
@@ -202,6 +202,17 @@ def _shut_down(connection: HTTPConnection) -> None:
     with suppress(OSError):
         if connection.sock is not None:
             connection.sock.shutdown(socket.SHUT_RDWR)
+
+
+def _redirected(url: str, location: str, param: str) -> str:
+    try:
+        target = urljoin(url, location)
+    except ValueError:
+        raise _refused(param, "it redirects to something that is not a valid URL") from None
+    scheme = target.partition(":")[0].lower()
+    if scheme not in ("http", "https"):
+        raise _refused(param, f"a link may redirect to http or https only, and this one redirects to {scheme[:20]!r}")
+    return target
 
 
 def _refused(param: str, reason: str) -> ServingError:

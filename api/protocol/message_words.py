@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from typing import Any, Literal, get_args
 
-from api.protocol.fields import IgnoredFields
+from api.errors import ServingError, invalid
+from api.protocol.body import shown
+from api.protocol.fields import IgnoredFields, asks_for_nothing
 
-_BARE_BASE64 = re.compile(r"[A-Za-z0-9+/]{64}")  # how an image begins that is sent without `data:`
+_BARE_BASE64 = re.compile(r"[A-Za-z0-9+/_-]{64}")  # how an image begins that is sent without `data:`
 _TEXT_TYPES = ("input_text", "output_text")
 _IMAGE_TYPES = ("image", "input_image")
 _IMAGE_KEYS = ("image_url", "image", "url", "base64", "data", "source")
+_INNER_KEYS = ("url", "data", "base64")
+Detail = Literal["auto", "low", "high", "original"]
 
 
 def translate_messages(messages: Any, ignored: IgnoredFields) -> None:
@@ -86,7 +90,9 @@ def _translate_content(message: dict[str, Any], path: str, ignored: IgnoredField
         content = [part for part, thought in zip(content, thoughts, strict=True) if thought is None]
         if not message.get("reasoning_content"):
             message["reasoning_content"] = "\n".join(thought for thought in thoughts if thought)
-    message["content"] = [_translated_part(part) for part in content] or ""
+    message["content"] = [
+        _translated_part(part, f"{path}.content[{number}]", ignored) for number, part in enumerate(content)
+    ] or ""
 
 
 def _thought(part: Any) -> str | None:
@@ -99,7 +105,7 @@ def _thought(part: Any) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def _translated_part(part: Any) -> Any:
+def _translated_part(part: Any, path: str, ignored: IgnoredFields) -> Any:
     if isinstance(part, str):
         return {"type": "text", "text": part}
     if not isinstance(part, dict):
@@ -112,15 +118,9 @@ def _translated_part(part: Any) -> Any:
     if kind == "refusal":
         return {"type": "text", "text": part.get("refusal"), **_without(part, "type", "refusal")}
     if kind == "image_url":
-        return {**part, "image_url": _image_url(part["image_url"])} if "image_url" in part else part
+        return _picture(part, path, ignored) if part.get("image_url") is not None else part
     if kind in _IMAGE_TYPES:
-        key = next((key for key in _IMAGE_KEYS if part.get(key) is not None), None)
-        if key is None:
-            return part
-        image = _image_url(part[key])
-        if part.get("detail") is not None and isinstance(image, dict):
-            image = {**image, "detail": part["detail"]}
-        return {**_without(part, *_IMAGE_KEYS, "detail"), "type": "image_url", "image_url": image}
+        return _picture(part, path, ignored)
     if kind == "file" and isinstance(file := part.get("file"), dict):
         data = file.get("file_data")
         if isinstance(data, str) and data.lower().startswith("data:image/"):
@@ -128,8 +128,50 @@ def _translated_part(part: Any) -> Any:
     return part
 
 
-def _image_url(given: Any) -> Any:
-    """{url, detail} from a URL, bare base64, or Anthropic's source."""
+def _picture(part: dict[str, Any], path: str, ignored: IgnoredFields) -> Any:
+    """A part with `image_url` from one with any of the words for it. Raises the 400 error if two of them disagree."""
+    given = [key for key in _IMAGE_KEYS if part.get(key) is not None]
+    if not given:
+        return part
+    first, *others = [key for key in given if not asks_for_nothing(part[key])] or given
+    image = _image_url(part[first], f"{path}.{first}")
+    for other in others:
+        if _content(_image_url(part[other], f"{path}.{other}")) != _content(image):
+            raise _contradiction(f"{path}.{other}", f"{path}.{first}")
+    if isinstance(part.get(first), dict):
+        note_detail(part[first].get("detail"), f"{path}.{first}.detail", ignored)
+    note_detail(part.get("detail"), f"{path}.detail", ignored)
+    return {**_without(part, *_IMAGE_KEYS, "detail"), "type": "image_url", "image_url": image}
+
+
+def note_detail(detail: Any, path: str, ignored: IgnoredFields) -> None:
+    """Name a `detail` that asks for anything: pictures are always read at the model's own resolution.
+
+    So `high` and `original` hold here anyway, and `low` does not. Raises the 400 error for anything else.
+    """
+    if detail is not None and detail not in get_args(Detail):
+        allowed = ", ".join(f"'{word}'" for word in get_args(Detail))
+        raise invalid(f"`{path}` must be one of {allowed}. Given: {shown(detail)}", path)
+    if detail not in (None, "auto"):
+        ignored.note(path, harmless=detail != "low")
+
+
+def _contradiction(path: str, other: str) -> ServingError:
+    return invalid(f"`{path}` contradicts `{other}`; give one of them.", path)
+
+
+def _content(image: Any) -> Any:
+    """A link, or the base64 of a data: URL: its type may be written in several ways."""
+    url = image.get("url") if isinstance(image, dict) else image
+    return url.partition(",")[2] if isinstance(url, str) and url.startswith("data:") else url
+
+
+def _image_url(given: Any, path: str) -> Any:
+    """{url, detail} from a URL, bare base64, or Anthropic's source. Raises the 400 error for two pictures in one."""
+    if isinstance(given, dict):
+        words = [key for key in _INNER_KEYS if not asks_for_nothing(given.get(key))]
+        if len(words) > 1 and any(given[word] != given[words[0]] for word in words):
+            raise _contradiction(f"{path}.{words[1]}", f"{path}.{words[0]}")
     if isinstance(given, dict) and given.get("type") in ("base64", "url") and ("data" in given or "url" in given):
         media_type = given.get("media_type") or ""
         given = given["url"] if given["type"] == "url" and "url" in given else given.get("data")

@@ -30,6 +30,7 @@ HARMLESS = {
     "betas": "there is one version",
 }
 RULES = FieldRules(HARMLESS, echoed=frozenset({"messages", "system", "tools", "thinking", "output_config"}))
+_PLACE = "place"  # of a picture while its block is translated: the field that it came in
 _EFFORT = {"max": "xhigh"}  # a level that only Anthropic names
 
 
@@ -134,6 +135,7 @@ class MessagesTranslation:
 
     def __init__(self) -> None:
         self._origins: list[str] = []  # for each message of the chat, the one it came from
+        self._pictures: dict[str, str] = {}  # the field of each picture, by its field in the chat
         self._translated = False
 
     def parse(self, body: bytes, ignored: IgnoredFields) -> ChatRequest:
@@ -154,7 +156,9 @@ class MessagesTranslation:
             return error  # of a field of this format
         message, param = error.message, error.param or ""
         names = list(_NAMES)
-        if origin := re.match(r"messages\[(\d+)\]", param):
+        if picture := self._pictures.get(param):
+            names = [(re.escape(param), picture)]
+        elif origin := re.match(r"messages\[(\d+)\]", param):
             names.insert(0, (re.escape(origin[0]), self._origins[int(origin[1])]))
         for old, new in names:
             message, param = re.sub(old, new, message), re.sub(old, new, param)
@@ -170,6 +174,10 @@ class MessagesTranslation:
             made = _assistant(turn, field) if turn.role == "assistant" else _user(turn, field)
             self._origins += [field] * len(made)
             messages += made
+        for number, message in enumerate(messages):
+            for index, part in enumerate(message["content"] if isinstance(message["content"], list) else []):
+                if place := part.pop(_PLACE, None):
+                    self._pictures[f"messages[{number}].content[{index}].image_url.url"] = place
         return messages
 
 
@@ -274,11 +282,14 @@ def _part(block: Block, place: str) -> dict[str, Any]:
         return {"type": "text", "text": f"{title}{_required(source, 'data', f'{place}.source')}"}
     if source.type == "text":
         raise invalid(f"`{place}.source.type` must be 'base64' or 'url'.", f"{place}.source.type")
-    if source.type == "url":
-        url = _required(source, "url", f"{place}.source")
-    else:
-        url = f"data:{source.media_type or 'image/png'};base64,{_required(source, 'data', f'{place}.source')}"
-    return {"type": "image_url", "image_url": {"url": url}}
+    name, other = ("url", "data") if source.type == "url" else ("data", "url")
+    if getattr(source, other):
+        param = f"{place}.source.{other}"
+        raise invalid(f"`{param}` does not belong to a source of the type '{source.type}'.", param)
+    url = _required(source, name, f"{place}.source")
+    if name == "data":
+        url = f"data:{source.media_type or 'image/png'};base64,{url}"
+    return {"type": "image_url", "image_url": {"url": url}, _PLACE: f"{place}.source.{name}"}
 
 
 def _text(content: str | list[Block], field: str) -> str:

@@ -14,13 +14,15 @@ from api.errors import ServingError, invalid
 from api.protocol.body import parse_object, shown
 from api.protocol.extensions import REASONING, SAMPLING, take
 from api.protocol.fields import FieldRules, IgnoredFields, Strict, check
-from api.protocol.schemas import HARMLESS, HINTS, ChatRequest, check_chat
+from api.protocol.message_words import Detail, note_detail
+from api.protocol.schemas import CHANGES_THE_ANSWER, HARMLESS, HINTS, ChatRequest, check_chat
 
 RULES = FieldRules(
     HARMLESS,
     defaults={"background": (False,)},
     hints={**HINTS, "max_tool_calls": "it limits built-in tools, of which there are none"},
     echoed=frozenset({"input", "tools"}),
+    refused=CHANGES_THE_ANSWER | {"file_id", "file_url", "file_data"},  # there are no stored files
 )
 LOGPROBS = "message.output_text.logprobs"
 
@@ -30,7 +32,7 @@ class Part(Strict):
     text: str | None = None
     refusal: str | None = None
     image_url: str | None = None
-    detail: str | None = None  # harmless, as in chat completions
+    detail: Detail | None = None
     annotations: Any = None
     logprobs: Any = None
 
@@ -40,6 +42,25 @@ class ReasoningPart(Strict):
     text: str
 
 
+def _text_or(part: Any) -> Any:
+    """A string or a list of parts, of which an error names the field and not the kind."""
+    return Annotated[
+        Annotated[str, Tag("#string")] | Annotated[list[part], Tag("#list")],
+        Discriminator(
+            lambda given: "#string" if isinstance(given, str) else "#list" if isinstance(given, list) else None,
+            custom_error_type="content",
+            custom_error_message="must be a string or a list of parts",
+        ),
+    ]
+
+
+AnyPart = Annotated[
+    Annotated[Part, Tag("#part")] | Annotated[ReasoningPart, Tag("#reasoning")],
+    # Anything but reasoning is checked as a part of a message, so that the error names its `type`.
+    Discriminator(lambda part: "#reasoning" if _type_of(part) in ("reasoning_text", "summary_text") else "#part"),
+]
+
+
 class Item(Strict):
     """A message, a tool call, its result, or reasoning; output items can be sent back as they came."""
 
@@ -47,12 +68,12 @@ class Item(Strict):
     id: str | None = None
     status: str | None = None
     role: Literal["user", "assistant", "system", "developer"] | None = None
-    content: str | list[Part | ReasoningPart] | None = None
+    content: _text_or(AnyPart) | None = None  # type: ignore[valid-type]
     call_id: str | None = None
     name: str | None = None
     namespace: str | None = None
     arguments: str | None = None
-    output: str | list[Part] | None = None
+    output: _text_or(Part) | None = None  # type: ignore[valid-type]
     summary: list[ReasoningPart] | None = None
 
 
@@ -142,6 +163,7 @@ class Translation:
     def __init__(self) -> None:
         self.request = ResponseRequest(input="", include=None, metadata=None)
         self._origins: list[str] = []  # for each message, the field it came from
+        self._outputs: set[str] = set()  # those of them whose content is a tool's output
         self._checked = False  # from then on errors are those of the chat request
 
     def parse(self, body: bytes, ignored: IgnoredFields) -> ChatRequest:
@@ -159,7 +181,10 @@ class Translation:
             return error
         message, param = error.message, error.param or ""
         if origin := re.match(r"messages\[(\d+)\]", param):
-            names = [(re.escape(origin[0]), self._origins[int(origin[1])]), *_NAMES]
+            field = self._origins[int(origin[1])]
+            names = [(re.escape(origin[0]), field), *_NAMES]
+            if field in self._outputs:
+                names.insert(0, (re.escape(origin[0]) + r"\.content", f"{field}.output"))
         else:
             names = [(r"^messages$", "input"), (r"`messages`", "`input`"), *_NAMES]
         for old, new in names:
@@ -176,6 +201,11 @@ class Translation:
             ignored.note("truncation", harmless=True)  # a conversation that is too long is refused, not cut
         if request.metadata:
             ignored.note("metadata", harmless=True)
+        for number, item in enumerate(request.input if isinstance(request.input, list) else []):
+            for name in ("content", "output"):
+                parts = getattr(item, name)
+                for index, part in enumerate(parts if isinstance(parts, list) else []):
+                    note_detail(getattr(part, "detail", None), f"input[{number}].{name}[{index}].detail", ignored)
 
     @property
     def functions(self) -> dict[str, tuple[str, str]]:
@@ -225,6 +255,8 @@ class Translation:
         for number, item in enumerate([Item(role="user", content=items)] if isinstance(items, str) else items):
             field = "input" if isinstance(items, str) else f"input[{number}]"
             message = _message(item, field)
+            if item.type == "function_call_output":
+                self._outputs.add(field)
             last = messages[-1] if messages else {}
             if message["role"] == last.get("role") == "assistant" and not (message["content"] and last["content"]):
                 last["content"] = last["content"] or message["content"]
@@ -268,6 +300,10 @@ def _content(content: Any, field: str) -> Any:
         if getattr(part, required, None) is None:
             name = f"{field}[{number}].{required}"
             raise invalid(f"`{name}` is required.", name, "missing_required_parameter")
+        for other in {"text", "refusal", "image_url"} - {required}:
+            if getattr(part, other, None):
+                name = f"{field}[{number}].{other}"
+                raise invalid(f"`{name}` does not belong to a part of the type {shown(part.type)}.", name)
         image = {"type": "image_url", "image_url": {"url": getattr(part, "image_url", None)}}
         parts.append(image if required == "image_url" else {"type": "text", "text": getattr(part, required)})
     if all(part["type"] == "text" for part in parts):

@@ -13,7 +13,7 @@ from pydantic_core import PydanticCustomError
 from api.errors import ServingError, invalid
 from api.protocol.body import parse_json, parse_object, shown
 from api.protocol.fields import FieldRules, IgnoredFields, Strict, check
-from api.protocol.message_words import translate_messages, translate_tools
+from api.protocol.message_words import Detail, translate_messages, translate_tools
 from api.protocol.vendor_words import translate
 
 # Fields of OpenAI's API without an effect on the answer, and why.
@@ -107,7 +107,7 @@ class TextPart(Strict):
 
 class ImageUrl(Strict):
     url: str
-    detail: str | None = None  # harmless: images are always processed at the model's own resolution
+    detail: Detail | None = None  # named: images are always processed at the model's own resolution
 
 
 class ImagePart(Strict):
@@ -537,7 +537,7 @@ def _conflict(param: str, message: str) -> ServingError:
 
 
 class TokenizeRequest(Strict):
-    """Either plain text, or a conversation as the chat template renders it; images count one token each."""
+    """Either plain text, or a conversation as the chat template renders it, with the tokens of its images."""
 
     model: str | None = None
     prompt: str | None = None

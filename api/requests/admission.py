@@ -152,7 +152,7 @@ class Admission:
         limit = self.queue_image_bytes
         # A request that is larger than the limit is admitted alone.
         if not caller.probe and size and self.image_bytes and self.image_bytes + size > limit:
-            raise too_many_image_bytes(limit, self.image_bytes, size)
+            raise too_many_image_bytes(limit, size)
         self.image_bytes += size
 
     def _release(self, caller: Caller, requests: int, tokens: int, image_bytes: int) -> None:

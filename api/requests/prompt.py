@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
-from collections.abc import Sequence as Items
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -25,13 +24,13 @@ from api.engine.request import ImageInput, Receive
 from api.engine.text.markup import END_THINK, THINK
 from api.engine.text.tokenizer import Vocabulary
 from api.errors import ServingError, invalid
-from api.images.decode import check_bytes, check_pixels, decode, is_remote, open_image, read_data_url
+from api.images.decode import check_bytes, check_pixels, data_url_bytes, decode, is_remote, open_image, read_data_url
 from api.images.fetch import Fetcher
 from api.images.known import KnownImage, KnownUploads
 from api.parsing.boxes import image_references
 from api.parsing.output import split_thinking
 from api.protocol.completion import PromptFacts
-from api.protocol.schemas import ChatRequest, ImagePart, Message, TextPart, Tool
+from api.protocol.schemas import ChatRequest, ImagePart, Message, TextPart, TokenizeRequest, Tool
 from api.protocol.text_completion import TextRequest
 from settings import Settings
 
@@ -149,11 +148,19 @@ class PromptBuilder:
         made = [await loop.run_in_executor(pool, drafted.maker.make, upload) for upload in drafted.uploads]
         return await loop.run_in_executor(self.pool(caller), finish, drafted, made, model)
 
+    async def image_tokens(self, request: TokenizeRequest, model: Model, caller: Caller) -> list[int]:
+        """The number of tokens of each image. No more than their headers are read. Raises ServingError."""
+        fetched = await self._fetch(request)
+        maker = ImageMaker(model, self._settings, self._known, caller.name)
+        return await asyncio.get_running_loop().run_in_executor(
+            self.pool(caller), image_tokens, request, fetched, model, self._settings, maker
+        )
+
     def close(self) -> None:
         for pool in (self._preprocess_pool, self._image_pool, self._probe_pool, self._fetch_pool):
             pool.shutdown(wait=False, cancel_futures=True)
 
-    async def _fetch(self, chat: ChatRequest) -> dict[str, bytes]:
+    async def _fetch(self, chat: ChatRequest | TokenizeRequest) -> dict[str, bytes]:
         """The remote images of a request by URL, each fetched once."""
         first: dict[str, str] = {}
         for param, url in image_urls(chat, self._settings):
@@ -164,11 +171,11 @@ class PromptBuilder:
         return dict(zip(first, await asyncio.gather(*work), strict=True))
 
 
-def image_urls(chat: ChatRequest, settings: Settings) -> list[tuple[str, str]]:
+def image_urls(chat: ChatRequest | TokenizeRequest, settings: Settings) -> list[tuple[str, str]]:
     """Field and URL of each image, in order. Raises the 400 error if there are too many."""
     urls = [
         (f"messages[{m}].content[{p}].image_url.url", part.image_url.url)
-        for m, message in enumerate(chat.messages)
+        for m, message in enumerate(chat.messages or [])
         if isinstance(message.content, list)
         for p, part in enumerate(message.content)
         if isinstance(part, ImagePart)
@@ -204,6 +211,21 @@ def draft(
     referenced = {image for _, image in image_references(_last_question(chat.messages), len(uploads))}
     question_image = referenced.pop() if len(referenced) == 1 else None
     return Draft(tuple(ids), tuple(uploads), tokens, _opens_thinking(ids, model), question_image, maker)
+
+
+def image_tokens(
+    request: TokenizeRequest, fetched: Mapping[str, bytes], model: Model, settings: Settings, maker: ImageMaker
+) -> list[int]:
+    """The number of tokens of each image. Raises the 400 or 413 error."""
+    uploads = (maker.open(param, url, fetched) for param, url in image_urls(request, settings))
+    return [_tokens(upload, model) for upload in uploads]
+
+
+def with_image_tokens(ids: Sequence[int], tokens: Sequence[int], model: Model) -> list[int]:
+    """`ids` with the image token of each image repeated as often as the image has tokens."""
+    image_id = model.vocabulary.special[model.image_token]
+    remaining = iter(tokens)
+    return [i for token in ids for i in ([token] if token != image_id else [token] * next(remaining))]
 
 
 def _tokens(upload: Upload, model: Model) -> int:
@@ -346,16 +368,13 @@ class ImageMaker:
 
 
 def _file_bytes(source: str | bytes) -> int:
-    """Bytes of the file in a data: URL; a little more where it has line breaks."""
-    return len(source) if isinstance(source, bytes) else len(source.partition(",")[2].rstrip("=")) * 3 // 4
+    return len(source) if isinstance(source, bytes) else data_url_bytes(source)
 
 
-def finish(draft: Draft, made: Items[tuple[ImageInput, tuple[int, int]]], model: Model) -> Prompt:
+def finish(draft: Draft, made: Sequence[tuple[ImageInput, tuple[int, int]]], model: Model) -> Prompt:
     """Repeat the image token for each token of its image. `made`: the images with their sizes."""
     images, sizes = [image for image, _ in made], [size for _, size in made]
-    image_id = model.vocabulary.special[model.image_token]
-    remaining = iter(images)
-    expanded = [i for token in draft.ids for i in ([token] if token != image_id else [token] * next(remaining).tokens)]
+    expanded = with_image_tokens(draft.ids, [image.tokens for image in images], model)
     # Rotated upright, an image may have another number of tokens than expected.
     if len(expanded) >= model.context_tokens:
         raise _too_long(len(expanded), model, "The prompt has")

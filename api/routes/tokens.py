@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from fastapi import APIRouter
@@ -17,7 +17,7 @@ from api.http.connection import parse_body, read_body, while_connected
 from api.protocol.fields import IgnoredFields
 from api.protocol.schemas import ChatRequest, DetokenizeRequest, TokenizeRequest, parse_detokenize, parse_tokenize
 from api.requests.handler import loaded_model
-from api.requests.prompt import check_characters, rendered_ids
+from api.requests.prompt import check_characters, rendered_ids, with_image_tokens
 from api.routes.chat import ignored_fields, note_ignored
 from api.routes.openapi import DETOKENIZE, TOKENIZE
 from api.state import ServerState
@@ -39,7 +39,7 @@ async def detokenize(request: Request) -> JSONResponse:
 async def _answer(
     request: Request,
     parse: Callable[[bytes, IgnoredFields], TokenRequest],
-    compute: Callable[[TokenRequest, Model], dict[str, Any]],
+    compute: Callable[[TokenRequest, Model, Sequence[int]], dict[str, Any]],
 ) -> JSONResponse:
     """Admitted like a chat request, and computed in a preprocessing thread, since the text may be long."""
     server: ServerState = request.app.state.server
@@ -55,7 +55,10 @@ async def _answer(
         parsed = await parse_body(lambda data: parse(data, ignored), body, pool)
         if parsed.model is not None and parsed.model != model.id:
             raise unknown_model(parsed.model, model.id)
-        work = asyncio.get_running_loop().run_in_executor(pool, compute, parsed, model)
+        images: list[int] = []
+        if isinstance(parsed, TokenizeRequest):
+            images = await while_connected(request, server.prompts.image_tokens(parsed, model, caller))
+        work = asyncio.get_running_loop().run_in_executor(pool, compute, parsed, model, images)
         answer = await while_connected(request, work)
     finally:
         permit.release()
@@ -89,27 +92,28 @@ async def prompt_tokens(
     return JSONResponse({**fields, "input_tokens": draft.tokens}, headers=ignored.headers())
 
 
-def _tokenized(request: TokenizeRequest, model: Model) -> dict[str, Any]:
-    ids = _ids(request, model)
+def _tokenized(request: TokenizeRequest, model: Model, images: Sequence[int]) -> dict[str, Any]:
+    ids = _ids(request, model, images)
     body: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": model.context_tokens}
     if request.return_token_strs:
         body["token_strs"] = [model.vocabulary.token_bytes(token).decode(errors="replace") for token in ids]
     return body
 
 
-def _detokenized(request: DetokenizeRequest, model: Model) -> dict[str, Any]:
+def _detokenized(request: DetokenizeRequest, model: Model, _: Sequence[int]) -> dict[str, Any]:
     for index, token in enumerate(request.tokens):
         if token < 0 or token >= 2**31 or not model.vocabulary.has(token):
             raise invalid(f"`tokens[{index}]`: the model has no token {token}.", f"tokens[{index}]")
     return {"prompt": b"".join(map(model.vocabulary.token_bytes, request.tokens)).decode(errors="replace")}
 
 
-def _ids(request: TokenizeRequest, model: Model) -> list[int]:
-    """The ids of the text or conversation; special tokens in a text are plain text here too."""
+def _ids(request: TokenizeRequest, model: Model, images: Sequence[int]) -> list[int]:
+    """The ids of the text or conversation; special tokens in a text are plain text here too. `images`: tokens of each."""
     if request.prompt is not None:
         check_characters(request.prompt, "prompt", model)
         return model.vocabulary.encode(model.vocabulary.protect(request.prompt))
     assert request.messages is not None
     options = request.chat_template_kwargs
     enable_thinking = options is None or options.enable_thinking is not False
-    return rendered_ids(request.messages, request.tools or [], enable_thinking, model)
+    ids = rendered_ids(request.messages, request.tools or [], enable_thinking, model)
+    return with_image_tokens(ids, images, model)

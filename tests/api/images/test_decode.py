@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from api.errors import ServingError
-from api.images.decode import decode, open_image, read_data_url
+from api.images.decode import data_url_bytes, decode, open_image, read_data_url
 from settings import Settings
 
 SETTINGS = Settings(max_image_bytes=100_000, max_image_pixels=1_000_000)
@@ -109,6 +109,21 @@ def test_base64_may_be_written_as_programs_write_it(write) -> None:
 
 def test_bad_base64_is_refused() -> None:
     assert "not valid base64" in refusal("data:image/png;base64,???").message
+
+
+def test_text_after_the_padding_of_a_picture_is_refused() -> None:
+    assert "not valid base64" in refusal(f"{url(encoded(Image.new('RGB', (8, 8))))}==iVBORw0KGgo=").message
+
+
+def test_line_breaks_do_not_count_as_bytes_of_a_picture() -> None:
+    data, settings = bytes(4950), Settings(max_image_bytes=4950)
+    lines = base64.encodebytes(data).decode().replace("\n", "\r\n")
+
+    assert read_data_url(f"data:;base64,{lines}", "url", settings) == data
+    assert data_url_bytes(f"data:;base64,{lines}") == 4950
+    with pytest.raises(ServingError) as caught:
+        read_data_url(f"data:;base64,{lines}", "url", Settings(max_image_bytes=4949))
+    assert caught.value.status == 413 and caught.value.message.endswith("Given: 4950")
 
 
 def test_too_many_bytes_are_refused_with_the_numbers() -> None:

@@ -216,6 +216,10 @@ def test_a_redirect_is_followed_and_checked_again(fetcher, site: int, monkeypatc
     for target in (f"http://10.0.0.1:{site}/ok", f"http://[::1]:{site}/ok", "file:///etc/passwd", "http://127.0.0.1:22/",
                    "//169.254.169.254/latest"):  # fmt: skip
         refusal(fetcher(), f"http://127.0.0.1:{site}/to?{target}")
+    for target in ("data:image/png;base64,AAAA", "ftp://example.org/"):
+        message = refusal(fetcher(), f"http://127.0.0.1:{site}/to?{target}").message
+        assert "a link may redirect to http or https only" in message and target.partition(":")[0] in message
+    assert "not a valid URL" in refusal(fetcher(), f"http://127.0.0.1:{site}/to?http://[").message
     resolve(monkeypatch, ["127.0.0.1"], ["10.0.0.1"])  # the name resolves differently for the second request
     assert "not public" in refusal(fetcher(), f"http://moves.example:{site}/to?/ok").message
 

@@ -203,3 +203,47 @@ def test_the_tokens_of_a_request_are_counted_without_an_answer(serve) -> None:
 
     usage = served.client.post("/v1/responses", json=request).json()["usage"]
     assert count == {"object": "response.input_tokens", "input_tokens": usage["input_tokens"]}
+
+
+def test_null_and_notes_in_a_part_are_ignored(serve) -> None:
+    part = {**IMAGE, "file_id": None, "detail": "auto", "cache_control": {"type": "ephemeral"}}
+
+    answer = serve().client.post("/v1/responses", json={"input": [{"role": "user", "content": [part]}]})
+
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["input_tokens_details"]["image_tokens"] == 4
+    assert "input[].content[].cache_control" in answer.headers["x-glm-ignored"]
+    assert "detail" not in answer.headers["x-glm-ignored"]
+
+
+def test_detail_is_named(serve) -> None:
+    body = {"input": [{"role": "user", "content": [{**IMAGE, "detail": "high"}]}]}
+
+    assert serve().client.post("/v1/responses", json=body).headers["x-glm-ignored"] == "input[].content[].detail"
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "given"),
+    [
+        ({**IMAGE, "file_id": "f"}, "file_id", "not supported"),
+        ({**IMAGE, "detail": 7}, "detail", "Given: 7"),
+        ({**IMAGE, "detail": "banana"}, "detail", 'Given: "banana"'),
+        ({**IMAGE, "image_url": {"url": "x"}}, "image_url", 'Given: {"url": "x"}'),
+        ({**IMAGE, "image_url": "data:image/png;base64,AAAA"}, "image_url", "must be a picture"),
+        ({"type": "input_file", "file_id": "f"}, "type", 'Given: "input_file"'),
+        ({"type": "input_text", "text": 5}, "text", "Given: 5"),
+        ({"type": "input_text", "text": "a", "image_url": "b"}, "image_url", "does not belong"),
+    ],
+)
+@pytest.mark.parametrize("place", ["content", "output"])
+def test_a_mistake_in_a_part_is_refused_by_its_field(part: Any, field: str, given: str, place: str, serve) -> None:
+    call = {"type": "function_call", "call_id": "c", "name": "count", "arguments": "{}"}
+    result = {"type": "function_call_output", "call_id": "c", "output": [part]}
+    items = [{"role": "user", "content": "a"}, {"role": "user", "content": [part]}]
+
+    answer = serve().client.post("/v1/responses", json={"input": items if place == "content" else [call, result]})
+
+    error = answer.json()["error"]
+    name = f"input[1].{place}[0].{field}"
+    assert (answer.status_code, error["param"]) == (400, name), answer.text
+    assert f"`{name}`" in error["message"] and given in error["message"]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from PIL import Image
 from served import chat_body, image_part, sse_data
 
 from api.errors import ServingError
@@ -187,7 +190,7 @@ def test_what_is_left_out_in_translation_is_named() -> None:
         {"type": "image", "image_url": {"url": URL}},
         {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": BARE}},
         {"type": "image", "source": {"type": "url", "url": URL}},
-        {"type": "input_image", "image_url": URL, "detail": "low"},
+        {"type": "input_image", "image_url": URL, "detail": "auto"},
         {"type": "file", "file": {"filename": "a.png", "file_data": URL}},
     ],
 )
@@ -197,6 +200,57 @@ def test_every_form_of_an_image_is_the_same_image(part: dict[str, Any], serve) -
     assert answer.status_code == 200, answer.text
     assert answer.json()["usage"]["prompt_tokens_details"]["image_tokens"] == 4
     assert "ignored" not in answer.json()
+
+
+OTHER = f"data:image/png;base64,{'A' * 80}"
+
+
+@pytest.mark.parametrize(
+    ("part", "field"),
+    [
+        ({"type": "image", "image": URL, "url": OTHER}, "url"),
+        ({"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": BARE}, "base64": OTHER}, "source"),
+        ({"type": "image_url", "image_url": {"url": URL}, "data": OTHER}, "data"),
+        ({"type": "image", "source": {"type": "base64", "data": BARE, "url": OTHER}}, "source.data"),
+        ({"type": "image_url", "image_url": {"url": URL, "detail": "banana"}}, "image_url.detail"),
+        ({"type": "input_image", "image_url": URL, "detail": 7}, "detail"),
+    ],
+)
+def test_a_part_that_contradicts_itself_is_refused_by_name(part: dict[str, Any], field: str) -> None:
+    with pytest.raises(ServingError) as caught:
+        parse(messages=[{"role": "user", "content": ["look", part]}])
+
+    assert (caught.value.status, caught.value.param) == (400, f"messages[0].content[1].{field}")
+
+
+def test_two_words_for_the_same_picture_agree() -> None:
+    source = {"type": "base64", "media_type": "image/jpeg", "data": BARE}
+    chat, ignored = parse(messages=[{"role": "user", "content": [{"type": "image", "source": source, "base64": BARE}]}])
+
+    assert chat.messages[0].content[0].image_url.url.endswith(BARE) and not ignored
+
+
+def test_the_detail_of_a_picture_is_named_and_low_promises_nothing() -> None:
+    def asked(detail: str | None, strict: bool = False) -> list[str]:
+        data = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": URL, "detail": detail}}]}]}
+        parse_chat(json.dumps(data).encode(), ignored := IgnoredFields(strict))
+        return ignored.names
+
+    assert asked("auto") == []
+    assert asked("low") == asked("high", strict=True) == ["messages[].content[].image_url.detail"]
+    with pytest.raises(ServingError, match=r"image_url\.detail` is not supported"):
+        asked("low", strict=True)
+
+
+def test_bare_base64_may_have_the_alphabet_of_urls(serve) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (56, 56)).save(buffer, "JPEG")
+    bare = base64.urlsafe_b64encode(buffer.getvalue()).decode()
+    assert bare.startswith("_9j_")
+
+    answer = serve().chat([{"type": "image", "image": bare}])
+
+    assert answer.json()["usage"]["prompt_tokens_details"]["image_tokens"] == 4
 
 
 @pytest.mark.parametrize("kind", ["file", "video_url", "input_audio", "image"])

@@ -150,7 +150,7 @@ def test_notes_of_clients_are_named_and_not_refused(serve) -> None:
         (
             {"messages": [*ASK, {"role": "assistant", "content": "no"}, {"role": "user", "content": [
                 {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}}]}]},
-            "messages[2].content[0].image_url.url",
+            "messages[2].content[0].source.data",
         ),
     ],
 )  # fmt: skip
@@ -189,3 +189,24 @@ def test_an_answer_that_the_caller_has_begun_goes_on(serve) -> None:
     body = post(served, [*ASK, {"role": "assistant", "content": "The star is"}]).json()
 
     assert body["content"][0]["text"].endswith("The star is")
+
+
+def test_errors_of_pictures_name_what_was_sent(serve) -> None:
+    client, broken = serve(), image_block("data:image/png;base64,AAAA")
+    inner = {"type": "tool_result", "tool_use_id": "t1", "is_error": True, "content": [broken]}
+    whole = image_block(image_part()["image_url"]["url"])
+    link = {"type": "image", "source": {"type": "url", "url": "http://10.0.0.1/"}}
+    call = {"role": "assistant", "content": [{"type": "tool_use", "id": "t1", "name": "look", "input": {}}]}
+
+    def refused(*content: Any) -> str:
+        answer = post(client, [*ASK, call, {"role": "user", "content": list(content)}], tools=[TOOL])
+        error = answer.json()["error"]
+        assert answer.status_code == 400 and f"`{error['param']}`" in error["message"], answer.text
+        return error["param"]
+
+    assert refused(broken) == "messages[2].content[0].source.data"
+    assert refused({**inner, "content": "dark"}, whole, broken) == "messages[2].content[2].source.data"
+    assert refused(inner) == "messages[2].content[0].content[0].source.data"
+    assert refused(link) == "messages[2].content[0].source.url"
+    assert refused({**whole, "source": {**whole["source"], "url": "http://example.org/"}}) == "messages[2].content[0].source.url"
+    assert refused({**link, "source": {**link["source"], "data": "AAAA"}}) == "messages[2].content[0].source.data"

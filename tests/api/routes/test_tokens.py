@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from served import image_part, text_part
 
 
 def test_text_becomes_tokens_and_tokens_become_text(serve) -> None:
@@ -28,6 +29,30 @@ def test_a_conversation_is_counted_as_the_engine_counts_it(serve) -> None:
     ).json()["count"]
 
     assert counted == served.chat("hello").json()["usage"]["prompt_tokens"] and without == counted + 3
+
+
+def test_pictures_are_counted_as_the_engine_counts_them(serve) -> None:
+    served = serve()
+    content = [image_part(), text_part("and"), image_part("blue", size=(112, 56))]
+    messages = [{"role": "user", "content": content}]
+
+    answer = served.client.post("/tokenize", json={"messages": messages}).json()
+    counted = served.client.post("/v1/responses/input_tokens", json={"input": [
+        {"role": "user", "content": [{"type": "input_image", "image_url": part["image_url"]["url"]}
+                                     if part["type"] == "image_url" else part for part in content]}]}).json()  # fmt: skip
+
+    usage = served.chat(content).json()["usage"]
+    assert answer["count"] == len(answer["tokens"]) == usage["prompt_tokens"] == counted["input_tokens"]
+    image = served.model.vocabulary.special[served.model.image_token]
+    assert answer["tokens"].count(image) == usage["prompt_tokens_details"]["image_tokens"] == 12
+
+
+def test_a_broken_picture_is_not_counted(serve) -> None:
+    part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+
+    answer = serve().client.post("/tokenize", json={"messages": [{"role": "user", "content": [part]}]})
+
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "messages[0].content[0].image_url.url"
 
 
 @pytest.mark.parametrize(
