@@ -42,8 +42,10 @@ if words[0] == "stop" and alive():
     os.kill(pid, signal.SIGTERM)
     while alive():
         time.sleep(0.05)
+    os.remove(pids)
 if words[0] == "is-active":
-    state = "failed" if os.path.exists("{folder}/failed") else "active" if alive() else "inactive"
+    # A process that ended without being asked to is started again some seconds later.
+    state = "failed" if os.path.exists("{folder}/failed") else "active" if alive() else "activating" if pid else "inactive"
     print(state)
     sys.exit(state != "active")
 '''
