@@ -320,7 +320,7 @@ def test_the_documentation_lists_every_refusal_with_its_status_and_when_to_retry
     made = [
         *(errors.not_accepting(state, 0.5, None) for state in ("loading", "draining", "stalled", "dead")),
         *(errors.failed(kind, "") for kind in Failure),
-        errors.queue_full(1), errors.too_many_tokens(1, 1, 1), errors.too_many_image_bytes(1, 1, 1), errors.too_many_bytes(1),
+        errors.queue_full(1), errors.too_many_tokens(1, 1, 1), errors.too_many_image_bytes(1, 1), errors.too_many_bytes(1),
         errors.too_many_bytes_of_key(1), errors.too_many_in_a_minute(1, 59.5), errors.too_many_at_once(1),
     ]  # fmt: skip
     refusals = [error for error in made if error.status in (429, 503)]
