@@ -210,10 +210,13 @@ def _launch_unit(log_dir: Path, part: str, owner: str, cure: bool) -> int:
 def become(part: str) -> int:
     """The start command of a unit: leaves the pid file and the mark that `launch` leaves, and goes on as the server."""
     from deploy.identity import identity
-    from settings import SettingsError, load
+    from monitor import swap
+    from settings import ENV_FILE, SettingsError, load
 
     try:
         settings = load()
+        if swap.journal_of(ENV_FILE).exists():
+            raise SettingsError("A restore of a backup was cut off. To finish it: python health_check.py restore")
         log_dir, port = settings.log_dir.resolve(), {"api": settings.api_port, "web": settings.web_port}[part]
         path = log_dir / f"{part}.log"
         offset = path.stat().st_size if path.is_file() else 0

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from api import __version__
+from api.engine.stats import Stats
 from api.errors import invalid, not_accepting
 from api.health.baseline import read_baseline
 from api.health.heartbeat import READY
@@ -35,7 +36,7 @@ async def livez(request: Request) -> JSONResponse:
     state = server.heartbeat.state(stats)
     if state not in ("dead", "stalled"):
         return JSONResponse({"state": state})
-    return JSONResponse({"state": state}, 503, not_accepting(state, stats.progress, stats.reason).headers())
+    return JSONResponse({"state": state}, 503, _when_to_retry(state, stats))
 
 
 @router.get("/health", **HEALTH)
@@ -81,7 +82,7 @@ async def health(request: Request) -> JSONResponse:
         body["proof"] = sign(token.get_secret_value(), nonce, body)
     if state in READY:
         return JSONResponse(body)
-    return JSONResponse(body, 503, not_accepting(state, stats.progress, stats.reason).headers())
+    return JSONResponse(body, 503, _when_to_retry(state, stats))
 
 
 @router.get("/ping", **PING)
@@ -93,7 +94,12 @@ async def ping(request: Request) -> Response:
     state = server.heartbeat.state(stats)
     if state in READY:
         return Response()
-    return Response(status_code=503, headers=not_accepting(state, stats.progress, stats.reason).headers())
+    return Response(status_code=503, headers=_when_to_retry(state, stats))
+
+
+def _when_to_retry(state: str, stats: Stats) -> dict[str, str]:
+    """The headers that a refused question would get in this state."""
+    return not_accepting(state, stats.progress, stats.reason).headers()
 
 
 @router.get("/version", **VERSION)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from nvml_stand_in import NVML
 from PIL import Image
 from ports import free_port
 
@@ -31,21 +32,6 @@ DEPLOY = ROOT / "deploy"
 METRICS_KEY = "key-of-prometheus-only"
 WAIT_S = 300.0
 STALE_S = 20  # in place of 180: a run of the checker takes some seconds on a machine that is busy with other tests
-# A card of which every reading is known, in the place of NVML, since no machine of the tests has one.
-NVML = """
-class NVMLError(Exception): pass
-NVML_TEMPERATURE_GPU = 0
-class _Rates: gpu = 37
-class _Memory: used = 3 * 2**30; total = 24 * 2**30
-def nvmlInit(): pass
-def nvmlDeviceGetCount(): return 1
-def nvmlDeviceGetHandleByIndex(index): return index
-def nvmlDeviceGetName(handle): return b"NVIDIA Test"
-def nvmlDeviceGetUtilizationRates(handle): return _Rates
-def nvmlDeviceGetMemoryInfo(handle): return _Memory
-def nvmlDeviceGetTemperature(handle, sensor): return 55
-def nvmlDeviceGetPowerUsage(handle): return 150000
-"""
 SETTINGS = {
     "GLM_METRICS_KEY": METRICS_KEY, "GLM_SLOTS": "2", "GLM_QUEUE_SIZE": "2", "GLM_TEST_FAULTS": "true", "GLM_DEVICE": "cpu",
 }  # fmt: skip

@@ -129,6 +129,14 @@ def test_a_user_who_may_not_ask_waits_for_systemd_to_start_it_again(project: Pro
     assert project.pid("api") != pid
 
 
+def test_a_unit_does_not_start_in_the_middle_of_a_restore(project: Project) -> None:
+    (project.root / ".env.restoring").write_text("{}")
+
+    done = project.run(f"{sys.executable} -m deploy.service become api")
+
+    assert done.returncode == 2 and "python health_check.py restore" in done.stderr
+
+
 def test_an_invalid_setting_ends_the_unit_with_the_code_that_systemd_does_not_restart(project: Project) -> None:
     done = project.run(f"{sys.executable} -m deploy.service become api", GLM_API_PORT="none")
 

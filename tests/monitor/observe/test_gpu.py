@@ -8,26 +8,17 @@ import time
 from pathlib import Path
 
 import pytest
+from nvml_stand_in import NVML
 
 from monitor.observe import gpu, gpu_child, processes
 from monitor.tell import report
 
-NVML = """
-import os, time
-class NVMLError(Exception): pass
-NVML_TEMPERATURE_GPU = 0
-class _Rates: gpu = 37
-class _Memory: used = 3 * 2**30; total = 24 * 2**30
-def nvmlInit(): pass
+# A second card does not tell its load.
+TWO_CARDS = f"""{NVML}
 def nvmlDeviceGetCount(): return 2
-def nvmlDeviceGetHandleByIndex(index): return index
-def nvmlDeviceGetName(handle): return b"NVIDIA Test"
 def nvmlDeviceGetUtilizationRates(handle):
     if handle == 1: raise NVMLError("Not Supported")
     return _Rates
-def nvmlDeviceGetMemoryInfo(handle): return _Memory
-def nvmlDeviceGetTemperature(handle, sensor): return 55
-def nvmlDeviceGetPowerUsage(handle): return 150000
 """
 FAILING_NVML = "class NVMLError(Exception): pass\ndef nvmlInit(): raise NVMLError('Driver Not Loaded')\n"
 SMI_LINE = "0, GPU-1, [N/A], 24576, 3000, 21576, 550.1, NVIDIA Test, 123, Disabled, Disabled, 55"
@@ -50,7 +41,7 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_cards_are_read_and_a_missing_reading_is_null_with_a_reason(driver):
-    driver(nvml=NVML)
+    driver(nvml=TWO_CARDS)
 
     reading = gpu.read()
 
