@@ -314,7 +314,7 @@ def masked(value: Any, name: str = "") -> Any:
         return "#"
     if isinstance(value, str):
         return re.sub(r"\d+\.\d+ s$", "# s", value) if name == "reference_detail" else IDS.sub("#", value)
-    if name in VARYING_NUMBERS and value:
+    if name in VARYING_NUMBERS and value is not None:
         return "#"
     return value
 
