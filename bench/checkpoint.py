@@ -25,7 +25,9 @@ WORD = re.compile("Ġ[a-z]{2,}")
 TEMPLATE = """[gMASK]<sop>
 {%- for message in messages -%}
     {{- '<|' + message.role + '|>' -}}
-    {%- if message.role == 'assistant' -%}{{ ' ' + message.content.strip() }}
+    {%- if message.role == 'assistant' -%}
+        {%- set text = message.content if message.content is string else message.content | map(attribute='text') | join -%}
+        {{ ' ' + text.strip() }}
     {%- elif message.content is string -%}{{ message.content }}
     {%- else -%}
         {%- for part in message.content -%}
