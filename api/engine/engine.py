@@ -270,6 +270,9 @@ class Engine:
         capacity = model.capacity
         self._image_token_id = model.vocabulary.special[model.image_token]
         self._budget = TokenBudget(capacity.chunk_tokens, model.runner.free_rows)
+        if model.runner.overlaps:
+            for cost in cast(OverlappingRunner, model.runner).costs:
+                self._budget.record_batch(*cost)
         self._scheduler = Scheduler(
             self._queue_size or queue_for(capacity.slots),
             capacity.slots,

@@ -5,7 +5,7 @@ on the device as the host samples them. Writes to the KV cache, which must be em
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +23,7 @@ KINDS: tuple[dict[str, Any], ...] = (
     {},
     {"temperature": 0.8, "top_k": 2, "top_p": 0.6, "seed": 1},
     {"temperature": 1.1, "top_k": 50, "min_p": 0.02, "seed": 2},
+    {"repetition_penalty": 1.1, "presence_penalty": 0.5, "frequency_penalty": 0.2},
 )
 
 
@@ -48,6 +49,8 @@ class StepProof:
     difference: float = 0.0  # the largest
     recorded: str | None = None
     sampled: str | None = None
+    # What each recorded step took: sequences that decode, tokens of prompts, seconds.
+    costs: list[tuple[int, int, float]] = field(default_factory=list)
 
 
 def prove_steps(runner: Steps, sequences: int, pages: int, page_tokens: int, vocabulary: int) -> StepProof:
@@ -63,6 +66,7 @@ def prove_steps(runner: Steps, sequences: int, pages: int, page_tokens: int, voc
     for size, batch in _batches(runner, decoding, free, page_tokens, vocabulary):
         flight = runner.launch(batch)
         tokens = [sampled.token for sampled in runner.collect(flight)]
+        proof.costs.append((len(batch.decode), batch.chunk_tokens, flight.seconds))
         found = flight.logits[flight.rows].clone()
         other = _without_graphs(runner, batch)
         runner.collect(other)

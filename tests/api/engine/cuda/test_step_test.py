@@ -34,6 +34,8 @@ def test_every_recorded_size_is_compared(fresh: CudaRunner) -> None:
     assert sizes == 16
     assert fresh.proofs["recorded steps"].startswith(f"used: {sizes} sizes compared")
     assert fresh.proofs["sampling"].startswith("used:")
+    assert len(fresh.costs) == sizes and all(seconds > 0 for _, _, seconds in fresh.costs)
+    assert {tokens for _, tokens, _ in fresh.costs} == {0, 16, 32, 64, 128, 256, 512}
 
 
 @pytest.mark.parametrize("kind", ["decode", "prompt", "mixed"])
