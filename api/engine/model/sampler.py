@@ -55,10 +55,11 @@ class Sampler:
         Rows that are `penalised` already are not penalised again. A row with a logit that is not finite is marked, at the
         cost of one sum: the mark travels with the tokens, so that nothing waits for it.
         """
-        rows = [row for row, s in enumerate(sequences) if has_penalty(s.request.sampling)]
-        if rows:
-            self.count([sequences[row] for row in rows])
-        scores = self._process_logits(logits, sequences, [row for row in rows if not (penalised and penalised[row])])
+        penalties = [row for row, s in enumerate(sequences) if has_penalty(s.request.sampling)]
+        if penalties:
+            self.count([sequences[row] for row in penalties])
+        left = [row for row in penalties if not (penalised and penalised[row])]
+        scores = self._process_logits(logits, sequences, left)
         sampled = scores.argmax(-1)
         random = [row for row, s in enumerate(sequences) if s.request.sampling.temperature > 0]
         if random:
