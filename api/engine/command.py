@@ -35,21 +35,13 @@ class Commands:
 
     def __init__(self, wake: threading.Condition) -> None:
         self._wake = wake
-        self._waiting: list[Command] = []
-
-    def __bool__(self) -> bool:
-        return bool(self._waiting)
-
-    @property
-    def waiting(self) -> tuple[Command, ...]:
-        """In the order in which they were given."""
-        return tuple(self._waiting)
+        self.waiting: tuple[Command, ...] = ()  # in the order in which they were given; replaced as a whole
 
     def give(self, action: Action, timeout_s: float) -> float:
         """Wait until `action` is done; returns the seconds that it took. Raises CommandFailed."""
         command = Command(action, time.monotonic() + min(RELOAD_GRACE_S, timeout_s / 2))
         with self._wake:
-            self._waiting.append(command)
+            self.waiting = (*self.waiting, command)
             self._wake.notify_all()
         if not command.done.wait(timeout_s):
             self.take(command)
@@ -61,14 +53,13 @@ class Commands:
     def take(self, command: Command) -> bool:
         """Whether it still waited. It is the caller's then."""
         with self._wake:
-            if command not in self._waiting:
-                return False
-            self._waiting.remove(command)
-            return True
+            left = tuple(other for other in self.waiting if other is not command)
+            waited, self.waiting = len(left) < len(self.waiting), left
+        return waited
 
     def refuse(self, reason: str) -> None:
         """End the waiting of all."""
         with self._wake:
-            commands, self._waiting = self._waiting, []
+            commands, self.waiting = self.waiting, ()
         for command in commands:
             command.finish(0.0, reason)

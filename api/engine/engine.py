@@ -312,11 +312,11 @@ class Engine:
             self._guard.postpone()
 
     def _has_something_to_do(self) -> bool:
-        return self._scheduler.has_work or self._stopping or bool(self._commands)
+        return self._scheduler.has_work or self._stopping or bool(self._commands.waiting)
 
     def _obey(self) -> None:
         """Carry out the commands whose time has come."""
-        if self._commands:
+        if self._commands.waiting:
             self._drop_ahead()
         for command in self._commands.waiting:
             if command.action == "reload-weights" and not self._is_clear(command):
@@ -462,7 +462,7 @@ class Engine:
         """With nothing else to do, instead of asking for them again and again."""
         self._enter("vision", self._budget.encode_deadline_s())  # each time anew: threads that are slow do not make it stuck
         with self._wake:
-            if self._scheduler.reading and not (self._stopping or self._commands):
+            if self._scheduler.reading and not (self._stopping or self._commands.waiting):
                 self._wake.wait(PATCHES_WAIT_S)
 
     def _next_encode_task(self) -> EncodeTask | None:
@@ -577,7 +577,7 @@ class Engine:
         runner, scheduler = cast(OverlappingRunner, self._model.runner), self._scheduler
         with self._wake:
             others = scheduler.running > len(decoding) or (self._may_admit and scheduler.has_slot)
-            if others or self._commands or self._stopping:
+            if others or self._commands.waiting or self._stopping:
                 return
             going = tuple(s for s in decoding if s.output.remaining > 1)  # one token is on its way
             if not going or not scheduler.make_room_ahead(going):
