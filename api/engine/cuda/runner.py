@@ -313,6 +313,9 @@ class CudaRunner(Glm4vRunner):
     def sample_on_host(self, logits: torch.Tensor, sequences: tuple[Sequence, ...]) -> list[SampledToken]:
         return self._sampler.sample(logits, sequences, [self._needs_no_host(sequence) for sequence in sequences])
 
+    def has_counted(self, sequence: Sequence) -> bool:
+        return not has_penalty(sequence.request.sampling) or self._sampler.has_counted(sequence)
+
     def _measure_vision(self) -> None:
         """Encode images without content, a small and a larger one, until the pace is known."""
         tower = self._vision_encoder

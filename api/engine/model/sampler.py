@@ -237,6 +237,14 @@ class Sampler:
         self.seen.view(-1).index_copy_(0, at, torch.ones_like(at, dtype=torch.bool))
         counts.index_copy_(0, at, counts.index_select(0, at) + 1)
 
+    def has_counted(self, sequence: Sequence) -> bool:
+        """Whether exactly the tokens of a sequence with penalties are counted. Waits for the device."""
+        seen, counts = torch.zeros_like(self.seen[0]), torch.zeros_like(self.counts[0])
+        seen.index_fill_(0, self._tensor(sequence.token_ids), True)
+        output = self._tensor(sequence.output_ids)
+        counts.index_add_(0, output, torch.ones(len(output), dtype=counts.dtype, device=self._device))
+        return torch.equal(self.seen[sequence.slot], seen) and torch.equal(self.counts[sequence.slot], counts)
+
     def _count_again(self, sequence: Sequence, outputs: int) -> None:
         """Start from the prompt and so many tokens of the output."""
         slot, output = sequence.slot, sequence.output_ids[:outputs]

@@ -59,6 +59,26 @@ def test_a_wrong_recorded_step_switches_them_off(
     assert Steps(replayed).run(request) == Steps(plain).run(request)
 
 
+@pytest.mark.parametrize("kind", ["decode", "mixed"])
+def test_a_recorded_step_that_miscounts_switches_them_off(
+    kind: str, fresh: CudaRunner, plain: Model, replayed: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = type(fresh.graphs).replay
+
+    def wrong(graphs, size) -> None:
+        right(graphs, size)
+        if size.kind == kind:
+            fresh._sampler.counts.add_(1)
+
+    monkeypatch.setattr(type(fresh.graphs), "replay", wrong)
+    fresh.warm_up()
+
+    assert fresh.graphs.off == fresh.proofs["recorded steps"].removeprefix("off: ")
+    assert f"({kind} " in fresh.graphs.off and fresh.graphs.off.endswith("counts tokens wrongly")
+    request = request_for(plain, *QUESTION, max_tokens=12, frequency_penalty=0.5)
+    assert Steps(replayed).run(request) == Steps(plain).run(request)
+
+
 def test_a_wrong_sampler_leaves_the_choice_to_the_host(
     fresh: CudaRunner, plain: Model, replayed: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
