@@ -29,7 +29,7 @@ from api.http.logging import RequestMiddleware
 from api.http.outcome import OutcomeMiddleware
 from api.images.fetch import Fetcher
 from api.requests.admission import Admission
-from api.requests.handler import RequestHandlers
+from api.requests.handler import Post, RequestHandlers
 from api.requests.prompt import PromptBuilder
 from api.requests.sampling_params import Grammars
 from api.routes import chat, completions, control, messages, models, ops, responses, tokens
@@ -50,7 +50,7 @@ def create_app(settings: Settings, engine: Engine, watchdog: Watchdog | None = N
         engine, settings.log_dir, settings.stall_s, settings.check_silent_s, outcomes, card_events, watchdog
     )
     prompts, grammars = PromptBuilder(settings, Fetcher.of(settings)), Grammars()
-    handlers = RequestHandlers(settings, engine, metrics, prompts, grammars)
+    handlers = RequestHandlers(settings, engine, metrics, prompts, grammars, Post(metrics))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -107,6 +107,7 @@ class QueuedRunner(FixedRunner):
 
     def __init__(self, tokens: list[int], step_s: float) -> None:
         super().__init__(tokens, step_s)
+        self.costs: list[tuple[int, int, float]] = []
         self._free_at = 0.0
 
     def launch(self, batch: Batch) -> _Flight:

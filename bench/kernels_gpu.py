@@ -23,11 +23,12 @@ if DRY:
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-from api.engine.cuda import attention, nf4, quantization, rotation, rows  # noqa: E402
+from api.engine.cuda import attention, nf4, penalties, quantization, rotation, rows  # noqa: E402
 from api.engine.cuda.operations import CudaOperations  # noqa: E402
 from api.engine.model.operations import AttentionMetadata, TorchOperations, _rotate_exact  # noqa: E402
 from api.engine.model.quantized_linear import bitsandbytes_ops  # noqa: E402
 from api.engine.model.rotary import rotate  # noqa: E402
+from api.engine.model.sampler import penalise_counts, penalise_seen  # noqa: E402
 
 DEVICE = "cpu" if DRY else "cuda"
 DTYPE = torch.float16 if DRY else torch.bfloat16  # the interpreter cannot multiply bfloat16
@@ -46,6 +47,7 @@ MATRICES = (
         "head": (151552, 4096),
     }
 )
+LIBRARY_PAGE = 32 if DRY else 256  # tokens of a page, for torch's own attention
 EDGES = [1, 15, 16, 17, 255, 256, 257]
 COLD_BYTES = 200 * 2**20  # more than an L2 cache holds
 failures: list[str] = []
@@ -128,11 +130,11 @@ def poisoned(*shape: int) -> torch.Tensor:
 class Cache:
     """A KV cache that holds sequences of given lengths in random pages; everything else in it is NaN."""
 
-    def __init__(self, lengths: list[int], width: int | None = None) -> None:
-        pages = [-(-length // PAGE) for length in lengths]
+    def __init__(self, lengths: list[int], width: int | None = None, page: int = PAGE) -> None:
+        pages = [-(-length // page) for length in lengths]
         width = width or max(pages)
         order = torch.randperm(sum(pages) + 1, device=DEVICE)
-        self.kv = poisoned((sum(pages) + 1) * PAGE, 2 * KV_HEADS, HEAD_DIM)
+        self.kv = poisoned((sum(pages) + 1) * page, 2 * KV_HEADS, HEAD_DIM)
         self.tables = torch.full((len(lengths), width), 2**30, dtype=torch.int32, device=DEVICE)
         self.rows = []
         at = 0
@@ -140,7 +142,7 @@ class Cache:
             self.tables[number, :count] = order[at : at + count]
             at += count
             tokens = torch.arange(length, device=DEVICE)
-            self.rows.append(self.tables[number].long()[tokens // PAGE] * PAGE + tokens % PAGE)
+            self.rows.append(self.tables[number].long()[tokens // page] * page + tokens % page)
             self.kv[self.rows[-1]] = randn(length, 2 * KV_HEADS, HEAD_DIM)
         self.lengths = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
 
@@ -273,6 +275,79 @@ def prefill_speed() -> None:
             say(f"{line}; gathered, SDPA: {error}")
 
 
+def library() -> None:
+    """Torch's own attention over a block table, which wants pages of 256 tokens, beside the kernels of this project."""
+    try:
+        from torch.nn.attention import varlen
+    except ImportError:
+        say("this torch has none")
+        return
+    page, longest, splits = LIBRARY_PAGE, 40 if DRY else 8192, 16
+    attend = _library_stand_in if DRY else varlen.varlen_attn
+    decode, prefill = plans()
+
+    def arguments(cache: Cache, counts: list[int], causal: bool) -> tuple[list[Any], dict[str, Any]]:
+        k, v = cache.kv.view(-1, page, 2 * KV_HEADS, HEAD_DIM).split(KV_HEADS, dim=2)
+        starts, ends = (torch.tensor([0, *each], device=DEVICE).cumsum(0).int() for each in (counts, cache.lengths.tolist()))
+        options = {
+            "window_size": (-1, 0 if causal else -1), "enable_gqa": True, "seqused_k": cache.lengths,
+            "block_table": cache.tables, "num_splits": splits,
+        }  # fmt: skip
+        return [k, v, starts, ends, max(counts), longest], options
+
+    lengths = [1, 15, 17, 40] if DRY else [1, 255, 256, 257, 1000, 4100, 8192]
+    cache = Cache(lengths, page=page)
+    cache.kv.nan_to_num_()  # the library multiplies what it masks
+    cache.tables.masked_fill_(cache.tables == 2**30, 0)  # entries after the last page are of earlier sequences
+    q = randn(len(lengths), HEADS, HEAD_DIM)
+    given, options = arguments(cache, [1] * len(lengths), causal=False)
+    exact = torch.cat([cache.exact(number, q[number : number + 1]) for number in range(len(lengths))])
+    report("library, decoding", attend(q, *given, **options), exact)
+    if not DRY:
+        out = poisoned(len(lengths), HEADS, HEAD_DIM)
+        varlen.varlen_attn_out(out, q, *given, **options)
+        say(f"its result {'is' if torch.equal(out, attend(q, *given, **options)) else 'IS NOT'} in the tensor that it is given")
+    for number, length in [(2, 40)] if DRY else [(1, 256), (1, 1024), (1, 8192), (16, 1024), (64, 1024)]:
+        cache, q = Cache([length] * number, page=page), randn(number, HEADS, HEAD_DIM)
+        cache.kv.nan_to_num_()
+        out, scratch = poisoned(number, HEADS, HEAD_DIM), attention.decode_scratch(number, HEADS, HEAD_DIM, DEVICE, decode)
+        given, options = arguments(cache, [1] * number, causal=False)
+        theirs = timed(lambda q=q, g=given, o=options: attend(q, *g, **o))
+        ours = timed(
+            lambda q=q, c=cache, o=out, s=scratch: attention.paged_decode(q, c.kv, c.tables, c.lengths, page, o, s, decode)
+        )
+        say(f"decode, {number} rows of {length}: library {theirs:.1f} us, kernel {ours:.1f} us")
+    for count, first in [(17, 5)] if DRY else [(64, 0), (512, 0), (512, 2048), (16, 4096)]:
+        cache, q = Cache([first + count], page=page), randn(count, HEADS, HEAD_DIM)
+        cache.kv.nan_to_num_()
+        out = poisoned(count, HEADS, HEAD_DIM)
+        given, options = arguments(cache, [count], causal=True)
+        report(f"library, {count} after {first}", attend(q, *given, **options), cache.exact(0, q))
+        theirs = timed(lambda q=q, g=given, o=options: attend(q, *g, **o))
+        ours = timed(
+            lambda q=q, c=cache, n=count, f=first, o=out: attention.paged_prefill(
+                q, c.kv, c.tables, n, page, f, out=o, plan=prefill
+            )
+        )
+        say(f"prefill, {count} after {first}: library {theirs:.1f} us, kernel {ours:.1f} us")
+
+
+def _library_stand_in(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor, *_: Any,
+    window_size: tuple[int, int], seqused_k: torch.Tensor, block_table: torch.Tensor, **__: Any,
+) -> torch.Tensor:  # fmt: skip
+    """What the documentation of torch's attention says, for a run without a card."""
+    outs = []
+    for number, length in enumerate(seqused_k.tolist()):
+        keys, values = (part[block_table[number].long()].flatten(0, 1)[:length].transpose(0, 1) for part in (k, v))
+        part = q[starts[number] : starts[number + 1]].transpose(0, 1)
+        later = torch.ones(part.shape[1], length, dtype=torch.bool).triu(length - part.shape[1] + 1)
+        keys, values = (each.repeat_interleave(HEADS // KV_HEADS, 0) for each in (keys, values))
+        mask = torch.zeros(later.shape, dtype=q.dtype).masked_fill(later & (window_size[1] == 0), -torch.inf)
+        outs.append(F.scaled_dot_product_attention(part, keys, values, attn_mask=mask).transpose(0, 1))
+    return torch.cat(outs)
+
+
 def rotate_and_store() -> None:
     for number in (3,) if DRY else (1, 64, 512):
         qkv, kv = randn(number, TOTAL, HEAD_DIM), randn(2 * number + 9, 2 * KV_HEADS, HEAD_DIM)
@@ -298,6 +373,23 @@ def rotate_and_store() -> None:
     wanted = torch.stack([*(_rotate_exact(t, cos[:, None], sin[:, None]) for t in (q, k)), v], 1).flatten(1)
     report(f"rotate_image, {number} patches", rotation.rotate_image(qkv.clone(), cos, sin, VISION_HEADS), wanted)
     say(f"rotate_image, {number} patches: {timed(lambda: rotation.rotate_image(qkv, cos, sin, VISION_HEADS)):.1f} us")
+
+
+def penalties_of_texts() -> None:
+    size = 9000 if DRY else 151_552
+    for number in (2,) if DRY else (1, 64):
+        seen = torch.rand(number, size, device=DEVICE) < 0.01
+        counts = torch.randint(0, 4, (number, size), dtype=torch.int16, device=DEVICE) * seen
+        slots = torch.arange(number, dtype=torch.int32, device=DEVICE)
+        logits = torch.randn(number, size, device=DEVICE)
+        on, off = (torch.full((3, number), value, device=DEVICE) for value in (1.1, 0.0))
+        off[0] = 1
+        wanted = penalise_counts(penalise_seen(logits, seen, on[0][:, None]), counts, on[1][:, None], on[2][:, None])
+        found = logits.clone()
+        penalties.penalise(found, seen, counts, slots, *on)
+        report(f"penalties, {number} rows", found, wanted)
+        times = [timed(lambda a=found, t=(seen, counts, slots), p=each: penalties.penalise(a, *t, *p)) for each in (on, off)]
+        say("penalties, {} rows: {:.1f} us; without any {:.1f} us".format(number, *times))
 
 
 def norms_and_activation() -> None:
@@ -463,11 +555,13 @@ SECTIONS = {
     "prefill": prefill,
     "rotation": rotate_and_store,
     "rows": norms_and_activation,
+    "penalties": penalties_of_texts,
     "float8": float8,
     "nf4": four_bits,
     "images": images,
     "decode-speed": decode_speed,
     "prefill-speed": prefill_speed,
+    "library": library,
     "sweep": sweep,
 }
 

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, cast
 
-from api.engine.command import Action, Command, CommandFailed
+from api.engine.command import Action, Command, Commands
 from api.engine.encoder_cache import EncoderCache
 from api.engine.guard import Guard
 from api.engine.kv_cache import BlockTable, KvCache
 from api.engine.loaded_model import Flight, LoadError, Model, OverlappingRunner, SampledToken
 from api.engine.pace import PaceCounters
-from api.engine.request import Delta, Done, Event, Failed, Failure, FinishReason, ImageInput, Request
+from api.engine.request import Done, Event, Failed, Failure, ImageInput, Request
 from api.engine.scheduler import Batch, EncodeTask, Scheduler, queue_for
 from api.engine.sequence import Sequence, make_sequence
 from api.engine.stats import Download, Phase, State, Stats
@@ -34,7 +34,6 @@ WARM_UP_DEADLINE_S = 600.0
 CHECK_EVERY_S = 10.0  # integrity check while idle
 FINGERPRINT_DEADLINE_S = 120.0
 PATCHES_WAIT_S = 0.1  # in a step with nothing else to do, so that deadlines are noticed
-RELOAD_GRACE_S = 20.0  # for running requests to finish before the weights are loaded again
 
 
 class NotAccepting(Exception):
@@ -92,7 +91,7 @@ class Engine:
         self._guard = Guard()
         self._ahead: _Ahead | None = None  # the next step, if the device computes it already
         self._may_admit = False  # whether something has changed since nobody else could be admitted
-        self._commands: list[Command] = []  # guarded by _wake
+        self._commands = Commands(self._wake)
         self._unreadable: list[tuple[ImageInput, Exception]] = []  # whose patches could not be made again; guarded by _wake
 
     # Called from any thread.
@@ -171,18 +170,7 @@ class Engine:
         Raises NotAccepting, or CommandFailed if it cannot be done or is not done within `timeout_s`.
         """
         self.check_accepting()
-        command = Command(action, time.monotonic() + min(RELOAD_GRACE_S, timeout_s / 2))
-        with self._wake:
-            self._commands.append(command)
-            self._wake.notify_all()
-        if not command.done.wait(timeout_s):
-            with self._wake:
-                if command in self._commands:
-                    self._commands.remove(command)
-            raise CommandFailed(f"{action} was not done within {timeout_s:g} s")
-        if command.error is not None:
-            raise CommandFailed(command.error)
-        return command.seconds
+        return self._commands.give(action, timeout_s)
 
     def drain(self, deadline_s: float) -> bool:
         """Accept no more requests and wait for the rest; those that miss the deadline fail. True if all finished."""
@@ -255,7 +243,7 @@ class Engine:
             while self._wait_for_work():
                 self._obey()
                 self._step()
-            self._refuse_commands("the server is shutting down")
+            self._commands.refuse("the server is shutting down")
             self._drop_ahead()
             if self._model is not None:
                 self._model.runner.close()
@@ -270,6 +258,9 @@ class Engine:
         capacity = model.capacity
         self._image_token_id = model.vocabulary.special[model.image_token]
         self._budget = TokenBudget(capacity.chunk_tokens, model.runner.free_rows)
+        if model.runner.overlaps:
+            for cost in cast(OverlappingRunner, model.runner).costs:
+                self._budget.record_batch(*cost)
         self._scheduler = Scheduler(
             self._queue_size or queue_for(capacity.slots),
             capacity.slots,
@@ -321,29 +312,21 @@ class Engine:
             self._guard.postpone()
 
     def _has_something_to_do(self) -> bool:
-        return self._scheduler.has_work or self._stopping or bool(self._commands)
+        return self._scheduler.has_work or self._stopping or bool(self._commands.waiting)
 
     def _obey(self) -> None:
         """Carry out the commands whose time has come."""
-        if self._commands:
+        if self._commands.waiting:
             self._drop_ahead()
-        for command in tuple(self._commands):
+        for command in self._commands.waiting:
             if command.action == "reload-weights" and not self._is_clear(command):
                 continue
-            with self._wake:
-                if command not in self._commands:  # whoever gave it no longer waits
-                    continue
-                self._commands.remove(command)
+            if not self._commands.take(command):  # whoever gave it no longer waits
+                continue
             began = time.monotonic()
             error = self._carry_out(command.action)
             command.finish(time.monotonic() - began, error)
             logger.info("event=command action=%s error=%s", command.action, json.dumps(error))
-
-    def _refuse_commands(self, reason: str) -> None:
-        with self._wake:
-            commands, self._commands = self._commands, []
-        for command in commands:
-            command.finish(0.0, reason)
 
     def _is_clear(self, command: Command) -> bool:
         """Whether no request runs, so that weights may change. Those that run past the command's deadline fail."""
@@ -425,7 +408,7 @@ class Engine:
             self.after_delivery()
 
     def _admit(self) -> None:
-        if any(command.action == "reload-weights" for command in tuple(self._commands)):
+        if any(command.action == "reload-weights" for command in self._commands.waiting):
             return  # those that wait are computed with the new weights
         with self._wake:
             self._may_admit = False
@@ -479,7 +462,7 @@ class Engine:
         """With nothing else to do, instead of asking for them again and again."""
         self._enter("vision", self._budget.encode_deadline_s())  # each time anew: threads that are slow do not make it stuck
         with self._wake:
-            if self._scheduler.reading and not (self._stopping or self._commands):
+            if self._scheduler.reading and not (self._stopping or self._commands.waiting):
                 self._wake.wait(PATCHES_WAIT_S)
 
     def _next_encode_task(self) -> EncodeTask | None:
@@ -594,7 +577,7 @@ class Engine:
         runner, scheduler = cast(OverlappingRunner, self._model.runner), self._scheduler
         with self._wake:
             others = scheduler.running > len(decoding) or (self._may_admit and scheduler.has_slot)
-            if others or self._commands or self._stopping:
+            if others or self._commands.waiting or self._stopping:
                 return
             going = tuple(s for s in decoding if s.output.remaining > 1)  # one token is on its way
             if not going or not scheduler.make_room_ahead(going):
@@ -644,36 +627,14 @@ class Engine:
             return
         sequence.first_token_at = sequence.first_token_at or time.monotonic()
         try:
-            text, reason = self._feed(sequence, sampled)
+            text, reason = sequence.take(sampled.token, sampled.logprob)
         except Exception as error:  # a grammar is third-party code
             self._give_up((sequence,), "answer", error)
             return
         if text or reason:
-            sequence.deliver(Delta(text, sequence.undelivered_tokens, tuple(sequence.undelivered_logprobs)))
-            sequence.undelivered_tokens = 0
-            sequence.undelivered_logprobs.clear()
+            sequence.deliver(sequence.delta(text))
         if reason:
             self._close(sequence, sequence.done(reason))
-
-    def _feed(self, sequence: Sequence, sampled: SampledToken) -> tuple[str, FinishReason | None]:
-        """Append a token, and those that a grammar leaves no choice about: they are computed in one chunk. Returns their
-        text, and the reason if one of them was the last."""
-        output = sequence.output
-        text, reason = output.feed(sampled.token)
-        sequence.append(sampled.token)
-        sequence.undelivered_tokens += 1
-        if sampled.logprob is not None:
-            sequence.undelivered_logprobs.append(sampled.logprob)
-        if reason:
-            return text, reason
-        for token in output.forced_by_grammar():
-            more, reason = output.feed(token)
-            sequence.append(token)
-            sequence.undelivered_tokens += 1
-            text += more
-            if reason:
-                break
-        return text, reason
 
     def _give_up(self, sequences: tuple[Sequence, ...], work: str, error: Exception) -> None:
         """Fail the requests that cannot be computed. Raises the error again if the device is lost."""
@@ -720,7 +681,7 @@ class Engine:
             self._reason = reason
             self._enter("dead")
             left = self._scheduler.sequences()
-        self._refuse_commands(reason)
+        self._commands.refuse(reason)
         for sequence in left:
             self._close(sequence, Failed(Failure.DEAD, "The model has failed and must be restarted."))
         self.after_delivery()

@@ -76,6 +76,9 @@ class Flight(Protocol):
 class OverlappingRunner(Runner, Protocol):
     """A runner of a device that computes while the host does something else. Steps are computed in the order of launching."""
 
+    # Of steps that `warm_up` has computed: sequences that decode, tokens of prompts, seconds.
+    costs: list[tuple[int, int, float]]
+
     def launch(self, batch: Batch) -> Flight:
         """Queue what `compute` does, and return at once."""
 

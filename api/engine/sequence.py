@@ -13,7 +13,7 @@ from typing import Any
 
 from api.engine.encoder_cache import ImageKey
 from api.engine.kv_cache import BlockTable, Key
-from api.engine.request import Done, Event, FinishReason, ImageInput, Request, TokenLogprob
+from api.engine.request import Delta, Done, Event, FinishReason, ImageInput, Request, TokenLogprob
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,27 @@ class Sequence:
         self.output_ids.append(token)
         self.keys.append(token)
 
+    def take(self, token: int, logprob: TokenLogprob | None) -> tuple[str, FinishReason | None]:
+        """Append the sampled token, and those that a grammar then leaves no choice about: they are computed in one chunk.
+        Returns their text, and the reason if one of them was the last. Raises GrammarViolation."""
+        text, reason = self._take(token)
+        if logprob is not None:
+            self.undelivered_logprobs.append(logprob)
+        if reason:
+            return text, reason
+        for forced in self.output.forced_by_grammar():
+            more, reason = self._take(forced)
+            text += more
+            if reason:
+                break
+        return text, reason
+
+    def _take(self, token: int) -> tuple[str, FinishReason | None]:
+        taken = self.output.feed(token)
+        self.append(token)
+        self.undelivered_tokens += 1
+        return taken
+
     def missing_image(self) -> int | None:
         """Index of the first span whose features are needed and not available."""
         return next(iter(self.missing_images()), None)
@@ -97,6 +118,13 @@ class Sequence:
             "computed_tokens": self.computed,
             "answer_tokens": len(self.output_ids),
         }
+
+    def delta(self, text: str) -> Delta:
+        """The event of text that can no longer change, with what has gathered since the last."""
+        delta = Delta(text, self.undelivered_tokens, tuple(self.undelivered_logprobs))
+        self.undelivered_tokens = 0
+        self.undelivered_logprobs.clear()
+        return delta
 
     def done(self, reason: FinishReason) -> Done:
         now = time.monotonic()

@@ -100,7 +100,6 @@ class Metrics:
         self._of_tokens = {
             probe: (self._generated.labels(_traffic(probe)), self._itl.labels(_traffic(probe))) for probe in (False, True)
         }
-        self._step, self._step_tokens = 0, 0  # the last step that generated tokens, and how many
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
@@ -109,17 +108,18 @@ class Metrics:
         self._max_tokens.labels(_traffic(probe)).observe(longest)
         self._choices.labels(_traffic(probe)).observe(choices)
 
-    def generated(self, tokens: int, step: int, gap_s: float | None, probe: bool) -> None:
-        """The engine's `step` generated a piece of text, `gap_s` after the one before. Called in the engine thread."""
-        generated, gaps = self._of_tokens[probe]
-        generated.inc(tokens)
-        if gap_s is not None:
-            gaps.observe(gap_s)
-        if step != self._step and self._step_tokens:  # the step before has ended
-            self._iteration.observe(self._step_tokens)
-            self._step_tokens = 0
-        self._step = step
-        self._step_tokens += tokens
+    def step(self, texts: list[tuple[int, float | None, bool]]) -> None:
+        """The pieces of text that a step of the engine has written: tokens, seconds after the piece before, whether for a
+        probe."""
+        tokens = {False: 0, True: 0}
+        for count, gap_s, probe in texts:
+            tokens[probe] += count
+            if gap_s is not None:
+                self._of_tokens[probe][1].observe(gap_s)
+        for probe, count in tokens.items():
+            if count:
+                self._of_tokens[probe][0].inc(count)
+        self._iteration.observe(sum(tokens.values()))
 
     def answered(
         self, usage: dict[str, Any], timings: dict[str, float], reasons: list[str], images: int, probe: bool

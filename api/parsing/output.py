@@ -140,6 +140,9 @@ class OutputParser:
         return []
 
     def _to_tag(self, tags: tuple[str, ...], emit: Any) -> list[Piece] | None:
+        if "<" not in self._buffer:  # with which all of them begin; done for every token
+            text, self._buffer = self._buffer, ""
+            return emit(text) if text else None
         matches = [(start, tag) for tag in tags if (start := self._buffer.find(tag)) >= 0]
         if not matches:
             free = len(self._buffer) - held_back(self._buffer, tags)

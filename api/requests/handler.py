@@ -13,7 +13,7 @@ import uuid
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -42,9 +42,11 @@ COMMENT_S = 1.0  # a stream without an event for so long sends a comment
 
 
 class Post:
-    """Carries events from the engine thread to event loops: one wake-up for all that a step delivers."""
+    """Carries events from the engine thread to event loops: one wake-up for all that a step delivers. What it delivers is
+    counted there, so that the engine does not wait for it."""
 
-    def __init__(self) -> None:
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
         self._letters: deque[tuple[Inbox, int, Event]] = deque()
 
     def put(self, inbox: Inbox, index: int, event: Event) -> None:
@@ -53,6 +55,7 @@ class Post:
 
     def wake(self) -> None:
         """Called in any thread."""
+        at = time.monotonic()
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Inbox, int, Event]]] = {}
         while self._letters:
             try:
@@ -63,21 +66,36 @@ class Post:
         for loop, letters in by_loop.items():
             # The loop is closed only when the process is ending; nothing reads the events then.
             with suppress(RuntimeError):
-                loop.call_soon_threadsafe(_hand_out, letters)
+                loop.call_soon_threadsafe(self._hand_out, letters, at)
+
+    def _hand_out(self, letters: list[tuple[Inbox, int, Event]], at: float) -> None:
+        """Called in the event loop, with what was sent at a monotonic time."""
+        texts = []
+        for inbox, index, event in letters:
+            gap_s = inbox.receive(index, event, at)
+            if isinstance(event, Delta):
+                texts.append((event.tokens, gap_s, inbox.probe))
+        if texts:
+            self._metrics.step(texts)
 
 
 class Inbox:
     """The events of all choices of a request, in the event loop that created it."""
 
-    def __init__(self) -> None:
-        self.loop = asyncio.get_running_loop()
+    def __init__(self, probe: bool = False) -> None:
+        self.loop, self.probe = asyncio.get_running_loop(), probe
         self._events: list[tuple[int, Event]] = []
         self._arrived = asyncio.Event()
+        self._text_at: dict[int, float] = {}  # the last of each choice
 
-    def receive(self, index: int, event: Event) -> None:
-        """Called in the event loop."""
+    def receive(self, index: int, event: Event, at: float) -> float | None:
+        """Called in the event loop. Returns the seconds since the choice's last text, if this is another."""
         self._events.append((index, event))
         self._arrived.set()
+        if not isinstance(event, Delta):
+            return None
+        before, self._text_at[index] = self._text_at.get(index), at
+        return None if before is None else at - before
 
     async def next(self, timeout_s: float | None = None) -> list[tuple[int, Event]]:
         """The events since the last call, at least one, each with the index of its choice; none after `timeout_s`."""
@@ -92,11 +110,6 @@ class Inbox:
         return events
 
 
-def _hand_out(letters: list[tuple[Inbox, int, Event]]) -> None:
-    for inbox, index, event in letters:
-        inbox.receive(index, event)
-
-
 @dataclass(frozen=True)
 class RequestHandlers:
     """Starts the handlers of chat requests, and holds what they share."""
@@ -106,7 +119,7 @@ class RequestHandlers:
     metrics: Metrics
     prompts: PromptBuilder
     grammars: Grammars
-    post: Post = field(default_factory=Post)
+    post: Post
 
     def __post_init__(self) -> None:
         self.engine.after_delivery = self.post.wake
@@ -197,7 +210,7 @@ def _completion(
 
 
 class RequestHandler:
-    """One submitted request. Called in the event loop only, except `_deliver`."""
+    """One submitted request. Called in the event loop only."""
 
     def __init__(
         self,
@@ -217,10 +230,9 @@ class RequestHandler:
         self._permit = permit
         self._grammars = grammars
         self._log = log
-        self._inbox = Inbox()
+        self._inbox = Inbox(not permit.caller.is_user)
         self._post = post
         self._outcome_known = False
-        self._last_text_at: dict[int, float] = {}  # by choice
 
     def engine_id(self, index: int) -> str:
         return self.completion.id if len(self.completion.choices) == 1 else f"{self.completion.id}-{index}"
@@ -230,7 +242,7 @@ class RequestHandler:
         self._log |= {"engine_request": self.completion.id, "images": len(requests[0].images)}
         for index, request in enumerate(requests):
             try:
-                self._engine.submit(request, partial(self._deliver, index))
+                self._engine.submit(request, partial(self._post.put, self._inbox, index))
             except NotAccepting as error:
                 self._release()
                 raise not_accepting(error.state, self._engine.stats().progress, str(error)) from None
@@ -324,15 +336,6 @@ class RequestHandler:
         if self.completion.unmet:
             self._log["unmet"] = ",".join(self.completion.unmet)
             chunks[-1]["unmet"] = self.completion.unmet
-
-    def _deliver(self, index: int, event: Event) -> None:
-        """Called in the engine thread, or in that which stops the engine."""
-        if isinstance(event, Delta):
-            now, before = time.monotonic(), self._last_text_at.get(index)
-            self._last_text_at[index] = now
-            gap_s = None if before is None else now - before
-            self._metrics.generated(event.tokens, self._engine.steps, gap_s, not self._permit.caller.is_user)
-        self._post.put(self._inbox, index, event)
 
     def _checked(self, index: int, event: Done | Failed) -> Done:
         """The event of a finished choice. Raises the ServingError of a failed request or a failed grammar."""

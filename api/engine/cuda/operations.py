@@ -24,6 +24,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from api.engine.cuda.attention import DecodeScratch, decode_scratch, paged_decode, paged_prefill, plans_for
 from api.engine.cuda.linear import CudaFp8Linear, CudaLinear, CudaNf4Linear
+from api.engine.cuda.penalties import penalise
 from api.engine.cuda.rotation import rotate_image, rotate_store
 from api.engine.cuda.rows import add_norm, add_norm_float8, silu_mul
 from api.engine.model.linear import Linear, Role
@@ -36,7 +37,7 @@ except ImportError:  # torch before 2.10
     varlen = None  # type: ignore[assignment]
 
 # What may be computed by a kernel of this room or by plain torch.
-Path = Literal["decode", "prefill", "norms", "rotation", "activation", "image", "images", "float8", "nf4"]
+Path = Literal["decode", "prefill", "norms", "rotation", "activation", "image", "images", "penalties", "float8", "nf4"]
 PATHS: tuple[Path, ...] = get_args(Path)
 
 
@@ -73,6 +74,11 @@ class CudaOperations(TorchOperations):
         self._plain = frozenset(paths)
         self.needs_masks = "decode" in self._plain
         self.ragged = "prefill" not in self._plain
+
+    @property
+    def penalise(self) -> Callable[..., None] | None:
+        """penalties.penalise. None: the sampler of the host lowers the logits of tokens that a text has."""
+        return None if "penalties" in self._plain else penalise
 
     def activate(self, gate_up: torch.Tensor) -> torch.Tensor:
         """silu(first half of a row) * second half: [rows, 2 * inner] -> [rows, inner]."""

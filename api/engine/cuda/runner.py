@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from api.engine.cuda.device import Device, Event
 from api.engine.cuda.faults import scope_of
 from api.engine.cuda.graphs import Size, StepGraphs, sizes_for
 from api.engine.cuda.sampling import choose_tokens, chosen_on_device, needs_no_host
-from api.engine.cuda.staging import FLOAT_FIELDS, TABLE_CHANGES, Staging
+from api.engine.cuda.staging import FLOAT_FIELDS, PENALTIES, TABLE_CHANGES, Staging
 from api.engine.cuda.step_test import prove_steps
 from api.engine.cuda.tables import DeviceTables
 from api.engine.cuda.vision_pace import VisionPace
@@ -29,7 +30,7 @@ from api.engine.kv_cache import BlockTable, Node
 from api.engine.loaded_model import Capacity, SampledToken
 from api.engine.model.operations import AttentionMetadata, ForwardBatch, Operations
 from api.engine.model.runner import Glm4vRunner
-from api.engine.model.sampler import NOT_FINITE
+from api.engine.model.sampler import NOT_FINITE, has_penalty
 from api.engine.model.weight_source import WeightSource
 from api.engine.request import ImageInput, Request, SamplingParams
 from api.engine.scheduler import Batch, Chunk, EncodeTask, Packing
@@ -89,6 +90,7 @@ class CudaRunner(Glm4vRunner):
         self.records = True  # whether recorded steps are used
         self._samples = True  # whether tokens are sampled on the device
         self.proofs: dict[str, str] = {}  # what `warm_up` has found
+        self.costs: list[tuple[int, int, float]] = []
         super().__init__(source, capacity, context_tokens, operations)
         place = self._device
         self._padding_slot = self._rows
@@ -141,11 +143,15 @@ class CudaRunner(Glm4vRunner):
     def begin(self, sequence: Sequence) -> None:
         super().begin(sequence)
         slot, sampling = sequence.slot, sequence.request.sampling
-        on_device = self._samples and needs_no_host(sampling)
+        on_device = self._needs_no_host(sequence)
         self._parameters["temperature"][slot] = sampling.temperature if on_device else 0.0
         self._parameters["top_p"][slot] = sampling.top_p
         self._parameters["min_p"][slot] = sampling.min_p
         self._parameters["top_k"][slot] = max(sampling.top_k, 1) if on_device else 1
+        # Where the host has a part, its logits stay as they are.
+        self._parameters["repetition"][slot] = sampling.repetition_penalty if on_device else 1.0
+        self._parameters["presence"][slot] = sampling.presence_penalty if on_device else 0.0
+        self._parameters["frequency"][slot] = sampling.frequency_penalty if on_device else 0.0
 
     def compute(self, batch: Batch) -> list[SampledToken]:
         return self.collect(self.launch(batch))
@@ -209,6 +215,7 @@ class CudaRunner(Glm4vRunner):
         decoding = decoding if batch.decode else 0  # rows of decoding sequences, with those that pad them
         lasts = sum(chunk.is_last for chunk in batch.chunks)
         rows = [*range(len(batch.decode)), *range(decoding, decoding + lasts)]
+        self._count_tokens(batch, ahead)
         self._staging.next_block()
         self._stage_rows(batch, rows, ahead)
         self._pad_rows(len(batch.decode), decoding)
@@ -260,7 +267,7 @@ class CudaRunner(Glm4vRunner):
         rows = [row for row, sequence in enumerate(flight.sequences) if self._needs_logits(sequence)]
         if rows:
             logits = flight.logits[[flight.rows[row] for row in rows]]
-            theirs = self._sampler.sample(logits, [flight.sequences[row] for row in rows])
+            theirs = self.sample_on_host(logits, tuple(flight.sequences[row] for row in rows))
             for row, token in zip(rows, theirs, strict=True):
                 sampled[row] = token
         return sampled
@@ -292,8 +299,10 @@ class CudaRunner(Glm4vRunner):
             found = f"{proof.steps} sizes compared, the largest relative difference is {proof.difference:.4f}"
             self.proofs["recorded steps"] = f"off: {proof.recorded}" if proof.recorded else f"used: {found}"
             self.proofs["sampling"] = f"off: {proof.sampled}" if proof.sampled else f"used: {proof.tokens} tokens compared"
+            self.costs = proof.costs
             if proof.recorded:
                 self.graphs.switch_off(proof.recorded)
+                self.costs = []  # operation by operation steps take longer
             self._samples = proof.sampled is None
         else:
             self.proofs["recorded steps"] = f"off: {self.graphs.off}"
@@ -302,7 +311,10 @@ class CudaRunner(Glm4vRunner):
             logger.log(level, "event=proof path=%s found=%s", json.dumps(name), json.dumps(found))
 
     def sample_on_host(self, logits: torch.Tensor, sequences: tuple[Sequence, ...]) -> list[SampledToken]:
-        return self._sampler.sample(logits, sequences)
+        return self._sampler.sample(logits, sequences, [self._needs_no_host(sequence) for sequence in sequences])
+
+    def has_counted(self, sequence: Sequence) -> bool:
+        return not has_penalty(sequence.request.sampling) or self._sampler.has_counted(sequence)
 
     def _measure_vision(self) -> None:
         """Encode images without content, a small and a larger one, until the pace is known."""
@@ -347,6 +359,16 @@ class CudaRunner(Glm4vRunner):
 
     # What the host tells the device.
 
+    def _count_tokens(self, batch: Batch, ahead: int) -> None:
+        """For penalties: the device itself counts the inputs of decoding sequences; the host all before them, which are
+        counted already unless something went wrong, and tokens that a grammar has forced."""
+        for sequence in batch.decode:
+            if has_penalty(sequence.request.sampling):
+                self._sampler.leave_input(sequence, ahead)
+        forced = [c.sequence for c in batch.chunks if c.sequence.output_ids and has_penalty(c.sequence.request.sampling)]
+        if forced:
+            self._sampler.count(forced)
+
     def _stage_rows(self, batch: Batch, rows: list[int], ahead: int) -> None:
         host, decode, sampled = self._staging.host, batch.decode, batch.sampled
         slots = np.array([sequence.slot for sequence in sampled], dtype=np.int64)
@@ -366,7 +388,7 @@ class CudaRunner(Glm4vRunner):
         host["length"][padding] = 1
         host["top_k"][padding] = 1
         for name in ("given", "position", "random", *FLOAT_FIELDS):
-            host[name][padding] = 0
+            host[name][padding] = 1 if name == "repetition" else 0
 
     def _stage_tokens(self, batch: Batch, decoding: int) -> None:
         """Facts of each token: those of decoding sequences, up to row `decoding`, then those of chunks."""
@@ -448,6 +470,7 @@ class CudaRunner(Glm4vRunner):
         tokens = torch.where(staged["given"] >= 0, staged["given"], last)
         tables = self._tables.tables.index_select(0, slots)
         at = (lengths - 1).long()
+        self._sampler.count_inputs(slots, tokens)
         pages = tables.gather(1, (at // self._page_tokens)[:, None])[:, 0]
         kv_slots = pages.long() * self._page_tokens + at % self._page_tokens
         self._finish(rows, ForwardBatch(
@@ -466,6 +489,7 @@ class CudaRunner(Glm4vRunner):
         ]  # fmt: skip
         if decoding:
             theirs = tables.index_select(0, staged["slot"][:decoding])
+            self._sampler.count_inputs(staged["slot"][:decoding], staged["ids"][:decoding])
             attention.insert(0, AttentionMetadata(0, decoding, theirs, None, staged["length"][:decoding]))
         rows = decoding + count
         self._finish(rows, self._with_tokens(decoding + tokens, attention, staged["sampled_rows"][:rows]))
@@ -485,6 +509,7 @@ class CudaRunner(Glm4vRunner):
         if decode:
             longest = max(sequence.computed + 1 for sequence in batch.decode)
             tables = self._tables.tables.index_select(0, staged["slot"][:decode])[:, : self._pages_for(longest, 1)]
+            self._sampler.count_inputs(staged["slot"][:decode], staged["ids"][:decode])
             attention.append(AttentionMetadata(0, decode, tables, None, staged["length"][:decode]))
         row = decode
         for chunk in batch.chunks:
@@ -510,12 +535,15 @@ class CudaRunner(Glm4vRunner):
         normed = self._decoder.hidden(batch)
         if not rows:
             return
-        self._logits[:rows].copy_(self._decoder.head(normed))
+        logits = self._logits[:rows]
+        logits.copy_(self._decoder.head(normed))
         staged = {name: field[:rows] for name, field in self._staging.device.items()}
+        if self._penalise is not None:
+            penalties = (staged[name] for name in PENALTIES)
+            self._penalise(logits, self._sampler.seen, self._sampler.counts, staged["slot"], *penalties)
         sampled = choose_tokens(
-            self._logits[:rows], staged["temperature"], staged["top_k"], staged["top_p"], staged["min_p"],
-            staged["random"],
-        )  # fmt: skip
+            logits, staged["temperature"], staged["top_k"], staged["top_p"], staged["min_p"], staged["random"]
+        )
         self._sampled[:rows].copy_(sampled)
         self._last_tokens.index_copy_(0, staged["slot"].long(), sampled.clamp(min=0))
 
@@ -538,4 +566,13 @@ class CudaRunner(Glm4vRunner):
         return sequence.slot is not None and not self._chosen_on_device(sequence)
 
     def _chosen_on_device(self, sequence: Sequence) -> bool:
-        return self._samples and chosen_on_device(sequence)
+        return self._samples and chosen_on_device(sequence, self._penalise is not None)
+
+    def _needs_no_host(self, sequence: Sequence) -> bool:
+        """Whether its token can be chosen on the device, for the most part of the answer at least."""
+        return self._samples and needs_no_host(sequence.request.sampling, self._penalise is not None)
+
+    @property
+    def _penalise(self) -> Callable[..., None] | None:
+        """The operations' way to lower the logits of tokens that a text has; None: the host's sampler does it."""
+        return getattr(self.operations, "penalise", None)

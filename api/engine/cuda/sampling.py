@@ -1,37 +1,35 @@
 """Sampling on the device: the tokens of all rows in a fixed number of operations, without a wait.
 
 The twin of `api.engine.model.sampler` for rows whose choice needs nothing of the host: greedy, or the `MAX_TOP_K` most
-probable tokens at most. May be captured in a CUDA graph.
+probable tokens at most; with penalties where the operations have a kernel for them (penalties.py). May be captured in a
+CUDA graph.
 """
 
 from __future__ import annotations
 
 import torch
 
-from api.engine.model.sampler import NOT_FINITE
+from api.engine.model.sampler import NOT_FINITE, has_penalty
 from api.engine.request import SamplingParams
 from api.engine.sequence import Sequence
 
 MAX_TOP_K = 64
 
 
-def chosen_on_device(sequence: Sequence) -> bool:
+def chosen_on_device(sequence: Sequence, penalises: bool) -> bool:
     """Whether `choose_tokens` can choose the next token of a sequence."""
     output = sequence.output
-    return needs_no_host(sequence.request.sampling) and (
+    return needs_no_host(sequence.request.sampling, penalises) and (
         output is None or (output.grammar is None and output.forced is None and not output.barred_ids)
     )
 
 
-def needs_no_host(sampling: SamplingParams) -> bool:
-    """Whether the host has no part in the choice, as long as no token is forced, barred or ruled by a grammar."""
-    return not (
-        sampling.logit_bias
-        or sampling.repetition_penalty != 1.0
-        or sampling.presence_penalty
-        or sampling.frequency_penalty
-        or sampling.logprobs is not None
-    ) and (sampling.temperature == 0 or 0 < sampling.top_k <= MAX_TOP_K)
+def needs_no_host(sampling: SamplingParams, penalises: bool) -> bool:
+    """Whether the host has no part in the choice, as long as no token is forced, barred or ruled by a grammar.
+    `penalises`: whether the device can."""
+    if sampling.logit_bias or sampling.logprobs is not None or (has_penalty(sampling) and not penalises):
+        return False
+    return sampling.temperature == 0 or 0 < sampling.top_k <= MAX_TOP_K
 
 
 def choose_tokens(

@@ -23,6 +23,7 @@ from api.engine.model.linear import Linear
 from api.engine.model.operations import AttentionMetadata, Frames, Operations, TorchOperations
 from api.engine.model.quantized_linear import NF4_BLOCK, Nf4Linear, bitsandbytes_ops
 from api.engine.model.recipe import Format, Recipe
+from api.engine.model.sampler import penalise_counts, penalise_seen
 
 # Relative errors of up to this much are rounding in bfloat16; above it, plain torch's own error decides.
 ROUNDING = 0.006
@@ -36,6 +37,7 @@ CHUNKS = ((0, 37), (16, 240), (219, 37), (220, 37), (700, 129))  # first token a
 IMAGES = (16, 196, 64, 420, 4)  # patches of frames that are encoded together
 NEEDS_FORMAT: dict[Path, Format] = {"float8": "fp8", "nf4": "nf4"}  # of the text model; other paths are always needed
 NF4_ROWS = (2, 17, 64, 16)
+PENALTIES = ((1.0, 0.0, 0.0), (1.1, 0.0, 0.0), (1.0, 0.7, 0.0), (1.0, 0.0, 0.3), (1.3, -0.5, 0.2), (0.8, 0.0, 0.0))
 EPS = 1e-5
 
 Case = Callable[[Operations, torch.dtype], torch.Tensor]
@@ -93,7 +95,7 @@ class _Cases:
         return {
             "decode": self._decode, "prefill": self._prefill, "norms": self._norms,
             "rotation": self._rotation, "activation": self._activation, "image": self._image, "images": self._images,
-            "float8": self._float8, "nf4": self._nf4,
+            "penalties": self._penalties, "float8": self._float8, "nf4": self._nf4,
         }[path]()  # fmt: skip
 
     def _decode(self) -> Iterator[Case]:
@@ -187,6 +189,25 @@ class _Cases:
 
         def case(ops: Operations, dtype: torch.dtype) -> torch.Tensor:
             return ops.attend_images(qkv.to(dtype), angles.cos(), angles.sin(), Frames(IMAGES, starts), heads)
+
+        yield case
+
+    def _penalties(self) -> Iterator[Case]:
+        """Rows with and without them, in slots of any order; the vocabulary is no multiple of anything."""
+        rows, slots, size = len(PENALTIES), 2 * len(PENALTIES), 9 * 4096 + 77
+        logits = self._random(rows, size)
+        seen = torch.rand(slots, size, device=self.device, generator=self._generator) < 0.1
+        counts = torch.randint(0, 4, (slots, size), dtype=torch.int16, device=self.device, generator=self._generator) * seen
+        order = torch.randperm(slots, device=self.device, generator=self._generator)[:rows].int()
+        repetition, presence, frequency = torch.tensor(PENALTIES, device=self.device).t().contiguous()
+
+        def case(ops: Operations, dtype: torch.dtype) -> torch.Tensor:
+            found = logits.to(EXACT if dtype == EXACT else torch.float32, copy=True)
+            if isinstance(ops, CudaOperations) and ops.penalise is not None:
+                ops.penalise(found, seen, counts, order, repetition, presence, frequency)
+                return found
+            found = penalise_seen(found, seen[order], repetition[:, None])
+            return penalise_counts(found, counts[order], presence[:, None], frequency[:, None])
 
         yield case
 

@@ -18,7 +18,8 @@ BLOCKS = 3  # a block is written again when the copy of the one before the last 
 TABLE_CHANGES = 4096  # of one block
 # Facts of a row that is decoded or sampled. `given` is its input token, or -1 for the one that was sampled last in `slot`.
 ROW_FIELDS = ("given", "slot", "position", "length", "top_k")
-FLOAT_FIELDS = ("temperature", "top_p", "min_p")
+PENALTIES = ("repetition", "presence", "frequency")
+FLOAT_FIELDS = ("temperature", "top_p", "min_p", *PENALTIES)
 # Facts of a chunk of a prompt: its first row, the tokens before it, the slot of its sequence.
 CHUNK_FIELDS = ("start", "first", "chunk_slot")
 TOKEN_FIELDS = ("ids", "kv_slots", "time", "height", "width")  # of all tokens of a step with prompts

@@ -1,11 +1,11 @@
-"""Proof at the start that recorded steps compute what the same operations compute one by one, and that tokens are sampled
-on the device as the host samples them. Writes to the KV cache, which must be empty.
+"""Proof at the start that recorded steps compute what the same operations compute one by one, that they count tokens for
+penalties, and that tokens are sampled on the device as the host samples them. Writes to the KV cache, which must be empty.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +23,7 @@ KINDS: tuple[dict[str, Any], ...] = (
     {},
     {"temperature": 0.8, "top_k": 2, "top_p": 0.6, "seed": 1},
     {"temperature": 1.1, "top_k": 50, "min_p": 0.02, "seed": 2},
+    {"repetition_penalty": 1.1, "presence_penalty": 0.5, "frequency_penalty": 0.2},
 )
 
 
@@ -37,6 +38,7 @@ class Steps(Protocol):
     def launch(self, batch: Batch) -> Any: ...
     def collect(self, flight: Any) -> list[Any]: ...
     def sample_on_host(self, logits: torch.Tensor, sequences: tuple[Sequence, ...]) -> list[Any]: ...
+    def has_counted(self, sequence: Sequence) -> bool: ...
 
 
 @dataclass
@@ -48,6 +50,8 @@ class StepProof:
     difference: float = 0.0  # the largest
     recorded: str | None = None
     sampled: str | None = None
+    # What each recorded step took: sequences that decode, tokens of prompts, seconds.
+    costs: list[tuple[int, int, float]] = field(default_factory=list)
 
 
 def prove_steps(runner: Steps, sequences: int, pages: int, page_tokens: int, vocabulary: int) -> StepProof:
@@ -63,6 +67,10 @@ def prove_steps(runner: Steps, sequences: int, pages: int, page_tokens: int, voc
     for size, batch in _batches(runner, decoding, free, page_tokens, vocabulary):
         flight = runner.launch(batch)
         tokens = [sampled.token for sampled in runner.collect(flight)]
+        proof.costs.append((len(batch.decode), batch.chunk_tokens, flight.seconds))
+        if not all(map(runner.has_counted, batch.sampled)):
+            proof.recorded = f"a recorded step ({size.kind} {size.rows}) counts tokens wrongly"
+            return proof
         found = flight.logits[flight.rows].clone()
         other = _without_graphs(runner, batch)
         runner.collect(other)
@@ -95,7 +103,7 @@ def _batches(
         prompt = _sequence(len(decoding) - 1, size.rows, tuple(free[:needed]), vocabulary)
         runner.begin(prompt)  # in the slot of one that does not decode in this batch
         chunks = (Chunk(prompt, 0, size.rows),)
-        yield size, Batch(tuple(decoding[:-1][:3]) if size.kind == "mixed" else (), chunks)
+        yield size, Batch(tuple(decoding[:-1][: len(KINDS)]) if size.kind == "mixed" else (), chunks)
         runner.begin(decoding[-1])
 
 

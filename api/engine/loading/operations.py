@@ -98,10 +98,11 @@ class OperationsChoice:
             self.proofs[proof.path] = f"{'used' if proof.proven else 'off'}: {proof.reason}"
             level = logging.INFO if proof.proven else logging.WARNING
             logger.log(level, "event=proof path=%s used=%s reason=%s", proof.path, proof.proven, json.dumps(proof.reason))
-        off = [proof.path for proof in proofs if not proof.proven]
+        off = {proof.path: proof.reason for proof in proofs if not proof.proven}
         operations.use_plain(off)
         reason = "each path was compared with plain torch on this device"
-        return operations, Selection("triton", f"{reason}; off: {', '.join(off)}" if off else reason)
+        why = "; ".join(f"{path}: {found}" for path, found in off.items())
+        return operations, Selection("triton", f"{reason}; off: {why}" if off else reason)
 
 
 def without_compiled(error: Exception) -> tuple[Operations, Selection]:

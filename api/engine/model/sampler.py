@@ -25,13 +25,14 @@ MAX_PARTIAL_SORT = 1024
 
 
 class Sampler:
-    """Keeps the seed and the token counts of one sequence for each of `slots`."""
+    """Keeps the seed of one sequence for each of `slots` and, for penalties, which tokens it has and how often."""
 
     def __init__(self, slots: int, vocabulary_size: int, device: torch.device) -> None:
         self._size, self._device = vocabulary_size, device
         # For each slot: whether a token occurs in prompt or output, and its count in the output.
-        self._seen = torch.zeros(slots, vocabulary_size, dtype=torch.bool, device=device)
-        self._counts = torch.zeros(slots, vocabulary_size, dtype=torch.int16, device=device)
+        self.seen = torch.zeros(slots, vocabulary_size, dtype=torch.bool, device=device)
+        self.counts = torch.zeros(slots, vocabulary_size, dtype=torch.int16, device=device)
+        self._counted = [0] * slots  # so many tokens of the output are in both
         self._seeds = np.zeros(slots, dtype=np.uint64)
 
     def begin(self, sequence: Sequence) -> None:
@@ -43,21 +44,22 @@ class Sampler:
             sequence.random_seed = sequence.random_seed or secrets.randbits(63)
             seed = sequence.random_seed
         self._seeds[slot] = seed % 2**64
-        if sampling.repetition_penalty != 1.0:
-            self._seen[slot] = False
-            self._seen[slot, self._tensor(sequence.token_ids)] = True
-        if sampling.presence_penalty or sampling.frequency_penalty:
-            self._counts[slot] = 0
-            for token in sequence.output_ids:
-                self._counts[slot, token] += 1
+        if has_penalty(sampling):
+            self._count_again(sequence, len(sequence.output_ids))
 
-    def sample(self, logits: torch.Tensor, sequences: Items[Sequence]) -> list[SampledToken]:
+    def sample(
+        self, logits: torch.Tensor, sequences: Items[Sequence], penalised: Items[bool] | None = None
+    ) -> list[SampledToken]:
         """One token for each row of float32 logits [rows, vocabulary]. Raises GrammarViolation.
 
-        A row with a logit that is not finite is marked, at the cost of one sum: the mark travels with the tokens, so that
-        nothing waits for it.
+        Rows that are `penalised` already are not penalised again. A row with a logit that is not finite is marked, at the
+        cost of one sum: the mark travels with the tokens, so that nothing waits for it.
         """
-        scores = self._process_logits(logits, sequences)
+        penalties = [row for row, s in enumerate(sequences) if has_penalty(s.request.sampling)]
+        if penalties:
+            self.count([sequences[row] for row in penalties])
+        left = [row for row in penalties if not (penalised and penalised[row])]
+        scores = self._process_logits(logits, sequences, left)
         sampled = scores.argmax(-1)
         random = [row for row, s in enumerate(sequences) if s.request.sampling.temperature > 0]
         if random:
@@ -69,7 +71,6 @@ class Sampler:
         for row, sequence in enumerate(sequences):
             if sequence.output is not None and sequence.output.forced is not None:
                 tokens[row] = sequence.output.forced
-        self._update_state(tokens, sequences)
         result = self._with_logprobs(logits, tokens, sequences)
         for row in broken:
             result[row] = SampledToken(0, finite=False)
@@ -87,15 +88,14 @@ class Sampler:
 
     # Scores: logits after biases, penalties and masks.
 
-    def _process_logits(self, logits: torch.Tensor, sequences: Items[Sequence]) -> torch.Tensor:
+    def _process_logits(self, logits: torch.Tensor, sequences: Items[Sequence], penalties: list[int]) -> torch.Tensor:
+        """`penalties`: the rows that have some."""
         params = [s.request.sampling for s in sequences]
         scores = logits
         if any(s.logit_bias for s in params):
             scores = self._bias(scores, params)
-        if any(s.repetition_penalty != 1.0 for s in params):
-            scores = self._penalise_seen(scores, sequences)
-        if any(s.presence_penalty or s.frequency_penalty for s in params):
-            scores = self._penalise_counts(scores, sequences)
+        if penalties:
+            scores = self._penalise(scores, sequences, penalties)
         return self._mask(scores, sequences)
 
     def _bias(self, scores: torch.Tensor, params: Items[SamplingParams]) -> torch.Tensor:
@@ -104,20 +104,18 @@ class Sampler:
         values = torch.tensor(biases, dtype=scores.dtype, device=self._device)
         return scores.index_put((self._tensor(rows), self._tensor(tokens)), values, accumulate=True)
 
-    def _penalise_seen(self, scores: torch.Tensor, sequences: Items[Sequence]) -> torch.Tensor:
-        rows = [row for row, s in enumerate(sequences) if s.request.sampling.repetition_penalty != 1.0]
-        some = scores[rows]
-        penalty = self._column([sequences[row].request.sampling.repetition_penalty for row in rows])
-        lowered = torch.where(some < 0, some * penalty, some / penalty)
-        return _replace(scores, rows, torch.where(self._seen[self._slots(sequences, rows)], lowered, some))
-
-    def _penalise_counts(self, scores: torch.Tensor, sequences: Items[Sequence]) -> torch.Tensor:
-        params = [s.request.sampling for s in sequences]
-        rows = [row for row, s in enumerate(params) if s.presence_penalty or s.frequency_penalty]
-        counts = self._counts[self._slots(sequences, rows)].float()
-        frequency = self._column([params[row].frequency_penalty for row in rows])
-        presence = self._column([params[row].presence_penalty for row in rows])
-        return _replace(scores, rows, scores[rows] - frequency * counts - presence * (counts > 0))
+    def _penalise(self, scores: torch.Tensor, sequences: Items[Sequence], rows: list[int]) -> torch.Tensor:
+        params = {row: sequences[row].request.sampling for row in rows}
+        if repeated := [row for row in rows if params[row].repetition_penalty != 1.0]:
+            penalty = self._column([params[row].repetition_penalty for row in repeated])
+            seen = self.seen[self._slots(sequences, repeated)]
+            scores = _replace(scores, repeated, penalise_seen(scores[repeated], seen, penalty))
+        if counted := [row for row in rows if params[row].presence_penalty or params[row].frequency_penalty]:
+            presence = self._column([params[row].presence_penalty for row in counted])
+            frequency = self._column([params[row].frequency_penalty for row in counted])
+            counts = self.counts[self._slots(sequences, counted)]
+            scores = _replace(scores, counted, penalise_counts(scores[counted], counts, presence, frequency))
+        return scores
 
     def _mask(self, scores: torch.Tensor, sequences: Items[Sequence]) -> torch.Tensor:
         outputs = [s.output for s in sequences]
@@ -205,12 +203,63 @@ class Sampler:
             sampled[row] = SampledToken(tokens[row], TokenLogprob(tokens[row], own[number], top))
         return sampled
 
-    def _update_state(self, tokens: list[int], sequences: Items[Sequence]) -> None:
-        slots, sampled = self._tensor([s.slot for s in sequences]), self._tensor(tokens)
-        if any(s.request.sampling.repetition_penalty != 1.0 for s in sequences):
-            self._seen[slots, sampled] = True
-        if any(s.request.sampling.presence_penalty or s.request.sampling.frequency_penalty for s in sequences):
-            self._counts[slots, sampled] += 1
+    # Tokens for penalties. What is counted follows from the output alone, so that a step may be repeated.
+
+    def count(self, sequences: Items[Sequence]) -> None:
+        """Count the tokens of sequences with penalties, as far as they are not counted yet."""
+        slots, tokens = [], []
+        for sequence in sequences:
+            slot, known = sequence.slot, len(sequence.output_ids)
+            assert slot is not None
+            if self._counted[slot] > known:
+                self._count_again(sequence, known)
+            missing = sequence.output_ids[self._counted[slot] :]
+            slots += [slot] * len(missing)
+            tokens += missing
+            self._counted[slot] = known
+        if slots:
+            self._add(self._tensor(slots), self._tensor(tokens))
+
+    def leave_input(self, sequence: Sequence, ahead: int) -> None:
+        """Before a decoding step in which the device counts the input of a sequence by `count_inputs`: count all tokens
+        before it. `ahead`: how many tokens are not known yet."""
+        slot, before = sequence.slot, len(sequence.output_ids) + ahead - 1
+        assert slot is not None
+        if self._counted[slot] != before:  # a step is repeated, or its input was not sampled in the step before
+            self._count_again(sequence, before)
+        self._counted[slot] = before + 1
+
+    def count_inputs(self, slots: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Count one token of each of these slots, integers [rows]. May be recorded in a graph. A slot that occurs twice
+        counts wrongly."""
+        at = slots.long() * self._size + tokens
+        counts = self.counts.view(-1)
+        self.seen.view(-1).index_copy_(0, at, torch.ones_like(at, dtype=torch.bool))
+        counts.index_copy_(0, at, counts.index_select(0, at) + 1)
+
+    def has_counted(self, sequence: Sequence) -> bool:
+        """Whether exactly the tokens of a sequence with penalties are counted. Waits for the device."""
+        seen, counts = torch.zeros_like(self.seen[0]), torch.zeros_like(self.counts[0])
+        seen.index_fill_(0, self._tensor(sequence.token_ids), True)
+        output = self._tensor(sequence.output_ids)
+        counts.index_add_(0, output, torch.ones(len(output), dtype=counts.dtype, device=self._device))
+        return torch.equal(self.seen[sequence.slot], seen) and torch.equal(self.counts[sequence.slot], counts)
+
+    def _count_again(self, sequence: Sequence, outputs: int) -> None:
+        """Start from the prompt and so many tokens of the output."""
+        slot, output = sequence.slot, sequence.output_ids[:outputs]
+        assert slot is not None
+        self.seen[slot].zero_()
+        self.counts[slot].zero_()
+        self.seen[slot].index_fill_(0, self._tensor([*sequence.request.prompt_ids, *output]), True)
+        if output:
+            self._add(self._tensor([slot] * len(output)), self._tensor(output))
+        self._counted[slot] = outputs
+
+    def _add(self, slots: torch.Tensor, tokens: torch.Tensor) -> None:
+        at = slots * self._size + tokens
+        self.seen.view(-1).index_fill_(0, at, True)
+        self.counts.view(-1).index_add_(0, at, torch.ones(len(at), dtype=torch.int16, device=self._device))
 
     def _slots(self, sequences: Items[Sequence], rows: list[int]) -> torch.Tensor:
         return self._tensor([sequences[row].slot for row in rows])
@@ -220,6 +269,23 @@ class Sampler:
 
     def _tensor(self, values: object) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.long, device=self._device)
+
+
+def has_penalty(sampling: SamplingParams) -> bool:
+    return bool(sampling.repetition_penalty != 1.0 or sampling.presence_penalty or sampling.frequency_penalty)
+
+
+def penalise_seen(scores: torch.Tensor, seen: torch.Tensor, penalty: torch.Tensor) -> torch.Tensor:
+    """Scores [rows, vocabulary], lowered by a factor [rows, 1] where a token is in prompt or output."""
+    return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+
+
+def penalise_counts(
+    scores: torch.Tensor, counts: torch.Tensor, presence: torch.Tensor, frequency: torch.Tensor
+) -> torch.Tensor:
+    """Scores [rows, vocabulary], lowered by penalties [rows, 1] for tokens that are `counts` times in the output."""
+    times = counts.to(scores.dtype)
+    return scores - frequency * times - presence * (times > 0)
 
 
 def _replace(scores: torch.Tensor, rows: list[int], values: torch.Tensor) -> torch.Tensor:

@@ -276,9 +276,15 @@ class StopStrings:
 
 def held_back(text: str, tags: Items[str]) -> int:
     """Length of the longest suffix of `text` that is a proper prefix of one of `tags`."""
-    longest = max((len(tag) for tag in tags), default=0) - 1
-    for size in range(min(longest, len(text)), 0, -1):
-        tail = text[-size:]
+    longest = max(map(len, tags), default=0) - 1
+    end = text[-longest:] if longest > 0 else ""
+    for tag in tags:
+        if tag[:1] in end:
+            break
+    else:  # nearly always, and this is done for every token
+        return 0
+    for size in range(len(end), 0, -1):
+        tail = end[-size:]
         if any(tag.startswith(tail) for tag in tags):
             return size
     return 0

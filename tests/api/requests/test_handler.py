@@ -5,13 +5,25 @@ from __future__ import annotations
 import asyncio
 import threading
 
-from api.engine.request import Delta
+from api.engine.request import Delta, Done, FinishReason
 from api.requests.handler import Inbox, Post
+
+
+class Counted:
+    """Notes what is measured, and in which thread."""
+
+    def __init__(self) -> None:
+        self.steps: list[list[tuple[int, float | None, bool]]] = []
+        self.threads: set[int] = set()
+
+    def step(self, texts: list[tuple[int, float | None, bool]]) -> None:
+        self.steps.append(texts)
+        self.threads.add(threading.get_ident())
 
 
 def test_events_of_another_thread_arrive_in_order_with_their_choice() -> None:
     async def read() -> list[tuple[int, str]]:
-        post, inbox = Post(), Inbox()
+        post, inbox = Post(Counted()), Inbox()
 
         def deliver() -> None:
             for number, text in enumerate("abcdef"):
@@ -30,7 +42,7 @@ def test_events_of_another_thread_arrive_in_order_with_their_choice() -> None:
 
 def test_a_step_wakes_a_loop_once() -> None:
     async def count() -> tuple[int, list[int]]:
-        post, inboxes, loop = Post(), [Inbox() for _ in range(5)], asyncio.get_running_loop()
+        post, inboxes, loop = Post(Counted()), [Inbox() for _ in range(5)], asyncio.get_running_loop()
         calls, original = [], loop.call_soon_threadsafe
         loop.call_soon_threadsafe = lambda *args: (calls.append(args), original(*args))[1]  # type: ignore[method-assign]
         for inbox in inboxes:
@@ -41,6 +53,32 @@ def test_a_step_wakes_a_loop_once() -> None:
         return len(calls), [len(await inbox.next(10)) for inbox in inboxes]
 
     assert asyncio.run(count()) == (1, [2] * 5)
+
+
+def test_what_a_step_has_written_is_measured_in_the_event_loop() -> None:
+    metrics = Counted()
+    last = Done(FinishReason.STOP, 1, 2, 0.0, 0.0, 0.0)
+
+    def work(post: Post, user: Inbox, probe: Inbox) -> None:
+        for events in ([(user, 0), (user, 1)], [(user, 1), (probe, 0)]):
+            for inbox, index in events:
+                post.put(inbox, index, Delta("ab", 2))
+            post.wake()
+        post.put(user, 1, last)
+        post.wake()
+
+    async def run() -> None:
+        post, user, probe = Post(metrics), Inbox(), Inbox(probe=True)
+        await asyncio.to_thread(work, post, user, probe)
+        assert len(await user.next()) == 4
+
+    asyncio.run(run())
+
+    first, second = metrics.steps
+    assert first == [(2, None, False), (2, None, False)]
+    assert second == [(2, second[0][1], False), (2, None, True)]
+    assert second[0][1] is not None and 0 <= second[0][1] < 10
+    assert metrics.threads == {threading.get_ident()}
 
 
 def test_waiting_times_out_without_an_event() -> None:
@@ -54,7 +92,7 @@ def test_an_event_for_a_closed_loop_is_dropped() -> None:
     async def leave() -> Inbox:
         return Inbox()
 
-    post, inbox = Post(), asyncio.run(leave())
+    post, inbox = Post(Counted()), asyncio.run(leave())
 
     post.put(inbox, 0, Delta("late", 1))
     post.wake()

@@ -15,14 +15,24 @@ from api.engine.cuda.runner import CudaRunner
 from api.engine.loaded_model import Model
 from api.engine.loading.loader import load
 from api.engine.model.operations import AttentionMetadata, TorchOperations
+from api.engine.model.sampler import penalise_counts, penalise_seen
 
 SLOTS = 6
 
 
 class RaggedOperations(TorchOperations):
-    """Chunks of several sequences in one call, as kernels compute them: each row by itself, by what is on the device."""
+    """Chunks of several sequences in one call, as kernels compute them: each row by itself, by what is on the device. And
+    penalties in place."""
 
     ragged = True
+
+    @staticmethod
+    def penalise(
+        logits: torch.Tensor, seen: torch.Tensor, counts: torch.Tensor, slots: torch.Tensor, *penalties: torch.Tensor
+    ) -> None:
+        repetition, presence, frequency = (penalty[:, None] for penalty in penalties)
+        lowered = penalise_seen(logits, seen.index_select(0, slots), repetition)
+        logits.copy_(penalise_counts(lowered, counts.index_select(0, slots), presence, frequency))
 
     def attend_prefill(self, qkv: torch.Tensor, kv: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
         if metadata.starts is None or metadata.firsts is None:

@@ -20,6 +20,7 @@ from api.engine.cuda.attention import DecodePlan, PrefillPlan, decode_scratch, p
 from api.engine.cuda.linear import CudaNf4Linear
 from api.engine.cuda.nf4 import Nf4Plan, nf4_product
 from api.engine.cuda.operations import PATHS, CudaOperations
+from api.engine.cuda.penalties import penalise
 from api.engine.cuda.quantization import quantize_rows, rescale
 from api.engine.cuda.rotation import rotate_image, rotate_store
 from api.engine.cuda.rows import add_norm, add_norm_float8, add_rms_norm, rms_norm, silu_mul
@@ -31,6 +32,7 @@ from api.engine.model.operations import AttentionMetadata, TorchOperations
 from api.engine.model.quantized_linear import NF4_BLOCK, Nf4Linear, bitsandbytes_ops
 from api.engine.model.recipe import make_recipe
 from api.engine.model.rotary import rotate
+from api.engine.model.sampler import penalise_counts, penalise_seen
 from api.engine.request import Request, SamplingParams
 from api.engine.sequence import make_sequence
 
@@ -218,6 +220,22 @@ def test_silu_mul(rows: int, inner: int, dtype: torch.dtype) -> None:
 
     gate, up = gate_up.chunk(2, -1)
     close(out, F.silu(gate) * up, 6)
+
+
+@pytest.mark.parametrize("size", [33, 4096, 9000])
+def test_penalties(size: int) -> None:
+    penalties = torch.tensor([(1.0, 0.0, 0.0), (1.3, 0.0, 0.0), (1.0, 0.7, 0.0), (1.0, 0.0, 0.3), (0.8, -0.5, 0.2)])
+    logits = randn(5, size)
+    counts = torch.randint(0, 4, (7, size), dtype=torch.int16)
+    seen, slots = (counts > 0) | (torch.rand(7, size) < 0.2), torch.tensor([6, 0, 2, 5, 1], dtype=torch.int32)
+    repetition, presence, frequency = penalties.t().contiguous()
+    before = logits.clone()
+
+    penalise(logits, seen, counts, slots, repetition, presence, frequency)
+
+    wanted = penalise_seen(before, seen[slots], repetition[:, None])
+    close(logits, penalise_counts(wanted, counts[slots], presence[:, None], frequency[:, None]))
+    assert torch.equal(logits[0], before[0])
 
 
 @pytest.mark.parametrize(("rows", "size"), [(1, 16), (3, 33), (2, 1700)])

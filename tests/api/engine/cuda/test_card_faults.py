@@ -29,10 +29,11 @@ def test_the_scope_of_an_error(error: Exception, scope: str) -> None:
     assert scope_of(error) == scope
 
 
+@pytest.mark.parametrize("sampling", [{}, {"repetition_penalty": 1.2, "frequency_penalty": 0.3}], ids=["plain", "penalties"])
 def test_a_step_that_could_not_be_queued_is_computed_again_from_full_tables(
-    plain: Model, replayed: Model, monkeypatch: pytest.MonkeyPatch
+    sampling: dict[str, float], plain: Model, replayed: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    request = request_for(plain, [ask("Hello, what is this? " * 3)], [], max_tokens=40)
+    request = request_for(plain, [ask("Hello, what is this? " * 3)], [], max_tokens=40, **sampling)
     expected = Steps(plain).run(request)[0]
     runner, steps = replayed.runner, Steps(replayed)
     sequence = steps.add(request)

@@ -7,7 +7,8 @@ import random
 import pytest
 from prompts import Steps, ask, draw_image, request_for
 
-from api.engine.loaded_model import Model
+from api.engine.loaded_model import Model, SampledToken
+from api.engine.scheduler import Batch
 
 KINDS = [
     ([ask("Hello, what is this?")], []),
@@ -15,7 +16,10 @@ KINDS = [
     ([ask("And here? " * 9)], []),
 ]
 SAMPLING = [{}, {"temperature": 1.2, "top_k": 5, "top_p": 0.9, "seed": 3}, {"temperature": 0.9, "seed": 4},
-            {"repetition_penalty": 1.3}, {"logprobs": 2}]  # fmt: skip
+            {"repetition_penalty": 1.3}, {"logprobs": 2}, {"presence_penalty": 0.7, "frequency_penalty": 0.3},
+            {"temperature": 0.8, "top_k": 4, "seed": 5, "repetition_penalty": 1.1, "presence_penalty": -0.5},
+            {"frequency_penalty": 0.4, "logit_bias": ((5, 2.0),)}]  # fmt: skip
+PENALTIES = {"repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.3}
 
 
 def test_every_size_is_recorded(replayed: Model) -> None:
@@ -40,6 +44,43 @@ def test_a_thousand_random_steps_give_the_tokens_of_the_eager_path(plain: Model,
     answers = [churn(model) for model in (plain, replayed)]
 
     assert answers[0] == answers[1]
+
+
+def test_penalties_leave_the_choice_to_the_device(plain: Model, replayed: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = [request_for(plain, *KINDS[0], name=f"{n}", max_tokens=24, **(PENALTIES if n else {})) for n in range(3)]
+    expected = Steps(plain).run(*asked)
+    assert expected[0] != expected[1]
+
+    def never(*args: object) -> None:
+        raise AssertionError("the host has sampled")
+
+    monkeypatch.setattr(replayed.runner._sampler, "sample", never)
+    assert Steps(replayed).run(*asked) == expected
+
+
+def test_a_step_that_is_dropped_counts_no_token_twice(plain: Model, replayed: Model) -> None:
+    request = request_for(plain, *KINDS[0], max_tokens=24, **PENALTIES)
+    expected = Steps(plain).run(request)[0]
+    runner, steps = replayed.runner, Steps(replayed)
+    sequence = steps.add(request)
+    compute = runner.compute
+
+    def with_a_step_ahead(batch: Batch) -> list[SampledToken]:
+        flight = runner.launch(batch)
+        if batch.decode and steps.scheduler.make_room_ahead(batch.decode):
+            dropped = runner.launch_next(flight, batch.decode)
+            assert dropped is not None
+            runner.settle(dropped)
+        return runner.collect(flight)
+
+    runner.compute = with_a_step_ahead
+    try:
+        while steps.scheduler.has_work:
+            steps.step()
+    finally:
+        runner.compute = compute
+
+    assert sequence.output_ids == expected
 
 
 def churn(model: Model) -> dict[str, list[int]]:

@@ -53,6 +53,10 @@ def test_a_step_copies_once_there_and_once_back(card: Model, recorded: bool) -> 
     requests = [
         Request("text", tuple(range(40)), SamplingParams(20)),
         Request("sampled", tuple(range(5)), SamplingParams(20, temperature=0.8, top_k=2, top_p=0.6)),
+        Request(
+            "penalised", tuple(range(7)),
+            SamplingParams(20, temperature=0.8, top_k=2, repetition_penalty=1.1, presence_penalty=0.5, frequency_penalty=0.2),
+        ),
         Request("image", (1, *[image_id] * 16, 2), SamplingParams(20), (image(8),)),
         Request(
             "images", (1, *[image_id] * 4, 2, *[image_id] * 16, 2), SamplingParams(20), (image(4, True), image(8, True))

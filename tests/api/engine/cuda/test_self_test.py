@@ -24,8 +24,27 @@ class Right(CudaOperations):
         self.use_plain(PATHS)
 
 
+class Penalising(Right):
+    """With a way to lower logits in place, in which half of the rows are spoilt."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self._how = how
+
+    @property
+    def penalise(self) -> Any:
+        return self._penalise
+
+    def _penalise(self, logits: torch.Tensor, *tables: torch.Tensor) -> None:
+        if self._how == "raises":
+            raise RuntimeError("no kernel image is available for execution on the device")
+        logits[len(logits) // 2 :] *= float("nan") if self._how == "nan" else 1.05
+
+
 def broken(path: str, how: str) -> CudaOperations:
     """Right operations but for one path."""
+    if path == "penalties":
+        return Penalising(how)
     ops = Right({"float8": "fp8", "nf4": "nf4"}.get(path, "bf16"))
     name = {"decode": "attend_decode", "prefill": "attend_prefill", "norms": "add_norm", "rotation": "rotate_store",
             "activation": "activate", "image": "attend_image", "images": "attend_images", "float8": "linear", "nf4": "linear"}[path]  # fmt: skip

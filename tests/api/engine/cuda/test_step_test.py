@@ -34,6 +34,8 @@ def test_every_recorded_size_is_compared(fresh: CudaRunner) -> None:
     assert sizes == 16
     assert fresh.proofs["recorded steps"].startswith(f"used: {sizes} sizes compared")
     assert fresh.proofs["sampling"].startswith("used:")
+    assert len(fresh.costs) == sizes and all(seconds > 0 for _, _, seconds in fresh.costs)
+    assert {tokens for _, tokens, _ in fresh.costs} == {0, 16, 32, 64, 128, 256, 512}
 
 
 @pytest.mark.parametrize("kind", ["decode", "prompt", "mixed"])
@@ -54,6 +56,26 @@ def test_a_wrong_recorded_step_switches_them_off(
     assert f"({kind} " in fresh.graphs.off
     assert fresh.proofs["recorded steps"].startswith("off: a recorded step")
     request = request_for(plain, *QUESTION, max_tokens=12)
+    assert Steps(replayed).run(request) == Steps(plain).run(request)
+
+
+@pytest.mark.parametrize("kind", ["decode", "mixed"])
+def test_a_recorded_step_that_miscounts_switches_them_off(
+    kind: str, fresh: CudaRunner, plain: Model, replayed: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = type(fresh.graphs).replay
+
+    def wrong(graphs, size) -> None:
+        right(graphs, size)
+        if size.kind == kind:
+            fresh._sampler.counts.add_(1)
+
+    monkeypatch.setattr(type(fresh.graphs), "replay", wrong)
+    fresh.warm_up()
+
+    assert fresh.graphs.off == fresh.proofs["recorded steps"].removeprefix("off: ")
+    assert f"({kind} " in fresh.graphs.off and fresh.graphs.off.endswith("counts tokens wrongly")
+    request = request_for(plain, *QUESTION, max_tokens=12, frequency_penalty=0.5)
     assert Steps(replayed).run(request) == Steps(plain).run(request)
 
 

@@ -114,10 +114,14 @@ def test_attention_compiles_ahead_and_fits_the_device(capability: int) -> None:
 
 @pytest.mark.parametrize("capability", SHARED)
 def test_work_on_rows_compiles_ahead(capability: int) -> None:
-    from api.engine.cuda import quantization, rotation, rows
+    from api.engine.cuda import penalties, quantization, rotation, rows
 
     kind = number_format(capability)
     kernels = [
+        compiled(
+            penalties._penalise, capability, 8, logits="*fp32", seen="*u8", counts="*i16", slots="*i32",
+            repetition="*fp32", presence="*fp32", frequency="*fp32", size="i32", BLOCK=penalties.BLOCK,
+        ),
         compiled(
             rotation._rotate, capability, 2, qkv=kind, cos=kind, sin=kind, positions="*i32", kv=kind, slots="*i64",
             cos_row="i32", sin_row="i32", qkv_row="i32", ROTATED=34, TOTAL=36, STORED=4, HALF=64, AT_POSITIONS=True,

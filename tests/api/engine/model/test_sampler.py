@@ -158,6 +158,55 @@ def test_presence_and_frequency_penalties_apply_to_the_output_only() -> None:
     assert sample_tokens(5, frequency_penalty=0.4) == [1, 1, 2, 1, 2]
 
 
+def test_tokens_that_were_not_sampled_count_too() -> None:
+    """As those that a grammar forces: several are appended at once."""
+    sampler, one = Sampler(1, SIZE, torch.device("cpu")), sequence(frequency_penalty=0.4)
+    sampler.begin(one)
+    one.append(sampler.sample(LOGITS[None], [one])[0].token)
+    for token in (1, 2, 1):
+        one.append(token)
+
+    assert sampler.sample(LOGITS[None], [one])[0].token == 2  # 3 - 3 * 0.4 against 2.5 - 0.4
+    sampler.begin(one)
+    assert sampler.sample(LOGITS[None], [one])[0].token == 2
+
+
+def test_a_step_that_is_repeated_counts_its_tokens_once() -> None:
+    sampler, one = Sampler(1, SIZE, torch.device("cpu")), sequence(frequency_penalty=0.4, presence_penalty=-0.1)
+    sampler.begin(one)
+    for _ in range(5):
+        again = [sampler.sample(LOGITS[None], [one])[0].token for _ in range(3)]
+        assert len(set(again)) == 1
+        one.append(again[0])
+
+    assert one.output_ids == sample_tokens(5, frequency_penalty=0.4, presence_penalty=-0.1)
+
+
+def test_inputs_that_the_device_counts_are_counted_once() -> None:
+    """Decoding steps one after another, a step ahead, one that is repeated, and one after a token that was forced."""
+    sampler, one = Sampler(2, SIZE, torch.device("cpu")), sequence(1, prompt=(4,), repetition_penalty=1.5)
+    sampler.begin(one)
+
+    def step(token: int, ahead: int = 0) -> None:
+        sampler.leave_input(one, ahead)
+        sampler.count_inputs(torch.tensor([1], dtype=torch.int32), torch.tensor([token], dtype=torch.int32))
+
+    one.append(3)
+    step(3)
+    step(2, ahead=1)
+    one.append(2)
+    assert sampler.counts[1].tolist() == [0, 0, 1, 1, 0]
+    step(2)
+    assert sampler.counts[1].tolist() == [0, 0, 1, 1, 0]
+    one.append(0)
+    one.append(3)
+    step(3)
+
+    assert sampler.counts[1].tolist() == [1, 0, 1, 2, 0]
+    assert sampler.seen[1].tolist() == [True, False, True, True, True]
+    assert not sampler.counts[0].any()
+
+
 def test_a_bias_is_added_to_the_logits() -> None:
     assert sample_tokens(1, logit_bias=((3, 100.0), (1, -100.0))) == [3]
 
