@@ -265,6 +265,19 @@ class Traffic:
 
 
 @dataclass(frozen=True)
+class EngineEvidence:
+    """The engine behind the API. `reply`: of its own /health and counters; `process`: of what GLM_ENGINE_COMMAND started.
+
+    `is_ours`: there is such a command, so that it can be started again.
+    """
+
+    url: str
+    reply: HealthReply
+    process: Process = Process()
+    is_ours: bool = False
+
+
+@dataclass(frozen=True)
 class ApiEvidence:
     """`last` is a second reply of /health after a failed question, to see whether the engine made steps meanwhile.
 
@@ -272,7 +285,7 @@ class ApiEvidence:
     process that was started here. `no_credit`: why answers to users could not
     replace questions, empty if they could. `unproven_runs`: runs in a row in which the very process that was started here
     did not know the probe token. `draining_s`: for how long this process has been seen draining; None if it is not.
-    `model_key`: model, revision and recipe, if known.
+    `model_key`: model, revision and recipe, if known. `engine`: the one behind it; None: it is the API's own.
     """
 
     url: str
@@ -290,6 +303,7 @@ class ApiEvidence:
     traffic: Traffic | None = None
     model_key: dict[str, str] | None = None
     accuracy: AccuracyEvidence | None = None
+    engine: EngineEvidence | None = None
 
     @property
     def report(self) -> SelfReport:
@@ -315,6 +329,9 @@ class ApiEvidence:
         fields["answers"] = tuple(_answer(answer) for answer in fields.get("answers") or ())
         fields["accuracy"] = _accuracy(fields["accuracy"]) if fields.get("accuracy") else None
         fields["hardware"] = tuple(fields.get("hardware") or ())
+        if engine := fields.get("engine"):
+            reply, process = HealthReply.from_dict(engine["reply"]), Process(**engine.get("process") or {})
+            fields["engine"] = EngineEvidence(**{**engine, "reply": reply, "process": process})
         return cls(**fields)
 
 
