@@ -439,6 +439,8 @@ def _answer(part: str, host: str, entry: ProcessRecord) -> tuple[str, str]:
         return "silent", reply.detail or f"HTTP {reply.status} without a state"
     if state in ("idle", "busy"):
         return "up", ""
+    if state == "loading" and health.get("engine"):
+        return "loading", str(health.get("reason"))
     if state == "loading":
         return "download" if health.get("download") else "loading", describe(health)
     return ("dead" if state == "dead" else "silent"), str(health.get("reason") or state)

@@ -69,7 +69,7 @@ class EngineClient:
         try:
             answer = await self._client.request(method, path, json=body, timeout=limit_s)
         except httpx.ConnectError as error:
-            return Reply(0, problem=_why(error), refused=True)
+            return Reply(0, problem=f"it takes no connections ({_why(error)})", refused=True)
         except httpx.TimeoutException:
             return Reply(0, problem=f"it did not answer GET {path} within {limit_s:g} s" if method == "GET" else f"no answer within {limit_s:g} s")
         except httpx.HTTPError as error:

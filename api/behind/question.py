@@ -33,7 +33,7 @@ def bodies(
         if chat.logprobs:
             fields["logprobs"] = fields.pop("top_logprobs", 0)
         return TEXT_PATH, [{**fields, "prompt": prompt, **_seed(chat, index % (chat.n or 1))} for index, prompt in enumerate(prompts)]
-    if kind == "glm":
+    if kind in ("vllm", "sglang", "glm"):
         fields["skip_special_tokens"] = False  # the tags around boxes: they are read here
     fields |= _tools(chat, kind)
     fields["messages"] = messages_for(chat.messages, images, kind)
