@@ -89,6 +89,8 @@ class RemoteEngine:
         self._since = time.monotonic()
         self._draining = False
         self._questions: dict[str, _Question] = {}
+        self._waited_s = 0.0  # with questions under way and no movement, also across questions whose clients left
+        self._looked_at = time.monotonic()
         self._empty = threading.Condition()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._watching: asyncio.Task[None] | None = None
@@ -147,6 +149,7 @@ class RemoteEngine:
             "url": self._settings.engine_url,
             "kind": model.kind if model else None,
             "reason": self._reason,
+            "unanswered_s": round(self._waited_s, 1),
             "silent_s": round(time.monotonic() - self._answered_at, 1),
         }
 
@@ -266,6 +269,7 @@ class RemoteEngine:
 
     def _moved(self) -> None:
         self._steps += 1
+        self._waited_s = 0.0
         self._last_step_at = time.monotonic()
 
     # Watching the engine.
@@ -290,6 +294,10 @@ class RemoteEngine:
                 logger.exception("event=engine_not_understood")
                 self._is_not_ready("its answers are not understood; the log has the details")
             await asyncio.sleep(LOOK_EVERY_S)
+            now = time.monotonic()
+            if self._questions:
+                self._waited_s += now - self._looked_at
+            self._looked_at = now
 
     def _is_ready(self) -> None:
         if self._reason is not None and self._model is not None:

@@ -20,6 +20,7 @@ OF_THE_ENGINE = (
 OF_ITS_ANSWERS = ("text_", "picture_", "accuracy_")
 OPENS_LATE_S = 900.0  # vLLM opens its port only once the model is loaded
 KEY_REFUSED = "refuses GLM_ENGINE_KEY"
+NOT_YET = ("HTTP 503", "takes no connections", "has not been asked yet", "has not answered")  # in the words of the front
 
 
 def judge_behind(verdict: Verdict, evidence: ApiEvidence, limits: Limits) -> Verdict:
@@ -36,7 +37,7 @@ def judge_behind(verdict: Verdict, evidence: ApiEvidence, limits: Limits) -> Ver
         found = rule(engine, limits)
         if found is not None:
             return found
-    if verdict.rule in ("no_progress", "lost_question"):
+    if verdict.rule in ("no_progress", "lost_question") or (verdict.rule == "busy" and _starves(evidence, engine, limits)):
         return _hangs(
             engine, f"its own /health says HTTP {engine.reply.status}, and a question gets no answer ({verdict.en.rstrip('.')})",
             f"其 /health 返回 HTTP {engine.reply.status}，但提问得不到回答", limits,
@@ -48,6 +49,17 @@ def judge_behind(verdict: Verdict, evidence: ApiEvidence, limits: Limits) -> Ver
             verdict, part=PART, en=f"The engine behind: {verdict.en}", zh=f"后端引擎：{verdict.zh}", facts={**verdict.facts, "engine": engine.url}
         )
     return verdict
+
+
+def _starves(evidence: ApiEvidence, engine: EngineEvidence, limits: Limits) -> bool:
+    """Whether an engine that seems busy does nothing: it was asked, did not move, and counts no request of its own.
+
+    The process that writes its metrics may be another one than the one that hangs, and count nothing then.
+    """
+    first, last = evidence.first, evidence.last or evidence.first
+    if last.steps is None or last.steps != first.steps:
+        return False
+    return engine.reply.pending == 0 or (last.unanswered_s or 0.0) > limits.stall_s
 
 
 def _gone(engine: EngineEvidence, limits: Limits) -> Verdict | None:
@@ -111,7 +123,9 @@ def _hangs(engine: EngineEvidence, en: str, zh: str, limits: Limits) -> Verdict:
 def _not_ready(engine: EngineEvidence, evidence: ApiEvidence, limits: Limits) -> Verdict:
     """It answers, but not with a model; the API in front says why."""
     reason = evidence.first.reason or engine.reply.reason or "no reason given"
-    if engine.reply.status == 503 or engine.reply.state == "loading":
+    # It may have become ready since the front has looked: both look at their own times.
+    soon = engine.reply.status == 503 or engine.reply.state == "loading" or any(sign in reason for sign in NOT_YET)
+    if soon:
         age_s = engine.process.age_s
         late = age_s is not None and age_s > max(OPENS_LATE_S, limits.start_s)
         return Verdict(

@@ -153,6 +153,7 @@ class HealthReply:
 
     `outcome`: answered, refused, silent, failed. `success_age_s`: seconds since a user was answered, by kind of request.
     `proven`: whether it knows the probe token; None if it gave no proof, or if there is no token to check one with.
+    `unanswered_s`: for how long an engine behind has had questions and has not moved, whether their clients waited or left.
     """
 
     outcome: str
@@ -170,6 +171,7 @@ class HealthReply:
     success_age_s: dict[str, float] = field(default_factory=dict)
     proven: bool | None = None
     report: SelfReport = SelfReport()
+    unanswered_s: float | None = None
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> HealthReply:

@@ -231,6 +231,7 @@ def test_an_engine_that_stands_still_is_stalled_and_the_process_in_front_of_it_i
         asking = threading.Thread(target=lambda: ask(made))
         asking.start()
         wait_for(lambda: made.health()["state"] == "stalled")
+        assert made.health()["engine"]["unanswered_s"] >= 0.9
         assert made.client.get("/livez").status_code == 200 and made.client.get("/readyz").status_code == 503
         released.set()
         asking.join(30)

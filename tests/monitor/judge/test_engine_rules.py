@@ -41,6 +41,8 @@ CASES = {
     "it never opens its port": (engine(HealthReply("refused"), replace(RUNS, age_s=2000.0)), WAITS, (), "dead", "engine_unreachable"),
     "it says that it is dead": (engine(HealthReply("answered", 0.0, 503, "dead")), WAITS, (), "dead", "engine_behind_dead"),
     "it loads": (engine(HealthReply("answered", 0.0, 503, "loading")), WAITS, (), "starting", "engine_loading"),
+    "it has just become ready": (engine(), replace(WAITS, reason="not ready: it answers HTTP 503 (loading)"), (), "starting", "engine_loading"),
+    "it lists no model": (engine(), replace(WAITS, reason="GET /v1/models answers HTTP 200 without a model"), (), "broken", "engine_not_ready"),
     "it does not answer": (engine(HealthReply("silent", detail="2 s")), WAITS, (), "wedged", "engine_stalled"),
     "its counters stand still": (engine(replace(WELL, state="busy", pending=2, no_progress_s=130.0)), IDLE, LOST, "wedged", "engine_stalled"),
     "it says 200 and answers nothing": (engine(), IDLE, LOST, "wedged", "engine_stalled"),
@@ -77,6 +79,17 @@ def test_a_busy_engine_that_moves_is_left_alone() -> None:
     behind = engine(replace(WELL, state="busy", pending=3, no_progress_s=4.0))
 
     assert verdict(behind, busy, LOST, last=replace(busy, steps=9)).word == "busy"
+
+
+def test_an_engine_that_was_asked_and_counts_no_request_hangs_whatever_the_front_still_waits_for() -> None:
+    """The question of the checker itself is under way until the front has noticed that it has left."""
+    waits = replace(IDLE, state="busy", pending=1, no_progress_s=9.0)
+
+    assert verdict(engine(), waits, LOST, last=waits).rule == "engine_stalled"
+    assert verdict(engine(replace(WELL, pending=1, state="busy", no_progress_s=9.0)), waits, LOST, last=waits).rule == "busy"
+    uncounted = engine(replace(WELL, pending=None, no_progress_s=None))
+    assert verdict(uncounted, waits, LOST, last=waits).rule == "busy"
+    assert verdict(uncounted, waits, LOST, last=replace(waits, unanswered_s=130.0)).rule == "engine_stalled"
 
 
 def test_evidence_of_an_engine_can_be_recorded_and_replayed() -> None:
