@@ -28,7 +28,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from dotenv import dotenv_values
 from dotenv.parser import parse_stream
-from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 ROOT = Path(__file__).resolve().parent
@@ -39,7 +39,7 @@ ENV_LIMIT_BYTES = 2**20
 ALL_SETTINGS = "Settings that exist"  # begins the last line of an error about an unknown setting
 LAST_GOOD = "last-good.env"  # in the log folder, readable by its owner only
 SECRETS = (
-    "API_KEY", "API_KEYS", "METRICS_KEY", "WEB_TOKEN", "OPERATOR_TOKEN", "PROBE_TOKEN", "DINGTALK_URL", "DINGTALK_SECRET", "FEISHU_URL",
+    "API_KEY", "API_KEYS", "METRICS_KEY", "ENGINE_KEY", "WEB_TOKEN", "OPERATOR_TOKEN", "PROBE_TOKEN", "DINGTALK_URL", "DINGTALK_SECRET", "FEISHU_URL",
     "FEISHU_SECRET", "WECOM_URL",
     "WEBHOOK_URL", "WEBHOOK_SECRET", "SLACK_URL", "SMTP_URL", "PING_URL", "PUSHGATEWAY_URL", "ELASTICSEARCH_URL",
 )  # fmt: skip
@@ -163,6 +163,18 @@ class Settings(BaseSettings):
         0.0, ge=0, le=600, description="after SIGTERM new requests are still taken for so long, while routers see that it is not ready"
     )
 
+    # An engine behind the API, in the place of its own.
+    engine_url: str = Field(
+        "", description="vLLM, SGLang, llama.cpp's server or another API of this kind, without `/v1`: it answers, and the API stands in front of it"
+    )
+    engine_key: SecretStr | None = Field(None, description="key that the engine behind asks for")
+    engine_kind: Literal["auto", "vllm", "sglang", "llama.cpp", "glm", "other"] = Field(
+        "auto", description="what the engine behind is; `auto`: by what it answers"
+    )
+    engine_command: str = Field(
+        "", description="starts the engine behind on this machine; then `start.sh`, `stop.sh` and the checker treat it as a part of their own"
+    )
+
     # The page.
     web_host: str = Field("0.0.0.0", description="address that the page listens on")
     web_port: int = Field(8081, ge=1, le=65535, description="port of the page")
@@ -192,7 +204,6 @@ class Settings(BaseSettings):
         3, ge=1, description="fewer failures than this are never a cause for concern, whatever their share"
     )
     stable_s: float = Field(600.0, ge=0, description="an incident closes after this long without trouble")
-    engine_url: str = Field("", description="another OpenAI-compatible server to check instead of the API")
     front_url: str = Field("", description="URL of the page through the reverse proxy, probed as well")
 
     # The cure.
@@ -253,7 +264,7 @@ class Settings(BaseSettings):
             raise ValueError(f"must be 0 or >= {least}")
         return value
 
-    @field_validator("api_key", "metrics_key", "probe_token", check_fields=False)
+    @field_validator("api_key", "metrics_key", "probe_token", "engine_key", check_fields=False)
     @classmethod
     def _fits_a_header(cls, value: SecretStr | None) -> SecretStr | None:
         if value is not None:
@@ -312,6 +323,12 @@ class Settings(BaseSettings):
         except (ZoneInfoNotFoundError, ValueError):
             raise ValueError("must be a name such as Asia/Shanghai") from None
 
+    @model_validator(mode="after")
+    def _has_an_engine_to_start(self) -> Settings:
+        if self.engine_command and not self.engine_url:
+            raise ValueError("GLM_ENGINE_COMMAND needs GLM_ENGINE_URL, the address at which that engine answers")
+        return self
+
     @property
     def stop_s(self) -> float:
         """From SIGTERM to the end of the last answer of the API."""
@@ -321,6 +338,27 @@ class Settings(BaseSettings):
     def api_base_url(self) -> str:
         """URL of the API from this machine, without a trailing slash."""
         return (self.api_url or f"http://127.0.0.1:{self.api_port}").rstrip("/")
+
+    @property
+    def engine_base_url(self) -> str:
+        """URL of the engine behind, without a trailing slash or `/v1`; empty: the engine is the API's own."""
+        return self.engine_url.rstrip("/").removesuffix("/v1")
+
+    @property
+    def engine_host(self) -> str:
+        """Host of the engine behind; empty without one."""
+        return urlsplit(self.engine_url).hostname or ""
+
+    @property
+    def engine_port(self) -> int:
+        """Port of the engine behind; 0 without one."""
+        parts = urlsplit(self.engine_url)
+        return parts.port or (0 if not self.engine_url else 443 if parts.scheme == "https" else 80)
+
+    @property
+    def watches_engine_itself(self) -> bool:
+        """Whether page and checker ask the engine behind directly (GLM_API_URL is its address), with no API in between."""
+        return bool(self.engine_url) and self.api_base_url.removesuffix("/v1") == self.engine_base_url
 
 
 def _check_key(key: str, of: str = "") -> None:
@@ -604,7 +642,9 @@ def _read_secret_file(name: str, given: dict[str, str]) -> str:
 
 
 def _explain(problem: Mapping[str, Any]) -> str:
-    field = str(problem["loc"][0]) if problem["loc"] else "settings"
+    if not problem["loc"]:  # of several settings together
+        return str(problem["msg"]).removeprefix("Value error, ")
+    field = str(problem["loc"][0])
     shown = "***" if field.upper() in SECRETS else repr(problem.get("input"))
     return f"{PREFIX}{field.upper()}: {str(problem['msg']).removeprefix('Value error, ')}. Given: {shown}"
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# ./start.sh [--restart] [all|api|web]   starts the API and the page in the background and returns as soon as they answer.
+# ./start.sh [--restart] [all|api|web|engine]   starts the API and the page in the background and returns as soon as they
+# answer, and before them the engine of GLM_ENGINE_COMMAND, if there is one.
 #
 # What already runs stays as it is, also if its code or settings have changed since; that is reported. --restart stops it
 # first, once it is certain that the code here can be imported.
@@ -12,18 +13,18 @@ cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 # shellcheck source=deploy/environment.sh
 source deploy/environment.sh
 
-restart=() parts=()
+restart=() parts=() everything=''
 for argument in "$@"; do
     case $argument in
         --restart) restart=(--restart) ;;
-        all) parts+=(api web) ;;
-        api | web) parts+=("$argument") ;;
+        all) parts+=(api web) everything=yes ;;
+        api | web | engine) parts+=("$argument") ;;
         *) parts+=(wrong wrong wrong) ;;
     esac
 done
-((${#parts[@]})) || parts=(api web)
+((${#parts[@]})) || { parts=(api web) everything=yes; }
 if ((${#parts[@]} > 2)); then
-    complain "usage: ./start.sh [--restart] [all|api|web]"
+    complain "usage: ./start.sh [--restart] [all|api|web|engine]"
     exit 2
 fi
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
@@ -73,7 +74,7 @@ quiet() {
 trap interrupted TERM
 trap 'exec >/dev/null 2>&1; interrupted' HUP    # the terminal is gone
 
-names=(api_host api_port web_host web_port api_url start_timeout_s stop_s log_dir)
+names=(api_host api_port web_host web_port api_url start_timeout_s stop_s log_dir engine_url engine_command engine_host engine_port)
 values_text=$(quiet settings.py "${names[@]}" 2>/dev/null) || {
     # Of a failure that settings.py did not foresee, the last line is the one that says what it is.
     complain "$( (quiet settings.py) 2>&1 | awk '{ all = all $0 "\n" } /^Traceback/ { odd = 1 } END { printf "%s", odd ? $0 : all }')"
@@ -81,10 +82,16 @@ values_text=$(quiet settings.py "${names[@]}" 2>/dev/null) || {
     exit 2
 }
 mapfile -t values < <(printf '%s\n' "$values_text")    # not <<<, which needs room in /tmp
-declare -A host=([api]=${values[0]} [web]=${values[2]}) port=([api]=${values[1]} [web]=${values[3]})
+declare -A host=([api]=${values[0]} [web]=${values[2]} [engine]=${values[10]}) port=([api]=${values[1]} [web]=${values[3]} [engine]=${values[11]})
+engine_url=${values[8]} engine_command=${values[9]}
+if [[ -n $everything && -n $engine_command ]]; then parts=(engine "${parts[@]}"); fi
+if [[ ${parts[*]} == *engine* && -z $engine_command ]]; then
+    complain "Nothing was started: GLM_ENGINE_COMMAND is not set"
+    exit 2
+fi
 api_url=${values[4]} limit_s=${values[5]} stop_s=${values[6]} log_dir=$(realpath -m "${values[7]}")
 
-if [[ ${parts[*]} == *api* ]] && (quiet -m deploy.quantization); then
+if [[ ${parts[*]} == *api* && -z $engine_url ]] && (quiet -m deploy.quantization); then
     # Without it the API says which settings need no quantised weights, or takes another format.
     (trap 'exit 1' INT; install_missing requirements-quantized.txt) || complain "4-bit weights cannot be used"
 fi
@@ -117,11 +124,12 @@ for part in "${parts[@]}"; do
     esac
 done
 # What the API would say of its model only after the one before it was stopped.
-if [[ ${to_start[*]} == *api* ]] && ! (quiet -m deploy.model_name); then
+if [[ ${to_start[*]} == *api* && -z $engine_url ]] && ! (quiet -m deploy.model_name); then
     complain "Nothing was started: correct the settings above (in ${GLM_ENV_FILE:-.env} or GLM_ variables; see .env.example)"
     exit 2
 fi
 for part in "${to_stop[@]}"; do
+    [[ $part != engine ]] || continue
     (quiet -c "import $part.server") >/dev/null 2>&1 || {
         complain "The code of $part cannot be imported: $( (quiet -c "import $part.server") 2>&1 | tail -n 1)"
         complain "Nothing was stopped: what ran before still runs"
@@ -204,11 +212,13 @@ address() {
 for part in "${parts[@]}"; do
     if [[ $part == api ]]; then
         say "API:   $(address api)/v1   (every route but /health needs the key GLM_API_KEY)"
+    elif [[ $part == engine ]]; then
+        say "Engine: $engine_url"
     else
         say "Page:  $(address web)/?token=$(quiet settings.py web_token)"
     fi
 done
-if [[ ${host[${parts[0]}]} == 0.0.0.0 ]]; then
+if [[ ${host[${parts[-1]}]} == 0.0.0.0 ]]; then
     say "       (from another machine, use this machine's address: $(hostname -I 2>/dev/null || true))"
 fi
 say "Logs:  $log_dir"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# ./stop.sh [all|api|web]   stops exactly what start.sh started here: SIGTERM, then SIGKILL.
+# ./stop.sh [all|api|web|engine]   stops exactly what start.sh started here: SIGTERM, then SIGKILL.
 #
 # It needs neither settings, environment, pid files nor a writable disk: a process without a pid file is found again.
 #
@@ -9,9 +9,9 @@ set -euo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 
 case ${1:-all} in
-    all) parts=(web api) ;;
-    api | web) parts=("$1") ;;
-    *) echo "usage: ./stop.sh [all|api|web]" >&2; exit 2 ;;
+    all) parts=(web api engine) ;;
+    api | web | engine) parts=("$1") ;;
+    *) echo "usage: ./stop.sh [all|api|web|engine]" >&2; exit 2 ;;
 esac
 export PYTHONDONTWRITEBYTECODE=1
 

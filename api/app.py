@@ -1,4 +1,5 @@
-"""create_app: assembles routes, middleware and error handlers; the engine starts and stops with the application."""
+"""create_app: assembles routes, middleware and error handlers; the engine starts and stops with the application,
+unless it is one behind it, which goes on."""
 
 from __future__ import annotations
 
@@ -14,6 +15,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from api import __version__
+from api.behind.handlers import BehindHandlers
+from api.behind.remote_engine import RemoteEngine
 from api.engine.engine import Engine
 from api.errors import ServingError, error_body, unknown_route, wrong_method
 from api.health.card_events import CardEvents
@@ -39,7 +42,7 @@ from settings import Settings
 logger = logging.getLogger(__name__)
 
 
-def create_app(settings: Settings, engine: Engine, watchdog: Watchdog | None = None) -> FastAPI:
+def create_app(settings: Settings, engine: Engine | RemoteEngine, watchdog: Watchdog | None = None) -> FastAPI:
     """`engine` must not have been started yet. Raises SettingsError for API keys that do not parse."""
     admission = Admission(settings, engine.slots)
     metrics = Metrics(engine, admission.load, lambda: heartbeat.pulse.loop_lag_s)
@@ -50,7 +53,11 @@ def create_app(settings: Settings, engine: Engine, watchdog: Watchdog | None = N
         engine, settings.log_dir, settings.stall_s, settings.check_silent_s, outcomes, card_events, watchdog
     )
     prompts, grammars = PromptBuilder(settings, Fetcher.of(settings)), Grammars()
-    handlers = RequestHandlers(settings, engine, metrics, prompts, grammars, Post(metrics))
+    handlers: RequestHandlers | BehindHandlers
+    if isinstance(engine, RemoteEngine):
+        handlers = BehindHandlers(settings, engine, metrics, prompts, Post(metrics))
+    else:
+        handlers = RequestHandlers(settings, engine, metrics, prompts, grammars, Post(metrics))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -62,6 +69,8 @@ def create_app(settings: Settings, engine: Engine, watchdog: Watchdog | None = N
         if faults is not None:
             faults.cancel()
         engine.stop(timeout_s=1.0)
+        if isinstance(engine, RemoteEngine):
+            await engine.client.close()
         heartbeat.stop()
         card_events.stop()
         prompts.close()

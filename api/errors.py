@@ -133,6 +133,8 @@ def too_many_at_once(limit: int) -> ServingError:
 
 def not_accepting(state: str, progress: float, reason: str | None) -> ServingError:
     """The error while the engine is loading, draining, stalled or dead."""
+    if state == "loading" and reason:  # of an engine behind
+        return unavailable(f"The model cannot be asked: {reason}", "loading", 5)
     if state == "loading":
         return unavailable(f"The model is still loading ({progress:.0%}).", "loading", 5)
     if state == "draining":

@@ -24,6 +24,7 @@ import uvicorn
 
 from api import __version__
 from api.app import create_app
+from api.behind.remote_engine import RemoteEngine
 from api.engine import process
 from api.engine.config import EngineConfig
 from api.engine.engine import Engine, Progress
@@ -79,6 +80,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
 
+    if settings.engine_url:
+        return serve(settings, RemoteEngine(settings))
     config = engine_config(settings)
 
     def load_model(progress: Progress) -> Model:
@@ -116,7 +119,7 @@ def engine_config(settings: Settings) -> EngineConfig:
     )
 
 
-def serve(settings: Settings, engine: Engine) -> int:
+def serve(settings: Settings, engine: Engine | RemoteEngine) -> int:
     """Serve until a signal or a lost device; returns the exit code. Call in the main thread."""
     logs.set_up(settings.log_level)
     allow_open_files()
@@ -141,6 +144,8 @@ def serve(settings: Settings, engine: Engine) -> int:
         logger.error(logs.line("cannot_listen", host=settings.api_host, port=settings.api_port))
         return 1
     facts = {"version": __version__, "host": settings.api_host, "port": settings.api_port, "model": settings.model}
+    if settings.engine_url:
+        facts["model"] = f"behind {settings.engine_url}"
     logger.info(logs.line("start", **facts, key="set" if KeyRing.of(settings) else "none"))
     server = DrainingServer(config, engine, settings, app.state.server.heartbeat, watchdog)
     server.run(sockets=[listener])
@@ -191,7 +196,7 @@ class DrainingServer(uvicorn.Server):
     Routers take some seconds to notice: for the delay of the settings, requests that they still send are taken.
     """
 
-    def __init__(self, config: uvicorn.Config, engine: Engine, settings: Settings, heartbeat: Heartbeat, watchdog: Watchdog) -> None:
+    def __init__(self, config: uvicorn.Config, engine: Engine | RemoteEngine, settings: Settings, heartbeat: Heartbeat, watchdog: Watchdog) -> None:
         super().__init__(config)
         self._watchdog = watchdog
         self._engine = engine

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from time import monotonic
 
-from api.engine.engine import Engine
+from api.behind.handlers import BehindHandlers
+from api.engine.serving import ServingEngine
 from api.health.card_events import CardEvents
 from api.health.heartbeat import Heartbeat
 from api.health.metrics import Metrics
@@ -19,12 +20,12 @@ from settings import Settings
 @dataclass(frozen=True)
 class ServerState:
     settings: Settings
-    engine: Engine
+    engine: ServingEngine
     admission: Admission
     metrics: Metrics
     heartbeat: Heartbeat
     prompts: PromptBuilder
-    handlers: RequestHandlers
+    handlers: RequestHandlers | BehindHandlers
     outcomes: Outcomes
     card_events: CardEvents
     started_at: float = field(default_factory=monotonic)

@@ -22,7 +22,7 @@ from settings import Settings, SettingsError, load
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ("settings.py", "log_output.py", "cgroup.py", "requirements.txt")
-SOURCES = {"api": ("api", "models"), "web": ("web", "models", "monitor/store")}
+SOURCES = {"api": ("api", "models"), "web": ("web", "models", "monitor/store"), "engine": ("deploy/engine.py",)}
 PRINTED_BYTES = 2**20  # of larger files only this much is read: they are weights, and their size and head tell them apart
 
 

@@ -30,6 +30,8 @@ def read(root: Path) -> StopSettings:
 
         settings = load()
         ports = {"api": settings.api_port, "web": settings.web_port}
+        if settings.engine_command:
+            ports["engine"] = settings.engine_port
         return StopSettings(settings.log_dir, settings.stop_s, ports, env_file(root).is_file())
     except KeyboardInterrupt:
         raise
@@ -41,6 +43,9 @@ def unchecked(root: Path) -> StopSettings:
     """Takes each value by itself: one that is no number, or cannot be read, is its default."""
     given = {**_lines_of(env_file(root)), **{name: value for name, value in os.environ.items() if value}}
     ports = {"api": int(_number(given.get("GLM_API_PORT"), 8080)), "web": int(_number(given.get("GLM_WEB_PORT"), 8081))}
+    if given.get("GLM_ENGINE_COMMAND"):
+        found = re.search(r"//[^/]*:(\d+)", given.get("GLM_ENGINE_URL") or "")
+        ports["engine"] = int(_number(found[1] if found else None, 80))
     log_dir = root / (given.get("GLM_LOG_DIR") or "logs")
     stop_s = _number(given.get("GLM_DRAIN_DELAY_S"), 0.0) + _number(given.get("GLM_DRAIN_S"), 10.0)
     return StopSettings(log_dir, stop_s, ports, False)

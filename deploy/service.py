@@ -12,7 +12,8 @@
 
 `check`, `changed` and `launch` take what deploy/identity.py printed from START_SH_IDENTITY. With START_SH_CURE=1, which the checker sets,
 `launch` starts nothing that was stopped on purpose. Standard library only and no syntax newer
-than Python 3.8, so that stop.sh works when the environment is gone. Parts are `api` and `web`.
+than Python 3.8, so that stop.sh works when the environment is gone. Parts are `api` and `web`, and
+`engine` where GLM_ENGINE_COMMAND starts one.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ from monitor.observe.http_exchange import exchange
 from monitor.observe.processes import ProcessRecord
 
 ROOT = Path(__file__).resolve().parent.parent
-HEALTH = {"api": "/health", "web": "/_stcore/health"}
-NAMES = {"api": "The API", "web": "The page"}
+HEALTH = {"api": "/health", "web": "/_stcore/health", "engine": "/health"}
+NAMES = {"api": "The API", "web": "The page", "engine": "The engine"}
 MAY_START, FAILED, NOT_WRITABLE, PORT_IN_USE, ALL_STOPPED, RUNNING = 0, 1, 2, 3, 4, 10
 LOG_LINES = 25
 ANSWER_LIMIT_S = 2.0
@@ -157,7 +158,7 @@ def launch(log_dir: Path, part: str, port: int, identity: dict[str, Any], cure: 
         with open(_open_log(path), "ab") as log:
             mark["log_offset"] = log.tell()
             subprocess.Popen(
-                [sys.executable, "-m", f"{part}.server"], cwd=str(ROOT), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                [sys.executable, "-m", process_search.module_of(part)], cwd=str(ROOT), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True, preexec_fn=record_itself,
                 env={**os.environ, process_search.MARK: json.dumps(mark)},
             )  # fmt: skip
@@ -366,8 +367,15 @@ def stop(
 
 def halt(parts: list[str]) -> int:
     settings = plain_settings.read(ROOT)
+    log_dir = settings.log_dir.resolve()
+    if "engine" not in settings.ports:
+        record = processes.read_record(log_dir, "engine")
+        if record is None:
+            parts = [part for part in parts if part != "engine"]
+        else:  # its command is no longer in the settings
+            settings.ports["engine"] = record.port
     return stop(
-        settings.log_dir.resolve(), settings.stop_s + STOP_MARGIN_S, {part: settings.ports[part] for part in parts}, settings.certain
+        log_dir, settings.stop_s + STOP_MARGIN_S, {part: settings.ports[part] for part in parts}, settings.certain
     )
 
 
@@ -424,10 +432,15 @@ def _answer(part: str, host: str, entry: ProcessRecord) -> tuple[str, str]:
         return ("up", "") if reply.status == 200 else ("silent", reply.detail or f"HTTP {reply.status}")
     health = reply.json() or {}
     state = health.get("state")
+    if part == "engine" and state is None:
+        # Of whatever kind: vLLM opens its port only once it has loaded, llama.cpp says 503 until then.
+        return ("up", "") if reply.status == 200 else ("loading", reply.detail or f"HTTP {reply.status}")
     if state is None:
         return "silent", reply.detail or f"HTTP {reply.status} without a state"
     if state in ("idle", "busy"):
         return "up", ""
+    if state == "loading" and health.get("engine"):
+        return "loading", str(health.get("reason"))
     if state == "loading":
         return "download" if health.get("download") else "loading", describe(health)
     return ("dead" if state == "dead" else "silent"), str(health.get("reason") or state)

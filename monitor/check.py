@@ -18,8 +18,9 @@ from monitor.act import interrupted_restart, nightly, operator_requests, stop_ma
 from monitor.act.cure import Cure
 from monitor.act.lock import Lock
 from monitor.act.restart import Restarter
-from monitor.judge import accuracy, history, holds, ladder, limiter, pace, thresholds
+from monitor.judge import accuracy, engine_rules, history, holds, ladder, limiter, pace, thresholds
 from monitor.judge.api_rules import judge_api
+from monitor.judge.engine_rules import judge_behind
 from monitor.judge.evidence import Observation
 from monitor.judge.history import Change
 from monitor.judge.limiter import Allowance, Decision
@@ -143,7 +144,8 @@ def limits_of(settings: Settings) -> Limits:
 
 def judge(observation: Observation, settings: Settings, state: CheckerState) -> dict[str, Verdict]:
     limits = limits_of(settings)
-    verdicts = {"api": _judge_finer(judge_api(observation.api, limits), observation, settings, state)}
+    api = judge_behind(judge_api(observation.api, limits), observation.api, limits)
+    verdicts = {"api": _judge_finer(api, observation, settings, state)}
     if observation.page is not None:
         verdicts["page"] = judge_page(observation.page, limits, observation.api)
     for target, verdict in verdicts.items():
@@ -265,6 +267,13 @@ def systemd_restarts(target: str, verdict: Verdict) -> str:
     return f"systemd owns {owner}, and restarts what has ended or makes no progress"
 
 
+def _is_elsewhere(target: str, verdict: Verdict, settings: Settings) -> bool:
+    """Whether what would have to be restarted is an engine that somebody else has started."""
+    if target != "api":
+        return False
+    return settings.watches_engine_itself or (verdict.part == engine_rules.PART and not settings.engine_command)
+
+
 def _decide(
     state: CheckerState, verdicts: dict[str, Verdict], settings: Settings, now: float, hold: str
 ) -> dict[str, Decision]:
@@ -273,7 +282,7 @@ def _decide(
     newest = {name: target_limiter.restarts[-1] if target_limiter.restarts else None for name, target_limiter in state.limiters.items()}
     for target, verdict in verdicts.items():
         others = [at for name, at in newest.items() if name != target and at is not None]
-        external = "GLM_ENGINE_URL names an external engine, which is never restarted" if target == "api" and settings.engine_url else ""
+        external = "GLM_ENGINE_URL names an engine that was not started here (GLM_ENGINE_COMMAND), so that it is never restarted" if _is_elsewhere(target, verdict, settings) else ""
         owned = systemd_restarts(target, verdict)
         climbs = ladder.applies(verdict)  # and is limited by the ladder instead of by attempts
         decision = limiter.decide(

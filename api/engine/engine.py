@@ -160,6 +160,9 @@ class Engine:
         now = time.monotonic()
         return [sequence.facts(now) for sequence in self._scheduler.sequences()]
 
+    def behind(self) -> None:
+        """There is none: the engine is this one."""
+
     def guard_report(self) -> dict[str, Any]:
         """The keys of `corrupt` in /health: what shows that the model or the machine computes wrongly."""
         return self._guard.report()

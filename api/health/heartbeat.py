@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from api import __version__
-from api.engine.engine import Engine, Stats
+from api.engine.serving import ServingEngine
+from api.engine.stats import Stats
 from api.health.card_events import CardEvents
 from api.health.outcomes import Outcomes
 from api.health.watchdog import Watchdog
@@ -72,7 +73,7 @@ class Heartbeat:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: ServingEngine,
         log_dir: Path,
         stall_s: float,
         check_silent_s: float,
@@ -137,6 +138,11 @@ class Heartbeat:
             return "stalled"
         return "draining" if self.leaving and stats.state != "dead" else stats.state
 
+    def _own_state(self, stats: Stats) -> str:
+        """Of this process, for its manager: it is well also while an engine behind it stands still."""
+        state = self.state(stats)
+        return "busy" if state == "stalled" and self._engine.behind() is not None else state
+
     def report(self, stats: Stats) -> dict[str, Any]:
         """What /health and the file say alike of this process, its users' requests, its pace and its card."""
         return {
@@ -169,7 +175,7 @@ class Heartbeat:
                 self._pulse = self._take_pulse(stats)
                 self._observed_at = time.monotonic()
                 if self._watchdog is not None:
-                    self._watchdog.observe(stats, self.state(stats), self._beat_at, self._moved_at(stats))
+                    self._watchdog.observe(stats, self._own_state(stats), self._beat_at, self._moved_at(stats))
                 self._write(stats)
             except Exception:  # the observer must survive any failure of what it observes
                 logger.exception("event=heartbeat_failed")
@@ -185,6 +191,8 @@ class Heartbeat:
 
     def _moved_at(self, stats: Stats) -> float:
         """When the engine last moved. One with nothing to do moves as well, unless what it does of its own accord takes too long."""
+        if self._engine.behind() is not None:
+            return time.monotonic()  # another process's engine: a new process here would not move it
         if stats.state == "loading":
             return self._load_moved_at
         hangs_idle = stats.phase_deadline_s is not None and stats.phase_age_s > stats.phase_deadline_s
@@ -224,6 +232,7 @@ class Heartbeat:
             **{STATS_KEYS.get(k, k): v for k, v in asdict(stats).items() if k != "state"},
             **{k: v for k, v in asdict(self._pulse).items() if k != "checker"},
             **self.report(stats),
+            **({"engine": behind} if (behind := self._engine.behind()) is not None else {}),
             "kv_peak_tokens": max(self._kv_used, default=0),
             "in_flight": self._engine.in_flight()[:MAX_IN_FLIGHT],
         }

@@ -16,7 +16,8 @@ from prometheus_client.gc_collector import GCCollector
 from prometheus_client.process_collector import ProcessCollector
 
 from api import __version__
-from api.engine.engine import Engine, Stats
+from api.engine.serving import ServingEngine
+from api.engine.stats import Stats
 
 disable_created_metrics()  # they double the output, and only give the time at which this process began to count
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -51,7 +52,7 @@ class AdmissionLoad(NamedTuple):
 class Metrics:
     """Thread-safe. `admission` and `loop_lag_s` are called at each scrape."""
 
-    def __init__(self, engine: Engine, admission: Callable[[], AdmissionLoad], loop_lag_s: Callable[[], float]) -> None:
+    def __init__(self, engine: ServingEngine, admission: Callable[[], AdmissionLoad], loop_lag_s: Callable[[], float]) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         GCCollector(registry=self.registry)
@@ -170,7 +171,7 @@ class Metrics:
 class _EngineCollector:
     """Reads the engine's own counters at each scrape."""
 
-    def __init__(self, engine: Engine, admission: Callable[[], AdmissionLoad], loop_lag_s: Callable[[], float]) -> None:
+    def __init__(self, engine: ServingEngine, admission: Callable[[], AdmissionLoad], loop_lag_s: Callable[[], float]) -> None:
         self._engine = engine
         self._admission = admission
         self._loop_lag_s = loop_lag_s
@@ -191,7 +192,7 @@ class _EngineCollector:
         build = GaugeMetricFamily("glm_build_info", "What runs.", labels=["version", "model_name"])
         build.add_metric([__version__, model.id if model else ""], 1)
         yield build
-        if model is not None:
+        if model is not None and model.capacity is not None:
             sizes = {CAPACITY_LABELS.get(k, k): str(size) for k, size in asdict(model.capacity).items()}
             cache = GaugeMetricFamily("glm_cache_config_info", "How the engine's memory is cut.", labels=list(sizes))
             cache.add_metric(list(sizes.values()), 1)

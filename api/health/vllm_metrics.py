@@ -9,13 +9,13 @@ from collections.abc import Iterator
 
 from prometheus_client.core import GaugeMetricFamily
 
-from api.engine.engine import Engine
+from api.engine.serving import ServingEngine
 
 
 class VllmCollector:
     """Reads the engine's own counters at each scrape."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: ServingEngine) -> None:
         self._engine = engine
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
@@ -28,7 +28,7 @@ class VllmCollector:
             ("gpu_cache_usage_perc", "The older name of vllm:kv_cache_usage_perc.", stats.kv_usage),
         ):
             yield _gauge(name, description, labels, value)
-        if model is not None:
+        if model is not None and model.capacity is not None:
             sizes = {"block_size": str(model.capacity.page_tokens), "num_gpu_blocks": str(model.capacity.pages)}
             yield _gauge("cache_config_info", "How the KV cache is cut.", {**labels, **sizes}, 1)
 

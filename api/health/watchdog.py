@@ -12,7 +12,7 @@ import os
 import socket
 from collections.abc import MutableMapping
 
-from api.engine.engine import Stats
+from api.engine.stats import Stats
 
 logger = logging.getLogger(__name__)
 

@@ -95,6 +95,12 @@ class OutputParser:
             pieces += more
         return pieces
 
+    def feed_reasoning(self, text: str) -> list[Piece]:
+        """The pieces of reasoning that somebody else has separated already."""
+        if self._state == "thinking":
+            self._state = "content"  # the tag that would end it is not coming
+        return self._reasoning_pieces(text)
+
     def finish(self, stopped: bool) -> list[Piece]:
         """The remaining pieces. `stopped`: the model ended the answer, instead of reaching a length limit."""
         rest, self._buffer = self._buffer, ""

@@ -44,7 +44,7 @@ class Choice:
     call_id: str
     parser: OutputParser | VerbatimParser
     prompt: PromptFacts
-    vocabulary: Vocabulary
+    vocabulary: Vocabulary | None  # None: whoever wrote the answer sends its log probabilities as text
     with_logprobs: bool = False
     reasoning_place: ReasoningPlace = "separate"
     tokens: int = 0  # so far
@@ -62,13 +62,13 @@ class Choice:
         pieces: list[Piece] = []
         for delta in deltas:
             was_thinking = self.parser.thinking
-            for piece in self._placed(self.parser.feed(delta.text)):
+            for piece in self._placed(self._pieces(delta)):
                 _append(pieces, piece)
             self.tokens += delta.tokens
-            if was_thinking or self.parser.thinking:
+            if self._is_thought(delta, was_thinking):
                 self.reasoning_tokens += delta.tokens
             if self.with_logprobs:
-                logprobs = [self._logprob_entry(logprob) for logprob in delta.logprobs]
+                logprobs = self._entries(delta)
                 self._logprobs += logprobs
                 self._unsent_logprobs += logprobs
         return [self._chunk(self._delta(piece)) for piece in pieces]
@@ -79,6 +79,15 @@ class Choice:
         pieces = self._placed([*self.parser.finish(stopped=done.reason == "stop"), None])
         deltas = [self._delta(piece) for piece in pieces]
         return [*(self._chunk(delta) for delta in deltas), self._chunk({}, self.finish_reason)]
+
+    def _pieces(self, delta: Delta) -> list[Piece]:
+        return self.parser.feed(delta.text)
+
+    def _is_thought(self, delta: Delta, was_thinking: bool) -> bool:
+        return was_thinking or self.parser.thinking
+
+    def _entries(self, delta: Delta) -> list[dict[str, Any]]:
+        return [self._logprob_entry(logprob) for logprob in delta.logprobs]
 
     @property
     def finish_reason(self) -> str:
@@ -153,6 +162,7 @@ class Choice:
         return {**self._token_entry(logprob.token_id, logprob.logprob), "top_logprobs": top}
 
     def _token_entry(self, token: int, logprob: float) -> dict[str, Any]:
+        assert self.vocabulary is not None
         data = self.vocabulary.token_bytes(token)
         # JSON has no minus infinity.
         return {"token": data.decode(errors="replace"), "logprob": max(logprob, -9999.0), "bytes": list(data)}

@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from fastapi.sse import format_sse_event
 
@@ -24,6 +24,7 @@ from api.engine.loaded_model import Model
 from api.engine.request import Delta, Done, Event, Failed
 from api.engine.request import Request as EngineRequest
 from api.engine.scheduler import QueueFull
+from api.engine.stats import Stats
 from api.engine.text.grammar import MatcherGrammar
 from api.errors import ServingError, cannot_enforce, failed, internal, not_accepting, queue_full, unknown_model
 from api.health.metrics import Metrics
@@ -152,6 +153,7 @@ class RequestHandlers:
             completion.checked_schema = chat.answer_schema
         handler = RequestHandler(self.engine, self.metrics, self.post, completion, permit, grammars, log, prompt.upload_bytes)
         handler.submit(
+            self.engine,
             [
                 EngineRequest(
                     id=handler.engine_id(index),
@@ -169,7 +171,17 @@ class RequestHandlers:
         return handler
 
 
-def loaded_model(engine: Engine) -> Model:
+Served_co = TypeVar("Served_co", covariant=True)
+
+
+class WithModel(Protocol[Served_co]):
+    @property
+    def model(self) -> Served_co | None: ...
+
+    def stats(self) -> Stats: ...
+
+
+def loaded_model(engine: WithModel[Served_co]) -> Served_co:
     """The engine's model. Raises the 503 error with the reason if it is not loaded."""
     if engine.model is None:
         stats = engine.stats()
@@ -209,12 +221,20 @@ def _completion(
     return Completion(name, name_of_request, model.id, facts, choices, arrived_at, preprocess_s, prompts)
 
 
+class Answering(Protocol):
+    """What a handler needs of an engine once it has submitted its request."""
+
+    def position(self, request_id: str) -> int | None: ...
+
+    def abort(self, request_id: str) -> None: ...
+
+
 class RequestHandler:
     """One submitted request. Called in the event loop only."""
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Answering,
         metrics: Metrics,
         post: Post,
         completion: Completion,
@@ -237,15 +257,15 @@ class RequestHandler:
     def engine_id(self, index: int) -> str:
         return self.completion.id if len(self.completion.choices) == 1 else f"{self.completion.id}-{index}"
 
-    def submit(self, requests: list[EngineRequest], queue_size: int) -> None:
+    def submit(self, engine: Engine, requests: list[EngineRequest], queue_size: int) -> None:
         """Submit all choices, or none. Raises the 503 error."""
         self._log |= {"engine_request": self.completion.id, "images": len(requests[0].images)}
         for index, request in enumerate(requests):
             try:
-                self._engine.submit(request, partial(self._post.put, self._inbox, index))
+                engine.submit(request, partial(self._post.put, self._inbox, index))
             except NotAccepting as error:
                 self._release()
-                raise not_accepting(error.state, self._engine.stats().progress, str(error)) from None
+                raise not_accepting(error.state, engine.stats().progress, str(error)) from None
             except QueueFull:
                 self._release()
                 raise queue_full(queue_size) from None

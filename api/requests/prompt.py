@@ -133,7 +133,7 @@ class PromptBuilder:
 
         Raises ServingError.
         """
-        fetched = await self._fetch(chat)
+        fetched = await self.fetch(chat)
         loop = asyncio.get_running_loop()
         maker = ImageMaker(model, self._settings, self._known, salt, self.image_pool(caller))
         return await loop.run_in_executor(self.pool(caller), draft, chat, fetched, model, self._settings, maker)
@@ -150,7 +150,7 @@ class PromptBuilder:
 
     async def image_tokens(self, request: TokenizeRequest, model: Model, caller: Caller) -> list[int]:
         """The number of tokens of each image. No more than their headers are read. Raises ServingError."""
-        fetched = await self._fetch(request)
+        fetched = await self.fetch(request)
         maker = ImageMaker(model, self._settings, self._known, caller.name)
         return await asyncio.get_running_loop().run_in_executor(
             self.pool(caller), image_tokens, request, fetched, model, self._settings, maker
@@ -160,7 +160,7 @@ class PromptBuilder:
         for pool in (self._preprocess_pool, self._image_pool, self._probe_pool, self._fetch_pool):
             pool.shutdown(wait=False, cancel_futures=True)
 
-    async def _fetch(self, chat: ChatRequest | TokenizeRequest) -> dict[str, bytes]:
+    async def fetch(self, chat: ChatRequest | TokenizeRequest) -> dict[str, bytes]:
         """The remote images of a request by URL, each fetched once."""
         first: dict[str, str] = {}
         for param, url in image_urls(chat, self._settings):
@@ -208,9 +208,13 @@ def draft(
     tokens = len(ids) - len(uploads) + expected
     if tokens >= model.context_tokens:
         raise _too_long(tokens, model, "The prompt has")
-    referenced = {image for _, image in image_references(_last_question(chat.messages), len(uploads))}
-    question_image = referenced.pop() if len(referenced) == 1 else None
-    return Draft(tuple(ids), tuple(uploads), tokens, _opens_thinking(ids, model), question_image, maker)
+    return Draft(tuple(ids), tuple(uploads), tokens, _opens_thinking(ids, model), question_image(chat, len(uploads)), maker)
+
+
+def question_image(chat: ChatRequest, images: int) -> int | None:
+    """The image that the last question refers to, if it is exactly one of its `images`."""
+    referenced = {image for _, image in image_references(_last_question(chat.messages), images)}
+    return referenced.pop() if len(referenced) == 1 else None
 
 
 def image_tokens(

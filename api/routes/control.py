@@ -33,6 +33,8 @@ async def control(request: Request) -> dict[str, Any]:
     server: ServerState = request.app.state.server
     if not _is_checker(request, server.settings):
         raise ServingError(403, "Only the checker may do this.", "permission_error", "forbidden")
+    if server.engine.behind() is not None:  # the checker takes the next rung
+        raise ServingError(404, "The engine is another process, which takes no commands from here.", "invalid_request_error", "unsupported_by_engine")
     action = _action(await read_body(request, MAX_BODY_BYTES, lambda size: None))
     try:
         seconds = await asyncio.to_thread(server.engine.command, action, TIMEOUT_S)

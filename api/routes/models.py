@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.requests import Request
 
-from api.engine.loaded_model import Model
+from api.engine.serving import ServedModel
 from api.errors import not_accepting, unknown_model
 from api.requests.handler import loaded_model
 from api.routes.openapi import MODEL, MODELS
@@ -32,17 +32,17 @@ async def get_model(model_id: str, request: Request) -> dict[str, Any]:
     return _card(model)
 
 
-def _served(request: Request) -> Model:
+def _served(request: Request) -> ServedModel:
     """The model, unless nobody would be answered: routers read the list to learn whether there is one. Raises the 503 error."""
     server: ServerState = request.app.state.server
     stats = server.engine.stats()
     state = server.heartbeat.state(stats)
-    if state in ("dead", "stalled"):
+    if state in ("dead", "stalled", "loading"):
         raise not_accepting(state, stats.progress, stats.reason)
     return loaded_model(server.engine)
 
 
-def _card(model: Model) -> dict[str, Any]:
+def _card(model: ServedModel) -> dict[str, Any]:
     return {
         "id": model.id, "object": "model", "created": 0, "owned_by": "local", "max_model_len": model.context_tokens,
         "type": "model", "display_name": model.id, "created_at": "1970-01-01T00:00:00Z",

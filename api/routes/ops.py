@@ -34,7 +34,8 @@ async def livez(request: Request) -> JSONResponse:
     server: ServerState = request.app.state.server
     stats = server.engine.stats()
     state = server.heartbeat.state(stats)
-    if state not in ("dead", "stalled"):
+    # A new process in front of an engine that hangs would stand in front of the same.
+    if state not in ("dead", "stalled") or (state == "stalled" and server.engine.behind() is not None):
         return JSONResponse({"state": state})
     return JSONResponse({"state": state}, 503, _when_to_retry(state, stats))
 
@@ -75,6 +76,8 @@ async def health(request: Request) -> JSONResponse:
         "checker": asdict(pulse.checker),
         "heartbeat_error": heartbeat.write_error,
     }
+    if (behind := server.engine.behind()) is not None:
+        body["engine"] = behind
     if stats.download is not None:
         body["download"] = asdict(stats.download)
     token = server.settings.probe_token

@@ -10,12 +10,15 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
+from api.behind import tokens as engine_tokens
+from api.behind.handlers import BehindHandlers
 from api.caller import Caller
 from api.engine.loaded_model import Model
 from api.errors import invalid, unknown_model
 from api.http.connection import parse_body, read_body, while_connected
 from api.protocol.fields import IgnoredFields
 from api.protocol.schemas import ChatRequest, DetokenizeRequest, TokenizeRequest, parse_detokenize, parse_tokenize
+from api.requests.admission import Permit
 from api.requests.handler import loaded_model
 from api.requests.prompt import check_characters, rendered_ids, with_image_tokens
 from api.routes.chat import ignored_fields, note_ignored
@@ -44,7 +47,7 @@ async def _answer(
     """Admitted like a chat request, and computed in a preprocessing thread, since the text may be long."""
     server: ServerState = request.app.state.server
     caller: Caller = request.state.caller
-    model = loaded_model(server.engine)
+    model_id = loaded_model(server.engine).id
     server.admission.check(caller)
     with server.admission.arriving(caller) as arriving:
         body = await read_body(request, server.settings.max_body_bytes, arriving.add)
@@ -53,17 +56,28 @@ async def _answer(
     try:
         ignored = ignored_fields(request)
         parsed = await parse_body(lambda data: parse(data, ignored), body, pool)
-        if parsed.model is not None and parsed.model != model.id:
-            raise unknown_model(parsed.model, model.id)
-        images: list[int] = []
-        if isinstance(parsed, TokenizeRequest):
-            images = await while_connected(request, server.prompts.image_tokens(parsed, model, caller))
-        work = asyncio.get_running_loop().run_in_executor(pool, compute, parsed, model, images)
-        answer = await while_connected(request, work)
+        if parsed.model is not None and parsed.model != model_id:
+            raise unknown_model(parsed.model, model_id)
+        answer = await while_connected(request, _computed(server, parsed, compute, caller))
     finally:
         permit.release()
     names = note_ignored(request, ignored)
     return JSONResponse({**answer, **({"ignored": names} if names else {})}, headers=ignored.headers())
+
+
+async def _computed(
+    server: ServerState, parsed: TokenRequest, compute: Callable[[TokenRequest, Model, Sequence[int]], dict[str, Any]], caller: Caller
+) -> dict[str, Any]:
+    if isinstance(server.handlers, BehindHandlers):
+        engine = server.handlers.engine
+        if isinstance(parsed, TokenizeRequest):
+            return await engine_tokens.tokenize(parsed, engine)
+        return await engine_tokens.detokenize(parsed, engine)
+    model = loaded_model(server.handlers.engine)
+    images: list[int] = []
+    if isinstance(parsed, TokenizeRequest):
+        images = await server.prompts.image_tokens(parsed, model, caller)
+    return await asyncio.get_running_loop().run_in_executor(server.prompts.pool(caller), compute, parsed, model, images)
 
 
 async def prompt_tokens(
@@ -75,7 +89,7 @@ async def prompt_tokens(
     """
     server: ServerState = request.app.state.server
     caller: Caller = request.state.caller
-    model = loaded_model(server.engine)
+    model_id = loaded_model(server.engine).id
     server.admission.check(caller)
     with server.admission.arriving(caller) as arriving:
         body = await read_body(request, server.settings.max_body_bytes, arriving.add)
@@ -83,13 +97,20 @@ async def prompt_tokens(
     try:
         ignored = ignored_fields(request)
         chat = await parse_body(lambda data: parse(data, ignored), body, server.prompts.pool(caller))
-        if chat.model is not None and chat.model != model.id:
-            raise unknown_model(chat.model, model.id)
-        draft = await while_connected(request, server.prompts.draft(chat, model, caller, caller.name))
+        if chat.model is not None and chat.model != model_id:
+            raise unknown_model(chat.model, model_id)
+        tokens = await while_connected(request, _counted(server, chat, permit))
     finally:
         permit.release()
     note_ignored(request, ignored)
-    return JSONResponse({**fields, "input_tokens": draft.tokens}, headers=ignored.headers())
+    return JSONResponse({**fields, "input_tokens": tokens}, headers=ignored.headers())
+
+
+async def _counted(server: ServerState, chat: ChatRequest, permit: Permit) -> int:
+    handlers, caller = server.handlers, permit.caller
+    if isinstance(handlers, BehindHandlers):
+        return await engine_tokens.count(chat, handlers.engine, server.prompts, server.settings, permit)
+    return (await server.prompts.draft(chat, loaded_model(handlers.engine), caller, caller.name)).tokens
 
 
 def _tokenized(request: TokenizeRequest, model: Model, images: Sequence[int]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from monitor.act.lock import Lock
+from monitor.judge import engine_rules
 from monitor.observe import processes
 from monitor.store.state import PARTS, CheckerState
 from monitor.store.store import Store
@@ -22,6 +23,7 @@ NAME = "restarting"  # in the store, from the count until the audit row
 START_LOCK = "logs/start.lock"  # held by start.sh
 MARGIN_S = 60.0
 POLL_S = 0.1
+TARGETS = {**{part: target for target, part in PARTS.items()}, engine_rules.PART: "api"}
 
 
 def begun(part: str, at: float, log_dir: Path) -> dict[str, Any]:
@@ -33,13 +35,13 @@ def begun(part: str, at: float, log_dir: Path) -> dict[str, Any]:
 def settle(store: Store, state: CheckerState, settings: Settings, lock: Lock | None = None, root: Path = ROOT) -> str:
     """Empty if no restart was interrupted, otherwise what became of it. Saves the state."""
     found = store.get(NAME)
-    if not isinstance(found, dict) or found.get("part") not in PARTS.values():
+    if not isinstance(found, dict) or found.get("part") not in TARGETS:
         return ""
     limit_s = settings.start_timeout_s + MARGIN_S
     if lock is not None:
         lock.extend(limit_s + settings.check_budget_s, "waiting for the start.sh of a run that was killed")
     wait_for_start(root, limit_s)
-    target = next(target for target, part in PARTS.items() if part == found["part"])
+    target = TARGETS[found["part"]]
     record = processes.read_record(settings.log_dir, found["part"])
     started = record is not None and [record.pid, record.start_time] != found["before"]
     if not started:

@@ -17,7 +17,7 @@ from pathlib import Path
 import settings
 from monitor.act import evidence_bundle, interrupted_restart, preflight
 from monitor.act.lock import Lock
-from monitor.judge import accuracy, history, limiter
+from monitor.judge import accuracy, engine_rules, history, limiter
 from monitor.judge.evidence import Observation
 from monitor.judge.limiter import Decision
 from monitor.judge.verdict import Verdict
@@ -59,8 +59,8 @@ class Restarter:
         if futile:
             self._audit(target, "restart", actor, "refused", f"a restart would not help: {futile}", name, began)
             return futile
-        part = PARTS[target]
-        if self._is_restarted(target):
+        part = verdict.part or PARTS[target]
+        if self._is_restarted(target, part):
             self._audit(target, "restart", actor, "refused", RESTARTED_MEANWHILE, name, began)
             return RESTARTED_MEANWHILE
         if self._lock is not None:
@@ -68,7 +68,7 @@ class Restarter:
             self._lock.extend(longest_s + MARGIN_S, f"restarting {target}")
         evidence = self._observation.api.to_dict() | {"verdict": vars(verdict)}
         saved = evidence_bundle.save(self._settings, name, part, evidence, self._store.runs(time.time() - 3600, 30))
-        if self._is_restarted(target):  # saving the evidence took a while
+        if self._is_restarted(target, part):  # saving the evidence took a while
             self._audit(target, "restart", actor, "refused", RESTARTED_MEANWHILE, name, began)
             return RESTARTED_MEANWHILE
         problem = self._stop(part, verdict)
@@ -79,7 +79,7 @@ class Restarter:
         if automatic and processes.was_stopped_by_request(self._settings.log_dir, part):
             self._audit(target, "restart", actor, "refused", STOPPED_MEANWHILE, name, began)
             return STOPPED_MEANWHILE
-        self._count(target)
+        self._count(target, part)
         problem = self._start(part, automatic)
         detail = problem or f"{decision.reason}; evidence in {saved or 'none: the disk is not writable'}"
         self._audit(target, "restart", actor, "failed" if problem else "done", detail, name, began)
@@ -106,13 +106,16 @@ class Restarter:
         self._audit(target, "drain", actor, "done", "stopped on request", "", began)
         return ""
 
-    def _is_restarted(self, target: str) -> bool:
+    def _is_restarted(self, target: str, part: str) -> bool:
         """By a person, since the run has looked: what runs now is not what was judged, and ending it would spoil the restart."""
         log_dir, page = self._settings.log_dir, self._observation.page
-        if processes.is_restarting(log_dir, PARTS[target]):
+        if processes.is_restarting(log_dir, part):
             return True
         judged = self._observation.api.process if target == "api" else page.process if page is not None else None
-        record = processes.read_record(log_dir, PARTS[target])
+        if part == engine_rules.PART:
+            behind = self._observation.api.engine
+            judged = behind.process if behind is not None else None
+        record = processes.read_record(log_dir, part)
         if judged is None or judged.pid is None or record is None or record.pid == judged.pid:
             return False
         return processes.is_running(record)
@@ -134,7 +137,7 @@ class Restarter:
         others = ports.listeners(record.port)
         if others:
             return f"port {record.port} is held by {', '.join(other.describe() for other in others)}"
-        if part == "api" and held_mib:
+        if part in ("api", engine_rules.PART) and held_mib:
             self._wait_for_gpu(held_mib)
         return ""
 
@@ -147,7 +150,7 @@ class Restarter:
                 return
             time.sleep(1.0)
 
-    def _count(self, target: str) -> None:
+    def _count(self, target: str, part: str) -> None:
         moment = now()
         self._state.limiters[target] = limiter.restarted(self._state.limiters[target], moment.wall)
         self._state.histories[target] = history.after_restart(self._state.histories[target], moment)
@@ -155,7 +158,7 @@ class Restarter:
             self._state.accuracy = accuracy.after_restart(self._state.accuracy)
         with self._store.transaction():
             self._state.save(self._store)
-            self._store.put(interrupted_restart.NAME, interrupted_restart.begun(PARTS[target], moment.wall, self._settings.log_dir))
+            self._store.put(interrupted_restart.NAME, interrupted_restart.begun(part, moment.wall, self._settings.log_dir))
 
     def _start(self, part: str, automatic: bool) -> str:
         record = processes.read_record(self._settings.log_dir, part)

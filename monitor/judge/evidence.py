@@ -153,6 +153,7 @@ class HealthReply:
 
     `outcome`: answered, refused, silent, failed. `success_age_s`: seconds since a user was answered, by kind of request.
     `proven`: whether it knows the probe token; None if it gave no proof, or if there is no token to check one with.
+    `unanswered_s`: for how long an engine behind has had questions and has not moved, whether their clients waited or left.
     """
 
     outcome: str
@@ -170,6 +171,7 @@ class HealthReply:
     success_age_s: dict[str, float] = field(default_factory=dict)
     proven: bool | None = None
     report: SelfReport = SelfReport()
+    unanswered_s: float | None = None
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> HealthReply:
@@ -265,6 +267,19 @@ class Traffic:
 
 
 @dataclass(frozen=True)
+class EngineEvidence:
+    """The engine behind the API. `reply`: of its own /health and counters; `process`: of what GLM_ENGINE_COMMAND started.
+
+    `is_ours`: there is such a command, so that it can be started again.
+    """
+
+    url: str
+    reply: HealthReply
+    process: Process = Process()
+    is_ours: bool = False
+
+
+@dataclass(frozen=True)
 class ApiEvidence:
     """`last` is a second reply of /health after a failed question, to see whether the engine made steps meanwhile.
 
@@ -272,7 +287,7 @@ class ApiEvidence:
     process that was started here. `no_credit`: why answers to users could not
     replace questions, empty if they could. `unproven_runs`: runs in a row in which the very process that was started here
     did not know the probe token. `draining_s`: for how long this process has been seen draining; None if it is not.
-    `model_key`: model, revision and recipe, if known.
+    `model_key`: model, revision and recipe, if known. `engine`: the one behind it; None: it is the API's own.
     """
 
     url: str
@@ -290,6 +305,7 @@ class ApiEvidence:
     traffic: Traffic | None = None
     model_key: dict[str, str] | None = None
     accuracy: AccuracyEvidence | None = None
+    engine: EngineEvidence | None = None
 
     @property
     def report(self) -> SelfReport:
@@ -315,6 +331,9 @@ class ApiEvidence:
         fields["answers"] = tuple(_answer(answer) for answer in fields.get("answers") or ())
         fields["accuracy"] = _accuracy(fields["accuracy"]) if fields.get("accuracy") else None
         fields["hardware"] = tuple(fields.get("hardware") or ())
+        if engine := fields.get("engine"):
+            reply, process = HealthReply.from_dict(engine["reply"]), Process(**engine.get("process") or {})
+            fields["engine"] = EngineEvidence(**{**engine, "reply": reply, "process": process})
         return cls(**fields)
 
 

@@ -42,7 +42,8 @@ class Limits:
 class Verdict:
     """`cure`: a restart of this target can help. `needed`: consecutive runs that confirm it.
 
-    `attempts`: most restarts in one incident; None leaves it to the limiter.
+    `attempts`: most restarts in one incident; None leaves it to the limiter. `part`: which process a restart would be of, if not
+    the target's own.
     """
 
     target: str
@@ -55,6 +56,7 @@ class Verdict:
     cure: bool = False
     needed: int = 1
     attempts: int | None = None
+    part: str = ""
 
     @property
     def serving(self) -> bool:

@@ -1,4 +1,4 @@
-"""An external engine in place of the API (GLM_ENGINE_URL): progress from the Prometheus metrics of vLLM or SGLang.
+"""The engine behind the API (GLM_ENGINE_URL), asked itself: progress from the Prometheus metrics of vLLM, SGLang or llama.cpp.
 
 Their health routes answer 200 while the engine hangs. Pending requests while no token counter changes from run to run are
 a hang. `EngineProgress` keeps the counters between runs.
@@ -19,13 +19,14 @@ from monitor.observe.http_exchange import exchange, parse_json
 clock = time.monotonic
 Sample = tuple[str, Mapping[str, str], float]
 RESPONSES = ("http_requests_total", "sglang:http_responses_total")  # the first is vLLM's, where 503 is not told from other 5xx
-RUNNING = ("vllm:num_requests_running", "sglang:num_running_reqs", "glm_num_requests_running")
-WAITING = ("vllm:num_requests_waiting", "sglang:num_queue_reqs", "glm_num_requests_waiting")
+RUNNING = ("vllm:num_requests_running", "sglang:num_running_reqs", "llamacpp:requests_processing", "glm_num_requests_running")
+WAITING = ("vllm:num_requests_waiting", "sglang:num_queue_reqs", "llamacpp:requests_deferred", "glm_num_requests_waiting")
 TOKENS = (
     "vllm:generation_tokens_total", "vllm:prompt_tokens_total", "vllm:generation_tokens", "vllm:prompt_tokens",
     "vllm:iteration_tokens_total_count", "sglang:generation_tokens_total", "sglang:prompt_tokens_total",
-    "sglang:gen_throughput", "glm_generation_tokens_total", "glm_prompt_tokens_total",
-)  # fmt: skip
+    "sglang:gen_throughput", "glm_generation_tokens_total", "glm_prompt_tokens_total", "llamacpp:tokens_predicted_total", "llamacpp:prompt_tokens_total",
+)
+STATES = ("loading", "idle", "busy", "stalled", "draining", "dead")  # of an engine that is another API of this project  # fmt: skip
 
 
 def get_health(base_url: str, limit_s: float, progress: EngineProgress, key: str) -> tuple[HealthReply, dict[str, Any]]:
@@ -46,9 +47,13 @@ def get_health(base_url: str, limit_s: float, progress: EngineProgress, key: str
         progress.steps += 1
     elif not pending or progress.still_since is None:
         progress.still_since = now
+    said = (health.json() or {}).get("state")
     state = "busy" if pending else "idle"
-    if health.status == 503:
-        state = "loading"
+    if said in STATES:
+        state = str(said)
+    elif health.status == 503:
+        # vLLM opens its port only once it has loaded: a 503 is the end of its engine.
+        state = "dead" if any(name.startswith("vllm:") for name in values) else "loading"
     detail = "" if values else f"no metrics at /metrics (HTTP {metrics.status or 'none'}); progress is unknown"
     still_s = round(now - progress.still_since, 1) if pending and progress.still_since is not None else 0.0
     reply = HealthReply(

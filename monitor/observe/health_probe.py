@@ -41,6 +41,7 @@ def get_health(base_url: str, limit_s: float, token: str = "") -> HealthReply:
         success_age_s={kind: age for kind, age in ages.items() if age is not None},
         proven=is_proven(body, nonce, token) if token else None,
         report=self_report.parse(body),
+        unanswered_s=self_report.number(self_report.mapping(body.get("engine")).get("unanswered_s")),
     )
 
 

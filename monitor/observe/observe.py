@@ -20,6 +20,7 @@ from monitor.judge.accuracy import Accuracy, for_model
 from monitor.judge.evidence import (
     Answer,
     ApiEvidence,
+    EngineEvidence,
     EngineProgress,
     HealthReply,
     Heartbeat,
@@ -102,7 +103,7 @@ def observe(settings: Settings, rng: random.Random, plan: ProbePlan, moment: Mom
     remembered = {part: processes.parse_record(plan.records.get(part)) for part in ("api", "web")}
     api_record = process_search.find_record(settings.log_dir, "api", settings.api_port, remembered=remembered["api"])
     web_record = process_search.find_record(settings.log_dir, "web", settings.web_port, remembered=remembered["web"])
-    external = bool(settings.engine_url)
+    external = settings.watches_engine_itself
     watched = api_record if not external and _is_here(settings.api_base_url) else None
     gpu_timeout: dict[str, Any] = {"gpus": [], "source": "none", "hung": True, "reason": "no answer in time"}
     gpu_reading = Deadline(gpu.read, GPU_LIMIT_S, gpu_timeout)
@@ -149,11 +150,11 @@ def _probe_api(
     record: processes.ProcessRecord | None, beat: Heartbeat | None,
 ) -> tuple[ApiEvidence, bool]:  # fmt: skip
     """GET /health, the questions, and /health again if one failed, to see whether the engine made steps meanwhile."""
-    url = (settings.engine_url or settings.api_base_url).rstrip("/")
+    url = settings.engine_base_url if settings.watches_engine_itself else settings.api_base_url
 
     def get_health(limit_s: float) -> HealthReply:
-        if settings.engine_url:
-            return external_engine.get_health(url, limit_s, progress, _secret(settings.api_key))[0]
+        if settings.watches_engine_itself:
+            return external_engine.get_health(url, limit_s, progress, _secret(settings.engine_key or settings.api_key))[0]
         return health_probe.get_health(url, limit_s, _secret(settings.probe_token))
 
     first = get_health(min(HEALTH_LIMIT_S, settings.probe_timeout_s))
@@ -165,12 +166,14 @@ def _probe_api(
     if not other and process.port_owner != "stranger" and process.state != "gone":
         traffic = add_run(plan.traffic, evidence.report, moment, plan.limits)
     standing = Standing()
-    if not settings.engine_url:
+    if not settings.watches_engine_itself:
         standing = _standing(first, record, process, other, bool(settings.probe_token), traffic, plan.limits)
     evidence = replace(
         evidence, draining_s=_draining_s(first, plan.draining, moment), other=other, no_credit=standing.no_credit, unproven_runs=plan.unproven_runs + 1 if standing.unproven else 0,
         traffic=traffic,
     )  # fmt: skip
+    if settings.engine_url and not settings.watches_engine_itself:
+        evidence = replace(evidence, engine=_engine_behind(settings, progress))
     if first.outcome == "refused" or first.state in ("loading", "dead", "draining", "stalled"):
         return evidence, False
     model_key = _model_key(settings, url)
@@ -181,10 +184,22 @@ def _probe_api(
     return replace(evidence, last=get_health(SECOND_LOOK_LIMIT_S)), asked
 
 
+def _engine_behind(settings: Settings, progress: EngineProgress) -> EngineEvidence:
+    """What the engine says of itself, and the kernel of its process where it was started here."""
+    limit_s = min(SECOND_LOOK_LIMIT_S, settings.probe_timeout_s)
+    reply = external_engine.get_health(settings.engine_base_url, limit_s, progress, _secret(settings.engine_key))[0]
+    if not settings.engine_command:
+        return EngineEvidence(settings.engine_url, reply)
+    record = process_search.find_record(settings.log_dir, "engine", settings.engine_port)
+    failure = processes.failed_start(settings.log_dir, "engine")
+    return EngineEvidence(settings.engine_url, reply, _process(record, {}, False, failure), True)
+
+
 def _model_key(settings: Settings, url: str) -> dict[str, str] | None:
-    source = external_engine if settings.engine_url else api_probe
-    key = source.model_key(url, _secret(settings.api_key), min(HEALTH_LIMIT_S, settings.probe_timeout_s))
-    return {**key, "engine": url} if key is not None and settings.engine_url else key
+    source = external_engine if settings.watches_engine_itself else api_probe
+    secret = settings.engine_key or settings.api_key if settings.watches_engine_itself else settings.api_key
+    key = source.model_key(url, _secret(secret), min(HEALTH_LIMIT_S, settings.probe_timeout_s))
+    return {**key, "engine": settings.engine_url} if key is not None and settings.engine_url else key
 
 
 def _ask(
@@ -193,8 +208,8 @@ def _ask(
 ) -> tuple[tuple[Answer, ...], bool]:
     """(answers, whether a question was asked). A recent answer to a user is credited in place of a question."""
     credit_s = 0.0 if plan.question or no_credit else settings.probe_credit_s
-    key = _secret(settings.api_key)
-    model = model_key["model"] if settings.engine_url and model_key else ""
+    key = _secret(settings.engine_key or settings.api_key if settings.watches_engine_itself else settings.api_key)
+    model = model_key["model"] if settings.watches_engine_itself and model_key else ""
     idle = health.state == "idle" or health.pending == 0
     prober = api_probe.Prober(url, key, _secret(settings.probe_token), rng, model, for_model(plan.accuracy, model_key), idle)
     answers: list[Answer] = []

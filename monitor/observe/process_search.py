@@ -1,6 +1,6 @@
 """Finds the processes that start.sh started when their pid file is gone, damaged or stale.
 
-A process is ours only if all of this holds: it runs `-m <part>.server` in the project's folder, as this user, in this pid
+A process is ours only if all of this holds: it runs `-m <part>.server` (`module_of`) in the project's folder, as this user, in this pid
 namespace, and leads a session, as start.sh makes it. Which of several it is, its mark says: start.sh puts the contents of
 the pid file into its environment. A process without a mark was started by an earlier version and is known by its port or
 its log file. Standard library only, and no syntax newer than Python 3.8, because stop.sh uses it without the environment.
@@ -117,6 +117,11 @@ def _settings_file(name: str, root: Path) -> str:
     return os.path.realpath(str(root / (name or ".env")))
 
 
+def module_of(part: str) -> str:
+    """The module that a part's process runs."""
+    return "deploy.engine" if part == "engine" else f"{part}.server"
+
+
 def log_of(pid: int) -> str:
     """The file of its standard output, with ` (deleted)` at the end if it was deleted; empty if it is not readable."""
     return _link(pid, "fd/1")
@@ -125,7 +130,7 @@ def log_of(pid: int) -> str:
 def _is_ours(pid: int, part: str, root: Path) -> bool:
     folder = PROC / str(pid)
     try:
-        if f"\0-m\0{part}.server\0".encode() not in (folder / "cmdline").read_bytes():
+        if f"\0-m\0{module_of(part)}\0".encode() not in (folder / "cmdline").read_bytes():
             return False
         if os.stat(folder).st_uid != os.geteuid() or _link(pid, "ns/pid") != _link(os.getpid(), "ns/pid"):
             return False

@@ -96,11 +96,12 @@ def engine_behind(context: FaultContext) -> Iterator[None]:
     """The checker watches an external engine, which is this API behind a stand-in that passes everything on."""
     with stand_in("right", upstream=context.settings.api_base_url) as engine:
         context.engine = engine
-        context.env["GLM_ENGINE_URL"] = engine.url
+        context.env |= {"GLM_ENGINE_URL": engine.url, "GLM_API_URL": engine.url}
         try:
             yield
         finally:
-            context.env.pop("GLM_ENGINE_URL", None)
+            for name in ("GLM_ENGINE_URL", "GLM_API_URL"):
+                context.env.pop(name, None)
             context.engine = None
 
 

@@ -1,4 +1,4 @@
-"""An external engine: metrics as vLLM and SGLang write them, from a stand-in that works and hangs."""
+"""An engine that the checker asks itself, with no API in front of it: metrics as vLLM and SGLang write them, from a stand-in that works and hangs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def engine(service, behaviour, describe, make_settings):
     behaviour.other["/health"] = (200, b"")
     behaviour.other["/v1/models"] = (200, b'{"data": [{"id": "glm"}]}')
     behaviour.reply = lambda body: (200, completion(describe(body)))
-    settings = make_settings(1, engine_url=f"http://127.0.0.1:{service}", web_port=service, check_period_s=1, cure="restart")
+    settings = make_settings(1, engine_url=f"http://127.0.0.1:{service}", api_url=f"http://127.0.0.1:{service}", web_port=service, check_period_s=1, cure="restart")
     file = settings.log_dir / "baseline.json"
     key = {"model": "glm", "revision": "", "recipe": "", "engine": settings.engine_url}
     file.write_text(json.dumps({**json.loads(file.read_text()), "key": key}))
