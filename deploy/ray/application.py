@@ -39,6 +39,7 @@ LOG_BYTES, LOG_FILES = 32 * 2**20, 3  # of each replica
 POLL_S = 0.2
 # Of check_health. It reads counters only, so it is asked often; it takes long only where the event loop is blocked.
 CHECK_EVERY_S = 2.0
+ALL = 1000  # replicas that a request may go to
 STOP_S = 10.0  # after the last answer, for the process to end
 
 
@@ -66,7 +67,10 @@ def build(arguments: Arguments) -> Any:
         health_check_timeout_s=settings.beat_limit_s,
         graceful_shutdown_wait_loop_s=1.0,
         graceful_shutdown_timeout_s=settings.request_timeout_s + STOP_S,
-        request_router_config=RequestRouterConfig(request_router_class="deploy.ray.session_router:SessionRouter"),
+        request_router_config=RequestRouterConfig(
+            request_router_class="deploy.ray.session_router:SessionRouter",
+            request_router_kwargs={"num_fallback_replicas": ALL},
+        ),
     ).bind()
 
 

@@ -1,4 +1,4 @@
-"""python ray_cluster.py FOLDER   a Ray cluster of two nodes on this machine, until its standard input ends.
+"""python ray_cluster.py   a Ray cluster of two nodes on this machine, until its standard input ends.
 
 Runs in the environment that has Ray. Reads commands as JSON lines and answers each with a line:
 
@@ -28,9 +28,9 @@ STORE_BYTES = 80 * 2**20
 class TwoNodes:
     """A replica reserves one CPU, so each node has room for one."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self) -> None:
         self.cluster = Cluster()
-        self.cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES, include_dashboard=False, temp_dir=folder)
+        self.cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES, include_dashboard=False)
         self.second = self._add()
         ray.init(address=self.cluster.address, namespace="serve", log_to_driver=False)
 
@@ -38,14 +38,14 @@ class TwoNodes:
         return self.cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
 
     def apply(self, config: dict[str, Any]) -> None:
-        described = ServeDeploySchema.parse_obj(config)
-        client = serve_start(http_options={"location": described.proxy_location, **described.http_options.dict()})
+        described = ServeDeploySchema.model_validate(config)
+        client = serve_start(http_options={"location": described.proxy_location, **described.http_options.model_dump()})
         client.deploy_apps(described)
 
     def replicas(self) -> list[list[Any]]:
         applications = serve.context._get_global_client().get_serve_details()["applications"]
         return [
-            [replica["replica_id"], replica["node_id"], replica["pid"], replica["state"]]
+            [replica["replica_id"], replica.get("node_id"), replica.get("pid"), replica["state"]]
             for application in applications.values()
             for deployment in application["deployments"].values()
             for replica in deployment["replicas"]
@@ -67,7 +67,7 @@ class TwoNodes:
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)  # whatever Ray prints is no answer
-    nodes = TwoNodes(sys.argv[1])
+    nodes = TwoNodes()
     print(json.dumps("ready"), file=answers)
     try:
         for line in sys.stdin:

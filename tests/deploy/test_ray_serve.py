@@ -18,7 +18,6 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-import ray_environment
 import yaml
 from ports import free_port
 from started_api import KEY, PROBE_TOKEN, ROOT, headers, long_question, picture_question
@@ -26,7 +25,9 @@ from started_api import KEY, PROBE_TOKEN, ROOT, headers, long_question, picture_
 CHAT = "/v1/chat/completions"
 CONFIG = ROOT / "deploy" / "ray" / "serve.yaml"
 MARK = "GLM_LOG_DIR"  # in the environment of every process of the cluster
-WAIT_S = 120.0
+KEPT = Path.home() / ".cache" / "glm-web-tests"  # Ray's environment is kept there for the next run
+INSTALL_S = 900.0
+WAIT_S = 180.0
 STALL_S = 5.0  # an engine's step is given at least 30 s all the same
 ONGOING = 4  # requests at once at one replica
 
@@ -55,16 +56,16 @@ class Cluster:
         self.sockets = tempfile.mkdtemp(prefix="ray-")  # their names must be short
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("GLM_", "RAY_"))}
         environment = {
-            **kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLM_MODEL": "models/shapes", "GLM_API_KEY": KEY,
+            **kept, "OMP_NUM_THREADS": "1", "GLM_MODEL": "models/shapes", "GLM_API_KEY": KEY,
             "GLM_PROBE_TOKEN": PROBE_TOKEN, MARK: str(folder), "GLM_STALL_S": str(STALL_S), "GLM_TEST_FAULTS": "true",
-            "RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",  # as deploy/ray/run.sh sets them
-            "RAY_memory_monitor_refresh_ms": "0",  # others use this machine's memory too
+            "RAY_ENVIRONMENT": str(KEPT / "ray"), "PIP_NO_CACHE_DIR": "1", "RAY_TMPDIR": self.sockets,
+            "RAY_memory_monitor_refresh_ms": "0", "RAY_worker_niceness": "0",  # others use this machine too
             "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
         }  # fmt: skip
-        command = [ray_environment.python(), ROOT / "tests" / "deploy" / "ray_cluster.py", self.sockets]
+        command = [ROOT / "deploy" / "ray" / "run.sh", "python", ROOT / "tests" / "deploy" / "ray_cluster.py"]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
-        assert self._answer() == "ready"
+        assert self._answer(INSTALL_S) == "ready"
 
     def ask(self, *command: Any) -> Any:
         assert self.process.stdin
@@ -72,9 +73,9 @@ class Cluster:
         self.process.stdin.flush()
         return self._answer()
 
-    def _answer(self) -> Any:
+    def _answer(self, limit_s: float = WAIT_S) -> Any:
         assert self.process.stdout
-        ready, _, _ = select.select([self.process.stdout], [], [], WAIT_S)
+        ready, _, _ = select.select([self.process.stdout], [], [], limit_s)
         line = self.process.stdout.readline() if ready else b""
         assert line, f"no answer\n{self.log.read_text()[-6000:]}"
         return json.loads(line)
@@ -170,14 +171,14 @@ class Load:
 
 
 def outcome(url: str, session: str, body: dict[str, Any]) -> str:
-    """`answered`, `error` for whatever else a client can tell, or `hangs`."""
+    """`answered`, `error` where the server says so, `broken` where the connection ends, or `hangs`."""
     try:
         with httpx.stream("POST", url + CHAT, json=body, headers={**headers(), "x-session-id": session}, timeout=WAIT_S) as answer:
             text = answer.read().decode()
     except httpx.TimeoutException:
         return "hangs"
     except httpx.TransportError:
-        return "error"
+        return "broken"
     if answer.status_code == 200 and text.endswith("data: [DONE]\n\n") and '"error"' not in text:
         return "answered"
     assert answer.status_code >= 400 or '"error"' in text, text[-300:]
@@ -245,12 +246,11 @@ def test_the_key_of_an_answer_is_a_session_too(cluster: Cluster) -> None:
 
 def test_a_full_replica_leaves_its_session_to_the_next(cluster: Cluster) -> None:
     replicas = cluster.running()
-    with Load(cluster, 0, 0):
-        streams = [threading.Thread(target=outcome, args=(cluster.url, "crowd", long_question(600, stream=True))) for _ in range(ONGOING + 2)]
-        for stream in streams:
-            stream.start()
-        for stream in streams:
-            stream.join(WAIT_S)
+    streams = [threading.Thread(target=outcome, args=(cluster.url, "crowd", long_question(600, stream=True))) for _ in range(ONGOING + 2)]
+    for stream in streams:
+        stream.start()
+    for stream in streams:
+        stream.join(WAIT_S)
 
     assert all("crowd" in replica.sessions() for replica in replicas.values())
     assert sorted(replica.sessions().count("crowd") for replica in replicas.values()) == [2, ONGOING]
@@ -287,7 +287,7 @@ def test_a_node_is_killed_under_load_and_replaced(cluster: Cluster) -> None:
         cluster.until(lambda: load.least() >= 2)
 
     assert first_part["answered"], "the other one goes on"
-    assert set(Counter(each for ended in faulty.values() for each in ended)) <= {"answered", "error"}
+    assert set(Counter(each for ended in faulty.values() for each in ended)) <= {"answered", "error", "broken"}
     assert set(load.count()) == {"answered"}
 
 
