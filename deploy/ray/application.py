@@ -10,8 +10,6 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,8 @@ from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve.config import RequestRouterConfig
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.app import create_app
 from api.engine import process
@@ -75,16 +75,15 @@ def build(arguments: Arguments) -> Any:
 
 
 def build_api() -> FastAPI:
-    """The API of one replica, in the replica's process. It takes requests once its model is loaded."""
+    """The API of one replica, in the replica's process. Raises SettingsError."""
     process.configure()
     settings = settings_of_replica(serve.get_replica_context().replica_id.unique_id)
     check_bind_address(settings)
     export_hub_variables()
     allow_open_files()
     log_into(settings.log_dir / "api.log", settings.log_level)
-    engine = new_engine(settings)
-    app = create_app(settings, engine)
-    load_first(app, engine)
+    app = create_app(settings, new_engine(settings))
+    app.add_middleware(OneRequestId)
     return app
 
 
@@ -115,23 +114,19 @@ def log_into(file: Path, level: str) -> None:
     logging.getLogger().handlers[:] = [handler]
 
 
-def load_first(app: FastAPI, engine: Engine) -> None:
-    """Lets the start of the application last until the engine is ready: Serve sends requests only then.
+class OneRequestId:
+    """Leaves x-request-id to Serve's proxy, which adds it to every answer: the one that it has given the request."""
 
-    The start raises RuntimeError if the model cannot be loaded; Serve shows why in `serve status` and tries again.
-    """
-    started = app.router.lifespan_context
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
 
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
-        async with started(app) as state:
-            while (stats := engine.stats()).state == "loading":
-                await asyncio.sleep(POLL_S)
-            if stats.state == "dead":
-                raise RuntimeError(f"the model cannot be loaded: {stats.reason}")
-            yield state
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_without(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                del MutableHeaders(scope=message)["x-request-id"]
+            await send(message)
 
-    app.router.lifespan_context = lifespan
+        await self._app(scope, receive, send_without if scope["type"] == "http" else send)
 
 
 @serve.ingress(build_api)
@@ -142,9 +137,13 @@ class Replica:
     _lost = ""
 
     async def check_health(self) -> None:
-        """Raises RuntimeError by the rule of /livez: where only a new process helps, and never for being slow or busy."""
+        """Raises RuntimeError by the rule of /livez: where only a new process helps, and never for being slow or busy.
+
+        Serve asks for the first time before it sends requests, and is answered once the model is loaded.
+        """
         server: ServerState = self.app.state.server
-        stats = server.engine.stats()
+        while (stats := server.engine.stats()).state == "loading":
+            await asyncio.sleep(POLL_S)
         state = server.heartbeat.state(stats)
         if state in LOST and not self._lost:
             self._lost = f"the engine is {state}: {stats.reason or f'no progress for {server.heartbeat.pulse.no_progress_s} s'}"

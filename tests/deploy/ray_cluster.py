@@ -2,7 +2,8 @@
 
 Runs in the environment that has Ray. Reads commands as JSON lines and answers each with a line:
 
-    ["apply", CONFIG]    has Serve run what a file for `serve deploy` says
+    ["parse", CONFIG]    what Serve understands of a file for `serve deploy`
+    ["apply", CONFIG]    has Serve run it
     ["replicas"]         [[id, node, pid, state], ...]
     ["status"]           what Serve says of the application
     ["kill-node"]        kills all processes of the second node
@@ -36,6 +37,9 @@ class TwoNodes:
 
     def _add(self) -> Any:
         return self.cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
+
+    def parse(self, config: dict[str, Any]) -> dict[str, Any]:
+        return ServeDeploySchema.model_validate(config).model_dump(mode="json")
 
     def apply(self, config: dict[str, Any]) -> None:
         described = ServeDeploySchema.model_validate(config)

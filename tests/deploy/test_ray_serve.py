@@ -22,6 +22,8 @@ import yaml
 from ports import free_port
 from started_api import KEY, PROBE_TOKEN, ROOT, headers, long_question, picture_question
 
+from api.engine.scheduler import queue_for
+
 CHAT = "/v1/chat/completions"
 CONFIG = ROOT / "deploy" / "ray" / "serve.yaml"
 MARK = "GLM_LOG_DIR"  # in the environment of every process of the cluster
@@ -54,6 +56,8 @@ class Cluster:
         self.folder, self.port, self.log = folder, free_port(), folder / "cluster.log"
         self.url = f"http://127.0.0.1:{self.port}"
         self.sockets = tempfile.mkdtemp(prefix="ray-")  # their names must be short
+        for number in range(25):
+            (folder / "replicas" / f"earlier-{number}").mkdir(parents=True)
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("GLM_", "RAY_"))}
         environment = {
             **kept, "OMP_NUM_THREADS": "1", "GLM_MODEL": "models/shapes", "GLM_API_KEY": KEY,
@@ -189,6 +193,16 @@ def ask(cluster: Cluster, body: dict[str, Any], **more: str) -> httpx.Response:
     return httpx.post(cluster.url + CHAT, json=body, headers={**headers(), **more}, timeout=WAIT_S)
 
 
+def test_the_file_of_the_docs_fits_ray_and_the_api(cluster: Cluster) -> None:
+    described = cluster.ask("parse", yaml.safe_load(CONFIG.read_text()))
+
+    (application,) = described["applications"]
+    (replica,) = application["deployments"]
+    assert described["proxy_location"] == "EveryNode"
+    assert replica["autoscaling_config"]["max_replicas"] == 4
+    assert replica["max_ongoing_requests"] <= 1 + queue_for(1), "the API refuses none of them, however few slots it has"
+
+
 def test_a_replica_answers_questions_about_pictures_streamed_or_not(cluster: Cluster) -> None:
     cluster.apply(1)
     cluster.settle(1)
@@ -203,6 +217,9 @@ def test_a_replica_answers_questions_about_pictures_streamed_or_not(cluster: Clu
     assert "".join(event["choices"][0]["delta"].get("content") or "" for event in events if event["choices"]) == content
     assert streamed.text.endswith("data: [DONE]\n\n")
     assert without_key.status_code == 401
+    assert len(whole.headers.get_list("x-request-id")) == 1
+    folders = list((cluster.folder / "replicas").iterdir())
+    assert len(folders) == 20 and (running := list(cluster.running().values())) and running[0].folder in folders, "the oldest are removed"
 
 
 def test_load_brings_a_second_replica_and_replaces_none(cluster: Cluster) -> None:
@@ -240,8 +257,11 @@ def test_the_key_of_an_answer_is_a_session_too(cluster: Cluster) -> None:
     for _ in range(6):
         ask(cluster, picture_question(max_tokens=8), **{"x-glm-cache-key": key})
     asked = {name: (replica.folder / "api.log").read_text().count(f"path={CHAT}") - before[name] for name, replica in replicas.items()}
+    for number in range(6):
+        ask(cluster, picture_question(max_tokens=8), **{"x-glm-cache-key": f"key-{number}", "x-session-id": "the one"})
 
     assert sorted(asked.values()) == [0, 6]
+    assert sorted(replica.sessions().count("the one") for replica in replicas.values()) == [0, 6], "the session comes first"
 
 
 def test_a_full_replica_leaves_its_session_to_the_next(cluster: Cluster) -> None:
