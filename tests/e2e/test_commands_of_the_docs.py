@@ -61,6 +61,7 @@ CANNOT_RUN = {
     "python -m bench.pictures turns": MEASURES,
     "python -m bench.pictures memory": MEASURES,
     "python -m bench.serve --without a --together --rounds 3 --url vllm=http://127.0.0.1:8101 --url llama.cpp=http://127.0.0.1:8102": MEASURES,
+    "python -m bench.serve --without a --without b --workloads A B --parallel 1 16 --url ray=http://127.0.0.1:8000 --url-key KEY --url-model glm-shapes-demo": MEASURES,
     "python -m bench.gpu": CARD,
     "python -m bench.graphs_gpu": CARD,
     "./stop.sh": "ends the copy that the other commands ask; it is run at the end",
@@ -71,7 +72,7 @@ CANNOT_RUN = {
     "python health_check.py restore FILE --into /srv/new": f"FILE is a file of the reader's; {RESTORED}",
     "deploy/ray/run.sh ray start --head": RAY,
     "deploy/ray/run.sh ray start --address=FIRST:6379": RAY,
-    "deploy/ray/run.sh serve run deploy/ray/serve.yaml --address=auto": RAY,
+    "deploy/ray/run.sh serve deploy deploy/ray/serve.yaml": RAY,
     "deploy/ray/run.sh serve status": RAY,
     "deploy/ray/run.sh ray stop": RAY,
     "python -m deploy.proxy --certificate /etc/ssl/fullchain.pem --certificate-key /etc/ssl/key.pem --output /etc/nginx/conf.d/glm.conf":
