@@ -258,10 +258,10 @@ def test_the_key_of_an_answer_is_a_session_too(cluster: Cluster) -> None:
         ask(cluster, picture_question(max_tokens=8), **{"x-glm-cache-key": key})
     asked = {name: (replica.folder / "api.log").read_text().count(f"path={CHAT}") - before[name] for name, replica in replicas.items()}
     for number in range(6):
-        ask(cluster, picture_question(max_tokens=8), **{"x-glm-cache-key": f"key-{number}", "x-session-id": "the one"})
+        ask(cluster, picture_question(max_tokens=8), **{"x-glm-cache-key": f"key-{number}", "x-session-id": "the-one"})
 
     assert sorted(asked.values()) == [0, 6]
-    assert sorted(replica.sessions().count("the one") for replica in replicas.values()) == [0, 6], "the session comes first"
+    assert sorted(replica.sessions().count("the-one") for replica in replicas.values()) == [0, 6], "the session comes first"
 
 
 def test_a_full_replica_leaves_its_session_to_the_next(cluster: Cluster) -> None:
