@@ -82,6 +82,11 @@ def main(arguments: list[str] | None = None) -> int:
 
     if settings.engine_url:
         return serve(settings, RemoteEngine(settings))
+    return serve(settings, new_engine(settings))
+
+
+def new_engine(settings: Settings) -> Engine:
+    """An engine that will load the model of the settings, with the faults of the drill where they are enabled."""
     config = engine_config(settings)
 
     def load_model(progress: Progress) -> Model:
@@ -96,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
         faults.at_start(progress)
         return faults.wrap(load_checkpoint(config, progress))
 
-    return serve(settings, Engine(load_model, settings.queue_size))
+    return Engine(load_model, settings.queue_size)
 
 
 def engine_config(settings: Settings) -> EngineConfig:

@@ -15,6 +15,7 @@ MEASURED = pytest.StashKey[dict[str, float]]()
 LONGEST = (
     "tests/e2e/test_clone_and_start.py",
     "tests/e2e/test_container_image.py",
+    "tests/deploy/test_ray_serve.py",
     "tests/web/chat/test_page_in_browser.py",
     "tests/monitor/test_schedule.py",
     "tests/scripts/test_start.py",

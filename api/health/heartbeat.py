@@ -37,6 +37,7 @@ BEAT_EVERY_S = 0.5
 WRITE_EVERY_S = 1.0
 OLD_PULSE_S = 5.0
 READY = ("idle", "busy")  # states in which requests are to be sent here
+LOST = ("dead", "stalled")  # states which only a new process ends
 PEAK_S = 60  # of which the highest use of the KV cache is noted: the checker looks once a minute
 MAX_IN_FLIGHT = 64  # requests listed in the file
 READ_UNIT_BYTES = 2**20  # reading less from disks is not a sign that a model is being loaded

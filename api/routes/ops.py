@@ -16,7 +16,7 @@ from api import __version__
 from api.engine.stats import Stats
 from api.errors import invalid, not_accepting
 from api.health.baseline import read_baseline
-from api.health.heartbeat import READY
+from api.health.heartbeat import LOST, READY
 from api.health.metrics import CONTENT_TYPE
 from api.health.proof import sign
 from api.requests.handler import loaded_model
@@ -35,7 +35,7 @@ async def livez(request: Request) -> JSONResponse:
     stats = server.engine.stats()
     state = server.heartbeat.state(stats)
     # A new process in front of an engine that hangs would stand in front of the same.
-    if state not in ("dead", "stalled") or (state == "stalled" and server.engine.behind() is not None):
+    if state not in LOST or (state == "stalled" and server.engine.behind() is not None):
         return JSONResponse({"state": state})
     return JSONResponse({"state": state}, 503, _when_to_retry(state, stats))
 

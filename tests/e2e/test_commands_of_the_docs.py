@@ -24,6 +24,7 @@ SHELLS = ("bash", "sh", "shell", "console")
 MEASURES = "measures for minutes, and needs a machine of its own; tests/bench runs it small"
 CARD = "needs a GPU"
 RESTORED = "tests/e2e/test_restore.py backs up and restores a running service"
+RAY = "installs Ray and needs the ports of the whole machine; tests/deploy/test_ray_serve.py runs a cluster"
 
 # Those that can run anywhere, and their exit codes.
 RUN: dict[str, tuple[int, ...]] = {
@@ -60,6 +61,7 @@ CANNOT_RUN = {
     "python -m bench.pictures turns": MEASURES,
     "python -m bench.pictures memory": MEASURES,
     "python -m bench.serve --without a --together --rounds 3 --url vllm=http://127.0.0.1:8101 --url llama.cpp=http://127.0.0.1:8102": MEASURES,
+    "python -m bench.serve --without a --without b --workloads A B --parallel 1 16 --url ray=http://127.0.0.1:8000 --url-key KEY --url-model glm-shapes-demo": MEASURES,
     "python -m bench.gpu": CARD,
     "python -m bench.graphs_gpu": CARD,
     "./stop.sh": "ends the copy that the other commands ask; it is run at the end",
@@ -68,6 +70,11 @@ CANNOT_RUN = {
     "python health_check.py restore FILE --check": f"FILE is a file of the reader's; {RESTORED}",
     "python health_check.py restore FILE --replace": f"FILE is a file of the reader's; {RESTORED}",
     "python health_check.py restore FILE --into /srv/new": f"FILE is a file of the reader's; {RESTORED}",
+    "deploy/ray/run.sh ray start --head": RAY,
+    "deploy/ray/run.sh ray start --address=FIRST:6379": RAY,
+    "deploy/ray/run.sh serve deploy deploy/ray/serve.yaml": RAY,
+    "deploy/ray/run.sh serve status": RAY,
+    "deploy/ray/run.sh ray stop": RAY,
     "python -m deploy.proxy --certificate /etc/ssl/fullchain.pem --certificate-key /etc/ssl/key.pem --output /etc/nginx/conf.d/glm.conf":
         "writes to /etc/nginx and needs a certificate",
 }  # fmt: skip

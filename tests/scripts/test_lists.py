@@ -105,7 +105,7 @@ def test_the_image_has_the_cuda_of_torch():
 
 
 def test_every_import_of_the_running_code_is_in_the_requirements():
-    lists = ("requirements.txt", "requirements-quantized.txt")
+    lists = ("requirements.txt", "requirements-quantized.txt", "requirements-ray.txt")
     listed = {normal(name) for each in lists for name in pins(ROOT / each)}
     providers = packages_distributions()
     missing = set()
