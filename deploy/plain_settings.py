@@ -21,6 +21,7 @@ class StopSettings:
     stop_s: float
     ports: dict[str, int]
     certain: bool
+    replicas: int = 1
 
 
 def read(root: Path) -> StopSettings:
@@ -30,7 +31,7 @@ def read(root: Path) -> StopSettings:
 
         settings = load()
         ports = {"api": settings.api_port, "web": settings.web_port}
-        return StopSettings(settings.log_dir, settings.stop_s, ports, env_file(root).is_file())
+        return StopSettings(settings.log_dir, settings.stop_s, ports, env_file(root).is_file(), settings.replica_count)
     except KeyboardInterrupt:
         raise
     except BaseException:  # whatever is wrong with it, what runs must be stopped
@@ -43,7 +44,8 @@ def unchecked(root: Path) -> StopSettings:
     ports = {"api": int(_number(given.get("GLM_API_PORT"), 8080)), "web": int(_number(given.get("GLM_WEB_PORT"), 8081))}
     log_dir = root / (given.get("GLM_LOG_DIR") or "logs")
     stop_s = _number(given.get("GLM_DRAIN_DELAY_S"), 0.0) + _number(given.get("GLM_DRAIN_S"), 10.0)
-    return StopSettings(log_dir, stop_s, ports, False)
+    replicas = len(given["GLM_GPUS"].split(",")) if given.get("GLM_GPUS") else int(_number(given.get("GLM_REPLICAS"), 1))
+    return StopSettings(log_dir, stop_s, ports, False, replicas)
 
 
 def env_file(root: Path) -> Path:

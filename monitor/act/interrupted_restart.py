@@ -14,7 +14,7 @@ from typing import Any
 
 from monitor.act.lock import Lock
 from monitor.observe import processes
-from monitor.store.state import PARTS, CheckerState
+from monitor.store.state import WITH_FRONT, CheckerState
 from monitor.store.store import Store
 from settings import ROOT, Settings
 
@@ -33,13 +33,13 @@ def begun(part: str, at: float, log_dir: Path) -> dict[str, Any]:
 def settle(store: Store, state: CheckerState, settings: Settings, lock: Lock | None = None, root: Path = ROOT) -> str:
     """Empty if no restart was interrupted, otherwise what became of it. Saves the state."""
     found = store.get(NAME)
-    if not isinstance(found, dict) or found.get("part") not in PARTS.values():
+    if not isinstance(found, dict) or found.get("part") not in WITH_FRONT.values():
         return ""
     limit_s = settings.start_timeout_s + MARGIN_S
     if lock is not None:
         lock.extend(limit_s + settings.check_budget_s, "waiting for the start.sh of a run that was killed")
     wait_for_start(root, limit_s)
-    target = next(target for target, part in PARTS.items() if part == found["part"])
+    target = next(target for target, part in WITH_FRONT.items() if part == found["part"])
     record = processes.read_record(settings.log_dir, found["part"])
     started = record is not None and [record.pid, record.start_time] != found["before"]
     if not started:
