@@ -89,7 +89,7 @@ if ((${#chosen[@]})); then
         exit 2
     }
 fi
-names=(api_host api_port web_host web_port api_url start_timeout_s stop_s log_dir replica_count gpus)
+names=(api_host api_port web_host web_port api_url start_timeout_s stop_s log_dir gpus replica_count)
 values_text=$(quiet settings.py "${names[@]}" 2>/dev/null) || {
     # Of a failure that settings.py did not foresee, the last line is the one that says what it is.
     complain "$( (quiet settings.py) 2>&1 | awk '{ all = all $0 "\n" } /^Traceback/ { odd = 1 } END { printf "%s", odd ? $0 : all }')"
@@ -99,8 +99,8 @@ values_text=$(quiet settings.py "${names[@]}" 2>/dev/null) || {
 mapfile -t values < <(printf '%s\n' "$values_text")    # not <<<, which needs room in /tmp
 declare -A host=([api]=${values[0]} [web]=${values[2]}) port=([api]=${values[1]} [web]=${values[3]})
 api_url=${values[4]} limit_s=${values[5]} stop_s=${values[6]} log_dir=$(realpath -m "${values[7]}")
-replicas=${values[8]}
-if [[ -n ${values[9]} ]]; then export START_SH_GPUS=${values[9]}; fi
+replicas=${values[9]}
+if [[ -n ${values[8]} ]]; then export START_SH_GPUS=${values[8]}; fi
 if ((replicas > 1)) || [[ -d $log_dir/replicas ]]; then
     (quiet -m deploy.replicas check) || {
         complain "Nothing was started"

@@ -25,10 +25,10 @@ from bench.project_copy import ProjectCopy, started_copy
 from bench.replicas import measure
 from monitor.observe import processes
 
-WAIT_S = 180.0
+WAIT_S = 300.0
 SETTINGS = {
     "GLM_DEVICE": "cpu", "GLM_SLOTS": "4", "GLM_TEST_FAULTS": "true", "GLM_CHECK_PERIOD_S": "1", "GLM_CONFIRM_RUNS": "2", "GLM_STALL_S": "3",
-    "GLM_BEAT_LIMIT_S": "3", "GLM_PROBE_CREDIT_S": "0", "GLM_CHECK_BUDGET_S": "150", "GLM_PROBE_TIMEOUT_S": "60", "GLM_RESTARTS_PER_HOUR": "50",
+    "GLM_BEAT_LIMIT_S": "3", "GLM_PROBE_CREDIT_S": "0", "GLM_CHECK_BUDGET_S": "150", "GLM_PROBE_TIMEOUT_S": "10", "GLM_RESTARTS_PER_HOUR": "50",
     "GLM_RESTARTS_PER_DAY": "90", "GLM_DRAIN_S": "1",
 }  # fmt: skip
 TARGETS = ("api/0", "api/1", "front", "web")
@@ -65,8 +65,13 @@ def words(report: dict) -> list[str]:
     return [replica["word"] for replica in report["replicas"]]
 
 
-def check_until_healthy(copy: ProjectCopy, after: str = "") -> list[dict]:
-    """The reports of the runs until all is well, and all was not before if `after` says so."""
+def forget_restarts(copy: ProjectCopy) -> None:
+    """The back-off of an earlier test must not delay this one. In force with the next run, for the whole and each replica."""
+    assert copy.run(*copy.command("reset", "--reason", "the next test")).returncode == 0
+
+
+def check_until_healthy(copy: ProjectCopy) -> list[dict]:
+    """The reports of the runs until all is well."""
     reports: list[dict] = []
     deadline = time.monotonic() + WAIT_S
     while not reports or reports[-1]["verdict"] != "healthy":
@@ -82,7 +87,7 @@ def restarts(copy: ProjectCopy, number: int) -> int:
 
 @dataclass
 class Load:
-    """What eight users saw: each asks one question after another, every second one streamed. `lost`: ended, but neither in an answer
+    """What six users saw: each asks one question after another, every second one streamed. `lost`: ended, but neither in an answer
     nor in an error."""
 
     answered: list[float] = field(default_factory=list)  # when, on the monotonic clock
@@ -98,12 +103,12 @@ class Load:
 def load(copy: ProjectCopy) -> Iterator[Load]:
     """Leaves once every question that was begun has ended."""
     seen, stop = Load(), threading.Event()
-    threads = [threading.Thread(target=_ask_on, args=(copy, number, seen, stop)) for number in range(8)]
+    threads = [threading.Thread(target=_ask_on, args=(copy, number, seen, stop)) for number in range(6)]
     for thread in threads:
         thread.start()
     try:
         deadline = time.monotonic() + WAIT_S
-        while len(seen.answered) < 16:
+        while len(seen.answered) < 12:
             assert time.monotonic() < deadline and not seen.errors, seen
             time.sleep(0.05)
         yield seen
@@ -115,7 +120,7 @@ def load(copy: ProjectCopy) -> Iterator[Load]:
 
 
 def _ask_on(copy: ProjectCopy, number: int, seen: Load, stop: threading.Event) -> None:
-    body = {"messages": [{"role": "user", "content": "What can you do?"}], "max_tokens": 24, "ignore_eos": True, "stream": number % 2 == 0}
+    body = {"messages": [{"role": "user", "content": "What can you do?"}], "max_tokens": 16, "ignore_eos": True, "stream": number % 2 == 0}
     headers = {"Authorization": f"Bearer {copy.key}", "x-session-id": f"user-{number}"}
     while not stop.is_set():
         try:
@@ -124,6 +129,8 @@ def _ask_on(copy: ProjectCopy, number: int, seen: Load, stop: threading.Event) -
         except httpx.HTTPError as error:
             seen.errors.append(f"{type(error).__name__}: {error}")
             continue
+        finally:
+            stop.wait(0.1)  # two cores are all there is, and the checker works too
         if reply.status_code != 200 or '"error"' in text:
             seen.errors.append(f"HTTP {reply.status_code}: {text[-200:]}")
         elif ("data: [DONE]" in text) if body["stream"] else ('"finish_reason"' in text):
@@ -197,8 +204,8 @@ def wedge(copy: ProjectCopy, pid: int) -> None:
 
 @pytest.mark.parametrize("harm", [kill, stop, wedge])
 def test_one_replica_fails_under_load_and_the_other_serves_until_it_is_cured(copy: ProjectCopy, harm) -> None:
-    before, restarted = pids(copy), restarts(copy, 0)
-    other = restarts(copy, 1)
+    forget_restarts(copy)
+    before, restarted, other = pids(copy), restarts(copy, 0), restarts(copy, 1)
     with load(copy) as seen:
         began = time.monotonic()
         harm(copy, before["api/0"])
@@ -219,12 +226,13 @@ def test_one_replica_fails_under_load_and_the_other_serves_until_it_is_cured(cop
     assert all(report["service_healthy"] is not False for report in reports), [each["reasons"] for each in reports]
     assert seen.lost == []
     assert pause_s < PAUSE_S, f"nobody was answered for {pause_s:.1f} s"
-    # An answer whose first byte had been sent is cut, visibly; each of the four streams met that at most once.
-    assert len(seen.errors) <= 4, seen.errors
+    # An answer whose first byte had been sent is cut, visibly; each of the three streams met that at most once.
+    assert len(seen.errors) <= 3, seen.errors
 
 
 def test_a_replica_that_does_not_serve_gets_no_requests_until_it_does(copy: ProjectCopy) -> None:
     conf = copy.log_dir / "front.nginx.conf"
+    forget_restarts(copy)
     paused = copy.run(*copy.command("pause", "--reason", "test"))
     os.kill(pids(copy)["api/1"], signal.SIGKILL)
 
@@ -269,6 +277,7 @@ def test_an_operator_restarts_one_replica_by_its_number(copy: ProjectCopy) -> No
 
 
 def test_two_dead_replicas_are_both_started_in_one_run(copy: ProjectCopy) -> None:
+    forget_restarts(copy)
     before = pids(copy)
     for part in ("api/0", "api/1"):
         os.kill(before[part], signal.SIGKILL)
