@@ -183,7 +183,7 @@ def test_follow_up_questions_of_a_named_chat_find_their_picture(copy: ProjectCop
     found = measure(copy.url, copy.key, chats=6, turns=4)
 
     named, nameless = found["with"], found["without"]
-    assert named.full == len(named.seconds) == 18
+    assert named.full == named.asked == 18
     assert nameless.full < 18
     assert named.share > nameless.share
 

@@ -10,7 +10,7 @@ import streamlit as st
 from web.i18n.strings import Texts
 from web.safe_text import escaped
 
-HEAD = ("replica", "place", "state", "since", "restarts", "why")
+HEAD = ("replicas.replica", "replicas.place", "replicas.state", "replicas.since", "replicas.restarts", "replicas.why")
 
 
 def show_replicas(report: dict[str, Any], texts: Texts, word: Callable[[str], str], time_of: Callable[[float], str]) -> None:
@@ -20,7 +20,7 @@ def show_replicas(report: dict[str, Any], texts: Texts, word: Callable[[str], st
         return
     st.subheader(texts("replicas.title"), anchor=False)
     lines = [row(each, texts, word, time_of) for each in replicas]
-    head = "| " + " | ".join(texts(f"replicas.{name}") for name in HEAD) + " |"
+    head = "| " + " | ".join(texts(name) for name in HEAD) + " |"
     st.markdown("\n".join([head, "|---" * len(HEAD) + "|", *lines]))
 
 

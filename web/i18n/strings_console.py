@@ -59,7 +59,7 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "target.api": {"en": "Model server", "zh": "模型服务"},
     "target.page": {"en": "Page", "zh": "页面"},
-    "target.front": {"en": "nginx", "zh": "nginx"},
+    "target.front": {"en": "nginx", "zh": "入口 nginx"},
     "target.replica": {"en": "Replica {number}", "zh": "副本 {number}"},
     "target.other": {"en": "Service", "zh": "服务"},
     "word.healthy": {"en": "healthy", "zh": "正常"},
