@@ -28,7 +28,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from dotenv import dotenv_values
 from dotenv.parser import parse_stream
-from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, PrivateAttr, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 ROOT = Path(__file__).resolve().parent
@@ -55,6 +55,10 @@ class SettingsError(ValueError):
     """An invalid setting; the message has its name, its value and what is allowed."""
 
 
+REPLICAS = "replicas"  # in the log folder: a folder for each replica
+REPLICA_VARIABLE = "START_SH_REPLICA"  # in the environment of a replica: its number. Not GLM_*, because nobody sets it
+FIRST_REPLICA_PORT = 10  # above GLM_API_PORT
+
 LEAST = {"context_tokens": 64, "kv_cache_bytes": 2**20}  # of what is not 0: less holds no question
 
 KEY_NAME = re.compile(r"[A-Za-z0-9_.-]{1,32}")
@@ -73,6 +77,8 @@ class Settings(BaseSettings):
         extra="ignore",
         env_ignore_empty=True,
     )
+
+    _replica: int | None = PrivateAttr(None)
 
     # The model and where it runs.
     model: str = Field(
@@ -112,6 +118,12 @@ class Settings(BaseSettings):
         "auto",
         description="`auto`: compiled kernels where they are quicker, on a CPU with AVX512_BF16; `steady`: one for each "
         "product, whatever the load; `torch`: none",
+    )
+
+    # Several cards in one machine. docs/scaling.md has how the parts work together.
+    replicas: int = Field(1, ge=1, le=64, description="API processes behind one nginx on `api_port`")
+    gpus: str = Field(
+        "", description="cards by their numbers, such as `0,1,2,3`: a replica for each; a single one: the card of the only API; empty: no choice"
     )
 
     # The API.
@@ -301,6 +313,16 @@ class Settings(BaseSettings):
     def _below_the_project(cls, value: Path) -> Path:
         return ROOT / value  # relative to the project, not to the working directory; an absolute path is unchanged
 
+    @field_validator("gpus")
+    @classmethod
+    def _card_numbers(cls, value: str) -> str:
+        cards = [card.strip() for card in value.split(",")] if value.strip() else []
+        if not all(re.fullmatch(r"\d{1,3}", card) for card in cards):
+            raise ValueError("must be numbers of cards, such as 0,1,2,3")
+        if len(set(cards)) < len(cards):
+            raise ValueError("must name each card once")
+        return ",".join(cards)
+
     @field_validator("quiet_hours")
     @classmethod
     def _two_times(cls, value: str) -> str:
@@ -333,6 +355,31 @@ class Settings(BaseSettings):
     def stop_s(self) -> float:
         """From SIGTERM to the end of the last answer of the API."""
         return self.drain_delay_s + self.drain_s
+
+    @property
+    def replica_count(self) -> int:
+        """How many API processes there are: one for each card of GLM_GPUS, or GLM_REPLICAS."""
+        return len(self.gpus.split(",")) if self.gpus else self.replicas
+
+    @property
+    def replica(self) -> int | None:
+        """The number of the replica that these are the settings of; None for the settings of the whole."""
+        return self._replica
+
+    def replica_port(self, number: int) -> int:
+        """The port of a replica, on the loopback interface only."""
+        return self.api_port + FIRST_REPLICA_PORT + number
+
+    def for_replica(self, number: int) -> Settings:
+        """The settings of one replica: an API with a port and a log folder of its own, and its card."""
+        one = self.model_copy(
+            update={
+                "replicas": 1, "gpus": self.gpus.split(",")[number] if self.gpus else "", "api_host": "127.0.0.1",
+                "api_port": self.replica_port(number), "log_dir": self.log_dir / REPLICAS / str(number),
+            }
+        )  # fmt: skip
+        one._replica = number
+        return one
 
     @property
     def api_base_url(self) -> str:
@@ -543,7 +590,36 @@ def _load(file: Path, overrides: Mapping[str, object]) -> Settings:
     # Here rather than at the start of the API, which would find it only after the one before it was stopped.
     digests_of_keys(settings)
     digest_of_metrics_key(settings)
-    return settings
+    _check_replicas(settings)
+    number = os.environ.get(REPLICA_VARIABLE, "")
+    return settings.for_replica(int(number)) if number else settings
+
+
+def _check_replicas(settings: Settings) -> None:
+    """Raises SettingsError for what contradicts several replicas."""
+    count, cards = settings.replica_count, f"{PREFIX}GPUS={settings.gpus}"
+    if settings.gpus and "replicas" in settings.model_fields_set and settings.replicas != count:
+        raise SettingsError(
+            f"{PREFIX}REPLICAS: must be {count}, or not be set, because there is a replica for each card of {cards}. Given: {settings.replicas}"
+        )
+    if settings.gpus and settings.device == "cpu":
+        raise SettingsError(f"{PREFIX}GPUS: must be empty with {PREFIX}DEVICE=cpu. Given: {settings.gpus!r}")
+    if count == 1:
+        return
+    several = cards if settings.gpus else f"{PREFIX}REPLICAS={count}"
+    for name in ("api_url", "engine_url"):
+        if getattr(settings, name):
+            raise SettingsError(f"{PREFIX}{name.upper()}: must be empty with {several}, whose replicas run on this machine. Given: a URL")
+    ports = range(settings.replica_port(0), settings.replica_port(count))
+    if ports[-1] > 65535:
+        raise SettingsError(
+            f"{PREFIX}API_PORT: must be <= {65535 - count - FIRST_REPLICA_PORT + 1} with {several}, because the replicas listen on the ports"
+            f" from {FIRST_REPLICA_PORT} above it. Given: {settings.api_port}"
+        )
+    if settings.web_port in ports:
+        raise SettingsError(
+            f"{PREFIX}WEB_PORT: must not be from {ports[0]} to {ports[-1]}, which are the ports of the replicas ({several}). Given: {settings.web_port}"
+        )
 
 
 def _text_of(file: Path) -> str:

@@ -2,6 +2,9 @@
 # ./start.sh [--restart] [all|api|web|engine]   starts the API and the page in the background and returns as soon as they
 # answer, and before them the engine of GLM_ENGINE_COMMAND, if there is one.
 #
+# --gpus 0,1,2,3 and --replicas 4 run several APIs, each with a port of its own, behind an nginx on GLM_API_PORT (docs/scaling.md).
+# They are kept in .env. The parts api/0, api/1, ... and front are then a single one of them.
+#
 # What already runs stays as it is, also if its code or settings have changed since; that is reported. --restart stops it
 # first, once it is certain that the code here can be imported.
 #
@@ -13,18 +16,22 @@ cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 # shellcheck source=deploy/environment.sh
 source deploy/environment.sh
 
-restart=() parts=() everything=''
-for argument in "$@"; do
-    case $argument in
+restart=() parts=() chosen=() everything=''
+while (($#)); do
+    case $1 in
         --restart) restart=(--restart) ;;
+        --gpus=* | --replicas=*) chosen+=("${1#--}") ;;
+        --gpus | --replicas)
+            if (($# > 1)); then chosen+=("${1#--}=$2"); shift; else parts+=(wrong wrong wrong); fi ;;
         all) parts+=(api web) everything=yes ;;
-        api | web | engine) parts+=("$argument") ;;
+        api | web | engine | front | api/[0-9] | api/[0-9][0-9]) parts+=("$1") ;;
         *) parts+=(wrong wrong wrong) ;;
     esac
+    shift
 done
 ((${#parts[@]})) || { parts=(api web) everything=yes; }
 if ((${#parts[@]} > 2)); then
-    complain "usage: ./start.sh [--restart] [all|api|web|engine]"
+    complain "usage: ./start.sh [--restart] [--gpus 0,1,... | --replicas N] [all|api|web|engine]"
     exit 2
 fi
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
@@ -37,9 +44,12 @@ if mkdir -p logs 2>/dev/null && : 2>/dev/null >>logs/start.lock; then
 else
     exec 9<start.sh    # the folder is not writable
 fi
-if ! flock -n 9; then
+# The starts of single replicas need not wait for one another: two that are dead load side by side.
+lock=(-x)
+if ((${#parts[@]} == 1)) && [[ ${parts[0]} == api/* ]]; then lock=(-s); fi
+if ! flock "${lock[@]}" -n 9; then
     say "Another start.sh is running; waiting for it"
-    flock 9
+    flock "${lock[@]}" 9
 fi
 
 waiter='' touched=() to_stop=()    # touched: the parts that were stopped or launched so far
@@ -74,7 +84,13 @@ quiet() {
 trap interrupted TERM
 trap 'exec >/dev/null 2>&1; interrupted' HUP    # the terminal is gone
 
-names=(api_host api_port web_host web_port api_url start_timeout_s stop_s log_dir engine_url engine_command engine_host engine_port)
+if ((${#chosen[@]})); then
+    (quiet -m deploy.replicas keep "${chosen[@]}") || {
+        complain "Nothing was started"
+        exit 2
+    }
+fi
+names=(api_host api_port web_host web_port api_url start_timeout_s stop_s log_dir engine_url engine_command engine_host engine_port gpus replica_count)
 values_text=$(quiet settings.py "${names[@]}" 2>/dev/null) || {
     # Of a failure that settings.py did not foresee, the last line is the one that says what it is.
     complain "$( (quiet settings.py) 2>&1 | awk '{ all = all $0 "\n" } /^Traceback/ { odd = 1 } END { printf "%s", odd ? $0 : all }')"
@@ -90,6 +106,35 @@ if [[ ${parts[*]} == *engine* && -z $engine_command ]]; then
     exit 2
 fi
 api_url=${values[4]} limit_s=${values[5]} stop_s=${values[6]} log_dir=$(realpath -m "${values[7]}")
+replicas=${values[13]}
+if [[ -n ${values[12]} ]]; then export START_SH_GPUS=${values[12]}; fi
+if ((replicas > 1)) || [[ -d $log_dir/replicas ]]; then
+    (quiet -m deploy.replicas check) || {
+        complain "Nothing was started"
+        exit 2
+    }
+fi
+front=api    # the part that listens on GLM_API_PORT
+if ((replicas > 1)); then
+    front=front
+    host[front]=${host[api]} port[front]=${port[api]}
+    all=()
+    for ((number = 0; number < replicas; number++)); do
+        host[api/$number]=127.0.0.1 port[api/$number]=$((port[api] + 10 + number))
+        all+=("api/$number")
+    done
+    wanted=()
+    for part in "${parts[@]}"; do
+        if [[ $part == api ]]; then wanted+=("${all[@]}" front); else wanted+=("$part"); fi
+    done
+    parts=("${wanted[@]}")
+fi
+for part in "${parts[@]}"; do
+    if [[ -z ${port[$part]:-} ]]; then
+        complain "There is no $part: the settings (GLM_GPUS, GLM_REPLICAS) say $replicas replica(s). Nothing was started"
+        exit 2
+    fi
+done
 
 if [[ ${parts[*]} == *api* && -z $engine_url ]] && (quiet -m deploy.quantization); then
     # Without it the API says which settings need no quantised weights, or takes another format.
@@ -129,9 +174,10 @@ if [[ ${to_start[*]} == *api* && -z $engine_url ]] && ! (quiet -m deploy.model_n
     exit 2
 fi
 for part in "${to_stop[@]}"; do
-    [[ $part != engine ]] || continue
-    (quiet -c "import $part.server") >/dev/null 2>&1 || {
-        complain "The code of $part cannot be imported: $( (quiet -c "import $part.server") 2>&1 | tail -n 1)"
+    module=${part%%/*}.server
+    [[ $part != front && $part != engine ]] || continue
+    (quiet -c "import $module") >/dev/null 2>&1 || {
+        complain "The code of $part cannot be imported: $( (quiet -c "import $module") 2>&1 | tail -n 1)"
         complain "Nothing was stopped: what ran before still runs"
         exit 2
     }
@@ -210,20 +256,22 @@ address() {
     say "http://$first:${port[$1]}"
 }
 for part in "${parts[@]}"; do
-    if [[ $part == api ]]; then
-        say "API:   $(address api)/v1   (every route but /health needs the key GLM_API_KEY)"
-    elif [[ $part == engine ]]; then
-        say "Engine: $engine_url"
-    else
-        say "Page:  $(address web)/?token=$(quiet settings.py web_token)"
-    fi
+    case $part in
+        "$front") say "API:   $(address "$front")/v1   (every route but /health needs the key GLM_API_KEY)" ;;
+        api/*) say "       replica ${part#*/}: $(address "$part")" ;;
+        engine) say "Engine: $engine_url" ;;
+        web) say "Page:  $(address web)/?token=$(quiet settings.py web_token)" ;;
+    esac
 done
-if [[ ${host[${parts[-1]}]} == 0.0.0.0 ]]; then
+first=${parts[0]}
+if [[ $first == api/* && ${#parts[@]} -gt 1 ]]; then first=front; fi
+if [[ $first == engine ]]; then first=${parts[-1]}; fi
+if [[ ${host[$first]} == 0.0.0.0 ]]; then
     say "       (from another machine, use this machine's address: $(hostname -I 2>/dev/null || true))"
 fi
 say "Logs:  $log_dir"
 say "Stop:  ./stop.sh    Check: $PYTHON health_check.py"
-if [[ -t 1 && ${parts[*]} == *api* ]]; then
+if [[ -t 1 && ${parts[*]} == *api* ]] && ((replicas == 1)); then
     exec 9>&-    # a first download may take an hour; another start.sh need not wait for it
     trap 'exit 0' INT TERM HUP
     "$PYTHON" -m deploy.service follow "$log_dir" "${host[api]}" || exit 1

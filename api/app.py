@@ -48,7 +48,7 @@ def create_app(settings: Settings, engine: Engine | RemoteEngine, watchdog: Watc
     metrics = Metrics(engine, admission.load, lambda: heartbeat.pulse.loop_lag_s)
     if settings.metrics_names == "vllm":
         metrics.registry.register(VllmCollector(engine))
-    outcomes, card_events = Outcomes(), CardEvents()
+    outcomes, card_events = Outcomes(), CardEvents(settings.gpus)
     heartbeat = Heartbeat(
         engine, settings.log_dir, settings.stall_s, settings.check_silent_s, outcomes, card_events, watchdog
     )

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bench.servers import ROOT, StartError
+from settings import FIRST_REPLICA_PORT
 
 LEFT_OUT = ("tests/", "docs/", "bench/", ".ci/")
 
@@ -42,13 +43,13 @@ class ProjectCopy:
 
 
 @contextmanager
-def started_copy(settings: Mapping[str, str], label: str = "copy") -> Iterator[ProjectCopy]:
+def started_copy(settings: Mapping[str, str], label: str = "copy", replicas: int = 1) -> Iterator[ProjectCopy]:
     """A copy of the working tree that start.sh has started with these GLM_* settings on free ports. It is stopped and removed
     afterwards. Raises StartError."""
     with tempfile.TemporaryDirectory(prefix=f"glm-{label}-") as temporary:
         folder = Path(temporary) / "project"
         _copy_to(folder)
-        api_port, web_port = _two_free_ports()
+        api_port, web_port = _free_ports(replicas)
         key = f"sk-{secrets.token_hex(16)}"
         given = {
             "GLM_API_HOST": "127.0.0.1", "GLM_WEB_HOST": "127.0.0.1", "GLM_API_PORT": str(api_port), "GLM_WEB_PORT": str(web_port),
@@ -59,7 +60,7 @@ def started_copy(settings: Mapping[str, str], label: str = "copy") -> Iterator[P
         env_file.chmod(0o600)
         copy = ProjectCopy(folder, api_port, key)
         try:
-            done = copy.run("bash", "start.sh")
+            done = copy.run("bash", "start.sh", *(["--replicas", str(replicas)] if replicas > 1 else []))
             if done.returncode:
                 raise StartError(done.stdout + done.stderr)
             yield copy
@@ -75,6 +76,24 @@ def _copy_to(folder: Path) -> None:
             shutil.copy2(ROOT / name, folder / name)
     (folder / ".venv").unlink(missing_ok=True)
     (folder / ".venv").symlink_to(Path(sys.prefix))
+
+
+def _free_ports(replicas: int) -> tuple[int, int]:
+    """Of the API and of the page. The ports of several replicas are free too, from FIRST_REPLICA_PORT above the API's."""
+    while True:
+        api, web = _two_free_ports()
+        behind = range(api + FIRST_REPLICA_PORT, api + FIRST_REPLICA_PORT + replicas) if replicas > 1 else range(0)
+        if web not in behind and all(map(_is_free, behind)):
+            return api, web
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except (OSError, OverflowError):
+            return False
+    return True
 
 
 def _two_free_ports() -> tuple[int, int]:

@@ -21,6 +21,7 @@ class StopSettings:
     stop_s: float
     ports: dict[str, int]
     certain: bool
+    replicas: int = 1
 
 
 def read(root: Path) -> StopSettings:
@@ -32,7 +33,7 @@ def read(root: Path) -> StopSettings:
         ports = {"api": settings.api_port, "web": settings.web_port}
         if settings.engine_command:
             ports["engine"] = settings.engine_port
-        return StopSettings(settings.log_dir, settings.stop_s, ports, env_file(root).is_file())
+        return StopSettings(settings.log_dir, settings.stop_s, ports, env_file(root).is_file(), settings.replica_count)
     except KeyboardInterrupt:
         raise
     except BaseException:  # whatever is wrong with it, what runs must be stopped
@@ -48,7 +49,8 @@ def unchecked(root: Path) -> StopSettings:
         ports["engine"] = int(_number(found[1] if found else None, 80))
     log_dir = root / (given.get("GLM_LOG_DIR") or "logs")
     stop_s = _number(given.get("GLM_DRAIN_DELAY_S"), 0.0) + _number(given.get("GLM_DRAIN_S"), 10.0)
-    return StopSettings(log_dir, stop_s, ports, False)
+    replicas = len(given["GLM_GPUS"].split(",")) if given.get("GLM_GPUS") else int(_number(given.get("GLM_REPLICAS"), 1))
+    return StopSettings(log_dir, stop_s, ports, False, replicas)
 
 
 def env_file(root: Path) -> Path:

@@ -1,6 +1,7 @@
 """`python -m deploy.proxy`: writes the configuration of nginx for the API and the page, with the limits of the settings.
 
-The template is `deploy/nginx/glm.conf`. What nginx refuses itself has the words and the format of the API's errors. Only
+The template is `deploy/nginx/glm.conf`. `render_front` writes that of the nginx which start.sh runs in front of several replicas,
+from `deploy/nginx/front.conf`. What nginx refuses itself has the words and the format of the API's errors. Only
 the standard library is imported until the settings are read.
 """
 
@@ -10,9 +11,13 @@ import argparse
 import ipaddress
 import json
 import math
+import os
+import pwd
 import re
+import resource
 import shlex
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +35,7 @@ FORM_BYTES = 2**20  # around the file of an upload
 MESSAGES = "/v1/messages(/|$)"
 MESSAGES_LINE = "[A-Z]+ /v1/messages[/? ]"  # of a request line
 IPV6 = Path("/proc/net/if_inet6")  # missing where the kernel has no IPv6, and then nginx could not open such a socket
+MOST_FILES = 16_384  # that one process of nginx in front of replicas has open
 LONGEST_TEXT_BYTES = 4000  # of one parameter in nginx's configuration
 
 # The words that the clients of /v1/messages know errors by; the others are the same as in OpenAI's format.
@@ -91,6 +97,51 @@ def render(proxy: Proxy, settings: Settings) -> str:
         "image_bytes": settings.max_image_bytes,
     }
     template = (FILES / "glm.conf").read_text(encoding="utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: str(values[found[1]]), template)
+
+
+def render_front(settings: Settings, out: Collection[int] = ()) -> str:
+    """The whole configuration of the nginx in front of the replicas. `out`: the numbers of those that get no requests.
+
+    Raises ProxyError for a log folder that nginx could not name.
+    """
+    folder = str(settings.log_dir)
+    if re.search(r"[\s;{}'\"\\$]", folder):
+        raise ProxyError(f"GLM_LOG_DIR must have no spaces, quotes, braces, `;`, `\\` or `$` with several replicas. Given: {folder}")
+    count = settings.replica_count
+    addresses = [f"127.0.0.1:{settings.replica_port(number)}" for number in range(count)]
+    # Not as `nobody`, which may not enter the log folder, and whose rights the API does not have either.
+    user = f"user {pwd.getpwuid(0).pw_name};\n" if os.geteuid() == 0 else ""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    files = MOST_FILES if most == resource.RLIM_INFINITY else min(most, MOST_FILES)
+    each = f"/replicas/{{0..{count - 1}}}"
+    refused = [
+        _json({"error": {"message": message, "type": "invalid_request_error", "param": None, "code": "unknown_url"}})[1:-1]
+        for message in (f"Each of the {count} replicas counts for itself: GET {each}/metrics.", "Each replica takes this at its own port only.")
+    ]
+    host = settings.api_host or "0.0.0.0"
+    values = {
+        "user": user, "workers": max(1, min(4, os.cpu_count() or 1)), "files": files, "connections": max(64, min(4096, files // 2)),
+        "folder": folder, "keepalive_s": KEEPALIVE_S, "count": count,
+        "replicas": "\n".join(
+            f"        server {address} max_fails=0{' down' if number in out else ''};" for number, address in enumerate(addresses)
+        ),
+        "limit_zones": _limit_zones(settings),
+        "limits": _limits(settings),
+        "listen": f"{f'[{host}]' if ':' in host else host}:{settings.api_port}",
+        "body_bytes": settings.max_body_bytes,
+        "read_s": math.ceil(settings.request_timeout_s + READ_MARGIN_S),
+        "error_bodies": _error_bodies(settings),
+        "error_pages": _error_pages(_refusals(settings)),
+        "error_locations": _error_locations(_refusals(settings)),
+        "metrics": refused[0], "control": refused[1],
+        "places": "\n".join(
+            f"        location ~ ^/replicas/{number}/(health|livez|readyz|info|metrics)$ {{\n"
+            f"            proxy_pass http://{address}/$1$is_args$args;\n        }}"
+            for number, address in enumerate(addresses)
+        ),
+    }  # fmt: skip
+    template = (FILES / "front.conf").read_text(encoding="utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda found: str(values[found[1]]), template)
 
 

@@ -478,6 +478,10 @@ def _refuse_running(log_dir: Path, settings: Settings) -> None:
         record = process_search.find_record(log_dir, part) if ours else processes.read_record(log_dir, part)
         if record is not None and processes.is_running(record):
             raise BackupError(f"{part} runs (pid {record.pid}) and uses {log_dir}. Stop it first: ./stop.sh")
+    for record_file in sorted(log_dir.glob(f"{settings_module.REPLICAS}/*/api.pid.json")):
+        record = processes.read_record(record_file.parent, "api")
+        if record is not None and processes.is_running(record):
+            raise BackupError(f"replica {record_file.parent.name} runs (pid {record.pid}) and uses {log_dir}. Stop it first: ./stop.sh")
 
 
 def _tables(db: sqlite3.Connection) -> set[str]:

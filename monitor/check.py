@@ -10,7 +10,7 @@ import os
 import random
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -21,18 +21,20 @@ from monitor.act.restart import Restarter
 from monitor.judge import accuracy, engine_rules, history, holds, ladder, limiter, pace, thresholds
 from monitor.judge.api_rules import judge_api
 from monitor.judge.engine_rules import judge_behind
-from monitor.judge.evidence import Observation
+from monitor.judge.evidence import Observation, Replica
+from monitor.judge.front_rules import judge_front
 from monitor.judge.history import Change
 from monitor.judge.limiter import Allowance, Decision
 from monitor.judge.page_rules import judge_page
-from monitor.judge.readings import SLOWER, settings_thresholds, values_of
+from monitor.judge.readings import OF_THE_API, SLOWER, settings_thresholds, values_of
+from monitor.judge.replica_rules import judge_replicas
 from monitor.judge.verdict import Limits, Verdict
 from monitor.observe import machine, unit
 from monitor.observe.observe import ProbePlan, draining_of, observe
 from monitor.observe.observe import now as current_moment
 from monitor.observe.question import PICTURE_KINDS
 from monitor.store import baseline
-from monitor.store.state import PARTS, CheckerState
+from monitor.store.state import PARTS, WITH_FRONT, CheckerState
 from monitor.store.store import Store
 from monitor.tell import alerts, exports, notices, report
 from monitor.tell.log import warn
@@ -61,24 +63,30 @@ def run(
     lock: Lock | None = None,
     clock: Callable[[], Any] = current_moment,
     act: bool = True,
+    replicas: Sequence[Replica] = (),
 ) -> Outcome:
-    """`act` False observes and records only: no restarts, no operators' requests."""
+    """`act` False observes and records only: no restarts, no operators' requests.
+
+    `replicas`: what their own runs have just found, in the run of a service of several (`monitor/replicas.py`).
+    """
     store = Store.open_for_run(settings.log_dir)
     try:
-        return _run(store, settings, rng, lock, clock, act)
+        return _run(store, settings, rng, lock, clock, act, replicas)
     except UNREADABLE as error:
         # Values that make no sense, in a file that SQLite finds in order. A fault of the checker itself is raised again.
         problem = f"{type(error).__name__}: {error}"
         if not store.rebuild(problem):
             raise
         warn(f"the run is repeated with a new store ({problem})")
-        return _run(store, settings, rng, lock, clock, act)
+        return _run(store, settings, rng, lock, clock, act, replicas)
 
 
-def _run(store: Store, settings: Settings, rng: random.Random, lock: Lock | None, clock: Callable[[], Any], act: bool) -> Outcome:
+def _run(
+    store: Store, settings: Settings, rng: random.Random, lock: Lock | None, clock: Callable[[], Any], act: bool, replicas: Sequence[Replica]
+) -> Outcome:  # fmt: skip
     started = time.monotonic()
     moment = clock()
-    state = CheckerState.load(store, moment.boot_id)
+    state = CheckerState.load(store, moment.boot_id, WITH_FRONT if settings.replica_count > 1 else PARTS)
     if not state.accuracy.kinds:
         state.accuracy = accuracy.from_dict(baseline.read(settings.log_dir))
     if act:
@@ -90,16 +98,19 @@ def _run(store: Store, settings: Settings, rng: random.Random, lock: Lock | None
     operator_requests.carry_out([r for r in operators if r["kind"] not in operator_requests.AT_THE_END], store, state, None, moment.wall)
     plan = _probe_plan(state, settings, moment.wall, operators)
     observation = _with_accuracy(state, observe(settings, rng, plan, moment, state.external_engine))
+    observation = replace(observation, replicas=tuple(replicas))
     verdicts = judge(observation, settings, state)
-    verdicts["api"] = _judge_pace(observation, verdicts["api"], settings, state)
+    if observation.front is None:
+        verdicts["api"] = _judge_pace(observation, verdicts["api"], settings, state)
     changes = _advance(state, verdicts, observation, settings)
     warnings, changed_warnings = _warn(state, observation, settings, verdicts["api"])
-    noticed, changed_notices = notices.current(store, moment.wall)
+    noticed, changed_notices = notices.current(store, moment.wall, of_a_replica=settings.replica is not None)
     warnings, changed_warnings = warnings + noticed, changed_warnings + changed_notices
     hold = holds.why_no_restart(state.holds, moment.wall)
     decisions = _decide(state, verdicts, settings, moment.wall, hold) if act else {}
     summary = _report(observation, verdicts, decisions, state, warnings, settings, store, time.monotonic() - started)
     messages = alerts.compose(changes, changed_warnings, decisions, verdicts, state.histories, settings, moment.wall)
+    messages = alerts.of_replica(messages, settings.replica)
     store = _persist(settings, store, state, summary, verdicts, changes, decisions, messages, observation)
     _publish(summary, settings, store, state)
     if act:
@@ -113,12 +124,12 @@ def _run(store: Store, settings: Settings, rng: random.Random, lock: Lock | None
         if restarter.restarted or cure.climbed:
             # Verify the cure now rather than one period later.
             store.close()
-            return run(settings, rng, lock, clock, act=False)
+            return run(settings, rng, lock, clock, act=False, replicas=replicas)
     try:
         alerts.deliver(store, settings, state.holds, time.time())
     except sqlite3.Error as error:  # the disk filled up since the verdict was stored
         warn(f"the outbox cannot be written: {error}")
-    problem = alerts.ping(settings, summary)
+    problem = alerts.ping(settings, summary) if settings.replica is None else ""
     if problem:
         warn(problem)
     _note_own_work(store)
@@ -144,8 +155,11 @@ def limits_of(settings: Settings) -> Limits:
 
 def judge(observation: Observation, settings: Settings, state: CheckerState) -> dict[str, Verdict]:
     limits = limits_of(settings)
-    api = judge_behind(judge_api(observation.api, limits), observation.api, limits)
-    verdicts = {"api": _judge_finer(api, observation, settings, state)}
+    if observation.front is not None:
+        verdicts = {"api": judge_replicas(observation.replicas), "front": judge_front(observation.front, limits)}
+    else:
+        api = judge_behind(judge_api(observation.api, limits), observation.api, limits)
+        verdicts = {"api": _judge_finer(api, observation, settings, state)}
     if observation.page is not None:
         verdicts["page"] = judge_page(observation.page, limits, observation.api)
     for target, verdict in verdicts.items():
@@ -234,7 +248,10 @@ def _warn(
     """(active warnings, those that began or ended in this run). `verdict`: of the API, which explains its slowness."""
     busy_since = state.histories["api"].busy_since
     values, in_force, changed_warnings = values_of(observation, busy_since, state.pace), [], []
-    for threshold in settings_thresholds(settings):
+    kept = settings_thresholds(settings)
+    if settings.replica is not None:  # the machine is judged once, by the run of the whole
+        kept = [threshold for threshold in kept if threshold.name in OF_THE_API]
+    for threshold in kept:
         before = state.thresholds.get(threshold.name, thresholds.ThresholdState())
         after = thresholds.update(threshold, before, values.get(threshold.name), observation.moment.wall)
         state.thresholds[threshold.name] = after
@@ -259,7 +276,7 @@ def systemd_restarts(target: str, verdict: Verdict) -> str:
     """
     if verdict.word != "dead" and not (target == "api" and verdict.word in ("wedged", "zombie")):
         return ""
-    owner = unit.owner_of(PARTS[target])
+    owner = unit.owner_of(WITH_FRONT[target])
     if not owner:
         return ""
     if unit.state_of(owner) == "failed":
@@ -300,8 +317,10 @@ def _decide(
 
 def overall(verdicts: dict[str, Verdict]) -> tuple[str, bool | None]:
     """One verdict for both targets, and whether users are served, which takes both the API and the page."""
-    api, page = verdicts["api"], verdicts.get("page")
+    api, page, front = verdicts["api"], verdicts.get("page"), verdicts.get("front")
     serving = None if api.word == "unknown" else api.serving
+    if front is not None and not front.serving and front.word != "unknown" and serving is not False:
+        return front.word, False  # nobody reaches a replica
     if page is None or page.word in ("healthy", "unknown"):
         return api.word, serving
     if api.serving:
@@ -330,6 +349,10 @@ def _report(
         }  # fmt: skip
     reasons = [v.en for v in verdicts.values() if v.word != "healthy"]
     evidence = {"api": observation.api.to_dict(), "page": observation.page.to_dict() if observation.page else None}
+    several: dict[str, Any] = {}
+    if observation.front is not None:
+        evidence["front"] = observation.front.to_dict()
+        several = {"replicas": [replica.to_dict() for replica in observation.replicas]}
     check = {
         "store": store.state, "settings": notices.settings_state(warnings), "period_s": settings.check_period_s, "cure": settings.cure,
         "hold": holds.why_no_restart(state.holds, observation.moment.wall) or None, "boot_id": observation.moment.boot_id,
@@ -337,7 +360,7 @@ def _report(
     }  # fmt: skip
     return report.build(
         word, serving, reasons, observation.machine, observation.gpu, evidence, duration_s, observation.moment.wall, targets=targets,
-        warnings=warnings, check=check,
+        warnings=warnings, check=check, **several,
     )  # fmt: skip
 
 
@@ -404,5 +427,5 @@ def _publish(summary: dict[str, Any], settings: Settings, store: Store, state: C
             with contextlib.suppress(OSError):  # the server takes its modification time as a sign of life; a full disk still allows that
                 os.utime(settings.log_dir / name)
             warn(f"{settings.log_dir / name} could not be written: {error.strerror or error}")
-    for problem in exports.send(summary, settings, store):
+    for problem in exports.send(summary, settings, store) if settings.replica is None else ():
         warn(problem)

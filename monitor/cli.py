@@ -11,6 +11,7 @@ import faulthandler
 import getpass
 import os
 import random
+import re
 import resource
 import signal
 import sys
@@ -114,15 +115,25 @@ def _parser() -> argparse.ArgumentParser:
         window.add_argument("--minutes", type=float, required=True)
         window.add_argument("--reason", default="")
     reset = sub.add_parser("reset", help="close the circuit breaker, so that restarts are allowed again")
-    reset.add_argument("target", nargs="?", default="all", choices=("all", "api", "page"))
+    reset.add_argument("target", nargs="?", default="all", type=_target_or_all, help="all (the default), api, page, front or api/NUMBER")
     reset.add_argument("--reason", required=True, help="what was repaired, for the audit log")
     restart = sub.add_parser("restart", help="restart one target: save evidence, restart, verify")
-    restart.add_argument("target", choices=("api", "page"))
+    restart.add_argument("target", type=_target, help="api, page; with several replicas also front and api/NUMBER")
     return parser
 
 
+def _target(text: str) -> str:
+    if not re.fullmatch(r"api(/\d{1,2})?|page|front", text):
+        raise argparse.ArgumentTypeError(f"must be api, page, front or api/NUMBER. Given: {text}")
+    return text
+
+
+def _target_or_all(text: str) -> str:
+    return text if text == "all" else _target(text)
+
+
 def _run(settings: Settings, args: argparse.Namespace) -> int:
-    from monitor import check
+    from monitor import check, replicas
     from monitor.act.lock import Lock
 
     _allow_files()
@@ -136,7 +147,8 @@ def _run(settings: Settings, args: argparse.Namespace) -> int:
         warn(f"skipped: {holder}")
         return LOCKED
     try:
-        outcome = check.run(settings, random.SystemRandom(), lock, _clock(settings), act=not getattr(args, "no_act", False))
+        one_run = replicas.run if settings.replica_count > 1 else check.run
+        outcome = one_run(settings, random.SystemRandom(), lock, _clock(settings), act=not getattr(args, "no_act", False))
         _keep_settings()
     except Exception as error:
         short = _short_of(error)
@@ -277,6 +289,9 @@ def _doctor(settings: Settings, args: argparse.Namespace) -> int:
 def _drill(settings: Settings, args: argparse.Namespace) -> int:
     from monitor.drill import drill
 
+    if settings.replica_count > 1:
+        print(f"The drill is of one API, and there are {settings.replica_count} replicas (GLM_GPUS, GLM_REPLICAS)", file=sys.stderr)
+        return WRONG_USE
     return drill.main(settings, args)
 
 

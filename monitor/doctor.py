@@ -15,8 +15,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import settings as settings_module
+from deploy import replicas
 from monitor import schedule
 from monitor.act.lock import Lock
+from monitor.judge.verdict import SERVING
 from monitor.observe import gpu, ports, processes
 from monitor.observe.observe import now
 from monitor.store.salvage import all_aside, refuse_pipes
@@ -34,7 +36,7 @@ def examine(settings: Settings) -> int:
     """Prints one line per check. Returns 1 if the checker cannot work."""
     worst = GOOD
     for check in (
-        _scheduled, _last_report, _empty_environment, _log_folder, _store, _lock, _clock, _env_file, _servers, _gpu, _channels,
+        _scheduled, _last_report, _empty_environment, _log_folder, _store, _lock, _clock, _env_file, _servers, _replicas, _gpu, _channels,
         _ping, _fault_injection,
     ):  # fmt: skip
         for level, what, fix in check(settings):
@@ -195,8 +197,8 @@ def _env_file(settings: Settings) -> Iterator[Finding]:
 
 def _servers(settings: Settings) -> Iterator[Finding]:
     moment = now()
-    for part in ("api", "web"):
-        record = processes.read_record(settings.log_dir, part)
+    for part, folder, kind in _parts(settings):
+        record = processes.read_record(folder, kind)
         if record is None:
             yield NOTE, f"{part}: not started here", "./start.sh"
             continue
@@ -205,11 +207,36 @@ def _servers(settings: Settings) -> Iterator[Finding]:
             continue
         mine = {owner.pid for owner in ports.listeners(record.port)} & set(processes.members(record))
         yield (FINE, f"{part}: process {record.pid} holds port {record.port}", "") if mine else (WARN, f"{part}: process {record.pid} runs but does not hold port {record.port}", "")
-        beat = settings.log_dir / "api.heartbeat.json"
-        if part == "api" and not beat.exists():
-            yield WARN, f"api: no {beat.name}, so a blocked event loop is detected later", ""
+        beat = folder / "api.heartbeat.json"
+        if kind == "api" and not beat.exists():
+            yield WARN, f"{part}: no {beat.name}, so a blocked event loop is detected later", ""
     if not moment.boot_id:
         yield WARN, "the boot id cannot be read, so a pid file of an earlier boot may match another process", ""
+
+
+def _parts(settings: Settings) -> list[tuple[str, Path, str]]:
+    """(its name on start.sh's command line, folder of its records, what it is) of each part that start.sh starts."""
+    if settings.replica_count == 1:
+        return [("api", settings.log_dir, "api"), ("web", settings.log_dir, "web")]
+    replicas = [(f"api/{number}", settings.for_replica(number).log_dir, "api") for number in range(settings.replica_count)]
+    return [*replicas, ("front", settings.log_dir, "front"), ("web", settings.log_dir, "web")]
+
+
+def _replicas(settings: Settings) -> Iterator[Finding]:
+    """Only where there are several."""
+    if settings.replica_count == 1:
+        return
+    found, _ = status.read(settings)
+    words = {replica["number"]: replica["word"] for replica in (found or {}).get("replicas", ())}
+    for number in range(settings.replica_count):
+        word = words.get(number)
+        level = NOTE if word is None else FINE if word in SERVING else WARN
+        yield level, f"replica {number}: {word or 'not checked yet'}", ""
+    if not replicas.nginx():
+        yield FAIL, "nginx is not installed, so that it cannot be started again", "apt-get install nginx"
+    if settings.device != "cuda" and not settings.gpus and not settings.threads:
+        each = max(1, (os.cpu_count() or 1) // settings.replica_count)
+        yield NOTE, f"{settings.replica_count} replicas on the CPU share its {os.cpu_count()} cores", f"GLM_THREADS={each} gives each its own, for any but a tiny model"
 
 
 def _gpu(settings: Settings) -> Iterator[Finding]:

@@ -37,6 +37,10 @@ def install(settings: Settings, how: str, servers: bool = False) -> int:
     if servers and server_units.why_not_here():
         print(server_units.why_not_here(), file=sys.stderr)
         return BAD
+    if servers and settings.replica_count > 1:
+        print(f"A unit of systemd runs one API, and there are {settings.replica_count} replicas (GLM_GPUS, GLM_REPLICAS). Without --servers "
+              "only the checker is scheduled, which restarts them", file=sys.stderr)  # fmt: skip
+        return BAD
     way = "systemd" if servers else choose(how)
     if not way:
         print(f"Neither systemd nor cron is available. Run the checker in the background instead: {in_background()}", file=sys.stderr)

@@ -34,7 +34,10 @@ class CardEvent:
 
 
 class CardEvents:
-    def __init__(self) -> None:
+    """`cards`: the numbers of those that this process computes on, as in GLM_GPUS; empty: all."""
+
+    def __init__(self, cards: str = "") -> None:
+        self._cards = {int(card) for card in cards.split(",") if card}
         self._events: deque[CardEvent] = deque(maxlen=KEPT)
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="card-events", daemon=True)
@@ -90,6 +93,8 @@ class CardEvents:
         wanted |= nvml.nvmlEventTypeDoubleBitEccError
         cards = {}
         for number in range(nvml.nvmlDeviceGetCount()):
+            if self._cards and number not in self._cards:  # of another replica
+                continue
             handle = nvml.nvmlDeviceGetHandleByIndex(number)
             try:
                 supported = nvml.nvmlDeviceGetSupportedEventTypes(handle) & wanted

@@ -55,7 +55,8 @@ def save(settings: Settings, incident: str, part: str, evidence: dict[str, Any],
     if part == "api":
         put("heartbeat.json", lambda: read_small(settings.log_dir / "api.heartbeat.json"))
     if pid is not None:
-        put("stacks.txt", lambda: stacks(settings.log_dir, pid))
+        if part != "front":
+            put("stacks.txt", lambda: stacks(settings.log_dir, pid))
         put("process.txt", lambda: _process(pid))
     return folder
 

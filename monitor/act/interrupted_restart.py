@@ -15,7 +15,7 @@ from typing import Any
 from monitor.act.lock import Lock
 from monitor.judge import engine_rules
 from monitor.observe import processes
-from monitor.store.state import PARTS, CheckerState
+from monitor.store.state import WITH_FRONT, CheckerState
 from monitor.store.store import Store
 from settings import ROOT, Settings
 
@@ -23,7 +23,7 @@ NAME = "restarting"  # in the store, from the count until the audit row
 START_LOCK = "logs/start.lock"  # held by start.sh
 MARGIN_S = 60.0
 POLL_S = 0.1
-TARGETS = {**{part: target for target, part in PARTS.items()}, engine_rules.PART: "api"}
+TARGETS = {**{part: target for target, part in WITH_FRONT.items()}, engine_rules.PART: "api"}
 
 
 def begun(part: str, at: float, log_dir: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from monitor.judge import accuracy, holds, limiter, pace
 from monitor.judge.ladder import Ladder
 from monitor.judge.limiter import Decision
 from monitor.judge.verdict import Verdict
-from monitor.store.state import PARTS, CheckerState
+from monitor.store.state import CheckerState
 from monitor.store.store import Store
 
 AT_THE_END = ("restart", "drain", "probe")
@@ -52,18 +52,18 @@ def _do(request: dict[str, Any], state: CheckerState, restarter: Restarter | Non
     kind, target = request["kind"], request["target"]
     arguments = request["arguments"] or {}
     if kind == "restart" and restarter is not None:
-        _check_target(target)
+        _check_target(target, state)
         verdict = Verdict(target, "degraded", "asked", "Requested by an operator.", "操作员要求。", cure=True)
         decision = Decision("restart", f"requested by {request['actor']}")
         return restarter.restart(target, verdict, decision, request["actor"]), "restarted"
     if kind == "drain" and restarter is not None:
-        _check_target(target)
+        _check_target(target, state)
         return restarter.drain(target, request["actor"]), "stopped; request a restart to start it again"
     if kind == "probe":
         return "", "the questions were asked in this run"
     if kind == "reset":
-        for name in PARTS if target in ("", "all") else (target,):
-            _check_target(name)
+        for name in tuple(state.limiters) if target in ("", "all") else (target,):
+            _check_target(name, state)
             state.limiters[name] = limiter.reset()
         if target != "page":
             state.ladder = Ladder()
@@ -74,6 +74,6 @@ def _do(request: dict[str, Any], state: CheckerState, restarter: Restarter | Non
     return "", holds.why_no_restart(state.holds, now) or "in force"
 
 
-def _check_target(target: str) -> None:
-    if target not in PARTS:
-        raise ValueError(f"`target` must be one of {', '.join(PARTS)}. Given: {target}")
+def _check_target(target: str, state: CheckerState) -> None:
+    if target not in state.limiters:
+        raise ValueError(f"`target` must be one of {', '.join(state.limiters)}. Given: {target}")

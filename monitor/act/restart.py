@@ -17,13 +17,14 @@ from pathlib import Path
 import settings
 from monitor.act import evidence_bundle, interrupted_restart, preflight
 from monitor.act.lock import Lock
+from monitor.act.replica_turn import taking_turns
 from monitor.judge import accuracy, engine_rules, history, limiter
 from monitor.judge.evidence import Observation
 from monitor.judge.limiter import Decision
 from monitor.judge.verdict import Verdict
 from monitor.observe import gpu, ports, processes
 from monitor.observe.observe import now
-from monitor.store.state import PARTS, CheckerState
+from monitor.store.state import WITH_FRONT, CheckerState
 from monitor.store.store import Store
 from settings import ROOT, Settings
 
@@ -51,7 +52,26 @@ class Restarter:
         self.restarted: list[str] = []
 
     def restart(self, target: str, verdict: Verdict, decision: Decision, actor: str = "checker") -> str:
-        """Empty if a new process was started; otherwise why not. Adds an audit row in both cases."""
+        """Empty if a new process was started; otherwise why not. Adds an audit row in both cases.
+
+        A replica is restarted while no other one is: a person waits for that, the checker tries again in its next run. What is dead
+        serves nobody, and need not wait.
+        """
+        if self._settings.replica is None or target != "api" or verdict.word == "dead":
+            return self._restart(target, verdict, decision, actor)
+        wait_s = 0.0 if actor == "checker" else self._settings.start_deadline_s
+        if self._lock is not None:
+            self._lock.extend(wait_s + self._longest_s() + self._settings.start_deadline_s, f"restarting replica {self._settings.replica}")
+        with taking_turns(self._settings, wait_s) as busy:
+            if busy:
+                self._audit(target, "restart", actor, "refused", busy, "", time.monotonic())
+                return busy
+            return self._restart(target, verdict, decision, actor)
+
+    def _longest_s(self) -> float:
+        return self._settings.stop_s + self._settings.start_timeout_s + GPU_WAIT_S + PORT_WAIT_S + BUNDLE_S + MARGIN_S
+
+    def _restart(self, target: str, verdict: Verdict, decision: Decision, actor: str) -> str:
         began = time.monotonic()
         futile = preflight.why_futile(verdict, self._observation, int(self._store.get("cards_expected", 0)))
         incident = self._state.histories[target].incident
@@ -59,13 +79,12 @@ class Restarter:
         if futile:
             self._audit(target, "restart", actor, "refused", f"a restart would not help: {futile}", name, began)
             return futile
-        part = verdict.part or PARTS[target]
+        part = verdict.part or WITH_FRONT[target]
         if self._is_restarted(target, part):
             self._audit(target, "restart", actor, "refused", RESTARTED_MEANWHILE, name, began)
             return RESTARTED_MEANWHILE
         if self._lock is not None:
-            longest_s = self._settings.stop_s + self._settings.start_timeout_s + GPU_WAIT_S + PORT_WAIT_S + BUNDLE_S
-            self._lock.extend(longest_s + MARGIN_S, f"restarting {target}")
+            self._lock.extend(self._longest_s(), f"restarting {target}")
         evidence = self._observation.api.to_dict() | {"verdict": vars(verdict)}
         saved = evidence_bundle.save(self._settings, name, part, evidence, self._store.runs(time.time() - 3600, 30))
         if self._is_restarted(target, part):  # saving the evidence took a while
@@ -90,7 +109,7 @@ class Restarter:
     def drain(self, target: str, actor: str) -> str:
         """Stops the target, and marks that, so that no later run restarts it. Empty if it was stopped, otherwise why not."""
         began = time.monotonic()
-        part = PARTS[target]
+        part = WITH_FRONT[target]
         record = processes.read_record(self._settings.log_dir, part)
         if record is None:
             return f"the {target} was not started here"
@@ -108,14 +127,12 @@ class Restarter:
 
     def _is_restarted(self, target: str, part: str) -> bool:
         """By a person, since the run has looked: what runs now is not what was judged, and ending it would spoil the restart."""
-        log_dir, page = self._settings.log_dir, self._observation.page
-        if processes.is_restarting(log_dir, part):
+        if processes.is_restarting(self._settings.log_dir, part):
             return True
-        judged = self._observation.api.process if target == "api" else page.process if page is not None else None
-        if part == engine_rules.PART:
-            behind = self._observation.api.engine
-            judged = behind.process if behind is not None else None
-        record = processes.read_record(log_dir, part)
+        of_part = {"api": self._observation.api, "page": self._observation.page, "front": self._observation.front}
+        evidence = self._observation.api.engine if part == engine_rules.PART else of_part[target]
+        judged = evidence.process if evidence is not None else None
+        record = processes.read_record(self._settings.log_dir, part)
         if judged is None or judged.pid is None or record is None or record.pid == judged.pid:
             return False
         return processes.is_running(record)
@@ -162,6 +179,7 @@ class Restarter:
 
     def _start(self, part: str, automatic: bool) -> str:
         record = processes.read_record(self._settings.log_dir, part)
+        name = part if self._settings.replica is None else f"{part}/{self._settings.replica}"
         limit_s = self._settings.start_timeout_s + MARGIN_S
         # start.sh chooses its own Python, which under cron may differ from this one.
         env = {**(environment_for_children() if self._environment is None else self._environment)}
@@ -173,12 +191,12 @@ class Restarter:
             env |= {"CONDA_PREFIX": sys.prefix, "CONDA_DEFAULT_ENV": Path(sys.prefix).name}
         try:
             done = subprocess.run(
-                ["bash", str(self._root / "start.sh"), part], cwd=self._root, env=env, stdin=subprocess.DEVNULL,
+                ["bash", str(self._root / "start.sh"), name], cwd=self._root, env=env, stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=limit_s, start_new_session=True,
             )  # fmt: skip
             problem = "" if done.returncode == 0 else _last_lines(done.stdout, done.returncode)
         except subprocess.TimeoutExpired:
-            problem = f"start.sh {part} did not finish within {limit_s:.0f} s"
+            problem = f"start.sh {name} did not finish within {limit_s:.0f} s"
         except OSError as error:
             problem = f"start.sh cannot be run: {error}"
         if problem and not processes.was_stopped_by_request(self._settings.log_dir, part):

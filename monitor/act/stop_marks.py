@@ -10,7 +10,7 @@ import time
 
 from monitor.judge import engine_rules
 from monitor.observe import processes
-from monitor.store.state import PARTS
+from monitor.store.state import WITH_FRONT
 from monitor.store.store import Store
 from settings import Settings
 
@@ -20,7 +20,7 @@ MARGIN_S = 120.0  # beyond the longest stop: the time to drain, to kill, and for
 def remove_stale(store: Store, settings: Settings, now: float) -> list[str]:
     """The targets whose mark was removed, each with an audit row. `now`: wall-clock seconds."""
     removed = []
-    for target, part in (*PARTS.items(), (engine_rules.PART, engine_rules.PART)):
+    for target, part in (*WITH_FRONT.items(), (engine_rules.PART, engine_rules.PART)):
         try:
             age_s = now - processes.stop_mark(settings.log_dir, part).stat().st_mtime
         except OSError:

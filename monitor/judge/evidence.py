@@ -398,8 +398,44 @@ class PageEvidence:
 
 
 @dataclass(frozen=True)
+class FrontEvidence:
+    """The nginx in front of several replicas. `reply`: of a route that nginx answers by itself, whatever the replicas do."""
+
+    url: str
+    process: Process = Process()
+    reply: PageReply = PageReply("silent")
+    blind: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Replica:
+    """What the run of one replica found. `card`: empty without a choice of cards; `since`: when its state began (Unix seconds)."""
+
+    number: int
+    port: int
+    card: str
+    word: str
+    rule: str
+    en: str
+    zh: str
+    since: float | None = None
+    incident: str | None = None
+    restarts_last_day: int = 0
+    circuit_open: str | None = None
+    decision: str = "none"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
 class Observation:
     """Everything that one run observed. `page` is None where no page is expected on this machine.
+
+    `front` and `replicas` are of a service of several replicas, whose APIs were observed by runs of their own; `api` is empty then.
 
     `machine` and `gpu` are readings for the report and the thresholds. `asked`: at least one question was asked, not credited.
     `records`: what the pid files say, by part, for a run that finds one of them lost.
@@ -412,6 +448,8 @@ class Observation:
     gpu: dict[str, Any]
     asked: bool = False
     records: dict[str, Any] = field(default_factory=dict)
+    front: FrontEvidence | None = None
+    replicas: tuple[Replica, ...] = ()
 
 
 @dataclass

@@ -10,6 +10,7 @@ from settings import Settings
 HYSTERESIS = 10.0
 BUSY_WARN_S = 300.0
 SLOWER = "slower_than_before"  # judged by pace.py, whose verdict tells people of it
+OF_THE_API = ("open_files_percent", SLOWER, "busy_s")  # the other readings are of the machine
 
 
 def settings_thresholds(settings: Settings) -> list[Threshold]:

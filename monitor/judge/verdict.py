@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from monitor.judge.evidence import ApiEvidence, PageEvidence, Process
+from monitor.judge.evidence import ApiEvidence, FrontEvidence, PageEvidence, Process
 
 WORDS = ("healthy", "busy", "starting", "degraded", "broken", "corrupt", "wedged", "zombie", "hardware", "dead", "unknown")
 SERVING = ("healthy", "busy", "degraded")
@@ -67,10 +67,10 @@ class Verdict:
         return self.word not in NO_INCIDENT
 
 
-def checker_blind(evidence: ApiEvidence | PageEvidence, limits: Limits) -> Verdict | None:
+def checker_blind(evidence: ApiEvidence | PageEvidence | FrontEvidence, limits: Limits) -> Verdict | None:
     if not evidence.blind:
         return None
-    target = "api" if isinstance(evidence, ApiEvidence) else "page"
+    target = "api" if isinstance(evidence, ApiEvidence) else "front" if isinstance(evidence, FrontEvidence) else "page"
     return Verdict(
         target, "unknown", "checker_blind", f"The checker cannot judge: {evidence.blind}.", f"检查程序无法判断：{evidence.blind}。",
         threshold="the checker's own test must pass",

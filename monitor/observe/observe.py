@@ -22,12 +22,14 @@ from monitor.judge.evidence import (
     ApiEvidence,
     EngineEvidence,
     EngineProgress,
+    FrontEvidence,
     HealthReply,
     Heartbeat,
     Identity,
     Moment,
     Observation,
     PageEvidence,
+    PageReply,
     Process,
     Traffic,
 )  # fmt: skip
@@ -45,12 +47,13 @@ from monitor.observe import (
     processes,
     self_report,
 )
-from monitor.observe.http_exchange import NO_FILES, Deadline
+from monitor.observe.http_exchange import NO_FILES, Deadline, exchange
 from monitor.observe.small_file import read_small
 from settings import Settings
 
 HEALTH_LIMIT_S = 2.0
 SECOND_LOOK_LIMIT_S = 5.0
+FRONT_LIMIT_S = 5.0
 RESOLVE_LIMIT_S = 2.0
 GPU_LIMIT_S = 12.0  # two children of 4 s and the time to end them
 HEARTBEAT = "api.heartbeat.json"
@@ -98,11 +101,15 @@ def now() -> Moment:
 
 def observe(settings: Settings, rng: random.Random, plan: ProbePlan, moment: Moment, progress: EngineProgress) -> Observation:
     """Takes under a second for a healthy service and is bounded by the deadlines of its probes. Updates `progress`."""
+    parts = _parts_of(settings)
     # Before the pid files are read, because start.sh removes the mark once it has written the new one.
-    began = {part for part in ("api", "web") if processes.is_restarting(settings.log_dir, part)}
-    remembered = {part: processes.parse_record(plan.records.get(part)) for part in ("api", "web")}
-    api_record = process_search.find_record(settings.log_dir, "api", settings.api_port, remembered=remembered["api"])
-    web_record = process_search.find_record(settings.log_dir, "web", settings.web_port, remembered=remembered["web"])
+    began = {part for part in parts if processes.is_restarting(settings.log_dir, part)}
+    found = {
+        part: process_search.find_record(settings.log_dir, part, port, remembered=processes.parse_record(plan.records.get(part)))
+        for part, port in parts.items()
+    }
+    api_record, web_record, front_record = (found.get(part) for part in ("api", "web", "front"))
+    several = "front" in parts
     external = settings.watches_engine_itself
     watched = api_record if not external and _is_here(settings.api_base_url) else None
     gpu_timeout: dict[str, Any] = {"gpus": [], "source": "none", "hung": True, "reason": "no answer in time"}
@@ -115,17 +122,25 @@ def observe(settings: Settings, rng: random.Random, plan: ProbePlan, moment: Mom
     )
     stuck_before = _stuck_threads(pid)
     # `./start.sh api` starts no page on purpose. If neither part has a record, both are expected.
-    page_expected = web_record is not None or api_record is None
+    page_expected = "web" in parts and (web_record is not None or (front_record if several else api_record) is None)
     page_probing: Deadline[PageEvidence | None] | None = None
     if page_expected:
         page_probing = Deadline(lambda: page_probe.probe_page(settings, plan.script), 4 * page_probe.LIMIT_S, None)
     beat = None if external else read_heartbeat(settings.log_dir, watched, moment)
-    api, asked = _probe_api(settings, rng, plan, moment, progress, watched, beat)
-    gpus, host = gpu_reading.result(), machine_reading.result()
+    front: FrontEvidence | None = None
+    if several:
+        front, api, asked = _probe_front(settings), ApiEvidence(settings.api_base_url), False
+    else:
+        api, asked = _probe_api(settings, rng, plan, moment, progress, watched, beat)
+    gpus, host = _own_cards(gpu_reading.result(), settings.gpus), machine_reading.result()
     oom_now: int | None = host.get("oom_kills")
     oom_killed = oom_now is not None and plan.oom_kills is not None and oom_now > plan.oom_kills
     blind = _self_test() or _short_of_files(api)
-    if not external:
+    if front is not None:
+        process = _process(front_record, {}, False, processes.failed_start(settings.log_dir, "front"))
+        process = replace(process, restarting=_restarting(settings.log_dir, "front", front_record, "front" in began))
+        front = replace(front, process=process, blind=blind)
+    elif not external:
         # Again, because the questions take time, in which it may have ended or been blocked.
         beat = read_heartbeat(settings.log_dir, watched, moment)
         process = _process(watched, stuck_before, oom_killed, processes.failed_start(settings.log_dir, "api"))
@@ -141,8 +156,29 @@ def observe(settings: Settings, rng: random.Random, plan: ProbePlan, moment: Mom
         "memory_used_mib": gpu.highest(gpus["gpus"], "memory_used_mib"),
         **gpus,
     }
-    records = {part: asdict(record) for part, record in (("api", api_record), ("web", web_record)) if record is not None}
-    return Observation(moment, api, page, host, gpu_evidence, asked, records)
+    records = {part: asdict(record) for part, record in found.items() if record is not None}
+    return Observation(moment, api, page, host, gpu_evidence, asked, records, front)
+
+
+def _parts_of(settings: Settings) -> dict[str, int]:
+    """What this run observes by itself, and its port: a replica's run only its API, the run of the whole everything else."""
+    if settings.replica is not None:
+        return {"api": settings.api_port}
+    if settings.replica_count > 1:
+        return {"front": settings.api_port, "web": settings.web_port}
+    return {"api": settings.api_port, "web": settings.web_port}
+
+
+def _probe_front(settings: Settings) -> FrontEvidence:
+    reply = exchange(f"{settings.api_base_url}/glm-front", FRONT_LIMIT_S)
+    return FrontEvidence(settings.api_base_url, reply=PageReply(reply.outcome, reply.seconds, reply.status, reply.detail))
+
+
+def _own_cards(reading: dict[str, Any], cards: str) -> dict[str, Any]:
+    """The reading without the cards that GLM_GPUS leaves to others."""
+    if not cards:
+        return reading
+    return {**reading, "gpus": [card for card in reading["gpus"] if str(card.get("index")) in cards.split(",")]}
 
 
 def _probe_api(

@@ -3,7 +3,8 @@
 A process is ours only if all of this holds: it runs `-m <part>.server` (`module_of`) in the project's folder, as this user, in this pid
 namespace, and leads a session, as start.sh makes it. Which of several it is, its mark says: start.sh puts the contents of
 the pid file into its environment. A process without a mark was started by an earlier version and is known by its port or
-its log file. Standard library only, and no syntax newer than Python 3.8, because stop.sh uses it without the environment.
+its log file. The nginx in front of replicas (part `front`) writes its title over its environment; the configuration that the
+title names says whose it is. Standard library only, and no syntax newer than Python 3.8, because stop.sh uses it without the environment.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from monitor.observe import ports, processes
 from monitor.observe.processes import DELETED, PROC, ProcessRecord
 
 ENV_FILE, LAST_GOOD = "GLM_ENV_FILE", "last-good.env"  # as in settings.py, which stop.sh can do without
+FRONT_CONF = "front.nginx.conf"  # in the log folder
+FRONT_COMMAND = re.compile(rf"^(?:nginx: master process )?\S*nginx .*-c (\S+)/{re.escape(FRONT_CONF)}")
 MARK = "START_SH_RECORD"  # not GLM_*: settings.py refuses unknown names
 
 
@@ -130,7 +134,10 @@ def log_of(pid: int) -> str:
 def _is_ours(pid: int, part: str, root: Path) -> bool:
     folder = PROC / str(pid)
     try:
-        if f"\0-m\0{module_of(part)}\0".encode() not in (folder / "cmdline").read_bytes():
+        if part == "front":
+            if not _front_folder(pid):
+                return False
+        elif f"\0-m\0{module_of(part)}\0".encode() not in (folder / "cmdline").read_bytes():
             return False
         if os.stat(folder).st_uid != os.geteuid() or _link(pid, "ns/pid") != _link(os.getpid(), "ns/pid"):
             return False
@@ -139,8 +146,19 @@ def _is_ours(pid: int, part: str, root: Path) -> bool:
         return False
 
 
+def _front_folder(pid: int) -> str:
+    """The log folder of the nginx that start.sh started; empty for any other process. Workers have another title."""
+    try:
+        words = (PROC / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "surrogateescape")
+    except OSError:
+        return ""
+    found = FRONT_COMMAND.match(words)
+    return found[1] if found else ""
+
+
 def _describe(stat: processes.ProcessStat, expected_port: int | None, root: Path) -> FoundProcess:
-    mark = mark_of(stat.pid)
+    front = _front_folder(stat.pid)
+    mark = {"log_dir": front} if front else mark_of(stat.pid)
     port, offset = mark.get("port"), mark.get("log_offset")
     if not isinstance(port, int):
         listened = ports.listened_by(stat.pid)

@@ -336,9 +336,9 @@ def foreign_owner(record: ProcessRecord) -> str:
     return ""
 
 
-def end(record: ProcessRecord, grace_s: float, kill_wait_s: float = 10.0) -> list[int]:
-    """SIGTERM, then SIGKILL after `grace_s`. Returns the pids that survive, which are in uninterruptible sleep."""
-    _signal(record, signal.SIGTERM)
+def end(record: ProcessRecord, grace_s: float, kill_wait_s: float = 10.0, first: int = signal.SIGTERM) -> list[int]:
+    """The `first` signal, then SIGKILL after `grace_s`. Returns the pids that survive, which are in uninterruptible sleep."""
+    _signal(record, first)
     # A stopped process handles SIGTERM only once it is continued.
     _signal(record, signal.SIGCONT)
     if _wait_until_gone(record, grace_s):

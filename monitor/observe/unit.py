@@ -19,7 +19,7 @@ LIMIT_S = 150.0
 
 def owner_of(part: str, root: Path = ROOT) -> str:
     """The name of the unit; empty if the server is not systemd's to start."""
-    if not MANAGER.is_dir():
+    if part not in NAMES or not MANAGER.is_dir():
         return ""
     try:
         text = (FOLDER / NAMES[part]).read_text(encoding="utf-8")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from monitor.judge.traffic import TrafficLog
 from monitor.store.store import Store
 
 PARTS = {"api": "api", "page": "web"}  # target -> its name on start.sh's command line
+WITH_FRONT = {**PARTS, "front": "front"}  # where there are several replicas: the nginx before them
 
 Part = TypeVar("Part")
 
@@ -38,11 +39,12 @@ class CheckerState:
     traffic: TrafficLog = field(default_factory=TrafficLog)
 
     @classmethod
-    def load(cls, store: Store, boot_id: str) -> CheckerState:
+    def load(cls, store: Store, boot_id: str, targets: Iterable[str] = PARTS) -> CheckerState:
         """What cannot be understood is taken from the second copy, else begins anew."""
+        targets = tuple(targets)
         return cls(
-            {target: _read(store, f"history:{target}", history.from_dict) for target in PARTS},
-            {target: _read(store, f"limiter:{target}", limiter.from_dict) for target in PARTS},
+            {target: _read(store, f"history:{target}", history.from_dict) for target in targets},
+            {target: _read(store, f"limiter:{target}", limiter.from_dict) for target in targets},
             _read(store, "thresholds", lambda raw: {name: thresholds.from_dict(each) for name, each in raw.items()}),
             _read(store, "last", _numbers),
             _read(store, "hold", _holds),
@@ -55,7 +57,7 @@ class CheckerState:
 
     def save(self, store: Store) -> None:
         """Call inside a transaction."""
-        for target in PARTS:
+        for target in self.histories:
             store.put(f"history:{target}", history.to_dict(self.histories[target]))
             store.put(f"limiter:{target}", limiter.to_dict(self.limiters[target]))
             incident = self.histories[target].incident

@@ -20,6 +20,7 @@ from monitor.judge import holds
 from monitor.judge.history import Change, History, Incident
 from monitor.judge.limiter import Decision
 from monitor.judge.readings import SLOWER
+from monitor.judge.replica_rules import RULE as REPLICAS
 from monitor.judge.verdict import Verdict
 from monitor.observe.http_exchange import Deadline, exchange
 from monitor.store.store import Store
@@ -64,8 +65,20 @@ def compose(
     return messages
 
 
+def of_replica(messages: list[dict[str, Any]], number: int | None) -> list[dict[str, Any]]:
+    """The messages of a replica's run, which name it; of any other run as they are."""
+    if number is None:
+        return messages
+    return [{**each, "en": f"Replica {number}: {each['en']}", "zh": f"副本 {number}：{each['zh']}"} for each in messages]
+
+
 def _tells_of_degraded(change: Change) -> bool:
-    """A target that serves users with something wrong has no incident, and is told all the same. Draining is meant."""
+    """A target that serves users with something wrong has no incident, and is told all the same. Draining is meant.
+
+    Of replicas that do not serve each says so itself.
+    """
+    if change.rule == REPLICAS:
+        return False
     began = change.after == "degraded" and change.rule != "draining"
     return began or (change.before == "degraded" and change.after == "healthy")
 

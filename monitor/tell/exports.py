@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +18,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.exposition import push_to_gateway, write_to_textfile
 
 from monitor.judge.verdict import WORDS
+from monitor.observe import processes
 from monitor.observe.http_exchange import exchange
 from monitor.observe.small_file import is_no_file, open_file
 from monitor.store.store import Store
@@ -29,6 +31,7 @@ PROM = "health.prom"
 ROTATE_BYTES = 10 * 2**20
 ROTATE_KEEP = 5
 RAW_LOGS = ("api.log", "web.log", "health_check.log")
+FRONT_LOGS = ("front.log", "front.access.log")
 RAW_LIMIT_BYTES = 100 * 2**20  # of a raw log, and of the one before it
 SEND_LIMIT_S = 4.0
 OUTCOMES = {True: "success", False: "failure", None: "unknown"}
@@ -39,6 +42,10 @@ def write(report: Mapping[str, Any], settings: Settings, store: Store) -> None:
     _append(settings.log_dir / JSONL, json.dumps(to_ecs(report), ensure_ascii=False, allow_nan=False) + "\n")
     for name in RAW_LOGS:
         _cap(settings.log_dir / name)
+    if [name for name in FRONT_LOGS if _cap(settings.log_dir / name)]:
+        front = processes.read_record(settings.log_dir, "front")
+        if front is not None and processes.is_running(front):
+            os.kill(front.pid, signal.SIGUSR1)  # nginx opens its logs anew
     write_to_textfile(str(settings.log_dir / PROM), to_metrics(report, store, settings))
 
 
@@ -81,8 +88,17 @@ def to_ecs(report: Mapping[str, Any]) -> dict[str, Any]:
                 for name, target in report.get("targets", {}).items()
             },
             "warnings": [warning["name"] for warning in report.get("warnings", ())],
+            **_replicas(report),
         },
     }
+
+
+def _replicas(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Nothing where there is one API."""
+    if "replicas" not in report:
+        return {}
+    kept = ("number", "word", "rule", "incident", "restarts_last_day")
+    return {"replicas": [{name: replica[name] for name in kept} for replica in report["replicas"]]}
 
 
 def to_metrics(report: Mapping[str, Any], store: Store, settings: Settings) -> CollectorRegistry:
@@ -101,6 +117,18 @@ def to_metrics(report: Mapping[str, Any], store: Store, settings: Settings) -> C
             state.labels(name, word).set(word == target["word"])
         circuit.labels(name).set(bool(target["circuit_open"]))
         open_now.labels(name).set(bool(target["incident"]))
+    if report.get("replicas"):
+        replica_state = Gauge("glm_replica_state", "1 for the verdict in force.", ["replica", "state"], registry=registry)
+        replica_circuit = Gauge("glm_replica_circuit_open", "1 if restarts were given up.", ["replica"], registry=registry)
+        replica_open = Gauge("glm_replica_incident_open", "1 while an incident is open.", ["replica"], registry=registry)
+        replica_restarts = Gauge("glm_replica_restarts_last_day", "Restarts in the last day.", ["replica"], registry=registry)
+        for replica in report["replicas"]:
+            name = str(replica["number"])
+            for word in WORDS:
+                replica_state.labels(name, word).set(word == replica["word"])
+            replica_circuit.labels(name).set(bool(replica["circuit_open"]))
+            replica_open.labels(name).set(bool(replica["incident"]))
+            replica_restarts.labels(name).set(replica["restarts_last_day"])
     gauge("glm_service_healthy", "1 if people are served.", _as_number(report["service_healthy"]))
     gauge("glm_check_last_run_timestamp_seconds", "When health_check.py last ran.",
           datetime.fromisoformat(report["timestamp"]).timestamp())  # fmt: skip
@@ -162,21 +190,23 @@ def _append(path: Path, line: str) -> None:
         file.write(line)
 
 
-def _cap(path: Path) -> None:
+def _cap(path: Path) -> bool:
     """For machines without logrotate: sets a large log aside by renaming it. The servers go on in a new file, see
     `log_output.py`. `.old`, because `.1` is logrotate's. Of a far larger one the end is kept, in the same file, because
-    whatever has written so much may not follow."""
+    whatever has written so much may not follow. Returns whether it was renamed."""
     old = path.with_name(f"{path.name}.old")
-    if path.is_file() and path.stat().st_size > RAW_LIMIT_BYTES:
+    large = path.is_file() and path.stat().st_size > RAW_LIMIT_BYTES
+    if large:
         path.replace(old)
     if not old.is_file() or old.stat().st_size <= 2 * RAW_LIMIT_BYTES:
-        return
+        return large
     with open(open_file(old, os.O_RDWR), "r+b") as file:
         file.seek(-RAW_LIMIT_BYTES // 4, os.SEEK_END)
         end = file.read(RAW_LIMIT_BYTES // 4)
         file.truncate(0)
         file.seek(0)
         file.write(end)
+    return large
 
 
 def _push(url: str, registry: CollectorRegistry) -> str:

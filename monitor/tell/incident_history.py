@@ -6,7 +6,7 @@ import os
 import sqlite3
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -33,6 +33,13 @@ def show(settings: Settings, hours: float, as_json: bool) -> int:
         "requests": store.requests(),
     }
     store.close()
+    for number, one in _replicas(settings):
+        name = f"api/{number}"
+        found["availability"][name] = availability(one, since, now, settings.check_period_s).get("api", {"text": "no data"})
+        for kind, rows in (("incidents", one.incidents(since)), ("flips", one.flips(since)), ("actions", one.actions(since))):
+            merged = [*found[kind], *({**row, "target": name if row["target"] == "api" else row["target"]} for row in rows)]
+            found[kind] = sorted(merged, key=lambda row: row.get("at") or row.get("opened_at") or 0.0, reverse=True)
+        one.close()
     if as_json:
         print(to_json(found))
         return GOOD
@@ -99,6 +106,14 @@ def show_incident(settings: Settings, name: str | None) -> int:
     if store is None:
         return BAD
     rows = store.rows("SELECT * FROM incidents WHERE id = ?", name) if name else store.incidents(limit=1)
+    whole = settings
+    for number, one in _replicas(whole):
+        theirs = one.rows("SELECT * FROM incidents WHERE id = ?", name) if name else one.incidents(limit=1)
+        if theirs and (not rows or theirs[0]["opened_at"] > rows[0]["opened_at"]):
+            store.close()
+            store, rows, settings = one, theirs, whole.for_replica(number)
+        else:
+            one.close()
     if not rows:
         print(f"No such incident: {name!r}." if name else "No incident so far.", file=sys.stderr)
         store.close()
@@ -134,6 +149,14 @@ def incident_text(store: Store, row: Mapping[str, Any], settings: Settings) -> l
 def _incident_line(row: Mapping[str, Any]) -> str:
     state = "open" if row["closed_at"] is None and row["recovered_at"] is None else "recovered" if row["closed_at"] is None else "closed"
     return f"{_when(row['opened_at'])}  {row['target']:5} {row['word']:9} {state:9} restarts {row['restarts']}  {row['id']}"
+
+
+def _replicas(settings: Settings) -> Iterator[tuple[int, Store]]:
+    """The stores of several replicas; of those that have one."""
+    for number in range(settings.replica_count) if settings.replica_count > 1 else ():
+        one = settings.for_replica(number)
+        if (one.log_dir / FILE_NAME).exists() and (store := _open(one)) is not None:
+            yield number, store
 
 
 def _open(settings: Settings) -> Store | None:

@@ -15,10 +15,13 @@ STORE_SHOWN_S = 86400.0  # damage is over at once, and shown for a day
 SETTINGS, STORE = "settings", "store"
 
 
-def current(store: Store, now: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(notices in force, those that began or ended in this run). Keeps in the store since when each is in force."""
+def current(store: Store, now: float, of_a_replica: bool = False) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(notices in force, those that began or ended in this run). Keeps in the store since when each is in force.
+
+    `of_a_replica`: without what the run of the whole says, for all of them.
+    """
     known = store.get("notices", {})
-    found = {notice["name"]: notice for notice in (_settings(), _store(store, now)) if notice}
+    found = {notice["name"]: notice for notice in (None if of_a_replica else _settings(), _store(store, now)) if notice}
     for name, notice in found.items():
         notice["since"] = known.get(name, {}).get("since", now) if name != STORE else notice["since"]
     began = [{**notice, "began": True} for name, notice in found.items() if known.get(name, {}).get("since") != notice["since"]]

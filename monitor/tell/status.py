@@ -77,6 +77,13 @@ def lines(found: dict[str, Any], age_s: float, settings: Settings) -> list[str]:
             out.append(f"          action: {decision['kind']} ({decision['reason']})")
         if target.get("circuit_open"):
             out.append(f"          circuit open: {target['circuit_open']}; health_check.py reset --reason WHY")
+    for replica in found.get("replicas", ()):
+        card = f", card {replica['card']}" if replica.get("card") else ""
+        out.append(f" {MARKS.get(replica['word'], 'XX')}   replica {replica['number']} (port {replica['port']}{card}) {replica['word']:9} {replica['en']}")
+        if replica.get("decision") not in (None, "none"):
+            out.append(f"          action: {replica['decision']}")
+        if replica.get("circuit_open"):
+            out.append(f"          circuit open: {replica['circuit_open']}; health_check.py reset --reason WHY")
     for warning in found.get("warnings", ()):
         now = "" if warning["mean"] is None else f" Now {warning['mean']}."
         out.append(f"  ! {warning['en']}{now}")

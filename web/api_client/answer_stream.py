@@ -97,11 +97,12 @@ Event = Queued | Loading | ReasoningDelta | TextDelta | BoundingBox | InvalidBox
 class AnswerStream:
     """A context manager: entering sends the request, leaving closes the connection, so that the API aborts it.
 
-    Only one thread may iterate over `batches`; any may call `close`.
+    Only one thread may iterate over `batches`; any may call `close`. `session`: the name of the conversation.
     """
 
-    def __init__(self, client: ApiClient, body: dict[str, Any]) -> None:
+    def __init__(self, client: ApiClient, body: dict[str, Any], session: str = "") -> None:
         self._client = client
+        self._session = session
         self._body = {**body, "stream": True, "stream_options": {"include_usage": True}}
         self._arrived: queue.Queue[Event | ApiError | None] = queue.Queue(WAITING_EVENTS)
         self._closed = threading.Event()
@@ -175,7 +176,7 @@ class AnswerStream:
         moved_at, last = time.monotonic(), Health("down")
         while not self._closed.is_set():
             try:
-                response = self._client.post_stream(self._body)
+                response = self._client.post_stream(self._body, self._session)
             except requests.ReadTimeout:
                 raise ApiError("silent") from None
             except requests.RequestException:

@@ -113,9 +113,13 @@ class ApiClient:
         """The whole body of `/info`; empty without a response."""
         return _json_object(self._get("/info"))
 
-    def metrics_text(self) -> str:
-        """The text of `/metrics`; empty without a response."""
-        response = self._get("/metrics")
+    def replica_health(self, number: int) -> dict[str, Any]:
+        """The whole body of `/health` of one of several replicas; empty without a response."""
+        return _json_object(self._get(f"/replicas/{number}/health"))
+
+    def metrics_text(self, replica: int | None = None) -> str:
+        """The text of `/metrics`, or of that of one of several replicas; empty without a response."""
+        response = self._get("/metrics" if replica is None else f"/replicas/{replica}/metrics")
         return response.text if response is not None and response.status_code == 200 else ""
 
     def models_status(self) -> int:
@@ -123,9 +127,10 @@ class ApiClient:
         response = self._get("/v1/models")
         return 0 if response is None else response.status_code
 
-    def post_stream(self, body: dict[str, Any]) -> requests.Response:
+    def post_stream(self, body: dict[str, Any], session: str = "") -> requests.Response:
         """Send one streamed chat request; returns once the headers have arrived, whatever the status.
 
+        `session`: the name of the conversation, so that all of it reaches the replica that has its images in its caches.
         The caller closes the response. Raises requests.RequestException.
         """
         return self._session().post(
@@ -133,7 +138,7 @@ class ApiClient:
             json=body,
             stream=True,
             timeout=(CONNECT_TIMEOUT_S, SILENCE_S),
-            headers={"Accept": "text/event-stream", "Accept-Encoding": "identity"},
+            headers={"Accept": "text/event-stream", "Accept-Encoding": "identity", **({"x-session-id": session} if session else {})},
         )
 
     def _get(self, path: str) -> requests.Response | None:

@@ -378,7 +378,7 @@ class ChatRun:
         with timer:
             redraw_when_stopped(turn.answer)
         try:
-            with AnswerStream(self._client, self._body(conversation, options)) as stream:
+            with AnswerStream(self._client, self._body(conversation, options), conversation.id) as stream:
                 for batch in stream.batches():
                     now = time.monotonic()
                     for event in batch:

@@ -9,7 +9,7 @@ import sqlite3
 import time
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,39 @@ class History:
 
 
 def read(log_dir: Path, now: float) -> History:
-    """What can be read, if the store is damaged. Raises HistoryUnavailable."""
+    """What can be read, if the store is damaged. Raises HistoryUnavailable.
+
+    Where there are several replicas, with what their own stores have of incidents, under targets such as `api/1`.
+    """
+    history = _read_one(log_dir, now)
+    for number in replicas_of(history.report):
+        try:
+            one = _read_one(log_dir / "replicas" / str(number), now)
+        except HistoryUnavailable:
+            continue
+        history = replace(
+            history,
+            flips=_merged(history.flips, one.flips, number, "at"),
+            incidents=_merged(history.incidents, one.incidents, number, "opened_at"),
+            actions=_merged(history.actions, one.actions, number, "at"),
+            messages=[*history.messages, *one.messages],
+        )
+    return history
+
+
+def replicas_of(report: Mapping[str, Any]) -> list[int]:
+    """The numbers of the replicas in the checker's report; empty where there is one API."""
+    listed = report.get("replicas") or ()
+    return [each["number"] for each in listed if isinstance(each, dict) and isinstance(each.get("number"), int)]
+
+
+def _merged(whole: list[dict[str, Any]], rows: list[dict[str, Any]], number: int, time: str) -> list[dict[str, Any]]:
+    """Newest first, as both are."""
+    named = [{**row, "target": f"api/{number}" if row["target"] == "api" else row["target"]} for row in rows]
+    return sorted([*whole, *named], key=lambda row: row[time], reverse=True)
+
+
+def _read_one(log_dir: Path, now: float) -> History:
     try:
         return _read(Store.read_only(log_dir), now)
     except (sqlite3.DatabaseError, ValueError, TypeError) as error:
@@ -95,8 +127,9 @@ def add_audit(log_dir: Path, actor: str, kind: str, outcome: str, detail: str) -
 
 def evidence_files(log_dir: Path, incident: str) -> list[Path]:
     """The files of evidence that the checker saved for an incident, sorted by path."""
-    root = log_dir / "incidents"
-    folder = root / incident
-    if folder.resolve().parent != root.resolve():
-        return []
-    return sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()) if folder.is_dir() else []
+    found: list[Path] = []
+    for root in (log_dir / "incidents", *sorted((log_dir / "replicas").glob("*/incidents"))):
+        folder = root / incident
+        if folder.resolve().parent == root.resolve() and folder.is_dir():
+            found += sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    return found

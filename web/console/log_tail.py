@@ -13,6 +13,13 @@ _ANY_LEVEL = "|".join(LEVELS)
 _LEVEL = re.compile(rf"\blevel=({_ANY_LEVEL.lower()})\b|\b({_ANY_LEVEL})\b")  # lines of the API; of the page
 
 
+def logs_of(replicas: int) -> tuple[str, ...]:
+    """The names of the logs of a service of so many replicas, below the log folder."""
+    if replicas == 1:
+        return LOGS
+    return (*(f"replicas/{number}/api.log" for number in range(replicas)), "front.log", *LOGS[1:])
+
+
 def tail(path: Path, lines: int, at_least: str = "DEBUG", contains: str = "") -> list[str]:
     """The last `lines` lines that match, oldest first. Reads at most MAX_BYTES of the file. Raises OSError.
 

@@ -34,7 +34,14 @@ class OperatorAction:
 
     @property
     def name(self) -> str:
-        return f"{self.kind}_{self.target}" if self.kind == "restart" else self.kind
+        """The key of its texts."""
+        target = "replica" if self.replica else self.target
+        return f"{self.kind}_{target}" if self.kind == "restart" else self.kind
+
+    @property
+    def replica(self) -> str:
+        """The number of the replica that it is for; empty for any other target."""
+        return self.target.partition("/")[2]
 
 
 ACTIONS = (
@@ -50,6 +57,15 @@ ACTIONS = (
 )
 
 
+def actions_of(replicas: int) -> tuple[OperatorAction, ...]:
+    """With several replicas each can be restarted by itself, and the nginx before them."""
+    if replicas == 1:
+        return ACTIONS
+    restart = ":material/restart_alt:"
+    each = [OperatorAction("restart", restart, f"api/{number}", typed=True) for number in range(replicas)]
+    return (*ACTIONS[:2], *each, OperatorAction("restart", restart, "front", typed=True), *ACTIONS[2:])
+
+
 def arguments_of(action: OperatorAction, hours: int, actor: str, now: float) -> dict[str, Any]:
     """The arguments of the request. `now`: Unix time in seconds."""
     until = now + hours * HOUR_S
@@ -60,7 +76,7 @@ def arguments_of(action: OperatorAction, hours: int, actor: str, now: float) -> 
     return {"reason": f"asked by {actor} on the console"} if action.kind == "reset" else {}
 
 
-def show_actions(token: str, log_dir: Path, model: str, texts: Texts) -> None:
+def show_actions(token: str, log_dir: Path, model: str, texts: Texts, replicas: int = 1) -> None:
     """Shows nothing if no operator token is set."""
     if not token:
         return
@@ -70,8 +86,9 @@ def show_actions(token: str, log_dir: Path, model: str, texts: Texts) -> None:
         return
     st.caption(texts("act.how"))
     with st.container(horizontal=True):
-        for action in ACTIONS:
-            if st.button(texts(f"act.{action.name}"), icon=action.icon, key=f"act-{action.name}"):
+        for action in actions_of(replicas):
+            key = f"act-{action.name}{action.replica}"
+            if st.button(texts(f"act.{action.name}", number=action.replica), icon=action.icon, key=key):
                 _confirm(action, log_dir, model, texts)
         if st.button(texts("act.leave"), icon=":material/lock:", key="act-leave", type="tertiary"):
             del st.session_state["operator_until"]
@@ -97,9 +114,9 @@ def _ask_for_token(token: str, log_dir: Path, texts: Texts) -> None:
 
 
 def _confirm(action: OperatorAction, log_dir: Path, model: str, texts: Texts) -> None:
-    @st.dialog(texts(f"act.{action.name}"))
+    @st.dialog(texts(f"act.{action.name}", number=action.replica))
     def content() -> None:
-        st.markdown(texts(f"act.{action.name}_what"))
+        st.markdown(texts(f"act.{action.name}_what", number=action.replica))
         actor = st.text_input(texts("act.actor"), key="act-actor", max_chars=60)
         hours = st.selectbox(texts("act.hours"), HOURS, key="act-hours") if action.timed else 1
         expected = model or action.kind

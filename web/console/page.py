@@ -22,6 +22,7 @@ from web.console.charts import Trend, bars_chart, trend_chart
 from web.console.check_history import Bar, CurrentState, Point
 from web.console.checker_store import DAY_S, History, HistoryUnavailable
 from web.console.operator_actions import show_actions
+from web.console.replicas_view import show_replicas
 from web.console.settings_view import show_settings
 from web.i18n.strings import TABLE, Texts
 from web.safe_text import escaped
@@ -47,7 +48,7 @@ def show_console(client: ApiClient, settings: Settings, texts: Texts) -> None:
     zone = _zone()
     _live(client, settings, texts, zone)
     token = settings.operator_token.get_secret_value() if settings.operator_token else ""
-    show_actions(token, settings.log_dir, _model(client), texts)
+    show_actions(token, settings.log_dir, _model(client), texts, settings.replica_count)
     _show_log(settings, texts)
     show_settings(_info(client.base_url, client), settings, texts)
 
@@ -62,12 +63,13 @@ def _live(client: ApiClient, settings: Settings, texts: Texts, zone: tzinfo) -> 
         history = _history(str(settings.log_dir))
     except HistoryUnavailable:
         history = History()
-    health = _health(client.base_url, client)
-    info, metrics = _info(client.base_url, client), _metrics(client.base_url, client)
+    health = _health(client.base_url, client, settings.replica_count)
+    info, metrics = _info(client.base_url, client), _metrics(client.base_url, client, settings.replica_count)
     current = check_history.current_state(history.runs, history.flips, now, settings.check_period_s)
     _show_state(current, {**info, **health}, history.report, texts, zone, now)
     if notice:
         st.success(notice, icon=":material/outgoing_mail:")
+    show_replicas(history.report, texts, lambda word: _word(word, texts), lambda at: format_time(at, zone, now))
     _show_notices(history.report, texts)
     if not history.runs and not history.hours:
         st.info(texts("console.no_history"), icon=":material/schedule:")
@@ -86,13 +88,20 @@ def _history(log_dir: str) -> History:
 
 
 @st.cache_data(ttl=CACHE_S, show_spinner=False)
-def _health(base_url: str, _client: ApiClient) -> dict[str, Any]:
-    return _client.health_body()
+def _health(base_url: str, _client: ApiClient, replicas: int = 1) -> dict[str, Any]:
+    """Of several replicas the body of one that answers, with the requests of all."""
+    body = _client.health_body()
+    if replicas > 1 and body:
+        each = [_client.replica_health(number) for number in range(replicas)]
+        body |= {name: sum(one.get(name) or 0 for one in each) for name in ("running", "waiting")}
+    return body
 
 
 @st.cache_data(ttl=CACHE_S, show_spinner=False)
-def _metrics(base_url: str, _client: ApiClient) -> ApiMetrics:
-    return api_metrics.parse(_client.metrics_text())
+def _metrics(base_url: str, _client: ApiClient, replicas: int = 1) -> ApiMetrics:
+    if replicas == 1:
+        return api_metrics.parse(_client.metrics_text())
+    return api_metrics.parse(*(_client.metrics_text(number) for number in range(replicas)))
 
 
 @st.cache_data(ttl=CACHE_S, show_spinner=False)
@@ -132,7 +141,7 @@ def _show_state(
         )  # fmt: skip
     callout(sentence, icon=ICONS[current.state])
     for reason in current.reasons:
-        target, word = texts(target_key(reason["target"])), _word(reason["word"], texts)
+        target, word = target_name(reason["target"], texts), _word(reason["word"], texts)
         st.markdown(f"**{target}: {word}** — {escaped(reason[texts.language])}")
     st.caption(_service_line(service, report, texts))
     if baseline := baseline_line(service.get("health_baseline"), texts, zone, now):
@@ -198,6 +207,11 @@ def _request_state(state: str, texts: Texts) -> str:
 
 def target_key(target: str) -> str:
     return f"target.{target}" if f"target.{target}" in TABLE else "target.other"
+
+
+def target_name(target: str, texts: Texts) -> str:
+    name, _, number = target.partition("/")
+    return texts("target.replica", number=escaped(number)) if name == "api" and number else texts(target_key(target))
 
 
 # Figures, bars, trends.
@@ -339,7 +353,7 @@ def _show_incidents(history: History, settings: Settings, texts: Texts, zone: tz
         icon = ":material/check:" if end else ":material/visibility:" if recovered else ":material/error:"
         label = texts(
             "incident.line" if end else "incident.watched_line" if recovered else "incident.open_line", at=format_time(begin, zone, now), span=span,
-            target=texts(target_key(incident["target"])), word=_word(incident["word"], texts),
+            target=target_name(incident["target"], texts), word=_word(incident["word"], texts),
         )  # fmt: skip
         with st.expander(label, icon=icon, expanded=not end):
             _show_incident(incident, history, settings, texts, zone, now)
@@ -397,7 +411,7 @@ def _show_advice(history: History, info: dict[str, Any], texts: Texts, zone: tzi
 def _show_log(settings: Settings, texts: Texts) -> None:
     st.subheader(texts("log.title"), anchor=False)
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        name = st.selectbox(texts("log.file"), log_tail.LOGS, key="log-file", width=160)
+        name = st.selectbox(texts("log.file"), log_tail.logs_of(settings.replica_count), key="log-file", width=160)
         level = st.selectbox(texts("log.level"), log_tail.LEVELS, index=1, key="log-level", width=140)
         search = st.text_input(texts("log.search"), key="log-search", width=260)
         st.button(texts("log.again"), icon=":material/refresh:", key="log-again")

@@ -59,6 +59,8 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "target.api": {"en": "Model server", "zh": "模型服务"},
     "target.page": {"en": "Page", "zh": "页面"},
+    "target.front": {"en": "nginx", "zh": "入口 nginx"},
+    "target.replica": {"en": "Replica {number}", "zh": "副本 {number}"},
     "target.other": {"en": "Service", "zh": "服务"},
     "word.healthy": {"en": "healthy", "zh": "正常"},
     "word.busy": {"en": "busy", "zh": "繁忙"},
@@ -101,6 +103,16 @@ TABLE: dict[str, dict[str, str]] = {
     "figure.gpu_of": {"en": "of {total} GiB, {name}", "zh": "共 {total} GiB，{name}"},
     "figure.no_gpu": {"en": "no GPU", "zh": "无显卡"},
     "figure.failed": {"en": "Failed checks, 1 h", "zh": "1 小时内失败检查"},
+    # Replicas.
+    "replicas.title": {"en": "Replicas", "zh": "副本"},
+    "replicas.replica": {"en": "Replica", "zh": "副本"},
+    "replicas.place": {"en": "Where", "zh": "位置"},
+    "replicas.card": {"en": "card {card}, port {port}", "zh": "显卡 {card}，端口 {port}"},
+    "replicas.port": {"en": "port {port}", "zh": "端口 {port}"},
+    "replicas.state": {"en": "State", "zh": "状态"},
+    "replicas.since": {"en": "Since", "zh": "开始于"},
+    "replicas.restarts": {"en": "Restarts, 24 h", "zh": "24 小时内重启"},
+    "replicas.why": {"en": "What the last check found", "zh": "最近一次检查的结果"},
     # Bars and trends.
     "bars.title": {"en": "Last 24 hours", "zh": "最近 24 小时"},
     "bars.alt": {
@@ -195,6 +207,16 @@ TABLE: dict[str, dict[str, str]] = {
         "en": "Saves evidence, lets running answers finish for a while, stops and starts the model server. "
         "**Answers that are still running then are lost, and nobody is served while the model loads.**",
         "zh": "保存证据，等待当前回答片刻，然后停止并重新启动模型服务。**未完成的回答会丢失，模型加载期间无法服务。**",
+    },
+    "act.restart_replica": {"en": "Restart replica {number}", "zh": "重启副本 {number}"},
+    "act.restart_replica_what": {
+        "en": "Answers that replica {number} is writing are cut off. The others go on; new questions are sent to them meanwhile.",
+        "zh": "副本 {number} 正在生成的回答会中断，其他副本继续工作，期间的新提问由它们回答。",
+    },
+    "act.restart_front": {"en": "Restart nginx", "zh": "重启 nginx"},
+    "act.restart_front_what": {
+        "en": "All answers that are being written are cut off, and nobody reaches a replica until nginx runs again, after about a second.",
+        "zh": "所有正在生成的回答会中断；nginx 恢复运行之前（约一秒）无法访问任何副本。",
     },
     "act.restart_page": {"en": "Restart the page", "zh": "重启页面"},
     "act.restart_page_what": {

@@ -155,3 +155,11 @@ def test_an_error_event_in_the_stream_is_raised_after_the_words_before_it(fake_a
 
     assert caught.value.kind == "draining"
     assert text_of(seen) == "one two "
+
+
+def test_a_conversation_names_itself_so_that_a_router_keeps_it_together(fake_api: FakeApi) -> None:
+    with AnswerStream(ApiClient(fake_api.url), QUESTION, "chat-1") as stream:
+        list(stream.batches())
+    read_all(fake_api.url)
+
+    assert [received.headers.get("x-session-id") for received in fake_api.received] == ["chat-1", None]
