@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import json
 import random
+import secrets
 import subprocess
 import tempfile
 import time
@@ -86,8 +87,8 @@ class Talk:
         self._picture = image_url(self._rng) if picture else None
         self._messages: list[dict[str, Any]] = []
 
-    async def ask(self, url: str, session: str = "", answer_tokens: int = ANSWER_TOKENS) -> Answer:
-        """Raises httpx.HTTPError for a failure, ValueError for a stream without an end."""
+    async def ask(self, url: str, session: str = "", answer_tokens: int = ANSWER_TOKENS, exact: bool = False) -> Answer:
+        """`exact`: the answer has all of its tokens. Raises httpx.HTTPError for a failure, ValueError for a stream without an end."""
         text = question(self._rng, QUESTION_WORDS)
         content: list[dict[str, Any]] = [{"type": "text", "text": text if self._messages else self._opening + text}]
         if not self._messages and self._picture:
@@ -95,7 +96,7 @@ class Talk:
         self._messages.append({"role": "user", "content": content})
         body = {
             "messages": self._messages, "max_tokens": answer_tokens, "temperature": 0, "stream": True,
-            "stream_options": {"include_usage": True},
+            "stream_options": {"include_usage": True}, "ignore_eos": exact,
         }  # fmt: skip
         headers = {**self._headers, "x-session-id": session} if session else self._headers
         begun, first_s, words, usage = time.perf_counter(), 0.0, "", None
@@ -153,7 +154,7 @@ async def step_s(client: httpx.AsyncClient, key: str, urls: list[str], seed: str
     """Seconds between two tokens of `rows` answers at a time of each server."""
     tokens = 40
     talks = [(url, Talk(client, key, f"{seed} {url} {rows} {row}", False, 20)) for url in urls for row in range(rows)]
-    answers = await asyncio.gather(*(talk.ask(url, answer_tokens=tokens) for url, talk in talks))
+    answers = await asyncio.gather(*(talk.ask(url, answer_tokens=tokens, exact=True) for url, talk in talks))
     return median((answer.whole_s - answer.first_s) / max(answer.answer_tokens - 1, 1) for answer in answers)
 
 
@@ -219,18 +220,18 @@ def chats_of(measured: list[Measured], number: int) -> list[Chat]:
 
 
 def trial(rounds: int, port: int, results: Path) -> None:
-    ports = [port + 1, port + 2]
-    settings = {"GLM_SLOTS": str(SLOTS), "GLM_QUEUE_SIZE": str(QUEUE), "OMP_NUM_THREADS": "1"}
+    front, ports = _ports(port)
+    key = f"sk-{secrets.token_hex(16)}"
+    settings = {"GLM_SLOTS": str(SLOTS), "GLM_QUEUE_SIZE": str(QUEUE), "OMP_NUM_THREADS": "1", "GLM_API_KEYS": f"trial:{key}"}
     found: dict[str, Any] = {"ports": ports, "measured": [], "answers": []}
     with servers.this(DEMO, "float32", "cpu", port=ports[0], **settings) as one:
-        key = one.address.key
-        with servers.this(DEMO, "float32", "cpu", port=ports[1], **settings, GLM_API_KEY=key) as other:
+        with servers.this(DEMO, "float32", "cpu", port=ports[1], **settings) as other:
             urls = [one.address.url, other.address.url]
             for number in range(rounds):
                 found["measured"].append(asdict(asyncio.run(measure(urls, key, f"measure {number}"))))
                 chats = chats_of([Measured(**each) for each in found["measured"]], number)
                 for routing in (*ROUTINGS[number % 3 :], *ROUTINGS[: number % 3]):
-                    with nginx(routing, port, ports) as url:
+                    with nginx(routing, front, ports) as url:
                         answers = asyncio.run(play(url, key, chats, f"{number} {routing}"))
                     found["answers"].append({"round": number, "routing": routing, "answers": [list(vars(answer).values()) for answer in answers]})
                     results.write_text(json.dumps(found) + "\n", encoding="utf-8")
@@ -264,6 +265,11 @@ def times(results: Path) -> str:
             f"| {each.prompt * 1e3:.1f} ms | {each.token * 1e3:.3f} ms | {each.picture * 1e3:.1f} ms | {steps} ms | {each.shared_speed:.2f} |"
         )
     return "\n".join(lines)
+
+
+def _ports(port: int) -> tuple[int, list[int]]:
+    """nginx's, and those of the replicas: the ring depends on them."""
+    return port, [port + 1, port + 2]
 
 
 def _add(total: Result, part: Result) -> None:
