@@ -1,8 +1,8 @@
 """python -m bench.fleet_trial: two real replicas behind nginx, beside the simulation of bench/fleet.py with their own times.
 
-Each round measures what a replica of the demo model takes for prompts, pictures and steps, alone and while the other one
-computes too (both share the cores of this machine), then plays the same chats through nginx with each routing, by turns.
-The simulation gets the medians of those times and the same chats. `--report` only prints the table of a file of results.
+Each round plays the same chats through nginx with each routing, by turns. Before and after each of them is measured what a
+replica of the demo model takes for prompts, pictures and steps, alone and while the other one computes too (both share the
+cores of this machine). The simulation gets those times and the same chats. `--report` only prints the table of a file of results.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from shutil import which
 from statistics import mean, median
@@ -37,9 +37,10 @@ from models.shapes.checkpoint import FOLDER as DEMO
 RESULTS = Path(__file__).with_name("fleet_trial.json")
 PAGE = servers.ROOT / "docs" / "scaling.md"
 SLOTS, QUEUE = 16, 32
-OPENING_WORDS, QUESTION_WORDS, ANSWER_TOKENS = 1200, 12, 12
-TRAFFIC = Traffic(1.0, turns=4, pause_s=1.5, opening_tokens=0, question_tokens=0, answer_tokens=ANSWER_TOKENS)  # prompts are measured
-PLAYED_S = 50.0
+OPENING_WORDS, QUESTION_WORDS, ANSWER_TOKENS = 400, 12, 12
+TRAFFIC = Traffic(0.4, turns=4, pause_s=2.0, opening_tokens=0, question_tokens=0, answer_tokens=ANSWER_TOKENS)  # prompts are measured
+PLAYED_S = 60.0
+REPEATS = 20  # of each simulation, with other draws of the router
 ROWS = (1, 2, 4, 8)
 LINES = {"hash": "hash $glm_place consistent;", "random": "random;", "least connections": "least_conn;"}
 AROUND = """
@@ -64,7 +65,7 @@ class Answer:
 
 @dataclass
 class Measured:
-    """One round's times of a replica in seconds, and the tokens of its prompts."""
+    """The times of a replica in seconds, and the tokens of its prompts."""
 
     prompt: float
     token: float
@@ -181,6 +182,7 @@ def nginx(routing: str, port: int, replicas: list[int]) -> Iterator[str]:
     for printed, real in ((8080, replicas[0]), (8090, replicas[1]), (8000, port)):
         block = block.replace(f"127.0.0.1:{printed}", f"127.0.0.1:{real}")
     with tempfile.TemporaryDirectory(prefix="glm-fleet-") as folder:
+        Path(folder).chmod(0o711)  # for workers of another user, who keep large bodies there
         conf = Path(folder) / "nginx.conf"
         conf.write_text(AROUND.format(folder=folder, block=block), encoding="utf-8")
         process = subprocess.Popen([which("nginx") or "/usr/sbin/nginx", "-c", str(conf), "-p", folder])
@@ -199,43 +201,46 @@ def nginx(routing: str, port: int, replicas: list[int]) -> Iterator[str]:
 
 
 def simulated(measured: list[Measured], chats: list[Chat], routing: str, ports: list[int], seed: int) -> Result:
-    """One round with the medians of what was measured."""
+    """With the means of what was measured before and after."""
 
-    def middle(name: str) -> float:
-        return median(getattr(each, name) for each in measured)
+    def average(name: str) -> float:
+        return mean(getattr(each, name) for each in measured)
 
-    steps = tuple((rows, median(dict(each.steps)[rows] for each in measured)) for rows in ROWS)
-    times = Times(middle("prompt"), middle("token"), middle("picture"), steps)
+    steps = tuple((rows, mean(dict(each.steps)[rows] for each in measured)) for rows in ROWS)
+    times = Times(average("prompt"), average("token"), average("picture"), steps)
     replicas = [Replica(times, SLOTS, QUEUE, PrefixCache(None)) for _ in ports]
     router = routers([f"127.0.0.1:{port}" for port in ports], seed)[routing]()
-    shared = middle("shared_speed")
+    shared = average("shared_speed")
     return Fleet(replicas, router, shared_speed=lambda busy: shared if busy > 1 else 1.0).run(chats)
 
 
-def chats_of(measured: list[Measured], number: int) -> list[Chat]:
+def chats_of(measured: Measured, number: int) -> list[Chat]:
     """The chats of one round, with the tokens that their prompts have."""
-    opening, question = (round(median(getattr(each, name) for each in measured)) for name in ("opening_tokens", "question_tokens"))
-    traffic = Traffic(TRAFFIC.chats_per_s, TRAFFIC.turns, TRAFFIC.pause_s, opening, question, TRAFFIC.answer_tokens)
-    return list(traffic.chats(f"trial {number}", PLAYED_S))
+    tokens = {"opening_tokens": measured.opening_tokens, "question_tokens": measured.question_tokens}
+    return list(replace(TRAFFIC, **tokens).chats(f"trial {number}", PLAYED_S))
 
 
 def trial(rounds: int, port: int, results: Path) -> None:
     front, ports = _ports(port)
     key = f"sk-{secrets.token_hex(16)}"
     settings = {"GLM_SLOTS": str(SLOTS), "GLM_QUEUE_SIZE": str(QUEUE), "OMP_NUM_THREADS": "1", "GLM_API_KEYS": f"trial:{key}"}
-    found: dict[str, Any] = {"ports": ports, "measured": [], "answers": []}
-    with servers.this(DEMO, "float32", "cpu", port=ports[0], **settings) as one:
-        with servers.this(DEMO, "float32", "cpu", port=ports[1], **settings) as other:
-            urls = [one.address.url, other.address.url]
-            for number in range(rounds):
-                found["measured"].append(asdict(asyncio.run(measure(urls, key, f"measure {number}"))))
-                chats = chats_of([Measured(**each) for each in found["measured"]], number)
-                for routing in (*ROUTINGS[number % 3 :], *ROUTINGS[: number % 3]):
-                    with nginx(routing, front, ports) as url:
-                        answers = asyncio.run(play(url, key, chats, f"{number} {routing}"))
-                    found["answers"].append({"round": number, "routing": routing, "answers": [list(vars(answer).values()) for answer in answers]})
-                    results.write_text(json.dumps(found) + "\n", encoding="utf-8")
-                    print(f"round {number + 1} of {rounds}, {routing}: {len(answers)} answers", flush=True)
+    found: dict[str, Any] = {"ports": ports, "measured": [], "plays": []}
+    with (
+        servers.this(DEMO, "float32", "cpu", port=ports[0], **settings) as one,
+        servers.this(DEMO, "float32", "cpu", port=ports[1], **settings) as other,
+    ):
+        urls = [one.address.url, other.address.url]
+        for play_number in range(3 * rounds + 1):
+            found["measured"].append(asdict(asyncio.run(measure(urls, key, f"measure {play_number}"))))
+            results.write_text(json.dumps(found) + "\n", encoding="utf-8")
+            if play_number == 3 * rounds:
+                break
+            number, routing = play_number // 3, ROUTINGS[(play_number + play_number // 3) % 3]  # each round begins with another one
+            chats = chats_of(Measured(**found["measured"][-1]), number)
+            with nginx(routing, front, ports) as url:
+                answers = asyncio.run(play(url, key, chats, f"{number} {routing}"))
+            found["plays"].append({"round": number, "routing": routing, "answers": [list(vars(answer).values()) for answer in answers]})
+            print(f"round {number + 1} of {rounds}, {routing}: {len(answers)} answers", flush=True)
 
 
 def report(results: Path) -> str:
@@ -246,30 +251,32 @@ def report(results: Path) -> str:
     lines.append("| --- | --- | ---: | ---: | ---: | ---: |")
     for routing in ROUTINGS:
         real, model = Result(), Result()
-        for each in found["answers"]:
+        for play_number, each in enumerate(found["plays"]):
             if each["routing"] == routing:
-                _add_real(real, [Answer(*values) for values in each["answers"]], measured)
-        for number in range(len(measured)):
-            _add(model, simulated(measured, chats_of(measured, number), routing, found["ports"], number))
+                around = measured[play_number : play_number + 2]
+                _add_real(real, [Answer(*values) for values in each["answers"]], around[0].opening_tokens)
+                for repeat in range(REPEATS):
+                    _add(model, simulated(around, chats_of(around[0], each["round"]), routing, found["ports"], REPEATS * play_number + repeat))
         lines += [_row(routing, "measured", real), _row("", "simulated", model), _difference(real, model)]
     return "\n".join(lines)
 
 
 def times(results: Path) -> str:
-    """What was measured of a replica, round by round."""
+    """What was measured of a replica: the medians, and the least and the most."""
     measured = [Measured(**each) for each in json.loads(results.read_text(encoding="utf-8"))["measured"]]
-    lines = ["| a prompt | a token of it | a picture | a step of 1 / 2 / 4 / 8 rows | speed of both together |", "| ---: | ---: | ---: | ---: | ---: |"]
-    for each in measured:
-        steps = " / ".join(f"{seconds * 1e3:.1f}" for _, seconds in each.steps)
-        lines.append(
-            f"| {each.prompt * 1e3:.1f} ms | {each.token * 1e3:.3f} ms | {each.picture * 1e3:.1f} ms | {steps} ms | {each.shared_speed:.2f} |"
-        )
-    return "\n".join(lines)
 
+    def spread(values: list[float], unit_s: float, digits: int) -> str:
+        low, middle, high = (f"{value / unit_s:.{digits}f}" for value in (min(values), median(values), max(values)))
+        return f"{middle} ({low} to {high})"
 
-def _ports(port: int) -> tuple[int, list[int]]:
-    """nginx's, and those of the replicas: the ring depends on them."""
-    return port, [port + 1, port + 2]
+    rows = [
+        ("a prompt, ms", spread([each.prompt for each in measured], 1e-3, 0)),
+        ("a token of it that is not cached, ms", spread([each.token for each in measured], 1e-3, 2)),
+        ("a picture, ms", spread([each.picture for each in measured], 1e-3, 0)),
+        *((f"a step of {rows} rows, ms", spread([dict(each.steps)[rows] for each in measured], 1e-3, 1)) for rows in ROWS),
+        ("speed of each while both compute, alone = 1", spread([each.shared_speed for each in measured], 1.0, 2)),
+    ]
+    return "\n".join([f"| median of {len(measured)} (least to most) | |", "| --- | ---: |", *(f"| {name} | {value} |" for name, value in rows)])
 
 
 def _add(total: Result, part: Result) -> None:
@@ -280,15 +287,19 @@ def _add(total: Result, part: Result) -> None:
         setattr(total, name, getattr(total, name) + getattr(part, name))
 
 
-def _add_real(total: Result, answers: list[Answer], measured: list[Measured]) -> None:
-    opening = median(each.opening_tokens for each in measured)
+def _add_real(total: Result, answers: list[Answer], opening_tokens: int) -> None:
     later = [answer for answer in answers if answer.turn > 1]
     total.firsts.extend(answer.first_s for answer in answers)
     total.wholes.extend(answer.whole_s for answer in answers)
     total.prompt_tokens += sum(answer.prompt_tokens for answer in answers)
     total.cached_tokens += sum(answer.cached_tokens for answer in answers)
     total.later += len(later)
-    total.found += sum(answer.cached_tokens >= opening for answer in later)
+    total.found += sum(answer.cached_tokens >= opening_tokens for answer in later)
+
+
+def _ports(port: int) -> tuple[int, list[int]]:
+    """nginx's, and those of the replicas: the ring depends on them."""
+    return port, [port + 1, port + 2]
 
 
 def _row(routing: str, kind: str, result: Result) -> str:
@@ -310,7 +321,7 @@ def _difference(real: Result, model: Result) -> str:
 
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.fleet_trial", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--port", type=int, default=8960, help="nginx listens here, the replicas on the next two (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--report", action="store_true", help="measure nothing")
