@@ -7,6 +7,7 @@ other. While both are there a step takes STRETCH times as long as without a prom
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -40,9 +41,10 @@ class Times:
 class PrefixCache:
     """The last tokens of each chat that a replica has seen. A chat counts as one entry; the one used longest ago goes first."""
 
-    def __init__(self, tokens: int | None) -> None:
-        """`tokens`: what it holds; None: everything."""
-        self._left = tokens
+    def __init__(self, tokens: int | None, unspelled_tokens: int = 0) -> None:
+        """`tokens`: what it holds; None: everything. `unspelled_tokens`: the end of an answer which the next prompt spells
+        in another way, as a chat template may."""
+        self._left, self._unspelled = tokens, unspelled_tokens
         self._chats: OrderedDict[str, int] = OrderedDict()
 
     def use(self, chat: str, prompt_tokens: int, answer_tokens: int) -> int:
@@ -53,7 +55,7 @@ class PrefixCache:
             self._left += known - held
             while self._left < 0 and len(self._chats) > 1:
                 self._left += self._chats.popitem(last=False)[1]
-        return min(known, prompt_tokens - 1)
+        return min(max(known - self._unspelled, 0), prompt_tokens - 1)
 
 
 @dataclass(eq=False, slots=True)
@@ -133,12 +135,12 @@ class Replica:
 
     def next_event(self) -> float | None:
         """When a prompt or an answer will be complete, if nothing comes in between."""
-        moments = []
+        left = math.inf
         if self._prompts:
-            moments.append(self._prompts[0].work_s / self._prompt_rate)
+            left = self._prompts[0].work_s / self._prompt_rate
         if self._rows:
-            moments.append((self._rows[0][0] - self._decoded) / self._token_rate)
-        return self._at + max(min(moments), 0.0) if moments else None
+            left = min(left, (self._rows[0][0] - self._decoded) / self._token_rate)
+        return None if left == math.inf else self._at + max(left, 0.0)
 
     def _admit(self) -> None:
         while self._waiting and self.running < self.slots:

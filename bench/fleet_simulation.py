@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ TRIES = 2  # replicas that are asked before a request is refused: `proxy_next_up
 
 @dataclass
 class Result:
-    """Of the requests that were asked after the warm-up. Times in seconds."""
+    """Of the requests that were asked in the time that counts. Times in seconds."""
 
     firsts: array[float] = field(default_factory=lambda: array("d"))  # time to the first token
     later_firsts: array[float] = field(default_factory=lambda: array("d"))  # of second and later turns
@@ -69,12 +70,20 @@ class Result:
 
 
 class Fleet:
-    """`shared_speed`: the speed of each replica by how many compute at once, where they share a machine."""
+    """What is asked from `since_s` to `until_s` counts. `shared_speed`: the speed of each replica by how many compute at
+    once, where they share a machine."""
 
     def __init__(
-        self, replicas: Sequence[Replica], router: Router, warm_up_s: float = 0.0, shared_speed: Callable[[int], float] | None = None
+        self,
+        replicas: Sequence[Replica],
+        router: Router,
+        since_s: float = 0.0,
+        until_s: float = math.inf,
+        shared_speed: Callable[[int], float] | None = None,
     ) -> None:
-        self._replicas, self._router, self._warm_up_s, self._shared_speed = replicas, router, warm_up_s, shared_speed
+        self._replicas, self._router, self._shared_speed = replicas, router, shared_speed
+        self._since_s, self._until_s = since_s, until_s
+        self._open = 0  # requests under way that count
         self._events: list[tuple[float, int, int, int, tuple[Chat, int, int] | None]] = []
         self._number = 0
         self._now = 0.0
@@ -84,10 +93,10 @@ class Fleet:
             replica.done = self._done
 
     def run(self, chats: Iterable[Chat]) -> Result:
-        """Until the last answer of the last chat. Chats must come in the order in which they begin."""
+        """Until all that counts is answered. Chats must come in the order in which they begin."""
         coming = iter(chats)
         chat = next(coming, None)
-        while chat or self._events:
+        while (chat or self._events) and (self._now < self._until_s or self._open):
             if chat and (not self._events or chat.begins_s <= self._events[0][0]):
                 self._now = chat.begins_s
                 self._ask(chat, 1, 0)
@@ -111,21 +120,27 @@ class Fleet:
             if not self._replicas[number].full:
                 self._asked[request] = (chat, number)
                 self._router.began(number)
-                self._result.of_replica[number] += self._now >= self._warm_up_s
+                if self._counts(request):
+                    self._open += 1
+                    self._result.of_replica[number] += 1
                 self._replicas[number].take(request, self._now)
                 self._changed(number)
                 return
             tried.append(number)
-        self._result.refused += self._now >= self._warm_up_s  # this user gives up
+        self._result.refused += self._counts(request)  # this user gives up
 
     def _done(self, request: Request) -> None:
         chat, number = self._asked.pop(request)
         self._router.ended(number)
-        if request.asked_at >= self._warm_up_s:
+        if self._counts(request):
+            self._open -= 1
             self._result.add(request)
         if request.turn < len(chat.turns):
             history = request.prompt_tokens - chat.opening_tokens + request.answer_tokens
             self._push(self._now + chat.turns[request.turn].pause_s, 0, 0, (chat, request.turn + 1, history))
+
+    def _counts(self, request: Request) -> bool:
+        return self._since_s <= request.asked_at < self._until_s
 
     def _changed(self, number: int) -> None:
         """Plans the next event of a replica, and of all others if they share its machine."""

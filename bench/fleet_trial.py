@@ -2,7 +2,7 @@
 
 Each round plays the same chats through nginx with each routing, by turns. Before and after each of them is measured what a
 replica of the demo model takes for prompts, pictures and steps, alone and while the other one computes too (both share the
-cores of this machine). The simulation gets those times and the same chats. `--report` only prints the table of a file of results.
+cores of this machine). The simulation gets the medians of those times and the same chats. `--report` only prints the table of a file of results.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Measured:
     shared_speed: float  # of each of two that compute at once; 1: as quick as alone
     opening_tokens: int
     question_tokens: int
-    forgotten_tokens: int  # at the end of an answer, which its next prompt spells in another way
+    unspelled_tokens: int  # at the end of an answer, which its next prompt spells in another way
 
 
 class Talk:
@@ -201,16 +201,17 @@ def nginx(routing: str, port: int, replicas: list[int]) -> Iterator[str]:
 
 
 def simulated(measured: list[Measured], chats: list[Chat], routing: str, ports: list[int], seed: int) -> Result:
-    """With the means of what was measured before and after."""
+    """With the medians of what was measured: on a busy machine single times are off by a factor."""
 
-    def average(name: str) -> float:
-        return mean(getattr(each, name) for each in measured)
+    def middle(name: str) -> float:
+        return median(getattr(each, name) for each in measured)
 
-    steps = tuple((rows, mean(dict(each.steps)[rows] for each in measured)) for rows in ROWS)
-    times = Times(average("prompt"), average("token"), average("picture"), steps)
-    replicas = [Replica(times, SLOTS, QUEUE, PrefixCache(None)) for _ in ports]
+    steps = tuple((rows, median(dict(each.steps)[rows] for each in measured)) for rows in ROWS)
+    times = Times(middle("prompt"), middle("token"), middle("picture"), steps)
+    unspelled = round(middle("unspelled_tokens"))
+    replicas = [Replica(times, SLOTS, QUEUE, PrefixCache(None, unspelled)) for _ in ports]
     router = routers([f"127.0.0.1:{port}" for port in ports], seed)[routing]()
-    shared = average("shared_speed")
+    shared = middle("shared_speed")
     return Fleet(replicas, router, shared_speed=lambda busy: shared if busy > 1 else 1.0).run(chats)
 
 
@@ -239,8 +240,12 @@ def trial(rounds: int, port: int, results: Path) -> None:
             chats = chats_of(Measured(**found["measured"][-1]), number)
             with nginx(routing, front, ports) as url:
                 answers = asyncio.run(play(url, key, chats, f"{number} {routing}"))
-            found["plays"].append({"round": number, "routing": routing, "answers": [list(vars(answer).values()) for answer in answers]})
+            found["plays"].append({"round": number, "routing": routing, "answers": [_rounded(answer) for answer in answers]})
             print(f"round {number + 1} of {rounds}, {routing}: {len(answers)} answers", flush=True)
+
+
+def _rounded(answer: Answer) -> list[float]:
+    return [round(value, 4) for value in vars(answer).values()]
 
 
 def report(results: Path) -> str:
@@ -251,12 +256,12 @@ def report(results: Path) -> str:
     lines.append("| --- | --- | ---: | ---: | ---: | ---: |")
     for routing in ROUTINGS:
         real, model = Result(), Result()
-        for play_number, each in enumerate(found["plays"]):
+        for each in found["plays"]:
             if each["routing"] == routing:
-                around = measured[play_number : play_number + 2]
-                _add_real(real, [Answer(*values) for values in each["answers"]], around[0].opening_tokens)
+                _add_real(real, [Answer(*values) for values in each["answers"]], measured[0].opening_tokens)
                 for repeat in range(REPEATS):
-                    _add(model, simulated(around, chats_of(around[0], each["round"]), routing, found["ports"], REPEATS * play_number + repeat))
+                    seed = REPEATS * each["round"] + repeat
+                    _add(model, simulated(measured, chats_of(measured[0], each["round"]), routing, found["ports"], seed))
         lines += [_row(routing, "measured", real), _row("", "simulated", model), _difference(real, model)]
     return "\n".join(lines)
 

@@ -101,6 +101,12 @@ def test_a_cache_forgets_the_chat_that_was_used_longest_ago() -> None:
     assert cache.use("c", 100, 1) == 0, "what the others grew by is not there for it"
 
 
+def test_an_answer_that_the_next_prompt_spells_in_another_way_is_not_found() -> None:
+    cache = PrefixCache(None, unspelled_tokens=9)
+    assert cache.use("a", 100, 13) == 0
+    assert cache.use("a", 130, 13) == 112 - 9
+
+
 def test_a_cache_for_half_of_the_chats_in_turn_finds_nothing_and_for_all_of_them_everything() -> None:
     pause = Turn(100.0, 10, 10)
     together = [Chat(str(number), number * 1.0, 100, (pause, pause)) for number in range(40)]  # all ask before the first asks again
@@ -142,6 +148,18 @@ def test_a_full_replica_sends_to_the_next_and_two_refusals_are_the_end() -> None
     assert int(re.search(r"proxy_next_upstream_tries (\d+);", SCALING)[1]) == TRIES  # type: ignore[index]
     assert (result.requests, result.refused) == (2, 3)
     assert sorted(result.of_replica) == [0, 1, 1]
+
+
+def test_what_is_asked_in_the_time_that_counts_is_counted_and_answered_after_it() -> None:
+    times = Times(prompt=1.0, token=0.0, picture=0.0, steps=((1, 1e-6),))
+    coming = [Chat(str(number), number * 4.0, 0, (Turn(0, 1, 1), Turn(0.5, 1, 1))) for number in range(10)]
+    replica = Replica(times, 4, 0, PrefixCache(None))
+
+    result = Fleet([replica], Random(1, random.Random(0)), since_s=4.0, until_s=6.0).run(coming)
+
+    # The second chat's questions, at 4.0 and 5.5 s; the last of them is answered at 6.5 s.
+    assert list(result.wholes) == pytest.approx([1.0, 1.0])
+    assert (result.later, result.of_replica) == (1, [2])
 
 
 def test_least_connections_takes_one_of_the_emptiest() -> None:
@@ -213,6 +231,21 @@ def test_the_times_are_those_of_the_card_in_the_published_table() -> None:
     assert [seconds * 1e3 for seconds in fitted] == pytest.approx([float(each) for each in firsts.split(" / ")])
 
 
+def test_the_time_of_a_picture_among_streams_is_near_the_one_that_was_measured_on_the_card() -> None:
+    """Twelve pictures of 576 image tokens, one after the other, into 16 streams: no figure from which the times were fitted."""
+    found = re.search(r"576 image tokens.*?wait ([\d.]+) ms.*?(\d+) ms in the\s+worst of a hundred.*?comes after (\d+) ms", PERFORMANCE, re.DOTALL)
+    assert found
+    replica = Replica(fleet.H200.times, 64, 0, PrefixCache(None))
+    streams = [Chat(f"stream {number}", 0.001 * number, 0, (Turn(0, 64, 4000),)) for number in range(16)]
+    pictures = [Chat(f"picture {number}", 2.0 + 0.15 * number, 24 + 576, (Turn(0, 0, 8),)) for number in range(12)]
+
+    result = Fleet([replica], Random(1, random.Random(0)), since_s=1.0).run([*streams, *pictures])
+
+    first_ms, gap_ms = result.first_s(0.5) * 1e3, STRETCH * fleet.H200.times.step(16) * 1e3
+    assert f"{first_ms:.0f} ms instead of {found[3]}" in PAGE and f"{gap_ms:.0f} ms instead of {found[2]}" in PAGE
+    assert (first_ms, gap_ms) == (pytest.approx(float(found[3]), rel=0.3), pytest.approx(float(found[2]), rel=0.3))
+
+
 def test_the_card_is_the_one_of_the_memory_plan() -> None:
     from api.engine.loading.memory_plan import BY_MEMORY
     from api.engine.scheduler import queue_for
@@ -239,7 +272,7 @@ def test_the_published_row_is_what_the_command_prints(case: fleet.Case) -> None:
 
 
 def test_the_published_table_has_every_row() -> None:
-    published = re.findall(r"^\| (\d+) \| (random|least connections|hash) \|", PAGE, re.MULTILINE)
+    published = re.findall(r"^\| (\d+) \| (random|least connections|hash) \|", PAGE, re.MULTILINE)  # in this order on the page
     assert published == [(str(case.replicas), case.routing) for case in (*fleet.CASES, *fleet.SMALL_CACHE, *fleet.STRAGGLERS)]
     assert PAGE.count(fleet.HEAD) == 3
 

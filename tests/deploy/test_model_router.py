@@ -7,14 +7,16 @@ import shlex
 import signal
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from shutil import which
 
 import httpx
 import pytest
 from ports import free_port
-from started_api import ROOT, WAIT_S, StartedApi, headers, picture_question
+from started_api import ROOT, WAIT_S, StartedApi, headers, long_question, picture_question
 
 PAGE = (ROOT / "docs" / "fleet.md").read_text(encoding="utf-8")
 CHAT = "/v1/chat/completions"
@@ -24,10 +26,12 @@ pytestmark = pytest.mark.skipif(which("vllm-router") is None, reason="needs the 
 
 @pytest.fixture
 def replicas(tmp_path: Path) -> Iterator[list[StartedApi]]:
+    """With room for eight requests each, and the delay that the page says."""
     folders = [tmp_path / "one", tmp_path / "other"]
     for folder in folders:
         folder.mkdir()
-    with StartedApi(folders[0], GLM_DRAIN_DELAY_S="10") as one, StartedApi(folders[1], GLM_DRAIN_DELAY_S="10") as other:
+    settings = {"GLM_DRAIN_DELAY_S": "10", "GLM_SLOTS": "4", "GLM_QUEUE_SIZE": "4"}
+    with StartedApi(folders[0], **settings) as one, StartedApi(folders[1], **settings) as other:
         yield [one, other]
 
 
@@ -66,6 +70,18 @@ def ask(client: httpx.Client, session: str) -> httpx.Response:
     return client.post(CHAT, json=picture_question(max_tokens=8), headers={"x-session-id": session})
 
 
+def test_a_refusal_is_repeated_at_the_same_replica(router: str, replicas: list[StartedApi]) -> None:
+    def long(number: int) -> int:
+        with httpx.Client(base_url=router, headers={**headers(), "x-session-id": "one-chat"}, timeout=WAIT_S) as client:
+            return client.post(CHAT, json=long_question(100)).status_code
+
+    with ThreadPoolExecutor(12) as pool:
+        statuses = Counter(pool.map(long, range(12)))
+
+    assert statuses == {200: 8, 503: 4}, "docs/fleet.md says that it does not go on to the next one"
+    assert sorted(len(sessions_of(replica)) for replica in replicas) == [0, 8]
+
+
 def test_sessions_stay_on_one_replica_and_move_when_it_is_stopped(router: str, replicas: list[StartedApi]) -> None:
     sessions = [f"chat-{number}" for number in range(8)]
     with httpx.Client(base_url=router, headers=headers(), timeout=WAIT_S) as client:
@@ -84,4 +100,4 @@ def test_sessions_stay_on_one_replica_and_move_when_it_is_stopped(router: str, r
 
     assert set(statuses) == {200}
     assert set(sessions_of(replicas[1])) == set(sessions)
-    assert client.is_closed and httpx.post(router + CHAT, json=picture_question(), timeout=WAIT_S).status_code == 401, "the client's key counts"
+    assert httpx.post(router + CHAT, json=picture_question(), timeout=WAIT_S).status_code == 401, "the client's key counts"
