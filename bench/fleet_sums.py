@@ -99,7 +99,7 @@ def lines(cards: int) -> list[Line]:
         Line("weights read in a wave", f"{cards * WAVE * WEIGHT_BYTES / 1e12:.2f} TB, {_gbit(cards * WAVE * WEIGHT_BYTES / LOAD_S)}", "from a shared disk; 20.6 GB each"),
         Line("cards or hosts that fail", f"{INTERRUPTIONS / INTERRUPTED_DAYS / INTERRUPTED_CARDS * cards:.2f} a day", "419 in 54 days on 16,384 H100, [arXiv:2407.21783](https://arxiv.org/abs/2407.21783)"),
         Line("scrapes of `/metrics` a second: Prometheus / picker / picker's default", f"{cards / SCRAPE_S:,.0f} / {cards / PICKER_SCRAPE_S:,.0f} / {cards / PICKER_DEFAULT_SCRAPE_S:,.0f}", f"each {SCRAPE_S} s / {PICKER_SCRAPE_S:g} s / 50 ms"),
-        Line("power of the cards", f"{cards * CARD_W / 1e6:.2f} MW", "700 W each, hosts and cooling on top"),
+        Line("power of the cards", f"{cards * CARD_W / 1e6:.2f} MW", "700 W each by [MLPerf](https://github.com/mlcommons/inference_results_v4.1/blob/main/closed/NVIDIA/systems/H200-SXM-141GBx8_TRT_MaxQ.json), hosts and cooling on top"),
         Line("cost an hour", f"${dollars:,.0f}", "list price $3.99 of an H200 an hour, [Hyperstack](https://www.hyperstack.cloud/gpu-pricing), 2026-08-26"),
         Line("cost of 1,000 chats, cached / not", f"${dollars / chats / 3.6:.3f} / ${cards * USD_A_CARD_HOUR / (cards * lost.chats_per_s) / 3.6:.3f}", "the same"),
         Line("cost of a million tokens out, cached", f"${dollars / tokens_out / 3600 * 1e6:.3f}", "the same, prompts included"),
