@@ -6,6 +6,7 @@ Raised anywhere above the engine. Only `api.app` turns one into a response, and 
 from __future__ import annotations
 
 import math
+import random
 from typing import Any
 
 from api.engine.request import Failure
@@ -35,7 +36,11 @@ class ServingError(Exception):
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
     def headers(self) -> dict[str, str]:
-        return {"Retry-After": str(self.retry_after_s)} if self.retry_after_s is not None else {}
+        """A refusal of the server, which many get at once, names up to twice the time: they must not come back together."""
+        if self.retry_after_s is None:
+            return {}
+        most_s = 2 * self.retry_after_s if self.status == 503 else self.retry_after_s
+        return {"Retry-After": str(random.randint(self.retry_after_s, most_s))}
 
 
 # The words of Anthropic's API, which its clients know errors by.

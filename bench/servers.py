@@ -69,9 +69,9 @@ def naive(folder: Path, dtype: str, device: str) -> Iterator[Server]:
 
 
 @contextmanager
-def this(folder: Path, dtype: str, device: str, root: Path = ROOT, **settings: str) -> Iterator[Server]:
-    """(b): this project's server, or that of another checkout at `root`; `settings` are GLM_* values."""
-    port, key = _free_port(), f"sk-{secrets.token_hex(16)}"
+def this(folder: Path, dtype: str, device: str, root: Path = ROOT, port: int = 0, **settings: str) -> Iterator[Server]:
+    """(b): this project's server, or that of another checkout at `root`; `settings` are GLM_* values. Port 0: a free one."""
+    port, key = port or _free_port(), f"sk-{secrets.token_hex(16)}"
     with tempfile.TemporaryDirectory(prefix="glm-bench-") as logs:
         environment = {
             "GLM_API_HOST": "127.0.0.1", "GLM_API_PORT": str(port), "GLM_API_KEY": key, "GLM_MODEL": str(folder),

@@ -38,6 +38,7 @@ RUN: dict[str, tuple[int, ...]] = {
     "python health_check.py report": (0, 1),  # 1: there was no incident
     "python health_check.py doctor": (0, 1),  # 1: no schedule is installed here
     "for i in $(seq 25); do /usr/bin/time -f '%e s %M KiB' .venv/bin/python health_check.py run --quiet; done": (0,),
+    "python -m bench.fleet_sums": (0,),
     "python -m api.server --plan": (0,),
     "python -m api.server --plan --gpu-memory 12GiB": (0,),
     'python -m api.server --plan --gpu-memory 24GiB --gpu "RTX 4090"': (0,),
@@ -93,6 +94,8 @@ PROGRAMS = {
     "VLLM_CPU_NUM_OF_RESERVED_CPU=0": "needs vLLM",
     "llama-server": "needs llama.cpp",
     "sudo": "needs root",
+    "vllm-router": "needs the vLLM router; tests/deploy/test_model_router.py runs it where it is",
+    "kubectl": "needs a cluster",
 }
 WRITES_ELSEWHERE = re.compile(r">\s*/etc/")
 # In a block without a language: what begins like a command of a shell.

@@ -327,4 +327,10 @@ def test_the_documentation_lists_every_refusal_with_its_status_and_when_to_retry
 
     assert {(error.status, error.code) for error in refusals} == set(listed)
     for error in refusals:
-        assert error.headers()["Retry-After"] in re.findall(r"\d+", listed[error.status, error.code]) or error.status == 429
+        assert str(error.retry_after_s) in re.findall(r"\d+", listed[error.status, error.code]) or error.status == 429
+
+
+def test_those_who_are_refused_together_do_not_come_back_together() -> None:
+    full, of_key = errors.too_many_tokens(1, 1, 1), errors.too_many_in_a_minute(1, 30.0)
+    assert {int(full.headers()["Retry-After"]) for _ in range(300)} == set(range(5, 11))
+    assert {of_key.headers()["Retry-After"] for _ in range(50)} == {"30"}, "a key's limit ends when it ends"
