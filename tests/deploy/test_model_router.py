@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from shutil import which
 
 import httpx
 import pytest
@@ -20,8 +19,6 @@ from started_api import ROOT, WAIT_S, StartedApi, headers, long_question, pictur
 
 PAGE = (ROOT / "docs" / "fleet.md").read_text(encoding="utf-8")
 CHAT = "/v1/chat/completions"
-
-pytestmark = pytest.mark.skipif(which("vllm-router") is None, reason="needs the vLLM router")
 
 
 @pytest.fixture
