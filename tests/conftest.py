@@ -14,6 +14,7 @@ MEASURED = pytest.StashKey[dict[str, float]]()
 # share servers, browsers and models.
 LONGEST = (
     "tests/e2e/test_clone_and_start.py",
+    "tests/e2e/test_several_replicas.py",
     "tests/e2e/test_container_image.py",
     "tests/deploy/test_ray_serve.py",
     "tests/web/chat/test_page_in_browser.py",
