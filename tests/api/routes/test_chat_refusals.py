@@ -14,6 +14,7 @@ from jinja2 import TemplateError
 from served import KEY, chat_body, image_part, sse_data, text_part, wait_for
 
 from api import errors
+from api.behind import engine_client
 from api.caller import Caller
 from api.engine.request import Failure
 
@@ -322,6 +323,7 @@ def test_the_documentation_lists_every_refusal_with_its_status_and_when_to_retry
         *(errors.failed(kind, "") for kind in Failure),
         errors.queue_full(1), errors.too_many_tokens(1, 1, 1), errors.too_many_image_bytes(1, 1), errors.too_many_bytes(1),
         errors.too_many_bytes_of_key(1), errors.too_many_in_a_minute(1, 59.5), errors.too_many_at_once(1),
+        engine_client.unreachable(""), engine_client.error_of({}, 503), engine_client.error_of({"error": {"param": "model"}}, 404),
     ]  # fmt: skip
     refusals = [error for error in made if error.status in (429, 503)]
 
