@@ -132,7 +132,7 @@ def test_refusals_of_the_engine_become_errors_of_this_api(stream, status, body, 
 
     assert (answer.status_code, answer.json()["error"]["code"]) == (ours, code), answer.text
     if status == 429:
-        assert answer.headers["retry-after"] == "7"
+        assert 7 <= int(answer.headers["retry-after"]) <= 14  # spread, as every 503 is
 
 
 def test_an_error_in_the_stream_is_told_as_one(front) -> None:
