@@ -282,10 +282,11 @@ def test_the_checker_of_a_copied_folder_leaves_the_originals_servers_alone(proje
     original = project.record()
     copy = project.root.parent / "copy"
     shutil.copytree(project.root, copy)
-    monkeypatch.setattr(processes, "ROOT", copy)
     settings = project.settings.model_copy(update={"log_dir": copy / "logs", "api_port": free_port(), "web_port": free_port()})
 
-    report = check.run(settings, random.Random(1)).report
+    with monkeypatch.context() as patched:  # not until the project stops its own servers, which it would not find
+        patched.setattr(processes, "ROOT", copy)
+        report = check.run(settings, random.Random(1)).report
 
     assert report["targets"]["api"]["rule"] == "not_started"
     assert report["targets"]["api"]["decision"]["kind"] == "none"
