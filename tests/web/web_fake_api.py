@@ -28,6 +28,7 @@ INFO: dict[str, Any] = {
     "slots": 16,
     "kv_cache_tokens": 69632,
     "choices": {"slots": "the choice for cpu", "kv_cache": "255 MiB: enough for 8 full contexts"},
+    "proofs": {"attention": "off: 2.1 ms, 1.9 ms without"},
 }
 HEALTH: dict[str, Any] = {"state": "idle", "progress": 1.0, "model": "glm-shapes-demo", "running": 0, "waiting": 0, "phase": "idle"}
 METRICS = """# TYPE glm_kv_cache_usage_perc gauge

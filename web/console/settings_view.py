@@ -20,6 +20,7 @@ def show_settings(info: dict[str, Any], settings: Settings, texts: Texts) -> Non
             lines = [f"| {escaped(str(name))} | {escaped(_effective(info, name))} | {escaped(str(why))} |" for name, why in choices.items()]
             st.markdown("\n".join([f"| | {texts('set.value')} | {texts('set.why')} |", "|---|---|---|", *lines]))
         _show_plan(info.get("plan") or {}, texts)
+        _show_proofs(info.get("proofs") or {}, texts)
         st.caption(texts("set.given"))
         rows = [
             f"| `GLM_{name.upper()}` | {escaped(_value(getattr(settings, name)))} | {texts('set.changed') if name in settings.model_fields_set else ''} |"
@@ -36,6 +37,15 @@ def _show_plan(plan: dict[str, Any], texts: Texts) -> None:
     st.caption(texts("set.plan", card=escaped(str(plan.get("card", "")))))
     lines = [f"| {escaped(str(name))} | {size / 2**30:,.2f} |" for name, size in parts.items() if isinstance(size, (int, float))]
     st.markdown("\n".join(["| | GiB |", "|---|---:|", *lines]))
+
+
+def _show_proofs(proofs: dict[str, Any], texts: Texts) -> None:
+    """What the start found of each fast path: used or off, with the reason or the times."""
+    if not proofs:
+        return
+    st.caption(texts("set.proofs"))
+    lines = [f"| {escaped(str(path))} | {escaped(str(found))} |" for path, found in proofs.items()]
+    st.markdown("\n".join([f"| {texts('set.path')} | {texts('set.found')} |", "|---|---|", *lines]))
 
 
 def _effective(info: dict[str, Any], name: str) -> str:
