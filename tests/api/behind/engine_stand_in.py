@@ -47,6 +47,9 @@ class Handler(BaseHTTPRequestHandler):
             self.server.asked.append((self.path, body))
             self.server.keys.append(self.headers.get("authorization", ""))
             self.server.behave(self, body)
+        elif self.path in self.server.tokenizer:
+            self.server.asked.append((self.path, body))
+            self.reply(200, self.server.tokenizer[self.path])
         else:
             self.reply(404, {"detail": "Not Found"})
 
@@ -80,6 +83,7 @@ class StandIn(ThreadingHTTPServer):
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.keys: list[str] = []
         self.behave: Behave = says("A red circle.")
+        self.tokenizer: dict[str, Any] = {}  # path of a route: its answer
 
 
 @contextmanager
