@@ -6,6 +6,7 @@ read here as our own engine's is.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -79,6 +80,7 @@ class AnswerReader:
         self._first_at: float | None = None
         self._last_at = self._sent_at
         self._calls: dict[int, list[str]] = {}  # name and arguments of those that are not complete
+        self._halves: dict[str, str] = {}  # of a field: the first half of a character, whose second comes with the next event
         self._emitted = 0
         self._reason: str | None = None
         self._stop_string: str | None = None
@@ -98,13 +100,17 @@ class AnswerReader:
         if isinstance(event.get("unmet"), list):
             self._unmet = tuple(map(str, event["unmet"]))
         choices = event.get("choices")
-        if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+        # One choice is asked for in each question.
+        choice = next((one for one in choices if isinstance(one, dict) and not one.get("index")), None) if isinstance(choices, list) else None
+        if choice is None:
             return None
-        choice = choices[0]
         delta = choice.get("delta")
-        delta = delta if isinstance(delta, dict) else {"content": choice.get("text")}
-        text = _text(delta.get("content"))
-        reasoning = _text(delta.get("reasoning_content")) or _text(delta.get("reasoning"))
+        if delta is None:
+            delta = {"content": choice.get("text")}
+        if not isinstance(delta, dict):
+            raise cut_off("a delta is no object")
+        text = self._whole("content", delta.get("content"))
+        reasoning = self._whole("reasoning_content", delta.get("reasoning_content")) or self._whole("reasoning", delta.get("reasoning"))
         calls = self._read_calls(delta.get("tool_calls"))
         entries = _entries(choice.get("logprobs"))
         if choice.get("finish_reason"):
@@ -112,6 +118,8 @@ class AnswerReader:
             stop = choice.get("stop_reason", choice.get("matched_stop"))
             self._stop_string = stop if isinstance(stop, str) else None
             calls += self._complete_calls()
+            if self._halves.pop("content", ""):
+                text += "\ufffd"
         tokens = self._new_tokens(bool(text or reasoning or delta.get("tool_calls")), len(entries))
         if not (text or reasoning or calls or entries or tokens):
             return None
@@ -146,6 +154,17 @@ class AnswerReader:
             self._unmet,
         )
 
+    def _whole(self, name: str, value: Any) -> str:
+        """The text of a field, up to a character of which only the first half (a UTF-16 surrogate) has come."""
+        if value is None:
+            return ""
+        if not isinstance(value, str):
+            raise cut_off(f"{name} is no text")
+        text = self._halves.pop(name, "") + value
+        if text and "\ud800" <= text[-1] <= "\udbff":
+            self._halves[name], text = text[-1], text[:-1]
+        return _joined(text)
+
     def _new_tokens(self, wrote: bool, entries: int) -> int:
         """By the engine's count where it counts as it writes; otherwise one for each event with text."""
         counted = self._usage.get("completion_tokens")
@@ -163,11 +182,12 @@ class AnswerReader:
                 self._calls[index] = ["", ""]
             function = part.get("function") or {}
             self._calls[index][0] += _text(function.get("name"))
-            self._calls[index][1] += _text(function.get("arguments"))
+            arguments = function.get("arguments")
+            self._calls[index][1] += json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else _text(arguments)
         return complete
 
     def _complete_calls(self) -> list[Call]:
-        complete = [Call(name, arguments or "{}") for name, arguments in self._calls.values() if name]
+        complete = [Call(_joined(name), _joined(arguments) or "{}") for name, arguments in self._calls.values() if name]
         self._calls = {}
         if not self._many_calls:
             complete = complete[: max(0, 1 - self._emitted)]
@@ -196,13 +216,18 @@ def _entry(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_token(given: Mapping[str, Any]) -> dict[str, Any]:
-    token, logprob = _text(given.get("token")), given.get("logprob")
+    token, logprob = _joined(_text(given.get("token"))), given.get("logprob")
     data = given.get("bytes")
     return {
         "token": token,
         "logprob": max(float(logprob), -9999.0) if isinstance(logprob, int | float) else -9999.0,
         "bytes": data if isinstance(data, list) else list(token.encode()),
     }
+
+
+def _joined(text: str) -> str:
+    """With the halves of characters put together; one that is alone becomes U+FFFD."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _text(value: Any) -> str:

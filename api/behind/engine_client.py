@@ -101,6 +101,9 @@ class EngineClient:
         try:
             if response.status_code != 200:
                 raise await _refusal(response)
+            kind = response.headers.get("content-type", "")
+            if not kind.startswith("text/event-stream"):
+                raise unreachable(f"it sends {kind or 'something without a type'} in place of a stream of events")
             yield _events(response)
         finally:
             await response.aclose()
@@ -126,7 +129,7 @@ async def _refusal(response: httpx.Response) -> ServingError:
 async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
     """The JSON of each event up to [DONE]. Raises ServingError if it is an error, or if the stream ends before."""
     try:
-        async for data in _data_lines(response):
+        async for data in _data(response):
             if data == b"[DONE]":
                 return
             try:
@@ -143,16 +146,24 @@ async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
     raise cut_off("its stream ended early")
 
 
-async def _data_lines(response: httpx.Response) -> AsyncIterator[bytes]:
-    """Split at line feeds only: inside of JSON other separators of lines are text."""
-    pending = b""
+async def _data(response: httpx.Response) -> AsyncIterator[bytes]:
+    """The data of each event, which may have several lines and ends with an empty one.
+
+    Split at line feeds only: inside of JSON other separators of lines are text.
+    """
+    pending, data = b"", list[bytes]()
     async for piece in response.aiter_bytes():
         *lines, pending = (pending + piece).split(b"\n")
-        if len(pending) > LINE_BYTES:
+        if len(pending) + sum(map(len, data)) > LINE_BYTES:
             raise cut_off("an event is too long")
         for line in lines:
             if line.startswith(b"data:"):
-                yield line[5:].strip()
+                data.append(line[5:].strip())
+            elif data and not line.strip():
+                yield b"\n".join(data)
+                data = []
+    if data:
+        yield b"\n".join(data)
 
 
 def error_of(body: Any, status: int, retry_after_s: int | None = None) -> ServingError:
@@ -166,10 +177,13 @@ def error_of(body: Any, status: int, retry_after_s: int | None = None) -> Servin
         status = code  # of an error event
     word = code if isinstance(code, str) else ""
     after = retry_after_s if retry_after_s is not None else RETRY_S
+    if 300 <= status < 400:
+        message = f"The engine behind answers with a redirect (HTTP {status}): GLM_ENGINE_URL is not its own address."
+        return ServingError(500, message, "server_error", "engine_error")
     if status in (401, 403):
         return ServingError(500, "The engine behind refuses GLM_ENGINE_KEY.", "server_error", "engine_unauthorized")
     if status == 404 and (fields.get("param") == "model" or "model" in str(said)):
-        return unavailable(f"{message} It serves another model now.", "engine_model_changed", RETRY_S)
+        return unavailable(f"{message.rstrip('.')}. Perhaps it serves another model now.", "engine_model_changed", RETRY_S)
     if status == 429:
         return unavailable(message, "queue_full", after)
     if status == 503:
@@ -187,7 +201,12 @@ def error_of(body: Any, status: int, retry_after_s: int | None = None) -> Servin
 
 def unreachable(why: str) -> ServingError:
     """Nothing of an answer has come, so that it is safe to ask again, here or elsewhere."""
-    return unavailable(f"The engine behind cannot be asked: {why}", "engine_unreachable", RETRY_S)
+    return not_begun(f"The engine behind cannot be asked: {why}")
+
+
+def not_begun(message: str) -> ServingError:
+    """For an answer that ended before its first token: as safe to ask again."""
+    return unavailable(message, "engine_unreachable", RETRY_S)
 
 
 def cut_off(why: str) -> ServingError:

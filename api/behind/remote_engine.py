@@ -19,7 +19,7 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 from api.behind.answer import AnswerReader, failed_with
-from api.behind.engine_client import EngineClient, Reply, unreachable
+from api.behind.engine_client import EngineClient, Reply, not_begun
 from api.behind.kinds import OWNERS, TRAITS, Kind
 from api.engine.command import Action, CommandFailed
 from api.engine.loaded_model import AnswerLimits, Capacity, SamplingDefaults
@@ -27,7 +27,7 @@ from api.engine.pace import PaceCounters
 from api.engine.request import Event, Failed, Failure
 from api.engine.scheduler import queue_for
 from api.engine.stats import Phase, State, Stats
-from api.errors import ServingError, internal, not_accepting
+from api.errors import ServingError, failed, internal, not_accepting
 from settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -219,7 +219,7 @@ class RemoteEngine:
             if accepted.done():
                 deliver(error if isinstance(error, Failed) else failed_with(error))
             else:
-                accepted.set_exception(not_accepting("draining", 1.0, None) if isinstance(error, Failed) else error)
+                accepted.set_exception(failed(error.kind, error.message) if isinstance(error, Failed) else error)
 
         task = asyncio.create_task(self._answer(name, path, body, reader, deliver, fail, accepted, deadline_s))
         self._questions[name] = _Question(task, fail, time.monotonic(), reader)
@@ -255,7 +255,7 @@ class RemoteEngine:
                 deliver(reader.done())
         except ServingError as error:
             # As long as nothing has been written, asking again is safe.
-            fail(unreachable(error.message) if error.code == "engine_cut_off" and not reader.tokens else error)
+            fail(not_begun(error.message) if error.code == "engine_cut_off" and not reader.tokens else error)
         except TimeoutError:
             fail(Failed(Failure.DEADLINE, f"The answer took longer than {deadline_s:g} s."))
         except Exception:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import threading
 import time
 from typing import Any
@@ -198,6 +199,100 @@ def test_an_engine_that_is_not_there_yet_is_waited_for(front) -> None:
         assert ask(made).status_code == 200
     wait_for(lambda: made.health()["state"] == "loading")
     assert ask(made).status_code == 503
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_engine_that_accepts_a_question_and_sends_nothing_misses_the_deadline(stream, front) -> None:
+    asked = threading.Event()
+
+    def behave(handler: Any, body: Any) -> None:
+        asked.set()
+        ended.wait(10)
+
+    ended = threading.Event()
+    with engine() as behind:
+        behind.behave = behave
+        made = front(behind, request_timeout_s=0.3)
+        answer = ask(made, stream=stream)
+        ended.set()
+
+        assert asked.is_set()
+        # vLLM and its like accept a streamed question before they compute it, and the error is then an event.
+        error = sse_data(answer.text)[-1]["error"] if answer.status_code == 200 else answer.json()["error"]
+        assert error["code"] == "deadline" and "0.3 s" in error["message"], answer.text
+
+
+@pytest.mark.parametrize("delta", [{"content": 42}, {"content": ["a"]}, [1], "a"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_is_no_text_is_none(delta, stream, front) -> None:
+    with engine() as behind:
+        behind.behave = deltas({"content": "A"}, delta)
+        answer = ask(front(behind), stream=stream)
+
+    error = sse_data(answer.text)[-1]["error"] if stream else answer.json()["error"]
+    assert error["code"] == "engine_cut_off", answer.text
+
+
+def test_a_choice_that_was_not_asked_for_is_not_the_answer(front) -> None:
+    def behave(handler: Any, body: Any) -> None:
+        handler.open_stream()
+        for index, text in ((1, "Wrong."), (0, "Right.")):
+            handler.send(chunk({"content": text}, choice={"index": index}))
+            handler.send(chunk({}, "stop", choice={"index": index}))
+        handler.send(b"[DONE]")
+
+    with engine() as behind:
+        behind.behave = behave
+        assert ask(front(behind)).json()["choices"][0]["message"]["content"] == "Right."
+
+
+@pytest.mark.parametrize(
+    ("pieces", "text"), [(["a\ud83d", "\ude00b"], "a\U0001f600b"), (["a\ud83d", "b"], "a\ufffdb"), (["a\ud83d"], "a\ufffd"), (["\ude00"], "\ufffd")]
+)
+def test_characters_that_arrive_in_two_halves_are_put_together(pieces, text, front) -> None:
+    def behave(handler: Any, body: Any) -> None:
+        handler.open_stream()
+        for piece in pieces:
+            handler.send(json.dumps(chunk({"content": piece})).encode())
+        handler.send(chunk({}, "stop", usage=USAGE))
+        handler.send(b"[DONE]")
+
+    with engine() as behind:
+        behind.behave = behave
+        assert ask(front(behind)).json()["choices"][0]["message"]["content"] == text
+
+
+def test_arguments_of_a_call_that_are_an_object_become_text(front) -> None:
+    call = {"index": 0, "id": "c", "type": "function", "function": {"name": "look", "arguments": {"at": "it"}}}
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
+    with engine() as behind:
+        behind.behave = deltas({"tool_calls": [call]}, reason="tool_calls")
+        [made] = ask(front(behind), tools=tools).json()["choices"][0]["message"]["tool_calls"]
+
+    assert made["function"] == {"name": "look", "arguments": '{"at": "it"}'}
+
+
+def test_an_event_may_have_several_lines(front) -> None:
+    def behave(handler: Any, body: Any) -> None:
+        handler.open_stream()
+        handler.wfile.write(b"event: message\r\ndata: " + json.dumps(chunk({"content": "Yes."}), indent=1).replace("\n", "\r\ndata: ").encode() + b"\r\n\r\n")
+        handler.send(chunk({}, "stop"))
+        handler.send(b"[DONE]")
+
+    with engine() as behind:
+        behind.behave = behave
+        assert ask(front(behind)).json()["choices"][0]["message"]["content"] == "Yes."
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("status", "kind", "code", "says"), [(302, "text/html", (500, "engine_error"), "redirect"), (200, "text/html", (503, "engine_unreachable"), "text/html")])
+def test_an_address_that_is_not_the_engines_is_the_operators_fault(stream, status, kind, code, says, front) -> None:
+    with engine() as behind:
+        behind.behave = lambda handler, _: handler.reply(status, {"login": True}, content_type=kind, location="http://127.0.0.1/login")
+        answer = ask(front(behind), stream=stream)
+
+    assert (answer.status_code, answer.json()["error"]["code"]) == code, answer.text
+    assert says in answer.json()["error"]["message"] and "/login" not in answer.text
 
 
 def test_a_field_that_the_engine_does_not_honour_is_refused_before_it_is_asked(front) -> None:
