@@ -53,14 +53,16 @@ class LoadingLine:
         self._stream = stream
         with contextlib.suppress(OSError, ValueError):
             self._in_place = stream.isatty() and os.environ.get("TERM") != "dumb"
-        self._shown, self._at, self._open = "", -EVERY_S, False
+        self._shown: set[str] = set()  # several may load by turns
+        self._at, self._open = -EVERY_S, False
 
     def show(self, text: str, download: bool) -> None:
         """A download changes with each look, so that elsewhere than on a terminal not every change has a line."""
         now = time.monotonic()
-        if text == self._shown or (download and not self._in_place and now - self._at < EVERY_S):
+        if text in self._shown or (download and not self._in_place and now - self._at < EVERY_S):
             return
-        self._shown, self._at = text, now
+        self._shown.add(text)
+        self._at = now
         if self._in_place and download:
             with contextlib.suppress(OSError, ValueError):
                 width = os.get_terminal_size(self._stream.fileno()).columns
