@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 
-from api.behind.kinds import HERE, WORDS, Kind, sampling_fields
+from api.behind.kinds import HERE, NAMES, WORDS, Kind, sampling_fields
 from api.behind.question import bodies
 from api.errors import ServingError
 from api.protocol.fields import IgnoredFields
@@ -85,3 +87,18 @@ def test_a_named_function_is_the_only_one_and_must_be_called() -> None:
 
     assert body["tool_choice"] == "required" and [tool["function"]["name"] for tool in body["tools"]] == ["b"]
     assert "tools" not in bodies(chat(tools=tools, tool_choice="none"), "vllm", "m", 2048, [], "", None)[1][0]
+
+
+def test_the_table_of_the_documentation_says_what_each_kind_honours() -> None:
+    page = (Path(__file__).resolve().parents[3] / "docs" / "engines.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.split("| field |")[1].split("\n\n")[0].splitlines()[2:]]
+    told = set()
+    for fields, *cells in rows:
+        for name in set(re.findall(r"`(\w+)`", fields)) & set(WORDS):
+            told.add(name)
+            for kind, cell in zip(NAMES, cells, strict=True):
+                assert (cell != "no") == (kind in WORDS[name]), (name, kind)
+                word = cell.strip("`")
+                assert word in ("yes", "no", "sent", "structured_outputs", WORDS[name].get(kind)), (name, kind)
+
+    assert set(WORDS) - told == {"presence_penalty", "frequency_penalty", "top_logprobs"}, "these are told as penalties and logprobs"
