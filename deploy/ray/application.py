@@ -29,11 +29,11 @@ from api.http import logging as logs
 from api.server import DEVICE_LOST, ERROR_GRACE_S, allow_open_files, check_bind_address, new_engine
 from api.state import ServerState
 from log_output import LineFormatter
-from settings import Settings, export_hub_variables, load
+from settings import Settings, SettingsError, export_hub_variables, load
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "replicas"  # in the log folder: a folder for each replica of this machine
+FOLDER = "ray"  # in the log folder: a folder for each replica of this machine
 KEPT = 20  # of these folders, the newest
 LOG_BYTES, LOG_FILES = 32 * 2**20, 3  # of each replica
 POLL_S = 0.2
@@ -58,6 +58,8 @@ def build(arguments: Arguments) -> Any:
     Nobody waits for a replica that is scaled away, so its answers have as long as the settings let an answer take.
     """
     settings = load()
+    if settings.engine_url:
+        raise SettingsError("GLM_ENGINE_URL: must be empty under Ray Serve, whose replicas have an engine each. Given: a URL")
     check_bind_address(settings)
     return serve.deployment(
         Replica,

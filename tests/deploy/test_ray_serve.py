@@ -57,9 +57,9 @@ class Cluster:
         self.url = f"http://127.0.0.1:{self.port}"
         self.sockets = tempfile.mkdtemp(prefix="ray-")  # their names must be short
         for number in range(25):
-            (folder / "replicas" / f"earlier-{number}").mkdir(parents=True)
+            (folder / "ray" / f"earlier-{number}").mkdir(parents=True)
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("GLM_", "RAY_"))}
-        environment = {
+        self.environment = {
             **kept, "OMP_NUM_THREADS": "1", "GLM_MODEL": "models/shapes", "GLM_API_KEY": KEY,
             "GLM_PROBE_TOKEN": PROBE_TOKEN, MARK: str(folder), "GLM_STALL_S": str(STALL_S), "GLM_TEST_FAULTS": "true",
             "RAY_ENVIRONMENT": str(KEPT / "ray"), "PIP_NO_CACHE_DIR": "1", "RAY_TMPDIR": self.sockets,
@@ -68,7 +68,7 @@ class Cluster:
         }  # fmt: skip
         command = [ROOT / "deploy" / "ray" / "run.sh", "python", ROOT / "tests" / "deploy" / "ray_cluster.py"]
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
+            self.process = subprocess.Popen(command, cwd=ROOT, env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
         assert self._answer(INSTALL_S) == "ready"
 
     def ask(self, *command: Any) -> Any:
@@ -88,7 +88,7 @@ class Cluster:
         self.ask("apply", config(self.port, least))
 
     def running(self) -> dict[str, Replica]:
-        return {name: Replica(self.folder / "replicas" / name, node, pid) for name, node, pid, state in self.ask("replicas") if state == "RUNNING"}
+        return {name: Replica(self.folder / "ray" / name, node, pid) for name, node, pid, state in self.ask("replicas") if state == "RUNNING"}
 
     def until(self, condition: Callable[[], object]) -> None:
         deadline = time.monotonic() + WAIT_S
@@ -203,6 +203,16 @@ def test_the_file_of_the_docs_fits_ray_and_the_api(cluster: Cluster) -> None:
     assert replica["max_ongoing_requests"] <= 1 + queue_for(1), "the API refuses none of them, however few slots it has"
 
 
+def test_settings_that_no_replica_could_start_with_are_refused_at_once(cluster: Cluster) -> None:
+    build = "from deploy.ray.application import Arguments, build; build(Arguments())"
+    command = [ROOT / "deploy" / "ray" / "run.sh", "python", "-c", build]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**cluster.environment, "GLM_ENGINE_URL": "http://127.0.0.1:1"}, capture_output=True, text=True, timeout=WAIT_S
+    )
+
+    assert done.returncode == 1 and "GLM_ENGINE_URL: must be empty under Ray Serve" in done.stderr, done.stderr
+
+
 def test_a_replica_answers_questions_about_pictures_streamed_or_not(cluster: Cluster) -> None:
     cluster.apply(1)
     cluster.settle(1)
@@ -218,7 +228,7 @@ def test_a_replica_answers_questions_about_pictures_streamed_or_not(cluster: Clu
     assert streamed.text.endswith("data: [DONE]\n\n")
     assert without_key.status_code == 401
     assert len(whole.headers.get_list("x-request-id")) == 1
-    folders = list((cluster.folder / "replicas").iterdir())
+    folders = list((cluster.folder / "ray").iterdir())
     assert len(folders) == 20 and (running := list(cluster.running().values())) and running[0].folder in folders, "the oldest are removed"
 
 
